@@ -112,6 +112,17 @@ def test_beginning(path):
         assert any(re.search(rf'^#\s*\|\s*default_exp {room[1]}$', c['source'], re.M) for c in cells(path)), f'no default_exp {room[1]}'
 
 @each_notebook
+def test_imports(path):
+    "Imports stand in cells of their own: to build the site, nbdev runs every cell that holds one, and not the cells before it."
+    mixed = []
+    for cell in cells(path):
+        if flags(cell) & {'export', 'exports', 'exporti', 'eval'}: continue
+        tree = ast.parse('\n'.join(l for l in cell['source'].split('\n') if not l.startswith(('%', '!'))))
+        holds = any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
+        if holds and not all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree.body): mixed.append(re.search(r'.*\bimport\b.*', cell['source'])[0].strip())
+    assert not mixed, f'imports beside other code: {mixed}'
+
+@each_notebook
 def test_executed(path):
     "Cells that show something were run before they were committed, and none failed."
     shows = [c for c in cells(path) if not flags(c) & {'hide', 'export', 'exporti', 'eval'} and re.search(r'^(print|show_doc|display|plt\.show)\(', c['source'], re.M)]

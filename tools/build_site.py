@@ -1,0 +1,78 @@
+"""The site, built into _docs without Quarto: nbdev prepares the notebooks in _proc, smalldocs lays them out as _quarto.yml says.
+
+    python tools/build_site.py               # ends with an error for a broken link or a warning
+"""
+import hashlib, io, os, re, shutil, subprocess, sys, tarfile, tempfile
+from pathlib import Path, PurePosixPath
+
+from nbdev.serve import proc_nbs
+from smalldocs import layout
+from smalldocs.config import load
+from smalldocs.site import Site
+
+ROOT = Path(__file__).resolve().parent.parent
+CDN = layout.KATEX                                         # where smalldocs would have the reader's browser fetch KaTeX from
+VERSION = re.search(r'katex@([\d.]+)', CDN)[1]
+SHA256 = {'0.16.11': '8c5494c5f7d8e8bf73ff3fe64d4bd09a340e4878b7eec9bbd9ef8d8f3e24193f'}
+CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'streaming_pathology'
+
+class NbdevSite(Site):
+    "smalldocs' site, with pages where nbdev says they are: 00_geometry.ipynb is geometry.html."
+    def read(self, src):
+        page = super().read(src)
+        if name := page.front.get('output-file'): page.out = page.out.with_name(str(name))
+        return page
+
+    def warn(self, msg):
+        if 'output-file' not in msg: super().warn(msg)      # read() above reads it
+
+    def find_page(self, target):
+        if target.suffix == '.html':
+            for page in self.pages.values():
+                if page.out == target: return page
+        return super().find_page(target)
+
+def katex():
+    "The folder of KaTeX's files, from the npm registry once and from the cache ever after."
+    if VERSION not in SHA256: raise SystemExit(f'error: smalldocs asks for KaTeX {VERSION}; tools/build_site.py knows the hash of {", ".join(SHA256)} only')
+    archive = CACHE/f'katex-{VERSION}.tgz'
+    if not archive.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            try: subprocess.run(['npm', 'pack', '--silent', f'katex@{VERSION}'], cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True, timeout=300)
+            except (OSError, subprocess.SubprocessError) as e: raise SystemExit(f'error: KaTeX could not be fetched ({e}); install npm, or put the file of `npm pack katex@{VERSION}` at {archive}')
+            CACHE.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder)/archive.name, part := archive.with_name(f'{archive.name}.{os.getpid()}'))
+            part.rename(archive)
+    data = archive.read_bytes()
+    if (found := hashlib.sha256(data).hexdigest()) != SHA256[VERSION]: raise SystemExit(f'error: {archive} is not KaTeX {VERSION} (sha256 {found}); delete it')
+    return data
+
+def own_katex(out):
+    "Put KaTeX into the site, and have the pages fetch it from there."
+    keep = re.compile(r'package/(LICENSE|dist/(katex\.min\.(css|js)|contrib/auto-render\.min\.js|fonts/[\w-]+\.woff2))')
+    pages = [p for p in out.rglob('*.html') if CDN in p.read_text(encoding='utf-8')]
+    if not pages: return
+    with tarfile.open(fileobj=io.BytesIO(katex())) as files:
+        for member in files:
+            if not keep.fullmatch(member.name): continue
+            target = out/'site_libs'/'katex'/re.sub('^package/(dist/)?', '', member.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(files.extractfile(member).read())
+    for page in pages:
+        here = os.path.relpath(out/'site_libs'/'katex', page.parent).replace(os.sep, '/')
+        page.write_text(page.read_text(encoding='utf-8').replace(CDN, here), encoding='utf-8')
+
+def build():
+    "Build the site into _docs; returns what is wrong with it."
+    os.chdir(ROOT)
+    proc = proc_nbs(n_workers=min(2, os.cpu_count() or 1), force=True)
+    site = NbdevSite(load(proc), quiet=True)
+    site.build()
+    own_katex(site.out)
+    shutil.rmtree(ROOT/'_docs', ignore_errors=True)
+    shutil.move(site.out, ROOT/'_docs')
+    print(f'{len(site.pages)} pages in {ROOT/"_docs"}')
+    return site.warnings
+
+if __name__ == '__main__':      # proc_nbs starts processes, which import this file
+    if wrong := build(): sys.exit('\n'.join(f'error: {w}' for w in wrong))

@@ -132,7 +132,7 @@ def colour_map(heat, # (h, w), not negative
     top = np.percentile(heat, 99.5) if top is None else top
     level = np.clip(heat/(top or heat.max() or 1), 0, 1)
     rgba = colormaps[cmap](.25+.75*level)
-    rgba[..., 3] = level**.7
+    rgba[..., 3] = level
     return (rgba*255).round().astype(np.uint8)
 
 def overlay(rgb, # (H, W, 3) uint8

@@ -86,11 +86,16 @@ class Piece:
 
 # %% ../nbs/00_geometry.ipynb #64b121c6
 _through = {f'torch.nn.modules.{f}' for f in 'conv linear pooling activation dropout flatten padding normalization upsampling pixelshuffle channelshuffle'.split()}
-_opaque = (nn.MultiheadAttention, nn.Softmax2d, nn.LazyLinear)
+_opaque = (nn.MultiheadAttention, nn.Softmax2d, nn.CircularPad2d, StochasticDepth, nn.modules.batchnorm._NormBase)     # their forward looks at shapes
+
+class _Proxy(fx.Proxy): "A traced value for which `x += y` stays what it is: a change of `x`."
+def _recorded(f): return lambda self, other: self.tracer.create_proxy('call_function', f, (self, other), {})
+for f in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow): setattr(_Proxy, f'__{f.__name__}__', _recorded(f))
 
 class _Tracer(fx.Tracer):
+    def proxy(self, node): return _Proxy(node, self)
     def is_leaf_module(self, m, name):
-        if isinstance(m, _opaque+(StochasticDepth, nn.modules.batchnorm._NormBase)): return True
+        if isinstance(m, _opaque): return True
         return super().is_leaf_module(m, name) and not any(c.__module__ in _through for c in type(m).__mro__)
 
 def _hooked(m): return any(getattr(m, f'_{h}_hooks', None) for h in ('forward', 'forward_pre', 'backward', 'backward_pre'))
@@ -204,6 +209,7 @@ def _pad(input, pad, mode='constant', value=None):
 # %% ../nbs/00_geometry.ipynb #73be15c4
 def _pointwise(f, random=None, alias=False):
     def rule(*args, **kwargs):
+        _need('out' not in kwargs, 'writes into a tensor given as out')
         flat = [a for a in (*args, *kwargs.values()) if isinstance(a, (Rows, torch.Tensor))]
         rows = [a for a in flat if isinstance(a, Rows)]
         back = {r.axis-r.ndim for r in rows}
@@ -411,8 +417,9 @@ def _functional(graph, module):
                 new = graph.call_function(F.batch_norm, (n.args[0], *tensors, False, 0., m.eps))
         elif isinstance(m, StochasticDepth):
             with graph.inserting_before(n): new = graph.call_function(stochastic_depth, (n.args[0], m.p, m.mode, m.training))
-        elif isinstance(m, nn.Softmax2d):
-            with graph.inserting_before(n): new = graph.call_function(F.softmax, (n.args[0], 1))
+        elif isinstance(m, (nn.Softmax2d, nn.CircularPad2d)):
+            with graph.inserting_before(n):
+                new = graph.call_function(F.softmax, (n.args[0], 1)) if isinstance(m, nn.Softmax2d) else graph.call_function(F.pad, (n.args[0], m.padding, 'circular'))
         else: continue
         new.meta = n.meta; n.replace_all_uses_with(new); graph.erase_node(n)
     return late

@@ -106,8 +106,8 @@ def choose_zone(rng, tissue, along, spacing, fraction):
 
 # %% ../nbs/06_synthetic.ipynb #2918a480
 PATTERNS = dict( # radius from, to; gap; wall height; waviness; largest share of the zone. All lengths in microns
-    benign=(38, 85, 14, 19, .16, None), crowded=(34, 58, 1, 25, .11, .95),
-    small=(14, 26, 1, 12, .06, .9), fused=(16, 30, -6, 12.5, .10, .95), cribriform=(32, 95, 1, 400, .12, .9), solid=(25, 80, 1, 400, .16, .9))
+    benign=(38, 85, 14, 19, .16, None), crowded=(34, 58, 1, 26, .11, .95),
+    small=(14, 26, 1, 11, .06, .9), fused=(16, 30, -6, 11, .10, .95), cribriform=(32, 95, 1, 400, .12, .9), solid=(25, 80, 1, 400, .16, .9))
 
 @dataclass
 class Glands:
@@ -208,7 +208,7 @@ def _nuclei(rng, y, x, length, width, angle, dark, vary=.15):
     "Rows for `stamp_nuclei`, sizes and darkness varied."
     n = len(y)
     vary = lambda v, by=vary: v*np.exp(rng.normal(0, by, n))
-    return np.stack([y, x, vary(length/2), vary(width/2), np.broadcast_to(angle, n)+rng.normal(0, .25, n), vary(dark, .12)], 1)
+    return np.stack([y, x, vary(length/2), vary(width/2), np.broadcast_to(angle, n)+rng.normal(0, .25, n), vary(dark, .2)], 1)
 
 def ring_nuclei(rng, glands, pitch, inset, length, width, dark, rows=1):
     "Nuclei around each gland, `pitch` apart, `inset` below its outline, pointing to its middle."
@@ -255,7 +255,7 @@ def paint_tissue(rng, size, spacing, tumour_fraction, crowded_fraction):
     for pattern, zone in (('crowded', crowded), ('benign', tissue & ~tumour & ~crowded)):
         glands = place_glands(rng, zone, spacing, pattern, density if pattern == 'benign' else None)
         draw_glands(glands, depth, lumen, spacing)
-        nuclei += [ring_nuclei(rng, glands, 6.2 if pattern == 'benign' else 5.6, 5.5, 9, 5.6, .8, rows=1+(pattern == 'crowded')), ring_nuclei(rng, glands, 15, 1.5, 2.6, 8, .75)]
+        nuclei += [ring_nuclei(rng, glands, 6.2 if pattern == 'benign' else 6., 5.5, 9, 5.6, .8, rows=1+(pattern == 'crowded')), ring_nuclei(rng, glands, 15, 1.5, 2.6, 8, .75)]
     depth[tumour] = lumen[tumour] = -50
     benign = depth > 0
     for pattern, zone in zip(patterns, (tumour & first, tumour & ~first)):
@@ -275,9 +275,9 @@ def _punch(rng, depth, lumen, spacing):
     "Round holes in cribriform sheets."
     where = np.argwhere(depth[::4, ::4] > 16)
     if not len(where): return
-    n = int(where.shape[0]*16*spacing**2/900)
+    n = int(where.shape[0]*16*spacing**2/500)
     centres = (where[rng.integers(len(where), size=n)]+rng.random((n, 2)))*4*spacing
-    y, x, r = _throw(centres, rng.uniform(6, 15, n), 10, np.inf).T
+    y, x, r = _throw(centres, rng.uniform(6, 15, n), 9, np.inf).T
     outline = np.repeat(r[:, None], 512, 1).astype(np.float32)
     draw_glands(Glands(y, x, np.zeros(len(y)), np.sqrt(rng.uniform(.7, 1, len(y))), outline, 0*outline), np.full_like(depth, -50), lumen, spacing)
 
@@ -285,18 +285,18 @@ def _compose(rng, size, spacing, edge, along, across, angle, depth, lumen, tumou
     "Amounts of both stains from the geometry."
     soft = lambda d, width=spacing: np.clip(d/max(width, spacing)+.5, 0, 1)
     sway, tilt = smooth_noise(rng, size, 130/spacing), smooth_noise(rng, size, 60/spacing)
-    wavy = (across+20*sway+6*tilt+1.2*smooth_noise(rng, size, 16/spacing))/spacing
-    bundle = fibre_noise(rng, (along+15*tilt)/spacing, wavy, 26/spacing, 3/spacing)
-    fine = fibre_noise(rng, along/spacing, wavy, 13/spacing, max(.35, .9/spacing))
+    wavy = (across+20*sway+6*tilt+1.6*smooth_noise(rng, size, 16/spacing)+.8*smooth_noise(rng, size, 7/spacing))/spacing
+    bundle = fibre_noise(rng, (along+15*tilt)/spacing, wavy, 17/spacing, 2.4/spacing)
+    fine = fibre_noise(rng, along/spacing, wavy, 6/spacing, max(.35, .7/spacing))
     grain = smooth_noise(rng, size, max(1, 2.5/spacing))
-    cleft = np.clip((bundle+.25*fine-rng.uniform(.9, 1.7))*1.8, 0, 1)
-    eosin = (.33+.05*bundle+.065*fine+.02*tilt)*(1-.85*cleft)
-    blue = (.045+.012*sway+.02*fine)*(1-.85*cleft)
+    cleft = np.clip((bundle+.4*fine+.5*sway-rng.uniform(.7, 1.5))*1.6, 0, 1)
+    eosin = (.33+.06*bundle+.09*fine+.02*tilt)*(1-.9*cleft)
+    blue = (.05+.012*sway+.03*fine)*(1-.9*cleft)
     gland, hollow = soft(depth), soft(lumen)
     gap = np.clip(1-abs(depth+2.5)/2.5, 0, 1)*np.clip(sway+.3, 0, 1) # the stroma shrinks away from glands
     eosin, blue = eosin*(1-.7*gap), blue*(1-.7*gap)
     apical = np.clip((lumen+12)/12, 0, 1)
-    eosin += gland*(.25+.03*grain-.05*apical-eosin)
+    eosin += gland*(.25+.04*grain+.02*fine-.05*apical-eosin)
     blue += gland*(.15+.03*grain+.05*tumour-.05*apical-blue)
     stroma = (depth < -3) & (edge > 3)
     cluster = smooth_noise(rng, size, 90/spacing)+.5*smooth_noise(rng, size, 12/spacing) > rng.uniform(1.4, 2.8)
@@ -304,7 +304,7 @@ def _compose(rng, size, spacing, edge, along, across, angle, depth, lumen, tumou
                              grid_nuclei(rng, stroma & cluster, spacing, 8.5, 6, 5.6, None, .95)])
     i, j = ((nuclei[:, k]/spacing).astype(int).clip(0, size[k]-1) for k in (0, 1))
     nuclei = nuclei[(edge[i, j] > 2) & (lumen[i, j] < -2)]
-    spots = stamp_nuclei(nuclei, size, spacing)*(1+.18*grain)
+    spots = stamp_nuclei(nuclei, size, spacing)*(1+.22*grain)
     secretion = np.clip(smooth_noise(rng, size, 70/spacing)-.8, 0, 1)*np.clip((lumen-6)/8, 0, 1)
     blue, eosin = blue*(1-hollow), eosin*(1-hollow)+.22*secretion*(1+.1*fine)
     blue, eosin = np.maximum(blue, spots), eosin+.1*(spots > 0)
@@ -318,7 +318,7 @@ def stain_image(rng, amounts, spacing, stains=None):
     vectors = np.clip(vectors, 0, None)/np.linalg.norm(vectors, axis=1, keepdims=True)
     tissue = amounts.sum(0) > .01
     strength = np.array([.17, .26])*np.exp(rng.normal(0, .22, 2))/np.maximum(amounts[:, tissue].mean(1), 1e-6)
-    blur = rng.uniform(.3, 1.)/spacing
+    blur = rng.uniform(.25, .65)/spacing
     amounts = [ndimage.gaussian_filter(np.maximum(a, 0), blur, truncate=3)*np.float32(s) for a,s in zip(amounts, strength)]
     white = rng.uniform(238, 250)+rng.normal(0, 1.5, 3)
     image = np.empty((*amounts[0].shape, 3), np.uint8)

@@ -107,7 +107,7 @@ def test_size(path):
 def test_beginning(path):
     "It begins with its title and one line that says what it is for; a room's module has the room's name."
     top = cells(path, 'markdown')[0]['source']
-    assert re.match(r'# \S.*\n+> \S', top), top
+    assert re.match(r'# [^\s#].*\n+> \S', top), top
     if room := re.match(r'\d\d_(\w+)$', path.stem):
         assert any(re.search(rf'^#\s*\|\s*default_exp {room[1]}$', c['source'], re.M) for c in cells(path)), f'no default_exp {room[1]}'
 

@@ -8,7 +8,7 @@ __all__ = ['ACCENT', 'STYLE', 'SCRIPT', 'toy_run', 'Run', 'read_run', 'figure_ur
 # %% ../nbs/15_report.ipynb #386a6eb4
 import base64, csv, hashlib, io, json, math, tomllib
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 import matplotlib.figure, numpy as np
@@ -194,6 +194,7 @@ def _summary(run):
     if run.settings.get('synthetic') is True: tail = (P(Strong('Synthetic cohort.'), ' The labelled slides were painted by a program. The figures show that the software works; they say nothing about patients.', cls='note'),)
     if not m: return Div(P('No AUC', cls='figure'), P(run.notes['metrics']), *tail)
     if m.low <= .5: tail += (P('The interval reaches down to 0.5: on these slides the network cannot be told from guessing.', cls='note'),)
+    if m.low == m.high: tail += (P('Every resample gives the same AUC, because the two classes do not overlap on these slides. The interval has no width then and says nothing about other slides: only more slides can.', cls='note'),)
     return Div(P(Span('Area under the ROC curve', cls='eyebrow'), Span(f'{m.auc:.3f}', cls='figure')),
         P(f'{m.level:.0%} interval ', Strong(str(m.interval))),
         Div(Span(cls='span', style=f'left:{m.low:.1%};width:{m.high-m.low:.1%}'), Span(cls='dot', style=f'left:{m.auc:.1%}'), cls='line', role='img', aria_label=f'AUC {m.auc:.3f} and its interval {m.low:.3f} to {m.high:.3f} on a line from 0 to 1'),
@@ -235,7 +236,7 @@ def _card(run, p, side, top=None):
 # %% ../nbs/15_report.ipynb #2f49ad56
 def _cards(run, slides, top=None, budget=4.2e6):
     "Cards with pictures as large as fit: about `budget` bytes for 40 slides"
-    for side in (640, 512, 384, 288):
+    for side in (1024, 768, 512, 384, 288):
         cards = [_card(run, p, side, top) for p in slides]
         if sum(len(to_xml(c, indent=False)) for c in cards) <= budget*max(1, len(slides)/40): break
     return cards
@@ -259,10 +260,10 @@ def _gallery(run, most):
     top = _common_top(run, seen)
     cards, others = _cards(run, slides[:most], top), _cards(run, run.unlabelled()[:most], top)
     notes = [f'{len(slides):,} slides are too many for one page: shown are the {most} with the largest error.'] if len(slides) > most else []
-    for kind, suffix, what in (('images', '.jpg', 'a picture'), ('heatmaps', '.npy', 'a heatmap')):
-        if lost := sum(not _piece(run, kind, p.slide_id, suffix) for p in seen): notes.append(f'{lost} of {_plural(len(seen), "slide")} {"have" if lost > 1 else "has"} no file in {kind}/, and so {what} is missing.')
-    return (P('What the network saw, and over it where its logit is most sensitive (SmoothGrad), from ', Span('little', cls='ramp'), ' to much. Select a slide to enlarge it.'),
-        *(P(n, cls='note') for n in notes), _controls(), P('', id='count', cls='small', role='status'), Ul(*cards, cls='gallery', id='labelled') if cards else P('There are no labelled slides.', cls='note'),
+    for kind, suffix, what in (('images', '.jpg', 'Pictures'), ('heatmaps', '.npy', 'Heatmaps')):
+        if (n := sum(bool(_piece(run, kind, p.slide_id, suffix)) for p in seen)) < len(seen): notes.append(f'{what} were made of {n} of {_plural(len(seen), "slide")}; the others have no file in {kind}/.')
+    return (P('What the network saw, and over it where its logit is most sensitive (SmoothGrad), from ', Span('little', cls='ramp'), ' to much. The line under a slide is its probability, the tick the threshold. Select a slide to enlarge it.'),
+        *(P(n, cls='small') for n in notes), _controls(), P('', id='count', cls='small', role='status'), Ul(*cards, cls='gallery', id='labelled') if cards else P('There are no labelled slides.', cls='note'),
         (H3('Unlabelled slides'), P('Nobody has told the network or this report what they show, so they count in no figure.'), Ul(*others, cls='gallery')) if others else None)
 
 # %% ../nbs/15_report.ipynb #db682114
@@ -287,7 +288,7 @@ def _cohort(run):
 
 def _predictions(run):
     rows = [(p.slide_id, p.split, None if p.label is None else f'{p.label:g}', f'{p.probability:.4f}', _verdict(p, run.metrics and run.metrics.threshold)[0], None if p.seconds is None else f'{p.seconds:.2f}') for p in run.predictions]
-    return Details(Summary(f'{_plural(len(rows), "prediction")}'), _table('Predictions', ('slide', 'split', 'label', 'probability', 'verdict', 'seconds'), rows, hide=True, cls='numbers'), open=len(rows) <= 60)
+    return Details(Summary(f'{_plural(len(rows), "prediction")}'), _table('Prediction of every slide', ('slide', 'split', 'label', 'probability', 'verdict', 'seconds'), rows, hide=True, cls='numbers'), open=len(rows) <= 60)
 
 # %% ../nbs/15_report.ipynb #186641ef
 def _training(run):
@@ -360,7 +361,7 @@ input { accent-color: var(--accent); }
 .gallery { list-style: none; padding: 0; margin: 1rem 0 0; display: grid; grid-template-columns: repeat(auto-fill, minmax(clamp(9rem, 24vw, 15rem), 1fr)); gap: 1.6rem 1.2rem; }
 .card { min-width: 0; } .card[hidden] { display: none; } .card p { margin: 0; } .card .line { height: .3rem; margin: .7rem 0 .3rem; }
 .frame { display: grid; place-items: center; min-height: clamp(6rem, 16vw, 11rem); background: #f6f4f6; border: 1px solid var(--rule); border-radius: .5rem; overflow: hidden; }
-.view { position: relative; display: block; padding: 0; border: 0; background: none; aspect-ratio: var(--r); width: min(100%, 18rem*var(--r)); }
+.view { position: relative; display: block; padding: 0; border: 0; background: none; aspect-ratio: var(--r); width: min(100%, 14rem*var(--r)); }
 button.view { cursor: zoom-in; }
 .view.none { aspect-ratio: auto; color: #665f70; text-align: center; }
 .view img { position: absolute; inset: 0; width: 100%; height: 100%; display: block; }

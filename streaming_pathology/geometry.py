@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['rules', 'InputError', 'StreamingError', 'Window', 'Piece', 'trace', 'layer_name', 'Rows', 'Op', 'Reduction', 'rule',
-           'Program', 'evaluate']
+           'Program', 'evaluate', 'receptive_field']
 
-# %% ../nbs/00_geometry.ipynb #98358dd5
-import copy, operator
-from dataclasses import dataclass, replace
-from typing import Callable, NamedTuple
+# %% ../nbs/00_geometry.ipynb #2bbee537
+import operator
+from dataclasses import dataclass
+from typing import Callable
 import torch
 from torch import nn, fx
 from torch.nn import functional as F
@@ -68,8 +68,9 @@ class Piece:
         "The input rows `(lo, hi)` inside the image that this piece reads."
         lo, hi = self.window.needs(self.i, self.j)
         if self.window.mode != 'constant' and (lo < 0 or hi > self.height):     # the edge repeats rows from further inside
-            lo, hi = (lo, max(hi, -lo+1)) if lo < 0 else (lo, hi)
-            if hi > self.height: lo = min(lo, 2*self.height-1-hi) if self.window.mode == 'reflect' else min(lo, self.height-1)
+            reflect = self.window.mode == 'reflect'
+            below = min(lo, 2*self.height-1-hi if reflect else self.height-1) if hi > self.height else lo
+            lo, hi = below, max(hi, 1-lo if reflect else 1)
         lo = min(max(lo, 0), self.height)
         return lo, min(max(hi, lo), self.height)
 
@@ -86,7 +87,7 @@ class Piece:
 
 # %% ../nbs/00_geometry.ipynb #64b121c6
 _through = {f'torch.nn.modules.{f}' for f in 'conv linear pooling activation dropout flatten padding normalization upsampling pixelshuffle channelshuffle'.split()}
-_opaque = (nn.MultiheadAttention, nn.Softmax2d, nn.CircularPad2d, StochasticDepth, nn.modules.batchnorm._NormBase)     # their forward looks at shapes
+_opaque = (nn.MultiheadAttention, nn.Softmax2d, nn.CircularPad2d, StochasticDepth, nn.modules.batchnorm._NormBase, nn.modules.conv._ConvTransposeNd)     # their forward looks at shapes
 
 class _Proxy(fx.Proxy): "A traced value for which `x += y` stays what it is: a change of `x`."
 def _recorded(f): return lambda self, other: self.tracer.create_proxy('call_function', f, (self, other), {})
@@ -122,7 +123,8 @@ def layer_name(node):
     return f"layer '{path}' ({kind.split('.')[-1]})" if path else f"'{what}' in forward"
 
 # %% ../nbs/00_geometry.ipynb #ac5bd422
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     "A value that comes in strips; dimension `axis` of its `ndim` is that of the rows."
     ndim: int = 4
     axis: int = 2
@@ -370,7 +372,8 @@ rules[F.adaptive_max_pool2d] = _adaptive(F.adaptive_max_pool2d, _fold_max)
 # %% ../nbs/00_geometry.ipynb #bd576ef8
 _why = {'group_norm': 'normalises over all rows of the image', 'instance_norm': 'normalises over all rows of the image',
         'scaled_dot_product_attention': 'attends over all positions', 'multi_head_attention_forward': 'attends over all positions',
-        'size': 'reads the size of a map, of which only strips exist', 'getattr': 'reads an attribute of a map, of which only strips exist',
+        'InstanceNorm': 'normalises over all rows of the image', 'MultiheadAttention': 'attends over all positions',
+        'size': 'reads the size of a map, of which only strips exist', 'getattr': 'reads an attribute of a map, of which only strips exist', 'dim': 'reads the shape of a map',
         'view': 'reshapes a map, of which only strips exist', 'reshape': 'reshapes a map, of which only strips exist'}
 
 def _inplace(node):
@@ -410,7 +413,8 @@ def _functional(graph, module):
     for n in [n for n in graph.nodes if n.op == 'call_module']:
         m = module.get_submodule(n.target)
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            if (m.training or m.running_mean is None) and late is None:
+            if m.running_mean is None: raise StreamingError(f"{layer_name(n)} keeps no running statistics and normalises over all rows of the image: set track_running_stats=True and freeze them, or stream the part of the network before it.")
+            if m.training and late is None:
                 late = StreamingError(f"{layer_name(n)} uses batch statistics, which need all rows of the image: freeze them (.eval() on the layer), or stream the part of the network before it.")
             with graph.inserting_before(n):
                 tensors = [graph.get_attr(f'{n.target}.{k}') if getattr(m, k) is not None else None for k in ('running_mean', 'running_var', 'weight', 'bias')]
@@ -470,15 +474,14 @@ class Program:
     def _add(self, n, known, inputs):
         "Find the rule of `n` and note what it does, or refuse."
         name = getattr(n.target, '__name__', str(n.target))
-        out = 'stream the part of the network before it'
         try:
             _need('after' not in inputs, 'combines rows with a value that is known only after the last row (as squeeze-excite does)')
             f = rules.get(n.target) if n.op != 'call_module' else None
             if f is None:
-                raise _Refused(_why.get(name, 'may mix all rows' if n.op == 'call_module' else f'({name}) is not known to work row by row'))
+                raise _Refused(_why.get(name) or next((w for k, w in _why.items() if k in layer_name(n)), 'is not known to work row by row'))
             try: op = f(*fx.map_arg(n.args, known.get), **fx.map_arg(n.kwargs, known.get))
             except (TypeError, AttributeError) as e: raise _Refused(f'is called in a way that is not understood ({e})')
-        except _Refused as e: raise StreamingError(f'{layer_name(n)} {e} and cannot be streamed: {out}.') from None
+        except _Refused as e: raise StreamingError(f'{layer_name(n)} {e} and cannot be streamed: stream the part of the network before it.') from None
         self.ops[n] = op
         if isinstance(op, Reduction): return 'after'
         self.rows[n] = op.out
@@ -493,3 +496,13 @@ def evaluate(node, module, env):
     args, kwargs = fx.map_arg(node.args, env.__getitem__), fx.map_arg(node.kwargs, env.__getitem__)
     if node.op == 'call_module': return module.get_submodule(node.target)(*args, **kwargs)
     return getattr(args[0], node.target)(*args[1:], **kwargs) if node.op == 'call_method' else node.target(*args, **kwargs)
+
+# %% ../nbs/00_geometry.ipynb #6feabbde
+def receptive_field(module):
+    "For each value of `module` that comes in strips: `(name, rows of the image it sees, stride in image rows)`."
+    program, seen = Program(module), {}
+    for n in program.rows:
+        if n is program.image: seen[n] = (1, 1); continue
+        w = program.ops[n].window
+        seen[n] = max((r+(w.span-1)*s, s*w.stride) for r, s in (seen[a] for a in program.inputs[n]))
+    return [(layer_name(n), *seen[n]) for n in program.ops if n in seen]

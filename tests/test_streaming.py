@@ -2,8 +2,8 @@
 
 `STREAMING_EXAMPLES=1000 pytest tests/test_streaming.py` tries more of them.
 """
-import os
-import pytest, torch
+import copy, os, pickle
+import pytest, torch, torchvision
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -132,3 +132,252 @@ def test_streamed_equals_plain(network, n, height, width, strip, seed):
     torch.manual_seed(seed)
     channels, net = network
     compare(net, torch.randn(n, channels, height, width, dtype=torch.double, requires_grad=True), strip)
+
+# --- networks of torchvision, whole, at an odd size
+
+def shake(net):
+    "Float64 with statistics and scales that are not the neutral ones."
+    net = net.double().eval()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 1.5); nn.init.uniform_(m.weight, .5, 1.5); nn.init.normal_(m.bias, 0, .1)
+    return net
+
+@pytest.mark.parametrize('name', 'resnet18 resnet34 resnet50 vgg11_bn densenet121 convnext_tiny mobilenet_v2'.split())
+def test_torchvision(name):
+    torch.manual_seed(0)
+    compare(shake(getattr(torchvision.models, name)(num_classes=2)), torch.randn(1, 3, 141, 93, dtype=torch.double, requires_grad=True), 37)
+
+# --- refusals: each names the layer and comes before anything is computed
+
+class Fn(nn.Module):
+    "A forward written as a function."
+    def __init__(self, f, **layers):
+        super().__init__(); self.f = f
+        for k, m in layers.items(): setattr(self, k, m)
+    def forward(self, x): return self.f(self, x)
+
+class Two(nn.Module):
+    def forward(self, x, y): return x+y
+
+conv = nn.Conv2d(3, 8, 3)
+def hooked():
+    m = nn.Conv2d(3, 8, 3); m.register_forward_hook(lambda *a: None)
+    return nn.Sequential(m)
+
+refusals = {
+    'batch statistics': (lambda: nn.Sequential(conv, nn.BatchNorm2d(8)), "'1' (BatchNorm2d)"), 'no running statistics': (lambda: nn.Sequential(conv, nn.BatchNorm2d(8, track_running_stats=False)).eval(), "(BatchNorm2d)"),
+    'group norm': (lambda: nn.Sequential(conv, nn.GroupNorm(2, 8)), "'1' (GroupNorm)"), 'instance norm': (lambda: nn.Sequential(conv, nn.InstanceNorm2d(8)), '(InstanceNorm2d)'),
+    'layer norm over rows': (lambda: nn.Sequential(conv, nn.LayerNorm([8, 18, 18])), '(LayerNorm)'), 'squeeze-excite': (lambda: nn.Sequential(conv, torchvision.ops.SqueezeExcitation(8, 2)), '(SqueezeExcitation)'),
+    'attention': (lambda: Fn(lambda m, x: m.attend(x, x, x)[0], attend=nn.MultiheadAttention(8, 2)), '(MultiheadAttention)'), 'flatten': (lambda: nn.Sequential(conv, nn.Flatten(), nn.Linear(2592, 2)), '(Flatten)'),
+    'view': (lambda: Fn(lambda m, x: x.view(1, -1)), 'view'), 'shape': (lambda: Fn(lambda m, x: x.reshape(x.shape[0], -1)), 'strips'), 'size': (lambda: Fn(lambda m, x: x*x.size(2)), 'size'),
+    'control flow': (lambda: Fn(lambda m, x: x if x.sum() > 0 else -x), 'traced'), 'softmax over rows': (lambda: Fn(lambda m, x: x.softmax(2)), 'softmax'), 'cat of rows': (lambda: Fn(lambda m, x: torch.cat([x, x], 2)), 'cat'),
+    'flip': (lambda: Fn(lambda m, x: x.flip(2)), 'flip'), 'matmul': (lambda: Fn(lambda m, x: x.transpose(2, 3) @ x), 'matmul'), 'transposed join': (lambda: Fn(lambda m, x: x+x.transpose(2, 3)), 'add'),
+    'circular height': (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode='circular')), 'circular'), 'indices': (lambda: nn.MaxPool2d(2, return_indices=True), 'max_pool2d'),
+    'upsampling': (lambda: nn.Sequential(nn.Upsample(scale_factor=2)), 'Upsample'), 'transposed convolution': (lambda: nn.Sequential(nn.ConvTranspose2d(3, 8, 2, 2)), 'ConvTranspose2d'),
+    'rows picked': (lambda: Fn(lambda m, x: x[:, :, 2:]), 'picks out rows'), 'mask': (lambda: Fn(lambda m, x: x[x > 0]), 'getitem'), 'maximum': (lambda: Fn(lambda m, x: x.max()), 'max'), 'rows cut off': (lambda: Fn(lambda m, x: F.pad(x, (0, 0, -1, 0))), 'pad'),
+    'position embedding': (lambda: Apply(lambda m, x: x+m.p, p=torch.randn(1, 3, 20, 20)), 'row to row'), 'two inputs': (Two, 'one input'), 'recurrent': (lambda: nn.Sequential(nn.LSTM(20, 4)), 'LSTM'),
+    'hooks': (hooked, 'hooks'), 'spectral norm by hooks': (lambda: nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)), 'hooks'), 'feature alpha dropout': (lambda: nn.Sequential(nn.FeatureAlphaDropout(.5)), 'FeatureAlphaDropout'),
+    'in-place on a view': (lambda: Fn(lambda m, x: (lambda y, z: torch.relu_(y).sum((2, 3))+z.sum((2, 3)))(*(lambda y: (y, y.permute(0, 1, 3, 2)))(x*2))), 'in place'), 'out=': (lambda: Fn(lambda m, x: torch.add(x, 1, out=x)), 'out'),
+}
+
+@pytest.mark.parametrize('what', refusals)
+def test_refusals(what):
+    make, says = refusals[what]
+    with pytest.raises(StreamingError) as e: stream(make(), 4)(torch.randn(1, 3, 20, 20))
+    assert says in str(e.value) and '\n' not in str(e.value)
+
+@pytest.mark.parametrize('x', [torch.randn(3, 20, 20), torch.randn(0, 3, 20, 20), torch.randn(1, 3, 0, 20), 'image', torch.randn(1, 4, 20, 20), torch.zeros(1, 3, 20, 20, dtype=torch.uint8), torch.randn(1, 3, 20, 20).double(), torch.randn(1, 3, 2, 20), torch.randn(1, 3, 20, 2)])
+def test_images_that_do_not_fit(x):
+    with pytest.raises(StreamingError) as e: stream(conv, 4)(x)
+    if isinstance(x, torch.Tensor) and 2 in x.shape: assert 'too small' in str(e.value)
+
+@pytest.mark.parametrize('strip', [0, -1, 2.5, '8', None, True])
+def test_strip_is_a_number_of_rows(strip):
+    with pytest.raises(StreamingError): stream(conv, strip)
+
+# --- types, modes and memory formats
+
+def small(): return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), frozen_norm(8), nn.ReLU(True), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU())
+
+def gradients(net, f, x, g=None):
+    net.zero_grad(set_to_none=True)
+    y = f(x)
+    y.backward(torch.ones_like(y) if g is None else g)
+    return y.detach(), [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    torch.manual_seed(0); net, x = small(), torch.randn(1, 3, 65, 40)
+    with torch.autocast('cpu', dtype):
+        y, ys = net(x), stream(net, 7)(x)
+        assert ys.dtype == y.dtype == dtype
+    y.float().sum().backward(); want = [p.grad.clone() for p in net.parameters()]; net.zero_grad()
+    ys.float().sum().backward()      # outside the context: the recomputation must be under autocast all the same
+    got = [p.grad for p in net.parameters()]
+    assert (y-ys).abs().max() < 2e-2 and all((a-b).norm() < 2e-2*b.norm() for a, b in zip(got, want))
+    exact = gradients(net, net, x)[1]
+    assert any((a-b).norm() > 1e-4*b.norm() for a, b in zip(got, exact))       # it was not float32
+    with torch.no_grad(), torch.autocast('cpu', dtype): streamed = stream(net, 7)(x)
+    assert torch.equal(streamed, ys)
+
+def test_autocast_of_the_forward_pass_holds_in_backward():
+    torch.manual_seed(0); net, x = small(), torch.randn(1, 3, 33, 20)
+    want = gradients(net, net, x)[1]; net.zero_grad()
+    y = stream(net, 5)(x)
+    with torch.autocast('cpu', torch.bfloat16): y.sum().backward()
+    assert all((p.grad-b).norm() < 1e-5*b.norm() for p, b in zip(net.parameters(), want))
+
+def test_plain_network_after_streamed_under_one_autocast():
+    torch.manual_seed(0); net, x = small(), torch.randn(1, 3, 33, 20)
+    with torch.autocast('cpu', torch.bfloat16):
+        stream(net, 5)(x)
+        net(x).float().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+def test_uint8_is_normalised_strip_by_strip():
+    torch.manual_seed(0)
+    net = nn.Sequential(Apply(lambda m, x: x.float()/255), *small())
+    x = torch.randint(0, 256, (2, 3, 43, 31), dtype=torch.uint8)
+    (a, ga), (b, gb) = gradients(net, net, x), gradients(net, stream(net, 6), x)
+    assert torch.allclose(a, b, atol=1e-6) and all((p-q).norm() <= 1e-5*p.norm() for p, q in zip(ga, gb))
+
+@pytest.mark.parametrize('strip', [5, 100])
+def test_channels_last_stays(strip):
+    net = small().to(memory_format=torch.channels_last); x = torch.randn(2, 3, 40, 24).contiguous(memory_format=torch.channels_last)
+    y, ys = net(x), stream(net, strip)(x)
+    assert y.is_contiguous(memory_format=torch.channels_last) and ys.is_contiguous(memory_format=torch.channels_last) and torch.allclose(y, ys, atol=1e-6)
+    x = torch.randn(2, 3, 40, 24)
+    assert stream(small(), strip)(x).is_contiguous()
+
+def test_without_grad_nothing_is_kept():
+    net, x = small(), torch.randn(1, 3, 40, 24); s = stream(net, 8)
+    with torch.no_grad(): a = s(x)
+    with torch.inference_mode(): b = s(x)
+    assert a.grad_fn is None and torch.equal(a, b) and torch.equal(a, s(x))
+    assert s(x).grad_fn is not None
+    assert stream(small().requires_grad_(False), 8)(x).grad_fn is None
+
+def test_frozen_beginning_is_not_backpropagated():
+    torch.manual_seed(0); net, x = small().double(), torch.randn(1, 3, 40, 24, dtype=torch.double)
+    net[:4].requires_grad_(False)
+    backward, (a, ga) = [], gradients(net, net, x)
+    class Spy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x*1
+        @staticmethod
+        def backward(ctx, g): backward.append(1); return g
+    b, gb = gradients(net, stream(net, 8), x)
+    assert len(gb) == 2 and all(close(p, q) for p, q in zip(gb, ga))
+    run = stream(net, 8); program = run.program()
+    want = {n for n in program.ops if 'conv2d' in str(n)}
+    from streaming_pathology.streaming import _Pass
+    env = {n: dict(net.named_parameters()) .get(n.target, dict(net.named_buffers()).get(n.target)) for n in program.operands}
+    p = _Pass(program, net, x, env, 8)
+    assert sorted(str(n) for n in p.wanted(x, env) if n in want) == ['conv2d_1']
+
+def test_copies_and_pickles():
+    net, x = small(), torch.randn(1, 3, 30, 20); s = stream(net, 7)
+    assert list(s.state_dict()) == list(net.state_dict()) and [id(p) for p in s.parameters()] == [id(p) for p in net.parameters()]
+    for c in (copy.deepcopy(s), pickle.loads(pickle.dumps(s)), stream(s, 4), copy.deepcopy(nn.ModuleDict({'a': s, 'b': nn.Linear(1, 1)}))['a']):
+        assert torch.allclose(c(x), s(x), atol=1e-6) and list(c.state_dict()) == list(net.state_dict())
+        if c.module is not net:
+            with torch.no_grad(): c[0].weight.zero_() if hasattr(c, '__getitem__') else c.get_submodule('0').weight.zero_()
+            assert not torch.allclose(c(x), s(x)) and net[0].weight.abs().max() > 0
+    s.double(); assert net[0].weight.dtype == torch.float64 and s(x.double()).dtype == torch.float64
+    s.load_state_dict(small().double().state_dict()); assert torch.allclose(net(x.double()), s(x.double()))
+    net[5] = nn.Tanh(); assert torch.allclose(net(x.double()), s(x.double()))      # a layer replaced later
+    s.train(); assert net[1].training
+    with pytest.raises(StreamingError): s(x.double())
+    s.eval(); assert torch.allclose(net(x.double()), s(x.double()))
+
+def test_hooks_on_parameters_see_the_sum_once():
+    net, x = small(), torch.randn(1, 3, 40, 24); seen = []
+    net[0].weight.register_hook(lambda g: seen.append(g.clone()) or 2*g)
+    want = gradients(net, net, x)[1]; got = gradients(net, stream(net, 4), x)[1]
+    assert len(seen) == 2 and torch.allclose(seen[0], seen[1], rtol=1e-4, atol=1e-4) and torch.allclose(want[0], got[0], rtol=1e-4, atol=1e-4)
+
+def test_accumulation_scaler_and_clearing():
+    torch.manual_seed(0); net = small().double(); s = stream(net, 9); xs = torch.randn(3, 1, 3, 40, 24, dtype=torch.double)
+    want = gradients(net, net, xs[:, 0])[1]; net.zero_grad(set_to_none=True)
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
+    for x in xs: scaler.scale(s(x).sum()).backward()
+    assert all(close(p.grad, 1024*g) for p, g in zip(net.parameters(), want))
+
+def test_what_would_be_wrong_raises():
+    net, x = small(), torch.randn(1, 3, 40, 24); s = stream(net, 8)
+    y = s(x).sum(); y.backward(retain_graph=True)
+    with pytest.raises(StreamingError, match='again'): y.backward()
+    y = s(x).sum()
+    with torch.no_grad(): net[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match='modified'): y.backward()
+    y = s(x).sum(); x.mul_(2)
+    with pytest.raises(RuntimeError, match='modified'): y.backward()
+    y = s(x).sum(); net[5].eval()
+    with pytest.raises(StreamingError, match='changed'): y.backward()
+    net.eval(); x.requires_grad_(); y, = torch.autograd.grad(s(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError): y.sum().backward()
+
+@pytest.mark.parametrize('layer', [nn.Dropout(.5), nn.Dropout2d(.5), torchvision.ops.StochasticDepth(.5, 'row'), torchvision.ops.StochasticDepth(.5, 'batch'), nn.AlphaDropout(.4), nn.RReLU()])
+def test_random_layers_draw_the_same_mask_in_recomputation(layer):
+    "y = sum of mask * w * x, so dy/dw * w must be y itself: with another mask in recomputation it is not."
+    torch.manual_seed(1)
+    scale = Apply(lambda m, x: m.w*x, w=torch.ones(1, dtype=torch.double))
+    net = nn.Sequential(scale, layer).train(); x = (torch.rand(4, 5, 30, 8, dtype=torch.double)+.1)*torch.randn(4, 5, 30, 8).sign()
+    s = stream(net, 4); before = torch.get_rng_state(); y = s(x)
+    after = torch.get_rng_state()
+    if not isinstance(layer, nn.AlphaDropout):
+        g, = torch.autograd.grad(y.sum(), scale.w)
+        assert abs((g*scale.w-y.sum()).item()) < 1e-9*abs(y.sum().item())+1e-9
+        assert torch.equal(torch.get_rng_state(), after)       # backward leaves the generator alone
+    else: y.sum().backward()
+    if isinstance(layer, (nn.Dropout2d, torchvision.ops.StochasticDepth)):
+        mask = (y/x).detach(); assert (mask-mask[:, :, :1, :1]).abs().max() < 1e-12      # one mask for all strips
+    torch.set_rng_state(before); assert torch.equal(s(x), y)
+    assert not torch.equal(s(x), y) or isinstance(layer, torchvision.ops.StochasticDepth)
+
+class Branches(nn.Module):
+    "Several outputs, one of them twice; one value behind a reduction."
+    def __init__(self): super().__init__(); self.a, self.b, self.c = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 5, 3, 2), nn.Linear(5, 2)
+    def forward(self, x):
+        a = self.a(x); b = self.b(a)
+        return {'maps': [a, b], 'again': a, 'logits': self.c(b.mean((2, 3))), 'none': None}
+
+def test_several_outputs():
+    torch.manual_seed(0); net = Branches().double(); x = torch.randn(2, 3, 37, 20, dtype=torch.double); s = stream(net, 5)
+    def loss(o): return o['maps'][0].square().sum()+o['maps'][1].sin().sum()+o['again'].sum()+o['logits'].square().sum()
+    want = torch.autograd.grad(loss(net(x)), list(net.parameters())); got = torch.autograd.grad(loss(s(x)), list(net.parameters()))
+    assert all(close(a, b) for a, b in zip(got, want)) and s(x)['none'] is None
+    got = torch.autograd.grad(s(x)['maps'][1].sum(), list(net.parameters())[:4]); want = torch.autograd.grad(net(x)['maps'][1].sum(), list(net.parameters())[:4])      # some outputs unused
+    assert all(close(a, b) for a, b in zip(got, want))
+
+def test_parametrised_weights():
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)).eval()).double()
+    compare(net, torch.randn(1, 3, 20, 15, dtype=torch.double, requires_grad=True), 4)
+
+def test_shared_weights_and_python_aliases():
+    class Aliases(nn.Module):
+        def __init__(self): super().__init__(); self.c = nn.Conv2d(3, 3, 3, padding=1)
+        def forward(self, x):
+            y = self.c(x); z = y; y += x; u = self.c(z); u *= 2
+            return u+z
+    compare(Aliases().double(), torch.randn(1, 3, 20, 15, dtype=torch.double, requires_grad=True), 4)
+
+# --- two processes
+
+def _ddp(rank, folder, streamed):
+    import torch.distributed as dist
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet{streamed}', rank=rank, world_size=2)
+    torch.manual_seed(0); net = small().double()
+    model = nn.parallel.DistributedDataParallel(stream(net, 8) if streamed else net)
+    torch.manual_seed(10+rank); x = torch.randn(1, 3, 40, 24, dtype=torch.double)
+    with model.no_sync(): model(x).square().sum().backward()
+    model(2*x).square().sum().backward()
+    torch.save([p.grad for p in net.parameters()], f'{folder}/{streamed}_{rank}.pt')
+    dist.destroy_process_group()
+
+def test_distributed_data_parallel(tmp_path):
+    import torch.multiprocessing as mp
+    for streamed in (0, 1): mp.spawn(_ddp, (str(tmp_path), streamed), nprocs=2)
+    plain, a, b = (torch.load(tmp_path/f'{f}.pt') for f in ('0_0', '1_0', '1_1'))
+    assert all(torch.equal(p, q) for p, q in zip(a, b)) and all(close(p, q) for p, q in zip(a, plain))

@@ -7,7 +7,7 @@ __all__ = ['SAMPLE_SHA256', 'FINEST', 'COARSEST', 'sample_slide', 'area_average'
            'otsu', 'tissue_mask', 'tissue_box']
 
 # %% ../nbs/05_slides.ipynb #09f2da53
-import base64, functools, hashlib, html, math, os, struct, tempfile, warnings
+import base64, functools, hashlib, html, math, os, shutil, struct, tempfile, threading, warnings
 from io import BytesIO
 from pathlib import Path
 import numpy as np, openslide, pyvips
@@ -152,6 +152,8 @@ class _VipsReader:
         "All pixels of a flat file, which cannot be read in parts; beyond 512 MB they lie in a temporary file."
         if self.pixels is None:
             shape = (*self.sizes[0], 3)
+            if math.prod(shape) > max(in_memory, shutil.disk_usage(tempfile.gettempdir()).free):
+                raise InputError(f'{self.path} is not tiled and too large to decode ({shape[0]} x {shape[1]} pixels): convert it to a tiled TIFF')
             pixels = np.empty(shape, np.uint8) if math.prod(shape) <= in_memory else np.memmap(tempfile.TemporaryFile(), np.uint8, shape=shape)
             region, step = pyvips.Region.new(self.open()), max(1, 2**24//(3*shape[1]))
             for top in range(0, shape[0], step):
@@ -199,12 +201,12 @@ def area_average(
 
 # %% ../nbs/05_slides.ipynb #4bb73eb9
 class Slide:
-    "A slide file: any region of it at any spacing. Opened again in every process that uses it, so it can be pickled and survives a fork."
+    "A slide file: any region of it at any spacing. Opened again in every process and thread that uses it, so it can be pickled and survives a fork."
     def __init__(self,
         path, # any file that OpenSlide or libvips opens
         spacing=None, # microns per pixel at full resolution; needed only where the file does not say, and goes before what it says
     ):
-        self.path, self._reader, self._process = Path(path), None, None
+        self.path, self._own = Path(path), threading.local()
         r = self._open()
         if spacing is not None:
             try: spacing = float(spacing)
@@ -218,16 +220,18 @@ class Slide:
         self.levels = [(h, w, self.spacing*_whole(self.size[0]/h, h)) for h,w in r.sizes]
 
     def _open(self):
-        if self._reader is None or self._process != os.getpid(): self._reader, self._process = _open_reader(self.path), os.getpid()
-        return self._reader
+        "The reader of this process and thread; readers may not be shared."
+        if getattr(self._own, 'process', None) != os.getpid(): self._own.reader, self._own.process = _open_reader(self.path), os.getpid()
+        return self._own.reader
 
     def close(self):
-        if self._reader is not None and self._process == os.getpid(): self._reader.close()
-        self._reader = None
+        if getattr(self._own, 'process', None) == os.getpid(): self._own.reader.close()
+        self._own = threading.local()
 
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
-    def __getstate__(self): return dict(self.__dict__, _reader=None, _process=None)
+    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k != '_own'}
+    def __setstate__(self, state): self.__dict__.update(state, _own=threading.local())
     def __repr__(self): return f"Slide({self.path.name}: {self.size[0]} x {self.size[1]} pixels of {self.spacing:.4g} microns, {len(self.levels)} level{'s'*(len(self.levels)>1)}, {self.format})"
 
 def _whole(ratio, n): return round(ratio) if abs(ratio-round(ratio))*n < 1.5 else ratio # levels are rounded to whole pixels

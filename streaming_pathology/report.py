@@ -391,7 +391,7 @@ dialog .bar button { font: inherit; color: inherit; background: var(--wash); bor
 footer { padding-bottom: 3rem; }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
 @media print { :root { color-scheme: light; font-size: 11px; --paper: #fff; --ink: #000; --soft: #444; --rule: #ccc; } nav, .controls, .js .controls, dialog, #count { display: none; }
-  body { print-color-adjust: exact; -webkit-print-color-adjust: exact; } section { padding: 1.2rem 0; } .card, figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  header { padding-bottom: 1rem; } body { print-color-adjust: exact; -webkit-print-color-adjust: exact; } section { padding: 1.2rem 0; } .card, figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
   .gallery { grid-template-columns: repeat(3, 1fr); } img.plot { filter: none; } }
 '''
 

@@ -52,9 +52,9 @@ def load_checkpoint(path, device='cpu'): # the dict that was saved
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # of foreign files; they are refused below
             state = torch.load(path, map_location=device, weights_only=True)
-    except OSError as e: raise InputError(f'{path} cannot be read: {_reason(e)}') from None
+    except PermissionError as e: raise InputError(f'{path} cannot be read: {_reason(e)}') from None
     except Exception as e:
-        unsafe = 'weights' in str(e).lower() and 'unsupported' in str(e).lower()
+        unsafe = any(s in str(e).lower() for s in ('unsupported global', 'unsupported class', 'unsafe'))
         why = 'holds more than tensors and numbers, which could run code; it is not loaded' if unsafe else 'is damaged, or no checkpoint of this package'
         raise InputError(f'{path} {why}') from None
     if not (isinstance(state, dict) and 'versions' in state): raise InputError(f'{path} is a torch file, but no checkpoint of this package')

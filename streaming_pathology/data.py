@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'Case', 'several', 'read_manifest', 'check_classes', 'tiny_cohort', 'split_cohort', 'resolve_splits',
            'fit_canvas', 'flips', 'slide_rng', 'SlideDataset', 'check_cohort', 'cropped', 'EpochSampler',
-           'slide_loader']
+           'slide_loader', 'sample_patches']
 
 # %% ../nbs/08_data.ipynb #d92a64d3
 import csv, difflib, math, re, warnings, zlib
@@ -268,9 +268,9 @@ class SlideDataset(Dataset):
         if self.augment: image = self.augment(image, slide_rng(self.seed, epoch, c.slide_id))
         return dict(image=image, label=torch.tensor(math.nan if c.label is None else c.label, dtype=torch.float32), slide_id=c.slide_id)
 
-    def part(self, split, augment=None):
-        "The cases of one split as a dataset that shares this one's cache."
-        new = SlideDataset([c for c in self.cases if c.split == split], self.spacing, self.size, augment, self.seed, self.cache, self.fill)
+    def part(self, *splits, augment=None):
+        "The cases of some splits as a dataset that shares this one's cache; '' are those without a split."
+        new = SlideDataset([c for c in self.cases if c.split in splits], self.spacing, self.size, augment, self.seed, self.cache, self.fill)
         new.kept = self.kept
         return new
 
@@ -335,3 +335,19 @@ def slide_loader(data,             # `SlideDataset`
     sampler = EpochSampler([c.label for c in data.cases], seed, oversample and train, shuffle=train)
     more = dict(multiprocessing_context='spawn', persistent_workers=True, prefetch_factor=2) if workers else {}
     return DataLoader(data, batch_size=None, sampler=sampler, num_workers=workers, **more)
+
+# %% ../nbs/08_data.ipynb #fff2b57c
+def sample_patches(data,     # `SlideDataset`
+                   n=32,     # patches
+                   size=256, # pixels a side
+                   seed=0, tries=8):
+    "`n` patches of tissue, uint8 (n, 3, size, size); smaller images are padded with white."
+    rng, out = np.random.default_rng(seed), []
+    for k in range(n):
+        image, _ = data.read(int(rng.permutation(len(data))[k % len(data)]))
+        rgb = image.permute(1, 2, 0).numpy()
+        if min(rgb.shape[:2]) < size: rgb = fit_canvas(rgb, [max(size, v) for v in rgb.shape[:2]])
+        at = rng.integers(0, np.array(rgb.shape[:2])-size+1, (tries, 2))
+        crops = [rgb[t:t+size, l:l+size] for t, l in at]
+        out.append(min(crops, key=lambda c: c.mean()))
+    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).contiguous()

@@ -63,13 +63,13 @@ def predict(model,        # gives logits (1, n_out) for an image (1, 3, H, W)
     "One dict a slide: slide_id, label (None if unknown), probability, loss (None if unknown), seconds."
     rows, was = [], model.training
     model.eval()
-    for item in tqdm(as_loader(data), desc=desc, unit='slide', leave=False, disable=not progress):
-        start = time.perf_counter()
-        logits = logits_of(model, item, device, amp)
-        p, label = probabilities(logits)[0].cpu(), item['label'].item()
-        known = not math.isnan(label)
-        rows.append(dict(slide_id=item['slide_id'], label=label if known else None, probability=p.tolist(),
-                         loss=slide_loss(logits, item['label'].to(device)[None]).item() if known else None, seconds=time.perf_counter()-start))
+    with tqdm(as_loader(data), desc=desc, unit='slide', leave=False, disable=not progress) as bar:
+        for item in bar:
+            start = time.perf_counter()
+            logits, label = logits_of(model, item, device, amp), item['label'].item()
+            known = not math.isnan(label)
+            rows.append(dict(slide_id=item['slide_id'], label=label if known else None, probability=probabilities(logits)[0].tolist(),
+                             loss=slide_loss(logits, item['label'].to(device)[None]).item() if known else None, seconds=time.perf_counter()-start))
     model.train(was)
     return rows
 
@@ -108,14 +108,12 @@ def synth_learner(n=24, seed=0): # model, train, tuning: what `fit` takes
     return TinyNet(), synth_slides(n, seed), synth_slides(n//2, seed+1)
 
 # %% ../nbs/09_training.ipynb #5aa9cff8
-def train_epoch(s,        # `State`
-                loader,   # of single slides
-                progress=True):
+def train_epoch(s,     # `State`
+                bar):  # of single slides, with a length; a progress bar around a loader
     "One pass over the slides; returns the mean loss over those drawn."
     losses, batch, params = [], [], [p for g in s.optimizer.param_groups for p in g['params']]
     s.model.train(); s.optimizer.zero_grad()
-    bar = tqdm(loader, desc=f'epoch {s.epoch+1}/{s.epochs}', unit='slide', leave=False, disable=not progress)
-    for item, size in zip(bar, batch_sizes(len(loader), s.batch)):
+    for item, size in zip(bar, batch_sizes(len(bar), s.batch)):
         loss = slide_loss(logits_of(s.model, item, s.device, s.amp), item['label'].to(s.device)[None])
         batch.append(item['slide_id']); losses.append(loss.item())
         if not math.isfinite(losses[-1]): raise InputError(f'slide {batch[-1]!r}: its loss is {losses[-1]} in epoch {s.epoch+1}; {WAY_OUT}')
@@ -175,7 +173,7 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
         torch.manual_seed(seed*100_003+s.epoch)
         if hasattr(getattr(train, 'sampler', None), 'set_epoch'): train.sampler.set_epoch(s.epoch)
         s.tell(callbacks, 'before_epoch')
-        row = dict(epoch=s.epoch+1, train_loss=train_epoch(s, train, progress))
+        with tqdm(train, desc=f'epoch {s.epoch+1}/{epochs}', unit='slide', leave=False, disable=not progress) as bar: row = dict(epoch=s.epoch+1, train_loss=train_epoch(s, bar))
         if tuning is not None: row.update({f'tuning_{k}': v for k, v in summary(predict(model, tuning, device, amp, progress, 'tuning')).items()})
         s.history.append(row | dict(lr=s.optimizer.param_groups[0]['lr'], seconds=time.perf_counter()-start, peak_mb=peak_mb(device)))
         s.tell(callbacks, 'after_epoch')

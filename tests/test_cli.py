@@ -1,0 +1,190 @@
+"What the commands do with bad input: one `error:` line that names the thing, exit status 2, no traceback, nothing half-written."
+import json, os, re, shutil, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest, pyvips, torch
+from streaming_pathology import cli
+from streaming_pathology.data import tiny_cohort
+from streaming_pathology.slides import sample_slide
+
+QUICK = ['--spacing', 4, '--epochs', 1, '--batch', 4, '--strip', 64, '--heatmaps', 0, '--lr', 1e-3]
+HEADER = 'slide_id,label,path,patient_id,split\n'
+
+@pytest.fixture(scope='module')
+def cohort(tmp_path_factory):
+    "A folder with a good cohort of 12 small slides."
+    return tiny_cohort(tmp_path_factory.mktemp('good')/'cohort', size=(64, 64)).parent
+
+@pytest.fixture
+def bad(cohort, tmp_path):
+    "A copy of the cohort to spoil."
+    shutil.copytree(cohort, tmp_path/'cohort')
+    return tmp_path/'cohort'
+
+@pytest.fixture(scope='module')
+def trained(cohort, tmp_path_factory):
+    "A run folder."
+    out = tmp_path_factory.mktemp('trained')/'run'
+    assert cli.main(['train', cohort/'manifest.csv', out, *QUICK]) == 0
+    return out
+
+def tree(folder): return {p: p.stat().st_mtime_ns for p in Path(folder).rglob('*')}
+
+def refused(capsys, argv, *says, status=2):
+    "Run a command in this process; it must refuse, and say these things in its one line."
+    capsys.readouterr()
+    assert cli.main(argv) == status
+    out, err = capsys.readouterr()
+    errors = [l for l in re.split('[\r\n]+', err) if 'error:' in l]
+    assert len(errors) == 1 and errors[0].startswith('error: ') and 'Traceback' not in err, err
+    for s in says: assert str(s) in errors[0], errors[0]
+    return errors[0]
+
+def training_refused(capsys, folder, *says, options=()):
+    "sp_train on the folder's manifest must refuse and write nothing."
+    before = tree(folder.parent)
+    said = refused(capsys, ['train', folder/'manifest.csv', folder.parent/'run', *QUICK, *options], *says)
+    assert tree(folder.parent) == before
+    return said
+
+def manifest(folder, text): (folder/'manifest.csv').write_text(text)
+
+# the manifest
+
+def test_missing(bad, capsys): (bad/'manifest.csv').unlink(); training_refused(capsys, bad, 'manifest.csv', 'no such file')
+def test_empty(bad, capsys): manifest(bad, ''); training_refused(capsys, bad, 'manifest.csv is empty')
+def test_only_a_header(bad, capsys): manifest(bad, HEADER); training_refused(capsys, bad, 'manifest.csv', 'no rows')
+def test_no_label_column(bad, capsys): manifest(bad, 'slide_id,path\ns00,slides/s00.tiff\n'); training_refused(capsys, bad, 'manifest.csv', "'label'", 'slide_id, path')
+def test_no_id_column(bad, capsys): manifest(bad, 'slide,label\ns00,1\n'); training_refused(capsys, bad, 'manifest.csv', "'slide_id'")
+def test_semicolons(bad, capsys): manifest(bad, HEADER.replace(',', ';')+'s00;0;slides/s00.tiff;p;train\n'); training_refused(capsys, bad, "';'", 'commas')
+def test_duplicates(bad, capsys): manifest(bad, HEADER+'s00,0,slides/s00.tiff,p,\ns00,1,slides/s01.tiff,q,\n'); training_refused(capsys, bad, 'line 3', "'s00'", 'line 2')
+def test_label_no_number(bad, capsys): manifest(bad, HEADER+'s00,0,slides/s00.tiff,p,\ns01,tumour,slides/s01.tiff,q,\n'); training_refused(capsys, bad, 'line 3', "'tumour' is no number")
+def test_label_beyond_two_classes(bad, capsys): manifest(bad, HEADER+'s00,0,slides/s00.tiff,p,\ns01,3,slides/s01.tiff,q,\n'); training_refused(capsys, bad, 'line 3', "'3'", '0, 1')
+def test_one_class(bad, capsys): manifest(bad, HEADER+'s00,1,slides/s00.tiff,p,\ns01,1,slides/s01.tiff,q,\n'); training_refused(capsys, bad, 'every label is 1')
+def test_one_class_to_train_on(bad, capsys):
+    manifest(bad, HEADER+'s00,1,slides/s00.tiff,p,train\ns01,0,slides/s01.tiff,q,tuning\n'); training_refused(capsys, bad, "'train'", 'every label is 1')
+def test_unknown_split(bad, capsys): manifest(bad, HEADER+'s00,1,slides/s00.tiff,p,val\n'); training_refused(capsys, bad, "'val'", 'tuning')
+def test_unsafe_id(bad, capsys): manifest(bad, HEADER+'../s00,1,slides/s00.tiff,p,\n'); training_refused(capsys, bad, "'../s00'", 'file name')
+def test_leaking_patient(bad, capsys):
+    manifest(bad, HEADER+'s00,1,slides/s00.tiff,p,train\ns01,0,slides/s01.tiff,p,test\n'); training_refused(capsys, bad, "patient 'p'", 'line 2')
+def test_not_text(bad, capsys): (bad/'manifest.csv').write_bytes(os.urandom(2000)); training_refused(capsys, bad, 'manifest.csv')
+def test_all_problems_at_once(bad, capsys):
+    said = training_refused(capsys, (manifest(bad, HEADER+''.join(f's{i:02},x,slides/s{i:02}.tiff,p{i},\n' for i in range(12))), bad)[1], '12 problems', 'and 4 more')
+    assert said.count('line ') == 8
+
+# the slides
+
+def test_slide_missing(bad, capsys): (bad/'slides/s03.tiff').unlink(); training_refused(capsys, bad, 's03.tiff does not exist', 'line 5')
+def test_slide_truncated(bad, capsys):
+    p = bad/'slides/s03.tiff'; p.write_bytes(p.read_bytes()[:p.stat().st_size//2]); training_refused(capsys, bad, "'s03'", 'truncated')
+def test_slide_truncated_svs(bad, capsys):
+    (bad/'slides/s03.svs').write_bytes(sample_slide().read_bytes()[:1_000_000]); (bad/'slides/s03.tiff').unlink()
+    manifest(bad, (bad/'manifest.csv').read_text().replace('s03.tiff', 's03.svs')); training_refused(capsys, bad, "'s03'", 'truncated')
+def test_slide_empty(bad, capsys): (bad/'slides/s03.tiff').write_bytes(b''); training_refused(capsys, bad, "'s03'", 'empty')
+def test_not_an_image(bad, capsys): (bad/'slides/s03.tiff').write_text('no image'); training_refused(capsys, bad, "'s03'", 'not an image')
+def test_no_spacing(bad, capsys):
+    pyvips.Image.new_from_file(str(bad/'slides/s03.tiff')).pngsave(str(bad/'slides/s03.png'))
+    manifest(bad, (bad/'manifest.csv').read_text().replace('s03.tiff', 's03.png')); training_refused(capsys, bad, "'s03'", 'spacing')
+def test_no_tissue(bad, capsys):
+    white = pyvips.Image.new_from_array(np.full((64, 64, 3), 244, np.uint8)).copy(interpretation='srgb')
+    white.tiffsave(str(bad/'slides/s03.tiff'), xres=250, yres=250); training_refused(capsys, bad, "'s03'", 'no tissue')
+def test_finer_than_the_slide(bad, capsys): training_refused(capsys, bad, '12 of 12', 'invent detail', options=('--spacing', .5))
+def test_all_bad_slides_at_once(bad, capsys):
+    for i in (1, 2, 5): (bad/f'slides/s{i:02}.tiff').write_text('no image')
+    training_refused(capsys, bad, '3 of 12', "'s01'", "'s02'", "'s05'")
+
+@pytest.mark.parametrize('size,crops', [('32,40', True), ('96,160', False)])
+def test_larger_and_smaller_than_the_canvas(cohort, tmp_path, capsys, size, crops):
+    assert cli.main(['train', cohort/'manifest.csv', tmp_path/'run', *QUICK, '--size', size]) == 0
+    err = capsys.readouterr().err
+    assert ('larger than the canvas' in err) == crops and err.count('larger than the canvas') <= 1
+    assert (tmp_path/'run/report.html').stat().st_size > 10_000
+
+# where to
+
+def test_out_below_a_file(bad, capsys):
+    (bad/'f').write_text('')
+    refused(capsys, ['train', bad/'manifest.csv', bad/'f/run', *QUICK], 'f/run cannot be written')
+def test_out_not_ours(bad, capsys):
+    before = tree(bad); refused(capsys, ['train', bad/'manifest.csv', bad, *QUICK, '--overwrite'], 'not empty'); assert tree(bad) == before
+def test_out_holds_a_run(cohort, trained, capsys):
+    before = tree(trained); refused(capsys, ['train', cohort/'manifest.csv', trained, *QUICK], '--overwrite'); assert tree(trained) == before
+@pytest.mark.skipif(not Path('/proc/self').exists(), reason='needs /proc')
+def test_out_on_a_filesystem_without_writing(cohort, capsys): refused(capsys, ['train', cohort/'manifest.csv', '/proc/run', *QUICK], '/proc/run cannot be written')
+@pytest.mark.skipif(os.name == 'nt' or os.geteuid() == 0, reason='permissions do not bind root')
+def test_out_without_permission(cohort, tmp_path, capsys):
+    (tmp_path/'locked').mkdir(); (tmp_path/'locked').chmod(0o500)
+    for argv in (['train', cohort/'manifest.csv', tmp_path/'locked/run'], ['demo', '--out', tmp_path/'locked/demo']): refused(capsys, argv, 'locked', 'cannot be written')
+@pytest.mark.parametrize('name', ['demo', 'synth'])
+def test_demo_and_synth_check_first(bad, capsys, name):
+    flag = ['--out'] if name == 'demo' else []
+    before = tree(bad)
+    for where in (bad, bad/'manifest.csv', bad/'manifest.csv/x'): refused(capsys, [name, *flag, where], where)
+    assert tree(bad) == before
+
+# settings
+
+@pytest.mark.parametrize('options,says', [(['--epochs', 0], '--epochs'), (['--lr', 'nan'], '--lr'), (['--epoch', 3], '--epochs'), (['--spacing', -1], '--spacing'), (['--arch', 'vit'], 'vit'), (['--amp', 'half'], 'bf16'),
+    (['--size', '12'], '12'), (['--device', 'tpu'], 'tpu'), (['--weights', 'none.pt'], 'none.pt'), (['--freeze-until', 'layer9'], 'layer9'), (['--pool', 'sum'], 'avg'), (['--workers', -1], '--workers')])
+def test_settings(bad, capsys, options, says): training_refused(capsys, bad, says, options=options)
+def test_commands(capsys):
+    refused(capsys, ['trian'], 'did you mean train?')
+    refused(capsys, ['train'], 'manifest, out')
+
+# predict, evaluate, report
+
+@pytest.mark.parametrize('spoil,says', [(lambda p: p.unlink(), 'no such checkpoint'), (lambda p: p.write_bytes(b''), 'empty'), (lambda p: p.write_bytes(p.read_bytes()[:5000]), 'damaged'),
+    (lambda p: p.write_text('x'), 'damaged'), (lambda p: torch.save({'a': 1}, p), 'no checkpoint of this package'), (lambda p: torch.save({'versions': {}, 'f': Path}, p), 'run code')])
+def test_checkpoints(cohort, trained, tmp_path, capsys, spoil, says):
+    shutil.copy(trained/'checkpoints/best.pt', tmp_path/'c.pt'); spoil(tmp_path/'c.pt')
+    refused(capsys, ['predict', tmp_path/'c.pt', cohort/'slides', tmp_path/'p.csv'], 'c.pt', says)
+    assert not (tmp_path/'p.csv').exists()
+
+def test_predictions_stay(cohort, trained, bad, tmp_path, capsys):
+    "A slide that cannot be read leaves the predictions of before untouched."
+    model, out = trained/'checkpoints/best.pt', tmp_path/'p.csv'
+    assert cli.main(['predict', model, bad/'manifest.csv', out]) == 0
+    rows = lambda p: [l.split(',')[:4] for l in p.read_text().splitlines()]
+    assert rows(out) == rows(trained/'predictions.csv') and len(rows(out)) == 13
+    before = out.read_bytes(); (bad/'slides/s03.tiff').write_text('no image')
+    refused(capsys, ['predict', model, bad/'manifest.csv', out], "'s03'")
+    assert out.read_bytes() == before and not list(tmp_path.glob('.*'))
+
+def test_evaluate(trained, tmp_path, capsys):
+    rows = (trained/'predictions.csv').read_text().splitlines()
+    p = tmp_path/'p.csv'
+    for text, says in [('', 'p.csv'), (rows[0], 'no rows'), ('\n'.join(rows).replace('probability', 'score'), 'probability'), ('\n'.join(r for r in rows if ',1,' not in r), 'both classes'), ('\n'.join(rows+rows[1:2]), 'more than once')]:
+        p.write_text(text); refused(capsys, ['evaluate', p, '--out', tmp_path/'m.json'], 'p.csv', says)
+    p.write_text('\n'.join(rows))
+    refused(capsys, ['evaluate', tmp_path/'none.csv'], 'none.csv'); refused(capsys, ['evaluate', p, '--split', 'night'], "'night'"); refused(capsys, ['evaluate', p, '--out', p/'m.json'], 'cannot be written')
+    assert not (tmp_path/'m.json').exists()
+    assert cli.main(['evaluate', p, '--out', tmp_path/'m.json', '--draws', 100]) == 0 and json.loads((tmp_path/'m.json').read_text())['n'] == 2
+
+def test_report(trained, tmp_path, capsys):
+    refused(capsys, ['report', tmp_path/'none'], 'none'); refused(capsys, ['report', trained, '--out', trained/'log.csv/r.html'], 'cannot be written')
+    assert cli.main(['report', trained, '--out', tmp_path/'r.html']) == 0
+
+# interrupted, out of disk
+
+def test_interrupted_demo_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def stop(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, 'check_cohort', stop)
+    refused(capsys, ['demo', '--tiny', '--out', tmp_path/'demo'], 'interrupted', status=130)
+    assert not list(tmp_path.iterdir())
+
+def test_full_disk(cohort, trained, tmp_path, capsys, monkeypatch):
+    def full(f): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    refused(capsys, ['predict', trained/'checkpoints/best.pt', cohort/'slides', tmp_path/'p.csv'], 'No space left')
+    assert not list(tmp_path.iterdir())
+
+# as processes
+
+def test_as_a_process(cohort, tmp_path):
+    r = subprocess.run([sys.executable, '-m', 'streaming_pathology.cli', 'train', tmp_path/'none.csv', tmp_path/'run'], capture_output=True, text=True)
+    assert r.returncode == 2 and r.stdout == '' and r.stderr.count('\n') == 1 and r.stderr.startswith('error: ') and 'none.csv' in r.stderr
+    assert not list(tmp_path.iterdir())
+
+def test_help_of_every_command(capsys):
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit) as e: cli.main([name, '--help'])
+        assert e.value.code == 0 and f'sp_{name}' in capsys.readouterr().out

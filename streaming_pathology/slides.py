@@ -148,21 +148,23 @@ class _VipsReader:
         if level not in self.regions: self.regions[level] = pyvips.Region.new(self.open(**self.pages[level]))
         return np.frombuffer(self.regions[level].fetch(left, top, width, height), np.uint8).reshape(height, width, 3)
 
-    def decoded(self, in_memory=2**29):
-        "All pixels of a flat file, which cannot be read in parts; beyond 512 MB they lie in a temporary file."
-        if self.pixels is None:
-            shape = (*self.sizes[0], 3)
-            if math.prod(shape) > max(in_memory, shutil.disk_usage(tempfile.gettempdir()).free):
-                raise InputError(f'{self.path} is not tiled and too large to decode ({shape[0]} x {shape[1]} pixels): convert it to a tiled TIFF')
-            pixels = np.empty(shape, np.uint8) if math.prod(shape) <= in_memory else np.memmap(tempfile.TemporaryFile(), np.uint8, shape=shape)
-            region, step = pyvips.Region.new(self.open()), max(1, 2**24//(3*shape[1]))
-            for top in range(0, shape[0], step):
-                n = min(step, shape[0]-top)
-                pixels[top:top+n] = np.frombuffer(region.fetch(0, top, shape[1], n), np.uint8).reshape(n, -1, 3)
-            self.pixels = pixels
-        return self.pixels
-
     def close(self): self.regions, self.pixels = {}, None
+
+# %% ../nbs/05_slides.ipynb #ed548c55
+@patch
+def decoded(self:_VipsReader, in_memory=2**29):
+    "All pixels of a flat file, which cannot be read in parts; beyond 512 MB they lie in a temporary file."
+    if self.pixels is None:
+        shape = (*self.sizes[0], 3)
+        if math.prod(shape) > max(in_memory, shutil.disk_usage(tempfile.gettempdir()).free):
+            raise InputError(f'{self.path} is not tiled and too large to decode ({shape[0]} x {shape[1]} pixels): convert it to a tiled TIFF')
+        pixels = np.empty(shape, np.uint8) if math.prod(shape) <= in_memory else np.memmap(tempfile.TemporaryFile(), np.uint8, shape=shape)
+        region, step = pyvips.Region.new(self.open()), max(1, 2**24//(3*shape[1]))
+        for top in range(0, shape[0], step):
+            n = min(step, shape[0]-top)
+            pixels[top:top+n] = np.frombuffer(region.fetch(0, top, shape[1], n), np.uint8).reshape(n, -1, 3)
+        self.pixels = pixels
+    return self.pixels
 
 # %% ../nbs/05_slides.ipynb #e01aceb3
 def _open_reader(path):

@@ -128,6 +128,7 @@ class Glands:
         y, x = s*a+c*b, c*a-s*b
         return self.y[i]+y, self.x[i]+x, np.arctan2(y, x)
 
+# %% ../nbs/06_synthetic.ipynb #51f8cddf
 def place_glands(rng, zone, spacing, pattern, share=None):
     "Glands of a pattern thrown at random into `zone` (bool) until they cover a share of it or find no more room."
     low, high, gap, wall, wavy, most = PATTERNS[pattern]
@@ -230,7 +231,7 @@ def grid_nuclei(rng, where, spacing, pitch, length, width, angle, dark):
     angle = rng.uniform(0, math.pi, keep.sum()) if angle is None else angle[i[keep], j[keep]] if np.ndim(angle) else angle
     return _nuclei(rng, y[keep], x[keep], length, width, angle, dark)
 
-# %% ../nbs/06_synthetic.ipynb #0e070b24
+# %% ../nbs/06_synthetic.ipynb #2cc8cbe0
 @dataclass
 class Biopsy:
     "A painted biopsy: `image` uint8 (H, W, 3) and `mask` uint8 (H, W): 0 background, 1 stroma, 2 benign gland, 3 tumour."
@@ -241,6 +242,7 @@ class Biopsy:
     tumour_fraction: float # share of the tissue's area that is tumour
     seed: int
 
+# %% ../nbs/06_synthetic.ipynb #0e070b24
 def paint_tissue(rng, size, spacing, tumour_fraction, crowded_fraction):
     "Amounts of haematoxylin and eosin, float32 (2, H, W), and the mask."
     edge, along, across, angle = paint_core(rng, size, spacing)
@@ -281,6 +283,7 @@ def _punch(rng, depth, lumen, spacing):
     outline = np.repeat(r[:, None], 512, 1).astype(np.float32)
     draw_glands(Glands(y, x, np.zeros(len(y)), np.sqrt(rng.uniform(.7, 1, len(y))), outline, 0*outline), np.full_like(depth, -50), lumen, spacing)
 
+# %% ../nbs/06_synthetic.ipynb #d134c821
 def _compose(rng, size, spacing, edge, along, across, angle, depth, lumen, tumour, nuclei):
     "Amounts of both stains from the geometry."
     soft = lambda d, width=spacing: np.clip(d/max(width, spacing)+.5, 0, 1)
@@ -406,7 +409,7 @@ def plan_cohort(n, positive, tumour_fractions, splits, seed):
             patient += 1
     return rows
 
-# %% ../nbs/06_synthetic.ipynb #f001b9ce
+# %% ../nbs/06_synthetic.ipynb #ad894e06
 def _prepare(folder, settings):
     "Make the folder of a cohort; `InputError` if it cannot be written or holds something else."
     note = folder/'cohort.json'
@@ -425,6 +428,7 @@ def _write_text(path, text):
     temporary.write_text(text)
     os.replace(temporary, path)
 
+# %% ../nbs/06_synthetic.ipynb #f001b9ce
 def write_cohort(
     folder, # where to; made if missing
     n:int=40, # slides
@@ -460,6 +464,7 @@ def write_cohort(
     bar.close()
     return _write_manifest(folder, rows, spacing)
 
+# %% ../nbs/06_synthetic.ipynb #060487c9
 def _write_manifest(folder, rows, spacing):
     columns, text = ('slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'tumour_fraction', 'mask'), io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction='ignore', lineterminator='\n')

@@ -436,7 +436,7 @@ class Program:
         _settle_inplace(graph)
         self.late = _functional(graph, module)     # raised when the network is called, not when it is made: .eval() may come between
         self.before, self.after, self.ops, self.rows, self.users = [], [], {}, {}, {}
-        known, self.outputs = {}, []
+        known, self.shapes = {}, {}     # shapes: those of all values, for each shape of an image
         for n in graph.nodes:
             inputs = [known.get(a, 'after') for a in n.all_input_nodes]
             if n.op == 'placeholder':

@@ -19,7 +19,11 @@ class _Strips:
         self.program, self.image, self.env = program, program.image, env
         dev = x.device.type
         self.autocast = (dev, torch.get_autocast_dtype(dev), torch.is_autocast_enabled(dev)) if torch.amp.is_autocast_available(dev) else None
-        self.shapes = _shapes(program, module, x, env, self.autocast)
+        key = x.shape, x.dtype, self.autocast and self.autocast[2]
+        if key not in program.shapes:
+            if len(program.shapes) > 64: program.shapes.clear()     # images of ever new sizes
+            program.shapes[key] = _shapes(program, module, x, env, self.autocast)
+        self.shapes = program.shapes[key]
         self.height = {n: self.shapes[n][r.axis] for n, r in program.rows.items()}
         self.cuts = [*range(0, x.shape[2], strip), x.shape[2]]
         self.dtype = {}     # of what goes into the reductions

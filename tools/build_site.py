@@ -32,6 +32,11 @@ class NbdevSite(Site):
                 if page.out == target: return page
         return super().find_page(target)
 
+    def render_page(self, page):
+        "nbdev links the name of a private function too, whose documentation it does not show: those names stay plain."
+        super().render_page(page)
+        page.html = re.sub(r'<a href="[^"]*\.html#_[^"]*"[^>]*>(.*?)</a>', r'\1', page.html)
+
 def katex():
     "The folder of KaTeX's files, from the npm registry once and from the cache ever after."
     if VERSION not in SHA256: raise SystemExit(f'error: smalldocs asks for KaTeX {VERSION}; tools/build_site.py knows the hash of {", ".join(SHA256)} only')

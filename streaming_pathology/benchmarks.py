@@ -23,8 +23,9 @@ from .streaming import stream
 
 # %% ../nbs/17_benchmarks.ipynb #350a9060
 def trunk(arch='resnet34', until='layer4'):
-    "The convolutional part of a torchvision ResNet up to the stage `until`, statistics frozen."
+    "A torchvision ResNet up to the stage `until` ('layer1' to 'layer4', or 'logits' for all of it), statistics frozen."
     r = getattr(torchvision.models, arch)(weights=None).eval()
+    if until == 'logits': return nn.Sequential(r)
     stages = ['layer1', 'layer2', 'layer3', 'layer4']
     return nn.Sequential(r.conv1, r.bn1, r.relu, r.maxpool, *(getattr(r, s) for s in stages[:stages.index(until)+1]))
 
@@ -103,23 +104,23 @@ def _status(key):
         if line.startswith(key+':'): return int(line.split()[1])*1024
 
 def _prepare(method, case, threads):
-    "The step and its image, on the device of the case; uint8 in and bf16 autocast where the case says 'bf16'."
+    "The step and its image, on the device of the case, under autocast where it says 'bf16'; a whole classifier gets uint8."
     torch.set_num_threads(threads)
-    dev, bf16 = torch.device(case['device']), case['dtype'] == 'bf16'
+    dev, bf16, pixels = torch.device(case['device']), case['dtype'] == 'bf16', case['until'] == 'logits'
     net = trunk(case['arch'], case['until'])
-    if bf16: net = nn.Sequential(_ToFloat(), *net)
+    if pixels: net = nn.Sequential(_ToFloat(), *net)
     step = Step(method, net.to(dev), case['strip'], case['tile'])
     def run(x):
         with torch.autocast(dev.type, torch.bfloat16, enabled=bf16): step(x)
         if x.is_cuda: torch.cuda.synchronize()
-    return run, step.clear, partial(_image, dev=dev, bf16=bf16)
+    return run, step.clear, partial(_image, dev=dev, pixels=pixels)
 
 class _ToFloat(nn.Module):
     def forward(self, x): return x.float()/255
 
-def _image(height, width, dev, bf16):
+def _image(height, width, dev, pixels):
     g = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=g).to(dev) if bf16 else torch.randn(1, 3, height, width, generator=g).to(dev)
+    return torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=g).to(dev) if pixels else torch.randn(1, 3, height, width, generator=g).to(dev)
 
 def _peak(method, case, threads, answer):
     "In a process of its own: seconds and peak memory of one step."
@@ -196,9 +197,9 @@ def run_benchmark(device='cpu', repeats=5, sizes=(1024, 2048, 3072), strip=128, 
     for size in sizes: result['growth'].append(compare(names[:3], _case('resnet18', 'layer4', size, strip, tile, device), max(1, repeats//2), log))
     return result
 
-def large(size=16384, strip=128, device='cpu', arch='resnet34'):
-    "One training step on `size` x `size` pixels: uint8 in, bf16 autocast."
-    case = _case(arch, 'layer4', size, strip, 0, device, 'bf16')
+def large(size=16384, strip=256, device='cpu', arch='resnet34', dtype='bf16'):
+    "One training step of a whole classifier, pooling and linear layer included, on `size` x `size` pixels of uint8; 'bf16' is autocast."
+    case = _case(arch, 'logits', size, strip, 0, device, dtype)
     return {'machine': machine(), 'case': case, **peak_memory('streaming', case)}
 
 def sp_bench(args=None):
@@ -207,13 +208,14 @@ def sp_bench(args=None):
     p.add_argument('--out', default='benchmarks.json', help='file to write'); p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help="'cpu' or 'cuda'")
     p.add_argument('--repeats', type=int, default=5, help='rounds that are counted'); p.add_argument('--sizes', type=int, nargs='+', default=[1024, 2048, 3072], help='image sides for the growth')
     p.add_argument('--strip', type=int, default=128, help='rows of a strip'); p.add_argument('--tile', type=int, default=960, help="side of lightstream's tiles")
-    p.add_argument('--no-peers', action='store_true', help='without lightstream'); p.add_argument('--large', type=int, metavar='SIDE', help='instead: one step of ResNet-34 on SIDE x SIDE pixels, uint8 and bf16')
+    p.add_argument('--no-peers', action='store_true', help='without lightstream'); p.add_argument('--large', type=int, metavar='SIDE', help='instead: one step of ResNet-34 on SIDE x SIDE pixels of uint8, strips of 256')
+    p.add_argument('--dtype', default='bf16', choices=['bf16', 'float32'], help="of --large; 'bf16' is autocast, slow on a CPU that has no instructions for it")
     a = p.parse_args(args)
     try:
         out = Path(a.out)
         if not out.parent.is_dir(): raise InputError(f'{out}: its folder does not exist; make it or choose another --out.')
         if not os.access(out.parent, os.W_OK): raise InputError(f'{out}: its folder cannot be written to; choose another --out.')
-        result = large(a.large, a.strip, a.device) if a.large else run_benchmark(a.device, a.repeats, a.sizes, a.strip, a.tile, not a.no_peers, lambda s: print(s, flush=True))
+        result = large(a.large, 256, a.device, dtype=a.dtype) if a.large else run_benchmark(a.device, a.repeats, a.sizes, a.strip, a.tile, not a.no_peers, lambda s: print(s, flush=True))
         part = out.with_suffix('.part'); part.write_text(json.dumps(result, indent=1)+'\n'); part.replace(out)
     except InputError as e: print(f'error: {e}', file=sys.stderr); return 2
     print(f'wrote {out}')

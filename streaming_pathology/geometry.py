@@ -13,7 +13,7 @@ from typing import Callable
 import torch
 from torch import nn, fx
 from torch.nn import functional as F
-from torchvision.ops import StochasticDepth
+from torchvision.ops import StochasticDepth, stochastic_depth
 
 # %% ../nbs/00_geometry.ipynb #4498a228
 class InputError(ValueError):
@@ -245,8 +245,6 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
     return Op(_native(F.batch_norm), input)
 
 # %% ../nbs/00_geometry.ipynb #93983c5e
-from torchvision.ops import stochastic_depth
-
 def _drop(f):
     def rule(input, p=.5, *args, **kwargs):
         training = kwargs.get('training', args[-1 if f is stochastic_depth else 0] if args else True)

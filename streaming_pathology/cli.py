@@ -368,7 +368,7 @@ sp_synth = command('synth', synthesise)
 DEMO = dict(title='Demo: painted biopsies', synthetic=True, arch='resnet18', pool='avg', spacing=2., size=None, strip=64, epochs=8, lr=.002, batch=4, cosine=True, heatmaps=9, copies=8)
 DEMO_COHORT = dict(n=200, size=(128, 256), spacing=2., tumour_fractions=(.2, .8), splits=dict(train=.6, tuning=.1, test=.3))
 TINY = dict(title='Tiny demo: painted biopsies', epochs=2, heatmaps=3, copies=2)
-TINY_COHORT = dict(n=20, size=(112, 160), splits=dict(train=.4, tuning=.2, test=.4))
+TINY_COHORT = dict(n=20, size=(128, 192), splits=dict(train=.4, tuning=.2, test=.4))
 
 def demo(*, out:str='demo',    # run folder to write; new, empty, or a former demo, which is replaced
          tiny:bool=False,      # a minute's worth, to see that everything works; it learns nothing

@@ -7,7 +7,8 @@ __all__ = ['rules', 'InputError', 'StreamingError', 'Window', 'Piece', 'trace', 
            'Program', 'evaluate', 'receptive_field']
 
 # %% ../nbs/00_geometry.ipynb #2bbee537
-import operator
+import inspect, operator, random
+from unittest.mock import patch
 from dataclasses import dataclass
 from typing import Callable
 import torch
@@ -85,38 +86,83 @@ class Piece:
         r = r.clamp(0, self.height-1) if self.window.mode == 'replicate' else self.height-1-(self.height-1-r.abs()).abs()
         return x.index_select(self.axis, r-start)
 
-# %% ../nbs/00_geometry.ipynb #64b121c6
+# %% ../nbs/00_geometry.ipynb #481f7071
 _through = {f'torch.nn.modules.{f}' for f in 'conv linear pooling activation dropout flatten padding normalization upsampling pixelshuffle channelshuffle'.split()}
 _opaque = (nn.MultiheadAttention, nn.Softmax2d, nn.CircularPad2d, StochasticDepth, nn.modules.batchnorm._NormBase, nn.modules.conv._ConvTransposeNd)     # their forward looks at shapes
+_own_forward = {c.forward for c in (*_opaque, nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, nn.modules.instancenorm._InstanceNorm, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
+
+def _is_opaque(m): return isinstance(m, _opaque) and type(m).forward in _own_forward and 'forward' not in m.__dict__
 
 class _Proxy(fx.Proxy): "A traced value for which `x += y` stays what it is: a change of `x`."
 def _recorded(f): return lambda self, other: self.tracer.create_proxy('call_function', f, (self, other), {})
 for f in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow): setattr(_Proxy, f'__{f.__name__}__', _recorded(f))
 
+def _modes(): return torch.is_grad_enabled(), torch.is_autocast_enabled('cpu'), torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cpu'), torch.get_autocast_dtype('cuda')
+
 class _Tracer(fx.Tracer):
-    def proxy(self, node): return _Proxy(node, self)
+    proxy_buffer_attributes = True      # or what is computed from buffers would be computed once, now
+
     def is_leaf_module(self, m, name):
-        if isinstance(m, _opaque): return True
+        if isinstance(m, _opaque): return _is_opaque(m)
         return super().is_leaf_module(m, name) and not any(c.__module__ in _through for c in type(m).__mro__)
 
+    def proxy(self, node): return _Proxy(node, self)
+
+    def create_node(self, *args, **kwargs):
+        if _modes() != self.modes: raise StreamingError('forward switches gradients or autocast on or off, which a trace does not keep: switch them outside of the network.')
+        return super().create_node(*args, **kwargs)
+
+    def trace(self, module):
+        self.modes = _modes()
+        if _is_opaque(module):      # a network of this one layer
+            self.root, graph = module, fx.Graph()
+            graph.output(graph.call_module('', (graph.placeholder('x'),)))
+            return graph
+        defaults = {n: p.default for n, p in inspect.signature(module.forward).parameters.items() if p.default is not inspect.Parameter.empty}
+        return super().trace(module, concrete_args=defaults)
+
+# %% ../nbs/00_geometry.ipynb #a50bcb9a
 def _hooked(m): return any(getattr(m, f'_{h}_hooks', None) for h in ('forward', 'forward_pre', 'backward', 'backward_pre'))
+def _no_function(*_, **__): raise StreamingError('forward calls a torch.autograd.Function, whose backward a trace does not keep: use functions of PyTorch.')
+
+def _trace_watched(module):
+    "Trace `module`, and refuse what the trace would have frozen."
+    modules, left = list(module.modules()), []
+    before = torch.get_rng_state(), random.getstate(), [b._version for b in module.buffers()]
+    try:
+        with patch.object(torch.autograd.Function, 'apply', _no_function): graph = _Tracer().trace(module)
+        constants = [n.target for n in graph.nodes if n.op == 'get_attr' and n.target.startswith('_tensor_constant')]
+    finally:
+        for m in modules:
+            for k in [k for k, v in m.__dict__.items() if isinstance(v, fx.Proxy) or (k.startswith('_tensor_constant') and isinstance(v, torch.Tensor))]:
+                if isinstance(m.__dict__[k], fx.Proxy): left.append(f'{type(m).__name__}.{k}')
+                del m.__dict__[k]
+    if left: raise StreamingError(f'forward stores a map in {left[0]}, of which only strips exist: return it instead.')
+    if constants: raise StreamingError('forward uses a tensor that is neither a parameter nor a buffer: register_buffer it, or use a number.')
+    if not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate(): raise StreamingError('forward draws random numbers that a trace would draw only once: use a layer such as nn.Dropout.')
+    if before[2] != [b._version for b in module.buffers()]: raise StreamingError('forward changes a buffer, which a trace does only once: call .eval(), or do it outside of the network.')
+    return graph
 
 def trace(module):
-    "The `fx.Graph` of `module`, down to functions. Valid for the present training flags. Raises `StreamingError` where tracing fails."
+    "The `fx.Graph` of `module` as it is now, down to functions. Raises `StreamingError` where tracing fails or would lose something."
     for name, m in module.named_modules():
         if _hooked(m): raise StreamingError(f"{name or 'the network'} ({type(m).__name__}) has hooks, which would see strips instead of the whole: remove them, or use torch.nn.utils.parametrizations.")
-    try: graph = _Tracer().trace(module)
+    try: graph = _trace_watched(module)
+    except StreamingError: raise
     except Exception as e:
         raise StreamingError(f"{type(module).__name__} cannot be traced by torch.fx ({str(e).splitlines()[0] if str(e) else type(e).__name__}): "
                              "take the control flow out of forward, or stream the part of the network before it.") from e
     if sum(n.op == 'placeholder' and n.args == () for n in graph.nodes) != 1:
         raise StreamingError(f"{type(module).__name__} does not take exactly one input: only networks of one image can be streamed.")
+    for n in [n for n in graph.nodes if getattr(n.target, '__name__', '') in ('_assert', '_assert_is_none')]: graph.erase_node(n)     # that options have their defaults
+    for n in graph.nodes:
+        if n.op == 'call_function' and 'input' in n.kwargs: n.args, n.kwargs = (n.kwargs['input'], *n.args), {k: v for k, v in n.kwargs.items() if k != 'input'}
     return graph
 
 def layer_name(node):
     "How a person would call `node`: the path of its layer, its type and the function."
     stack = list(node.meta.get('nn_module_stack', {}).items())
-    what = getattr(node.target, '__name__', str(node.target).split('.')[-1] if node.op == 'call_module' else node.target)
+    what = getattr(node.target, '__name__', str(node.target).split('.')[-1] or 'the layer' if node.op == 'call_module' else node.target)
     if not stack: return f"'{what}'"
     path, kind = stack[-1][1] if isinstance(stack[-1][1], tuple) else stack[-1]
     kind = kind if isinstance(kind, str) else kind.__name__
@@ -178,7 +224,8 @@ def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)
 def _max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     _image(input); _need(not return_indices, 'returns indices into the whole map')
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = (_pair(v) for v in (kernel_size, stride or kernel_size, padding, dilation))
-    run = lambda at, input, *_, **__: F.max_pool2d(at.pad(input, -torch.inf), (kh, kw), (sh, sw), (0, pw), (dh, dw), ceil_mode)
+    least = lambda t: -torch.inf if t.is_floating_point() else torch.iinfo(t.dtype).min
+    run = lambda at, input, *_, **__: F.max_pool2d(at.pad(input, least(input)), (kh, kw), (sh, sw), (0, pw), (dh, dw), ceil_mode)
     return Op(run, Rows(), Window(kh, sh, dh, (ph, ph)))
 
 @rule(F.avg_pool2d)
@@ -191,7 +238,7 @@ def _avg_pool2d(input, kernel_size, stride=None, padding=0, ceil_mode=False, cou
         if divisor_override or (lo >= -edge and hi <= at.height+edge): return y
         top = torch.arange(at.i, at.j, device=y.device)*sh-ph
         counted = (top+kh).clamp(max=at.height+edge) - top.clamp(min=-edge)
-        return y*(kh/counted.view(-1, 1)).to(y.dtype)
+        return y*(kh/counted.view(-1, 1).double()).to(y.dtype)
     return Op(run, Rows(), Window(kh, sh, 1, (ph, ph)))
 
 @rule(F.pad)
@@ -230,14 +277,24 @@ def _spellings(names, both=('', '_')):
             if hasattr(torch.Tensor, m): yield m
 
 for f in _spellings('''relu relu6 leaky_relu elu selu celu gelu silu mish hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink softplus softsign
-    sigmoid logsigmoid tanh threshold prelu abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan sinh cosh asinh acosh atanh asin acos atan
+    sigmoid logsigmoid tanh threshold abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan sinh cosh asinh acosh atanh asin acos atan
     erf erfc clamp clip clamp_min clamp_max round floor ceil trunc frac sign pow add sub mul div true_divide truediv multiply subtract divide iadd isub imul itruediv ipow rsub
     maximum minimum where lerp addcmul addcdiv nan_to_num lt le gt ge eq ne logical_and logical_or logical_not isnan isfinite fmod remainder atan2 logit
-    xlogy square sinc hypot local_response_norm'''): rules[f] = _pointwise(f)
+    xlogy sinc hypot'''): rules[f] = _pointwise(f)
 for f in _spellings('float double half bfloat16 to type type_as contiguous clone', ('',)): rules[f] = _pointwise(f, alias=True)
 for f in _spellings('dropout alpha_dropout'):
     rules[f] = _pointwise(f, lambda x, p=.5, training=True, inplace=False: training and p > 0, alias=True)
 rules[F.rrelu] = rules['rrelu'] = _pointwise(F.rrelu, lambda x, lower=1/8, upper=1/3, training=False, inplace=False: training)
+
+@rule(F.local_response_norm)
+def _local_response_norm(input, *_, **__):
+    _image(input)
+    return Op(_native(F.local_response_norm), input)
+
+@rule(F.prelu, torch.prelu, 'prelu')
+def _prelu(input, weight):
+    _need(input.axis != 1 or weight.numel() == 1, 'has a slope for each row')
+    return Op(_native(F.prelu), input)
 
 @rule(F.batch_norm)
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
@@ -259,8 +316,8 @@ for f in (F.dropout1d, F.dropout2d, F.dropout3d, stochastic_depth): rules[f] = _
 
 # %% ../nbs/00_geometry.ipynb #c00697c7
 def _dims(x, dim):
-    "`dim` as a list of dimensions counted from the front; None: all."
-    return list(range(x.ndim)) if dim is None else [d % x.ndim for d in ([dim] if isinstance(dim, int) else dim)]
+    "`dim` as a list of dimensions counted from the front; None or nothing: all."
+    return list(range(x.ndim)) if dim is None or dim in ((), []) else [d % x.ndim for d in ([dim] if isinstance(dim, int) else dim)]
 
 def _along(f, default=None):
     def rule(input, dim=default, *_, **__):
@@ -309,7 +366,7 @@ def _flatten(input, start_dim=0, end_dim=-1):
 @rule(operator.getitem)
 def _getitem(input, index):
     index = list(index) if isinstance(index, tuple) else [index]
-    _need(all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index), 'picks elements by a tensor')
+    _need(all(i is None or i is Ellipsis or (isinstance(i, (int, slice)) and not isinstance(i, bool)) for i in index), 'picks elements by a mask or a tensor')
     if Ellipsis not in index: index.append(Ellipsis)
     e = index.index(Ellipsis)
     index[e:e+1] = [slice(None)]*(input.ndim-sum(i is not None and i is not Ellipsis for i in index))
@@ -350,10 +407,13 @@ def _adaptive(f, fold):
     return rule
 
 def _fold_mean(total, x, first, bins, w):
-    r = torch.arange(first, first+x.shape[2])
-    share = torch.stack([((r >= a) & (r < b)).to(_wide(x))/(b-a) for a, b in bins]).to(x.device)
-    part = share @ F.adaptive_avg_pool2d(x.to(_wide(x)), (None, w)) if w > 1 else share @ x.mean(3, keepdim=True, dtype=_wide(x))
-    return part if total is None else total+part
+    wide, out = _wide(x), []
+    x = x if w == 1 else F.adaptive_avg_pool2d(x.to(wide), (None, w))
+    for i, (a, b) in enumerate(bins):
+        rows = x[:, :, max(a-first, 0):max(b-first, 0)]
+        part = rows.sum((2, 3) if w == 1 else 2, keepdim=True, dtype=wide)/((b-a)*(x.shape[3] if w == 1 else 1))
+        out.append(part if total is None else total[:, :, i:i+1]+part)
+    return torch.cat(out, 2)
 
 def _fold_max(total, x, first, bins, w):
     out = []
@@ -379,8 +439,8 @@ def _inplace(node):
     name = getattr(node.target, '__name__', str(node.target))
     if name in ('iadd', 'isub', 'imul', 'itruediv', 'ipow') or (name.endswith('_') and not name.endswith('__')): return True
     if node.kwargs.get('inplace'): return True
-    at = {F.dropout: 3, F.dropout2d: 3, F.relu: 1}.get(node.target)
-    return at is not None and len(node.args) > at and node.args[at] is True
+    try: return 'inplace' in (given := inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments) and given['inplace'] is True
+    except (TypeError, ValueError): return False        # a builtin or a method
 
 def _settle_inplace(graph):
     "After an in-place function its input *is* its output: let later readers of the one read the other."
@@ -406,23 +466,21 @@ def _family(n):
     return found
 
 def _functional(graph, module):
-    "Write the leaves that have a functional form as functions with their tensors as arguments; the error of the first BatchNorm in training, if any."
+    "Write the opaque layers that have a functional form as functions; the error of the first BatchNorm in training, if any."
     late = None
-    for n in [n for n in graph.nodes if n.op == 'call_module']:
-        m = module.get_submodule(n.target)
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            if m.running_mean is None: raise StreamingError(f"{layer_name(n)} keeps no running statistics and normalises over all rows of the image: set track_running_stats=True and freeze them, or stream the part of the network before it.")
-            if m.training and late is None:
-                late = StreamingError(f"{layer_name(n)} uses batch statistics, which need all rows of the image: freeze them (.eval() on the layer), or stream the part of the network before it.")
-            with graph.inserting_before(n):
-                tensors = [graph.get_attr(f'{n.target}.{k}') if getattr(m, k) is not None else None for k in ('running_mean', 'running_var', 'weight', 'bias')]
-                new = graph.call_function(F.batch_norm, (n.args[0], *tensors, False, 0., m.eps))
-        elif isinstance(m, StochasticDepth):
-            with graph.inserting_before(n): new = graph.call_function(stochastic_depth, (n.args[0], m.p, m.mode, m.training))
-        elif isinstance(m, (nn.Softmax2d, nn.CircularPad2d)):
-            with graph.inserting_before(n):
-                new = graph.call_function(F.softmax, (n.args[0], 1)) if isinstance(m, nn.Softmax2d) else graph.call_function(F.pad, (n.args[0], m.padding, 'circular'))
-        else: continue
+    for n in [n for n in graph.nodes if n.op == 'call_module' and _is_opaque(module.get_submodule(n.target))]:
+        m, x, call = module.get_submodule(n.target), n.args[0], graph.call_function
+        with graph.inserting_before(n):
+            if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                if m.running_mean is None: raise StreamingError(f"{layer_name(n)} keeps no running statistics and normalises over all rows of the image: set track_running_stats=True and freeze them, or stream the part of the network before it.")
+                if m.training and late is None:
+                    late = StreamingError(f"{layer_name(n)} uses batch statistics, which need all rows of the image: freeze them (.eval() on the layer), or stream the part of the network before it.")
+                tensors = [graph.get_attr(f'{n.target}.{k}'.lstrip('.')) if getattr(m, k) is not None else None for k in ('running_mean', 'running_var', 'weight', 'bias')]
+                new = call(F.batch_norm, (x, *tensors, False, 0., m.eps))
+            elif isinstance(m, StochasticDepth): new = call(stochastic_depth, (x, m.p, m.mode, m.training))
+            elif isinstance(m, nn.Softmax2d): new = call(F.softmax, (x, 1))
+            elif isinstance(m, nn.CircularPad2d): new = call(F.pad, (x, m.padding, 'circular'))
+            else: continue
         new.meta = n.meta; n.replace_all_uses_with(new); graph.erase_node(n)
     return late
 
@@ -431,8 +489,8 @@ class Program:
     "The nodes of a network in three zones: `before` (parameters only), `ops` (in strips), `after` (behind the reductions)."
     def __init__(self, module):
         graph = trace(module)
-        _settle_inplace(graph)
         self.late = _functional(graph, module)     # raised when the network is called, not when it is made: .eval() may come between
+        _settle_inplace(graph)
         self.before, self.after, self.ops, self.rows, self.users = [], [], {}, {}, {}
         known, self.shapes = {}, {}     # shapes: those of all values, for each shape of an image
         for n in graph.nodes:
@@ -445,7 +503,7 @@ class Program:
                 if any(isinstance(i, str) for i in inputs): self.after.append(n); known[n] = 'after'
                 else: self.before.append(n); known[n] = self._constant(n, module, known)
             else: known[n] = self._add(n, known, inputs)
-        self.outputs = [n for n in self.output.all_input_nodes if n in self.rows]
+        self.outputs = [n for n in self.output.all_input_nodes if n in self.rows and n is not self.image]
         self.before = self._live(self.before)
         self.operands = [n for n in self.before if any(u in self.ops for u in n.users)]
         for n, op in self.ops.items():
@@ -478,7 +536,7 @@ class Program:
             if f is None:
                 raise _Refused(_why.get(name) or next((w for k, w in _why.items() if k in layer_name(n)), 'is not known to work row by row'))
             try: op = f(*fx.map_arg(n.args, known.get), **fx.map_arg(n.kwargs, known.get))
-            except (TypeError, AttributeError) as e: raise _Refused(f'is called in a way that is not understood ({e})')
+            except (TypeError, AttributeError, IndexError) as e: raise _Refused(f'is called in a way that is not understood ({e})')
         except _Refused as e: raise StreamingError(f'{layer_name(n)} {e} and cannot be streamed: stream the part of the network before it.') from None
         self.ops[n] = op
         if isinstance(op, Reduction): return 'after'

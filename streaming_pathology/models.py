@@ -59,6 +59,7 @@ def load_backbone(
     sha256=None, # checksum that the file must have
 ):
     "Load `weights` into `net`; its classification layer may be missing or have another size. Raises `InputError` if they do not fit."
+    if not weights or not isinstance(weights, (str, Path, WeightsEnum)): raise InputError(f"weights={weights!r} is neither one of torchvision's nor the path of a file.")
     named = isinstance(weights, WeightsEnum) or (isinstance(weights, str) and not Path(weights).suffix in ('.pt', '.pth', '.bin') and '/' not in weights and not Path(weights).exists())
     state = _from_torchvision(arch, weights) if named else _from_file(weights, sha256)
     own = {k: v for k, v in net.state_dict().items() if not k.startswith('fc.')}
@@ -84,6 +85,9 @@ class StreamingClassifier(nn.Module):
     ):
         super().__init__()
         if arch not in archs: raise InputError(f"arch={arch!r} is not known: use one of {', '.join(archs)}.")
+        if isinstance(n_out, bool) or not isinstance(n_out, int) or n_out < 1: raise InputError(f'n_out={n_out!r} is not a number of logits: give an integer from 1 on.')
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0: raise InputError(f'mean={mean}, std={std}: give three numbers each, std above 0, as fractions of white.')
+        if sha256 and not isinstance(weights, (str, Path)): raise InputError('sha256 is the checksum of a file: give its path as weights.')
         if pool not in ('avg', 'max'): raise InputError(f"pool={pool!r} is not known: use 'avg' or 'max'.")
         net = getattr(torchvision.models, arch)(weights=None, zero_init_residual=weights is None)
         if weights is not None: load_backbone(net, arch, weights, sha256)
@@ -91,11 +95,19 @@ class StreamingClassifier(nn.Module):
         body = nn.Sequential(OrderedDict([('normalise', Normalise(mean, std)), *((k, getattr(net, k)) for k in stages[1:])]))
         self.trunk = stream(body, strip)
         self.head = nn.Sequential(OrderedDict(pool=nn.AdaptiveAvgPool2d(1) if pool == 'avg' else nn.AdaptiveMaxPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(net.fc.in_features, n_out)))
-        self.__dict__['whole'] = stream(nn.Sequential(body, self.head), strip)     # the same layers once more, not registered twice
+        self.__dict__['_whole'] = None
         self.freeze_until(None)
         self.train()
 
     def forward(self, x): return self.whole(x)
+
+    @property
+    def whole(self):
+        "Trunk and head as one streamed network: the same layers, not registered twice."
+        w = self._whole
+        if w is None or w.module[0] is not self.trunk.module or w.module[1] is not self.head or w.strip != self.trunk.strip:
+            w = self.__dict__['_whole'] = stream(nn.Sequential(self.trunk.module, self.head), self.trunk.strip)
+        return w
 
     def features(self, x):
         "The feature map (N, C, H/32, W/32) of images (N, 3, H, W)."
@@ -122,8 +134,11 @@ class StreamingClassifier(nn.Module):
     def calibrate(self, patches):
         "Set BatchNorm's running statistics to those of `patches` (N, 3, h, w), a sample of tissue as it will be seen in training."
         if patches.ndim != 4 or len(patches)*patches.shape[2]*patches.shape[3] < 2*32*32: raise InputError(f'calibrate needs a batch (N, 3, h, w) of patches, not {tuple(patches.shape)}.')
+        if patches.shape[1] != 3: raise InputError(f'calibrate needs patches of three colours, not {patches.shape[1]}.')
         norms = self._norms(); before = [m.momentum for m in norms]
-        for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
-        self.trunk.module(patches)
-        for m, b in zip(norms, before): m.momentum = b; m.eval()
+        try:
+            for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
+            self.trunk.module(patches)
+        finally:
+            for m, b in zip(norms, before): m.momentum = b; m.eval()
         return self

@@ -92,8 +92,8 @@ def _shapes(program, module, x, env, autocast):
         values = {**{n: meta(t) for n, t in env.items()}, program.image: torch.empty(shape, device='meta', dtype=torch.float32 if amp and x.is_floating_point() else x.dtype)}
         with torch.no_grad(), torch.autocast('cpu', enabled=False):
             for n, op in program.ops.items():
-                if isinstance(op, Reduction): continue
                 try:
+                    if len({values[a].shape[program.rows[a].axis] for a in program.inputs[n]}) > 1: raise RuntimeError('its inputs have different numbers of rows')
                     values[n] = evaluate(n, module, values)
                     if 0 in values[n].shape: raise RuntimeError('nothing is left of it')
                 except (RuntimeError, ValueError, IndexError, TypeError) as e: return n, str(e).splitlines()[0]
@@ -117,20 +117,20 @@ class _Pass(_Strips):
                 lo, hi = self.strip_of(x, k)
                 new, state = self.step(x[:, :, lo:hi], k, state, env)
                 for n, y in new.items():
-                    if y is not None: outs[n] = self._place(outs[n], y, n, self.rows(self.cuts[k])[n])
+                    if y is not None: outs[n] = self._place(outs[n], y, n, self.rows(self.cuts[k])[n], x)
         return [outs[n] for n in self.program.outputs] + [self._finish(n, state[n]) for n in self.program.reductions]
 
-    def _place(self, out, y, n, at):
+    def _place(self, out, y, n, at, x):
         "Put the rows `y` where they belong in the whole output `n`."
         axis = self.program.rows[n].axis
         if out is None:
-            if y.shape[axis] == self.height[n]: return y
+            if y.shape[axis] == self.height[n]: return y if y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() else y.clone()
             last = y.ndim == 4 and y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
             out = torch.empty(self.shapes[n], dtype=y.dtype, device=y.device, memory_format=torch.channels_last if last else torch.contiguous_format)
         out.narrow(axis, at, y.shape[axis]).copy_(y)
         return out
 
-    def _finish(self, n, total): return total if n.kwargs.get('dtype') else total.to(self.dtype[n])
+    def _finish(self, n, total): return total.to(self.dtype[n]) if self.dtype[n].is_floating_point and not n.kwargs.get('dtype') else total
 
     def wanted(self, x, env):
         "The values that depend on something that wants a gradient."
@@ -162,7 +162,7 @@ class _Pass(_Strips):
             inputs = [env[n] for n in leaves]+[start[n] for n in tops]+([xs] if x.requires_grad else [])
             gs = torch.autograd.grad([y for y, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True) if pairs else [None]*len(inputs)
             for n, g in zip(leaves, gs):
-                if g is not None: total[n] = total[n].add_(g) if n in total else g
+                if g is not None: total[n] = total[n].add_(g) if n in total else g.clone()      # autograd may hand out one tensor twice
             below = {n: g for n, g in zip(tops, gs[len(leaves):]) if g is not None}
             if gx is not None and gs[-1] is not None: gx[:, :, lo:hi] += gs[-1]
             self.states[k] = None
@@ -184,9 +184,9 @@ class _rng_of:
 class _Stream(torch.autograd.Function):
     "`_Pass` as one function of the image and the operands. Saving these lets PyTorch notice when one was changed in between."
     @staticmethod
-    def forward(ctx, run, flags, nodes, x, *operands):
+    def forward(ctx, run, streamed, nodes, x, *operands):
         outs = run.forward(x, {**run.env, **dict(zip(nodes, operands))})
-        ctx.run, ctx.nodes, ctx.flags = run, nodes, flags
+        ctx.run, ctx.nodes, ctx.streamed = run, nodes, streamed
         ctx.save_for_backward(x, *operands)
         ctx.set_materialize_grads(False)
         want = run.wanted(x, dict(zip(nodes, operands)))
@@ -198,11 +198,28 @@ class _Stream(torch.autograd.Function):
     def backward(ctx, *gouts):
         x, *operands = ctx.saved_tensors
         if ctx.run.states[-1] is None: raise StreamingError('The strips were backpropagated before and their states are gone: call the network again instead of keeping its graph.')
-        if ctx.flags() != ctx.run.flags: raise StreamingError('The network was changed (.train(), .eval() or a new layer) between forward and backward: call backward first.')
+        if _fingerprint(ctx.streamed.module) != ctx.run.program.made_for: raise StreamingError('The network was changed (.train(), .eval() or a new layer) between forward and backward: call backward first.')
         gx, gs = ctx.run.backward(x, dict(zip(ctx.nodes, operands)), gouts)
         return None, None, None, gx, *gs
 
-# %% ../nbs/01_streaming.ipynb #8a60b496
+# %% ../nbs/01_streaming.ipynb #212c8489
+class _Same:
+    "Equal to itself only; holds on to the object, or its address might be given to another."
+    def __init__(self, o): self.o = o
+    def __eq__(self, other): return isinstance(other, _Same) and self.o is other.o
+
+def _value(v):
+    if isinstance(v, (bool, int, float, str, type(None))): return type(v), v
+    if isinstance(v, (tuple, list)): return [_value(i) for i in v]
+    if isinstance(v, dict): return {k: _value(i) for k, i in v.items()}
+    return _Same(v), getattr(v, 'shape', None)
+
+def _fingerprint(module):
+    "What the trace of `module` depends on; buffers may be exchanged, as they are read at each call."
+    return [(type(m), {k: _value(v) if k != '_buffers' else {n: None if b is None else b.shape for n, b in v.items()}
+                        for k, v in m.__dict__.items()}) for m in module.modules()]
+
+# %% ../nbs/01_streaming.ipynb #f5144d8d
 class Streamed(nn.Module):
     "`module` on an image (N, C, H, W), computed in strips of `strip` rows. Its parameters, and the names of these, are those of `module`."
     def __init__(self, module, strip=512):
@@ -211,43 +228,45 @@ class Streamed(nn.Module):
         if not isinstance(module, nn.Module): raise StreamingError(f'stream takes an nn.Module, not {type(module).__name__}.')
         if isinstance(strip, bool) or not isinstance(strip, int) or strip < 1: raise StreamingError(f'strip={strip!r} is not a number of rows: give an integer from 1 on.')
         for k in ('_parameters', '_buffers', '_modules', '_non_persistent_buffers_set'): self.__dict__[k] = module.__dict__[k]
-        self.__dict__['module'], self.strip, self.training, self._programs = module, strip, module.training, {}
+        self.__dict__.update(module=module, strip=strip, training=module.training, _traced={})     # not by setattr: a layer may have one of these names
         self.program()
 
-    def _flags(self):
-        "What the traced program depends on."
-        return tuple((id(m), m.training, *map(id, m._parameters.values()), *(len(getattr(m, f'_{h}_hooks')) for h in ('forward', 'forward_pre', 'backward', 'backward_pre')))
-                     for m in self.module.modules())
-
     def program(self):
-        "The program of the network as it is now."
-        flags = self._flags()
-        if flags not in self._programs: self._programs = {flags: Program(self.module)}
-        return self._programs[flags]
+        "The program of the network as it is now; traced anew when anything on its modules has changed."
+        now, grad = _fingerprint(self.module), torch.is_grad_enabled()      # forward may ask whether there are gradients
+        if grad not in self._traced or self._traced[grad].made_for != now:
+            self._traced[grad] = Program(self.module); self._traced[grad].made_for = now
+        return self._traced[grad]
 
     def forward(self, x):
         program = self.program()
         if program.late: raise program.late
+        if any(getattr(nn.modules.module, f'_global_{h}_hooks') for h in ('forward', 'forward_pre', 'backward')): raise StreamingError('There are hooks on all modules, which would see strips instead of the whole: remove them.')
         if not isinstance(x, torch.Tensor) or x.ndim != 4 or not x.numel():
             raise StreamingError(f"An image is a tensor (N, C, H, W) with at least one pixel, not {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}.")
         env = {}
         for n in program.before: env[n] = evaluate(n, self.module, env)
         nodes = [n for n in program.operands if isinstance(env[n], torch.Tensor)]
         run = _Pass(program, self.module, x, {n: env[n] for n in program.operands}, self.strip)
-        run.flags = self._flags()
         if torch.is_grad_enabled() and (x.requires_grad or any(env[n].requires_grad for n in nodes)):
-            outs = _Stream.apply(run, self._flags, nodes, x, *[env[n] for n in nodes])
+            outs = _Stream.apply(run, self, nodes, x, *[env[n] for n in nodes])
         else: outs = run.forward(x, run.env, keep=False)
         env.update(zip(program.outputs+program.reductions, outs))
         for n in program.after: env[n] = evaluate(n, self.module, env)
-        return fx.map_arg(program.output.args[0], env.__getitem__)
+        return _plain(program.output.args[0], {**env, program.image: x})
 
     def train(self, mode=True):
         self.module.train(mode); self.training = mode
         return self
 
-    def __getstate__(self): return {**self.__dict__, '_programs': {}}
+    def __getstate__(self): return {**self.__dict__, '_traced': {}}
     def extra_repr(self): return f'{type(self.module).__name__} in strips of {self.strip} rows'
+
+def _plain(out, env):
+    "The output with its values, in containers of Python's own."
+    if isinstance(out, fx.Node): return env[out]
+    if isinstance(out, dict): return {k: _plain(v, env) for k, v in out.items()}
+    return type(out)(_plain(v, env) for v in out) if type(out) is tuple else [_plain(v, env) for v in out] if isinstance(out, list) else out
 
 def stream(
     module, # the network, or its first part: any `nn.Module` that torch.fx can trace

@@ -381,3 +381,100 @@ def test_distributed_data_parallel(tmp_path):
     for streamed in (0, 1): mp.spawn(_ddp, (str(tmp_path), streamed), nprocs=2)
     plain, a, b = (torch.load(tmp_path/f'{f}.pt') for f in ('0_0', '1_0', '1_1'))
     assert all(torch.equal(p, q) for p, q in zip(a, b)) and all(close(p, q) for p, q in zip(a, plain))
+
+# --- what a trace would have frozen or lost: found by a review, each was silently wrong once
+
+class Flip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x*1
+    @staticmethod
+    def backward(ctx, g): return -g
+
+class BNReLU(nn.BatchNorm2d):
+    def forward(self, x): return F.relu(super().forward(x))
+
+class Option(nn.Module):
+    def __init__(self): super().__init__(); self.c = nn.Conv2d(3, 3, 3)
+    def forward(self, x, skip=None, twice=True):
+        y = self.c(x)
+        return y if skip is not None else y*2 if twice is True else y
+
+def without_grad(m, x):
+    with torch.no_grad(): return m.c(x)
+
+def with_autocast(m, x):
+    with torch.autocast('cpu', torch.bfloat16): return m.c(x)
+
+def keeps(m, x):
+    m.last = m.c(x)
+    return m.last
+
+lost = {'custom backward': lambda m, x: Flip.apply(m.c(x)), 'no_grad': without_grad, 'autocast': with_autocast, 'random constant': lambda m, x: m.c(x)+torch.randn(1), 'constant': lambda m, x: m.c(x)+torch.ones(1),
+        'stored map': keeps, 'different heights': lambda m, x: x*F.max_pool2d(x, (20, 1))}
+
+@pytest.mark.parametrize('what', lost)
+def test_what_a_trace_would_lose_is_refused(what):
+    net = Fn(lost[what], c=nn.Conv2d(3, 3, 3, padding=1)); before = set(net.__dict__)
+    with pytest.raises(StreamingError): stream(net, 4)(torch.randn(1, 3, 20, 20))
+    assert set(net.__dict__) == before
+
+def test_subclass_of_batchnorm_keeps_its_forward():
+    with pytest.raises(StreamingError): stream(nn.Sequential(nn.Conv2d(3, 4, 3), BNReLU(4)).eval(), 4)
+
+def test_defaults_of_forward():
+    compare(Option().double(), torch.randn(1, 3, 20, 15, dtype=torch.double, requires_grad=True), 4)
+
+def test_buffers_are_read_at_each_call():
+    class Shift(nn.Module):
+        def __init__(self): super().__init__(); self.register_buffer('mean', torch.rand(3)); self.c = nn.Conv2d(3, 4, 3)
+        def forward(self, x): return self.c(x-(self.mean*2).view(1, 3, 1, 1))
+    net = Shift().double(); x = torch.randn(1, 3, 20, 15, dtype=torch.double); s = stream(net, 4); s(x)
+    s.load_state_dict(Shift().double().state_dict()); assert close(s(x), net(x))
+    r = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d).eval().double(); s = stream(r, 16)
+    for m in r.modules():
+        if isinstance(m, torchvision.ops.FrozenBatchNorm2d): m.running_mean.normal_(); m.bias.normal_()
+    x = torch.randn(1, 3, 64, 40, dtype=torch.double); assert close(s(x), r(x))
+
+@pytest.mark.parametrize('change', [lambda m: setattr(m[0], 'stride', (2, 2)), lambda m: setattr(m[1], 'negative_slope', .5), lambda m: setattr(m[2], 'eps', 1.), lambda m: setattr(m[0], 'forward', lambda x: x*2),
+                                    lambda m: setattr(m[0], 'weight', nn.Parameter(torch.randn(3, 3, 5, 5, dtype=torch.double)))])
+def test_changes_after_streaming(change):
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.LeakyReLU(.1), frozen_norm(3)).double(); x = torch.randn(1, 3, 20, 15, dtype=torch.double); s = stream(net, 4); s(x)
+    change(net); assert s(x).shape == net(x).shape and close(s(x), net(x))
+
+def test_layers_exchanged_again_and_again():
+    net = nn.Sequential(nn.MaxPool2d(2)); s = stream(net, 4); x = torch.randn(1, 3, 20, 15)
+    for k in range(20): del net[0]; net.append(nn.MaxPool2d(2+k%2)); assert torch.equal(s(x), net(x))
+
+def test_validation_between_forward_and_backward():
+    net, x = small().double(), torch.randn(1, 3, 40, 24, dtype=torch.double); s = stream(net, 8); want = gradients(net, net, x)[1]; net.zero_grad()
+    y = s(x)
+    with torch.no_grad(): s(x[:, :, :33])
+    y.sum().backward(); assert all(close(p.grad, g) for p, g in zip(net.parameters(), want))
+
+@pytest.mark.parametrize('strip', [1, 7, 100])
+def test_pooling_under_autocast_does_not_depend_on_the_strips(strip):
+    torch.manual_seed(0); net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Softplus(), nn.AdaptiveAvgPool2d(1)); x = torch.randn(1, 3, 1500, 4)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): y = stream(net, strip)(x)
+    assert y.dtype == torch.bfloat16 and ((y-net(x))/net(x)).abs().max() < 1e-2
+
+def test_one_gradient_for_two_parameters():
+    net = Apply(lambda m, x: (m.layers[0](x)+m.p+m.q), nn.Conv2d(3, 3, 3, 2), p=torch.randn(1, 3, 1, 7), q=torch.randn(1, 3, 1, 7)).double()
+    x = torch.randn(1, 3, 20, 15, dtype=torch.double, requires_grad=True)
+    compare(net, x, 2); a = gradients(net, net, x); b = gradients(net, stream(net, 2), x); assert all(close(p, q) for p, q in zip(b[1], a[1]))
+
+def test_outputs_as_they_are():
+    x = torch.randn(1, 3, 20, 15); s = stream(nn.Identity(), 4); assert torch.equal(s(x), x)
+    a, b = stream(Fn(lambda m, x: (x, m.c(x)), c=conv), 4)(x); assert torch.equal(a, x) and b.shape[1] == 8
+    out = stream(Fn(lambda m, x: {'a': [m.c(x)]}, c=conv), 4)(x); assert type(out) is dict and type(out['a']) is list
+    y = stream(nn.ZeroPad2d(0), 100)(x); y.zero_(); assert x.abs().max() > 0
+    for m in (nn.BatchNorm2d(3).eval(), nn.Softmax2d(), nn.CircularPad2d((1, 1, 0, 0))): assert torch.allclose(stream(m, 4)(x), m(x), atol=1e-6)
+
+def test_sums_of_integers():
+    net = Fn(lambda m, x: (x > 0).sum((2, 3))); x = torch.randn(2, 3, 20, 15); y = stream(net, 4)(x); assert y.dtype == torch.int64 and torch.equal(y, net(x))
+
+def test_batchnorm_behind_the_pool_may_train():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4)).train(); x = torch.randn(3, 3, 20, 15)
+    assert torch.allclose(stream(net, 4)(x), net(x), atol=1e-5)
+
+def test_names_of_ones_own():
+    net = nn.Sequential(); net.add_module('strip', nn.Conv2d(3, 3, 3)); x = torch.randn(1, 3, 9, 9); assert torch.allclose(stream(net, 4)(x), net(x), atol=1e-6)

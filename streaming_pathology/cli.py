@@ -194,7 +194,7 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     keep = dict(model=dict(arch=s['arch'], n_out=1, pool=s['pool'], strip=s['strip']), **{k: s[k] for k in ('spacing', 'size', 'amp')})
     callbacks = [CSVLog(folder/'log.csv'), Checkpoints(folder/'checkpoints', keep)] + [Cosine()]*s['cosine'] + [TensorBoardLog(folder/'tensorboard')]*s['tensorboard']
     train, tuning = (slide_loader(data.part(p, augment=flips if p == 'train' and s['flips'] else None), p == 'train', s['seed'], s['workers']) for p in ('train', 'tuning'))
-    fit(model, train, tuning, **{k: s[k] for k in ('epochs', 'lr', 'momentum', 'batch', 'seed', 'amp', 'device')}, callbacks=callbacks)
+    fit(model, train, tuning, **{k: s[k] for k in ('epochs', 'lr', 'optimizer', 'momentum', 'batch', 'seed', 'amp', 'device')}, callbacks=callbacks)
     load_weights(model, load_checkpoint(folder/'checkpoints/best.pt', s['device']))
     rows = predict_rows(model, data, s['device'], s['amp'], s['workers'])
     write_predictions(folder/'predictions.csv', rows)
@@ -224,7 +224,7 @@ def check_settings(s): # the same
         if k in s and not (math.isfinite(s[k]) and s[k] >= least): raise InputError(f"--{k.replace('_', '-')} is {s[k]}; it has to be at least {least}")
     for k in ('lr', 'spacing'):
         if k in s and not (math.isfinite(s[k]) and s[k] > 0): raise InputError(f'--{k} is {s[k]}; it has to be above 0')
-    for k, allowed in dict(amp=(None, 'bf16', 'fp16'), pool=('avg', 'max')).items():
+    for k, allowed in dict(amp=(None, 'bf16', 'fp16'), pool=('avg', 'max'), optimizer=('sgd', 'adamw')).items():
         if k in s and s[k] not in allowed: raise InputError(f"--{k} is {s[k]!r}; use {' or '.join(filter(None, allowed))}")
     if 'device' in s: check_device(s['device'])
     return s
@@ -245,6 +245,7 @@ def train_cohort(manifest,                # CSV with slide_id, label (0 or 1) an
           freeze_until:str|None=None,   # train from this layer on, e.g. layer4; everything before stays as it is
           epochs:int=50,           # passes over the training slides
           lr:float=2e-4,           # learning rate; the paper: 2e-4
+          optimizer:str='sgd',     # sgd, as in the paper, or adamw, which gets further from random weights in few steps
           momentum:float=.9,       # of SGD; the paper: 0.9
           batch:int=16,            # slides in a mini-batch, by gradient accumulation; the paper: 16
           cosine:bool=False,       # one warm-up epoch, then the learning rate falls to zero along a cosine
@@ -365,8 +366,9 @@ def synthesise(folder,                     # folder to write; new or empty
 sp_synth = command('synth', synthesise)
 
 # %% ../nbs/16_cli.ipynb #39340cbd
-DEMO = dict(title='Demo: painted biopsies', synthetic=True, arch='resnet18', pool='avg', spacing=2., size=None, strip=64, epochs=8, lr=.002, batch=4, cosine=True, heatmaps=9, copies=8)
-DEMO_COHORT = dict(n=200, size=(128, 256), spacing=2., tumour_fractions=(.2, .8), splits=dict(train=.6, tuning=.1, test=.3))
+DEMO = dict(title='Demo: painted biopsies', synthetic=True, arch='resnet18', pool='max', spacing=2., size=None, strip=128, epochs=6, optimizer='adamw', lr=3e-4, batch=4, cosine=True,
+            heatmaps=9, copies=8)
+DEMO_COHORT = dict(n=220, size=(128, 256), spacing=2., tumour_fractions=(.4, .8), splits=dict(train=.6, tuning=.1, test=.3))
 TINY = dict(title='Tiny demo: painted biopsies', epochs=2, heatmaps=3, copies=2)
 TINY_COHORT = dict(n=20, size=(128, 192), splits=dict(train=.4, tuning=.2, test=.4))
 

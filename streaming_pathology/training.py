@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAY_OUT', 'slide_loss', 'probabilities', 'batch_sizes', 'autocast', 'logits_of', 'peak_mb', 'predict', 'as_loader',
-           'summary', 'TinyNet', 'synth_slides', 'synth_learner', 'train_epoch', 'State', 'fit', 'write_whole',
-           'write_csv', 'CSVLog', 'TensorBoardLog', 'Cosine']
+           'summary', 'TinyNet', 'synth_slides', 'synth_learner', 'train_epoch', 'State', 'make_optimizer', 'fit',
+           'write_whole', 'write_csv', 'CSVLog', 'TensorBoardLog', 'Cosine']
 
 # %% ../nbs/09_training.ipynb #60008edd
 import csv, io, math, os, resource, sys, time
@@ -148,23 +148,30 @@ class State:
         "Call the method `event` of every callback that has it."
         for c in callbacks: getattr(c, event, lambda s: None)(self)
 
+# %% ../nbs/09_training.ipynb #893945d8
+def make_optimizer(name, params, lr, momentum):
+    "SGD with momentum, or AdamW with torch's defaults."
+    if name not in ('sgd', 'adamw'): raise InputError(f"optimizer is {name!r}; use 'sgd' or 'adamw'")
+    return torch.optim.SGD(params, lr, momentum) if name == 'sgd' else torch.optim.AdamW(params, lr)
+
 # %% ../nbs/09_training.ipynb #5c5238e9
 def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm frozen, as in `StreamingClassifier`
         train,           # `SlideDataset` (shuffled, the rarer class oversampled), or a loader or list of its items
         tuning=None,     # the same, or None
         *, epochs,
         lr=2e-4,         # learning rate, the paper's
-        momentum=.9,     # the paper's
+        momentum=.9,     # the paper's; of SGD
         batch=16,        # slides in a mini-batch, the paper's
         seed=0,          # of the order of slides, and of dropout
         device='cpu',    # 'cuda' for an accelerator
         amp=None,        # None, 'bf16' or 'fp16'
+        optimizer='sgd', # the paper's, or 'adamw', which gets further from random weights in few steps
         callbacks=(),    # objects with some of before_fit, before_epoch, after_epoch, after_fit
         progress=True):
-    "Train by SGD with momentum, one slide at a time; returns one dict an epoch. Only parameters that require a gradient are touched."
+    "Train on the labels of slides, one slide at a time, by default with SGD and momentum; returns one dict an epoch. Only parameters that require a gradient are touched."
     autocast(device, amp); params = [p for p in model.to(device).parameters() if p.requires_grad]
     if not params: raise InputError('every parameter is frozen; unfreeze some, or freeze less of the network')
-    s = State(model, torch.optim.SGD(params, lr, momentum), torch.amp.GradScaler(torch.device(device).type, enabled=amp == 'fp16'), epochs, batch, device, amp, seed)
+    s = State(model, make_optimizer(optimizer, params, lr, momentum), torch.amp.GradScaler(torch.device(device).type, enabled=amp == 'fp16'), epochs, batch, device, amp, seed)
     train, tuning = as_loader(train, train=True, seed=seed), None if tuning is None else as_loader(tuning)
     if not len(train): raise InputError('there is no slide to train on')
     s.tell(callbacks, 'before_fit')

@@ -506,10 +506,9 @@ class Program:
         self.outputs = [n for n in self.output.all_input_nodes if n in self.rows and n is not self.image]
         self.before = self._live(self.before)
         self.operands = [n for n in self.before if any(u in self.ops for u in n.users)]
-        for n, op in self.ops.items():
-            for a in dict.fromkeys(n.all_input_nodes):
-                if a in self.rows: self.users.setdefault(a, []).append(n)
         self.inputs = {n: [a for a in dict.fromkeys(n.all_input_nodes) if a in self.rows] for n in self.ops}
+        for n, inputs in self.inputs.items():
+            for a in inputs: self.users.setdefault(a, []).append(n)
         self.reductions = [n for n, op in self.ops.items() if isinstance(op, Reduction)]
         last = {a: users[-1] for a, users in self.users.items()}
         self.done = {n: [a for a in (*self.inputs[n], n) if a in self.rows and last.get(a, a) is n] for n in self.ops}   # values that nobody reads after `n`

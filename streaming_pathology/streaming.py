@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn, fx
 from torch.autograd.function import once_differentiable
-from .geometry import InputError, StreamingError, Rows, Program, Reduction, Piece, evaluate, layer_name
+from .geometry import InputError, StreamingError, Program, Reduction, Piece, evaluate, layer_name
 
 # %% ../nbs/01_streaming.ipynb #bdd7d278
 class _Strips:
@@ -26,7 +26,7 @@ class _Strips:
         self.shapes = program.shapes[key]
         self.height = {n: self.shapes[n][r.axis] for n, r in program.rows.items()}
         self.cuts = [*range(0, x.shape[2], strip), x.shape[2]]
-        self.dtype = {}     # of what goes into the reductions
+        self.dtype, self.known = {}, {}     # of what goes into the reductions; rows at the last cuts
 
     def context(self):
         "The autocast state of the forward pass. No cache: a weight cast without its graph must not be found again with it."
@@ -44,14 +44,20 @@ class _Strips:
         p = self.program
         return {a: min([e]+[p.ops[u].window.keep(have[u], e, self.height[a], self.height[u]) for u in p.users.get(a, ()) if u in have]) for a, e in have.items()}
 
+    def at(self, k):
+        "`rows` and `keep` before strip `k`; a pass asks for those of neighbouring strips several times."
+        if k not in self.known:
+            if len(self.known) > 2: self.known.clear()
+            have = self.rows(self.cuts[k]); self.known[k] = have, self.keep(have)
+        return self.known[k]
+
     def strip_of(self, x, k):
         "The rows of the image that step `k` reads: `(lo, hi)`."
-        return self.keep(self.rows(self.cuts[k]))[self.image], self.cuts[k+1]
+        return self.at(k)[1][self.image], self.cuts[k+1]
 
     def step(self, x, k, state, env):
         "Feed the rows `x` of strip `k`. Returns the new rows of all outputs and the state after it."
-        p, have, will = self.program, self.rows(self.cuts[k]), self.rows(self.cuts[k+1])
-        start, stay = self.keep(have), self.keep(will)
+        p, (have, start), (will, stay) = self.program, self.at(k), self.at(k+1)
         full, new, nxt = {self.image: x}, {}, {}
         def take(n, a, lo, hi):
             rows = full[a].narrow(p.rows[a].axis, lo-start[a], hi-lo) if (lo, hi) != (start[a], will[a]) else full[a]
@@ -117,7 +123,7 @@ class _Pass(_Strips):
                 lo, hi = self.strip_of(x, k)
                 new, state = self.step(x[:, :, lo:hi], k, state, env)
                 for n, y in new.items():
-                    if y is not None: outs[n] = self._place(outs[n], y, n, self.rows(self.cuts[k])[n], x)
+                    if y is not None: outs[n] = self._place(outs[n], y, n, self.at(k)[0][n], x)
         return [outs[n] for n in self.program.outputs] + [self._finish(n, state[n]) for n in self.program.reductions]
 
     def _place(self, out, y, n, at, x):
@@ -152,7 +158,7 @@ class _Pass(_Strips):
             with torch.enable_grad(), self.context(), _rng_of(self.rng[k], x):
                 new, nxt = self.step(xs, k, start, env)
                 if k == len(self.cuts)-2: new.update({n: self._finish(n, nxt.pop(n)) for n in p.reductions})
-            at = self.rows(self.cuts[k])
+            at, _ = self.at(k)
             pairs = [(y, g if n in p.reductions else g.narrow(p.rows[n].axis, at[n], y.shape[p.rows[n].axis]))
                      for (n, y), g in zip(new.items(), gouts) if y is not None and g is not None]
             pairs += [(nxt[n], below[n]) for n in nxt if n in below]

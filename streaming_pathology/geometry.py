@@ -484,12 +484,40 @@ def _functional(graph, module):
         new.meta = n.meta; n.replace_all_uses_with(new); graph.erase_node(n)
     return late
 
+# %% ../nbs/00_geometry.ipynb #0b77ca29
+def _folded(weight, bias, mean, var, scale, shift, eps):
+    "Weight and bias of a convolution with the BatchNorm behind it."
+    if len(weight) != len(mean): raise StreamingError(f'A BatchNorm of {len(mean)} channels follows a convolution that gives {len(weight)}: make them equal.')
+    s = (var+eps).rsqrt() if scale is None else scale*(var+eps).rsqrt()
+    b = -mean*s if bias is None else (bias-mean)*s
+    return (weight*s.view(-1, 1, 1, 1)).to(weight.dtype), (b if shift is None else b+shift).to(weight.dtype)
+
+def _fold_norms(graph):
+    "Fold each frozen BatchNorm into the convolution that it alone reads."
+    image = {n for n in graph.nodes if n.op == 'placeholder' and not n.args}
+    for n in graph.nodes:
+        if any(a in image for a in n.all_input_nodes): image.add(n)
+    def given(n, names): return {**dict.fromkeys(names), **dict(zip(names, n.args)), **n.kwargs}
+    for n in [n for n in graph.nodes if n.target is F.batch_norm]:
+        norm = given(n, ['input', 'running_mean', 'running_var', 'weight', 'bias', 'training', 'momentum', 'eps'])
+        conv = norm.pop('input')
+        if conv.target is not F.conv2d or list(conv.users) != [n] or norm['training']: continue
+        made = given(conv, ['input', 'weight', 'bias'])
+        x, tensors = made.pop('input'), [made.pop('weight'), made.pop('bias'), *(norm[k] for k in ('running_mean', 'running_var', 'weight', 'bias'))]
+        if any(t in image for t in tensors) or None in tensors[2:4]: continue
+        with graph.inserting_before(n):
+            both = graph.call_function(_folded, (*tensors, 1e-5 if norm['eps'] is None else norm['eps']))
+            new = graph.call_function(F.conv2d, (x, *(graph.call_function(operator.getitem, (both, i)) for i in (0, 1)), *conv.args[3:]), {k: v for k, v in made.items() if k in conv.kwargs})
+        new.meta = conv.meta
+        n.replace_all_uses_with(new); graph.erase_node(n); graph.erase_node(conv)
+
 # %% ../nbs/00_geometry.ipynb #005cb564
 class Program:
     "The nodes of a network in three zones: `before` (parameters only), `ops` (in strips), `after` (behind the reductions)."
     def __init__(self, module):
         graph = trace(module)
         self.late = _functional(graph, module)     # raised when the network is called, not when it is made: .eval() may come between
+        _fold_norms(graph)
         _settle_inplace(graph)
         self.before, self.after, self.ops, self.rows, self.users = [], [], {}, {}, {}
         known, self.shapes = {}, {}     # shapes: those of all values, for each shape of an image

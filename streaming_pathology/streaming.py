@@ -114,17 +114,29 @@ def _shapes(program, module, x, env, autocast):
 
 # %% ../nbs/01_streaming.ipynb #1adeff48
 class _Pass(_Strips):
-    def forward(self, x, env, keep=True):
-        "The outputs and the totals of the reductions; with `keep` also what the backward pass needs."
-        state, self.states, self.rng, outs = {}, [], [], {n: None for n in self.program.outputs}
-        with torch.no_grad(), self.context():
-            for k in range(len(self.cuts)-1):
-                if keep: self.states.append(state); self.rng.append(_rng(x) if self.program.random else None)
+    def forward(self, x, operands=None, keep=0):
+        "The outputs and the totals of the reductions. With `operands` (node -> tensor) also what the backward pass needs: states, and the graphs of the last `keep` strips."
+        state, outs, first = {}, {n: None for n in self.program.outputs}, len(self.cuts)-1-keep
+        self.states, self.rng, self.kept = [], [], {}
+        if operands is not None:
+            self.want = self.wanted(x, operands)
+            self.env = {**self.env, **{n: t.detach().requires_grad_(t.requires_grad) for n, t in operands.items()}}   # leaves of our own: hooks on the parameters see the sum only
+        for k in range(len(self.cuts)-1):
+            if operands is not None: self.states.append(state); self.rng.append(_rng(x) if self.program.random else None)
+            if operands is not None and k >= first: self.kept[k] = *_, new, state = self.record(x, k)
+            else:
                 lo, hi = self.strip_of(x, k)
-                new, state = self.step(x[:, :, lo:hi], k, state, env)
-                for n, y in new.items():
-                    if y is not None: outs[n] = self._place(outs[n], y, n, self.at(k)[0][n], x)
-        return [outs[n] for n in self.program.outputs] + [self._finish(n, state[n]) for n in self.program.reductions]
+                with torch.no_grad(), self.context(): new, state = self.step(x[:, :, lo:hi], k, state, self.env)
+            for n, y in new.items():
+                if y is not None and n in outs: outs[n] = self._place(outs[n], y.detach(), n, self.at(k)[0][n], x)
+        return [outs[n] for n in self.program.outputs] + [self._finish(n, state[n]).detach() for n in self.program.reductions]
+
+    def record(self, x, k):
+        "Step `k` with its graph: its start state and its rows of the image, and from these the outputs and the next state."
+        start = {n: t.detach().requires_grad_(n in self.want and t.is_floating_point()) for n, t in self.states[k].items()}
+        lo, hi = self.strip_of(x, k)
+        rows = x.detach()[:, :, lo:hi].requires_grad_(x.requires_grad)
+        with torch.enable_grad(), self.context(): return start, rows, *self.step(rows, k, start, self.env)
 
     def _place(self, out, y, n, at, x):
         "Put the rows `y` where they belong in the whole output `n`."
@@ -145,34 +157,31 @@ class _Pass(_Strips):
             if any(a in want for a in n.all_input_nodes): want.add(n)
         return want
 
-    def backward(self, x, operands, gouts):
-        "The gradients of the image and of `operands` (node -> tensor), from those of the outputs and totals."
-        p, want = self.program, self.wanted(x, operands)
-        env = {**self.env, **{n: t.detach().requires_grad_(t.requires_grad) for n, t in operands.items()}}   # leaves of our own: hooks on the parameters see the sum only
-        leaves = [n for n in operands if operands[n].requires_grad]
+    def backward(self, x, gouts):
+        "The gradients of the image and of the operands (node -> gradient), from those of the outputs and totals."
+        p, last = self.program, len(self.cuts)-2
+        gouts = dict(zip(p.outputs+p.reductions, gouts))
+        leaves = [n for n, t in self.env.items() if isinstance(t, torch.Tensor) and t.requires_grad]
         total, below, gx = {}, {}, torch.zeros_like(x) if x.requires_grad else None
-        for k in reversed(range(len(self.cuts)-1)):
-            start = {n: t.detach().requires_grad_(n in want and t.is_floating_point()) for n, t in self.states[k].items()}
-            lo, hi = self.strip_of(x, k)
-            xs = x.detach()[:, :, lo:hi].requires_grad_(x.requires_grad)
-            with torch.enable_grad(), self.context(), _rng_of(self.rng[k], x):
-                new, nxt = self.step(xs, k, start, env)
-                if k == len(self.cuts)-2: new.update({n: self._finish(n, nxt.pop(n)) for n in p.reductions})
+        for k in reversed(range(last+1)):
+            if k not in self.kept:
+                with _rng_of(self.rng[k], x): self.kept[k] = self.record(x, k)
+            start, rows, new, nxt = self.kept.pop(k)
             at, _ = self.at(k)
-            pairs = [(y, g if n in p.reductions else g.narrow(p.rows[n].axis, at[n], y.shape[p.rows[n].axis]))
-                     for (n, y), g in zip(new.items(), gouts) if y is not None and g is not None]
-            pairs += [(nxt[n], below[n]) for n in nxt if n in below]
+            pairs = [(y, gouts[n].narrow(p.rows[n].axis, at[n], y.shape[p.rows[n].axis])) for n, y in new.items() if y is not None and gouts[n] is not None]
+            if k == last: below = {n: gouts[n] for n in p.reductions if gouts[n] is not None}; nxt = {n: self._finish(n, nxt[n]) for n in below}
+            pairs += [(nxt[n], g) for n, g in below.items()]
             pairs = [(y, g) for y, g in pairs if y.requires_grad]
             del new, nxt
             tops = [n for n, t in start.items() if t.requires_grad]
-            inputs = [env[n] for n in leaves]+[start[n] for n in tops]+([xs] if x.requires_grad else [])
+            inputs = [self.env[n] for n in leaves]+[start[n] for n in tops]+([rows] if x.requires_grad else [])
             gs = torch.autograd.grad([y for y, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True) if pairs else [None]*len(inputs)
             for n, g in zip(leaves, gs):
                 if g is not None: total[n] = total[n].add_(g) if n in total else g.clone()      # autograd may hand out one tensor twice
             below = {n: g for n, g in zip(tops, gs[len(leaves):]) if g is not None}
-            if gx is not None and gs[-1] is not None: gx[:, :, lo:hi] += gs[-1]
+            if gx is not None and gs[-1] is not None: lo, hi = self.strip_of(x, k); gx[:, :, lo:hi] += gs[-1]
             self.states[k] = None
-        return gx, [total.get(n) for n in operands]
+        return gx, total
 
 def _rng(x): return torch.get_rng_state(), torch.cuda.get_rng_state(x.device) if x.is_cuda else None
 
@@ -191,22 +200,21 @@ class _Stream(torch.autograd.Function):
     "`_Pass` as one function of the image and the operands. Saving these lets PyTorch notice when one was changed in between."
     @staticmethod
     def forward(ctx, run, streamed, nodes, x, *operands):
-        outs = run.forward(x, {**run.env, **dict(zip(nodes, operands))})
+        outs = run.forward(x, dict(zip(nodes, operands)), streamed.keep)
         ctx.run, ctx.nodes, ctx.streamed = run, nodes, streamed
         ctx.save_for_backward(x, *operands)
         ctx.set_materialize_grads(False)
-        want = run.wanted(x, dict(zip(nodes, operands)))
-        ctx.mark_non_differentiable(*[y for n, y in zip(run.program.outputs+run.program.reductions, outs) if n not in want])
+        ctx.mark_non_differentiable(*[y for n, y in zip(run.program.outputs+run.program.reductions, outs) if n not in run.want])
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gouts):
-        x, *operands = ctx.saved_tensors
+        x, *_ = ctx.saved_tensors
         if ctx.run.states[-1] is None: raise StreamingError('The strips were backpropagated before and their states are gone: call the network again instead of keeping its graph.')
         if _fingerprint(ctx.streamed.module) != ctx.run.program.made_for: raise StreamingError('The network was changed (.train(), .eval() or a new layer) between forward and backward: call backward first.')
-        gx, gs = ctx.run.backward(x, dict(zip(ctx.nodes, operands)), gouts)
-        return None, None, None, gx, *gs
+        gx, total = ctx.run.backward(x, gouts)
+        return None, None, None, gx, *[total.get(n) for n in ctx.nodes]
 
 # %% ../nbs/01_streaming.ipynb #212c8489
 class _Same:
@@ -228,13 +236,14 @@ def _fingerprint(module):
 # %% ../nbs/01_streaming.ipynb #f5144d8d
 class Streamed(nn.Module):
     "`module` on an image (N, C, H, W), computed in strips of `strip` rows. Its parameters, and the names of these, are those of `module`."
-    def __init__(self, module, strip=512):
+    def __init__(self, module, strip=512, keep=1):
         super().__init__()
         if isinstance(module, Streamed): module = module.module
         if not isinstance(module, nn.Module): raise StreamingError(f'stream takes an nn.Module, not {type(module).__name__}.')
         if isinstance(strip, bool) or not isinstance(strip, int) or strip < 1: raise StreamingError(f'strip={strip!r} is not a number of rows: give an integer from 1 on.')
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0: raise StreamingError(f'keep={keep!r} is not a number of strips: give an integer from 0 on.')
         for k in ('_parameters', '_buffers', '_modules', '_non_persistent_buffers_set'): self.__dict__[k] = module.__dict__[k]
-        self.__dict__.update(module=module, strip=strip, training=module.training, _traced={})     # not by setattr: a layer may have one of these names
+        self.__dict__.update(module=module, strip=strip, keep=keep, training=module.training, _traced={})     # not by setattr: a layer may have one of these names
         self.program()
 
     def program(self):
@@ -255,7 +264,7 @@ class Streamed(nn.Module):
         run = _Pass(program, self.module, x, {n: env[n] for n in program.operands}, self.strip)
         if torch.is_grad_enabled() and (x.requires_grad or any(env[n].requires_grad for n in nodes)):
             outs = _Stream.apply(run, self, nodes, x, *[env[n] for n in nodes])
-        else: outs = run.forward(x, run.env, keep=False)
+        else: outs = run.forward(x)
         env.update(zip(program.outputs+program.reductions, outs))
         for n in program.after: env[n] = evaluate(n, self.module, env)
         return _plain(program.output.args[0], {**env, program.image: x})
@@ -276,6 +285,7 @@ def _plain(out, env):
 def stream(
     module, # the network, or its first part: any `nn.Module` that torch.fx can trace
     strip=512, # rows of the image at a time; memory grows with it, results do not depend on it
+    keep=1, # how many of the last strips keep their graph until the backward pass instead of being computed again; the first costs no memory at the peak
 ):
     "`module`, computed strip by strip: same parameters, same values, same gradients, memory of a strip and its line buffers."
-    return Streamed(module, strip)
+    return Streamed(module, strip, keep)

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np, torch, torchvision
 import streaming_pathology
 from .geometry import InputError
+from .models import load_tensors
+from .slides import whole_file
 
 # %% ../nbs/10_checkpoints.ipynb #8eb4818e
 def plain(x):
@@ -29,34 +31,16 @@ def versions():
 def save_checkpoint(path,     # the file; its folder must exist
                     **state): # what to keep: tensors, numbers, text, and lists and dicts of them
     "Write a checkpoint, whole or not at all; the versions of the packages are added to it."
-    path = Path(path); temp = path.with_name(f'.{path.name}.{os.getpid()}.partial')
     state = plain(dict(state, versions={k: str(v) for k, v in versions().items()}))
     try:
-        with open(temp, 'wb') as f:
-            torch.save(state, f); f.flush(); os.fsync(f.fileno())
-        os.replace(temp, path)
-    except (OSError, RuntimeError) as e: raise InputError(f'{path} cannot be written: {_reason(e)}; what was there before is untouched') from None
-    finally: temp.unlink(missing_ok=True)
-    return path
+        with whole_file(path) as f: torch.save(state, f)
+    except RuntimeError as e: raise InputError(f'{path} cannot be written ({str(e).splitlines()[0]}); what was there before is untouched') from None
+    return Path(path)
 
-def _reason(e): return getattr(e, 'strerror', None) or (str(e).splitlines() or [type(e).__name__])[0]
-
-# %% ../nbs/10_checkpoints.ipynb #33d8d097
+# %% ../nbs/10_checkpoints.ipynb #2c29c573
 def load_checkpoint(path, device='cpu'): # the dict that was saved
     "Load a checkpoint with `weights_only=True`; missing, damaged, foreign or unsafe files are told in one sentence."
-    path = Path(path)
-    if not path.exists(): raise InputError(f'{path}: there is no such checkpoint')
-    if path.is_dir(): raise InputError(f"{path} is a folder; give a checkpoint file, e.g. {path/'best.pt'}")
-    if not path.stat().st_size: raise InputError(f'{path} is empty (0 bytes), not a checkpoint')
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # of foreign files; they are refused below
-            state = torch.load(path, map_location=device, weights_only=True)
-    except PermissionError as e: raise InputError(f'{path} cannot be read: {_reason(e)}') from None
-    except Exception as e:
-        unsafe = any(s in str(e).lower() for s in ('unsupported global', 'unsupported class', 'unsafe'))
-        why = 'holds more than tensors and numbers, which could run code; it is not loaded' if unsafe else 'is damaged, or no checkpoint of this package'
-        raise InputError(f'{path} {why}') from None
+    state = load_tensors(path, device, 'checkpoint of this package')
     if not (isinstance(state, dict) and 'versions' in state): raise InputError(f'{path} is a torch file, but no checkpoint of this package')
     return state
 

@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'Case', 'several', 'read_manifest', 'check_classes', 'tiny_
            'slide_loader', 'sample_patches']
 
 # %% ../nbs/08_data.ipynb #d92a64d3
-import csv, difflib, math, re, warnings, zlib
+import csv, difflib, math, re, threading, warnings, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ import numpy as np, pyvips, torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from .geometry import InputError
-from .slides import Slide, tissue_box
+from .slides import SUFFIXES, Slide, tissue_box
 
 # %% ../nbs/08_data.ipynb #1794d3a4
 SPLITS = ('train', 'tuning', 'test')
@@ -40,26 +40,27 @@ def _table(path):
     if path.is_dir(): raise InputError(f'{path} is a folder; give the path of the CSV manifest in it')
     try: text = path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError: raise InputError(f'{path} is not UTF-8 text; save the table as CSV (UTF-8)') from None
-    if not text.strip(): raise InputError(f'{path} is empty; its first line should name the columns: slide_id,label,path,...')
+    if not text.strip(' \t\r\n,;"'): raise InputError(f'{path} is empty; its first line should name the columns: slide_id,label,path,...')
     reader = csv.reader(text.splitlines(keepends=True), strict=True)
     try: rows = [(reader.line_num, [c.strip() for c in r]) for r in reader if any(c.strip() for c in r)]
     except csv.Error as e: raise InputError(f'{path}, line {reader.line_num}: not a CSV table ({e})') from None
     return rows[0][1], rows[1:]
 
 def _check_header(path, header, needed):
-    "Every needed column is there, once, and none is close to a known name but misspelt."
+    "Every needed column is there, once, and none is a known one misspelt, which would be left out without a word."
     known = ('slide_id', 'label', 'path', 'patient_id', 'split', 'spacing')
     other = next((d for d in (';', '\t', '|') if len(header) == 1 and d in header[0]), None)
     if other: raise InputError(f'{path}: its columns are separated by {other!r}; separate them by commas')
     if twice := [c for c, n in Counter(header).items() if n > 1]: raise InputError(f'{path}: the column {twice[0]!r} is there twice; remove one')
-    for c in needed:
+    for c in known:
         if c in header: continue
-        near = next((h for h in header if h not in known and difflib.get_close_matches(c, [h.lower()], cutoff=.75)), None)
-        raise InputError(f"{path} has no column {c!r}; " + (f'rename {near!r}' if near else f"its columns are {', '.join(header)}"))
+        near = next((h for h in header if h not in known and difflib.get_close_matches(c, [h.lower().replace(' ', '_')], cutoff=.75)), None)
+        if near: raise InputError(f'{path} has no column {c!r} but {near!r}; rename it to that, or to something less like it')
+        if c in needed: raise InputError(f"{path} has no column {c!r}; its columns are {', '.join(header)}")
 
 # %% ../nbs/08_data.ipynb #a4f2fb83
 def _number(text, what):
-    try: x = float(text)
+    try: x = float(text) if '_' not in text else math.nan     # python takes 1_0 for 10
     except ValueError: x = math.nan
     if not math.isfinite(x): raise ValueError(f'{what} {text!r} is no number')
     return x
@@ -74,10 +75,11 @@ def _safe_id(s):
 def _find(slide_id, text, folder):
     "The slide's file: the one that `path` names, or the one in the folder (or its `slides`) named after the id."
     if text:
-        p = folder/Path(text).expanduser()
+        try: p = folder/Path(text).expanduser()
+        except RuntimeError: raise ValueError(f'{text}: there is no such user') from None
         if not p.exists(): raise ValueError(f'{p} does not exist')
         return p
-    ps = [p for d in (folder, folder/'slides') if d.is_dir() for p in sorted(d.iterdir()) if p.stem == slide_id and p.suffix not in ('.csv', '.json', '.npy')]
+    ps = [p for d in (folder, folder/'slides') if d.is_dir() for p in sorted(d.iterdir()) if p.stem == slide_id and p.suffix.lower() in SUFFIXES and p.is_file()]
     if len(ps) != 1: raise ValueError(f"slide {slide_id!r} has no path, and {len(ps) or 'no'} files in {folder} are named after it")
     return ps[0]
 
@@ -106,11 +108,12 @@ def several(start, problems, most=8):
     return f"{start}: {'; '.join(problems[:most])}" + (f'; and {more} more' if more > 0 else '')
 
 def _cohort_problems(cases, lines):
-    "What is wrong between rows: ids given twice, patients in two splits."
-    seen, where, wrong = {}, {}, []
+    "What is wrong between rows: ids or files given twice, patients in two splits."
+    seen, files, where, wrong = {}, {}, {}, []
     for c, n in zip(cases, lines):
         if (k := c.slide_id.casefold()) in seen: wrong.append((n, f'slide_id {c.slide_id!r} was given on line {seen[k]} already'))
         seen.setdefault(k, n)
+        if (m := files.setdefault(c.path.resolve(), n)) != n: wrong.append((n, f'{c.path} was given on line {m} already'))
         s, m = where.setdefault(c.patient_id, (c.split, n)) if c.split else (c.split, n)
         if s != c.split: wrong.append((n, f'patient {c.patient_id!r} is in {c.split} but on line {m} in {s}'))
     return wrong
@@ -182,6 +185,7 @@ def split_cohort(cases,                    # `Case`s; splits they already have a
                  seed=0,
                 ) -> list:                 # the same cases in the same order, `split` filled in
     "Split by patient, stratified on the label; a function of the ids, the labels and the seed."
+    if seed < 0: raise InputError(f'seed {seed} must not be below 0')
     if len(fractions) != 3 or min(fractions) < 0 or not fractions[0]: raise InputError(f'fractions {fractions}: give three for train, tuning and test, the first above 0')
     strata = {}
     for c in cases:
@@ -190,7 +194,7 @@ def split_cohort(cases,                    # `Case`s; splits they already have a
     split = {}
     for label in sorted(set(strata.values())):
         ids = np.array(sorted(p for p, l in strata.items() if l == label))
-        np.random.default_rng([seed, int(label)]).shuffle(ids)
+        np.random.default_rng([seed, zlib.crc32(f'{label:g}'.encode())]).shuffle(ids)
         names = np.repeat(SPLITS, _apportion(len(ids), fractions))
         split.update(zip(ids.tolist(), names.tolist()))
     return [replace(c, split=split[c.patient_id] if c.label is not None else '') for c in cases]
@@ -216,6 +220,7 @@ def fit_canvas(image,      # uint8 array (H, W, 3)
                fill=255,   # white, as glass is
               ):           # uint8 array of that size
     "Pad with `fill` or crop around the centre, each side on its own."
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3: raise InputError(f'an image must be uint8 (height, width, 3), not {image.dtype} {image.shape}')
     h, w = image.shape[:2]
     H, W = size or (-(-h//multiple)*multiple, -(-w//multiple)*multiple)
     t, l = max(0, h-H)//2, max(0, w-W)//2
@@ -235,6 +240,16 @@ def slide_rng(seed, epoch, slide_id): # a numpy generator
     return np.random.default_rng([seed, epoch, zlib.crc32(slide_id.encode())])
 
 # %% ../nbs/08_data.ipynb #d15f53d2
+class _Kept:
+    "Images in memory, up to a number of bytes; shared by threads, not sent to other processes."
+    def __init__(self, limit): self.limit, self.used, self.images, self.lock = limit, 0, {}, threading.Lock()
+    def get(self, key): return self.images.get(key)
+    def add(self, key, got):
+        with self.lock:
+            if key not in self.images and self.used+got[0].numel() <= self.limit: self.images[key] = got; self.used += got[0].numel()
+    def __len__(self): return len(self.images)
+    def __reduce__(self): return _Kept, (self.limit,)
+
 class SlideDataset(Dataset):
     "Slides as items `dict(image=uint8 (3, H, W), label=float32 (nan if unknown), slide_id=str)`; an unreadable slide raises `InputError` with its name."
     def __init__(self,
@@ -245,32 +260,33 @@ class SlideDataset(Dataset):
                  seed=0,       # of the augmentation
                  cache=0,      # bytes of images to keep in memory, in each process that reads
                  fill=255):    # grey level of the padding
-        self.cases, self.spacing, self.size, self.augment, self.seed, self.cache, self.fill = list(cases), spacing, size, augment, seed, cache, fill
-        self.kept = {}  # slide_id -> (image, box size)
+        self.cases, self.spacing, self.size, self.augment, self.seed, self.fill = list(cases), spacing, size, augment, seed, fill
+        self.kept = _Kept(cache)  # slide_id -> (image, box size)
 
     def __len__(self): return len(self.cases)
 
     def read(self, i): # uint8 (3, H, W), and (height, width) of the tissue's box before padding or cropping
         "The image of case `i`, not augmented."
         c = self.cases[i]
-        if c.slide_id in self.kept: return self.kept[c.slide_id]
+        if got := self.kept.get(c.slide_id): return got
         try:
             with Slide(c.path, spacing=c.spacing) as s: rgb = s.read(self.spacing, tissue_box(s, self.spacing))
         except InputError as e: raise InputError(f'slide {c.slide_id!r}: {e}') from None
         except Exception as e: raise InputError(f"slide {c.slide_id!r} ({c.path}) cannot be read: {_first_line(e)}") from e
         got = torch.from_numpy(fit_canvas(rgb, self.size, fill=self.fill)).permute(2, 0, 1).contiguous(), rgb.shape[:2]
-        if sum(x.numel() for x, _ in self.kept.values())+got[0].numel() <= self.cache: self.kept[c.slide_id] = got
+        self.kept.add(c.slide_id, got)
         return got
 
     def __getitem__(self, key): # `key`: an index, or (index, epoch)
         i, epoch = key if isinstance(key, tuple) else (key, 0)
         c, (image, _) = self.cases[i], self.read(i)
+        if len(self.kept): image = image.clone()     # what is kept must stay as it is, whatever is done to the item
         if self.augment: image = self.augment(image, slide_rng(self.seed, epoch, c.slide_id))
         return dict(image=image, label=torch.tensor(math.nan if c.label is None else c.label, dtype=torch.float32), slide_id=c.slide_id)
 
     def part(self, *splits, augment=None):
         "The cases of some splits as a dataset that shares this one's cache; '' are those without a split."
-        new = SlideDataset([c for c in self.cases if c.split in splits], self.spacing, self.size, augment, self.seed, self.cache, self.fill)
+        new = SlideDataset([c for c in self.cases if c.split in splits], self.spacing, self.size, augment, self.seed, self.kept.limit, self.fill)
         new.kept = self.kept
         return new
 
@@ -342,9 +358,10 @@ def sample_patches(data,     # `SlideDataset`
                    size=256, # pixels a side
                    seed=0, tries=8):
     "`n` patches of tissue, uint8 (n, 3, size, size); smaller images are padded with white."
+    if not len(data): raise InputError('there is no slide to take patches from')
     rng, out = np.random.default_rng(seed), []
-    for k in range(n):
-        image, _ = data.read(int(rng.permutation(len(data))[k % len(data)]))
+    for i in np.resize(rng.permutation(len(data)), n):     # every slide in turn
+        image, _ = data.read(int(i))
         rgb = image.permute(1, 2, 0).numpy()
         if min(rgb.shape[:2]) < size: rgb = fit_canvas(rgb, [max(size, v) for v in rgb.shape[:2]])
         at = rng.integers(0, np.array(rgb.shape[:2])-size+1, (tries, 2))

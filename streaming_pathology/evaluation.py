@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['check_scores', 'roc', 'auc', 'class_weights', 'weighted_auc', 'draw_weights', 'bootstrap_aucs', 'Interval',
-           'bootstrap_ci', 'roc_band', 'plot_roc', 'OperatingPoint', 'operating_point', 'write_atomic', 'Metrics',
-           'evaluate', 'Prediction', 'read_table', 'read_predictions', 'evaluate_file']
+           'bootstrap_ci', 'roc_band', 'plot_roc', 'OperatingPoint', 'operating_point', 'Metrics', 'evaluate',
+           'Prediction', 'read_table', 'read_predictions', 'evaluate_file']
 
 # %% ../nbs/13_evaluation.ipynb #2ec43ee7
-import csv, json, os
+import csv, json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_auc_score, roc_curve
 from .geometry import InputError
+from .slides import write_whole
 
 # %% ../nbs/13_evaluation.ipynb #19084f02
 def check_scores(labels, # 0 or 1 for each slide
@@ -182,22 +183,6 @@ def operating_point(labels, # 0 or 1 for each slide
     called = s >= threshold
     return OperatingPoint(float(threshold), float((called == y).mean()), float(called[y].mean()), float((~called[~y]).mean()))
 
-# %% ../nbs/13_evaluation.ipynb #1fb2ad96
-def write_atomic(path, # file to write
-                 data, # str or bytes
-                )->Path:
-    "Write `data` to a temporary file beside `path`, then rename: whoever reads sees the old file or the new one, never half of it"
-    path = Path(path)
-    temp = path.with_name(f'.{os.getpid()}.{path.name}'[:80])
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temp.write_bytes(data.encode() if isinstance(data, str) else data)
-        temp.replace(path)
-    except OSError as e:
-        if temp.parent.is_dir(): temp.unlink(missing_ok=True)
-        raise InputError(f'{path} cannot be written ({e.strerror}): choose a folder that is writable') from None
-    return path
-
 # %% ../nbs/13_evaluation.ipynb #ebe5d717
 @dataclass(frozen=True)
 class Metrics:
@@ -220,7 +205,7 @@ class Metrics:
     @property
     def interval(self): return Interval(self.low, self.high, self.draws, self.redrawn, self.seed, self.level)
     def __str__(self): return f'AUC {self.auc:.3f} ({self.level:.0%} interval {self.interval}, {self.n} slides, {self.positives} positive)'
-    def save(self, path): return write_atomic(path, json.dumps(asdict(self), indent=1)+'\n')
+    def save(self, path): return write_whole(path, json.dumps(asdict(self), indent=1)+'\n')
 
 # %% ../nbs/13_evaluation.ipynb #6c074f0e
 def evaluate(labels, # 0 or 1 for each slide

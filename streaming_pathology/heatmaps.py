@@ -14,7 +14,7 @@ import numpy as np, torch
 from matplotlib import colormaps
 from PIL import Image
 from .geometry import InputError
-from .evaluation import write_atomic
+from .slides import write_whole
 
 # %% ../nbs/14_heatmaps.ipynb #a74308af
 def image_std(x, # (1, 3, H, W), uint8 or float
@@ -167,7 +167,7 @@ def save_heatmap(path, # .npy file
     "Write a map as .npy, all of it or nothing"
     f = io.BytesIO()
     np.save(f, check_map(heat))
-    return write_atomic(path, f.getvalue())
+    return write_whole(path, f.getvalue())
 
 def load_heatmap(path # .npy file
                 )->np.ndarray:

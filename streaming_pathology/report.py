@@ -15,8 +15,9 @@ import matplotlib.figure, numpy as np
 from fastcore.xml import *
 from PIL import Image, ImageFilter
 from .geometry import InputError
-from .evaluation import Metrics, Prediction, evaluate_file, plot_roc, read_predictions, read_table, write_atomic
+from .evaluation import Metrics, Prediction, evaluate_file, plot_roc, read_predictions, read_table
 from .heatmaps import colour_map, load_heatmap, save_heatmap
+from .slides import write_whole
 
 # %% ../nbs/15_report.ipynb #3e768ef0
 def _toy_slide(rng, positive, size=(360, 520)):
@@ -35,7 +36,7 @@ def _toy_slide(rng, positive, size=(360, 520)):
 def _write_csv(path, columns, rows):
     f = io.StringIO(newline='')
     w = csv.writer(f); w.writerow(columns); w.writerows(rows)
-    return write_atomic(path, f.getvalue())
+    return write_whole(path, f.getvalue())
 
 # %% ../nbs/15_report.ipynb #93688488
 def toy_run(folder, # where to write it
@@ -45,15 +46,15 @@ def toy_run(folder, # where to write it
     "A run folder with made-up slides and figures, to try the report on"
     folder, rng = Path(folder), np.random.default_rng(seed)
     settings = dict(title='Toy run', synthetic=True, arch='resnet18', pool='avg', spacing=1.0, size=4096, strip=512, epochs=12, lr=.01, momentum=.9, batch=16, seed=seed)
-    write_atomic(folder/'settings.toml', ''.join(f'{k} = {json.dumps(v)}\n' for k, v in settings.items()))
-    write_atomic(folder/'environment.json', json.dumps(dict(date='2026-01-01 12:00', machine=dict(cpus=2, memory_gb=8, gpu=None), python='3.11', packages=dict(torch='2.14', numpy='2.3')), indent=1))
+    write_whole(folder/'settings.toml', ''.join(f'{k} = {json.dumps(v)}\n' for k, v in settings.items()))
+    write_whole(folder/'environment.json', json.dumps(dict(date='2026-01-01 12:00', machine=dict(cpus=2, memory_gb=8, gpu=None), python='3.11', packages=dict(torch='2.14', numpy='2.3')), indent=1))
     labels, rows = [i % 2 for i in range(n)]+[None], []
     for i, y in enumerate(labels):
         p, name = 1/(1+math.exp(-rng.normal(2.4*(y or 0)-1.2, 1.3))), 'sample' if y is None else f'biopsy_{i:03}'
         rows.append((name, '' if y is None else y, 'test', f'{p:.4f}', f'{rng.uniform(1, 2):.2f}'))
         image, heat = _toy_slide(rng, y)
         f = io.BytesIO(); image.save(f, 'JPEG', quality=85)
-        write_atomic(folder/f'images/{name}.jpg', f.getvalue()); save_heatmap(folder/f'heatmaps/{name}.npy', heat)
+        write_whole(folder/f'images/{name}.jpg', f.getvalue()); save_heatmap(folder/f'heatmaps/{name}.npy', heat)
     _write_csv(folder/'predictions.csv', ('slide_id', 'label', 'split', 'probability', 'seconds'), rows)
     _write_csv(folder/'cohort.csv', ('slide_id', 'label', 'split', 'patient_id'), [r[:3]+(r[0],) for r in rows]+[(f'train_{i}', i % 2, 'train' if i % 5 else 'tuning', f'p{i//2}') for i in range(60)])
     loss = lambda e, a: .69*math.exp(-e/6)+a+.02*rng.random()
@@ -452,4 +453,4 @@ def write_report(run_folder, # as sp_train or sp_demo wrote it
                 )->Path:
     "Write one self-contained HTML file about a run and return its path; `InputError` names what is damaged, or needed and missing"
     run = read_run(run_folder)
-    return write_atomic(Path(out) if out else run.folder/'report.html', _page(run, most))
+    return write_whole(Path(out) if out else run.folder/'report.html', _page(run, most))

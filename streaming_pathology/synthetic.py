@@ -9,7 +9,7 @@ __all__ = ['RUIFROK_JOHNSTON', 'SAMPLE_STAINS', 'PATTERNS', 'optical_density', '
            'plan_cohort', 'write_cohort']
 
 # %% ../nbs/06_synthetic.ipynb #044bbbc7
-import csv, io, json, math, os, tempfile
+import csv, io, json, math, operator, signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import numpy as np, pyvips
 from scipy import ndimage, sparse
 from tqdm.auto import tqdm
 from .geometry import InputError
+from .slides import COARSEST, FINEST, whole_file, write_whole
 
 # %% ../nbs/06_synthetic.ipynb #98bff197
 RUIFROK_JOHNSTON = np.array([[.650, .704, .286], [.072, .990, .105]]) # published vectors of haematoxylin and eosin (2001)
@@ -332,7 +333,7 @@ def stain_image(rng, amounts, spacing, stains=None):
 
 def _check(size, spacing, **fractions):
     "`InputError` for what cannot be painted."
-    if len(size) != 2 or any(int(n) != n or n < 32 for n in size): raise InputError(f'size {size} must be (height, width) in whole pixels, at least 32 each')
+    if len(size) != 2 or any(not math.isfinite(n) or int(n) != n or n < 32 for n in size): raise InputError(f'size {size} must be (height, width) in whole pixels, at least 32 each')
     if not .1 <= spacing <= 20: raise InputError(f'spacing {spacing} must be between 0.1 and 20 microns per pixel')
     if min(size)*spacing < 200: raise InputError(f'size {tuple(size)} at {spacing} microns per pixel is smaller than 200 microns, too small for a biopsy: paint more pixels or a larger spacing')
     for name, f in fractions.items():
@@ -347,6 +348,7 @@ def paint_biopsy(
 ) -> Biopsy:
     "A needle biopsy with known truth."
     _check(size, spacing, tumour_fraction=tumour_fraction, crowded_fraction=crowded_fraction or 0)
+    size = tuple(map(int, size))
     rng = np.random.default_rng([abs(int(seed)), int(seed < 0)])
     if crowded_fraction is None: crowded_fraction = 0. if tumour_fraction else rng.uniform(0, .6)
     amounts, mask = paint_tissue(rng, size, spacing, tumour_fraction, crowded_fraction)
@@ -362,22 +364,14 @@ def write_tiff(
     nearest=False, # for masks: coarser levels take one of the pixels instead of their mean
 ):
     "A tiled pyramidal TIFF with its resolution in the tags, written whole or not at all."
-    path, per_mm = Path(path), 1000/spacing
-    handle, temporary = tempfile.mkstemp('.tiff', f'.{path.stem}.', path.parent)
-    os.close(handle)
-    try:
-        image = pyvips.Image.new_from_array(np.ascontiguousarray(pixels)).copy(xres=per_mm, yres=per_mm)
-        image.tiffsave(temporary, tile=True, tile_width=256, tile_height=256, pyramid=True, resunit='cm', bigtiff=pixels.nbytes > 2**31,
-                       compression=compression, Q=90, region_shrink='nearest' if nearest else 'mean')
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except pyvips.Error as e: raise InputError(f'{path} cannot be written: {str(e).strip().splitlines()[-1].strip()}') from None
-    finally: Path(temporary).unlink(missing_ok=True)
-
-def _umask():
-    mask = os.umask(0o22)
-    os.umask(mask)
-    return mask
+    pixels = np.ascontiguousarray(pixels)
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or pixels.ndim == 3 and pixels.shape[2] == 3) or not pixels.size: raise InputError(f'{path}: pixels must be uint8 (height, width, 3) or (height, width), not {pixels.dtype} {pixels.shape}')
+    if not FINEST <= spacing <= COARSEST: raise InputError(f'{path}: spacing {spacing} must be between {FINEST} and {COARSEST} microns per pixel')
+    with whole_file(path) as f:
+        try:
+            pyvips.Image.new_from_array(pixels).copy(xres=1000/spacing, yres=1000/spacing).tiffsave(f.name, tile=True, tile_width=256, tile_height=256, pyramid=True, resunit='cm',
+                bigtiff=pixels.nbytes > 2**31, compression=compression, Q=90, region_shrink='nearest' if nearest else 'mean')
+        except pyvips.Error as e: raise InputError(f'{path} cannot be written: {str(e).strip().splitlines()[-1].strip()}') from None
 
 # %% ../nbs/06_synthetic.ipynb #b0e1c063
 def save_biopsy(
@@ -419,14 +413,9 @@ def _prepare(folder, settings):
         if there is None and any(folder.iterdir()): raise InputError(f'{folder} is not empty: choose another folder')
         if there not in (None, settings): raise InputError(f'{folder} holds a cohort with other settings ({note.name}): choose another folder')
         for kind in ('slides', 'masks'): (folder/kind).mkdir(exist_ok=True)
-        _write_text(note, json.dumps(settings))
+        write_whole(note, json.dumps(settings))
     except json.JSONDecodeError: raise InputError(f'{note} is damaged: choose another folder') from None
     except OSError as e: raise InputError(f'{folder} cannot be written: {e.strerror}') from None
-
-def _write_text(path, text):
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 # %% ../nbs/06_synthetic.ipynb #f001b9ce
 def write_cohort(
@@ -443,22 +432,26 @@ def write_cohort(
     progress=True, # a progress bar
 ) -> Path: # manifest.csv
     "Paint a cohort into a folder: slides/*.tiff, masks/*.tiff and, last, manifest.csv."
-    low, high = tumour_fractions
+    (low, high), size, spacing, seed, n = tumour_fractions, tuple(size), float(spacing), operator.index(seed), operator.index(n)
     _check(size, spacing, positive=positive)
+    if compression not in ('jpeg', 'deflate'): raise InputError(f"compression {compression!r} is not known: use 'jpeg' or 'deflate'")
+    if workers < 0 or seed < 0: raise InputError(f'workers {workers} and seed {seed} must not be below 0')
+    if wrong := set(splits)-{'train', 'tuning', 'test'}: raise InputError(f"splits has {wrong.pop()!r}: the splits are 'train', 'tuning' and 'test'")
     if not 0 < low <= high <= 1: raise InputError(f'tumour_fractions {tumour_fractions} must be (least, largest), above 0 and up to 1')
     if n < 1: raise InputError(f'a cohort of {n} slides cannot be painted: ask for at least 1')
     if abs(sum(splits.values())-1) > 1e-6 or min(splits.values()) < 0: raise InputError(f'splits {splits} must be shares that add up to 1')
     folder = Path(folder)
-    _prepare(folder, dict(n=n, size=list(size), spacing=spacing, positive=positive, tumour_fractions=[low, high], seed=seed, splits=splits, compression=compression))
+    _prepare(folder, dict(n=n, size=[int(v) for v in size], spacing=spacing, positive=float(positive), tumour_fractions=[float(low), float(high)], seed=seed, splits=splits, compression=compression))
     rows = plan_cohort(n, positive, tumour_fractions, splits, seed)
     tasks = [dict(id=r['slide_id'], folder=str(folder), compression=compression, paint=dict(size=tuple(size), spacing=spacing, seed=r['seed'],
                   tumour_fraction=r['area']*r['label'], crowded_fraction=r['area']*(1-r['label']))) for r in rows]
     bar = tqdm(total=n, desc='painting slides', disable=not progress)
     if workers:
+        pool = ProcessPoolExecutor(workers, get_context('spawn'), signal.signal, (signal.SIGINT, signal.SIG_IGN)) # Ctrl-C is for this process
         try:
-            with ProcessPoolExecutor(workers, get_context('spawn')) as pool:
-                for _ in pool.map(save_biopsy, tasks): bar.update()
+            for _ in pool.map(save_biopsy, tasks): bar.update()
         except BrokenProcessPool: raise InputError(f'a worker ended while painting into {folder}, perhaps for lack of memory: use fewer workers') from None
+        finally: pool.shutdown(cancel_futures=True)
     else:
         for task in tasks: save_biopsy(task); bar.update()
     bar.close()
@@ -471,5 +464,5 @@ def _write_manifest(folder, rows, spacing):
     writer.writeheader()
     for r in rows:
         writer.writerow(dict(r, path=f"slides/{r['slide_id']}.tiff", mask=f"masks/{r['slide_id']}.tiff", spacing=f'{spacing:g}', tumour_fraction=f"{r['area']*r['label']:.4f}"))
-    _write_text(folder/'manifest.csv', text.getvalue())
+    write_whole(folder/'manifest.csv', text.getvalue())
     return folder/'manifest.csv'

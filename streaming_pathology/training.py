@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAY_OUT', 'slide_loss', 'probabilities', 'batch_sizes', 'autocast', 'logits_of', 'peak_mb', 'predict', 'as_loader',
            'summary', 'TinyNet', 'synth_slides', 'synth_learner', 'train_epoch', 'State', 'make_optimizer', 'fit',
-           'write_whole', 'write_csv', 'CSVLog', 'TensorBoardLog', 'Cosine']
+           'write_csv', 'CSVLog', 'TensorBoardLog', 'Cosine']
 
 # %% ../nbs/09_training.ipynb #60008edd
 import csv, io, math, os, resource, sys, time
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from .data import slide_loader
 from .geometry import InputError
+from .slides import write_whole
 
 # %% ../nbs/09_training.ipynb #e0bc5098
 def slide_loss(logits, # (N, n_out)
@@ -189,16 +190,6 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
     return s.history
 
 # %% ../nbs/09_training.ipynb #06c54991
-def write_whole(path, content): # text or bytes
-    "Write a file so that at any moment the old or the new one is there, whole."
-    path = Path(path); temp = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-    try:
-        with open(temp, 'wb') as f:
-            f.write(content.encode() if isinstance(content, str) else content); f.flush(); os.fsync(f.fileno())
-        os.replace(temp, path)
-    finally: temp.unlink(missing_ok=True)
-    return path
-
 def write_csv(path, rows, columns=None): # the path
     "Dicts as a CSV file, whole or not at all; None becomes an empty cell."
     out = io.StringIO()

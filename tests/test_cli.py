@@ -105,7 +105,7 @@ def test_out_below_a_file(bad, capsys):
     (bad/'f').write_text('')
     refused(capsys, ['train', bad/'manifest.csv', bad/'f/run', *QUICK], 'f/run cannot be written')
 def test_out_not_ours(bad, capsys):
-    before = tree(bad); refused(capsys, ['train', bad/'manifest.csv', bad, *QUICK, '--overwrite'], 'not empty'); assert tree(bad) == before
+    before = tree(bad); refused(capsys, ['train', bad/'manifest.csv', bad, *QUICK, '--overwrite'], 'which no former run wrote'); assert tree(bad) == before
 def test_out_holds_a_run(cohort, trained, capsys):
     before = tree(trained); refused(capsys, ['train', cohort/'manifest.csv', trained, *QUICK], '--overwrite'); assert tree(trained) == before
 @pytest.mark.skipif(not Path('/proc/self').exists(), reason='needs /proc')

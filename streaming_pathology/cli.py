@@ -149,6 +149,10 @@ def staged(folder, overwrite=False, ours=RUN):
     finally: shutil.rmtree(temp, ignore_errors=True)
 
 # %% ../nbs/16_cli.ipynb #83aa1720
+def _cpu():
+    info = Path('/proc/cpuinfo')
+    return next((l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')), '') if info.exists() else platform.processor()
+
 def environment():
     "Date, machine, versions and, where the package lies in a git repository, its commit."
     here = Path(__file__).parent if '__file__' in globals() else Path.cwd()
@@ -157,7 +161,7 @@ def environment():
     memory = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/1e9 if hasattr(os, 'sysconf') else 0
     packages = {k: str(v) for k, v in versions().items()}
     return dict(date=datetime.datetime.now().astimezone().isoformat(' ', 'minutes'), python=packages.pop('python'), packages=packages, git_commit=commit,
-                machine=dict(system=platform.platform(), cpus=os.cpu_count(), threads=torch.get_num_threads(), memory_gb=round(memory, 1), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None))
+                machine=dict(system=platform.platform(), cpu=_cpu(), cpus=os.cpu_count(), threads=torch.get_num_threads(), memory_gb=round(memory, 1), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None))
 
 def write_settings(path, settings):
     "Flat `key = value`; what is not set becomes an empty text."

@@ -57,6 +57,7 @@ def _lightstream(net, tile, **_):
 
 methods = {'plain': _plain, 'checkpoint': _checkpoint, 'streaming': _streaming, 'kept': _kept, 'lightstream': _lightstream}
 
+# %% ../nbs/17_benchmarks.ipynb #d301eec4
 class Step:
     "One forward and backward pass of `net` by `method`: call it with an image; the gradients are in `parameters()`."
     def __init__(self, method, net, strip=256, tile=960, keep=1): self.method, self.f = method, methods[method](net, strip=strip, tile=tile, keep=keep)
@@ -137,6 +138,7 @@ def _peak(method, case, threads, answer):
         answer.put({'seconds': t, 'above': peak-before, 'peak': peak})
     except Exception as e: answer.put({'error': f'{type(e).__name__}: {e}'.splitlines()[0][:200]})
 
+# %% ../nbs/17_benchmarks.ipynb #0317f523
 def peak_memory(method, case, threads=None):
     "Seconds and peak memory in bytes ('above' the start, and 'peak' of the process) of one step in a fresh process."
     if sys.platform != 'linux': raise InputError(f'The peak memory of a process is read from /proc, which {sys.platform} does not have: run the benchmark on Linux.')
@@ -182,7 +184,7 @@ def compare(names, case, repeats=5, log=print):
     seconds = times(names, case, repeats)
     found = {'case': case, 'repeats': repeats, 'seconds': seconds, 'to_plain': ratios(seconds), 'memory': {n: peak_memory(n, case) for n in names},
              'work': {n: work(n, case['arch'], case['until'], case['size'][0], case['strip'], case['tile'], case['keep']) for n in names if case['device'] == 'cpu'}}
-    if 'lightstream' in names: found['lightstream_to_streaming'] = ratios(seconds, 'streaming')['lightstream']
+    if 'lightstream' in names: found['times_as_fast_as_lightstream'] = {n: ratios({'lightstream': seconds['lightstream'], n: seconds[n]}, n)['lightstream'] for n in ('streaming', 'kept') if n in names}
     log(f"{case['arch']} to {case['until']}, {case['size'][0]} x {case['size'][1]}: "+', '.join(f"{n} {r['median']:.2f} ({r['low']:.2f}-{r['high']:.2f}) times plain, {found['memory'][n].get('above', 0)/1e9:.2f} GB" for n, r in found['to_plain'].items()))
     return found
 
@@ -201,6 +203,7 @@ def large(size=16384, strip=256, device='cpu', arch='resnet34', dtype='bf16'):
     case = _case(arch, 'logits', size, strip, 0, device, dtype)
     return {'machine': machine(), 'case': case, **peak_memory('streaming', case)}
 
+# %% ../nbs/17_benchmarks.ipynb #6593a623
 def sides(text):
     "`'1024,2048'` as (1024, 2048)."
     return tuple(map(int, text.split(',')))

@@ -34,7 +34,7 @@ def save_checkpoint(path,     # the file; its folder must exist
     state = plain(dict(state, versions={k: str(v) for k, v in versions().items()}))
     try:
         with whole_file(path) as f: torch.save(state, f)
-    except RuntimeError as e: raise InputError(f'{path} cannot be written ({str(e).splitlines()[0]}); what was there before is untouched') from None
+    except RuntimeError as e: raise InputError(f'{path} cannot be written; is the disk full? What was there before is untouched ({str(e).splitlines()[0]})') from None
     return Path(path)
 
 # %% ../nbs/10_checkpoints.ipynb #2c29c573

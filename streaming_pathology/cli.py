@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'RUN', 'COHORT', 'sp_train', 'sp_predict', 'sp_evaluate', 'sp_report', 'sp_synth', 'DEMO', 'DEMO_COHORT',
            'TINY', 'TINY_COHORT', 'sp_demo', 'hw', 'make_parser', 'one_line', 'status_of', 'plain_warnings',
-           'terminable', 'command', 'claim', 'clear', 'staged', 'environment', 'write_settings', 'write_cases',
-           'build_model', 'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'predict_rows',
-           'write_predictions', 'check_settings', 'check_device', 'train_cohort', 'finish', 'load_model', 'find_slides',
-           'predict_slides', 'evaluate_predictions', 'report_run', 'synthesise', 'demo', 'main']
+           'terminable', 'command', 'claim', 'output_file', 'clear', 'replacing', 'staged', 'environment',
+           'write_settings', 'write_cases', 'build_model', 'calibrate', 'save_images', 'save_heatmaps', 'chosen',
+           'run_training', 'predict_rows', 'write_predictions', 'check_settings', 'check_device', 'train_cohort',
+           'finish', 'load_model', 'find_slides', 'predict_slides', 'evaluate_predictions', 'report_run', 'synthesise',
+           'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
 import argparse, datetime, difflib, inspect, json, math, os, platform, shutil, signal, subprocess, sys, threading, time, tomllib, typing, uuid, warnings
@@ -26,7 +27,7 @@ from .synthetic import write_cohort
 from .data import Case, SlideDataset, check_cohort, flips, read_manifest, resolve_splits, sample_patches, slide_loader
 from .training import Cosine, CSVLog, TensorBoardLog, fit, predict, write_csv
 from .checkpoints import Checkpoints, load_checkpoint, load_weights, versions
-from .evaluation import evaluate_file
+from .evaluation import COLUMNS, evaluate_file
 from .heatmaps import fit_map, save_heatmap, smoothgrad
 from .report import write_report
 
@@ -123,15 +124,45 @@ def claim(folder, overwrite=False, ours=RUN, inputs=()): # the folder, as an abs
     if there and not overwrite: raise InputError(f'{given} holds what a former run wrote; add --overwrite to replace it, or give the name of a new folder')
     for p in inputs:
         if there and Path(p).resolve().is_relative_to(folder): raise InputError(f'{p} lies in {given}, which would be replaced; give the name of a new folder')
+    _probe(folder, given)
+    return folder
+
+def _probe(folder, given):
+    "Refuse `given` if nothing can be made in `folder`, or in the nearest one above it that exists."
     probe = next(p for p in (folder, *folder.parents) if p.exists())/f'.{uuid.uuid4().hex}.partial'
     try: probe.mkdir(); probe.rmdir()
-    except OSError as e: raise InputError(f'{given} cannot be written ({e.strerror}); give a folder that can be') from None
-    return folder
+    except OSError as e: raise InputError(f'{given} cannot be written ({e.strerror}); give a place that can be') from None
+
+def output_file(path, suffix, inputs=(), header=''): # the path
+    "Refuse a file to write that is a folder, has another ending, is one of the `inputs`, cannot be written, or exists and does not begin with `header`."
+    path = Path(path).expanduser()
+    if path.is_dir(): raise InputError(f'{path} is a folder; give the name of a file to write')
+    if path.suffix.lower() != suffix: raise InputError(f'{path}: what is written is a {suffix} file; give a name that ends so')
+    if any(path.resolve() == Path(p).resolve() for p in inputs): raise InputError(f'{path} is what is read; give the name of another file to write')
+    if header and path.exists() and not path.read_bytes().startswith(header.encode()): raise InputError(f'{path} exists and is something else; give the name of another file to write')
+    _probe(path.absolute().parent, path)
+    return path
 
 def clear(folder):
     "Empty a folder that was claimed; makes it where it is missing."
     folder.mkdir(parents=True, exist_ok=True)
     for p in folder.iterdir(): shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+
+# %% ../nbs/16_cli.ipynb #6bce0dde
+@contextmanager
+def replacing(folder, worth):
+    "Empty a claimed folder for new work. If the work fails before its file `worth` is there, what was there before comes back."
+    former = folder.with_name(f'.{folder.name}.{os.getpid()}.former')
+    former.mkdir(parents=True); made = not folder.exists(); folder.mkdir(exist_ok=True)
+    for p in folder.iterdir(): shutil.move(p, former/p.name)
+    try: yield folder
+    except BaseException:
+        if not (folder/worth).exists():
+            clear(folder)
+            for p in former.iterdir(): shutil.move(p, folder/p.name)
+            if made: folder.rmdir()
+        raise
+    finally: shutil.rmtree(former, ignore_errors=True)
 
 @contextmanager
 def staged(folder, overwrite=False, ours=RUN):
@@ -165,7 +196,7 @@ def environment():
 
 def write_settings(path, settings):
     "Flat `key = value`; what is not set becomes an empty text."
-    def value(v): return json.dumps('' if v is None else str(v) if isinstance(v, Path) else v)
+    def value(v): return json.dumps('' if v is None else str(v) if isinstance(v, Path) else v, ensure_ascii=False).replace('\x7f', '\\u007f')
     return write_whole(path, ''.join(f'{k} = {value(v)}\n' for k, v in settings.items()))
 
 def write_cases(path, cases):
@@ -239,13 +270,14 @@ def predict_rows(model, data, device, amp, workers):
 def write_predictions(path, rows):
     "predictions.csv: one row a slide."
     shown = [r | dict(label=None if r['label'] is None else f"{r['label']:g}", probability=f"{r['probability']:.8g}", seconds=f"{r['seconds']:.3f}") for r in rows]
-    return write_csv(path, shown, ['slide_id', 'label', 'split', 'probability', 'seconds'])
+    return write_csv(path, shown, COLUMNS)
 
-# %% ../nbs/16_cli.ipynb #765a60f5
+# %% ../nbs/16_cli.ipynb #b6340750
 def check_settings(s): # the same
     "Refuse numbers that make no sense before anything is read."
-    for k, least in dict(epochs=1, batch=1, strip=1, workers=0, heatmaps=0, copies=1, seed=0, momentum=0, cache_gb=0).items():
+    for k, least in dict(epochs=1, batch=1, strip=1, workers=0, heatmaps=0, copies=1, draws=1, seed=0, momentum=0, cache_gb=0).items():
         if k in s and not (math.isfinite(s[k]) and s[k] >= least): raise InputError(f"--{k.replace('_', '-')} is {s[k]}; it has to be at least {least}")
+    if s.get('seed', 0) >= 2**32: raise InputError(f"--seed is {s['seed']}; it has to be below {2**32}")
     for k in ('lr', 'spacing'):
         if k in s and not (math.isfinite(s[k]) and s[k] > 0): raise InputError(f'--{k} is {s[k]}; it has to be above 0')
     for k, allowed in dict(amp=(None, 'bf16', 'fp16'), pool=('avg', 'max'), optimizer=('sgd', 'adamw')).items():
@@ -255,8 +287,9 @@ def check_settings(s): # the same
 
 def check_device(device):
     try: torch.zeros(1, device=device)
-    except Exception as e: raise InputError(f'--device {device}: {one_line(e).split(".")[0]}; use cpu, or cuda where there is one') from None
+    except Exception as e: raise InputError(f"--device {device}: {one_line(e).split('.')[0].split(': ')[0]}; use cpu, or cuda where there is one") from None
 
+# %% ../nbs/16_cli.ipynb #765a60f5
 def train_cohort(manifest,                # CSV with slide_id, label (0 or 1) and, where known, path, patient_id, split (train, tuning, test), spacing
           out,                     # run folder to write; new or empty
           *, arch:str='resnet18',  # resnet18, resnet34 or resnet50
@@ -290,9 +323,10 @@ def train_cohort(manifest,                # CSV with slide_id, label (0 or 1) an
     folder = claim(out, overwrite, inputs=[manifest, *([weights] if weights and Path(weights).exists() else []), *(c.path for c in cases)])
     model = build_model(s)
     data = check_cohort(cases, spacing, size, cache=int(cache_gb*1e9), workers=workers)
+    if {c.label for c in cases if c.split == 'test'} < {0, 1}: warnings.warn('the test split does not have both classes, so there will be no AUC')
     if weights is None: calibrate(model, data, seed)
-    claim(out, overwrite); clear(folder)
-    metrics = run_training(data, model, folder, dict(command='sp_train', manifest=str(manifest), **s))
+    claim(out, overwrite) # somebody may have written there in the meantime
+    with replacing(folder, 'checkpoints/last.pt'): metrics = run_training(data, model, folder, dict(command='sp_train', manifest=str(manifest), **s))
     finish(Path(out), metrics)
 
 def finish(folder, metrics):
@@ -307,21 +341,28 @@ sp_train = command('train', train_cohort)
 def load_model(path, device='cpu', strip=None): # the model, and the settings it was trained with (spacing, size, amp, ...)
     "The trained network of a checkpoint."
     state = load_checkpoint(path, device)
-    try: model = StreamingClassifier(**state['settings']['model'] | ({'strip': strip} if strip else {}))
-    except (KeyError, TypeError): raise InputError(f'{path} does not say how its network is built; give a checkpoint of sp_train') from None
+    try:
+        model = StreamingClassifier(**state['settings']['model'] | ({'strip': strip} if strip else {}))
+        for k in ('spacing', 'size', 'amp'): state['settings'][k]
+    except (KeyError, TypeError): raise InputError(f'{path} does not say how its network is built and at which spacing, size and precision it sees slides; give a checkpoint of sp_train') from None
     return load_weights(model, state, path).to(device).eval(), state['settings']
 
 def find_slides(path, spacing=None): # list of `Case`
     "The cases of a manifest, the slides of a folder, or one slide file."
     path = Path(path)
     if not path.exists(): raise InputError(f'{path}: there is no such manifest, folder or slide')
-    if path.suffix.lower() == '.csv': cases = read_manifest(path, need_label=False)
+    if path.suffix.lower() == '.csv': cases = read_manifest(path, need_label=False, labels=(0, 1))
     else:
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not files: raise InputError(f"{path}: no slides in this folder; their names end in {', '.join(sorted(SUFFIXES))}")
         cases = [Case(p.stem, None, p, p.stem) for p in files]
         if len({c.slide_id for c in cases}) < len(cases): raise InputError(f'{path}: two slides have the same name but for its ending; give a manifest that names them apart')
-    return [replace(c, spacing=c.spacing or spacing) for c in cases]
+    return [replace(c, spacing=spacing) if spacing and not c.spacing and not _says_spacing(c.path) else c for c in cases]
+
+def _says_spacing(path):
+    try:
+        with Slide(path): return True
+    except InputError: return False # other faults are found when it is read
 
 # %% ../nbs/16_cli.ipynb #d36627f8
 def predict_slides(checkpoint,         # file that sp_train wrote, e.g. run/checkpoints/best.pt
@@ -334,12 +375,9 @@ def predict_slides(checkpoint,         # file that sp_train wrote, e.g. run/chec
                    workers:int=0):     # processes that read slides ahead
     "Predict slides with a trained network; a CSV that exists is replaced, as a whole."
     check_settings({k: v for k, v in dict(strip=strip, amp=amp, device=device, workers=workers).items() if v is not None})
-    out = Path(out)
-    if out.is_dir(): raise InputError(f'{out} is a folder; give the name of a CSV file to write')
-    claim(out.absolute().parent/uuid.uuid4().hex)
+    out = output_file(out, '.csv', [checkpoint, slides], ','.join(COLUMNS))
     model, s = load_model(checkpoint, device, strip)
     data = check_cohort(find_slides(slides, slide_spacing), s['spacing'], s['size'] and tuple(s['size']), workers=workers)
-    out.parent.mkdir(parents=True, exist_ok=True)
     rows = predict_rows(model, data, device, amp or s['amp'], workers)
     write_predictions(out, rows)
     print(f"wrote {out}: {len(rows)} slide{'s'*(len(rows) > 1)}")
@@ -355,7 +393,8 @@ def evaluate_predictions(predictions,           # CSV that sp_predict or sp_trai
                          level:float=.95,       # of the interval
                          seed:int=0):           # of the draws
     "The area under the ROC curve with its bootstrap interval, and accuracy at one threshold."
-    if draws < 1: raise InputError(f'--draws is {draws}; it has to be at least 1')
+    check_settings(dict(draws=draws, seed=seed))
+    if out: out = output_file(out, '.json', [predictions])
     metrics = evaluate_file(predictions, split, threshold_split, n=draws, level=level, seed=seed)
     if out: metrics.save(out)
     print(metrics)
@@ -364,6 +403,7 @@ def evaluate_predictions(predictions,           # CSV that sp_predict or sp_trai
 def report_run(run,                 # folder that sp_train or sp_demo wrote
            *, out:str|None=None): # HTML file; without it report.html in the run folder
     "Write the report of a run: one HTML file that holds everything it shows."
+    if out: out = output_file(out, '.html')
     print(f'wrote {write_report(run, out)}')
 
 sp_evaluate, sp_report = command('evaluate', evaluate_predictions), command('report', report_run)
@@ -384,16 +424,20 @@ def synthesise(folder,                     # folder to write; new or empty
     if not 0 < least_tumour <= most_tumour <= 1: raise InputError(f'--least-tumour {least_tumour} and --most-tumour {most_tumour} have to be above 0, up to 1, and in this order')
     with staged(folder, overwrite, COHORT) as temp:
         write_cohort(temp, n, size=size, spacing=spacing, positive=positive, tumour_fractions=(least_tumour, most_tumour), seed=seed, workers=workers)
-    print(f"wrote {Path(folder)/'manifest.csv'}: {n} slides")
+    print(f"wrote {Path(folder)/'manifest.csv'}: {n} slide{'s'*(n > 1)}")
 
 sp_synth = command('synth', synthesise)
 
 # %% ../nbs/16_cli.ipynb #39340cbd
-DEMO = dict(title='Demo: painted biopsies', synthetic=True, arch='resnet18', pool='max', spacing=2., size=None, strip=128, epochs=6, optimizer='adamw', lr=3e-4, batch=4, cosine=True,
+DEMO = dict(title='Demo: painted biopsies', synthetic=True, arch='resnet18', pool='max', spacing=2., size=None, strip=64, epochs=6, optimizer='adamw', lr=3e-4, batch=4, cosine=True,
             heatmaps=9, copies=8)
 DEMO_COHORT = dict(n=220, size=(128, 256), spacing=2., tumour_fractions=(.4, .8), splits=dict(train=.6, tuning=.1, test=.3))
 TINY = dict(title='Tiny demo: painted biopsies', epochs=2, heatmaps=3, copies=2)
 TINY_COHORT = dict(n=20, size=(128, 192), splits=dict(train=.4, tuning=.2, test=.4))
+
+def _is_demo(settings):
+    try: return tomllib.loads(settings.read_text()).get('command') == 'sp_demo'
+    except (OSError, ValueError): return False
 
 def demo(*, out:str='demo',    # run folder to write; new, empty, or a former demo, which is replaced
          tiny:bool=False,      # a minute's worth, to see that everything works; it learns nothing
@@ -401,8 +445,8 @@ def demo(*, out:str='demo',    # run folder to write; new, empty, or a former de
     "Paint a cohort of biopsies, train on slide labels, evaluate on held-out slides, and write a report; a few minutes on two cores."
     defaults = {k: p.default for k, p in inspect.signature(train_cohort).parameters.items() if p.kind == p.KEYWORD_ONLY and k != 'overwrite'}
     s = check_settings(dict(command='sp_demo', **(defaults | DEMO | (TINY if tiny else {}) | dict(seed=seed))))
-    start, former = time.perf_counter(), Path(out)/'settings.toml'
-    with staged(out, overwrite=former.is_file() and 'sp_demo' in former.read_text(errors='replace')) as folder:
+    start = time.perf_counter()
+    with staged(out, overwrite=_is_demo(Path(out)/'settings.toml')) as folder:
         print('1/3  painting biopsies', flush=True)
         manifest = write_cohort(folder/'cohort', seed=seed, **(DEMO_COHORT | (TINY_COHORT if tiny else {})))
         cases = read_manifest(manifest, labels=(0, 1))+[Case('CMU-1-Small-Region', None, sample_slide(), 'CMU-1')]

@@ -8,10 +8,11 @@ __all__ = ['rules', 'InputError', 'StreamingError', 'Window', 'Piece', 'trace', 
 
 # %% ../nbs/00_geometry.ipynb #2bbee537
 import inspect, operator, random
-from unittest.mock import patch
+from unittest import mock
 from dataclasses import dataclass
 from typing import Callable
 import torch
+from fastcore.basics import patch
 from torch import nn, fx
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth, stochastic_depth
@@ -130,7 +131,7 @@ def _trace_watched(module):
     modules, left = list(module.modules()), []
     before = torch.get_rng_state(), random.getstate(), [b._version for b in module.buffers()]
     try:
-        with patch.object(torch.autograd.Function, 'apply', _no_function): graph = _Tracer().trace(module)
+        with mock.patch.object(torch.autograd.Function, 'apply', _no_function): graph = _Tracer().trace(module)
         constants = [n.target for n in graph.nodes if n.op == 'get_attr' and n.target.startswith('_tensor_constant')]
     finally:
         for m in modules:
@@ -206,7 +207,7 @@ def _native(f):
     "Call `f` (a function, or the name of a method) on the rows as they are."
     return (lambda at, x, *a, **k: getattr(x, f)(*a, **k)) if isinstance(f, str) else (lambda at, *a, **k: f(*a, **k))
 
-# %% ../nbs/00_geometry.ipynb #f1bd6e07
+# %% ../nbs/00_geometry.ipynb #98824ba0
 @rule(F.conv2d)
 def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     _image(input); _need(isinstance(weight, torch.Tensor), 'has a weight that depends on the image')
@@ -220,6 +221,7 @@ def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)
         return F.conv2d(x, weight, bias, stride, (0, cols[0] if cols[0] == cols[1] else 0), dilation, groups)
     return Op(run, Rows(), Window(kh, stride[0], dilation[0], rows))
 
+# %% ../nbs/00_geometry.ipynb #7f6fd282
 @rule(F.max_pool2d)
 def _max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     _image(input); _need(not return_indices, 'returns indices into the whole map')
@@ -241,6 +243,7 @@ def _avg_pool2d(input, kernel_size, stride=None, padding=0, ceil_mode=False, cou
         return y*(kh/counted.view(-1, 1).double()).to(y.dtype)
     return Op(run, Rows(), Window(kh, sh, 1, (ph, ph)))
 
+# %% ../nbs/00_geometry.ipynb #4b518d1d
 @rule(F.pad)
 def _pad(input, pad, mode='constant', value=None):
     k = 2*(input.ndim-1-input.axis)     # where `pad` speaks of the rows
@@ -343,6 +346,7 @@ def _linear(input, weight, bias=None):
     _need(input.axis != input.ndim-1, 'mixes rows (it works on the last dimension; permute the channels there)')
     return Op(_native(F.linear), input)
 
+# %% ../nbs/00_geometry.ipynb #7631b046
 @rule(torch.permute, 'permute')
 def _permute(input, *dims, **kw):
     d = _dims(input, kw['dims'] if kw else dims[0] if len(dims) == 1 else dims)
@@ -396,6 +400,7 @@ def _sum_or_mean(f, mean):
 for names, mean in (('mean', True), ('sum', False)):
     for f in _spellings(names, ('',)): rules[f] = _sum_or_mean(f, mean)
 
+# %% ../nbs/00_geometry.ipynb #e96897a1
 def _bins(height, n): return [(i*height//n, -(-(i+1)*height//n)) for i in range(n)]     # adaptive pooling's rows
 
 def _adaptive(f, fold):
@@ -465,6 +470,7 @@ def _family(n):
         new += [u for u in b.users if u not in found and _views(u) and u.args[0] is b]
     return found
 
+# %% ../nbs/00_geometry.ipynb #72337874
 def _functional(graph, module):
     "Write the opaque layers that have a functional form as functions; the error of the first BatchNorm in training, if any."
     late = None
@@ -511,7 +517,7 @@ def _fold_norms(graph):
         new.meta = conv.meta
         n.replace_all_uses_with(new); graph.erase_node(n); graph.erase_node(conv)
 
-# %% ../nbs/00_geometry.ipynb #005cb564
+# %% ../nbs/00_geometry.ipynb #192fba88
 class Program:
     "The nodes of a network in three zones: `before` (parameters only), `ops` (in strips), `after` (behind the reductions)."
     def __init__(self, module):
@@ -519,40 +525,20 @@ class Program:
         self.late = _functional(graph, module)     # raised when the network is called, not when it is made: .eval() may come between
         _fold_norms(graph)
         _settle_inplace(graph)
-        self.before, self.after, self.ops, self.rows, self.users = [], [], {}, {}, {}
-        known, self.shapes = {}, {}     # shapes: those of all values, for each shape of an image
+        self.before, self.after, self.ops, self.rows = [], [], {}, {}
+        self.shapes = {}     # of all values, for each shape of an image
+        known = {}           # what the rules get: a constant's value, the `Rows` of what comes in strips, 'after' for what is known only after the last row
         for n in graph.nodes:
             inputs = [known.get(a, 'after') for a in n.all_input_nodes]
-            if n.op == 'placeholder':
-                if n.args: known[n] = None; self.before.append(n)      # an option left at its default
-                else: self.image, known[n], self.rows[n] = n, Rows(), Rows()
+            if n.op == 'placeholder' and not n.args: self.image, known[n], self.rows[n] = n, Rows(), Rows()
+            elif n.op == 'placeholder': known[n] = None; self.before.append(n)      # an option left at its default
             elif n.op == 'output': self.output = n
-            elif not any(isinstance(i, Rows) for i in inputs):
-                if any(isinstance(i, str) for i in inputs): self.after.append(n); known[n] = 'after'
-                else: self.before.append(n); known[n] = self._constant(n, module, known)
-            else: known[n] = self._add(n, known, inputs)
-        self.outputs = [n for n in self.output.all_input_nodes if n in self.rows and n is not self.image]
-        self.before = self._live(self.before)
-        self.operands = [n for n in self.before if any(u in self.ops for u in n.users)]
-        self.inputs = {n: [a for a in dict.fromkeys(n.all_input_nodes) if a in self.rows] for n in self.ops}
-        for n, inputs in self.inputs.items():
-            for a in inputs: self.users.setdefault(a, []).append(n)
-        self.reductions = [n for n, op in self.ops.items() if isinstance(op, Reduction)]
-        last = {a: users[-1] for a, users in self.users.items()}
-        self.done = {n: [a for a in (*self.inputs[n], n) if a in self.rows and last.get(a, a) is n] for n in self.ops}   # values that nobody reads after `n`
-        self.random = any(getattr(op, 'random', False) for op in self.ops.values())
-        self.inplace = {n: n.args[0] for n in self.ops if _inplace(n)}
-        self.exclusive = {n for n, a in self.inplace.items() if len(a.users) == 1 and a in self.ops and not self.ops[a].alias}   # nobody else has the memory
-
-    def _live(self, nodes):
-        "The first zone without what nobody reads."
-        alive = {*self.ops, *self.after, self.output}
-        for n in reversed(nodes):
-            if any(u in alive for u in n.users): alive.add(n)
-        return [n for n in nodes if n in alive]
-
-    def _constant(self, n, module, known):
-        with torch.no_grad(): return evaluate(n, module, known)
+            elif any(isinstance(i, Rows) for i in inputs): known[n] = self._add(n, known, inputs)
+            elif any(isinstance(i, str) for i in inputs): known[n] = 'after'; self.after.append(n)
+            else:
+                with torch.no_grad(): known[n] = evaluate(n, module, known)
+                self.before.append(n)
+        self._link()
 
     def _add(self, n, known, inputs):
         "Find the rule of `n` and note what it does, or refuse."
@@ -570,6 +556,27 @@ class Program:
         self.rows[n] = op.out
         return op.out
 
+# %% ../nbs/00_geometry.ipynb #2c50d939
+@patch
+def _link(self:Program):
+    self.outputs = [n for n in self.output.all_input_nodes if n in self.rows and n is not self.image]
+    self.reductions = [n for n, op in self.ops.items() if isinstance(op, Reduction)]
+    self.random = any(getattr(op, 'random', False) for op in self.ops.values())
+    alive = {*self.ops, *self.after, self.output}
+    for n in reversed(self.before):
+        if any(u in alive for u in n.users): alive.add(n)
+    self.before = [n for n in self.before if n in alive]
+    self.operands = [n for n in self.before if any(u in self.ops for u in n.users)]
+    self.inputs = {n: [a for a in dict.fromkeys(n.all_input_nodes) if a in self.rows] for n in self.ops}
+    self.users = {}
+    for n, inputs in self.inputs.items():
+        for a in inputs: self.users.setdefault(a, []).append(n)
+    last = {a: users[-1] for a, users in self.users.items()}
+    self.done = {n: [a for a in (*self.inputs[n], n) if a in self.rows and last.get(a, a) is n] for n in self.ops}   # values that nobody reads after `n`
+    self.inplace = {n: n.args[0] for n in self.ops if _inplace(n)}
+    self.exclusive = {n for n, a in self.inplace.items() if len(a.users) == 1 and a in self.ops and not self.ops[a].alias}   # nobody else has the memory
+
+# %% ../nbs/00_geometry.ipynb #0b7ef1b5
 def evaluate(node, module, env):
     "The value of `node` of a graph of `module`, its inputs in `env`."
     if node.op == 'placeholder': return node.args[0]

@@ -7,7 +7,7 @@ __all__ = ['imagenet_mean', 'imagenet_std', 'archs', 'stages', 'Normalise', 'loa
            'StreamingClassifier']
 
 # %% ../nbs/04_models.ipynb #62fe4d49
-import hashlib, warnings
+import hashlib, warnings, zipfile
 from collections import OrderedDict
 from pathlib import Path
 import numpy as np, torch, torchvision
@@ -48,12 +48,14 @@ def load_tensors(path, device='cpu', what='file of weights'): # what was saved: 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # of foreign files; they are refused here
+            if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()): raise ValueError(f'the checksum of {part} is wrong') # torch.load does not look
             return torch.load(path, map_location=device, weights_only=True)
     except PermissionError as e: raise InputError(f'{path} cannot be read: {e.strerror}') from None
     except Exception as e:
         unsafe = any(s in str(e).lower() for s in ('unsupported global', 'unsupported class', 'unsafe'))
         raise InputError(f'{path} ' + ('holds more than tensors and numbers, which could run code; it is not loaded' if unsafe else f'is damaged, or no {what}')) from None
 
+# %% ../nbs/04_models.ipynb #891792f9
 def _from_file(path, sha256=None):
     "The state dict in the file at `path`, whose checksum must be `sha256` if that is given."
     path = Path(path)

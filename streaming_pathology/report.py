@@ -15,7 +15,8 @@ import matplotlib.figure, numpy as np
 from fastcore.xml import *
 from PIL import Image, ImageFilter
 from .geometry import InputError
-from .evaluation import Metrics, Prediction, evaluate_file, plot_roc, read_predictions, read_table
+from .evaluation import Metrics, Prediction, evaluate_file, plot_roc, read_predictions
+from .data import read_table
 from .heatmaps import colour_map, load_heatmap, save_heatmap
 from .slides import write_whole
 
@@ -188,7 +189,7 @@ def _heat(path, size, top=None, side=192):
 
 # %% ../nbs/15_report.ipynb #f5b8fb0e
 def _plural(n, what): return f'{n:,} {what}{"" if n == 1 else "s"}'
-def _time(s): return '–' if not math.isfinite(s) else f'{s:.1f} s' if s < 60 else f'{int(s//60)} min {int(s%60)} s' if s < 3600 else f'{int(s//3600)} h {int(s%3600//60)} min'
+def _time(s): return '–' if not math.isfinite(s) else f'{s:.2g} s' if s < 10 else f'{s:.0f} s' if s < 60 else f'{int(s//60)} min {int(s%60)} s' if s < 3600 else f'{int(s//3600)} h {int(s%3600//60)} min'
 
 def _summary(run):
     m, tail = run.metrics, ()
@@ -207,7 +208,7 @@ def _facts(run):
     if m: facts = [('sensitivity', f'{m.sensitivity:.0%}'), ('specificity', f'{m.specificity:.0%}'), ('accuracy', f'{m.accuracy:.0%}')]
     if seconds := [r['seconds'] for r in run.log if math.isfinite(r.get('seconds', math.nan))]: facts.append(('training', _time(sum(seconds))))
     if peak := [r['peak_mb'] for r in run.log if math.isfinite(r.get('peak_mb', math.nan))]: facts.append(('peak memory', f'{max(peak)/1000:.2f} GB' if max(peak) >= 1000 else f'{max(peak):.0f} MB'))
-    if each := [p.seconds for p in run.predictions if p.seconds is not None]: facts.append(('one prediction', _time(median(each))))
+    if each := [p.seconds for p in run.predictions if p.seconds is not None]: facts.append(('network, one slide', _time(median(each))))
     chosen = m and {m.split: f'the one with the highest accuracy on these same slides, as in the paper, and so a little flattering', 'given': 'given beforehand'}.get(m.threshold_from, f'chosen on the {m.threshold_from} split')
     return (Dl(*(Div(Dt(k), Dd(v)) for k, v in facts), cls='facts'), P(f'A slide is called positive where its probability is at least {m.threshold:.3f}: {chosen}.', cls='small') if m else None)
 
@@ -280,9 +281,10 @@ def _flat(d, prefix=''):
 
 def _cohort(run):
     rows = run.cohort or [dict(slide_id=p.slide_id, split=p.split, label='' if p.label is None else p.label) for p in run.predictions]
-    kind = lambda r: 'no label' if not str(r['label'] or '').strip() else 'positive' if float(r['label']) == 1 else 'negative'
+    kinds = {None: 'no label', 0.: 'negative', 1.: 'positive'}
+    kind = lambda r: kinds[float(r['label']) if str(r['label']) else None]
     try: n = Counter((r['split'] or 'none', kind(r)) for r in rows)
-    except ValueError as e: raise InputError(f'{run.folder/"cohort.csv"}: a label is no number ({e})') from None
+    except (ValueError, KeyError) as e: raise InputError(f'{run.folder/"cohort.csv"}: a label is not 0, 1 or empty ({e})') from None
     splits = sorted({s for s, _ in n}, key=lambda s: (('train', 'tuning', 'test')+(s,)).index(s))
     people = lambda s: len({r['patient_id'] for r in rows if (r['split'] or 'none') == s and r.get('patient_id')}) or None
     return _table('Slides by split', ('split', 'positive', 'negative', 'no label', 'patients'), [(s, n[s, 'positive'], n[s, 'negative'], n[s, 'no label'], people(s)) for s in splits], cls='numbers')
@@ -305,7 +307,7 @@ def _made(run):
     peak = [r['peak_mb'] for r in run.log if math.isfinite(r.get('peak_mb', math.nan))]
     each = [p.seconds for p in run.predictions if p.seconds is not None]
     times = [(k, v) for k, v in [('training in all', seconds and _time(sum(seconds))), ('one epoch, median', seconds and _time(median(seconds))), ('peak memory', peak and f'{max(peak):,.0f} MB'),
-             ('one prediction, median', each and _time(median(each)))] if v]
+             ('network, one slide, median', each and _time(median(each)))] if v]
     return (*(P(run.notes[k], cls='note') for k in ('metrics.json', 'cohort.csv', 'environment.json') if k in run.notes), Div(_cohort(run), _table('Times and memory', (), times) if times else None, cls='pair'),
         Div(_table('Settings', (), _flat(run.settings)), _table('Machine and versions', (), _flat(run.environment)) if run.environment else None, cls='pair'),
         P('Training, interval and heatmaps follow Pinckaers et al., ', Em('Detection of prostate cancer in whole-slide images through end-to-end training with image-level labels'), ', IEEE Transactions on Medical Imaging 2021; SmoothGrad is by Smilkov et al. 2017.', cls='small'))

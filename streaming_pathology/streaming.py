@@ -8,6 +8,7 @@ __all__ = ['Streamed', 'stream']
 # %% ../nbs/01_streaming.ipynb #299cbfbe
 from contextlib import nullcontext
 import torch
+from fastcore.basics import patch
 from torch import nn, fx
 from torch.autograd.function import once_differentiable
 from .geometry import InputError, StreamingError, Program, Reduction, Piece, evaluate, layer_name
@@ -55,39 +56,40 @@ class _Strips:
         "The rows of the image that step `k` reads: `(lo, hi)`."
         return self.at(k)[1][self.image], self.cuts[k+1]
 
-    def step(self, x, k, state, env):
-        "Feed the rows `x` of strip `k`. Returns the new rows of all outputs and the state after it."
-        p, (have, start), (will, stay) = self.program, self.at(k), self.at(k+1)
-        full, new, nxt = {self.image: x}, {}, {}
-        def take(n, a, lo, hi):
-            rows = full[a].narrow(p.rows[a].axis, lo-start[a], hi-lo) if (lo, hi) != (start[a], will[a]) else full[a]
-            return rows.clone() if p.inplace.get(n) is a and not (n in p.exclusive and a in new and rows is full[a]) else rows
-        for n, op in p.ops.items():
-            if isinstance(op, Reduction):
-                a, = p.inputs[n]
-                if will[a] > have[a]:
-                    nxt[n] = op.add(state.get(n), take(n, a, have[a], will[a]), have[a], self.height[a]); self.dtype[n] = full[a].dtype
-                elif n in state: nxt[n] = state[n]
-            else:
-                i, j, old, out = have[n], will[n], state.get(n), None
-                if j > i:
-                    piece = {a: Piece(op.window, i, j, self.height[a], p.rows[a].axis) for a in p.inputs[n]}
-                    get = lambda a: take(n, a, *piece[a].rows) if a in piece else env[a]
-                    args, kwargs = fx.map_arg(n.args, get), fx.map_arg(n.kwargs, get)
-                    if op.shared:
-                        nxt[n, 'mask'] = state[n, 'mask'] if (n, 'mask') in state else op.run(None, *args, **kwargs)
-                        out = args[0]*nxt[n, 'mask']
-                    else: out = op.run(piece[p.inputs[n][0]], *args, **kwargs)
-                    new[n] = out
-                elif (n, 'mask') in state: nxt[n, 'mask'] = state[n, 'mask']
-                full[n] = out if old is None else old if out is None else torch.cat([old, out], op.out.axis)
-            for a in p.done[n]:
-                rows = full.pop(a)
-                if a is not self.image and stay[a] < will[a]:
-                    lo, axis = stay[a]-start[a], p.rows[a].axis
-                    part = rows.narrow(axis, lo, will[a]-stay[a]) if lo else rows
-                    nxt[a] = part if torch.is_grad_enabled() or not lo else part.clone()     # a view would keep all of it alive
-        return {n: new.get(n) for n in p.outputs}, nxt
+# %% ../nbs/01_streaming.ipynb #c7374e69
+@patch
+def step(self:_Strips, x, k, state, env):
+    "Feed the rows `x` of strip `k`. Returns the new rows of all outputs and the state after it."
+    p, (have, start), (will, stay) = self.program, self.at(k), self.at(k+1)
+    full, new, nxt = {self.image: x}, {}, {}
+    def take(n, a, lo, hi):
+        rows = full[a].narrow(p.rows[a].axis, lo-start[a], hi-lo) if (lo, hi) != (start[a], will[a]) else full[a]
+        return rows.clone() if p.inplace.get(n) is a and not (n in p.exclusive and a in new and rows is full[a]) else rows
+    for n, op in p.ops.items():
+        if isinstance(op, Reduction):
+            a, = p.inputs[n]
+            if will[a] > have[a]:
+                nxt[n] = op.add(state.get(n), take(n, a, have[a], will[a]), have[a], self.height[a]); self.dtype[n] = full[a].dtype
+            elif n in state: nxt[n] = state[n]
+        else:
+            i, j, old, out = have[n], will[n], state.get(n), None
+            if j > i:
+                piece = {a: Piece(op.window, i, j, self.height[a], p.rows[a].axis) for a in p.inputs[n]}
+                get = lambda a: take(n, a, *piece[a].rows) if a in piece else env[a]
+                args, kwargs = fx.map_arg(n.args, get), fx.map_arg(n.kwargs, get)
+                if op.shared:
+                    nxt[n, 'mask'] = state[n, 'mask'] if (n, 'mask') in state else op.run(None, *args, **kwargs)
+                    out = args[0]*nxt[n, 'mask']
+                else: out = op.run(piece[p.inputs[n][0]], *args, **kwargs)
+                new[n] = out
+            elif (n, 'mask') in state: nxt[n, 'mask'] = state[n, 'mask']
+            full[n] = out if old is None else old if out is None else torch.cat([old, out], op.out.axis)
+        for a in p.done[n]:
+            rows = full.pop(a)
+            if a is not self.image and stay[a] < will[a]:
+                lo, axis = stay[a]-start[a], p.rows[a].axis
+                nxt[a] = rows.narrow(axis, lo, will[a]-stay[a]) if lo else rows
+    return {n: new.get(n) for n in p.outputs}, nxt
 
 # %% ../nbs/01_streaming.ipynb #d7b63f4c
 def _shapes(program, module, x, env, autocast):
@@ -113,6 +115,16 @@ def _shapes(program, module, x, env, autocast):
     raise StreamingError(f'{layer_name(n)} cannot take what an input of shape {tuple(x.shape)} and type {x.dtype} gives it: {why}')
 
 # %% ../nbs/01_streaming.ipynb #1adeff48
+def _packed(state):
+    "A copy of the state in one block of memory for each type. Views would keep whole strips alive; many small pieces would lie scattered between strips that come and go, and leave holes that nothing fits."
+    packed = {}
+    for dtype in {t.dtype for t in state.values()}:
+        of = {n: t for n, t in state.items() if t.dtype == dtype}
+        block = next(iter(of.values())).new_empty(sum(t.numel() for t in of.values()))
+        for (n, t), piece in zip(of.items(), block.split([t.numel() for t in of.values()])):
+            packed[n] = piece.as_strided(t.shape, torch.empty_like(t, device='meta').stride()).copy_(t)     # of the same memory format
+    return packed
+
 class _Pass(_Strips):
     def forward(self, x, operands=None, keep=0):
         "The outputs and the totals of the reductions. With `operands` (node -> tensor) also what the backward pass needs: states, and the graphs of the last `keep` strips."
@@ -127,6 +139,7 @@ class _Pass(_Strips):
             else:
                 lo, hi = self.strip_of(x, k)
                 with torch.no_grad(), self.context(): new, state = self.step(x[:, :, lo:hi], k, state, self.env)
+                state = _packed(state)
             for n, y in new.items():
                 if y is not None and n in outs: outs[n] = self._place(outs[n], y.detach(), n, self.at(k)[0][n], x)
         return [outs[n] for n in self.program.outputs] + [self._finish(n, state[n]).detach() for n in self.program.reductions]
@@ -157,32 +170,35 @@ class _Pass(_Strips):
             if any(a in want for a in n.all_input_nodes): want.add(n)
         return want
 
-    def backward(self, x, gouts):
-        "The gradients of the image and of the operands (node -> gradient), from those of the outputs and totals."
-        p, last = self.program, len(self.cuts)-2
-        gouts = dict(zip(p.outputs+p.reductions, gouts))
-        leaves = [n for n, t in self.env.items() if isinstance(t, torch.Tensor) and t.requires_grad]
-        total, below, gx = {}, {}, torch.zeros_like(x) if x.requires_grad else None
-        for k in reversed(range(last+1)):
-            if k not in self.kept:
-                with _rng_of(self.rng[k], x): self.kept[k] = self.record(x, k)
-            start, rows, new, nxt = self.kept.pop(k)
-            at, _ = self.at(k)
-            pairs = [(y, gouts[n].narrow(p.rows[n].axis, at[n], y.shape[p.rows[n].axis])) for n, y in new.items() if y is not None and gouts[n] is not None]
-            if k == last: below = {n: gouts[n] for n in p.reductions if gouts[n] is not None}; nxt = {n: self._finish(n, nxt[n]) for n in below}
-            pairs += [(nxt[n], g) for n, g in below.items()]
-            pairs = [(y, g) for y, g in pairs if y.requires_grad]
-            del new, nxt
-            tops = [n for n, t in start.items() if t.requires_grad]
-            inputs = [self.env[n] for n in leaves]+[start[n] for n in tops]+([rows] if x.requires_grad else [])
-            gs = torch.autograd.grad([y for y, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True) if pairs else [None]*len(inputs)
-            for n, g in zip(leaves, gs):
-                if g is not None: total[n] = total[n].add_(g) if n in total else g.clone()      # autograd may hand out one tensor twice
-            below = {n: g for n, g in zip(tops, gs[len(leaves):]) if g is not None}
-            if gx is not None and gs[-1] is not None: lo, hi = self.strip_of(x, k); gx[:, :, lo:hi] += gs[-1]
-            self.states[k] = None
-        return gx, total
+# %% ../nbs/01_streaming.ipynb #bf5f084c
+@patch
+def backward(self:_Pass, x, gouts):
+    "The gradients of the image and of the operands (node -> gradient), from those of the outputs and totals."
+    p, last = self.program, len(self.cuts)-2
+    gouts = dict(zip(p.outputs+p.reductions, gouts))
+    leaves = [n for n, t in self.env.items() if isinstance(t, torch.Tensor) and t.requires_grad]
+    total, below, gx = {}, {}, torch.zeros_like(x) if x.requires_grad else None
+    for k in reversed(range(last+1)):
+        if k not in self.kept:
+            with _rng_of(self.rng[k], x): self.kept[k] = self.record(x, k)
+        start, rows, new, nxt = self.kept.pop(k)
+        at, _ = self.at(k)
+        pairs = [(y, gouts[n].narrow(p.rows[n].axis, at[n], y.shape[p.rows[n].axis])) for n, y in new.items() if y is not None and gouts[n] is not None]
+        if k == last: below = {n: gouts[n] for n in p.reductions if gouts[n] is not None}; nxt = {n: self._finish(n, nxt[n]) for n in below}
+        pairs += [(nxt[n], g) for n, g in below.items()]
+        pairs = [(y, g) for y, g in pairs if y.requires_grad]
+        del new, nxt
+        tops = [n for n, t in start.items() if t.requires_grad]
+        inputs = [self.env[n] for n in leaves]+[start[n] for n in tops]+([rows] if x.requires_grad else [])
+        gs = torch.autograd.grad([y for y, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True) if pairs else [None]*len(inputs)
+        for n, g in zip(leaves, gs):
+            if g is not None: total[n] = total[n].add_(g) if n in total else g.clone()      # autograd may hand out one tensor twice
+        below = {n: g for n, g in zip(tops, gs[len(leaves):]) if g is not None}
+        if gx is not None and gs[-1] is not None: lo, hi = self.strip_of(x, k); gx[:, :, lo:hi] += gs[-1]
+        self.states[k] = None
+    return gx, total
 
+# %% ../nbs/01_streaming.ipynb #e2f8a3c4
 def _rng(x): return torch.get_rng_state(), torch.cuda.get_rng_state(x.device) if x.is_cuda else None
 
 class _rng_of:

@@ -68,6 +68,7 @@ def predict(model,        # gives logits (1, n_out) for an image (1, 3, H, W)
         for item in bar:
             start = time.perf_counter()
             logits, label = logits_of(model, item, device, amp), item['label'].item()
+            if not logits.isfinite().all(): raise InputError(f"slide {item['slide_id']!r}: the network's output is {logits[0].tolist()}; train or predict without amp, or look whether the checkpoint is damaged")
             known = not math.isnan(label)
             rows.append(dict(slide_id=item['slide_id'], label=label if known else None, probability=probabilities(logits)[0].tolist(),
                              loss=slide_loss(logits, item['label'].to(device)[None]).item() if known else None, seconds=time.perf_counter()-start))
@@ -115,6 +116,7 @@ def train_epoch(s,     # `State`
     losses, batch, params = [], [], [p for g in s.optimizer.param_groups for p in g['params']]
     s.model.train(); s.optimizer.zero_grad()
     for item, size in zip(bar, batch_sizes(len(bar), s.batch)):
+        if item['label'].isnan(): raise InputError(f"slide {item['slide_id']!r} has no label; leave it out of the training slides")
         loss = slide_loss(logits_of(s.model, item, s.device, s.amp), item['label'].to(s.device)[None])
         batch.append(item['slide_id']); losses.append(loss.item())
         if not math.isfinite(losses[-1]): raise InputError(f'slide {batch[-1]!r}: its loss is {losses[-1]} in epoch {s.epoch+1}; {WAY_OUT}')
@@ -170,6 +172,9 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
         callbacks=(),    # objects with some of before_fit, before_epoch, after_epoch, after_fit
         progress=True):
     "Train on the labels of slides, one slide at a time, by default with SGD and momentum; returns one dict an epoch. Only parameters that require a gradient are touched."
+    for name, v in dict(epochs=epochs, batch=batch).items():
+        if v != int(v) or v < 1: raise InputError(f'{name} is {v}; it has to be a whole number, at least 1')
+    if not (lr > 0 and math.isfinite(lr)): raise InputError(f'lr is {lr}; it has to be above 0')
     autocast(device, amp); params = [p for p in model.to(device).parameters() if p.requires_grad]
     if not params: raise InputError('every parameter is frozen; unfreeze some, or freeze less of the network')
     s = State(model, make_optimizer(optimizer, params, lr, momentum), torch.amp.GradScaler(torch.device(device).type, enabled=amp == 'fp16'), epochs, batch, device, amp, seed)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .geometry import InputError
 from .streaming import stream
 from .slides import whole_file
-from .cli import check_device, check_settings, command, environment
+from .cli import check_settings, command, environment, output_file
 
 # %% ../nbs/17_benchmarks.ipynb #350a9060
 def trunk(arch='resnet34', until='layer4'):
@@ -222,7 +222,7 @@ def bench(out, # JSON file to write
     check_settings(dict(device=device, strip=strip))
     if min(repeats, keep, tile, *sizes) < 1 or large_side < 0: raise InputError(f'--repeats {repeats}, --keep {keep}, --tile {tile} and --sizes {sizes} have to be at least 1')
     if dtype not in ('bf16', 'float32'): raise InputError(f"--dtype is {dtype!r}; use bf16 or float32")
-    if Path(out).suffix != '.json': raise InputError(f'{out}: the results are JSON; give a name that ends in .json')
+    out = output_file(out, '.json', header='{\n "machine"')
     with whole_file(out) as f:      # opened first: not to be found unwritable after half an hour
         result = large(large_side, 256, device, dtype=dtype) if large_side else run_benchmark(device, repeats, sizes, strip, keep, tile, peers)
         f.write((json.dumps(result, indent=1)+'\n').encode())

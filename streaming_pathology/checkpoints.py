@@ -38,9 +38,9 @@ def save_checkpoint(path,     # the file; its folder must exist
     return Path(path)
 
 # %% ../nbs/10_checkpoints.ipynb #2c29c573
-def load_checkpoint(path, device='cpu'): # the dict that was saved
+def load_checkpoint(path): # the dict that was saved, on the CPU
     "Load a checkpoint with `weights_only=True`; missing, damaged, foreign or unsafe files are told in one sentence."
-    state = load_tensors(path, device, 'checkpoint of this package')
+    state = load_tensors(path, 'checkpoint of this package')
     if not (isinstance(state, dict) and 'versions' in state): raise InputError(f'{path} is a torch file, but no checkpoint of this package')
     return state
 

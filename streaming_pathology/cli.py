@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'RUN', 'COHORT', 'sp_train', 'sp_predict', 'sp_evaluate', 'sp_report', 'sp_synth', 'DEMO', 'DEMO_COHORT',
            'TINY', 'TINY_COHORT', 'sp_demo', 'hw', 'make_parser', 'one_line', 'status_of', 'plain_warnings',
-           'terminable', 'command', 'claim', 'output_file', 'clear', 'replacing', 'staged', 'environment',
-           'write_settings', 'write_cases', 'build_model', 'calibrate', 'save_images', 'save_heatmaps', 'chosen',
-           'run_training', 'predict_rows', 'write_predictions', 'check_settings', 'check_device', 'train_cohort',
-           'finish', 'load_model', 'find_slides', 'predict_slides', 'evaluate_predictions', 'report_run', 'synthesise',
-           'demo', 'main']
+           'terminable', 'command', 'claim', 'output_file', 'clear', 'uninterrupted', 'replacing', 'staged',
+           'environment', 'write_settings', 'write_cases', 'build_model', 'calibrate', 'save_images', 'save_heatmaps',
+           'chosen', 'run_training', 'predict_rows', 'write_predictions', 'check_settings', 'check_device',
+           'train_cohort', 'finish', 'load_model', 'find_slides', 'predict_slides', 'evaluate_predictions',
+           'report_run', 'synthesise', 'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
 import argparse, datetime, difflib, inspect, json, math, os, platform, shutil, signal, subprocess, sys, threading, time, tomllib, typing, uuid, warnings
@@ -111,20 +111,23 @@ def command(name, f): # a function of (argv=None) that returns an exit status
     return run
 
 # %% ../nbs/16_cli.ipynb #904239b5
-RUN = ('environment.json', 'settings.toml', 'cohort.csv', 'log.csv', 'predictions.csv', 'metrics.json', 'report.html', 'checkpoints', 'images', 'heatmaps', 'tensorboard', 'cohort') # what a run folder holds; it always has the first
-COHORT = ('cohort.json', 'manifest.csv', 'slides', 'masks') # what a painted cohort is
+RUN = ('environment.json', 'settings.toml', 'cohort.csv', 'log.csv', 'predictions.csv', 'metrics.json', 'report.html', 'checkpoints/*.pt', 'images/*.jpg', 'heatmaps/*.npy', 'tensorboard/events.*',
+       'cohort/*.json', 'cohort/*.csv', 'cohort/*/*.tiff') # the files of a run folder; it always has the first
+COHORT = ('cohort.json', 'manifest.csv', 'slides/*.tiff', 'masks/*.tiff') # those of a painted cohort
 
 def claim(folder, overwrite=False, ours=RUN, inputs=()): # the folder, as an absolute path
     "Refuse an output folder that cannot be written, holds anything but what a former run wrote and may be replaced, or holds one of the `inputs`."
     given, folder = folder, Path(folder).expanduser().resolve()
     if folder.exists() and not folder.is_dir(): raise InputError(f'{given} is a file; give the name of a new folder')
-    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    foreign = [n for n in there if n not in ours] if ours[0] in there else there
-    if foreign: raise InputError(f'{given} holds {foreign[0]}, which no former run wrote; give the name of a new folder')
+    there = sorted(p.relative_to(folder) for p in folder.rglob('*') if not p.is_dir() or p.is_symlink()) if folder.is_dir() else []
+    former = (folder/ours[0]).exists()
+    for p in there:
+        if not former or not (p.suffix == '.partial' or any(p.match(g) and len(p.parts) == len(Path(g).parts) for g in ours)):
+            raise InputError(f'{given} holds {p}, which no former run wrote; give the name of a new folder')
     if there and not overwrite: raise InputError(f'{given} holds what a former run wrote; add --overwrite to replace it, or give the name of a new folder')
     for p in inputs:
         if there and Path(p).resolve().is_relative_to(folder): raise InputError(f'{p} lies in {given}, which would be replaced; give the name of a new folder')
-    _probe(folder, given)
+    for where in (folder, folder.parent): _probe(where, given) # work in progress lies beside it
     return folder
 
 def _probe(folder, given):
@@ -148,36 +151,52 @@ def clear(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for p in folder.iterdir(): shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
 
-# %% ../nbs/16_cli.ipynb #6bce0dde
+# %% ../nbs/16_cli.ipynb #c9f9380d
 @contextmanager
-def replacing(folder, worth):
-    "Empty a claimed folder for new work. If the work fails before its file `worth` is there, what was there before comes back."
-    former = folder.with_name(f'.{folder.name}.{os.getpid()}.former')
-    former.mkdir(parents=True); made = not folder.exists(); folder.mkdir(exist_ok=True)
-    for p in folder.iterdir(): shutil.move(p, former/p.name)
+def uninterrupted():
+    "Files are moved here: Ctrl-C and SIGTERM wait for nobody, so they are not heard."
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    former = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+    try: yield
+    finally:
+        for s, f in former.items(): signal.signal(s, f)
+
+def _beside(folder, kind): return folder.with_name(f'.{folder.name}.{uuid.uuid4().hex[:8]}.{kind}')
+def _move_all(source, target):
+    for p in sorted(source.iterdir()): shutil.move(p, target/p.name)
+
+@contextmanager
+def replacing(folder, worth=None):
+    "Empty a claimed folder for new work. If the work fails, and its file `worth` is not there yet, what was there before comes back."
+    made, former = not folder.exists(), _beside(folder, 'former')
+    with uninterrupted():
+        folder.mkdir(parents=True, exist_ok=True); former.mkdir()
+        _move_all(folder, former)
     try: yield folder
     except BaseException:
-        if not (folder/worth).exists():
-            clear(folder)
-            for p in former.iterdir(): shutil.move(p, folder/p.name)
-            if made: folder.rmdir()
+        with uninterrupted():
+            if worth is None or not (folder/worth).exists():
+                try: clear(folder); _move_all(former, folder)
+                except OSError as e: raise InputError(f'{folder} could not be put back as it was ({e.strerror}); what it held is in {former}') from None
+                if made: folder.rmdir()
+            shutil.rmtree(former, ignore_errors=True)
         raise
-    finally: shutil.rmtree(former, ignore_errors=True)
+    shutil.rmtree(former, ignore_errors=True)
 
 @contextmanager
 def staged(folder, overwrite=False, ours=RUN):
-    "A temporary folder beside `folder` whose content takes its place at the end, or vanishes if anything goes wrong."
+    "A temporary folder beside `folder` whose content takes its place at the end, or vanishes if anything goes wrong before."
     given, folder = folder, claim(folder, overwrite, ours)
-    temp = folder.with_name(f'.{folder.name}.{os.getpid()}.partial')
-    temp.mkdir(parents=True)
+    temp = _beside(folder, 'partial'); temp.mkdir(parents=True)
+    try: yield temp
+    except BaseException: shutil.rmtree(temp, ignore_errors=True); raise
     try:
-        yield temp
         claim(given, overwrite, ours) # somebody may have written there in the meantime
-        if folder.exists():
-            clear(folder)
-            for p in temp.iterdir(): shutil.move(p, folder/p.name) # not renamed: it may be a link, or a disk of its own
-        else: temp.rename(folder)
-    finally: shutil.rmtree(temp, ignore_errors=True)
+        with uninterrupted():
+            if not folder.exists(): temp.rename(folder); return
+            with replacing(folder): _move_all(temp, folder) # not renamed: it may be a link, or a disk of its own
+            temp.rmdir()
+    except (InputError, OSError) as e: raise InputError(f'{one_line(e)}; the finished work is in {temp}') from None
 
 # %% ../nbs/16_cli.ipynb #83aa1720
 def _cpu():
@@ -250,7 +269,7 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     callbacks = [CSVLog(folder/'log.csv'), Checkpoints(folder/'checkpoints', keep)] + [Cosine()]*s['cosine'] + [TensorBoardLog(folder/'tensorboard')]*s['tensorboard']
     train, tuning = (slide_loader(data.part(p, augment=flips if p == 'train' and s['flips'] else None), p == 'train', s['seed'], s['workers']) for p in ('train', 'tuning'))
     fit(model, train, tuning, **{k: s[k] for k in ('epochs', 'lr', 'optimizer', 'momentum', 'batch', 'seed', 'amp', 'device')}, callbacks=callbacks)
-    load_weights(model, load_checkpoint(folder/'checkpoints/best.pt', s['device']))
+    load_weights(model, load_checkpoint(folder/'checkpoints/best.pt'))
     rows = predict_rows(model, data, s['device'], s['amp'], s['workers'])
     write_predictions(folder/'predictions.csv', rows)
     metrics = None
@@ -317,7 +336,7 @@ def train_cohort(manifest,                # CSV with slide_id, label (0 or 1) an
           tensorboard:bool=False,  # write TensorBoard logs too
           overwrite:bool=False):   # replace what a former run left in the folder
     "Train a streaming network on the labels of whole slides, evaluate it on the test split, and write a run folder with its report."
-    s = check_settings(dict(list(locals().items())[2:]))
+    s = check_settings(dict(list(locals().items())[2:])); out = Path(out).expanduser()
     s.pop('overwrite'); claim(out, overwrite)
     cases = resolve_splits(read_manifest(manifest, labels=(0, 1)), seed=seed, where=manifest)
     folder = claim(out, overwrite, inputs=[manifest, *([weights] if weights and Path(weights).exists() else []), *(c.path for c in cases)])
@@ -327,7 +346,7 @@ def train_cohort(manifest,                # CSV with slide_id, label (0 or 1) an
     if weights is None: calibrate(model, data, seed)
     claim(out, overwrite) # somebody may have written there in the meantime
     with replacing(folder, 'checkpoints/last.pt'): metrics = run_training(data, model, folder, dict(command='sp_train', manifest=str(manifest), **s))
-    finish(Path(out), metrics)
+    finish(out, metrics)
 
 def finish(folder, metrics):
     "Write the report, and say what was written and the one figure that matters."
@@ -340,7 +359,7 @@ sp_train = command('train', train_cohort)
 # %% ../nbs/16_cli.ipynb #9525d109
 def load_model(path, device='cpu', strip=None): # the model, and the settings it was trained with (spacing, size, amp, ...)
     "The trained network of a checkpoint."
-    state = load_checkpoint(path, device)
+    state = load_checkpoint(path)
     try:
         model = StreamingClassifier(**state['settings']['model'] | ({'strip': strip} if strip else {}))
         for k in ('spacing', 'size', 'amp'): state['settings'][k]
@@ -375,7 +394,7 @@ def predict_slides(checkpoint,         # file that sp_train wrote, e.g. run/chec
                    workers:int=0):     # processes that read slides ahead
     "Predict slides with a trained network; a CSV that exists is replaced, as a whole."
     check_settings({k: v for k, v in dict(strip=strip, amp=amp, device=device, workers=workers).items() if v is not None})
-    out = output_file(out, '.csv', [checkpoint, slides], ','.join(COLUMNS))
+    out = output_file(out, '.csv', [checkpoint, slides], ','.join(COLUMNS)+'\n')
     model, s = load_model(checkpoint, device, strip)
     data = check_cohort(find_slides(slides, slide_spacing), s['spacing'], s['size'] and tuple(s['size']), workers=workers)
     rows = predict_rows(model, data, device, amp or s['amp'], workers)
@@ -394,7 +413,7 @@ def evaluate_predictions(predictions,           # CSV that sp_predict or sp_trai
                          seed:int=0):           # of the draws
     "The area under the ROC curve with its bootstrap interval, and accuracy at one threshold."
     check_settings(dict(draws=draws, seed=seed))
-    if out: out = output_file(out, '.json', [predictions])
+    if out: out = output_file(out, '.json', [predictions], '{\n "auc"')
     metrics = evaluate_file(predictions, split, threshold_split, n=draws, level=level, seed=seed)
     if out: metrics.save(out)
     print(metrics)
@@ -403,7 +422,7 @@ def evaluate_predictions(predictions,           # CSV that sp_predict or sp_trai
 def report_run(run,                 # folder that sp_train or sp_demo wrote
            *, out:str|None=None): # HTML file; without it report.html in the run folder
     "Write the report of a run: one HTML file that holds everything it shows."
-    if out: out = output_file(out, '.html')
+    if out: out = output_file(out, '.html', header='<!doctype html>\n<html lang="en">')
     print(f'wrote {write_report(run, out)}')
 
 sp_evaluate, sp_report = command('evaluate', evaluate_predictions), command('report', report_run)
@@ -445,8 +464,8 @@ def demo(*, out:str='demo',    # run folder to write; new, empty, or a former de
     "Paint a cohort of biopsies, train on slide labels, evaluate on held-out slides, and write a report; a few minutes on two cores."
     defaults = {k: p.default for k, p in inspect.signature(train_cohort).parameters.items() if p.kind == p.KEYWORD_ONLY and k != 'overwrite'}
     s = check_settings(dict(command='sp_demo', **(defaults | DEMO | (TINY if tiny else {}) | dict(seed=seed))))
-    start = time.perf_counter()
-    with staged(out, overwrite=_is_demo(Path(out)/'settings.toml')) as folder:
+    start, out = time.perf_counter(), Path(out).expanduser()
+    with staged(out, overwrite=_is_demo(out/'settings.toml')) as folder:
         print('1/3  painting biopsies', flush=True)
         manifest = write_cohort(folder/'cohort', seed=seed, **(DEMO_COHORT | (TINY_COHORT if tiny else {})))
         cases = read_manifest(manifest, labels=(0, 1))+[Case('CMU-1-Small-Region', None, sample_slide(), 'CMU-1')]
@@ -455,7 +474,7 @@ def demo(*, out:str='demo',    # run folder to write; new, empty, or a former de
         print(f"2/3  training a streaming {s['arch']} on {sum(c.split == 'train' for c in cases)} slides, one label each", flush=True)
         metrics = run_training(data, model, folder, s)
     print(f'3/3  writing the report; {time.perf_counter()-start:.0f} s so far', flush=True)
-    finish(Path(out), metrics)
+    finish(out, metrics)
 
 sp_demo = command('demo', demo)
 

@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'Case', 'read_table', 'finite_number', 'several', 'read_man
            'cropped', 'EpochSampler', 'slide_loader', 'sample_patches']
 
 # %% ../nbs/08_data.ipynb #d92a64d3
-import csv, difflib, math, re, threading, warnings, zlib
+import csv, difflib, io, math, re, threading, warnings, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -42,9 +42,10 @@ def _table(path, way_out='give the path of a CSV manifest'):
     except OSError as e: raise InputError(f'{path} cannot be read ({e.strerror})') from None
     except UnicodeDecodeError: raise InputError(f'{path} is not UTF-8 text; save the table as CSV (UTF-8)') from None
     if not text.strip(' \t\r\n,;"'): raise InputError(f'{path} is empty; its first line has to name the columns')
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=''), strict=True)
     try: rows = [(reader.line_num, [c.strip() for c in r]) for r in reader if any(c.strip() for c in r)]
     except csv.Error as e: raise InputError(f'{path}, line {reader.line_num}: not a CSV table ({e})') from None
+    if not rows: raise InputError(f'{path} is empty; its first line has to name the columns')
     return rows[0][1], rows[1:]
 
 def _check_header(path, header, needed, known=('slide_id', 'label', 'path', 'patient_id', 'split', 'spacing')):

@@ -475,7 +475,7 @@ def _functional(graph, module):
     "Write the opaque layers that have a functional form as functions; the error of the first BatchNorm in training, if any."
     late = None
     for n in [n for n in graph.nodes if n.op == 'call_module' and _is_opaque(module.get_submodule(n.target))]:
-        m, x, call = module.get_submodule(n.target), n.args[0], graph.call_function
+        m, x, call = module.get_submodule(n.target), (*n.args, *n.kwargs.values())[0], graph.call_function
         with graph.inserting_before(n):
             if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                 if m.running_mean is None: raise StreamingError(f"{layer_name(n)} keeps no running statistics and normalises over all rows of the image: set track_running_stats=True and freeze them, or stream the part of the network before it.")
@@ -520,11 +520,11 @@ def _fold_norms(graph):
 # %% ../nbs/00_geometry.ipynb #192fba88
 class Program:
     "The nodes of a network in three zones: `before` (parameters only), `ops` (in strips), `after` (behind the reductions)."
-    def __init__(self, module):
+    def __init__(self, module, fold=True):
         graph = trace(module)
         self.late = _functional(graph, module)     # raised when the network is called, not when it is made: .eval() may come between
-        _fold_norms(graph)
         _settle_inplace(graph)
+        if fold: _fold_norms(graph)
         self.before, self.after, self.ops, self.rows = [], [], {}, {}
         self.shapes = {}     # of all values, for each shape of an image
         known = {}           # what the rules get: a constant's value, the `Rows` of what comes in strips, 'after' for what is known only after the last row

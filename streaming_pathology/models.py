@@ -39,7 +39,7 @@ def _from_torchvision(arch, weights):
     try: return weights.get_state_dict(progress=True, check_hash=True)
     except Exception as e: raise InputError(f'{weights} could not be downloaded from {weights.url} ({e}): download the file by hand and give its path as weights.') from e
 
-def load_tensors(path, device='cpu', what='file of weights'): # what was saved: tensors, numbers, text and lists and dicts of them
+def load_tensors(path, what='file of weights'): # what was saved: tensors, numbers, text and lists and dicts of them
     "`torch.load` with `weights_only=True`; a file that is missing, damaged or unsafe is told in one sentence that calls it `what`."
     path = Path(path)
     if not path.exists(): raise InputError(f'{path}: there is no such {what}')
@@ -48,9 +48,12 @@ def load_tensors(path, device='cpu', what='file of weights'): # what was saved: 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # of foreign files; they are refused here
-            if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()): raise ValueError(f'the checksum of {part} is wrong') # torch.load does not look
-            return torch.load(path, map_location=device, weights_only=True)
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as parts:
+                    if wrong := parts.testzip(): raise ValueError(f'the checksum of {wrong} is wrong') # torch.load does not look
+            return torch.load(path, map_location='cpu', weights_only=True)
     except PermissionError as e: raise InputError(f'{path} cannot be read: {e.strerror}') from None
+    except MemoryError: raise
     except Exception as e:
         unsafe = any(s in str(e).lower() for s in ('unsupported global', 'unsupported class', 'unsafe'))
         raise InputError(f'{path} ' + ('holds more than tensors and numbers, which could run code; it is not loaded' if unsafe else f'is damaged, or no {what}')) from None

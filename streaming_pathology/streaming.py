@@ -184,7 +184,9 @@ def backward(self:_Pass, x, gouts):
         start, rows, new, nxt = self.kept.pop(k)
         at, _ = self.at(k)
         pairs = [(y, gouts[n].narrow(p.rows[n].axis, at[n], y.shape[p.rows[n].axis])) for n, y in new.items() if y is not None and gouts[n] is not None]
-        if k == last: below = {n: gouts[n] for n in p.reductions if gouts[n] is not None}; nxt = {n: self._finish(n, nxt[n]) for n in below}
+        if k == last:
+            below = {n: gouts[n] for n in p.reductions if gouts[n] is not None}
+            with torch.enable_grad(): nxt = {n: self._finish(n, nxt[n]) for n in below}
         pairs += [(nxt[n], g) for n, g in below.items()]
         pairs = [(y, g) for y, g in pairs if y.requires_grad]
         del new, nxt
@@ -264,10 +266,12 @@ class Streamed(nn.Module):
 
     def program(self):
         "The program of the network as it is now; traced anew when anything on its modules has changed."
-        now, grad = _fingerprint(self.module), torch.is_grad_enabled()      # forward may ask whether there are gradients
-        if grad not in self._traced or self._traced[grad].made_for != now:
-            self._traced[grad] = Program(self.module); self._traced[grad].made_for = now
-        return self._traced[grad]
+        now = _fingerprint(self.module)
+        low = any(map(torch.is_autocast_enabled, ('cpu', 'cuda'))) or any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters())
+        key = torch.is_grad_enabled(), low      # forward may ask whether there are gradients
+        if key not in self._traced or self._traced[key].made_for != now:
+            self._traced[key] = Program(self.module, fold=not low); self._traced[key].made_for = now
+        return self._traced[key]
 
     def forward(self, x):
         program = self.program()

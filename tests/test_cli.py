@@ -50,7 +50,7 @@ def manifest(folder, text): (folder/'manifest.csv').write_text(text)
 
 # the manifest
 
-def test_missing(bad, capsys): (bad/'manifest.csv').unlink(); training_refused(capsys, bad, 'manifest.csv', 'no such file')
+def test_missing(bad, capsys): (bad/'manifest.csv').unlink(); training_refused(capsys, bad, 'manifest.csv', 'does not exist')
 def test_empty(bad, capsys): manifest(bad, ''); training_refused(capsys, bad, 'manifest.csv is empty')
 def test_only_a_header(bad, capsys): manifest(bad, HEADER); training_refused(capsys, bad, 'manifest.csv', 'no rows')
 def test_no_label_column(bad, capsys): manifest(bad, 'slide_id,path\ns00,slides/s00.tiff\n'); training_refused(capsys, bad, 'manifest.csv', "'label'", 'slide_id, path')
@@ -152,10 +152,12 @@ def test_predictions_stay(cohort, trained, bad, tmp_path, capsys):
 def test_evaluate(trained, tmp_path, capsys):
     rows = (trained/'predictions.csv').read_text().splitlines()
     p = tmp_path/'p.csv'
-    for text, says in [('', 'p.csv'), (rows[0], 'no rows'), ('\n'.join(rows).replace('probability', 'score'), 'probability'), ('\n'.join(r for r in rows if ',1,' not in r), 'both classes'), ('\n'.join(rows+rows[1:2]), 'more than once')]:
+    for text, says in [('', 'p.csv'), (rows[0], 'no rows'), ('\n'.join(rows).replace('probability', 'score'), 'probability'), ('\n'.join(r for r in rows if ',1,' not in r), 'both classes'), ('\n'.join(rows+rows[1:2]), 'more than once'),
+                       ('\n'.join([rows[0]+',probability', *(r+',.1' for r in rows[1:])]), 'twice'), ('\n'.join([rows[0], 'a,1,test,0,85,0.1']), '6 values for 5 columns'), (rows[0]+'\n ,1,test,.5,1', 'slide_id')]:
         p.write_text(text); refused(capsys, ['evaluate', p, '--out', tmp_path/'m.json'], 'p.csv', says)
     p.write_text('\n'.join(rows))
     refused(capsys, ['evaluate', tmp_path/'none.csv'], 'none.csv'); refused(capsys, ['evaluate', p, '--split', 'night'], "'night'"); refused(capsys, ['evaluate', p, '--out', p/'m.json'], 'cannot be written')
+    for seed in (-1, 10**20): refused(capsys, ['evaluate', p, '--seed', seed], '--seed')
     assert not (tmp_path/'m.json').exists()
     assert cli.main(['evaluate', p, '--out', tmp_path/'m.json', '--draws', 100]) == 0 and json.loads((tmp_path/'m.json').read_text())['n'] == 2
 
@@ -163,7 +165,41 @@ def test_report(trained, tmp_path, capsys):
     refused(capsys, ['report', tmp_path/'none'], 'none'); refused(capsys, ['report', trained, '--out', trained/'log.csv/r.html'], 'cannot be written')
     assert cli.main(['report', trained, '--out', tmp_path/'r.html']) == 0
 
-# interrupted, out of disk
+def test_outputs_never_replace_what_is_read(trained, bad, tmp_path, capsys):
+    model, p = trained/'checkpoints/best.pt', tmp_path/'p.csv'
+    shutil.copy(trained/'predictions.csv', p); before = tree(bad), p.read_bytes(), tree(trained)
+    refused(capsys, ['predict', model, bad/'manifest.csv', bad/'manifest.csv'], 'is what is read')
+    refused(capsys, ['predict', model, bad/'slides/s00.tiff', bad/'slides/s00.tiff'], '.csv')
+    refused(capsys, ['predict', model, bad/'slides', bad/'manifest.csv'], 'something else')
+    refused(capsys, ['predict', model, bad/'slides', bad/'none/x/../../manifest.csv/p.csv'], 'cannot be written')
+    refused(capsys, ['evaluate', p, '--out', p], '.json'); refused(capsys, ['evaluate', p, '--out', '.'], 'is a folder')
+    refused(capsys, ['report', trained, '--out', trained/'predictions.csv'], '.html')
+    assert (tree(bad), p.read_bytes(), tree(trained)) == before
+
+def test_numbers_that_are_damaged(cohort, trained, tmp_path, capsys):
+    model, out = tmp_path/'c.pt', tmp_path/'p.csv'
+    state = torch.load(trained/'checkpoints/best.pt'); state['model']['head.fc.bias'] *= float('nan'); torch.save(state, model)
+    refused(capsys, ['predict', model, cohort/'slides/s00.tiff', out, '--slide-spacing', 4], "'s00'", 'nan')
+    whole = bytearray((trained/'checkpoints/best.pt').read_bytes()); whole[len(whole)//2] ^= 64; model.write_bytes(whole)
+    refused(capsys, ['predict', model, cohort/'slides/s00.tiff', out], 'damaged')
+    assert not out.exists()
+
+def test_spacing_is_filled_in_only_where_a_slide_does_not_say(tmp_path):
+    pyvips.Image.black(64, 64, bands=3).pngsave(str(tmp_path/'flat.png'))
+    assert cli.find_slides(sample_slide(), 1.)[0].spacing is None and cli.find_slides(tmp_path/'flat.png', 1.)[0].spacing == 1
+
+# a training that fails, interrupted, out of disk
+
+def test_a_training_that_diverges_leaves_what_was_there(cohort, trained, tmp_path, capsys):
+    argv = ['train', cohort/'manifest.csv', tmp_path/'run', *QUICK, '--lr', 1e30, '--batch', 1]
+    refused(capsys, argv, 's0'); assert not list(tmp_path.iterdir())
+    shutil.copytree(trained, tmp_path/'run'); before = tree(tmp_path)
+    refused(capsys, [*argv, '--overwrite'], 's0')
+    assert {p: t for p, t in tree(tmp_path).items() if p.is_file()} == {p: t for p, t in before.items() if p.is_file()} and len(list(tmp_path.iterdir())) == 1
+
+def test_a_demo_never_replaces_a_training(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path/'run'); f = tmp_path/'run/settings.toml'; f.write_text(f.read_text()+'note = "as sp_demo"\n')
+    before = tree(tmp_path); refused(capsys, ['demo', '--tiny', '--out', tmp_path/'run'], '--overwrite'); assert tree(tmp_path) == before
 
 def test_interrupted_demo_leaves_nothing(tmp_path, capsys, monkeypatch):
     def stop(*args, **kwargs): raise KeyboardInterrupt

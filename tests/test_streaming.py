@@ -223,6 +223,14 @@ def test_frozen_batchnorm_is_folded(bias, affine):
             leaves = [x, *(p or net.parameters())]
             for a, b in zip(torch.autograd.grad(ys.square().sum(), leaves), torch.autograd.grad(y.square().sum(), leaves)): assert close(a, b)
 
+@pytest.mark.parametrize('change', [lambda x: F.relu(x, inplace=True), lambda x: x.add_(1)])
+def test_map_changed_in_place_between_convolution_and_batchnorm(change):
+    class Between(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.c, self.bn = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), frozen_norm(4)
+        def forward(self, x): x = self.a(x); y = self.c(x); x = change(x); return self.bn(y)+x
+    torch.manual_seed(0); net, x = Between().double(), torch.randn(1, 3, 21, 9, dtype=torch.double)
+    with torch.no_grad(): assert close(stream(net, 4)(x), net(x))
+
 class TwoReaders(nn.Module):
     "The map of the convolution is read before its BatchNorm changes it."
     def __init__(self): super().__init__(); self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), frozen_norm(4)
@@ -279,6 +287,20 @@ def test_low_precision_is_as_near_to_the_truth_as_the_plain_network(dtype):
             errors[name].append(torch.stack([(a-b).norm()/b.norm() for a, b in zip([y, *got], [exact, *want])]))
     plain, streamed = (torch.stack(e).median(0).values for e in errors.values())
     assert (streamed <= 1.3*plain+1e-4).all(), f'{streamed} beside {plain}'
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('keep', [0, 1, 9])
+@pytest.mark.parametrize('end', [nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d((3, 2)), Apply(lambda m, x: x.mean((2, 3))), Apply(lambda m, x: x.sum((2, 3)))], ids=['avg', 'max', 'bins', 'mean', 'sum'])
+def test_gradients_through_pooling_in_low_precision(dtype, keep, end):
+    torch.manual_seed(0); net, x = nn.Sequential(small(), end), torch.randn(1, 3, 65, 40)
+    def low(f):
+        with torch.autocast('cpu', dtype): y = f(x)
+        return y.float()
+    y, want = gradients(net, lambda _: low(net), x); ys, got = gradients(net, lambda _: low(stream(net, 7, keep)), x)
+    assert len(got) == len(want) == len(list(net.parameters()))
+    assert (y-ys).norm() < 2e-2*y.norm() and all((a-b).norm() < 3e-2*b.norm()+1e-6 for a, b in zip(got, want))
+    pure = copy.deepcopy(net).to(torch.bfloat16)
+    assert len(gradients(pure, lambda v: stream(pure, 7, keep)(v).float(), x.bfloat16())[1]) == len(want)
 
 def test_autocast_of_the_forward_pass_holds_in_backward():
     torch.manual_seed(0); net, x = small(), torch.randn(1, 3, 33, 20)

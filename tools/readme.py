@@ -27,7 +27,7 @@ def readme(path=ROOT/'nbs'/'index.ipynb'):
         if cell['cell_type'] == 'markdown': parts.append(from_root(source))
         elif cell['cell_type'] == 'code' and not re.search(r'^#\s*\|\s*hide\b', source, re.M):
             code = re.sub(r'^#\s*\|.*\n?', '', source, flags=re.M)
-            if code: parts.append(f'```python\n{code}\n```')
+            if code and not re.search(r'^#\s*\|\s*echo:\s*false', source, re.M): parts.append(f'```python\n{code}\n```')
             parts += ['```\n'+printed(o)+'\n```' for o in cell['outputs']]
     return f"<!-- Made from nbs/{path.name} by tools/readme.py: change the notebook. -->\n\n" + '\n\n'.join(parts) + '\n'
 

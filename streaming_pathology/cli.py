@@ -138,12 +138,12 @@ def _probe(folder, given):
 
 def output_file(path, suffix, inputs=(), header=''): # the path
     "Refuse a file to write that is a folder, has another ending, is one of the `inputs`, cannot be written, or exists and does not begin with `header`."
-    path = Path(path).expanduser()
-    if path.is_dir(): raise InputError(f'{path} is a folder; give the name of a file to write')
-    if path.suffix.lower() != suffix: raise InputError(f'{path}: what is written is a {suffix} file; give a name that ends so')
-    if any(path.resolve() == Path(p).resolve() for p in inputs): raise InputError(f'{path} is what is read; give the name of another file to write')
-    if header and path.exists() and not path.read_bytes().startswith(header.encode()): raise InputError(f'{path} exists and is something else; give the name of another file to write')
-    _probe(path.absolute().parent, path)
+    given, path = path, Path(path).expanduser().resolve()
+    if path.is_dir(): raise InputError(f'{given} is a folder; give the name of a file to write')
+    if path.suffix.lower() != suffix: raise InputError(f'{given}: what is written is a {suffix} file; give a name that ends so')
+    if any(path.resolve() == Path(p).resolve() for p in inputs): raise InputError(f'{given} is what is read; give the name of another file to write')
+    if header and path.exists() and not path.read_bytes().startswith(header.encode()): raise InputError(f'{given} exists and is something else; give the name of another file to write')
+    _probe(path.parent, given)
     return path
 
 def clear(folder):

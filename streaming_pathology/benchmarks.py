@@ -81,7 +81,7 @@ def work(method, arch, until, size, strip, tile=0, keep=1):
     net, x = trunk(arch, until), torch.randn(1, 3, size, size)
     with FlopCounterMode(display=False) as once, torch.no_grad(): net(x)
     step = Step(method, net, strip, tile, keep)
-    if method == 'streaming': step.f(x)     # finds the shapes on the meta device, which the counter would count too
+    if method in ('streaming', 'kept'): step.f(x)     # finds the shapes on the meta device, which the counter would count too
     with FlopCounterMode(display=False) as counted: step(x)
     return counted.get_flop_counts()['Global'][torch.ops.aten.convolution]/once.get_total_flops()
 

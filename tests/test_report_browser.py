@@ -2,7 +2,7 @@
 import io, os, shutil, pytest
 import numpy as np
 from PIL import Image
-from streaming_pathology.evaluation import write_atomic
+from streaming_pathology.slides import write_whole
 from streaming_pathology.report import toy_run, write_report
 
 CHROMIUM = os.environ.get('CHROMIUM') or shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
@@ -88,6 +88,6 @@ def test_prints(page):
 def test_forty_slides_stay_small(tmp_path):
     run, rng = toy_run(tmp_path/'run', n=39), np.random.default_rng(0)
     f = io.BytesIO(); Image.fromarray(rng.integers(0, 256, (1024, 1024, 3), dtype=np.uint8)).save(f, 'JPEG', quality=90)        # noise compresses worst
-    for i in (run/'images').iterdir(): write_atomic(i, f.getvalue())
+    for i in (run/'images').iterdir(): write_whole(i, f.getvalue())
     for h in (run/'heatmaps').iterdir(): np.save(h, rng.random((128, 128), dtype=np.float32))
     assert write_report(run).stat().st_size < 5e6

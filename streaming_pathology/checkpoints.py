@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['plain', 'versions', 'save_checkpoint', 'load_checkpoint', 'Checkpoints', 'load_weights']
 
-# %% ../nbs/10_checkpoints.ipynb #4ba3b22b
-import math, os, platform, warnings
+# %% ../nbs/10_checkpoints.ipynb #efba865e
+import math, platform
 from pathlib import Path
 import numpy as np, torch, torchvision
 import streaming_pathology
@@ -28,7 +28,7 @@ def versions():
     "The versions that a result depends on."
     return dict(streaming_pathology=streaming_pathology.__version__, python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, numpy=np.__version__)
 
-def save_checkpoint(path,     # the file; its folder must exist
+def save_checkpoint(path,     # the file; its folder is made
                     **state): # what to keep: tensors, numbers, text, and lists and dicts of them
     "Write a checkpoint, whole or not at all; the versions of the packages are added to it."
     state = plain(dict(state, versions={k: str(v) for k, v in versions().items()}))

@@ -11,7 +11,6 @@ __all__ = ['COLUMNS', 'check_scores', 'roc', 'auc', 'class_weights', 'weighted_a
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_auc_score, roc_curve
 from .geometry import InputError

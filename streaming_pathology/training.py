@@ -8,7 +8,7 @@ __all__ = ['WAY_OUT', 'slide_loss', 'probabilities', 'batch_sizes', 'autocast', 
            'write_csv', 'CSVLog', 'TensorBoardLog', 'Cosine']
 
 # %% ../nbs/09_training.ipynb #60008edd
-import csv, io, math, os, resource, sys, time
+import csv, io, math, resource, sys, time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path

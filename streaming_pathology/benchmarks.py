@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['methods', 'sp_bench', 'trunk', 'Step', 'work', 'gradient_error', 'peak_memory', 'times', 'ratios', 'machine',
-           'compare', 'run_benchmark', 'large', 'sides', 'bench']
+           'compare', 'run_benchmark', 'whole_step', 'sides', 'bench']
 
 # %% ../nbs/17_benchmarks.ipynb #7cd317ab
 import copy, ctypes, io, json, multiprocessing, statistics, sys, time
@@ -16,11 +16,10 @@ import torch, torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
 from .geometry import InputError
 from .streaming import stream
 from .slides import whole_file
-from .cli import check_settings, command, environment, output_file
+from .cli import check_settings, command, environment, hw, output_file
 
 # %% ../nbs/17_benchmarks.ipynb #350a9060
 def trunk(arch='resnet34', until='layer4'):
@@ -107,30 +106,31 @@ def _status(key):
         if line.startswith(key+':'): return int(line.split()[1])*1024
 
 def _prepare(method, case, threads):
-    "The step and its image, on the device of the case, under autocast where it says 'bf16'; a whole classifier gets uint8."
+    "The step and what makes an image, on the device of the case; 'bf16' is autocast with channels last, and a whole classifier gets uint8."
     torch.set_num_threads(threads)
     dev, bf16, pixels = torch.device(case['device']), case['dtype'] == 'bf16', case['until'] == 'logits'
     net = trunk(case['arch'], case['until'])
     if pixels: net = nn.Sequential(_ToFloat(), *net)
-    step = Step(method, net.to(dev), case['strip'], case['tile'], case['keep'])
+    form = torch.channels_last if bf16 else torch.contiguous_format
+    step = Step(method, net.to(dev, memory_format=form), case['strip'], case['tile'], case['keep'])
     def run(x):
         with torch.autocast(dev.type, torch.bfloat16, enabled=bf16): step(x)
         if x.is_cuda: torch.cuda.synchronize()
-    return run, step.clear, partial(_image, dev=dev, pixels=pixels)
+    return run, step.clear, partial(_image, dev=dev, pixels=pixels, form=form)
 
 class _ToFloat(nn.Module):
     def forward(self, x): return x.float()/255
 
-def _image(height, width, dev, pixels):
-    g = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=g).to(dev) if pixels else torch.randn(1, 3, height, width, generator=g).to(dev)
+def _image(height, width, dev, pixels, form):
+    g, shape = torch.Generator().manual_seed(0), (1, 3, height, width)
+    return (torch.randint(0, 256, shape, dtype=torch.uint8, generator=g) if pixels else torch.randn(shape, generator=g)).to(dev).contiguous(memory_format=form)
 
 def _peak(method, case, threads, answer):
     "In a process of its own: seconds and peak memory of one step."
     try:
         step, clear, image = _prepare(method, case, threads)
-        x = image(*case['size']); small = min(case['size'][0], max(2*case['strip'], case['tile'] if method == 'lightstream' else 0))
-        step(x[..., :small, :small].contiguous()); clear()
+        x, small = image(*case['size']), max(2*case['strip'], case['tile'] if method == 'lightstream' else 0)
+        step(image(*(min(s, small) for s in case['size']))); clear()
         if x.is_cuda: torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
         else: ctypes.CDLL(None).malloc_trim(0); Path('/proc/self/clear_refs').write_text('5'); before = _status('VmRSS')
         t = time.perf_counter(); step(x); t = time.perf_counter()-t
@@ -177,7 +177,7 @@ def machine():
 
 # %% ../nbs/17_benchmarks.ipynb #659f6881
 def _case(arch, until, size, strip, tile=0, device='cpu', dtype='float32', keep=1):
-    return dict(arch=arch, until=until, size=[size, size], strip=strip, keep=keep, tile=tile, device=device, dtype=dtype)
+    return dict(arch=arch, until=until, size=[*size] if isinstance(size, tuple) else [size, size], strip=strip, keep=keep, tile=tile, device=device, dtype=dtype)
 
 def compare(names, case, repeats=5, log=print):
     "Times in turn, peak memory in processes of their own, and work of each method on one case."
@@ -198,8 +198,8 @@ def run_benchmark(device='cpu', repeats=3, sizes=(1024, 2048, 3072), strip=128, 
     for size in sizes: result['growth'].append(compare(['plain', 'checkpoint', 'streaming'], _case('resnet18', 'layer4', size, strip, tile, device), max(1, repeats//2), log))
     return result
 
-def large(size=16384, strip=256, device='cpu', arch='resnet34', dtype='bf16'):
-    "One training step of a whole classifier, pooling and linear layer included, on `size` x `size` pixels of uint8; 'bf16' is autocast."
+def whole_step(size=(16384, 16384), strip=256, device='cpu', arch='resnet34', dtype='bf16'):
+    "One training step of a whole classifier, pooling and linear layer included, on (height, width) pixels of uint8; 'bf16' is autocast."
     case = _case(arch, 'logits', size, strip, 0, device, dtype)
     return {'machine': machine(), 'case': case, **peak_memory('streaming', case)}
 
@@ -216,15 +216,15 @@ def bench(out, # JSON file to write
           keep:int=4,                        # strips that keep their graph, where that is measured
           tile:int=960,                      # side of lightstream's tiles
           peers:bool=True,                   # measure lightstream too, which the extra bench installs
-          large_side:int=0,                  # instead: one step of ResNet-34 on a square of this side, in strips of 256
+          large:hw=None,                     # instead: one step of ResNet-34 on an image of this height,width, in strips of 256
           dtype:str='bf16'):                 # of that step: bf16 (autocast; slow on a CPU that has no instructions for it) or float32
     "Measure this machine beside the plain network, checkpointing and lightstream, and write the results as JSON."
     check_settings(dict(device=device, strip=strip))
-    if min(repeats, keep, tile, *sizes) < 1 or large_side < 0: raise InputError(f'--repeats {repeats}, --keep {keep}, --tile {tile} and --sizes {sizes} have to be at least 1')
+    if min(repeats, keep, tile, *sizes) < 1: raise InputError(f'--repeats {repeats}, --keep {keep}, --tile {tile} and --sizes {sizes} have to be at least 1')
     if dtype not in ('bf16', 'float32'): raise InputError(f"--dtype is {dtype!r}; use bf16 or float32")
     out = output_file(out, '.json', header='{\n "machine"')
     with whole_file(out) as f:      # opened first: not to be found unwritable after half an hour
-        result = large(large_side, 256, device, dtype=dtype) if large_side else run_benchmark(device, repeats, sizes, strip, keep, tile, peers)
+        result = whole_step(large, 256, device, dtype=dtype) if large else run_benchmark(device, repeats, sizes, strip, keep, tile, peers)
         f.write((json.dumps(result, indent=1)+'\n').encode())
     print(f'wrote {out}')
 

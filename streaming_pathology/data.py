@@ -17,7 +17,7 @@ import numpy as np, pyvips, torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from .geometry import InputError
-from .slides import SUFFIXES, Slide, tissue_box
+from .slides import SUFFIXES, Slide, checked_pixels, tissue_box
 
 # %% ../nbs/08_data.ipynb #1794d3a4
 SPLITS = ('train', 'tuning', 'test')
@@ -41,7 +41,6 @@ def _table(path, way_out='give the path of a CSV manifest'):
     try: text = path.read_text(encoding='utf-8-sig')
     except OSError as e: raise InputError(f'{path} cannot be read ({e.strerror})') from None
     except UnicodeDecodeError: raise InputError(f'{path} is not UTF-8 text; save the table as CSV (UTF-8)') from None
-    if not text.strip(' \t\r\n,;"'): raise InputError(f'{path} is empty; its first line has to name the columns')
     reader = csv.reader(io.StringIO(text, newline=''), strict=True)
     try: rows = [(reader.line_num, [c.strip() for c in r]) for r in reader if any(c.strip() for c in r)]
     except csv.Error as e: raise InputError(f'{path}, line {reader.line_num}: not a CSV table ({e})') from None
@@ -234,8 +233,7 @@ def fit_canvas(image,      # uint8 array (H, W, 3)
                fill=255,   # white, as glass is
               ):           # uint8 array of that size
     "Pad with `fill` or crop around the centre, each side on its own."
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3: raise InputError(f'an image must be uint8 (height, width, 3), not {image.dtype} {image.shape}')
-    h, w = image.shape[:2]
+    h, w = checked_pixels(image).shape[:2]
     H, W = size or (-(-h//multiple)*multiple, -(-w//multiple)*multiple)
     t, l = max(0, h-H)//2, max(0, w-W)//2
     image = image[t:t+H, l:l+W]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_SHA256', 'FINEST', 'COARSEST', 'SUFFIXES', 'sample_slide', 'area_average', 'Slide', 'read_in_worker',
-           'stain_signal', 'otsu', 'tissue_mask', 'tissue_box', 'whole_file', 'write_whole']
+           'stain_signal', 'otsu', 'checked_pixels', 'tissue_mask', 'tissue_box', 'whole_file', 'write_whole']
 
 # %% ../nbs/05_slides.ipynb #09f2da53
 import base64, functools, hashlib, html, math, os, shutil, struct, tempfile, threading, uuid, warnings
@@ -338,7 +338,7 @@ def _remove_small(mask, area):
     return (np.bincount(objects.ravel()) >= area)[objects] & mask if n else mask
 
 # %% ../nbs/05_slides.ipynb #45b5c680
-def _checked(rgb):
+def checked_pixels(rgb): # the same
     "Pixels, if they are uint8 (height, width, 3)."
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or not rgb.size: raise InputError(f'pixels must be uint8 (height, width, 3), not {rgb.dtype} {rgb.shape}: scale them to 0..255 and convert')
     return rgb
@@ -355,7 +355,7 @@ def tissue_mask(
     if isinstance(slide, Slide):
         spacing = max(spacing, slide.spacing)
         rgb = slide.read(spacing)
-    else: rgb = _checked(np.asarray(slide))
+    else: rgb = checked_pixels(np.asarray(slide))
     signal = ndimage.gaussian_filter(stain_signal(rgb), 8/spacing)
     low = np.clip(otsu(signal)/2, .02, .06) if threshold is None else threshold
     regions, n = ndimage.label(signal > low)
@@ -386,12 +386,13 @@ SUFFIXES = set('.svs .tif .tiff .ndpi .mrxs .scn .bif .svslide .dcm .png .jpg .j
 @contextmanager
 def whole_file(path):
     "A new binary file that takes the place of `path` at the end; if anything goes wrong, what was there stays. Makes the folder."
-    path = Path(path); temp = path.with_name(f'.{path.name[:60]}.{uuid.uuid4().hex[:8]}.partial')
+    path = Path(path); temp = path.with_name(f'.{path.name[:40]}.{uuid.uuid4().hex[:8]}.partial')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temp, 'wb') as f:
             yield f
             f.flush(); os.fsync(f.fileno())
+        if path.exists(): shutil.copymode(path, temp)
         os.replace(temp, path)
     except OSError as e: raise InputError(f'{path} cannot be written ({e.strerror or e}); what was there before is untouched') from None
     finally:

@@ -128,14 +128,14 @@ def _packed(state):
 class _Pass(_Strips):
     def forward(self, x, operands=None, keep=0):
         "The outputs and the totals of the reductions. With `operands` (node -> tensor) also what the backward pass needs: states, and the graphs of the last `keep` strips."
-        state, outs, first = {}, {n: None for n in self.program.outputs}, len(self.cuts)-1-keep
+        state, outs, n_strips, training = {}, {n: None for n in self.program.outputs}, len(self.cuts)-1, operands is not None
         self.states, self.rng, self.kept = [], [], {}
-        if operands is not None:
+        if training:
             self.want = self.wanted(x, operands)
             self.env = {**self.env, **{n: t.detach().requires_grad_(t.requires_grad) for n, t in operands.items()}}   # leaves of our own: hooks on the parameters see the sum only
-        for k in range(len(self.cuts)-1):
-            if operands is not None: self.states.append(state); self.rng.append(_rng(x) if self.program.random else None)
-            if operands is not None and k >= first: self.kept[k] = *_, new, state = self.record(x, k)
+        for k in range(n_strips):
+            if training: self.states.append(state); self.rng.append(_rng(x) if self.program.random else None)
+            if training and k >= n_strips-keep: self.kept[k] = *_, new, state = self.record(x, k)
             else:
                 lo, hi = self.strip_of(x, k)
                 with torch.no_grad(), self.context(): new, state = self.step(x[:, :, lo:hi], k, state, self.env)

@@ -135,7 +135,7 @@ def place_glands(rng, zone, spacing, pattern, share=None):
     low, high, gap, wall, wavy, most = PATTERNS[pattern]
     step = max(1, int(6/spacing))
     room = ndimage.distance_transform_edt(np.pad(zone[::step, ::step], 1))[1:-1, 1:-1]*step*spacing
-    where, area, target = np.argwhere(room > .35*low), 0., (share or most)*zone.sum()*spacing**2
+    where, target = np.argwhere(room > .35*low), (share or most)*zone.sum()*spacing**2
     tries = int((6 if pattern == 'benign' else 10)*zone.sum()*spacing**2/(math.pi*low**2))
     radii = np.sort(rng.uniform(low, high, tries))[::-1]*rng.uniform(.7, 1., tries)
     found = np.empty((0, 3))

@@ -199,7 +199,7 @@ def test_a_training_that_diverges_leaves_what_was_there(cohort, trained, tmp_pat
 
 def test_a_demo_never_replaces_a_training(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path/'run'); f = tmp_path/'run/settings.toml'; f.write_text(f.read_text()+'note = "as sp_demo"\n')
-    before = tree(tmp_path); refused(capsys, ['demo', '--tiny', '--out', tmp_path/'run'], '--overwrite'); assert tree(tmp_path) == before
+    before = tree(tmp_path); refused(capsys, ['demo', '--tiny', '--out', tmp_path/'run'], 'holds what a former run wrote; give the name'); assert tree(tmp_path) == before
 
 def test_interrupted_demo_leaves_nothing(tmp_path, capsys, monkeypatch):
     def stop(*args, **kwargs): raise KeyboardInterrupt

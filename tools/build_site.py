@@ -3,7 +3,7 @@
     python tools/build_site.py               # ends with an error for a broken link or a warning
 """
 import hashlib, io, os, re, shutil, subprocess, sys, tarfile, tempfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from nbdev.serve import proc_nbs
 from smalldocs import layout

@@ -1,5 +1,5 @@
 "What the commands do with bad input: one `error:` line that names the thing, exit status 2, no traceback, nothing half-written."
-import json, os, re, shutil, subprocess, sys
+import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, pyvips, torch
 from streaming_pathology import cli
@@ -174,6 +174,9 @@ def test_outputs_never_replace_what_is_read(trained, bad, tmp_path, capsys):
     refused(capsys, ['predict', model, bad/'slides', bad/'none/x/../../manifest.csv/p.csv'], 'cannot be written')
     refused(capsys, ['evaluate', p, '--out', p], '.json'); refused(capsys, ['evaluate', p, '--out', '.'], 'is a folder')
     refused(capsys, ['report', trained, '--out', trained/'predictions.csv'], '.html')
+    refused(capsys, ['predict', model, bad/'slides', trained/'predictions.csv'], 'belongs to the run'); refused(capsys, ['evaluate', p, '--out', ''], 'is empty')
+    page = tmp_path/'index.html'; page.write_text('<!doctype html>\n<html lang="en">\n<head><title>My lab</title></head></html>\n')
+    refused(capsys, ['report', trained, '--out', page], 'something else'); assert 'My lab' in page.read_text()
     assert (tree(bad), p.read_bytes(), tree(trained)) == before
 
 def test_numbers_that_are_damaged(cohort, trained, tmp_path, capsys):
@@ -196,6 +199,33 @@ def test_a_training_that_diverges_leaves_what_was_there(cohort, trained, tmp_pat
     shutil.copytree(trained, tmp_path/'run'); before = tree(tmp_path)
     refused(capsys, [*argv, '--overwrite'], 's0')
     assert {p: t for p, t in tree(tmp_path).items() if p.is_file()} == {p: t for p, t in before.items() if p.is_file()} and len(list(tmp_path.iterdir())) == 1
+
+def started(folder, *argv):
+    "sp_train in a process of its own, once it has emptied `folder` for its work."
+    p = subprocess.Popen([sys.executable, '-m', 'streaming_pathology.cli', 'train', *map(str, argv)], stderr=subprocess.PIPE, text=True)
+    while not (folder/'environment.json').exists() or (folder/'report.html').exists():
+        assert p.poll() is None, p.stderr.read()
+        time.sleep(.01)
+    return p
+
+@pytest.mark.parametrize('stop', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_training_gives_back_what_it_replaced(cohort, trained, tmp_path, stop):
+    run = tmp_path/'run'; shutil.copytree(trained, run)
+    before = {p: p.read_bytes() for p in run.rglob('*') if p.is_file()}
+    p = started(run, cohort/'manifest.csv', run, *QUICK, '--epochs', 1000, '--overwrite'); p.send_signal(stop)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and 'error: interrupted' in err and 'Traceback' not in err, err
+    held = run/'.former' if (run/'checkpoints/best.pt').exists() and (run/'.former').exists() else run    # it may have got to a checkpoint
+    assert {run/p.relative_to(held): p.read_bytes() for p in held.rglob('*') if p.is_file()} == before
+
+def test_a_killed_training_loses_nothing(cohort, trained, tmp_path, capsys):
+    run = tmp_path/'run'; shutil.copytree(trained, run); report = (run/'report.html').read_bytes()
+    p = started(run, cohort/'manifest.csv', run, *QUICK, '--epochs', 1000, '--overwrite')
+    refused(capsys, ['train', cohort/'manifest.csv', run, *QUICK, '--overwrite'], 'another process')
+    p.kill(); p.communicate()
+    assert (run/'.former/report.html').read_bytes() == report
+    assert cli.main(['train', cohort/'manifest.csv', run, *QUICK, '--overwrite']) == 0
+    assert (run/'report.html').exists() and not list(run.glob('.*'))
 
 def test_a_demo_never_replaces_a_training(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path/'run'); f = tmp_path/'run/settings.toml'; f.write_text(f.read_text()+'note = "as sp_demo"\n')

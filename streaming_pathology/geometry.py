@@ -185,6 +185,7 @@ class Op:
     random: bool = False   # draws random numbers
     shared: bool = False   # `run` draws a mask that all strips share
     alias: bool = False    # the output may share memory with the input
+    light: bool = False    # cheaper to compute again for a few rows than to keep them
 
 @dataclass
 class Reduction:
@@ -269,7 +270,8 @@ def _pointwise(f, random=None, alias=False):
         back = back.pop()
         _need(all(a.ndim < -back or a.shape[back] == 1 for a in flat if not isinstance(a, Rows)), 'meets a tensor that differs from row to row')
         ndim = max(a.ndim for a in flat)
-        return Op(_native(f), Rows(ndim, ndim+back), random=bool(random and random(*args, **kwargs)), alias=alias)
+        drawn = bool(random and random(*args, **kwargs))
+        return Op(_native(f), Rows(ndim, ndim+back), random=drawn, alias=alias, light=not drawn)
     return rule
 
 def _spellings(names, both=('', '_')):
@@ -297,12 +299,12 @@ def _local_response_norm(input, *_, **__):
 @rule(F.prelu, torch.prelu, 'prelu')
 def _prelu(input, weight):
     _need(input.axis != 1 or weight.numel() == 1, 'has a slope for each row')
-    return Op(_native(F.prelu), input)
+    return Op(_native(F.prelu), input, light=True)
 
 @rule(F.batch_norm)
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
     _need(input.axis > 1, 'normalises over the rows')
-    return Op(_native(F.batch_norm), input)
+    return Op(_native(F.batch_norm), input, light=True)
 
 # %% ../nbs/00_geometry.ipynb #93983c5e
 def _drop(f):
@@ -573,6 +575,7 @@ def _link(self:Program):
         for a in inputs: self.users.setdefault(a, []).append(n)
     last = {a: users[-1] for a, users in self.users.items()}
     self.done = {n: [a for a in (*self.inputs[n], n) if a in self.rows and last.get(a, a) is n] for n in self.ops}   # values that nobody reads after `n`
+    self.light = {n for n, op in self.ops.items() if getattr(op, 'light', False) and len(self.inputs[n]) == 1 and n not in self.outputs}
     self.inplace = {n: n.args[0] for n in self.ops if _inplace(n)}
     self.exclusive = {n for n, a in self.inplace.items() if len(a.users) == 1 and a in self.ops and not self.ops[a].alias}   # nobody else has the memory
 

@@ -42,8 +42,11 @@ class _Strips:
 
     def keep(self, have):
         "From which row on each value is still needed."
-        p = self.program
-        return {a: min([e]+[p.ops[u].window.keep(have[u], e, self.height[a], self.height[u]) for u in p.users.get(a, ()) if u in have]) for a, e in have.items()}
+        p, first = self.program, {}
+        for a, e in reversed(have.items()):
+            users = [u for u in p.users.get(a, ()) if u in have]
+            first[a] = min([e]+[first[u] if u in p.light else p.ops[u].window.keep(have[u], e, self.height[a], self.height[u]) for u in users])
+        return first
 
     def at(self, k):
         "`rows` and `keep` before strip `k`; a pass asks for those of neighbouring strips several times."
@@ -65,6 +68,10 @@ def step(self:_Strips, x, k, state, env):
     def take(n, a, lo, hi):
         rows = full[a].narrow(p.rows[a].axis, lo-start[a], hi-lo) if (lo, hi) != (start[a], will[a]) else full[a]
         return rows.clone() if p.inplace.get(n) is a and not (n in p.exclusive and a in new and rows is full[a]) else rows
+    def save(a, copy=False):
+        if a is self.image or a in p.light or a in nxt or stay[a] == will[a]: return
+        rows = full[a].narrow(p.rows[a].axis, stay[a]-start[a], will[a]-stay[a]) if stay[a] > start[a] else full[a]
+        nxt[a] = rows.clone() if copy else rows
     for n, op in p.ops.items():
         if isinstance(op, Reduction):
             a, = p.inputs[n]
@@ -72,7 +79,8 @@ def step(self:_Strips, x, k, state, env):
                 nxt[n] = op.add(state.get(n), take(n, a, have[a], will[a]), have[a], self.height[a]); self.dtype[n] = full[a].dtype
             elif n in state: nxt[n] = state[n]
         else:
-            i, j, old, out = have[n], will[n], state.get(n), None
+            i, j, old, out = start[n] if n in p.light else have[n], will[n], state.get(n), None
+            if n in p.light and n in p.inplace: save(p.inplace[n], copy=True)
             if j > i:
                 piece = {a: Piece(op.window, i, j, self.height[a], p.rows[a].axis) for a in p.inputs[n]}
                 get = lambda a: take(n, a, *piece[a].rows) if a in piece else env[a]
@@ -84,11 +92,7 @@ def step(self:_Strips, x, k, state, env):
                 new[n] = out
             elif (n, 'mask') in state: nxt[n, 'mask'] = state[n, 'mask']
             full[n] = out if old is None else old if out is None else torch.cat([old, out], op.out.axis)
-        for a in p.done[n]:
-            rows = full.pop(a)
-            if a is not self.image and stay[a] < will[a]:
-                lo, axis = stay[a]-start[a], p.rows[a].axis
-                nxt[a] = rows.narrow(axis, lo, will[a]-stay[a]) if lo else rows
+        for a in p.done[n]: save(a); del full[a]
     return {n: new.get(n) for n in p.outputs}, nxt
 
 # %% ../nbs/01_streaming.ipynb #d7b63f4c
@@ -193,11 +197,12 @@ def backward(self:_Pass, x, gouts):
         tops = [n for n, t in start.items() if t.requires_grad]
         inputs = [self.env[n] for n in leaves]+[start[n] for n in tops]+([rows] if x.requires_grad else [])
         gs = torch.autograd.grad([y for y, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True) if pairs else [None]*len(inputs)
+        del pairs, inputs, start, rows     # views of the strip's maps, which would live on beside the next strip's
         for n, g in zip(leaves, gs):
             if g is not None: total[n] = total[n].add_(g) if n in total else g.clone()      # autograd may hand out one tensor twice
         below = {n: g for n, g in zip(tops, gs[len(leaves):]) if g is not None}
         if gx is not None and gs[-1] is not None: lo, hi = self.strip_of(x, k); gx[:, :, lo:hi] += gs[-1]
-        self.states[k] = None
+        del gs; self.states[k] = None
     return gx, total
 
 # %% ../nbs/01_streaming.ipynb #e2f8a3c4

@@ -122,7 +122,7 @@ def compare(net, x, strip, keep=1):
     ys = stream(net, strip, keep)(x*1)
     assert ys.shape == y.shape and close(ys, y)
     got = torch.autograd.grad(ys, [x, *params], g, allow_unused=True)
-    floor = 1e-14*(1+max(t.abs().max().item() for t in want if t is not None))     # rounding of what cancels to nothing
+    floor = 1e-13*(1+max(t.abs().max().item() for t in want if t is not None))     # rounding of what cancels to nothing
     for name, a, b in zip(['input', *dict(net.named_parameters())], got, want):
         a, b = (torch.zeros(()) if t is None else t for t in (a, b))
         assert close(a, b, floor), f'{name}: {(a-b).abs().max():.2e} of {b.abs().max():.2e}'

@@ -281,7 +281,7 @@ def read(self:Slide,
     top, left, height, width = _check_read(self, spacing, region)
     level = max((i for i,(*_, s) in enumerate(self.levels) if s <= spacing*1.001), key=lambda i: self.levels[i][2], default=0)
     f = spacing/self.levels[level][2]
-    if abs(f-round(f))*max(self.levels[level][:2]) < .1*f: f = float(round(f)) # float noise in the file's tags
+    if abs(f-round(f)) < min(1e-4, .1/max(self.levels[level][:2]))*f: f = float(round(f)) # float noise in the file's tags
     if f == 1: return _fetch(self, level, top, left, height, width)
     x0, x1 = math.floor(left*f+1e-6), math.ceil((left+width)*f-1e-6)
     out, band = np.empty((height, width, 3), np.uint8), max(1, int(2**25/(3*f*(x1-x0))))

@@ -200,9 +200,13 @@ def test_a_training_that_diverges_leaves_what_was_there(cohort, trained, tmp_pat
     refused(capsys, [*argv, '--overwrite'], 's0')
     assert {p: t for p, t in tree(tmp_path).items() if p.is_file()} == {p: t for p, t in before.items() if p.is_file()} and len(list(tmp_path.iterdir())) == 1
 
+def heard():
+    "Of the signals that a job in the background or under nohup ignores."
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(s, signal.SIG_DFL)
+
 def started(folder, *argv):
     "sp_train in a process of its own, once it has emptied `folder` for its work."
-    p = subprocess.Popen([sys.executable, '-m', 'streaming_pathology.cli', 'train', *map(str, argv)], stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, '-m', 'streaming_pathology.cli', 'train', *map(str, argv)], stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while not (folder/'environment.json').exists() or (folder/'report.html').exists():
         assert p.poll() is None, p.stderr.read()
         time.sleep(.01)

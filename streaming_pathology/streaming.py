@@ -6,27 +6,84 @@
 __all__ = ['Streamed', 'stream']
 
 # %% ../nbs/01_streaming.ipynb #299cbfbe
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 import torch
 from fastcore.basics import patch
 from torch import nn, fx
 from torch.autograd.function import once_differentiable
-from .geometry import InputError, StreamingError, Program, Reduction, Piece, evaluate, layer_name
+from .geometry import InputError, StreamingError, Program, Reduction, Piece, Region, evaluate, layer_name
+
+# %% ../nbs/01_streaming.ipynb #b8703ab2
+class _Tensor:
+    "An image that is a tensor (N, C, H, W): where strips are read, and where their gradients go."
+    axes = 2, 3     # of the image, that may be cut into strips
+    def __init__(self, x):
+        if x.ndim != 4 or not x.numel(): raise StreamingError(f'An image is a tensor (N, C, H, W) with at least one pixel, not {tuple(x.shape)}.')
+        self.tensors, self.shape, self.dtype, self.device, self.wanted = [x], x.shape, x.dtype, x.device, x.requires_grad
+        self.gradients = [None]
+
+    def read(self, axis, lo, hi, then=None): return self.tensors[0].detach().narrow(axis, lo, hi-lo)
+
+    def add(self, axis, lo, hi, gradient, final):
+        if self.gradients[0] is None: self.gradients[0] = torch.zeros_like(self.tensors[0])
+        self.gradients[0].narrow(axis, lo, hi-lo).add_(gradient)
+
+class _Reader:
+    "An image whose rows come from elsewhere: `rows.shape`, `rows.read(top, bottom)`, and `rows.write(top, bottom, gradient)` if it wants its gradient. The next strip is read while one is computed."
+    axes = 2,
+    def __init__(self, rows, device):
+        self.rows, self.shape, self.device, self.wanted = rows, torch.Size(rows.shape), device, callable(getattr(rows, 'write', None))
+        if len(self.shape) != 4 or not self.shape.numel(): raise StreamingError(f'{type(rows).__name__}.shape is {tuple(self.shape)}: an image that is read by rows has a shape (N, C, H, W) and at least one pixel.')
+        self.thread, self.ahead, self.dtype, self.waiting = ThreadPoolExecutor(1, 'rows'), {}, None, None
+        self.dtype = self._read(0, 1).dtype
+        if self.wanted and not self.dtype.is_floating_point: raise StreamingError(f'{type(rows).__name__} has a write for the gradient, but its rows are {self.dtype}, which has none: read floats, or leave write out.')
+        self.tensors = [torch.empty(0, requires_grad=True)] if self.wanted else []      # so that there is a graph, even if no parameter wants one
+        self.gradients = [None]*len(self.tensors)
+
+    def _read(self, lo, hi):
+        rows = torch.as_tensor(self.rows.read(lo, hi))
+        want = (*self.shape[:2], hi-lo, self.shape[3])
+        if rows.shape != want or self.dtype not in (None, rows.dtype):
+            raise StreamingError(f'{type(self.rows).__name__}.read({lo}, {hi}) gave {tuple(rows.shape)} of {rows.dtype}, not {want} of {self.dtype or "one type"}.')
+        return rows.pin_memory() if self.device.type == 'cuda' and not rows.is_cuda else rows
+
+    def read(self, axis, lo, hi, then=None):
+        rows = self.ahead.pop((lo, hi)).result() if (lo, hi) in self.ahead else self._read(lo, hi)
+        self.ahead = {then: self.thread.submit(self._read, *then)} if then else {}
+        return rows.to(self.device, non_blocking=True)
+
+    def add(self, axis, lo, hi, gradient, final):
+        "Rows from `final` on are complete with this strip; those above wait for the next."
+        if self.waiting is not None: gradient[:, :, -self.waiting.shape[2]:].add_(self.waiting) if self.waiting.shape[2] else None
+        self.waiting = gradient[:, :, :final-lo].clone()
+        self.rows.write(final, hi, gradient[:, :, final-lo:])
+
+def _source(x, module):
+    "How strips read the image `x`."
+    if isinstance(x, torch.Tensor): return _Tensor(x)
+    if hasattr(x, 'shape') and callable(getattr(x, 'read', None)):
+        return _Reader(x, next((t.device for t in (*module.parameters(), *module.buffers())), torch.device('cpu')))
+    raise StreamingError(f'An image is a tensor (N, C, H, W), or has a shape (N, C, H, W) and read(top, bottom), not {type(x).__name__}.')
 
 # %% ../nbs/01_streaming.ipynb #bdd7d278
 class _Strips:
     "A program on an image of one shape, cut into strips: `step` feeds one strip."
-    def __init__(self, program, module, x, env, strip):
-        self.program, self.image, self.env = program, program.image, env
-        dev = x.device.type
+    def __init__(self, program, module, source, env, strip):
+        self.program, self.image, self.source, self.env = program, program.image, source, env
+        self.axis, dev = program.rows[program.image].axis, source.device.type
         self.autocast = (dev, torch.get_autocast_dtype(dev), torch.is_autocast_enabled(dev)) if torch.amp.is_autocast_available(dev) else None
-        key = x.shape, x.dtype, self.autocast and self.autocast[2]
+        key = source.shape, source.dtype, self.autocast and self.autocast[2]
         if key not in program.shapes:
             if len(program.shapes) > 64: program.shapes.clear()     # images of ever new sizes
-            program.shapes[key] = _shapes(program, module, x, env, self.autocast)
+            program.shapes[key] = _shapes(program, module, source, env, self.autocast)
         self.shapes = program.shapes[key]
-        self.height = {n: self.shapes[n][r.axis] for n, r in program.rows.items()}
-        self.cuts = [*range(0, x.shape[2], strip), x.shape[2]]
+        self.height = {n: self.shapes[n][r.axis] for n, r in program.rows.items()}      # along the strips' axis, and across it
+        for n in program.reductions: self.height[n] = self.height[program.inputs[n][0]]
+        self.width = {n: 1 if r.across is None else self.shapes[n][r.across] for n, r in program.rows.items()}
+        length = source.shape[self.axis]
+        self.cuts = [*range(0, length, strip), length]
         self.dtype, self.known = {}, {}     # of what goes into the reductions; rows at the last cuts
 
     def context(self):
@@ -36,28 +93,32 @@ class _Strips:
     def rows(self, cut):
         "How many rows of each value exist once `cut` rows of the image have been read."
         p, have = self.program, {self.image: cut}
-        for n in p.rows:
-            if n is not self.image: have[n] = min(p.ops[n].window.ready(have[a], self.height[a], self.height[n]) for a in p.inputs[n])
+        for n, op in p.ops.items(): have[n] = min(op.window.ready(have[a], self.height[a], self.height[n]) for a in p.inputs[n])
         return have
 
     def keep(self, have):
         "From which row on each value is still needed."
         p, first = self.program, {}
         for a, e in reversed(have.items()):
-            users = [u for u in p.users.get(a, ()) if u in have]
-            first[a] = min([e]+[first[u] if u in p.light else p.ops[u].window.keep(have[u], e, self.height[a], self.height[u]) for u in users])
+            first[a] = min([e]+[first[u] if u in p.light else p.ops[u].window.keep(have[u], e, self.height[a], self.height[u]) for u in p.users.get(a, ())])
         return first
 
     def at(self, k):
         "`rows` and `keep` before strip `k`; a pass asks for those of neighbouring strips several times."
         if k not in self.known:
-            if len(self.known) > 2: self.known.clear()
+            if len(self.known) > 3: self.known.clear()
             have = self.rows(self.cuts[k]); self.known[k] = have, self.keep(have)
         return self.known[k]
 
-    def strip_of(self, x, k):
-        "The rows of the image that step `k` reads: `(lo, hi)`."
-        return self.at(k)[1][self.image], self.cuts[k+1]
+    def span(self, k):
+        "The rows of the image that step `k` reads: `(lo, hi)`; None if there is no such step."
+        return (self.at(k)[1][self.image], self.cuts[k+1]) if 0 <= k < len(self.cuts)-1 else None
+
+    def region(self, n, a, i, j):
+        "What of its input `a` the rows `i` to `j` of `n` are computed from."
+        op, r = self.program.ops[n], self.program.rows[a]
+        across = Piece(op.across, 0, self.width[n], self.width[a], r.across, whole=True) if op.across and r.across is not None else None
+        return Region(Piece(op.window, i, j, self.height[a], r.axis, whole=(i, j) == (0, self.height[n])), across)
 
 # %% ../nbs/01_streaming.ipynb #c7374e69
 @patch
@@ -74,21 +135,21 @@ def step(self:_Strips, x, k, state, env):
         nxt[a] = rows.clone() if copy else rows
     for n, op in p.ops.items():
         if isinstance(op, Reduction):
-            a, = p.inputs[n]
-            if will[a] > have[a]:
-                nxt[n] = op.add(state.get(n), take(n, a, have[a], will[a]), have[a], self.height[a]); self.dtype[n] = full[a].dtype
+            if will[n] > have[n]:
+                rows = [take(n, a, have[n], will[n]) for a in p.inputs[n]]
+                nxt[n] = op.add(state.get(n), rows[0] if len(rows) == 1 else rows, have[n], self.height[n]); self.dtype[n] = rows[0].dtype
             elif n in state: nxt[n] = state[n]
         else:
             i, j, old, out = start[n] if n in p.light else have[n], will[n], state.get(n), None
             if n in p.light and n in p.inplace: save(p.inplace[n], copy=True)
             if j > i:
-                piece = {a: Piece(op.window, i, j, self.height[a], p.rows[a].axis) for a in p.inputs[n]}
-                get = lambda a: take(n, a, *piece[a].rows) if a in piece else env[a]
+                at = {a: self.region(n, a, i, j) for a in p.inputs[n]}
+                get = lambda a: take(n, a, *at[a].along.reads) if a in at else env[a]
                 args, kwargs = fx.map_arg(n.args, get), fx.map_arg(n.kwargs, get)
                 if op.shared:
                     nxt[n, 'mask'] = state[n, 'mask'] if (n, 'mask') in state else op.run(None, *args, **kwargs)
                     out = args[0]*nxt[n, 'mask']
-                else: out = op.run(piece[p.inputs[n][0]], *args, **kwargs)
+                else: out = op.run(at[p.inputs[n][0]], *args, **kwargs)
                 new[n] = out
             elif (n, 'mask') in state: nxt[n, 'mask'] = state[n, 'mask']
             full[n] = out if old is None else old if out is None else torch.cat([old, out], op.out.axis)
@@ -98,14 +159,14 @@ def step(self:_Strips, x, k, state, env):
 # %% ../nbs/01_streaming.ipynb #d7b63f4c
 def _shapes(program, module, x, env, autocast):
     "The shape of every value that comes in strips, by PyTorch's own rules, without computing."
-    amp = autocast is not None and autocast[2]
+    amp, axis = autocast is not None and autocast[2], program.rows[program.image].axis
     def meta(t): return t if not isinstance(t, torch.Tensor) else torch.empty_like(t, device='meta', dtype=torch.float32 if amp and t.is_floating_point() else None)
     def spread(shape):
-        values = {**{n: meta(t) for n, t in env.items()}, program.image: torch.empty(shape, device='meta', dtype=torch.float32 if amp and x.is_floating_point() else x.dtype)}
+        values = {**{n: meta(t) for n, t in env.items()}, program.image: torch.empty(shape, device='meta', dtype=torch.float32 if amp and x.dtype.is_floating_point else x.dtype)}
         with torch.no_grad(), torch.autocast('cpu', enabled=False):
             for n, op in program.ops.items():
                 try:
-                    if len({values[a].shape[program.rows[a].axis] for a in program.inputs[n]}) > 1: raise RuntimeError('its inputs have different numbers of rows')
+                    if len({values[a].shape[program.rows[a].axis] for a in program.inputs[n]}) > 1: raise RuntimeError(f"its inputs have different numbers of {('rows', 'columns')[axis-2]}")
                     values[n] = evaluate(n, module, values)
                     if 0 in values[n].shape: raise RuntimeError('nothing is left of it')
                 except (RuntimeError, ValueError, IndexError, TypeError) as e: return n, str(e).splitlines()[0]
@@ -118,74 +179,167 @@ def _shapes(program, module, x, env, autocast):
         raise StreamingError(f'An image of {x.shape[2]} x {x.shape[3]} pixels is too small: {layer_name(n)} gets too little to give any output; pad the image.')
     raise StreamingError(f'{layer_name(n)} cannot take what an input of shape {tuple(x.shape)} and type {x.dtype} gives it: {why}')
 
-# %% ../nbs/01_streaming.ipynb #1adeff48
-def _packed(state):
-    "A copy of the state in one block of memory for each type. Views would keep whole strips alive; many small pieces would lie scattered between strips that come and go, and leave holes that nothing fits."
-    packed = {}
-    for dtype in {t.dtype for t in state.values()}:
-        of = {n: t for n, t in state.items() if t.dtype == dtype}
-        block = next(iter(of.values())).new_empty(sum(t.numel() for t in of.values()))
-        for (n, t), piece in zip(of.items(), block.split([t.numel() for t in of.values()])):
-            packed[n] = piece.as_strided(t.shape, torch.empty_like(t, device='meta').stride()).copy_(t)     # of the same memory format
-    return packed
+# %% ../nbs/01_streaming.ipynb #a9b8f3cb
+def _pack(state):
+    "The state as one block of memory for each type, and where each tensor lies in these. Views would keep whole strips alive; many small pieces would lie scattered between strips that come and go, and leave holes that nothing fits."
+    blocks, layout = {}, {}
+    for dtype in dict.fromkeys(t.dtype for t in state.values()):
+        of, at = {n: t for n, t in state.items() if t.dtype == dtype}, 0
+        block = blocks[dtype] = next(iter(of.values())).new_empty(sum(t.numel() for t in of.values()))
+        for n, t in of.items():
+            layout[n] = dtype, t.shape, torch.empty_like(t, device='meta').stride(), at     # of the same memory format
+            block.as_strided(*layout[n][1:]).copy_(t); at += t.numel()
+    return blocks, layout
 
+def _unpack(blocks, layout): return {n: blocks[dtype].as_strided(*where) for n, (dtype, *where) in layout.items()}
+
+class _OnDevice:
+    "States stay where they are computed."
+    def put(self, blocks): return blocks
+    def get(self, kept, then=None): return kept
+
+class _OnHost:
+    "States wait in the memory of the host, copied there and back beside the computation."
+    def __init__(self, device): self.device, self.stream, self.ahead = device, torch.cuda.Stream(device) if device.type == 'cuda' else None, {}
+
+    def _copy(self, blocks, make):
+        if self.stream is None: return {t: make(b).copy_(b) for t, b in blocks.items()}
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            out = {t: make(b).copy_(b, non_blocking=True) for t, b in blocks.items()}
+        for b in (*blocks.values(), *out.values()):
+            if b.is_cuda: b.record_stream(self.stream)
+        return out
+
+    def put(self, blocks): return self._copy(blocks, lambda b: torch.empty(b.shape, dtype=b.dtype, pin_memory=b.is_cuda))
+    def fetch(self, kept): return self._copy(kept, lambda b: torch.empty(b.shape, dtype=b.dtype, device=self.device))
+
+    def get(self, kept, then=None):
+        blocks = self.ahead.pop(id(kept), None) or self.fetch(kept)
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            for b in blocks.values(): b.record_stream(torch.cuda.current_stream(self.device))
+            self.ahead = {id(then): self.fetch(then)} if then is not None else {}
+        return blocks
+
+class _OnDisk:
+    "States wait in a file without a name, which vanishes with the process. One thread writes it and reads ahead."
+    def __init__(self, device): self.device, self.file, self.thread, self.written, self.ahead = device, tempfile.TemporaryFile(buffering=0), ThreadPoolExecutor(1, 'states'), None, {}
+
+    def _each(self, do, blocks, at):
+        "Write or read the blocks from position `at` on; where they end."
+        self.file.seek(at)
+        for b in blocks.values():
+            view = memoryview(b.view(torch.uint8).numpy())
+            while view:
+                n = do(view)
+                if not n: raise OSError(f'the file of states in {tempfile.gettempdir()} is cut off')
+                view = view[n:]
+        return self.file.tell()
+
+    def put(self, blocks):
+        at = 0
+        if self.written is not None: at = self.written.result()     # at most one waits to be written
+        host = {t: b.cpu() for t, b in blocks.items()}
+        self.written = self.thread.submit(self._each, self.file.write, host, at)
+        return at, {t: b.numel() for t, b in blocks.items()}
+
+    def _read(self, at, sizes):
+        blocks = {t: torch.empty(n, dtype=t) for t, n in sizes.items()}
+        self._each(self.file.readinto, blocks, at)
+        return blocks
+
+    def fetch(self, kept): return self.thread.submit(self._read, *kept)
+
+    def get(self, kept, then=None):
+        self.written.result()
+        blocks = (self.ahead.pop(id(kept), None) or self.fetch(kept)).result()
+        self.ahead = {id(then): self.fetch(then)} if then is not None else {}
+        return {t: b.to(self.device) for t, b in blocks.items()}
+
+_stores = {'device': lambda device: _OnDevice(), 'host': _OnHost, 'disk': _OnDisk}
+
+# %% ../nbs/01_streaming.ipynb #dd058e48
 class _Pass(_Strips):
-    def forward(self, x, operands=None, keep=0):
+    def forward(self, operands=None, keep=0, states='device', every=1):
         "The outputs and the totals of the reductions. With `operands` (node -> tensor) also what the backward pass needs: states, and the graphs of the last `keep` strips."
-        state, outs, n_strips, training = {}, {n: None for n in self.program.outputs}, len(self.cuts)-1, operands is not None
-        self.states, self.rng, self.kept = [], [], {}
+        state, packed, outs, training = {}, _pack({}), {n: None for n in self.program.outputs}, operands is not None
+        n_strips = len(self.cuts)-1
+        self.states, self.rng, self.kept, self.every, self.store, self.spent = {}, {}, {}, every, _stores[states](self.source.device), False
         if training:
-            self.want = self.wanted(x, operands)
+            self.want = self.wanted(operands)
             self.env = {**self.env, **{n: t.detach().requires_grad_(t.requires_grad) for n, t in operands.items()}}   # leaves of our own: hooks on the parameters see the sum only
+        first_kept = max(0, n_strips-keep) if training else n_strips
+        last_group = (first_kept-1)//every*every
         for k in range(n_strips):
-            if training: self.states.append(state); self.rng.append(_rng(x) if self.program.random else None)
-            if training and k >= n_strips-keep: self.kept[k] = *_, new, state = self.record(x, k)
+            if training and self.program.random: self.rng[k] = _rng(self.source.device)
+            if k >= first_kept: self.kept[k] = *_, new, state = self.record(k, state, k+1)
             else:
-                lo, hi = self.strip_of(x, k)
-                with torch.no_grad(), self.context(): new, state = self.step(x[:, :, lo:hi], k, state, self.env)
-                state = _packed(state)
+                if training and (k % every == 0 or k >= last_group): self.states[k] = self.store, self.store.put(packed[0]), packed[1]
+                new, state = self.advance(k, state)
+                packed = _pack(state); state = _unpack(*packed)
             for n, y in new.items():
-                if y is not None and n in outs: outs[n] = self._place(outs[n], y.detach(), n, self.at(k)[0][n], x)
+                if y is not None: outs[n] = self._place(outs[n], y.detach(), n, self.at(k)[0][n])
         return [outs[n] for n in self.program.outputs] + [self._finish(n, state[n]).detach() for n in self.program.reductions]
 
-    def record(self, x, k):
-        "Step `k` with its graph: its start state and its rows of the image, and from these the outputs and the next state."
-        start = {n: t.detach().requires_grad_(n in self.want and t.is_floating_point()) for n, t in self.states[k].items()}
-        lo, hi = self.strip_of(x, k)
-        rows = x.detach()[:, :, lo:hi].requires_grad_(x.requires_grad)
+    def advance(self, k, state):
+        "Step `k` without graph: the new outputs and the next state."
+        with torch.no_grad(), self.context(): return self.step(self.source.read(self.axis, *self.span(k), self.span(k+1)), k, state, self.env)
+
+    def record(self, k, state, then):
+        "Step `k` with its graph: its start state and its rows of the image, and from these the outputs and the next state. Strip `then` will be read next."
+        start = {n: t.detach().requires_grad_(n in self.want and t.is_floating_point()) for n, t in state.items()}
+        rows = self.source.read(self.axis, *self.span(k), self.span(then)).requires_grad_(self.source.wanted)
         with torch.enable_grad(), self.context(): return start, rows, *self.step(rows, k, start, self.env)
 
-    def _place(self, out, y, n, at, x):
+    def start(self, k):
+        "The start state of strip `k`; where it was not kept, those from the last kept one on are computed again."
+        first = k
+        while first not in self.states: first -= 1
+        for m in range(first, k):
+            with _rng_of(self.rng.get(m), self.source.device): _, state = self.advance(m, self._kept(m))
+            self.states[m+1] = _OnDevice(), *_pack(state)
+            del state
+        return self._kept(k)
+
+    def _kept(self, k):
+        store, kept, layout = self.states[k]
+        then = next((self.states[m][1] for m in (k-1, k-self.every) if m in self.states and self.states[m][0] is store), None)
+        return _unpack(store.get(kept, then), layout)
+
+    def _place(self, out, y, n, at):
         "Put the rows `y` where they belong in the whole output `n`."
         axis = self.program.rows[n].axis
         if out is None:
-            if y.shape[axis] == self.height[n]: return y if y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() else y.clone()
             last = y.ndim == 4 and y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+            if y.shape[axis] == self.height[n] and not any(y.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in self.source.tensors): return y
             out = torch.empty(self.shapes[n], dtype=y.dtype, device=y.device, memory_format=torch.channels_last if last else torch.contiguous_format)
         out.narrow(axis, at, y.shape[axis]).copy_(y)
         return out
 
-    def _finish(self, n, total): return total.to(self.dtype[n]) if self.dtype[n].is_floating_point and not n.kwargs.get('dtype') else total
+    def _finish(self, n, total):
+        if self.program.ops[n].finish: total = self.program.ops[n].finish(total)
+        return total.to(self.dtype[n]) if self.dtype[n].is_floating_point and not n.kwargs.get('dtype') else total
 
-    def wanted(self, x, env):
+    def wanted(self, env):
         "The values that depend on something that wants a gradient."
-        want = {n for n, t in env.items() if isinstance(t, torch.Tensor) and t.requires_grad} | ({self.image} if x.requires_grad else set())
+        want = {n for n, t in env.items() if isinstance(t, torch.Tensor) and t.requires_grad} | ({self.image} if self.source.wanted else set())
         for n in self.program.ops:
             if any(a in want for a in n.all_input_nodes): want.add(n)
         return want
 
 # %% ../nbs/01_streaming.ipynb #bf5f084c
 @patch
-def backward(self:_Pass, x, gouts):
-    "The gradients of the image and of the operands (node -> gradient), from those of the outputs and totals."
-    p, last = self.program, len(self.cuts)-2
+def backward(self:_Pass, gouts):
+    "The gradients of the operands (node -> gradient), from those of the outputs and totals; the image's go to its source."
+    p, source, last = self.program, self.source, len(self.cuts)-2
     gouts = dict(zip(p.outputs+p.reductions, gouts))
     leaves = [n for n, t in self.env.items() if isinstance(t, torch.Tensor) and t.requires_grad]
-    total, below, gx = {}, {}, torch.zeros_like(x) if x.requires_grad else None
+    total, below, self.spent = {}, {}, True
     for k in reversed(range(last+1)):
         if k not in self.kept:
-            with _rng_of(self.rng[k], x): self.kept[k] = self.record(x, k)
-        start, rows, new, nxt = self.kept.pop(k)
+            with _rng_of(self.rng.get(k), source.device): self.kept[k] = self.record(k, self.start(k), k-1)
+        start, rows, new, nxt = self.kept.pop(k); self.states.pop(k, None)
         at, _ = self.at(k)
         pairs = [(y, gouts[n].narrow(p.rows[n].axis, at[n], y.shape[p.rows[n].axis])) for n, y in new.items() if y is not None and gouts[n] is not None]
         if k == last:
@@ -195,37 +349,38 @@ def backward(self:_Pass, x, gouts):
         pairs = [(y, g) for y, g in pairs if y.requires_grad]
         del new, nxt
         tops = [n for n, t in start.items() if t.requires_grad]
-        inputs = [self.env[n] for n in leaves]+[start[n] for n in tops]+([rows] if x.requires_grad else [])
+        inputs = [self.env[n] for n in leaves]+[start[n] for n in tops]+([rows] if source.wanted else [])
         gs = torch.autograd.grad([y for y, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True) if pairs else [None]*len(inputs)
+        if source.wanted: source.add(self.axis, *self.span(k), torch.zeros_like(rows) if gs[-1] is None else gs[-1], self.cuts[k])
         del pairs, inputs, start, rows     # views of the strip's maps, which would live on beside the next strip's
         for n, g in zip(leaves, gs):
             if g is not None: total[n] = total[n].add_(g) if n in total else g.clone()      # autograd may hand out one tensor twice
         below = {n: g for n, g in zip(tops, gs[len(leaves):]) if g is not None}
-        if gx is not None and gs[-1] is not None: lo, hi = self.strip_of(x, k); gx[:, :, lo:hi] += gs[-1]
-        del gs; self.states[k] = None
-    return gx, total
+        del gs
+    return total
 
 # %% ../nbs/01_streaming.ipynb #e2f8a3c4
-def _rng(x): return torch.get_rng_state(), torch.cuda.get_rng_state(x.device) if x.is_cuda else None
+def _rng(device): return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
 
 class _rng_of:
     "Draw the random numbers of the first pass once more, and leave the generators as they were."
-    def __init__(self, state, x): self.state, self.x = state, x
+    def __init__(self, state, device): self.state, self.device = state, device
     def __enter__(self):
         if self.state is None: return
-        self.fork = torch.random.fork_rng([self.x.device] if self.x.is_cuda else []); self.fork.__enter__()
+        cuda = self.device.type == 'cuda'
+        self.fork = torch.random.fork_rng([self.device] if cuda else []); self.fork.__enter__()
         torch.set_rng_state(self.state[0])
-        if self.x.is_cuda: torch.cuda.set_rng_state(self.state[1], self.x.device)
+        if cuda: torch.cuda.set_rng_state(self.state[1], self.device)
     def __exit__(self, *e):
         if self.state is not None: self.fork.__exit__(*e)
 
 class _Stream(torch.autograd.Function):
     "`_Pass` as one function of the image and the operands. Saving these lets PyTorch notice when one was changed in between."
     @staticmethod
-    def forward(ctx, run, streamed, nodes, x, *operands):
-        outs = run.forward(x, dict(zip(nodes, operands)), streamed.keep)
+    def forward(ctx, run, streamed, nodes, *tensors):
+        outs = run.forward(dict(zip(nodes, tensors[len(run.source.tensors):])), streamed.keep, streamed.states, streamed.every)
         ctx.run, ctx.nodes, ctx.streamed = run, nodes, streamed
-        ctx.save_for_backward(x, *operands)
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[y for n, y in zip(run.program.outputs+run.program.reductions, outs) if n not in run.want])
         return tuple(outs)
@@ -233,11 +388,11 @@ class _Stream(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gouts):
-        x, *_ = ctx.saved_tensors
-        if ctx.run.states[-1] is None: raise StreamingError('The strips were backpropagated before and their states are gone: call the network again instead of keeping its graph.')
+        ctx.saved_tensors
+        if ctx.run.spent: raise StreamingError('The strips were backpropagated before and their states are gone: call the network again instead of keeping its graph.')
         if _fingerprint(ctx.streamed.module) != ctx.run.program.made_for: raise StreamingError('The network was changed (.train(), .eval() or a new layer) between forward and backward: call backward first.')
-        gx, total = ctx.run.backward(x, gouts)
-        return None, None, None, gx, *[total.get(n) for n in ctx.nodes]
+        total = ctx.run.backward(gouts)
+        return None, None, None, *ctx.run.source.gradients, *[total.get(n) for n in ctx.nodes]
 
 # %% ../nbs/01_streaming.ipynb #212c8489
 class _Same:
@@ -257,42 +412,65 @@ def _fingerprint(module):
                         for k, v in m.__dict__.items()}) for m in module.modules()]
 
 # %% ../nbs/01_streaming.ipynb #f5144d8d
+_directions = 'auto', 'rows', 'columns'
+
 class Streamed(nn.Module):
     "`module` on an image (N, C, H, W), computed in strips of `strip` rows. Its parameters, and the names of these, are those of `module`."
-    def __init__(self, module, strip=512, keep=1):
+    def __init__(self, module, strip=512, keep=1, states='device', every=1, direction='auto'):
         super().__init__()
         if isinstance(module, Streamed): module = module.module
         if not isinstance(module, nn.Module): raise StreamingError(f'stream takes an nn.Module, not {type(module).__name__}.')
-        if isinstance(strip, bool) or not isinstance(strip, int) or strip < 1: raise StreamingError(f'strip={strip!r} is not a number of rows: give an integer from 1 on.')
-        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0: raise StreamingError(f'keep={keep!r} is not a number of strips: give an integer from 0 on.')
+        for name, v, least, what in (('strip', strip, 1, 'rows'), ('keep', keep, 0, 'strips'), ('every', every, 1, 'strips')):
+            if isinstance(v, bool) or not isinstance(v, int) or v < least: raise StreamingError(f'{name}={v!r} is not a number of {what}: give an integer from {least} on.')
+        for name, v, known in (('states', states, tuple(_stores)), ('direction', direction, _directions)):
+            if v not in known: raise StreamingError(f"{name}={v!r} is not known: use one of {', '.join(map(repr, known))}.")
         for k in ('_parameters', '_buffers', '_modules', '_non_persistent_buffers_set'): self.__dict__[k] = module.__dict__[k]
-        self.__dict__.update(module=module, strip=strip, keep=keep, training=module.training, _traced={})     # not by setattr: a layer may have one of these names
+        self.__dict__.update(module=module, strip=strip, keep=keep, states=states, every=every, direction=direction, training=module.training, _traced={})     # not by setattr: a layer may have one of these names
         self.program()
 
-    def program(self):
+    def program(self, axis=2):
         "The program of the network as it is now; traced anew when anything on its modules has changed."
         now = _fingerprint(self.module)
         low = any(map(torch.is_autocast_enabled, ('cpu', 'cuda'))) or any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters())
-        key = torch.is_grad_enabled(), low      # forward may ask whether there are gradients
-        if key not in self._traced or self._traced[key].made_for != now:
-            self._traced[key] = Program(self.module, fold=not low); self._traced[key].made_for = now
-        return self._traced[key]
+        key = torch.is_grad_enabled(), low, axis      # forward may ask whether there are gradients
+        if key not in self._traced or self._traced[key][0] != now:
+            try: made = Program(self.module, fold=not low, axis=axis); made.made_for = now
+            except StreamingError as e: made = e.with_traceback(None)
+            self._traced[key] = now, made
+        if isinstance(made := self._traced[key][1], StreamingError): raise made
+        return made
 
-    def forward(self, x):
-        program = self.program()
+    def program_for(self, source):
+        "The program in the direction in which `source` is cut: along its longer side, where it and the network allow that."
+        wide = 3 in source.axes and (self.direction == 'columns' or (self.direction == 'auto' and source.shape[3] > source.shape[2]))
+        try: return self.program(3 if wide else 2)
+        except StreamingError:
+            if self.direction == 'columns' or not wide: raise
+            return self.program()
+
+    def strips(self, x):
+        "The pass over the image `x`, ready to run, and the values of what depends on parameters only."
+        source = _source(x, self.module)
+        program = self.program_for(source)
         if program.late: raise program.late
-        if not isinstance(x, torch.Tensor) or x.ndim != 4 or not x.numel():
-            raise StreamingError(f"An image is a tensor (N, C, H, W) with at least one pixel, not {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}.")
         env = {}
         for n in program.before: env[n] = evaluate(n, self.module, env)
+        return _Pass(program, self.module, source, {n: env[n] for n in program.operands}, self.strip), env
+
+    def forward(self, x):
+        run, env = self.strips(x)
+        program, source = run.program, run.source
+        if program.image in program.output.all_input_nodes and not isinstance(x, torch.Tensor): raise StreamingError(f'The network returns the image itself, which {type(x).__name__} has only row by row: return what is computed from it.')
         nodes = [n for n in program.operands if isinstance(env[n], torch.Tensor)]
-        run = _Pass(program, self.module, x, {n: env[n] for n in program.operands}, self.strip)
-        if torch.is_grad_enabled() and (x.requires_grad or any(env[n].requires_grad for n in nodes)):
-            outs = _Stream.apply(run, self, nodes, x, *[env[n] for n in nodes])
-        else: outs = run.forward(x)
+        if torch.is_grad_enabled() and (source.wanted or any(env[n].requires_grad for n in nodes)):
+            outs = _Stream.apply(run, self, nodes, *source.tensors, *[env[n] for n in nodes])
+        else: outs = run.forward()
         env.update(zip(program.outputs+program.reductions, outs))
         for n in program.after: env[n] = evaluate(n, self.module, env)
         return _plain(program.output.args[0], {**env, program.image: x})
+
+    @property
+    def options(self): return {k: self.__dict__[k] for k in ('strip', 'keep', 'states', 'every', 'direction')}
 
     def train(self, mode=True):
         self.module.train(mode); self.training = mode
@@ -311,6 +489,9 @@ def stream(
     module, # the network, or its first part: any `nn.Module` that torch.fx can trace
     strip=512, # rows of the image at a time; memory grows with it, results do not depend on it
     keep=1, # how many of the last strips keep their graph until the backward pass instead of being computed again; the first costs no memory at the peak
+    states='device', # where the line buffers between strips wait for the backward pass: 'device', 'host' (memory of the CPU) or 'disk' (a temporary file)
+    every=1, # keep the line buffers before each n-th strip only and compute those between once more
+    direction='auto', # 'rows': strips lie below each other; 'columns': beside each other; 'auto': whichever makes them shorter
 ):
     "`module`, computed strip by strip: same parameters, same values, same gradients, memory of a strip and its line buffers."
-    return Streamed(module, strip, keep)
+    return Streamed(module, strip, keep, states, every, direction)

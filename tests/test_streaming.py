@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import Permute
 from streaming_pathology.geometry import evaluate
-from streaming_pathology.streaming import StreamingError, _Pass, stream
+from streaming_pathology.streaming import StreamingError, _Pass, _Tensor, stream
 
 examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
 tolerance = 1e-9
@@ -68,6 +68,21 @@ def pools(draw):
     if draw(st.booleans()): return nn.MaxPool2d(k, s, p, 1 if p else draw(pick([1, 1, 2])), ceil_mode=ceil)     # a dilated window that lies in the padding alone makes PyTorch's own backward write out of bounds
     return nn.AvgPool2d(k, s, p, ceil, draw(st.booleans()), draw(pick([None, None, 3])))
 
+class UNet(nn.Module):
+    "Down by two, up again, joined with what came in; the sizes are made even first."
+    def __init__(self, c, up):
+        super().__init__()
+        self.even, self.down, self.deep = nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Upsample(scale_factor=2)), nn.Conv2d(c, c, 3, 2, 1), nn.Conv2d(c, c, 3, padding=1)
+        self.up = nn.ConvTranspose2d(c, c, 2, 2) if up == 'transposed' else nn.Upsample(scale_factor=2, mode=up)
+    def forward(self, x): x = self.even(x); return torch.cat([self.up(self.deep(torch.tanh(self.down(x)))), x], 1)
+
+@st.composite
+def transposed(draw, c):
+    groups = draw(pick([1, 1, c])); out = groups*draw(st.integers(1, 2))
+    k, s, d, p = draw(pick([1, 2, 3, 4, (2, 3), (3, 1)])), draw(pick([1, 2, 3, (2, 1), (1, 3)])), draw(pick([1, 1, 2, (1, 2)])), draw(pick([0, 0, 1, (1, 0)]))
+    most = [max(a, b)-1 for a, b in zip(nn.Conv2d(1, 1, 1, s).stride, nn.Conv2d(1, 1, 1, 1, 0, d).dilation)]
+    return nn.ConvTranspose2d(c, out, k, s, p, [draw(st.integers(0, m)) for m in most], groups, draw(st.booleans()), d), out
+
 def add_inplace(m, x):
     y = m.layers[0](x); y += x
     return y
@@ -75,7 +90,7 @@ def add_inplace(m, x):
 @st.composite
 def blocks(draw, c):
     "One part of a network and the number of channels behind it."
-    kind = draw(pick('conv conv conv norm act act pool residual residual inplace gate cat twice layernorm layernorm2d scale pad downsample channels'.split()))
+    kind = draw(pick('conv conv conv norm act act pool residual residual inplace gate cat twice layernorm layernorm2d scale pad downsample channels up transposed unet'.split()))
     if kind == 'conv': return draw(convs(c))
     if kind == 'norm': return frozen_norm(c), c
     if kind == 'act': return draw(activations(c)), c
@@ -89,6 +104,11 @@ def blocks(draw, c):
     if kind == 'layernorm2d': return LayerNorm2d(c), c
     if kind == 'scale': return Apply(lambda m, x: x+m.scale*m.layers[0](x), draw(same_shape(c)), scale=torch.randn(c, 1, 1)), c
     if kind == 'pad': return draw(pick([nn.ZeroPad2d((1, 0, 2, 1)), nn.ReflectionPad2d((1, 1, 2, 1)), nn.ReplicationPad2d((0, 1, 1, 3)), nn.ConstantPad2d((1, 1, 0, 2), .7), nn.CircularPad2d((1, 1, 0, 0))])), c
+    if kind == 'up':
+        f = draw(pick([2, 3, (1, 2), (2, 1), (3, 2)])); mode = draw(pick(['nearest', 'bilinear', 'bilinear', 'bicubic', 'nearest-exact']))
+        return draw(pick([nn.Upsample(scale_factor=f, mode=mode), Apply(lambda m, x: F.interpolate(x, scale_factor=f, mode=mode))]+[nn.PixelUnshuffle(1)]*(c % 4 > 0)+[nn.Sequential(nn.Conv2d(c, 4*c, 1), nn.PixelShuffle(2))])), c
+    if kind == 'transposed': return draw(transposed(c))
+    if kind == 'unet': return UNet(c, draw(pick(['nearest', 'bilinear', 'transposed']))), 2*c
     if kind == 'channels': return Apply(lambda m, x: x[:, 1:] * x[:, :1] if c > 1 else x), max(1, c-1)
     return Apply(lambda m, x: F.relu(m.layers[0](x)+m.layers[1](x), inplace=True), nn.Conv2d(c, 4, 3, 2, 1), nn.Conv2d(c, 4, 1, 2)), 4
 
@@ -109,31 +129,31 @@ def networks(draw):
 
 def close(a, b, floor=1e-14): return (a-b).abs().max().item() <= tolerance*b.abs().max().item()+floor
 
-def compare(net, x, strip, keep=1):
+def compare(net, x, strip, keep=1, **how):
     "Both networks on `x`: assert equal outputs and gradients. A size that the plain network refuses must be refused."
     params = list(net.parameters())
     try: y = net(x*1)
     except (RuntimeError, ValueError):
-        with pytest.raises(StreamingError): stream(net, strip)(x*1)
+        with pytest.raises(StreamingError): stream(net, strip, **how)(x*1)
         return 'refused'
     g = torch.randn_like(y)
     try: want = torch.autograd.grad(y, [x, *params], g, allow_unused=True)
     except RuntimeError as e: return assume('inplace operation' not in str(e))     # the plain network has no gradient either
-    ys = stream(net, strip, keep)(x*1)
+    ys = stream(net, strip, keep, **how)(x*1)
     assert ys.shape == y.shape and close(ys, y)
     got = torch.autograd.grad(ys, [x, *params], g, allow_unused=True)
     floor = 1e-13*(1+max(t.abs().max().item() for t in want if t is not None))     # rounding of what cancels to nothing
     for name, a, b in zip(['input', *dict(net.named_parameters())], got, want):
         a, b = (torch.zeros(()) if t is None else t for t in (a, b))
         assert close(a, b, floor), f'{name}: {(a-b).abs().max():.2e} of {b.abs().max():.2e}'
-    with torch.no_grad(): assert torch.equal(stream(net, strip)(x*1), ys)
+    with torch.no_grad(): assert torch.equal(stream(net, strip, **how)(x*1), ys)
 
 @settings(max_examples=examples, deadline=None, derandomize='STREAMING_EXAMPLES' not in os.environ, suppress_health_check=list(HealthCheck))
-@given(networks(), st.integers(1, 2), st.integers(1, 40), st.integers(1, 20), st.integers(1, 45), pick([0, 1, 1, 2, 5]), st.integers(0, 2**31))
-def test_streamed_equals_plain(network, n, height, width, strip, keep, seed):
+@given(networks(), st.integers(1, 2), st.integers(1, 40), st.integers(1, 40), st.integers(1, 45), pick([0, 1, 1, 2, 5]), pick([1, 1, 2, 3, 7]), pick(['device', 'device', 'host', 'disk']), pick(['auto', 'rows']), st.integers(0, 2**31))
+def test_streamed_equals_plain(network, n, height, width, strip, keep, every, states, direction, seed):
     torch.manual_seed(seed)
     channels, net = network
-    compare(net, torch.randn(n, channels, height, width, dtype=torch.double, requires_grad=True), strip, keep)
+    compare(net, torch.randn(n, channels, height, width, dtype=torch.double, requires_grad=True), strip, keep, every=every, states=states, direction=direction)
 
 # --- networks of torchvision, whole, at an odd size
 
@@ -176,7 +196,9 @@ refusals = {
     'control flow': (lambda: Fn(lambda m, x: x if x.sum() > 0 else -x), 'traced'), 'softmax over rows': (lambda: Fn(lambda m, x: x.softmax(2)), 'softmax'), 'cat of rows': (lambda: Fn(lambda m, x: torch.cat([x, x], 2)), 'cat'),
     'flip': (lambda: Fn(lambda m, x: x.flip(2)), 'flip'), 'matmul': (lambda: Fn(lambda m, x: x.transpose(2, 3) @ x), 'matmul'), 'transposed join': (lambda: Fn(lambda m, x: x+x.transpose(2, 3)), 'add'),
     'circular height': (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode='circular')), 'circular'), 'indices': (lambda: nn.MaxPool2d(2, return_indices=True), 'max_pool2d'),
-    'upsampling': (lambda: nn.Sequential(nn.Upsample(scale_factor=2)), 'Upsample'), 'transposed convolution': (lambda: nn.Sequential(nn.ConvTranspose2d(3, 8, 2, 2)), 'ConvTranspose2d'),
+    'upsampling to a size': (lambda: nn.Sequential(nn.Upsample(size=40)), 'Upsample'), 'upsampling by a fraction': (lambda: nn.Sequential(nn.Upsample(scale_factor=1.5)), 'whole number'),
+    'aligned corners': (lambda: nn.Sequential(nn.Upsample(scale_factor=2, mode='bilinear', align_corners=True)), 'size of the whole image'), 'reduced by interpolation': (lambda: Fn(lambda m, x: F.interpolate(x, scale_factor=.5)), 'whole number'),
+    'transposed convolution to a size': (lambda: Fn(lambda m, x: m.up(x, output_size=[41, 41]), up=nn.ConvTranspose2d(3, 8, 2, 2)), 'ConvTranspose2d'),
     'rows picked': (lambda: Fn(lambda m, x: x[:, :, 2:]), 'picks out rows'), 'mask': (lambda: Fn(lambda m, x: x[x > 0]), 'getitem'), 'maximum': (lambda: Fn(lambda m, x: x.max()), 'max'), 'rows cut off': (lambda: Fn(lambda m, x: F.pad(x, (0, 0, -1, 0))), 'pad'),
     'position embedding': (lambda: Apply(lambda m, x: x+m.p, p=torch.randn(1, 3, 20, 20)), 'row to row'), 'two inputs': (Two, 'one input'), 'recurrent': (lambda: nn.Sequential(nn.LSTM(20, 4)), 'LSTM'),
     'hooks': (hooked, 'hooks'), 'spectral norm by hooks': (lambda: nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)), 'hooks'), 'feature alpha dropout': (lambda: nn.Sequential(nn.FeatureAlphaDropout(.5)), 'FeatureAlphaDropout'),
@@ -348,8 +370,8 @@ def test_frozen_beginning_is_not_backpropagated():
     run = stream(net, 8); program, env = run.program(), {}
     for n in program.before: env[n] = evaluate(n, net, env)
     env = {n: env[n] for n in program.operands}
-    p = _Pass(program, net, x, env, 8)
-    assert [n.args[1] in env and n.args[1].target for n in p.wanted(x, env) if n.target is torch.conv2d] == ['4.weight']
+    p = _Pass(program, net, _Tensor(x), env, 8)
+    assert [n.args[1] in env and n.args[1].target for n in p.wanted(env) if n.target is torch.conv2d] == ['4.weight']
 
 def test_copies_and_pickles():
     net, x = small(), torch.randn(1, 3, 30, 20); s = stream(net, 7)
@@ -437,6 +459,84 @@ def test_shared_weights_and_python_aliases():
             y = self.c(x); z = y; y += x; u = self.c(z); u *= 2
             return u+z
     compare(Aliases().double(), torch.randn(1, 3, 20, 15, dtype=torch.double, requires_grad=True), 4)
+
+# --- where images come from and where states wait
+
+class Memory:
+    "Rows out of a tensor, with a note of what was asked for."
+    def __init__(self, x, write=False):
+        self.x, self.shape, self.read_rows, self.written = x, x.shape, [], []
+        if write: self.gradient = torch.full(x.shape, torch.nan, dtype=torch.double); self.write = self._write
+    def read(self, top, bottom): self.read_rows.append((top, bottom)); return self.x[:, :, top:bottom].clone()
+    def _write(self, top, bottom, g): self.written.append((top, bottom)); self.gradient[:, :, top:bottom] = g
+
+@settings(max_examples=max(20, examples//5), deadline=None, derandomize='STREAMING_EXAMPLES' not in os.environ, suppress_health_check=list(HealthCheck))
+@given(networks(), st.integers(1, 40), st.integers(1, 40), st.integers(1, 45), pick([0, 1, 3]), pick([1, 3]), pick(['device', 'disk']), st.booleans(), st.integers(0, 2**31))
+def test_rows_from_anywhere(network, height, width, strip, keep, every, states, write, seed):
+    torch.manual_seed(seed); channels, net = network
+    x = torch.randn(1, channels, height, width, dtype=torch.double, requires_grad=True); s = stream(net, strip, keep, states, every, 'rows')
+    try: y = s(x)
+    except StreamingError: return
+    g = torch.randn_like(y); params = list(net.parameters())
+    try: want = torch.autograd.grad(y, [x, *params], g, allow_unused=True)
+    except RuntimeError as e: return assume(False)
+    there = Memory(x.detach(), write)
+    if y is x:      # the network does nothing
+        with pytest.raises(StreamingError, match='image itself'): s(there)
+        return
+    ys = s(there); assert torch.equal(ys, y)
+    if write:
+        net.zero_grad(); ys.backward(g); got = [there.gradient, *(p.grad for p in params)]
+        assert all(a[1] == b[0] for b, a in zip(there.written, there.written[1:])) and there.written[0][1] == height and there.written[-1][0] == 0      # each row once, from the bottom up
+    elif params: got = [want[0], *torch.autograd.grad(ys, params, g, allow_unused=True)] if ys.requires_grad else want
+    else: got = want
+    for a, b in zip(got, want):
+        if a is not b: assert close(a, torch.zeros_like(a) if b is None else b)
+    assert all(0 <= a < b <= height for a, b in there.read_rows)
+
+def test_readers_that_cannot_be_right():
+    net, x = small(), torch.randn(1, 3, 40, 24)
+    class Shapeless: read = None
+    for bad in (Shapeless(), object(), [x]):
+        with pytest.raises(StreamingError, match='read'): stream(net, 8)(bad)
+    short = Memory(x); short.read = lambda top, bottom: x[:, :, top:bottom-1]
+    with pytest.raises(StreamingError, match='gave'): stream(net, 8)(short)
+    changing = Memory(x); changing.read = lambda top, bottom: x[:, :, top:bottom].double() if top > 20 else x[:, :, top:bottom]
+    with pytest.raises(StreamingError, match='gave'): stream(net, 8)(changing)
+    with pytest.raises(StreamingError, match='gradient'): stream(net, 8)(Memory((255*x.sigmoid()).to(torch.uint8), write=True))
+    flat = Memory(x); flat.shape = (3, 40, 24)
+    with pytest.raises(StreamingError, match='shape'): stream(net, 8)(flat)
+    class Broken(Memory):
+        def read(self, top, bottom):
+            if top > 20: raise OSError('the disk is gone')
+            return super().read(top, bottom)
+    with pytest.raises(OSError, match='the disk is gone'): stream(net, 8)(Broken(x))
+
+def test_wide_images_are_streamed_in_columns():
+    torch.manual_seed(0); net = small().double(); x = torch.randn(1, 3, 24, 90, dtype=torch.double, requires_grad=True)
+    for direction in ('auto', 'columns', 'rows'): compare(net, x, 8, direction=direction)
+    s = stream(net, 8); assert s.program_for(_Tensor(x)).rows[s.program_for(_Tensor(x)).image].axis == 3
+    for only_rows in (nn.Sequential(net, nn.AdaptiveMaxPool2d(1)), nn.Sequential(nn.Conv2d(3, 4, 3, padding=(0, 1), padding_mode='circular')).double(), Fn(lambda m, x: x.softmax(3)).double()):
+        compare(only_rows, x, 8)
+        with pytest.raises(StreamingError): stream(only_rows, 8, direction='columns')(x)
+
+@pytest.mark.parametrize('bad', [dict(states='nowhere'), dict(direction='up'), dict(every=0), dict(every=True), dict(every='2')])
+def test_options_are_checked(bad):
+    with pytest.raises(StreamingError, match=next(iter(bad))): stream(conv, 8, **bad)
+
+@pytest.mark.parametrize('layer', [nn.Dropout(.5), nn.Dropout2d(.5), nn.RReLU()])
+@pytest.mark.parametrize('how', [dict(every=3), dict(states='disk'), dict(states='host', every=2), dict(keep=3, every=2)])
+def test_states_computed_again_draw_the_same_masks(layer, how):
+    torch.manual_seed(1); scale = Apply(lambda m, x: m.w*x, w=torch.ones(1, dtype=torch.double))
+    net = nn.Sequential(scale, layer, nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(5, 5, 3, padding=1)).double().train(); x = torch.rand(2, 5, 50, 8, dtype=torch.double)
+    before = torch.get_rng_state(); want = torch.autograd.grad(stream(net, 4)(x).square().sum(), list(net.parameters()))
+    torch.set_rng_state(before); got = torch.autograd.grad(stream(net, 4, **how)(x).square().sum(), list(net.parameters()))
+    assert all(close(a, b) for a, b in zip(got, want))
+
+def test_files_of_states_vanish(tmp_path, monkeypatch):
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path)); net, x = small(), torch.randn(1, 3, 90, 24)
+    y = stream(net, 4, states='disk')(x).sum(); assert not list(tmp_path.iterdir())
+    y.backward(); assert not list(tmp_path.iterdir())
 
 # --- two processes
 

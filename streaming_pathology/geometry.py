@@ -624,8 +624,23 @@ def _folded(weight, bias, mean, var, scale, shift, eps):
     b = -mean*s if bias is None else (bias-mean)*s
     return (weight*s.view(-1, 1, 1, 1)).to(weight.dtype), (b if shift is None else b+shift).to(weight.dtype)
 
-def _fold_norms(graph):
-    "Fold each frozen BatchNorm into the convolution that it alone reads."
+class _Shift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shift): ctx.mark_dirty(x); return x.add_(shift.view(-1, 1, 1))
+    @staticmethod
+    def backward(ctx, g): return g, g.sum((0, 2, 3), dtype=torch.promote_types(g.dtype, torch.float32))
+
+def _shift_(x, shift):
+    "`x` (N, C, H, W) plus `shift` (C), in place: added, and its gradient summed, in float32 whatever the type of `x`."
+    return _Shift.apply(x, shift) if torch.is_grad_enabled() else x.add_(shift.view(-1, 1, 1))
+
+@rule(_shift_)
+def _shift_rule(x, shift):
+    _image(x)
+    return Op(_native(_shift_), x, light=True)
+
+def _fold_norms(graph, apart=False):
+    "Fold each frozen BatchNorm into the convolution that it alone reads; with its shift added `apart`."
     image = {n for n in graph.nodes if n.op == 'placeholder' and not n.args}
     for n in graph.nodes:
         if any(a in image for a in n.all_input_nodes): image.add(n)
@@ -639,18 +654,21 @@ def _fold_norms(graph):
         if any(t in image for t in tensors) or None in tensors[2:4]: continue
         with graph.inserting_before(n):
             both = graph.call_function(_folded, (*tensors, 1e-5 if norm['eps'] is None else norm['eps']))
-            new = graph.call_function(F.conv2d, (x, *(graph.call_function(operator.getitem, (both, i)) for i in (0, 1)), *conv.args[3:]), {k: v for k, v in made.items() if k in conv.kwargs})
+            weight, shift = (graph.call_function(operator.getitem, (both, i)) for i in (0, 1))
+            new = graph.call_function(F.conv2d, (x, weight, None if apart else shift, *conv.args[3:]), {k: v for k, v in made.items() if k in conv.kwargs})
+            new.meta = conv.meta
+            if apart: new = graph.call_function(_shift_, (new, shift))
         new.meta = conv.meta
         n.replace_all_uses_with(new); graph.erase_node(n); graph.erase_node(conv)
 
 # %% ../nbs/00_geometry.ipynb #192fba88
 class Program:
     "The nodes of a network in three zones: `before` (parameters only), `ops` (in strips that cut dimension `axis` of the image), `after` (behind the reductions)."
-    def __init__(self, module, fold=True, axis=2):
+    def __init__(self, module, fold=True, axis=2):     # fold: True, False, or 'apart', where sums are rounded to few bits
         graph = trace(module)
         self.late = _functional(graph, module)     # raised when the network is called, not when it is made: .eval() may come between
         _settle_inplace(graph)
-        if fold: _fold_norms(graph)
+        if fold: _fold_norms(graph, fold == 'apart')
         self.before, self.after, self.ops, self.rows = [], [], {}, {}
         self.shapes = {}     # of all values, for each shape of an image
         known = {}           # what the rules get: a constant's value, the `Rows` of what comes in strips, 'after' for what is known only after the last row

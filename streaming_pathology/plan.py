@@ -6,27 +6,28 @@
 __all__ = ['BEGIN', 'MOVE', 'Ledger', 'Step', 'measure', 'budget', 'size', 'Plan', 'plan']
 
 # %% ../nbs/02_plan.ipynb #34712fad
-import copy, math, os, re
+import copy, math, os, re, weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable
+from unittest import mock
+import matplotlib.pyplot as plt
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
-import weakref
-from .geometry import InputError, StreamingError, evaluate
-from .streaming import Streamed, _Pass, _Tensor, _stores
+from .geometry import InputError
+from .streaming import Streamed, _Pass, _Strips, _stores
 
 # %% ../nbs/02_plan.ipynb #bb315af5
 class Ledger(TorchDispatchMode):
     "Counts the bytes of the tensors that operations make while it is active, and their `peak`; also on the meta device, where they take none."
     def __init__(self):
         super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
+        self.alive, self.now, self.peak, self.peaks = {}, 0, 0, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -43,6 +44,10 @@ class Ledger(TorchDispatchMode):
         weakref.finalize(storage, self._free, key)
 
     def _free(self, key): self.now -= self.alive.pop(key, 0)
+
+    def mark(self):
+        "Note the peak so far in `peaks`, and begin with a new one."
+        self.peaks.append(self.peak); self.peak = self.now
 
 # %% ../nbs/02_plan.ipynb #c8a5c35e
 class _Autocast(TorchFunctionMode):
@@ -74,20 +79,21 @@ def measure(
     dtype=torch.float32, # of the image
     autocast=None, # torch.bfloat16 or torch.float16: under autocast to it
     train=True, # with the backward pass; gradients of an image before this one are there already
+    ledger=None, # a `Ledger` of one's own
 ):
     "A `Step`, found by running it on the meta device. All is counted: parameters, their gradients, the image, states, outputs and their gradients, and what is alive in between."
     module = _on_meta(module); x = torch.empty(shape, dtype=dtype, device='meta')
-    amp = (lambda: _Autocast(autocast)) if autocast else nullcontext
-    with torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None), torch.set_grad_enabled(train):
+    amp = lambda *_: _Autocast(autocast) if autocast else nullcontext()
+    with torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None), torch.set_grad_enabled(train), mock.patch.object(_Strips, 'context', amp):
         if isinstance(module, Streamed): module.strips(x)       # the shapes of whole maps are known before; on a real device they take nothing
-        with Ledger() as ledger, FlopCounterMode(display=False) as flops, amp():
+        with (ledger := ledger or Ledger()), FlopCounterMode(display=False) as flops, amp():
             for t in (x, *module.parameters(), *module.buffers()): ledger.note(t)
             if train:
                 for p in module.parameters():
                     if p.requires_grad: p.grad = torch.empty_like(p)
             ys = [y for y in _tensors(module(x)) if y.requires_grad or not train]
             if train and ys: torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
-    return Step(ledger.peak, flops.get_total_flops(), sum(y.nbytes for y in ys))
+    return Step(max(ledger.peak, *ledger.peaks, 0), flops.get_total_flops(), sum(y.nbytes for y in ys))
 
 # %% ../nbs/02_plan.ipynb #830b3e79
 class _Nowhere:
@@ -101,14 +107,17 @@ class _Height:
     def __init__(self, module, shape, strip, axis, field, dtype, autocast, train):
         self.strip, self.n, self.train, length = strip, -(-shape[axis]//strip), train, shape[axis]
         m = min(self.n, 3+-(-field//strip)); short = [(m-1)*strip+length-(self.n-1)*strip if i == axis else d for i, d in enumerate(shape)]
-        def run(keep):
-            s = Streamed(module, strip, keep, direction=('rows', 'columns')[axis-2]); s.__dict__['states'] = 'nowhere'
-            return measure(s, short, dtype, autocast, train)
-        _Nowhere.size = 0; one = run(1)
-        rows = (math.prod(short)*dtype.itemsize + one.outputs*(1+train))/short[axis]
+        one, ledger, graphs, record = Streamed(module, strip, direction=('rows', 'columns')[axis-2]), Ledger(), [], _Pass.record
+        def noted(*args):
+            ledger.mark(); before = ledger.now; out = record(*args); graphs.append(ledger.now-before)
+            return out
+        one.__dict__['states'], _Nowhere.size = 'nowhere', 0
+        with mock.patch.object(_Pass, 'record', noted): step = measure(one, short, dtype, autocast, train, ledger)
+        first, *peaks = [*ledger.peaks, ledger.peak]        # before any graph, with that of the last strip, of the one before it, ...
+        more = int((math.prod(short)*dtype.itemsize + step.outputs*(1+train))/short[axis]*(length-short[axis]))
+        self.last, self.other = more+max(peaks[:1], default=0), more+max(first, *peaks[1:], 0)
+        self.graphs = graphs if m == self.n else graphs[:1]+[max(graphs[1:-1], default=0)]*(self.n-1)     # of the last strip, of the one before it, ...
         self.state = _Nowhere.size
-        more = (length-short[axis])*rows
-        self.known = {k: int(more+(one if k == 1 else run(k)).peak) for k in ((1, 3, 4) if m > 3 else range(1, m+1)) if train or k == 1}     # peak for some numbers of kept strips
 
     def alive(self, keep, every, states):
         "How many states take memory at once."
@@ -118,9 +127,7 @@ class _Height:
         return -(-first//every)+min(every, first) if every > 1 else first
 
     def peak(self, keep=1, every=1, states='device'):
-        a, b = sorted(self.known)[-2:] if len(self.known) > 1 else (1, 1)
-        strips = self.known[b]+(keep-b)*max(0, self.known[b]-self.known[a])//max(1, b-a) if keep > b else next(p for k, p in sorted(self.known.items()) if k >= keep)
-        return strips+self.alive(keep, every, states)*self.state
+        return max(self.last+sum(self.graphs[1:keep]), self.other)+self.alive(keep, every, states)*self.state
 
     def most(self, total, every, states):
         "As many strips as may keep their graph within `total` bytes; one if none fits."
@@ -168,19 +175,31 @@ class Plan:
     parts: dict = field(repr=False)         # of the peak: name -> bytes
     others: list = field(repr=False)        # the best for each strip height: (strip, keep, every, states, peak, time), also those that do not fit
     why: str = ''
+    at: Callable = field(default=None, repr=False)      # strip height -> what it takes
 
     @property
     def options(self): return {k: getattr(self, k) for k in ('strip', 'keep', 'every', 'states', 'direction')}
 
     def __str__(self):
         n = -(-self.shape[2 if self.direction == 'rows' else 3]//self.strip)
-        lines = [f"{' x '.join(map(str, self.shape))}, {size(self.budget)}: {n} strips of {self.strip} {self.direction}, " + (f'the last {self.keep} keep their graph' if self.keep < n else 'all keep their graph')
+        lines = [f"{' x '.join(map(str, self.shape))}, {size(self.budget)}: {n} strips of {self.strip} {self.direction}, " + (f'the last {f"{self.keep} keep their graphs" if self.keep > 1 else "keeps its graph"}' if self.keep < n else 'all keep their graphs')
                  + ('' if self.states == 'device' else f', states on the {self.states}') + ('' if self.every == 1 else f', a state kept before every {self.every}th'),
                  f'peak {size(self.peak_bytes)} (' + ', '.join(f'{k} {size(v)}' for k, v in self.parts.items()) + f'); the plain network takes {size(self.plain.peak)}',
                  f'{self.flops:.3g} operations, {self.time:.2f} times the plain network\'s with what it costs to begin a strip; a pixel is computed {self.pixels:.2f} times; {self.why}', '',
                  f'{"strip":>6}{"kept":>6}{"every":>7}  {"states":7}{"peak":>9}{"time":>7}']
         return '\n'.join(lines+[f'{s:6}{k:6}{e:7}  {w:7}{size(p):>9}{t:7.2f}'+('  <' if s == self.strip else '' if p <= self.budget else '  does not fit') for s, k, e, w, p, t in self.others])
     __repr__ = __str__
+
+    def draw(self, ax=None, heights=None):
+        "Memory against the height of a strip, one strip kept: with states on the device and on a disk, beside the budget."
+        ax = ax or plt.subplots(figsize=(5, 2.8))[1]
+        length = self.shape[2 if self.direction == 'rows' else 3]
+        heights = heights or [h for h in (2**i for i in range(5, 30)) if h <= length]
+        for states in ('device', 'disk'): ax.plot(heights, [self.at(h).peak(states=states)/1e9 for h in heights], 'o-', ms=3, label=f'states on the {states}')
+        ax.axhline(self.budget/1e9, color='.6', lw=1, ls='--', label='budget')
+        ax.plot([self.strip], [self.peak_bytes/1e9], '*', ms=11, color='C3', label=f'the plan, {self.keep} kept')
+        ax.set(xscale='log', yscale='log', xlabel=f'{self.direction} of a strip', ylabel='peak, GB'); ax.set_xticks(heights, heights); ax.minorticks_off(); ax.legend(fontsize=8)
+        return ax
 
 # %% ../nbs/02_plan.ipynb #0ae27c61
 BEGIN = 500     # operations per parameter that it costs to begin a strip
@@ -208,8 +227,14 @@ def plan(
     heights = [strip] if strip else [length, *sorted((unit*2**i for i in range(30) if unit*2**i < length), reverse=True)]
     ways = [('device', 1)] + ([('device', None), ('disk', 1)] + [('host', 1)]*(device.type == 'cuda') if train else [])
     others, measured = [], {}
+    def measured_at(h):
+        if h not in measured: measured[h] = _Height(module, shape, h, axis, seen, **how)
+        return measured[h]
+    if not strip and len(heights) > 4:      # memory grows with the height: leave out what is far too high
+        least = min(heights, key=lambda h: abs(h-4*unit))
+        heights = [h for h in heights if h <= max(least, 2*least*total/measured_at(least).peak(states='disk')) or (h == length and plain.peak <= total)]
     for h in heights:
-        one = measured[h] = _Height(module, shape, h, axis, seen, **how); n, found = one.n, []
+        one = measured_at(h); n, found = one.n, []
         for states, every in ways:
             every = every or max(2, round(math.sqrt(n)))
             keep = one.most(total, every, states) if train else 0
@@ -218,7 +243,7 @@ def plan(
             found.append((h, keep, every if keep < n else 1, states if keep < n else 'device', one.peak(keep, every, states), operations/plain.flops))
         fit = [f for f in found if f[4] <= total]
         others.append(min(fit, key=lambda f: f[5]) if fit else min(found, key=lambda f: f[4]))
-        if fit and sum(f[4] <= total for f in others) > 1 and others[-1][5] > min(f[5] for f in others if f[4] <= total): break     # lower strips only take longer
+        if fit and others[-1][5] > min(f[5] for f in others if f[4] <= total): break     # lower strips only take longer
     fit = [f for f in others if f[4] <= total]
     what = f"{'a training step on' if train else 'a prediction for'} an image of {' x '.join(map(str, shape))}"
     if not fit:
@@ -232,4 +257,4 @@ def plan(
     across = shape[5-axis]
     why = f"cut along its {'longer' if length > across else 'shorter' if length < across else 'first'} side, where a state takes {size(one.state)}" + (f', the other way {size(one.state*length/across)}' if length != across else '')
     again = (n-keep)/n*(2-1/every) if train else 0
-    return Plan(tuple(shape), h, keep, every, states, ('rows', 'columns')[axis-2], peak, int(plain.flops+forward*again), 1+again, time, total, plain, parts, others, why)
+    return Plan(tuple(shape), h, keep, every, states, ('rows', 'columns')[axis-2], peak, int(plain.flops+forward*again), 1+again, time, total, plain, parts, others, why, measured_at)

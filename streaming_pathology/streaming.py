@@ -114,21 +114,21 @@ class _Strips:
         "The rows of the image that step `k` reads: `(lo, hi)`; None if there is no such step."
         return (self.at(k)[1][self.image], self.cuts[k+1]) if 0 <= k < len(self.cuts)-1 else None
 
-    def region(self, n, a, i, j):
-        "What of its input `a` the rows `i` to `j` of `n` are computed from."
+    def region(self, n, a, i, j, there):
+        "What of its input `a`, of which the rows `there` are at hand, the rows `i` to `j` of `n` are computed from."
         op, r = self.program.ops[n], self.program.rows[a]
         across = Piece(op.across, 0, self.width[n], self.width[a], r.across, whole=True) if op.across and r.across is not None else None
-        return Region(Piece(op.window, i, j, self.height[a], r.axis, whole=(i, j) == (0, self.height[n])), across)
+        return Region(Piece(op.window, i, j, self.height[a], r.axis, whole=((i, j), there) == ((0, self.height[n]), (0, self.height[a]))), across)
 
 # %% ../nbs/01_streaming.ipynb #c7374e69
 @patch
 def step(self:_Strips, x, k, state, env):
     "Feed the rows `x` of strip `k`. Returns the new rows of all outputs and the state after it."
     p, (have, start), (will, stay) = self.program, self.at(k), self.at(k+1)
-    full, new, nxt = {self.image: x}, {}, {}
+    full, new, nxt, fresh = {self.image: x}, dict.fromkeys(p.outputs), {}, set()     # rows of each value from `start` on; new rows of outputs; next state; values with new rows
     def take(n, a, lo, hi):
         rows = full[a].narrow(p.rows[a].axis, lo-start[a], hi-lo) if (lo, hi) != (start[a], will[a]) else full[a]
-        return rows.clone() if p.inplace.get(n) is a and not (n in p.exclusive and a in new and rows is full[a]) else rows
+        return rows.clone() if p.inplace.get(n) is a and not (n in p.exclusive and a in fresh and rows is full[a]) else rows
     def save(a, copy=False):
         if a is self.image or a in p.light or a in nxt or stay[a] == will[a]: return
         rows = full[a].narrow(p.rows[a].axis, stay[a]-start[a], will[a]-stay[a]) if stay[a] > start[a] else full[a]
@@ -143,18 +143,19 @@ def step(self:_Strips, x, k, state, env):
             i, j, old, out = start[n] if n in p.light else have[n], will[n], state.get(n), None
             if n in p.light and n in p.inplace: save(p.inplace[n], copy=True)
             if j > i:
-                at = {a: self.region(n, a, i, j) for a in p.inputs[n]}
+                at = {a: self.region(n, a, i, j, (start[a], will[a])) for a in p.inputs[n]}
                 get = lambda a: take(n, a, *at[a].along.reads) if a in at else env[a]
                 args, kwargs = fx.map_arg(n.args, get), fx.map_arg(n.kwargs, get)
                 if op.shared:
                     nxt[n, 'mask'] = state[n, 'mask'] if (n, 'mask') in state else op.run(None, *args, **kwargs)
                     out = args[0]*nxt[n, 'mask']
                 else: out = op.run(at[p.inputs[n][0]], *args, **kwargs)
-                new[n] = out
+                fresh.add(n)
+                if n in new: new[n] = out
             elif (n, 'mask') in state: nxt[n, 'mask'] = state[n, 'mask']
             full[n] = out if old is None else old if out is None else torch.cat([old, out], op.out.axis)
         for a in p.done[n]: save(a); del full[a]
-    return {n: new.get(n) for n in p.outputs}, nxt
+    return new, nxt
 
 # %% ../nbs/01_streaming.ipynb #d7b63f4c
 def _shapes(program, module, x, env, autocast):
@@ -289,6 +290,8 @@ class _Pass(_Strips):
     def record(self, k, state, then):
         "Step `k` with its graph: its start state and its rows of the image, and from these the outputs and the next state. Strip `then` will be read next."
         start = {n: t.detach().requires_grad_(n in self.want and t.is_floating_point()) for n, t in state.items()}
+        for t in start.values():
+            if t.requires_grad: t.register_hook(torch.clone)    # the gradient of a few rows would be a view that keeps that of the whole strip alive
         rows = self.source.read(self.axis, *self.span(k), self.span(then)).requires_grad_(self.source.wanted)
         with torch.enable_grad(), self.context(): return start, rows, *self.step(rows, k, start, self.env)
 
@@ -416,25 +419,26 @@ _directions = 'auto', 'rows', 'columns'
 
 class Streamed(nn.Module):
     "`module` on an image (N, C, H, W), computed in strips of `strip` rows. Its parameters, and the names of these, are those of `module`."
-    def __init__(self, module, strip=512, keep=1, states='device', every=1, direction='auto'):
+    def __init__(self, module, strip=512, keep=1, states='device', every=1, direction='auto', memory='auto'):
         super().__init__()
         if isinstance(module, Streamed): module = module.module
         if not isinstance(module, nn.Module): raise StreamingError(f'stream takes an nn.Module, not {type(module).__name__}.')
         for name, v, least, what in (('strip', strip, 1, 'rows'), ('keep', keep, 0, 'strips'), ('every', every, 1, 'strips')):
-            if isinstance(v, bool) or not isinstance(v, int) or v < least: raise StreamingError(f'{name}={v!r} is not a number of {what}: give an integer from {least} on.')
+            if (isinstance(v, bool) or not isinstance(v, int) or v < least) and not (name == 'strip' and v == 'auto'): raise StreamingError(f'{name}={v!r} is not a number of {what}: give an integer from {least} on' + (" or 'auto'." if name == 'strip' else '.'))
         for name, v, known in (('states', states, tuple(_stores)), ('direction', direction, _directions)):
             if v not in known: raise StreamingError(f"{name}={v!r} is not known: use one of {', '.join(map(repr, known))}.")
         for k in ('_parameters', '_buffers', '_modules', '_non_persistent_buffers_set'): self.__dict__[k] = module.__dict__[k]
-        self.__dict__.update(module=module, strip=strip, keep=keep, states=states, every=every, direction=direction, training=module.training, _traced={})     # not by setattr: a layer may have one of these names
+        self.__dict__.update(module=module, strip=strip, keep=keep, states=states, every=every, direction=direction, memory=memory, training=module.training, _traced={}, _plans={})     # not by setattr: a layer may have one of these names
         self.program()
 
     def program(self, axis=2):
         "The program of the network as it is now; traced anew when anything on its modules has changed."
         now = _fingerprint(self.module)
-        low = any(map(torch.is_autocast_enabled, ('cpu', 'cuda'))) or any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters())
-        key = torch.is_grad_enabled(), low, axis      # forward may ask whether there are gradients
+        fold = 'apart' if any(map(torch.is_autocast_enabled, ('cpu', 'cuda'))) else True
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters()): fold = False
+        key = torch.is_grad_enabled(), fold, axis      # forward may ask whether there are gradients
         if key not in self._traced or self._traced[key][0] != now:
-            try: made = Program(self.module, fold=not low, axis=axis); made.made_for = now
+            try: made = Program(self.module, fold, axis); made.made_for = now
             except StreamingError as e: made = e.with_traceback(None)
             self._traced[key] = now, made
         if isinstance(made := self._traced[key][1], StreamingError): raise made
@@ -448,6 +452,16 @@ class Streamed(nn.Module):
             if self.direction == 'columns' or not wide: raise
             return self.program()
 
+    def planned(self, source):
+        "This network with the options of a plan for images like `source`, made once for each kind of them."
+        import importlib    # the planner runs this engine and stands behind it
+        amp = next((torch.get_autocast_dtype(d) for d in ('cpu', 'cuda') if source.device.type == d and torch.is_autocast_enabled(d)), None)
+        key = tuple(source.shape), source.dtype, amp, torch.is_grad_enabled(), self.memory, self.direction, source.axes, tuple(p.requires_grad for p in self.parameters())
+        if key not in self._plans:
+            plan = importlib.import_module('streaming_pathology.plan').plan
+            self._plans[key] = plan(self.module, source.shape, self.memory, direction=self.direction if 3 in source.axes else 'rows', dtype=source.dtype, autocast=amp, train=torch.is_grad_enabled())
+        return Streamed(self.module, **self._plans[key].options)
+
     def strips(self, x):
         "The pass over the image `x`, ready to run, and the values of what depends on parameters only."
         source = _source(x, self.module)
@@ -458,6 +472,7 @@ class Streamed(nn.Module):
         return _Pass(program, self.module, source, {n: env[n] for n in program.operands}, self.strip), env
 
     def forward(self, x):
+        if self.strip == 'auto': return self.planned(_source(x, self.module))(x)
         run, env = self.strips(x)
         program, source = run.program, run.source
         if program.image in program.output.all_input_nodes and not isinstance(x, torch.Tensor): raise StreamingError(f'The network returns the image itself, which {type(x).__name__} has only row by row: return what is computed from it.')
@@ -470,14 +485,14 @@ class Streamed(nn.Module):
         return _plain(program.output.args[0], {**env, program.image: x})
 
     @property
-    def options(self): return {k: self.__dict__[k] for k in ('strip', 'keep', 'states', 'every', 'direction')}
+    def options(self): return {k: self.__dict__[k] for k in ('strip', 'keep', 'states', 'every', 'direction', 'memory')}
 
     def train(self, mode=True):
         self.module.train(mode); self.training = mode
         return self
 
-    def __getstate__(self): return {**self.__dict__, '_traced': {}}
-    def extra_repr(self): return f'{type(self.module).__name__} in strips of {self.strip} rows'
+    def __getstate__(self): return {**self.__dict__, '_traced': {}, '_plans': {}}
+    def extra_repr(self): return f'{type(self.module).__name__} in strips of {self.strip} rows' if self.strip != 'auto' else f'{type(self.module).__name__} in strips planned for {self.memory}'
 
 def _plain(out, env):
     "The output with its values, in containers of Python's own."
@@ -487,11 +502,12 @@ def _plain(out, env):
 
 def stream(
     module, # the network, or its first part: any `nn.Module` that torch.fx can trace
-    strip=512, # rows of the image at a time; memory grows with it, results do not depend on it
+    strip=512, # rows of the image at a time, or 'auto': all that follows is planned for each shape of image; memory grows with it, results do not depend on it
     keep=1, # how many of the last strips keep their graph until the backward pass instead of being computed again; the first costs no memory at the peak
     states='device', # where the line buffers between strips wait for the backward pass: 'device', 'host' (memory of the CPU) or 'disk' (a temporary file)
     every=1, # keep the line buffers before each n-th strip only and compute those between once more
     direction='auto', # 'rows': strips lie below each other; 'columns': beside each other; 'auto': whichever makes them shorter
+    memory='auto', # for strip='auto': bytes, text such as '8GB', or 'auto', what the device has free
 ):
     "`module`, computed strip by strip: same parameters, same values, same gradients, memory of a strip and its line buffers."
-    return Streamed(module, strip, keep, states, every, direction)
+    return Streamed(module, strip, keep, states, every, direction, memory)

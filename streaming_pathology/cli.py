@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'sp_train', 'sp_predict', 'sp_evaluate', 'sp_report', 'COHORT', 'sp_synth', 'DEMO', 'DEMO_COHORT', 'TINY',
-           'TINY_COHORT', 'sp_demo', 'hw', 'make_parser', 'one_line', 'status_of', 'plain_warnings', 'terminable',
-           'command', 'environment', 'write_settings', 'write_cases', 'build_model', 'calibrate', 'save_images',
-           'save_heatmaps', 'chosen', 'run_training', 'predict_rows', 'write_predictions', 'check_settings',
-           'check_device', 'train_cohort', 'finish', 'load_model', 'find_slides', 'predict_slides',
+           'TINY_COHORT', 'sp_demo', 'strip_rows', 'hw', 'make_parser', 'one_line', 'status_of', 'plain_warnings',
+           'terminable', 'command', 'environment', 'write_settings', 'write_cases', 'build_model', 'calibrate',
+           'save_images', 'save_heatmaps', 'chosen', 'run_training', 'predict_rows', 'write_predictions',
+           'check_settings', 'check_device', 'train_cohort', 'finish', 'load_model', 'find_slides', 'predict_slides',
            'evaluate_predictions', 'report_run', 'synthesise', 'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
@@ -20,7 +20,8 @@ from fastcore.docments import docments
 from PIL import Image
 from tqdm.auto import tqdm
 from .geometry import InputError
-from .models import StreamingClassifier
+from .plan import budget
+from .models import StreamingClassifier, pools
 from .slides import SUFFIXES, Slide, sample_slide, write_whole
 from .synthetic import write_cohort
 from .data import Case, check_cohort, flips, read_manifest, resolve_splits, sample_patches, slide_loader
@@ -39,6 +40,11 @@ class _Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
             message = f"{wrong} is no option" + (f'; did you mean {near[0]}?' if near else '')
         raise InputError(f'{message} ({self.prog} --help shows what there is)')
+
+def strip_rows(text):
+    "Rows of a strip: a number, or auto."
+    if text != 'auto' and not text.lstrip('-').isdigit(): raise argparse.ArgumentTypeError(f'{text!r} is no number of rows; give one, or auto')
+    return text if text == 'auto' else int(text)
 
 def hw(text):
     "`'512,256'` or `'512x256'` as (height, width), `'512'` as a square."
@@ -144,7 +150,7 @@ def write_cases(path, cases):
 def build_model(s): # `StreamingClassifier`
     "The network that the settings describe."
     torch.manual_seed(s['seed'])
-    model = StreamingClassifier(s['arch'], n_out=1, weights=s['weights'], strip=s['strip'], pool=s['pool'], sha256=s['weights_sha256'])
+    model = StreamingClassifier(s['arch'], n_out=1, weights=s['weights'], strip=s['strip'], pool=s['pool'], sha256=s['weights_sha256'], memory=s['memory'])
     return model.freeze_until(s['freeze_until'])
 
 def calibrate(model, data, seed):
@@ -180,7 +186,7 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     s, folder = settings, Path(folder)
     write_whole(folder/RUN.mark, json.dumps(environment(), indent=1)+'\n')
     write_settings(folder/'settings.toml', s); write_cases(folder/'cohort.csv', data.cases)
-    keep = dict(model=dict(arch=s['arch'], n_out=1, pool=s['pool'], strip=s['strip']), **{k: s[k] for k in ('spacing', 'size', 'amp')})
+    keep = dict(model=dict(arch=s['arch'], n_out=1, pool=s['pool'], strip=s['strip'], memory=s['memory']), **{k: s[k] for k in ('spacing', 'size', 'amp')})
     callbacks = [CSVLog(folder/'log.csv'), Checkpoints(folder/'checkpoints', keep)] + [Cosine()]*s['cosine'] + [TensorBoardLog(folder/'tensorboard')]*s['tensorboard']
     train, tuning = (slide_loader(data.part(p, augment=flips if p == 'train' and s['flips'] else None), p == 'train', s['seed'], s['workers']) for p in ('train', 'tuning'))
     fit(model, train, tuning, **{k: s[k] for k in ('epochs', 'lr', 'optimizer', 'momentum', 'batch', 'seed', 'amp', 'device')}, callbacks=callbacks)
@@ -210,13 +216,14 @@ def write_predictions(path, rows):
 def check_settings(s): # the same
     "Refuse numbers that make no sense before anything is read."
     for k, least in dict(epochs=1, batch=1, strip=1, workers=0, heatmaps=0, copies=1, draws=1, seed=0, momentum=0, cache_gb=0).items():
-        if k in s and not (math.isfinite(s[k]) and s[k] >= least): raise InputError(f"--{k.replace('_', '-')} is {s[k]}; it has to be at least {least}")
+        if k in s and s[k] != 'auto' and not (math.isfinite(s[k]) and s[k] >= least): raise InputError(f"--{k.replace('_', '-')} is {s[k]}; it has to be at least {least}")
     if s.get('seed', 0) >= 2**32: raise InputError(f"--seed is {s['seed']}; it has to be below {2**32}")
     for k in ('lr', 'spacing'):
         if k in s and not (math.isfinite(s[k]) and s[k] > 0): raise InputError(f'--{k} is {s[k]}; it has to be above 0')
-    for k, allowed in dict(amp=(None, 'bf16', 'fp16'), pool=('avg', 'max'), optimizer=('sgd', 'adamw')).items():
+    for k, allowed in dict(amp=(None, 'bf16', 'fp16'), pool=tuple(pools), optimizer=('sgd', 'adamw')).items():
         if k in s and s[k] not in allowed: raise InputError(f"--{k} is {s[k]!r}; use {' or '.join(filter(None, allowed))}")
     if 'device' in s: check_device(s['device'])
+    if s.get('memory', 'auto') != 'auto': budget(s['memory'])
     return s
 
 def check_device(device):
@@ -229,8 +236,9 @@ def train_cohort(manifest,                # CSV with slide_id, label (0 or 1) an
           *, arch:str='resnet18',  # resnet18, resnet34 or resnet50
           spacing:float=2.,        # microns per pixel at which the network sees the slides; the paper: 0.96
           size:hw=None,            # canvas as height,width in pixels, padded or cropped to; the paper: 16384,16384; without it each slide keeps its size
-          strip:int=256,           # rows that the network computes at a time: more is faster, less needs less memory
-          pool:str='avg',          # avg or max: how the feature map becomes one vector
+          strip:strip_rows=256,    # rows that the network computes at a time, or auto: what is fastest within --memory
+          memory:str='auto',       # for --strip auto: such as 8GB; auto: what is free
+          pool:str='avg',          # avg, max or attention: how the feature map becomes one vector
           weights:str|None=None,   # start from a torchvision name such as DEFAULT, or a file; without it from random weights
           weights_sha256:str|None=None, # checksum that the file of weights must have
           freeze_until:str|None=None,   # train from this layer on, e.g. layer4; everything before stays as it is
@@ -303,7 +311,7 @@ def predict_slides(checkpoint,         # file that sp_train wrote, e.g. run/chec
                    slides,             # manifest (CSV), folder of slides, or one slide
                    out,                # CSV to write: slide_id, label, split, probability, seconds
                    *, slide_spacing:float|None=None, # microns per pixel of slides that do not say, where the manifest does not either
-                   strip:int|None=None,# rows at a time; without it as in training
+                   strip:strip_rows=None,# rows at a time, or auto; without it as in training
                    amp:str|None=None,  # bf16 or fp16; without it as in training
                    device:str='cpu',   # cuda for an accelerator
                    workers:int=0):     # processes that read slides ahead

@@ -142,11 +142,12 @@ class StreamingClassifier(nn.Module):
         arch='resnet18', # 'resnet18', 'resnet34' (the paper's) or 'resnet50'
         n_out=1, # logits per image
         weights=None, # torchvision's weights (enum or name such as 'IMAGENET1K_V1'), the path of a state dict, or None
-        strip=512, # rows of the image at a time
+        strip=512, # rows of the image at a time, or 'auto': planned for `memory`
         pool='avg', # how the features are pooled over the image: 'avg', 'max' or 'attention'
         sha256=None, # checksum of the weights file
         train_affine=None, # whether BatchNorm's scale and shift are trained; None: only if there are no weights
         mean=imagenet_mean, std=imagenet_std, # of the pixels, as fractions of white
+        memory='auto', # for strip='auto': bytes, text such as '8GB', or 'auto', what the device has free
     ):
         super().__init__()
         if arch not in archs: raise InputError(f"arch={arch!r} is not known: use one of {', '.join(archs)}.")
@@ -158,7 +159,7 @@ class StreamingClassifier(nn.Module):
         if weights is not None: load_backbone(net, arch, weights, sha256)
         self.arch, self.train_affine = arch, weights is None if train_affine is None else train_affine
         body = nn.Sequential(OrderedDict([('normalise', Normalise(mean, std)), *((k, getattr(net, k)) for k in stages[1:])]))
-        self.trunk = stream(body, strip)
+        self.trunk = stream(body, strip, memory=memory)
         self.head = nn.Sequential(OrderedDict(pool=pools[pool](net.fc.in_features), flatten=nn.Flatten(), fc=nn.Linear(net.fc.in_features, n_out)))
         self.__dict__['_whole'] = None
         self.freeze_until(None)

@@ -198,7 +198,7 @@ class Plan:
         for states in ('device', 'disk'): ax.plot(heights, [self.at(h).peak(states=states)/1e9 for h in heights], 'o-', ms=3, label=f'states on the {states}')
         ax.axhline(self.budget/1e9, color='.6', lw=1, ls='--', label='budget')
         ax.plot([self.strip], [self.peak_bytes/1e9], '*', ms=11, color='C3', label=f'the plan, {self.keep} kept')
-        ax.set(xscale='log', yscale='log', xlabel=f'{self.direction} of a strip', ylabel='peak, GB'); ax.set_xticks(heights, heights); ax.minorticks_off(); ax.legend(fontsize=8)
+        ax.set(ylim=(0, None), xlabel=f'{self.direction} of a strip', ylabel='peak, GB'); ax.set_xscale('log', base=2); ax.set_xticks(heights, heights); ax.legend(fontsize=8)
         return ax
 
 # %% ../nbs/02_plan.ipynb #0ae27c61
@@ -222,6 +222,7 @@ def plan(
     run, _ = Streamed(_on_meta(module), 1, direction=direction).strips(torch.empty(shape, dtype=dtype, device='meta'))
     axis, length = run.axis, shape[run.axis]
     seen, unit = map(math.ceil, map(max, zip(*run.program.fields().values())))
+    unit *= -(-16//unit)        # lower strips are for nobody
     plain, forward = measure(module, shape, **how), measure(module, shape, **{**how, 'train': False}).flops
     begin = BEGIN*sum(p.numel() for p in module.parameters())
     heights = [strip] if strip else [length, *sorted((unit*2**i for i in range(30) if unit*2**i < length), reverse=True)]

@@ -453,14 +453,18 @@ class Streamed(nn.Module):
             return self.program()
 
     def planned(self, source):
-        "This network with the options of a plan for images like `source`, made once for each kind of them."
+        "This network with the options of a plan for images like `source`. A plan is made once for sizes that are nearly the same: for the largest of them, if that fits."
         import importlib    # the planner runs this engine and stands behind it
         amp = next((torch.get_autocast_dtype(d) for d in ('cpu', 'cuda') if source.device.type == d and torch.is_autocast_enabled(d)), None)
-        key = tuple(source.shape), source.dtype, amp, torch.is_grad_enabled(), self.memory, self.direction, source.axes, tuple(p.requires_grad for p in self.parameters())
-        if key not in self._plans:
-            plan = importlib.import_module('streaming_pathology.plan').plan
-            self._plans[key] = plan(self.module, source.shape, self.memory, direction=self.direction if 3 in source.axes else 'rows', dtype=source.dtype, autocast=amp, train=torch.is_grad_enabled())
-        return Streamed(self.module, **self._plans[key].options)
+        how = dict(memory=self.memory, direction=self.direction if 3 in source.axes else 'rows', dtype=source.dtype, autocast=amp, train=torch.is_grad_enabled())
+        coarse = torch.Size([*source.shape[:2], *(-(-n//step)*step for n in source.shape[2:] if (step := max(32, 2**(n.bit_length()-4))))])
+        for shape in (coarse, source.shape):
+            key = shape, *how.values(), tuple(p.requires_grad for p in self.parameters())
+            if key not in self._plans:
+                try: self._plans[key] = importlib.import_module('streaming_pathology.plan').plan(self.module, shape, **how)
+                except InputError as e: self._plans[key] = e.with_traceback(None)
+            if not isinstance(self._plans[key], InputError): return Streamed(self.module, **self._plans[key].options)
+        raise self._plans[key]
 
     def strips(self, x):
         "The pass over the image `x`, ready to run, and the values of what depends on parameters only."

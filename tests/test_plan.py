@@ -1,0 +1,83 @@
+"""Plans: what is planned is what happens, for random networks and budgets, and whatever the plan the result is the plain network's."""
+import os, pickle
+import pytest, torch
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from torch import nn
+from streaming_pathology.geometry import InputError, StreamingError
+from streaming_pathology.models import StreamingClassifier
+from streaming_pathology.plan import Ledger, budget, measure, plan
+from streaming_pathology.streaming import Streamed, stream
+from test_streaming import close, compare, frozen_norm, networks, small
+
+examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
+
+class Scaled(nn.Module):
+    def forward(self, x): return x/255
+
+def taken(net, x):
+    "Bytes alive at the peak of a real training step, by the ledger; gradients of an image before are there."
+    for p in net.parameters(): p.grad = torch.zeros_like(p)
+    net.strips(x)       # finds the shapes of whole maps, on the meta device, whose tensors are none
+    with Ledger() as ledger:
+        for t in (x, *net.parameters(), *net.buffers(), *(p.grad for p in net.parameters())): ledger.note(t)
+        y = net(x); torch.autograd.backward([y], [torch.ones_like(y)])
+    return ledger.peak
+
+@settings(max_examples=max(10, examples//10), deadline=None, derandomize='STREAMING_EXAMPLES' not in os.environ, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.reuse, Phase.generate))      # shrinking takes minutes
+@given(networks(), st.integers(1, 150), st.integers(1, 150), st.floats(0, 1), st.integers(0, 2**31))
+def test_plans_are_kept(network, height, width, generosity, seed):
+    torch.manual_seed(seed); channels, net = network
+    x = torch.randn(1, channels, height, width, dtype=torch.double)
+    if not any(p.requires_grad for p in net.parameters()): return
+    try: most = plan(net, x.shape, 1e12, dtype=torch.double)
+    except StreamingError: return       # too small
+    try: least = plan(net, x.shape, 1, dtype=torch.double)
+    except InputError as e: assert 'the least is' in str(e)
+    memory = int((.3+.7*generosity)*most.peak_bytes)
+    try: p = plan(net, x.shape, memory, dtype=torch.double)
+    except InputError: return
+    assert p.peak_bytes <= memory and p.time >= .99*most.time
+    found = taken(stream(net, **p.options), x)
+    assert .85*found-20_000 < p.peak_bytes < 1.15*found+20_000, f'{p.peak_bytes} planned, {found} taken\n{p}'
+    compare(net, x.requires_grad_(), **p.options)
+
+def test_auto_plans_for_each_kind_of_image():
+    torch.manual_seed(0); net = small().double(); s = stream(net, 'auto', memory='2MB'); x = torch.randn(1, 3, 400, 90, dtype=torch.double)
+    y = net(x); ys = s(x); assert close(ys, y)
+    want = torch.autograd.grad(y.square().sum(), list(net.parameters())); got = torch.autograd.grad(ys.square().sum(), list(net.parameters()))
+    assert all(close(a, b) for a, b in zip(got, want))
+    s(x); s(x[:, :, :390]); assert len(s._plans) == 1      # nearly the same size
+    with torch.no_grad(): s(x)
+    s(x[:, :, :200]); assert len(s._plans) == 3
+    net[0].requires_grad_(False); s(x); assert len(s._plans) == 4       # less to keep
+    again = pickle.loads(pickle.dumps(s)); assert close(again(x), y) and again.memory == '2MB' and 'planned for 2MB' in repr(s)
+    s.memory = '10 kB'
+    with pytest.raises(InputError, match='the least is'): s(x)
+
+def test_auto_with_rows_from_elsewhere():
+    class Rows:
+        def __init__(self, x): self.x, self.shape = x, x.shape
+        def read(self, top, bottom): return self.x[:, :, top:bottom].clone()
+    net, x = small().double(), torch.randn(1, 3, 90, 400, dtype=torch.double)
+    assert close(stream(net, 'auto', memory='3MB')(Rows(x)), net(x))
+
+def test_plans_under_autocast_and_of_uint8():
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), frozen_norm(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)); shape = (1, 3, 512, 256)
+    wide, low = (plan(net, shape, 1e9, strip=64, autocast=a).peak_bytes for a in (None, torch.bfloat16))
+    assert .45*wide < low < .75*wide
+    p = plan(nn.Sequential(Scaled(), *net), shape, 1e9, strip=64, dtype=torch.uint8)     # (how bf16 is computed on a CPU without it is another matter: each convolution copies its columns)
+    assert p.parts['image'] == 3*512*256 and sum(p.parts.values()) == p.peak_bytes
+
+def test_classifier_plans_itself():
+    torch.manual_seed(0); model = StreamingClassifier('resnet18', strip='auto', memory='250MB', pool='attention'); x = torch.randint(0, 256, (1, 3, 256, 200), dtype=torch.uint8)
+    plain = nn.Sequential(model.trunk.module, model.head)
+    assert torch.allclose(model(x), plain(x), atol=1e-5)
+    a = model.attention(x); assert a.shape == (1, 1, 8, 7) and abs(a.sum().item()-1) < 1e-5
+
+def test_nothing_is_left_to_guess():
+    for bad in ('8', 'GB', '', None, True, -1, 0, float('inf'), float('nan'), [1]):
+        with pytest.raises(InputError, match='amount of memory'): budget(bad)
+    assert budget('0.5 MiB') == 2**19 and budget(7.9) == 7 and budget('auto') > 1e6
+    with pytest.raises(StreamingError): plan(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), (1, 3, 64, 64))
+    with pytest.raises(StreamingError, match='too small'): plan(nn.Conv2d(3, 4, 5), (1, 3, 4, 64), '1GB')
+    with pytest.raises(StreamingError, match="'auto'"): stream(small(), 'all')

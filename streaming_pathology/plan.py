@@ -100,7 +100,6 @@ class _Nowhere:
     "States that take no memory here, as if on the host or a disk. On the meta device their content does not matter, and `size` is noted."
     def put(self, blocks): _Nowhere.size = sum(b.nbytes for b in blocks.values()); return {t: b.numel() for t, b in blocks.items()}
     def get(self, kept, then=None): return {t: torch.empty(n, dtype=t, device='meta') for t, n in kept.items()}
-_stores['nowhere'] = lambda device: _Nowhere()
 
 class _Height:
     "What strips of one height take, for any number of them kept and states anywhere."
@@ -112,7 +111,7 @@ class _Height:
             ledger.mark(); before = ledger.now; out = record(*args); graphs.append(ledger.now-before)
             return out
         one.__dict__['states'], _Nowhere.size = 'nowhere', 0
-        with mock.patch.object(_Pass, 'record', noted): step = measure(one, short, dtype, autocast, train, ledger)
+        with mock.patch.object(_Pass, 'record', noted), mock.patch.dict(_stores, nowhere=lambda device: _Nowhere()): step = measure(one, short, dtype, autocast, train, ledger)
         first, *peaks = [*ledger.peaks, ledger.peak]        # before any graph, with that of the last strip, of the one before it, ...
         more = int((math.prod(short)*dtype.itemsize + step.outputs*(1+train))/short[axis]*(length-short[axis]))
         self.last, self.other = more+max(peaks[:1], default=0), more+max(first, *peaks[1:], 0)

@@ -5,8 +5,8 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
 from streaming_pathology.geometry import InputError, StreamingError
 from streaming_pathology.models import StreamingClassifier
-from streaming_pathology.plan import Ledger, budget, measure, plan
-from streaming_pathology.streaming import Streamed, stream
+from streaming_pathology.plan import Ledger, budget, plan
+from streaming_pathology.streaming import stream
 from test_streaming import close, compare, frozen_norm, networks, small
 
 examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
@@ -31,7 +31,7 @@ def test_plans_are_kept(network, height, width, generosity, seed):
     if not any(p.requires_grad for p in net.parameters()): return
     try: most = plan(net, x.shape, 1e12, dtype=torch.double)
     except StreamingError: return       # too small
-    try: least = plan(net, x.shape, 1, dtype=torch.double)
+    try: plan(net, x.shape, 1, dtype=torch.double); raise AssertionError('one byte is enough')
     except InputError as e: assert 'the least is' in str(e)
     memory = int((.3+.7*generosity)*most.peak_bytes)
     try: p = plan(net, x.shape, memory, dtype=torch.double)
@@ -81,3 +81,4 @@ def test_nothing_is_left_to_guess():
     with pytest.raises(StreamingError): plan(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), (1, 3, 64, 64))
     with pytest.raises(StreamingError, match='too small'): plan(nn.Conv2d(3, 4, 5), (1, 3, 4, 64), '1GB')
     with pytest.raises(StreamingError, match="'auto'"): stream(small(), 'all')
+    with pytest.raises(StreamingError, match="use one of 'device', 'host', 'disk'."): stream(small(), 8, states='nowhere')

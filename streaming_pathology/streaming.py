@@ -63,9 +63,10 @@ class _Reader:
 def _source(x, module):
     "How strips read the image `x`."
     if isinstance(x, torch.Tensor): return _Tensor(x)
-    if hasattr(x, 'shape') and callable(getattr(x, 'read', None)):
-        return _Reader(x, next((t.device for t in (*module.parameters(), *module.buffers())), torch.device('cpu')))
-    raise StreamingError(f'An image is a tensor (N, C, H, W), or has a shape (N, C, H, W) and read(top, bottom), not {type(x).__name__}.')
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device('cpu'))
+    if callable(getattr(x, 'source', None)): return x.source(device)     # an image that knows itself how strips read it
+    if hasattr(x, 'shape') and callable(getattr(x, 'read', None)): return _Reader(x, device)
+    raise StreamingError(f'An image is a tensor (N, C, H, W), a Canvas, or has a shape (N, C, H, W) and read(top, bottom), not {type(x).__name__}.')
 
 # %% ../nbs/01_streaming.ipynb #bdd7d278
 class _Strips:
@@ -83,8 +84,11 @@ class _Strips:
         for n in program.reductions: self.height[n] = self.height[program.inputs[n][0]]
         self.width = {n: 1 if r.across is None else self.shapes[n][r.across] for n, r in program.rows.items()}
         length = source.shape[self.axis]
-        self.cuts = [*range(0, length, strip), length]
-        self.dtype, self.known = {}, {}     # of what goes into the reductions; rows at the last cuts
+        self.first, self.last = dict.fromkeys(program.rows, 0), self.height     # the rows of each value that are computed
+        self.cut(0, length, strip)
+        self.dtype = {}     # of what goes into the reductions
+
+    def cut(self, top, bottom, strip): self.cuts, self.known, self.seen = [*range(top, bottom, strip), bottom], {}, {}     # rows, and columns, at the last cuts
 
     def context(self):
         "The autocast state of the forward pass. No cache: a weight cast without its graph must not be found again with it."
@@ -93,7 +97,9 @@ class _Strips:
     def rows(self, cut):
         "How many rows of each value exist once `cut` rows of the image have been read."
         p, have = self.program, {self.image: cut}
-        for n, op in p.ops.items(): have[n] = min(op.window.ready(have[a], self.height[a], self.height[n]) for a in p.inputs[n])
+        for n, op in p.ops.items():
+            have[n] = min(op.window.ready(have[a], self.height[a], self.height[n]) for a in p.inputs[n])
+            if n in p.rows: have[n] = max(self.first[n], min(have[n], self.last[n]))
         return have
 
     def keep(self, have):
@@ -114,46 +120,68 @@ class _Strips:
         "The rows of the image that step `k` reads: `(lo, hi)`; None if there is no such step."
         return (self.at(k)[1][self.image], self.cuts[k+1]) if 0 <= k < len(self.cuts)-1 else None
 
-    def region(self, n, a, i, j, there):
-        "What of its input `a`, of which the rows `there` are at hand, the rows `i` to `j` of `n` are computed from."
+    def spans(self, k):
+        "The columns of each value that step `k` computes, `(left, right)` in order; here always all of them."
+        if not self.seen: self.seen = {n: [(0, w)] for n, w in self.width.items()}
+        return self.seen
+
+    def region(self, n, a, rows, columns, there):
+        "What of its input `a`, of which the rows `there` are at hand, `rows` and `columns` of `n` are computed from."
         op, r = self.program.ops[n], self.program.rows[a]
-        across = Piece(op.across, 0, self.width[n], self.width[a], r.across, whole=True) if op.across and r.across is not None else None
-        return Region(Piece(op.window, i, j, self.height[a], r.axis, whole=((i, j), there) == ((0, self.height[n]), (0, self.height[a]))), across)
+        across = Piece(op.across, *columns, self.width[a], r.across, whole=columns == (0, self.width[n])) if op.across and r.across is not None else None
+        return Region(Piece(op.window, *rows, self.height[a], r.axis, whole=(rows, there) == ((0, self.height[n]), (0, self.height[a]))), across)
+
+    def piece(self, a, parts, spans, top, rows, columns):
+        "`rows` and `columns` of `a`, whose rows from `top` on lie in `parts`, one for each of `spans`; and whether it is a tensor of its own. What lies between is filled."
+        r, found, at = self.program.rows[a], [], columns[0]
+        for t, (left, right) in zip(parts, spans):
+            if right <= at or left >= columns[1]: continue
+            if left > at: found.append(self.fill(a, rows, (at, left))); at = left
+            end = min(right, columns[1])
+            found.append(_narrow(_narrow(t, r.axis, rows[0]-top, rows[1]-top), r.across, at-left, end-left)); at = end
+        if at < columns[1]: found.append(self.fill(a, rows, (at, columns[1])))
+        return (found[0], False) if len(found) == 1 else (torch.cat(found, r.across), True)
+
+def _narrow(t, axis, lo, hi): return t if axis is None or hi-lo == t.shape[axis] else t.narrow(axis, lo, hi-lo)
 
 # %% ../nbs/01_streaming.ipynb #c7374e69
 @patch
 def step(self:_Strips, x, k, state, env):
-    "Feed the rows `x` of strip `k`. Returns the new rows of all outputs and the state after it."
-    p, (have, start), (will, stay) = self.program, self.at(k), self.at(k+1)
-    full, new, nxt, fresh = {self.image: x}, dict.fromkeys(p.outputs), {}, set()     # rows of each value from `start` on; new rows of outputs; next state; values with new rows
-    def take(n, a, lo, hi):
-        rows = full[a].narrow(p.rows[a].axis, lo-start[a], hi-lo) if (lo, hi) != (start[a], will[a]) else full[a]
-        return rows.clone() if p.inplace.get(n) is a and not (n in p.exclusive and a in fresh and rows is full[a]) else rows
+    "Feed the rows `x` of strip `k`, one tensor for each span of columns. Returns the new rows of all outputs and the state after it."
+    p, (have, start), (will, stay), spans = self.program, self.at(k), self.at(k+1), self.spans(k)
+    full, new, nxt, fresh, saved = {self.image: x}, dict.fromkeys(p.outputs), {}, set(), set()     # rows of each value from `start` on; new rows of outputs; next state; values with new rows
+    def take(n, a, rows, columns):
+        t, own = self.piece(a, full[a], spans[a], start[a], rows, columns)
+        return t if p.inplace.get(n) is not a or own or (n in p.exclusive and a in fresh and any(t is f for f in full[a])) else t.clone()
     def save(a, copy=False):
-        if a is self.image or a in p.light or a in nxt or stay[a] == will[a]: return
-        rows = full[a].narrow(p.rows[a].axis, stay[a]-start[a], will[a]-stay[a]) if stay[a] > start[a] else full[a]
-        nxt[a] = rows.clone() if copy else rows
+        if a is self.image or a in p.light or a in saved or stay[a] == will[a]: return
+        saved.add(a)
+        for s, columns in enumerate(self.spans(k+1)[a]):
+            t, own = self.piece(a, full[a], spans[a], start[a], (stay[a], will[a]), columns)
+            nxt[a, s] = t.clone() if copy and not own else t
+    def compute(n, op, rows, columns):
+        at = {a: self.region(n, a, rows, columns, (start[a], will[a])) for a in p.inputs[n]}
+        get = lambda a: take(n, a, at[a].along.reads, at[a].across.reads if at[a].across else (0, self.width[a])) if a in at else env[a]
+        args, kwargs = fx.map_arg(n.args, get), fx.map_arg(n.kwargs, get)
+        if not op.shared: return op.run(at[p.inputs[n][0]], *args, **kwargs)
+        if (n, 'mask') not in nxt: nxt[n, 'mask'] = op.run(None, *args, **kwargs)
+        return args[0]*nxt[n, 'mask']
     for n, op in p.ops.items():
         if isinstance(op, Reduction):
             if will[n] > have[n]:
-                rows = [take(n, a, have[n], will[n]) for a in p.inputs[n]]
-                nxt[n] = op.add(state.get(n), rows[0] if len(rows) == 1 else rows, have[n], self.height[n]); self.dtype[n] = rows[0].dtype
-            elif n in state: nxt[n] = state[n]
+                rows = [take(n, a, (have[n], will[n]), (0, self.width[a])) for a in p.inputs[n]]
+                nxt[n, 'total'] = op.add(state.get((n, 'total')), rows[0] if len(rows) == 1 else rows, have[n], self.height[n]); self.dtype[n] = rows[0].dtype
+            elif (n, 'total') in state: nxt[n, 'total'] = state[n, 'total']
         else:
-            i, j, old, out = start[n] if n in p.light else have[n], will[n], state.get(n), None
+            i, j = start[n] if n in p.light else have[n], will[n]
             if n in p.light and n in p.inplace: save(p.inplace[n], copy=True)
-            if j > i:
-                at = {a: self.region(n, a, i, j, (start[a], will[a])) for a in p.inputs[n]}
-                get = lambda a: take(n, a, *at[a].along.reads) if a in at else env[a]
-                args, kwargs = fx.map_arg(n.args, get), fx.map_arg(n.kwargs, get)
-                if op.shared:
-                    nxt[n, 'mask'] = state[n, 'mask'] if (n, 'mask') in state else op.run(None, *args, **kwargs)
-                    out = args[0]*nxt[n, 'mask']
-                else: out = op.run(at[p.inputs[n][0]], *args, **kwargs)
-                fresh.add(n)
-                if n in new: new[n] = out
-            elif (n, 'mask') in state: nxt[n, 'mask'] = state[n, 'mask']
-            full[n] = out if old is None else old if out is None else torch.cat([old, out], op.out.axis)
+            if (n, 'mask') in state: nxt[n, 'mask'] = state[n, 'mask']
+            outs = [compute(n, op, (i, j), columns) for columns in spans[n]] if j > i else [None]*len(spans[n])
+            if j > i: fresh.add(n)
+            if n in new and j > i: new[n], _ = self.piece(n, outs, spans[n], i, (i, j), (0, self.width[n]))
+            olds = [state.get((n, s)) for s in range(len(outs))]
+            full[n] = [out if old is None else old if out is None else torch.cat([old, out], op.out.axis) for old, out in zip(olds, outs)]
+            del outs, olds
         for a in p.done[n]: save(a); del full[a]
     return new, nxt
 
@@ -264,12 +292,13 @@ _stores = {'device': lambda device: _OnDevice(), 'host': _OnHost, 'disk': _OnDis
 class _Pass(_Strips):
     def forward(self, operands=None, keep=0, states='device', every=1):
         "The outputs and the totals of the reductions. With `operands` (node -> tensor) also what the backward pass needs: states, and the graphs of the last `keep` strips."
-        state, packed, outs, training = {}, _pack({}), {n: None for n in self.program.outputs}, operands is not None
+        outs, training = {n: None for n in self.program.outputs}, operands is not None
         n_strips = len(self.cuts)-1
         self.states, self.rng, self.kept, self.every, self.store, self.spent = {}, {}, {}, every, _stores[states](self.source.device), False
         if training:
             self.want = self.wanted(operands)
             self.env = {**self.env, **{n: t.detach().requires_grad_(t.requires_grad) for n, t in operands.items()}}   # leaves of our own: hooks on the parameters see the sum only
+        state = self.begin(training); packed = _pack(state)
         first_kept = max(0, n_strips-keep) if training else n_strips
         last_group = (first_kept-1)//every*every
         for k in range(n_strips):
@@ -281,18 +310,34 @@ class _Pass(_Strips):
                 packed = _pack(state); state = _unpack(*packed)
             for n, y in new.items():
                 if y is not None: outs[n] = self._place(outs[n], y.detach(), n, self.at(k)[0][n])
-        return [outs[n] for n in self.program.outputs] + [self._finish(n, state[n]).detach() for n in self.program.reductions]
+        return [outs[n] for n in self.program.outputs] + [self._finish(n, state[n, 'total']).detach() for n in self.program.reductions]
+
+    def begin(self, training):
+        "The state before the first strip."
+        return {}
+
+    def read(self, k, then):
+        "The rows of the image for strip `k`, in each of its spans; those of strip `then` will be wanted next."
+        return [self.source.read(self.axis, *self.span(k), self.span(then))]
+
+    def give(self, k, gradients):
+        "Hand the gradients of the rows of strip `k` to the source of the image."
+        self.source.add(self.axis, *self.span(k), *gradients, self.cuts[k])
+
+    def leaves(self):
+        "What wants a gradient, summed over the strips."
+        return {n: t for n, t in self.env.items() if isinstance(t, torch.Tensor) and t.requires_grad}
 
     def advance(self, k, state):
         "Step `k` without graph: the new outputs and the next state."
-        with torch.no_grad(), self.context(): return self.step(self.source.read(self.axis, *self.span(k), self.span(k+1)), k, state, self.env)
+        with torch.no_grad(), self.context(): return self.step(self.read(k, k+1), k, state, self.env)
 
     def record(self, k, state, then):
         "Step `k` with its graph: its start state and its rows of the image, and from these the outputs and the next state. Strip `then` will be read next."
-        start = {n: t.detach().requires_grad_(n in self.want and t.is_floating_point()) for n, t in state.items()}
+        start = {n: t.detach().requires_grad_(n[0] in self.want and n[1] != 'mask' and t.is_floating_point()) for n, t in state.items()}
         for t in start.values():
             if t.requires_grad: t.register_hook(torch.clone)    # the gradient of a few rows would be a view that keeps that of the whole strip alive
-        rows = self.source.read(self.axis, *self.span(k), self.span(then)).requires_grad_(self.source.wanted)
+        rows = [t.requires_grad_(self.source.wanted) for t in self.read(k, then)]
         with torch.enable_grad(), self.context(): return start, rows, *self.step(rows, k, start, self.env)
 
     def start(self, k):
@@ -337,8 +382,7 @@ def backward(self:_Pass, gouts):
     "The gradients of the operands (node -> gradient), from those of the outputs and totals; the image's go to its source."
     p, source, last = self.program, self.source, len(self.cuts)-2
     gouts = dict(zip(p.outputs+p.reductions, gouts))
-    leaves = [n for n, t in self.env.items() if isinstance(t, torch.Tensor) and t.requires_grad]
-    total, below, self.spent = {}, {}, True
+    leaves, total, below, self.spent = self.leaves(), {}, {}, True
     for k in reversed(range(last+1)):
         if k not in self.kept:
             with _rng_of(self.rng.get(k), source.device): self.kept[k] = self.record(k, self.start(k), k-1)
@@ -346,15 +390,15 @@ def backward(self:_Pass, gouts):
         at, _ = self.at(k)
         pairs = [(y, gouts[n].narrow(p.rows[n].axis, at[n], y.shape[p.rows[n].axis])) for n, y in new.items() if y is not None and gouts[n] is not None]
         if k == last:
-            below = {n: gouts[n] for n in p.reductions if gouts[n] is not None}
-            with torch.enable_grad(): nxt = {n: self._finish(n, nxt[n]) for n in below}
+            below = {(n, 'total'): gouts[n] for n in p.reductions if gouts[n] is not None}
+            with torch.enable_grad(): nxt = {n: self._finish(n[0], nxt[n]) for n in below}
         pairs += [(nxt[n], g) for n, g in below.items()]
         pairs = [(y, g) for y, g in pairs if y.requires_grad]
         del new, nxt
         tops = [n for n, t in start.items() if t.requires_grad]
-        inputs = [self.env[n] for n in leaves]+[start[n] for n in tops]+([rows] if source.wanted else [])
+        inputs = [*leaves.values(), *(start[n] for n in tops), *(rows if source.wanted else [])]
         gs = torch.autograd.grad([y for y, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True) if pairs else [None]*len(inputs)
-        if source.wanted: source.add(self.axis, *self.span(k), torch.zeros_like(rows) if gs[-1] is None else gs[-1], self.cuts[k])
+        if source.wanted: self.give(k, [torch.zeros_like(t) if g is None else g for t, g in zip(rows, gs[len(inputs)-len(rows):])])
         del pairs, inputs, start, rows     # views of the strip's maps, which would live on beside the next strip's
         for n, g in zip(leaves, gs):
             if g is not None: total[n] = total[n].add_(g) if n in total else g.clone()      # autograd may hand out one tensor twice
@@ -473,13 +517,13 @@ class Streamed(nn.Module):
         if program.late: raise program.late
         env = {}
         for n in program.before: env[n] = evaluate(n, self.module, env)
-        return _Pass(program, self.module, source, {n: env[n] for n in program.operands}, self.strip), env
+        return getattr(source, 'Pass', _Pass)(program, self.module, source, {n: env[n] for n in program.operands}, self.strip), env
 
     def forward(self, x):
         if self.strip == 'auto': return self.planned(_source(x, self.module))(x)
         run, env = self.strips(x)
         program, source = run.program, run.source
-        if program.image in program.output.all_input_nodes and not isinstance(x, torch.Tensor): raise StreamingError(f'The network returns the image itself, which {type(x).__name__} has only row by row: return what is computed from it.')
+        if program.image in program.output.all_input_nodes and not isinstance(x, torch.Tensor): raise StreamingError(f'The network returns the image itself, which {type(x).__name__} does not have as a tensor: return what is computed from it.')
         nodes = [n for n in program.operands if isinstance(env[n], torch.Tensor)]
         if torch.is_grad_enabled() and (source.wanted or any(env[n].requires_grad for n in nodes)):
             outs = _Stream.apply(run, self, nodes, *source.tensors, *[env[n] for n in nodes])

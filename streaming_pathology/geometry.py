@@ -664,8 +664,9 @@ def _fold_norms(graph, apart=False):
 # %% ../nbs/00_geometry.ipynb #192fba88
 class Program:
     "The nodes of a network in three zones: `before` (parameters only), `ops` (in strips that cut dimension `axis` of the image), `after` (behind the reductions)."
-    def __init__(self, module, fold=True, axis=2):     # fold: True, False, or 'apart', where sums are rounded to few bits
+    def __init__(self, module, fold=True, axis=2, reduce=True):     # fold: True, False, or 'apart', where sums are rounded to few bits; reduce: or leave reductions to `after`
         graph = trace(module)
+        self.reduce = reduce
         self.late = _functional(graph, module)     # raised when the network is called, not when it is made: .eval() may come between
         _settle_inplace(graph)
         if fold: _fold_norms(graph, fold == 'apart')
@@ -695,6 +696,7 @@ class Program:
             try: op = f(*fx.map_arg(n.args, known.get), **fx.map_arg(n.kwargs, known.get))
             except (TypeError, AttributeError, IndexError) as e: raise _Refused(f'is called in a way that is not understood ({e})')
         except _Refused as e: raise StreamingError(f'{layer_name(n)} {e} and cannot be streamed: stream the part of the network before it.') from None
+        if isinstance(op, Reduction) and not self.reduce: self.after.append(n); return 'after'
         self.ops[n] = op
         if isinstance(op, Reduction): return 'after'
         self.rows[n] = op.out
@@ -703,7 +705,7 @@ class Program:
 # %% ../nbs/00_geometry.ipynb #2c50d939
 @patch
 def _link(self:Program):
-    self.outputs = [n for n in self.output.all_input_nodes if n in self.rows and n is not self.image]
+    self.outputs = [n for n in self.rows if n is not self.image and any(u is self.output or u in self.after for u in n.users)]
     self.reductions = [n for n, op in self.ops.items() if isinstance(op, Reduction)]
     self.random = any(getattr(op, 'random', False) for op in self.ops.values())
     alive = {*self.ops, *self.after, self.output}

@@ -84,7 +84,7 @@ class _Strips:
         for n in program.reductions: self.height[n] = self.height[program.inputs[n][0]]
         self.width = {n: 1 if r.across is None else self.shapes[n][r.across] for n, r in program.rows.items()}
         length = source.shape[self.axis]
-        self.first, self.last = dict.fromkeys(program.rows, 0), self.height     # the rows of each value that are computed
+        self.first, self.last = dict.fromkeys(self.height, 0), self.height     # the rows of each value that are computed
         self.cut(0, length, strip)
         self.dtype = {}     # of what goes into the reductions
 
@@ -98,15 +98,14 @@ class _Strips:
         "How many rows of each value exist once `cut` rows of the image have been read."
         p, have = self.program, {self.image: cut}
         for n, op in p.ops.items():
-            have[n] = min(op.window.ready(have[a], self.height[a], self.height[n]) for a in p.inputs[n])
-            if n in p.rows: have[n] = max(self.first[n], min(have[n], self.last[n]))
+            have[n] = max(self.first[n], min(self.last[n], *(op.window.ready(have[a], self.height[a], self.height[n]) for a in p.inputs[n])))
         return have
 
     def keep(self, have):
         "From which row on each value is still needed."
         p, first = self.program, {}
         for a, e in reversed(have.items()):
-            first[a] = min([e]+[first[u] if u in p.light else p.ops[u].window.keep(have[u], e, self.height[a], self.height[u]) for u in p.users.get(a, ())])
+            first[a] = min([e]+[first[u] if u in p.light else e if have[u] == self.last[u] else p.ops[u].window.keep(have[u], e, self.height[a], self.height[u]) for u in p.users.get(a, ())])
         return first
 
     def at(self, k):
@@ -475,6 +474,8 @@ class Streamed(nn.Module):
         self.__dict__.update(module=module, strip=strip, keep=keep, states=states, every=every, direction=direction, memory=memory, training=module.training, _traced={}, _plans={})     # not by setattr: a layer may have one of these names
         self.program()
 
+    reduce = True   # pool strip by strip
+
     def program(self, axis=2):
         "The program of the network as it is now; traced anew when anything on its modules has changed."
         now = _fingerprint(self.module)
@@ -482,7 +483,7 @@ class Streamed(nn.Module):
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters()): fold = False
         key = torch.is_grad_enabled(), fold, axis      # forward may ask whether there are gradients
         if key not in self._traced or self._traced[key][0] != now:
-            try: made = Program(self.module, fold, axis); made.made_for = now
+            try: made = Program(self.module, fold, axis, self.reduce); made.made_for = now
             except StreamingError as e: made = e.with_traceback(None)
             self._traced[key] = now, made
         if isinstance(made := self._traced[key][1], StreamingError): raise made
@@ -507,8 +508,12 @@ class Streamed(nn.Module):
             if key not in self._plans:
                 try: self._plans[key] = importlib.import_module('streaming_pathology.plan').plan(self.module, shape, **how)
                 except InputError as e: self._plans[key] = e.with_traceback(None)
-            if not isinstance(self._plans[key], InputError): return Streamed(self.module, **self._plans[key].options)
+            if not isinstance(self._plans[key], InputError): return self.like(**self._plans[key].options)
         raise self._plans[key]
+
+    def like(self, **options):
+        "The same network streamed with other `options`."
+        return Streamed(self.module, **options)
 
     def strips(self, x):
         "The pass over the image `x`, ready to run, and the values of what depends on parameters only."
@@ -517,7 +522,11 @@ class Streamed(nn.Module):
         if program.late: raise program.late
         env = {}
         for n in program.before: env[n] = evaluate(n, self.module, env)
-        return getattr(source, 'Pass', _Pass)(program, self.module, source, {n: env[n] for n in program.operands}, self.strip), env
+        return self.start(getattr(source, 'Pass', _Pass), program, self.module, source, {n: env[n] for n in program.operands}, self.strip), env
+
+    def start(self, Pass, *args):
+        "A pass of the class that the image asks for."
+        return Pass(*args)
 
     def forward(self, x):
         if self.strip == 'auto': return self.planned(_source(x, self.module))(x)

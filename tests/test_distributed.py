@@ -1,0 +1,120 @@
+"""One image over several ranks in float64: every rank has the values and gradients of one process."""
+import os
+from unittest import mock
+import pytest, torch
+import torch.distributed as dist, torch.multiprocessing as mp
+from hypothesis import HealthCheck, Phase, assume, given, settings, strategies as st
+from torch import nn
+from streaming_pathology.background import Canvas
+from streaming_pathology.distributed import stream_bands
+from streaming_pathology.geometry import InputError, StreamingError
+from streaming_pathology.models import StreamingClassifier
+from test_background import canvases
+from test_streaming import UNet, close, frozen_norm, networks, small
+
+examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
+pick = st.sampled_from
+
+class Played:
+    "`ranks` ranks, one after the other in this process: nothing is sent, so each has its own rows of the outputs and its own share of the gradients."
+    def __init__(self, rank, ranks): self.patches = [mock.patch.object(dist, k, v) for k, v in dict(is_initialized=lambda: True, get_rank=lambda g: rank, get_world_size=lambda g: ranks, broadcast=lambda *_: None, all_reduce=lambda *_, **__: None).items()]
+    def __enter__(self):
+        for p in self.patches: p.start()
+    def __exit__(self, *e):
+        for p in self.patches: p.stop()
+
+@settings(max_examples=examples, deadline=None, derandomize='STREAMING_EXAMPLES' not in os.environ, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(st.data(), networks(), st.booleans(), st.integers(1, 90), st.integers(1, 90), pick([1, 5, 16, 64]), st.integers(0, 3), pick([1, 2]), pick(['auto', 'rows']), pick([2, 3, 4]), st.integers(0, 2**31))
+def test_bands_of_random_networks(data, network, painted, height, width, strip, keep, every, direction, ranks, seed):
+    torch.manual_seed(seed); channels, net = network
+    if painted: x = data.draw(canvases(channels)); image, inputs = x.dense, [p for *_, p in x.patches if p.requires_grad]
+    else: x = torch.randn(1, channels, height, width, dtype=torch.double, requires_grad=True); image, inputs = lambda: x*1, [x]
+    wanted = [*inputs, *net.parameters()]
+    try: y = net(image())
+    except (RuntimeError, ValueError): return
+    if not y.requires_grad: return
+    g = torch.randn_like(y)
+    try: want = torch.autograd.grad(y, wanted, g, allow_unused=True)
+    except RuntimeError: return
+    total = None
+    for rank in range(ranks):
+        with Played(rank, ranks):
+            s = stream_bands(net, strip, keep=keep, every=every, direction=direction)
+            try: run, env = s.strips(x)
+            except StreamingError as e: assert 'fewer ranks' in str(e) or 'canvas.dense()' in str(e); return
+            nodes = [n for n in run.program.operands if isinstance(env[n], torch.Tensor)]
+            with torch.no_grad(): outs = run.forward()
+            if rank == 0: whole = [o.clone() for o in outs]
+            for n, o, w in zip(run.program.outputs, outs, whole):
+                rows = slice(*run.bands[n][rank:rank+2]); w.movedim(run.program.rows[n].axis, 0)[rows] = o.movedim(run.program.rows[n].axis, 0)[rows]
+            if rank == 0:
+                from streaming_pathology.geometry import evaluate
+            run, _ = s.strips(x)
+            with torch.enable_grad(): run.forward({n: env[n] for n in nodes}, keep, 'device', every)
+            shares = (run, nodes, env)
+        total = [*(total or []), shares]
+    # behind the bands: the whole outputs, to the loss, and back
+    leaves = [w.requires_grad_(n in total[0][0].want) for n, w in zip(total[0][0].program.outputs, whole)]
+    run, nodes, env = total[0]
+    after = {**env, **dict(zip(run.program.outputs, leaves)), run.program.image: None}
+    for n in run.program.after: after[n] = evaluate(n, net, after)
+    ys = after[run.program.output.args[0]]
+    assert close(ys, y)
+    direct = [env[n] for n in run.program.before if isinstance(env[n], torch.Tensor) and env[n].requires_grad]
+    params = list(net.parameters())
+    tops = [w for w in leaves if w.requires_grad]
+    gs = torch.autograd.grad(ys, [*tops, *params], g, allow_unused=True, retain_graph=True)
+    got, gouts, images = [torch.zeros_like(p) if q is None else q for p, q in zip(params, gs[len(tops):])], iter(gs[:len(tops)]), [torch.zeros_like(i) for i in inputs]
+    gouts = [next(gouts) if w.requires_grad else None for w in leaves]
+    for rank, (run, nodes, env) in enumerate(total):
+        with Played(rank, ranks): grads = run.backward(gouts)
+        outs = [env[n] for n in grads if env[n].requires_grad]
+        for i, q in enumerate(torch.autograd.grad(outs, params, [grads[n] for n in grads if env[n].requires_grad], allow_unused=True, retain_graph=True) if outs else []):
+            if q is not None: got[i] = got[i]+q
+        for i, q in enumerate([q for q, t in zip(run.source.gradients, run.source.tensors) if t.requires_grad]): images[i] += q
+    floor = 1e-13*(1+max([t.abs().max().item() for t in want if t is not None]))
+    for a, b in zip([*images, *got], want): assert close(a, torch.zeros(()) if b is None else b, floor), ((a-b).abs().max().item(), b.abs().max().item())
+
+def _cases():
+    torch.manual_seed(0); double = dict(dtype=torch.double)
+    deep = nn.Sequential(nn.Conv2d(3, 6, 7, 2, 3), frozen_norm(6), nn.ReLU(True), nn.MaxPool2d(3, 2, 1), nn.Conv2d(6, 8, 3, padding=1, padding_mode='reflect'), nn.ReLU()).double()
+    unet = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), UNet(4, 'bilinear'), nn.Conv2d(8, 2, 1)).double()
+    model = StreamingClassifier('resnet18', pool='attention', n_out=2).double()
+    canvas = Canvas((700, 90), (.1, .5, .9), [(0, 3, torch.randn(3, 50, 30, **double).requires_grad_()), (330, 20, torch.randn(3, 40, 60, **double))])
+    return [(deep, torch.randn(1, 3, 131, 77, **double).requires_grad_(), dict(strip=16)), (deep, torch.randn(2, 3, 77, 181, **double).requires_grad_(), dict(strip=16, states='disk', every=2)),
+            (unet, torch.randn(1, 3, 96, 50, **double).requires_grad_(), dict(strip=8, keep=3)), (deep, canvas, dict(strip=32)),
+            (nn.Sequential(model.trunk.module, model.head), 255*torch.rand(1, 3, 300, 64, **double), dict(strip='auto', memory='1GB'))]
+
+def _rank(rank, ranks, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=ranks)
+    found = []
+    for net, x, how in _cases():
+        y = stream_bands(net, **how)(x); y.square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in net.parameters()), *(t.grad for t in ([p for *_, p in x.patches] if isinstance(x, Canvas) else [x]) if t.requires_grad)])
+        net.zero_grad()
+    try: stream_bands(small().double(), 8)(torch.randn(1, 3, 4, 4, dtype=torch.double)); found.append('no refusal')
+    except StreamingError as e: found.append(str(e))
+    torch.save(found, f'{folder}/{rank}.pt'); dist.destroy_process_group()
+
+@pytest.mark.parametrize('ranks', [2, 4])
+def test_ranks_have_what_one_process_has(ranks, tmp_path):
+    mp.spawn(_rank, (ranks, str(tmp_path)), nprocs=ranks)
+    found = [torch.load(tmp_path/f'{r}.pt') for r in range(ranks)]
+    for i, (net, x, _) in enumerate(_cases()):
+        net.zero_grad(); dense = x.dense() if isinstance(x, Canvas) else x
+        y = net(dense); y.square().sum().backward()
+        want = [y.detach(), *(p.grad for p in net.parameters()), *(t.grad for t in ([p for *_, p in x.patches] if isinstance(x, Canvas) else [x]) if t.requires_grad)]
+        for r in range(ranks): assert len(found[r][i]) == len(want) and all(close(a, b, 1e-13) for a, b in zip(found[r][i], want)), (i, r)
+        assert all(torch.equal(a, b) for r in range(1, ranks) for a, b in zip(found[0][i], found[r][i]))
+    assert all('fewer ranks' in f[-1] or 'too small' in f[-1] for f in found) or ranks == 2
+
+def test_what_cannot_be_shared():
+    with pytest.raises(InputError, match='torchrun'): stream_bands(small(), 8)
+    class Rows:
+        shape = 1, 3, 40, 24
+        def read(self, top, bottom): return torch.zeros(1, 3, bottom-top, 24)
+        def write(self, top, bottom, gradient): pass
+    with Played(0, 2):
+        with pytest.raises(StreamingError, match='leave write out'): stream_bands(small(), 8)(Rows())
+        with pytest.raises(StreamingError, match='random'): stream_bands(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout()), 8)(torch.randn(1, 3, 40, 24))

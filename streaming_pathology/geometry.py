@@ -279,13 +279,35 @@ def _native(f):
     return (lambda at, x, *a, **k: getattr(x, f)(*a, **k)) if isinstance(f, str) else (lambda at, *a, **k: f(*a, **k))
 
 # %% ../nbs/00_geometry.ipynb #d3d0fbc6
+class _Widened(torch.autograd.Function):
+    "A convolution of few bits, multiplied and summed in float32 and rounded once; the input is saved in few bits."
+    @staticmethod
+    def forward(ctx, x, weight, bias, *how):
+        ctx.save_for_backward(x, weight); ctx.how, ctx.bias = how, bias is not None
+        with torch.autocast('cpu', enabled=False): return F.conv2d(x.float(), weight.to(x.dtype).float(), None if bias is None else bias.to(x.dtype).float(), *how).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x, weight), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.how
+        gs = torch.ops.aten.convolution_backward(g.float(), x.float(), weight.to(x.dtype).float(), [len(weight)], stride, _pair(padding), dilation, False, [0, 0], groups, [*ctx.needs_input_grad[:2], ctx.bias])
+        return gs[0] if gs[0] is None else gs[0].to(x.dtype), gs[1] if gs[1] is None else gs[1].to(weight.dtype), gs[2], None, None, None, None
+
+def _bits(x):
+    "The type of few bits in which `x` would be convolved on a CPU that cannot do that itself, if so."
+    if x.device.type != 'cpu': return
+    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+    has = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported}.get(dtype)
+    return dtype if has and not has() else None
+
 @rule(F.conv2d)
 def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     _image(input); _need(isinstance(weight, torch.Tensor), 'has a weight that depends on the image')
     stride, dilation = _pair(stride), _pair(dilation)
     if padding == 'valid': padding = 0
     pads = [((t := d*(k-1))//2, t-t//2) for k, d in zip(weight.shape[2:], dilation)] if padding == 'same' else [(p, p) for p in _pair(padding)]
-    def run(at, input, weight, bias=None, *_, **__): return F.conv2d(at.pad(input), weight, bias, stride, at.padding, dilation, groups)
+    def run(at, input, weight, bias=None, *_, **__):
+        if low := _bits(input): return _Widened.apply(at.pad(input).to(low), weight, bias, stride, at.padding, dilation, groups)
+        return F.conv2d(at.pad(input), weight, bias, stride, at.padding, dilation, groups)
     return Op(run, input, *_windows(input, weight.shape[2:], stride, dilation, pads))
 
 @rule(F.max_pool2d)

@@ -222,7 +222,7 @@ def exactness(net, x, strip=64, directions=('rows', 'columns')):
         for k, e in (('output', error(ys, y)), *(('gradients', error(a, b)) for a, b in zip(gradients(ys), want))): worst[k] = max(worst[k], e)
     return worst
 
-def streams(arch, size=(299, 245), strip=64, device='cpu', seed=0):
+def streams(arch, size=(211, 173), strip=64, device='cpu', seed=0):
     "Torchvision's network `arch` as it classifies: `exactness` in float64, or why it is refused; its parameters in millions."
     torch.manual_seed(seed)
     net = torchvision.models.get_model(arch, weights=None, num_classes=2, **_asked.get(arch, {})).eval()
@@ -231,7 +231,7 @@ def streams(arch, size=(299, 245), strip=64, device='cpu', seed=0):
     except StreamingError as e: return {**found, 'refused': str(e)}
     return {**found, **exactness(shake(net).double().to(device), torch.randn(1, 3, *size, dtype=torch.double, device=device), strip)}
 
-def run_networks(archs=None, size=(299, 245), strip=64, device='cpu', log=print):
+def run_networks(archs=None, size=(211, 173), strip=64, device='cpu', log=print):
     "`streams` for each of `archs`, by default all that torchvision has for classification; a dictionary that `json` can write."
     result = {'machine': machine(), 'case': dict(size=[*size], strip=strip, directions=['rows', 'columns'], dtype='float64', device=device), 'networks': {}}
     for arch in archs or torchvision.models.list_models(module=torchvision.models):

@@ -211,7 +211,7 @@ def _part(x, cut, i, *args, **kwargs):
 
 def _take_apart(graph):
     "Let each reader of `x.chunk(...)[i]` have its part from `x`, as a value is one tensor."
-    for n in [n for n in graph.nodes if n.target is operator.getitem and isinstance(n.args[0], fx.Node) and n.args[0].target in _cuts and isinstance(n.args[1], int)]:
+    for n in [n for n in graph.nodes if n.target is operator.getitem and isinstance(n.args[0], fx.Node) and n.args[0].target in _cuts and n.args[0].args and isinstance(n.args[1], int)]:
         whole, i = n.args
         with graph.inserting_before(n): new = graph.call_function(_part, (whole.args[0], _cuts[whole.target], i, *whole.args[1:]), whole.kwargs)
         new.meta = n.meta; n.replace_all_uses_with(new); graph.erase_node(n)
@@ -469,7 +469,7 @@ def _cat(tensors, dim=0):
     return Op(_native(torch.cat), tensors[0], across=_beside(tensors[0], _dims(tensors[0], dim)))
 
 @rule(_part)
-def _part_rule(input, cut, i, size, dim=0):
+def _part_rule(input, cut, i, size=None, dim=0, **_):
     _need(input.axis not in _dims(input, dim), 'cuts a map into parts one below the other')
     return Op(_native(_part), input, across=_beside(input, _dims(input, dim)), alias=True)
 

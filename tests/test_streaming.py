@@ -89,7 +89,7 @@ def add_inplace(m, x):
     return y
 
 def halves(m, x):
-    a, b = x.chunk(2, dim=1)
+    a, b = x.chunk(chunks=2, dim=1)
     c, d = torch.split(b, [1, 2], 1)
     return torch.cat([d, a, torch.tanh(c)], 1)
 
@@ -499,14 +499,15 @@ def test_rows_from_anywhere(network, height, width, strip, keep, every, states, 
     if y is x:      # the network does nothing
         with pytest.raises(StreamingError, match='image itself'): s(there)
         return
-    ys = s(there); assert torch.equal(ys, y)
+    ys = s(there); assert close(ys, y)     # rows that lie apart in memory may be rounded otherwise
     if write:
         net.zero_grad(); ys.backward(g); got = [there.gradient, *(p.grad for p in params)]
         assert all(a[1] == b[0] for b, a in zip(there.written, there.written[1:])) and there.written[0][1] == height and there.written[-1][0] == 0      # each row once, from the bottom up
     elif params: got = [want[0], *torch.autograd.grad(ys, params, g, allow_unused=True)] if ys.requires_grad else want
     else: got = want
+    floor = 1e-13*(1+max(t.abs().max().item() for t in want if t is not None))     # rounding of what cancels to nothing
     for a, b in zip(got, want):
-        if a is not b: assert close(a, torch.zeros_like(a) if b is None else b)
+        if a is not b: assert close(a, torch.zeros_like(a) if b is None else b, floor)
     assert all(0 <= a < b <= height for a, b in there.read_rows)
 
 def test_readers_that_cannot_be_right():

@@ -222,14 +222,14 @@ def exactness(net, x, strip=64, directions=('rows', 'columns')):
         for k, e in (('output', error(ys, y)), *(('gradients', error(a, b)) for a, b in zip(gradients(ys), want))): worst[k] = max(worst[k], e)
     return worst
 
-def streams(arch, size=(211, 173), strip=64, device='cpu', seed=0):
+def streams(arch, size=(211, 173), strip=64, device='cpu', seed=0, directions=('rows', 'columns')):
     "Torchvision's network `arch` as it classifies: `exactness` in float64, or why it is refused; its parameters in millions."
     torch.manual_seed(seed)
     net = torchvision.models.get_model(arch, weights=None, num_classes=2, **_asked.get(arch, {})).eval()
     found = {'family': type(net).__name__, 'parameters': round(sum(p.numel() for p in net.parameters())/1e6, 1)}
     try: stream(net, strip)
     except StreamingError as e: return {**found, 'refused': str(e)}
-    return {**found, **exactness(shake(net).double().to(device), torch.randn(1, 3, *size, dtype=torch.double, device=device), strip)}
+    return {**found, **exactness(shake(net).double().to(device), torch.randn(1, 3, *size, dtype=torch.double, device=device), strip, directions)}
 
 def run_networks(archs=None, size=(211, 173), strip=64, device='cpu', log=print):
     "`streams` for each of `archs`, by default all that torchvision has for classification; a dictionary that `json` can write."

@@ -586,7 +586,7 @@ rules[F.adaptive_max_pool2d] = _adaptive(F.adaptive_max_pool2d, _fold_max)
 # %% ../nbs/00_geometry.ipynb #bd576ef8
 _why = {'group_norm': 'normalises over all rows of the image', 'instance_norm': 'normalises over all rows of the image',
         'scaled_dot_product_attention': 'attends over all positions', 'multi_head_attention_forward': 'attends over all positions',
-        'shifted_window_attention': 'attends within windows that it lays over the whole map, and joins its last rows with the first',
+        'shifted_window_attention': 'attends within windows laid over the whole map, which have no rule here',
         'InstanceNorm': 'normalises over all rows of the image', 'MultiheadAttention': 'attends over all positions',
         'size': 'reads the size of a map, of which only strips exist', 'getattr': 'reads an attribute of a map, of which only strips exist', 'shape': 'reads the shape of a map, of which only strips exist', 'dim': 'reads the shape of a map',
         'view': 'reshapes a map, of which only strips exist', 'reshape': 'reshapes a map, of which only strips exist'}

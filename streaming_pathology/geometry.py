@@ -16,6 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, fx
 from torch.nn import functional as F
+from torchvision.models import shufflenetv2
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 # %% ../nbs/00_geometry.ipynb #4498a228
@@ -160,6 +161,8 @@ def _modes(): return torch.is_grad_enabled(), torch.is_autocast_enabled('cpu'), 
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True      # or what is computed from buffers would be computed once, now
 
+    def __init__(self): super().__init__(autowrap_functions=(shufflenetv2.channel_shuffle,))      # it looks at shapes
+
     def is_leaf_module(self, m, name):
         if isinstance(m, _opaque): return _is_opaque(m)
         return super().is_leaf_module(m, name) and not any(c.__module__ in _through for c in type(m).__mro__)
@@ -201,6 +204,19 @@ def _trace_watched(module):
     if before[2] != [b._version for b in module.buffers()]: raise StreamingError('forward changes a buffer, which a trace does only once: call .eval(), or do it outside of the network.')
     return graph
 
+_cuts = {f: f if isinstance(f, str) else f.__name__ for f in (torch.chunk, torch.split, torch.tensor_split, 'chunk', 'split', 'tensor_split')}
+def _part(x, cut, i, *args, **kwargs):
+    "Part `i` of what the method `cut` makes of `x`."
+    return getattr(x, cut)(*args, **kwargs)[i]
+
+def _take_apart(graph):
+    "Let each reader of `x.chunk(...)[i]` have its part from `x`, as a value is one tensor."
+    for n in [n for n in graph.nodes if n.target is operator.getitem and isinstance(n.args[0], fx.Node) and n.args[0].target in _cuts and n.args[0].args and isinstance(n.args[1], int)]:
+        whole, i = n.args
+        with graph.inserting_before(n): new = graph.call_function(_part, (whole.args[0], _cuts[whole.target], i, *whole.args[1:]), whole.kwargs)
+        new.meta = n.meta; n.replace_all_uses_with(new); graph.erase_node(n)
+        if not whole.users: graph.erase_node(whole)
+
 def trace(module):
     "The `fx.Graph` of `module` as it is now, down to functions. Raises `StreamingError` where tracing fails or would lose something."
     for name, m in module.named_modules():
@@ -215,12 +231,13 @@ def trace(module):
     for n in [n for n in graph.nodes if getattr(n.target, '__name__', '') in ('_assert', '_assert_is_none')]: graph.erase_node(n)     # that options have their defaults
     for n in graph.nodes:
         if n.op == 'call_function' and 'input' in n.kwargs: n.args, n.kwargs = (n.kwargs['input'], *n.args), {k: v for k, v in n.kwargs.items() if k != 'input'}
+    _take_apart(graph)
     return graph
 
 def layer_name(node):
     "How a person would call `node`: the path of its layer, its type and the function."
     stack = list(node.meta.get('nn_module_stack', {}).items())
-    what = getattr(node.target, '__name__', str(node.target).split('.')[-1] or 'the layer' if node.op == 'call_module' else node.target)
+    what = node.args[1] if node.target in (_part, getattr) else getattr(node.target, '__name__', str(node.target).split('.')[-1] or 'the layer' if node.op == 'call_module' else node.target)
     if not stack: return f"'{what}'"
     path, kind = stack[-1][1] if isinstance(stack[-1][1], tuple) else stack[-1]
     kind = kind if isinstance(kind, str) else kind.__name__
@@ -473,6 +490,18 @@ def _cat(tensors, dim=0):
     _need(dim % tensors[0].ndim != tensors[0].axis, 'joins maps one below the other')
     return Op(_native(torch.cat), tensors[0], across=_beside(tensors[0], _dims(tensors[0], dim)))
 
+@rule(_part)
+def _part_rule(input, cut, i, size=None, dim=0, **_):
+    _need(input.axis not in _dims(input, dim), 'cuts a map into parts one below the other')
+    return Op(_native(_part), input, across=_beside(input, _dims(input, dim)), alias=True)
+
+def _shuffle(f):
+    def rule(input, groups):
+        _image(input)
+        return Op(_native(f), input, alias=True)
+    return rule
+for f in (F.channel_shuffle, shufflenetv2.channel_shuffle): rules[f] = _shuffle(f)
+
 @rule(F.layer_norm)
 def _layer_norm(input, normalized_shape, *_, **__):
     _need(input.axis < input.ndim-len(normalized_shape), 'normalises over the rows')
@@ -579,8 +608,9 @@ rules[F.adaptive_max_pool2d] = _adaptive(F.adaptive_max_pool2d, _fold_max)
 # %% ../nbs/00_geometry.ipynb #bd576ef8
 _why = {'group_norm': 'normalises over all rows of the image', 'instance_norm': 'normalises over all rows of the image',
         'scaled_dot_product_attention': 'attends over all positions', 'multi_head_attention_forward': 'attends over all positions',
+        'shifted_window_attention': 'attends within windows laid over the whole map, which have no rule here',
         'InstanceNorm': 'normalises over all rows of the image', 'MultiheadAttention': 'attends over all positions',
-        'size': 'reads the size of a map, of which only strips exist', 'getattr': 'reads an attribute of a map, of which only strips exist', 'dim': 'reads the shape of a map',
+        'size': 'reads the size of a map, of which only strips exist', 'getattr': 'reads an attribute of a map, of which only strips exist', 'shape': 'reads the shape of a map, of which only strips exist', 'dim': 'reads the shape of a map',
         'view': 'reshapes a map, of which only strips exist', 'reshape': 'reshapes a map, of which only strips exist'}
 
 def _inplace(node):
@@ -603,7 +633,7 @@ def _settle_inplace(graph):
 
 def _views(n): return n.op.startswith('call') and n.args and isinstance(n.args[0], fx.Node) and (_inplace(n) or getattr(n.target, '__name__', str(n.target)) in _aliases)
 _aliases = {'permute', 'transpose', 'swapaxes', 'unsqueeze', 'squeeze', 'flatten', 'getitem', 'contiguous', 'to', 'float', 'double', 'half', 'bfloat16', 'type', 'type_as',
-            'dropout', 'dropout1d', 'dropout2d', 'dropout3d', 'alpha_dropout', 'stochastic_depth', 'view', 'reshape', 'chunk', 'split', 'expand', 'detach'}
+            'dropout', 'dropout1d', 'dropout2d', 'dropout3d', 'alpha_dropout', 'stochastic_depth', 'view', 'reshape', 'chunk', 'split', 'tensor_split', '_part', 'channel_shuffle', 'expand', 'detach'}
 
 def _family(n):
     "All values that may share memory with `n`."
@@ -693,6 +723,7 @@ class Program:
         _settle_inplace(graph)
         if fold: _fold_norms(graph, fold == 'apart')
         self.before, self.after, self.ops, self.rows = [], [], {}, {}
+        self.attends = next((f"layer '{k}'" for k, m in module.named_modules() if isinstance(m, nn.MultiheadAttention)), None)
         self.shapes = {}     # of all values, for each shape of an image
         known = {}           # what the rules get: a constant's value, the `Rows` of what comes in strips, 'after' for what is known only after the last row
         for n in graph.nodes:
@@ -714,7 +745,8 @@ class Program:
             _need('after' not in inputs, 'combines rows with a value that is known only after the last row (as squeeze-excite does)')
             f = rules.get(n.target) if n.op != 'call_module' else None
             if f is None:
-                raise _Refused(_why.get(name) or next((w for k, w in _why.items() if k in layer_name(n)), 'is not known to work row by row'))
+                why = _why.get(n.args[1] if n.target is getattr else name) or _why.get(name) or next((w for k, w in _why.items() if k[0].isupper() and k in layer_name(n)), 'is not known to work row by row')
+                raise _Refused(why+(f' ({self.attends} attends over all positions)' if self.attends and 'strips exist' in why else ''))
             try: op = f(*fx.map_arg(n.args, known.get), **fx.map_arg(n.kwargs, known.get))
             except (TypeError, AttributeError, IndexError) as e: raise _Refused(f'is called in a way that is not understood ({e})')
         except _Refused as e: raise StreamingError(f'{layer_name(n)} {e} and cannot be streamed: stream the part of the network before it.') from None

@@ -22,7 +22,7 @@ from .streaming import stream
 imagenet_mean, imagenet_std = (.485, .456, .406), (.229, .224, .225)
 
 class Normalise(nn.Module):
-    "`(x/255 - mean)/std` for images (N, 3, H, W) of uint8 or float in 0 to 255; `mean` and `std` are fractions of white, as ImageNet's."
+    "`(x/255 - mean)/std` for images (N, C, H, W) of uint8 or float in 0 to 255; `mean` and `std` are C fractions of white, as ImageNet's of three colours."
     def __init__(self, mean=imagenet_mean, std=imagenet_std):
         super().__init__()
         for name, v in (('mean', mean), ('std', std)): self.register_buffer(name, 255*torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1))
@@ -88,8 +88,12 @@ def load_backbone(
     if not weights or not isinstance(weights, (str, Path, WeightsEnum)): raise InputError(f"weights={weights!r} is neither one of torchvision's nor the path of a file.")
     named = isinstance(weights, WeightsEnum) or (isinstance(weights, str) and not Path(weights).suffix in ('.pt', '.pth', '.bin') and '/' not in weights and not Path(weights).exists())
     if named and sha256: raise InputError(f'sha256 is the checksum of a file, but weights={weights} is a name: leave it out, torchvision checks its own.')
+    own = _backbone(net.state_dict()); takes = own['conv1.weight'].shape[1] if 'conv1.weight' in own else 3
+    if named and takes != 3: raise InputError(f'weights={weights} are made for images of 3 channels, not {takes}: take weights=None, or the file of a network with in_chans={takes}.')
     state = _from_torchvision(arch, weights) if named else _from_file(weights, sha256)
-    own, state = _backbone(net.state_dict()), _backbone(state)
+    state = _backbone(state)
+    first = state.get('conv1.weight')
+    if first is not None and first.ndim == 4 and first.shape[1] != takes: raise InputError(f'{weights}: the weights are made for images of {first.shape[1]} channels, not {takes}: give in_chans={first.shape[1]} or other weights.')
     wrong = [k for k in own if k not in state or state[k].shape != own[k].shape] + [k for k in state if k not in own]
     if wrong: raise InputError(f"{weights}: the weights are not {arch}'s ({len(wrong)} tensors differ, the first is {wrong[0]}); give the file of a {arch} or another architecture.")
     bad = [k for k in own if not state[k].is_floating_point() or not state[k].isfinite().all()]
@@ -137,7 +141,7 @@ class _Scores(nn.Module):
     def forward(self, x): return self.pool.scores(x)
 
 class StreamingClassifier(nn.Module):
-    "A ResNet on whole images (N, 3, H, W), uint8 or float in 0 to 255, to logits (N, n_out), streamed from the pixels to the logits (paper, IV-A)."
+    "A ResNet on whole images (N, in_chans, H, W), uint8 or float in 0 to 255, to logits (N, n_out), streamed from the pixels to the logits (paper, IV-A)."
     def __init__(self,
         arch='resnet18', # 'resnet18', 'resnet34' (the paper's) or 'resnet50'
         n_out=1, # logits per image
@@ -148,16 +152,22 @@ class StreamingClassifier(nn.Module):
         train_affine=None, # whether BatchNorm's scale and shift are trained; None: only if there are no weights
         mean=imagenet_mean, std=imagenet_std, # of the pixels, as fractions of white
         memory='auto', # for strip='auto': bytes, text such as '8GB', or 'auto', what the device has free
+        in_chans=3, # channels of the images; other than three need `mean` and `std` of their own, and weights made for as many
     ):
         super().__init__()
         if arch not in archs: raise InputError(f"arch={arch!r} is not known: use one of {', '.join(archs)}.")
         if isinstance(n_out, bool) or not isinstance(n_out, int) or n_out < 1: raise InputError(f'n_out={n_out!r} is not a number of logits: give an integer from 1 on.')
-        if np.shape(mean) != (3,) or np.shape(std) != (3,) or not min(std) > 0: raise InputError(f'mean={mean}, std={std}: give three numbers each, std above 0, as fractions of white.')
+        if isinstance(in_chans, bool) or not isinstance(in_chans, int) or in_chans < 1: raise InputError(f'in_chans={in_chans!r} is not a number of channels: give an integer from 1 on.')
+        if np.shape(mean) != (in_chans,) or np.shape(std) != (in_chans,) or not min(std) > 0:
+            raise InputError(f"mean={mean}, std={std}: give {'three' if in_chans == 3 else f'in_chans={in_chans}'} numbers each, std above 0, as fractions of white.")
         if sha256 and not isinstance(weights, (str, Path)): raise InputError('sha256 is the checksum of a file: give its path as weights.')
         if pool not in pools: raise InputError(f"pool={pool!r} is not known: use one of {', '.join(map(repr, pools))}.")
         net = getattr(torchvision.models, arch)(weights=None, zero_init_residual=weights is None)
+        if in_chans != 3:
+            net.conv1 = nn.Conv2d(in_chans, 64, 7, 2, 3, bias=False)
+            nn.init.kaiming_normal_(net.conv1.weight, mode='fan_out', nonlinearity='relu')      # as torchvision begins
         if weights is not None: load_backbone(net, arch, weights, sha256)
-        self.arch, self.train_affine = arch, weights is None if train_affine is None else train_affine
+        self.arch, self.in_chans, self.train_affine = arch, in_chans, weights is None if train_affine is None else train_affine
         body = nn.Sequential(OrderedDict([('normalise', Normalise(mean, std)), *((k, getattr(net, k)) for k in stages[1:])]))
         self.trunk = stream(body, strip, memory=memory)
         self.head = nn.Sequential(OrderedDict(pool=pools[pool](net.fc.in_features), flatten=nn.Flatten(), fc=nn.Linear(net.fc.in_features, n_out)))
@@ -166,7 +176,7 @@ class StreamingClassifier(nn.Module):
         self.train()
 
     def forward(self, x):
-        if x.ndim != 4 or x.shape[1] != 3: raise InputError(f'images are (N, 3, H, W), not {tuple(x.shape)}.')
+        if x.ndim != 4 or x.shape[1] != self.in_chans: raise InputError(f'images are (N, {self.in_chans}, H, W), not {tuple(x.shape)}.')
         return self.whole(x)
 
     @property
@@ -178,11 +188,11 @@ class StreamingClassifier(nn.Module):
         return w
 
     def features(self, x):
-        "The feature map (N, C, H/32, W/32) of images (N, 3, H, W)."
+        "The feature map (N, C, H/32, W/32) of images (N, in_chans, H, W)."
         return self.trunk(x)
 
     def attention(self, x):
-        "The attention (N, 1, H/32, W/32) that each position of images (N, 3, H, W) gets; it sums to one over an image."
+        "The attention (N, 1, H/32, W/32) that each position of images (N, in_chans, H, W) gets; it sums to one over an image."
         pool = self.head.pool
         if not isinstance(pool, GatedAttention): raise InputError("attention needs a network that pools by attention: make it with pool='attention'.")
         scores = stream(nn.Sequential(self.trunk.module, _Scores(pool)), **self.trunk.options)(x)
@@ -210,9 +220,9 @@ def freeze_until(self:StreamingClassifier, stage):
 @patch
 @torch.no_grad()
 def calibrate(self:StreamingClassifier, patches):
-    "Set BatchNorm's running statistics to those of `patches` (N, 3, h, w), a sample of tissue as it will be seen in training."
-    if patches.ndim != 4 or len(patches)*patches.shape[2]*patches.shape[3] < 2*32*32: raise InputError(f'calibrate needs a batch (N, 3, h, w) of patches, not {tuple(patches.shape)}.')
-    if patches.shape[1] != 3: raise InputError(f'calibrate needs patches of three colours, not {patches.shape[1]}.')
+    "Set BatchNorm's running statistics to those of `patches` (N, in_chans, h, w), a sample of tissue as it will be seen in training."
+    if patches.ndim != 4 or len(patches)*patches.shape[2]*patches.shape[3] < 2*32*32: raise InputError(f'calibrate needs a batch (N, {self.in_chans}, h, w) of patches, not {tuple(patches.shape)}.')
+    if patches.shape[1] != self.in_chans: raise InputError(f'calibrate needs patches of {self.in_chans} channels, not {patches.shape[1]}.')
     norms = self._norms(); before = [(m.momentum, {k: b.clone() for k, b in m.named_buffers()}) for m in norms]
     try:
         for m in norms: m.reset_running_stats(); m.momentum = None; m.train()

@@ -99,11 +99,13 @@ class Piece:
     size: int
     axis: int = 2
     whole: bool = False
+    loose: bool = False     # computed from inputs `i` to `j` alone, as if they were all; the ends are mended afterwards
 
     @property
     def reads(self):
         "The inputs `(lo, hi)` inside the image that this piece reads."
         if self.whole: return 0, self.size
+        if self.loose: return self.i, self.j
         lo, hi = self.window.needs(self.i, self.j)
         if self.window.mode != 'constant' and (lo < 0 or hi > self.size):     # the edge repeats rows from further inside
             reflect = self.window.mode == 'reflect'
@@ -113,7 +115,7 @@ class Piece:
         return lo, min(max(hi, lo), self.size)
 
     @property
-    def native(self): return self.whole and self.window.mode == 'constant' and self.window.pad[0] == self.window.pad[1]
+    def native(self): return (self.whole or self.loose) and self.window.mode == 'constant' and self.window.pad[0] == self.window.pad[1]
 
     def pad(self, x, fill=0.):
         "`x`, the inputs `self.reads`, with the padding that belongs to it."

@@ -127,8 +127,12 @@ class _Strips:
     def region(self, n, a, rows, columns, there):
         "What of its input `a`, of which the rows `there` are at hand, `rows` and `columns` of `n` are computed from."
         op, r = self.program.ops[n], self.program.rows[a]
-        across = Piece(op.across, *columns, self.width[a], r.across, whole=columns == (0, self.width[n])) if op.across and r.across is not None else None
+        across = Piece(op.across, *columns, self.width[a], r.across, columns == (0, self.width[n]), self.loose(n, columns)) if op.across and r.across is not None else None
         return Region(Piece(op.window, *rows, self.height[a], r.axis, whole=(rows, there) == ((0, self.height[n]), (0, self.height[a]))), across)
+
+    def loose(self, n, columns):
+        "Whether `columns` of `n` are computed from the same columns of its input, and `mend`ed at their ends."
+        return False
 
     def piece(self, a, parts, spans, top, rows, columns):
         "`rows` and `columns` of `a`, whose rows from `top` on lie in `parts`, one for each of `spans`; and whether it is a tensor of its own. What lies between is filled."
@@ -140,6 +144,8 @@ class _Strips:
             found.append(_narrow(_narrow(t, r.axis, rows[0]-top, rows[1]-top), r.across, at-left, end-left)); at = end
         if at < columns[1]: found.append(self.fill(a, rows, (at, columns[1])))
         return (found[0], False) if len(found) == 1 else (torch.cat(found, r.across), True)
+
+    def mend(self, n, out, rows, columns): return out
 
 def _narrow(t, axis, lo, hi): return t if axis is None or hi-lo == t.shape[axis] else t.narrow(axis, lo, hi-lo)
 
@@ -162,7 +168,7 @@ def step(self:_Strips, x, k, state, env):
         at = {a: self.region(n, a, rows, columns, (start[a], will[a])) for a in p.inputs[n]}
         get = lambda a: take(n, a, at[a].along.reads, at[a].across.reads if at[a].across else (0, self.width[a])) if a in at else env[a]
         args, kwargs = fx.map_arg(n.args, get), fx.map_arg(n.kwargs, get)
-        if not op.shared: return op.run(at[p.inputs[n][0]], *args, **kwargs)
+        if not op.shared: return self.mend(n, op.run(at[p.inputs[n][0]], *args, **kwargs), rows, columns)
         if (n, 'mask') not in nxt: nxt[n, 'mask'] = op.run(None, *args, **kwargs)
         return args[0]*nxt[n, 'mask']
     for n, op in p.ops.items():

@@ -288,7 +288,7 @@ def large(device='cpu', sizes=((8192, 8192), (16384, 16384)), memory='3GB', stri
         found = peak_memory(way, case); result['steps'].append({'case': case, 'way': way, 'planned': plans, **found}); log(f'{_title(case)}, {way}: {found}')
     return result
 
-def gigapixel(device='cpu', sizes=((65536, 65536),), memory='6GB', strip=None, dtype='float32', log=print):
+def gigapixel(device='cpu', sizes=((65536, 65536),), memory='4GB', strip=None, dtype='float32', log=print):
     "One training step of a `slim` classifier on an image that is not in memory."
     return large(device, sizes, memory, strip, dtype, 'slim', 'rows', log)
 

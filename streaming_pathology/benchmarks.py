@@ -266,7 +266,7 @@ def beside_plain(device='cpu', repeats=3, sizes=((1024, 1024), (2048, 2048), (30
         result['growth'].append(compare({'plain': plain, 'checkpoint': checkpointed, 'least': planned(case, 'least')[0]}, case, max(1, repeats//2), log))
     return result
 
-def beside_peer(device='cpu', repeats=3, sizes=((2048, 2048),), nets=(('resnet18', 'layer3', (640, 768, 960, 1280)), ('resnet34', 'layer4', (1600, 1792, 1920))), peer='lightstream', log=print):
+def beside_peer(device='cpu', repeats=3, sizes=((2048, 2048),), nets=(('resnet18', 'layer3', (640, 960, 1280)), ('resnet34', 'layer4', (1600, 1920))), peer='lightstream', log=print):
     "Streaming with the memory that lightstream takes with tiles of several sizes, and the time of both."
     result = {'machine': machine(), 'pairs': []}
     for (arch, until, tiles), size in itertools.product(nets, sizes):

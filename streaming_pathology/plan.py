@@ -143,7 +143,7 @@ def budget(memory, device=torch.device('cpu')):
         if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]+torch.cuda.memory_reserved(device)-torch.cuda.memory_allocated(device)
         return _free()
     if isinstance(memory, str) and (m := re.fullmatch(r'\s*([\d.]+)\s*([KMGT]?i?B)\s*', memory, re.I)): memory = float(m[1])*_units[m[2].upper()]
-    if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not 0 < memory < math.inf: raise InputError(f"memory={memory!r} is no amount of memory: give bytes, text such as '8GB', or 'auto'.")
+    if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not 0 < memory < math.inf: raise InputError(f"memory={memory!r} is no amount of memory: give bytes, text such as '8GB', 'auto' or 'least'.")
     return int(memory)
 
 def _free():
@@ -207,7 +207,7 @@ MOVE = 100      # operations in the time that a byte takes to a disk or back
 def plan(
     module, # the network, or its first part, or a `Streamed` one
     shape, # of the image: (N, C, H, W)
-    memory='auto', # bytes, text such as '8GB', or 'auto': what the network's device has free
+    memory='auto', # bytes, text such as '8GB', 'auto': what the network's device has free, or 'least': within a tenth of the least there is
     strip=None, # the height of a strip, if it is given
     direction='auto', # 'rows', 'columns', or 'auto'
     dtype=torch.float32, # of the image
@@ -217,7 +217,7 @@ def plan(
     "The fastest exact way to stream an image of `shape` within `memory`. Raises `InputError` if there is none; then it says what the least is."
     if isinstance(module, Streamed): module = module.module
     device = next((p.device for p in module.parameters()), torch.device('cpu'))
-    total, how = budget(memory, device), dict(dtype=dtype, autocast=autocast, train=train)
+    how = dict(dtype=dtype, autocast=autocast, train=train)
     run, _ = Streamed(_on_meta(module), 1, direction=direction).strips(torch.empty(shape, dtype=dtype, device='meta'))
     axis, length = run.axis, shape[run.axis]
     seen, unit = map(math.ceil, map(max, zip(*run.program.fields().values())))
@@ -230,6 +230,7 @@ def plan(
     def measured_at(h):
         if h not in measured: measured[h] = _Height(module, shape, h, axis, seen, **how)
         return measured[h]
+    total = int(1.1*min(measured_at(h).peak(states='disk') for h in heights[-3:])) if memory == 'least' else budget(memory, device)
     if not strip and len(heights) > 4:      # memory grows with the height: leave out what is far too high
         least = min(heights, key=lambda h: abs(h-4*unit))
         heights = [h for h in heights if h <= max(least, 2*least*total/measured_at(least).peak(states='disk')) or (h == length and plain.peak <= total)]

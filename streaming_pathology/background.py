@@ -40,11 +40,8 @@ class Canvas:
         for i, p in enumerate(self.patches):
             if len(p) != 3: raise InputError(f'Patch {i} is not (top, left, tensor).')
             if why := _bad_patch(*p, self): raise InputError(f'Patch {i} at {p[:2]} {why}.')
-        if not torch.equal(torch.tensor(self.colour, dtype=self.dtype).double(), torch.tensor(self.colour).double()) and not self.dtype.is_floating_point:
+        if not self.dtype.is_floating_point and any(c != int(c) or not torch.iinfo(self.dtype).min <= c <= torch.iinfo(self.dtype).max for c in self.colour):
             raise InputError(f'colour={self.colour} cannot be had in {self.dtype}: give whole numbers in its range.')
-
-    @property
-    def ndim(self): return 4
 
     def blank(self, height, width, device=None):
         "(1, C, height, width) of the colour."
@@ -141,34 +138,41 @@ def _profile(window, size, inputs):
 class _Background:
     "The values of a program where the canvas of the pass `run` shows its colour: `maps` of their profiles."
     def __init__(self, run, env, training):
-        self.run, p, canvas = run, run.program, run.source.canvas
-        size = [canvas.shape[p.rows[p.image].axis], canvas.shape[p.rows[p.image].across]]
-        self.profiles, self.masks = {p.image: [_Profile(s) for s in size]}, {}      # along the strips and across them
-        self.maps = {p.image: canvas.blank(1, 1, run.source.device)}
-        for n, op in p.ops.items():
-            if n not in p.rows: continue
-            self.profiles[n] = [_profile(w, s[n], [self.profiles[a][i] for a in p.inputs[n]]) for i, (w, s) in enumerate(((op.window, run.height), (op.across, run.width)))]
+        self.run, p, device = run, run.program, run.source.device
+        self.profiles, self.masks = {p.image: [_Profile(run.height[p.image]), _Profile(run.width[p.image])]}, {}      # along the strips and across them
+        for n in [n for n in p.ops if n in p.rows]:
+            self.profiles[n] = [_profile(w, s[n], [self.profiles[a][i] for a in p.inputs[n]]) for i, (w, s) in enumerate(((p.ops[n].window, run.height), (p.ops[n].across, run.width)))]
+        self.where = {n: [q.where().to(device) for q in of] for n, of in self.profiles.items()}
+        amp = run.autocast and run.autocast[2]
+        with torch.set_grad_enabled(training and not amp), run.context(): self._fill(env)
+        self.types = {n: m.dtype for n, m in self.maps.items()}
+        if amp:     # what stands for so many is computed in float32 and rounded once
+            with torch.set_grad_enabled(training), torch.autocast(device.type, enabled=False): self._fill(env)
+        self.leaves = {n: m.detach().to(_wide(m)).requires_grad_(m.requires_grad) for n, m in self.maps.items()}
+
+    def _fill(self, env):
+        self.maps = {self.run.program.image: self.run.source.canvas.blank(1, 1, self.run.source.device)}
+        for n, op in self.run.program.ops.items():
+            if n not in self.profiles: continue
             rows, columns = (q.zones for q in self.profiles[n])
             self.maps[n] = torch.cat([torch.cat([self._compute(n, op, r, c, env) for c in columns], op.out.across) for r in rows], op.out.axis)
-        self.where = {n: [q.where().to(run.source.device) for q in of] for n, of in self.profiles.items()}
-        self.leaves = {n: m.detach().to(_wide(m)).requires_grad_(training and m.requires_grad) for n, m in self.maps.items()}
 
     def _compute(self, n, op, rows, columns, env):
         p = self.run.program
-        at = {a: self.run.region(n, a, rows, columns, None) for a in p.inputs[n]}
-        get = lambda a: self._pick(self.maps[a], a, [q.where() for q in self.profiles[a]], at[a].along.reads, at[a].across.reads) if a in at else env[a]
+        at = {a: self.run.region(n, a, rows, columns) for a in p.inputs[n]}
+        get = lambda a: self._pick(self.maps[a], a, at[a].along.reads, at[a].across.reads) if a in at else env[a]
         args, kwargs = fx.map_arg(n.args, get), fx.map_arg(n.kwargs, get)
         if not op.shared: return op.run(at[p.inputs[n][0]], *args, **kwargs)
         if n not in self.masks: self.masks[n] = op.run(None, *args, **kwargs)
         return args[0]*self.masks[n]
 
-    def _pick(self, map, a, where, rows, columns):
-        r, (i, j) = self.run.program.rows[a], where
-        return map.index_select(r.axis, i[slice(*rows)].to(map.device)).index_select(r.across, j[slice(*columns)].to(map.device))
+    def _pick(self, map, a, rows, columns):
+        r, (i, j) = self.run.program.rows[a], self.where[a]
+        return map.index_select(r.axis, i[slice(*rows)]).index_select(r.across, j[slice(*columns)])
 
     def pick(self, a, rows, columns):
         "The background of `a` at `rows` and `columns`."
-        return self._pick(self.leaves[a], a, self.where[a], rows, columns).to(self.maps[a].dtype)
+        return self._pick(self.leaves[a], a, rows, columns).to(self.types[a])
 
 def _wide(x): return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
@@ -214,7 +218,7 @@ class _CanvasPass(_Pass):
             if why: raise StreamingError(f'{layer_name(n)} {why}, so the background of a canvas is not the same everywhere: give canvas.dense() instead of the canvas, or leave the layer out (.eval() where that does).')
         self.rim = max([0]+[w.pad[0] for op in program.ops.values() if (w := getattr(op, 'across', None)) and _keeps_columns(w) and w.pad[0] <= 4])
         axis = program.rows[program.image].axis
-        self.boxes = [(t, t+p.shape[1], l, l+p.shape[2])[::1] if axis == 2 else (l, l+p.shape[2], t, t+p.shape[1]) for t, l, p in self.source.canvas.patches]
+        self.boxes = [(t, t+p.shape[1], l, l+p.shape[2]) if axis == 2 else (l, l+p.shape[2], t, t+p.shape[1]) for t, l, p in self.source.canvas.patches]     # along the strips and across them
 
     def spans(self, k):
         if k not in self.seen:
@@ -246,7 +250,7 @@ class _CanvasPass(_Pass):
         return out
 
     def begin(self, training):
-        with torch.set_grad_enabled(training), self.context(): self.background = _Background(self, self.env, training)
+        self.background = _Background(self, self.env, training)
         return {(n, 'mask'): m.detach() for n, m in self.background.masks.items()}
 
     def fill(self, a, rows, columns): return self.background.pick(a, rows, columns)

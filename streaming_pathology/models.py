@@ -176,7 +176,7 @@ class StreamingClassifier(nn.Module):
         self.train()
 
     def forward(self, x):
-        if x.ndim != 4 or x.shape[1] != self.in_chans: raise InputError(f'images are (N, {self.in_chans}, H, W), not {tuple(x.shape)}.')
+        if len(x.shape) != 4 or x.shape[1] != self.in_chans: raise InputError(f'images are (N, {self.in_chans}, H, W), not {tuple(x.shape)}.')
         return self.whole(x)
 
     @property

@@ -124,11 +124,11 @@ class _Strips:
         if not self.seen: self.seen = {n: [(0, w)] for n, w in self.width.items()}
         return self.seen
 
-    def region(self, n, a, rows, columns, there):
+    def region(self, n, a, rows, columns, there=None, loose=False):
         "What of its input `a`, of which the rows `there` are at hand, `rows` and `columns` of `n` are computed from."
         op, r = self.program.ops[n], self.program.rows[a]
-        across = Piece(op.across, *columns, self.width[a], r.across, columns == (0, self.width[n]), self.loose(n, columns)) if op.across and r.across is not None else None
-        return Region(Piece(op.window, *rows, self.height[a], r.axis, whole=(rows, there) == ((0, self.height[n]), (0, self.height[a]))), across)
+        across = Piece(op.across, *columns, self.width[a], r.across, columns == (0, self.width[n]), loose) if op.across and r.across is not None else None
+        return Region(Piece(op.window, *rows, self.height[a], r.axis, (rows, there) == ((0, self.height[n]), (0, self.height[a]))), across)
 
     def loose(self, n, columns):
         "Whether `columns` of `n` are computed from the same columns of its input, and `mend`ed at their ends."
@@ -165,7 +165,7 @@ def step(self:_Strips, x, k, state, env):
             t, own = self.piece(a, full[a], spans[a], start[a], (stay[a], will[a]), columns)
             nxt[a, s] = t.clone() if copy and not own else t
     def compute(n, op, rows, columns):
-        at = {a: self.region(n, a, rows, columns, (start[a], will[a])) for a in p.inputs[n]}
+        at = {a: self.region(n, a, rows, columns, (start[a], will[a]), self.loose(n, columns)) for a in p.inputs[n]}
         get = lambda a: take(n, a, at[a].along.reads, at[a].across.reads if at[a].across else (0, self.width[a])) if a in at else env[a]
         args, kwargs = fx.map_arg(n.args, get), fx.map_arg(n.kwargs, get)
         if not op.shared: return self.mend(n, op.run(at[p.inputs[n][0]], *args, **kwargs), rows, columns)
@@ -538,6 +538,7 @@ class Streamed(nn.Module):
         if self.strip == 'auto': return self.planned(_source(x, self.module))(x)
         run, env = self.strips(x)
         program, source = run.program, run.source
+        if program.image in program.output.all_input_nodes and callable(getattr(x, 'dense', None)): x = x.dense()
         if program.image in program.output.all_input_nodes and not isinstance(x, torch.Tensor): raise StreamingError(f'The network returns the image itself, which {type(x).__name__} does not have as a tensor: return what is computed from it.')
         nodes = [n for n in program.operands if isinstance(env[n], torch.Tensor)]
         if torch.is_grad_enabled() and (source.wanted or any(env[n].requires_grad for n in nodes)):

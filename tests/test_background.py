@@ -50,3 +50,101 @@ def test_canvas_is_its_dense_image(data, network, strip, keep, every, states, di
     torch.manual_seed(seed); channels, net = network
     canvas = data.draw(canvases(channels))
     agree(net, canvas, strip, keep=keep, every=every, states=states, direction=direction)
+
+# --- heads, masks and what wants a gradient
+
+def painted(H=400, W=300, dtype=torch.double, wanted=False):
+    g = torch.Generator().manual_seed(1)
+    return Canvas((H, W), (.9, -.3, .4), [(t, l, torch.randn(3, h, w, dtype=torch.double, generator=g).to(dtype).requires_grad_(wanted)) for t, l, h, w in ((0, 0, 31, 17), (150, 120, 40, 33), (170, 153, 60, 21), (399, 250, 1, 50))])
+
+def body(c=8): return nn.Sequential(nn.Conv2d(3, c, 7, 2, 3, bias=False), frozen_norm(c), nn.ReLU(True), nn.MaxPool2d(3, 2, 1), nn.Conv2d(c, c, 3, padding=1), frozen_norm(c), nn.ReLU(True), nn.Conv2d(c, c, 3, 2, 1))
+
+@pytest.mark.parametrize('head', [nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d((3, 2)), nn.AdaptiveMaxPool2d((2, 5)), Apply(lambda m, x: x.sum((2, 3))), nn.Upsample(scale_factor=2, mode='bilinear'), nn.ConvTranspose2d(8, 3, 3, 2, 1, 1)], ids=str)
+def test_heads(head):
+    torch.manual_seed(0); agree(nn.Sequential(body(), head).double(), painted(wanted=True), 32)
+
+def test_what_wants_a_gradient():
+    torch.manual_seed(0); net = body().double(); canvas = painted()
+    net[:4].requires_grad_(False); agree(net, canvas, 32)
+    for p in net.parameters(): p.requires_grad_(p.ndim == 1)
+    agree(net, canvas, 32)
+    net.requires_grad_(False); agree(net, canvas, 32)
+    agree(net, painted(wanted=True), 32, keep=3)
+    some = painted(wanted=True); some.patches[1][2].requires_grad_(False); agree(net, some, 32)
+
+@pytest.mark.parametrize('drop', [nn.Dropout2d(.5), StochasticDepth(.5, 'row'), StochasticDepth(.5, 'batch')], ids=str)
+def test_masks_hold_for_the_whole_canvas(drop):
+    "Dropped channels are dropped everywhere, the background included, forward and backward: as with the mask as a constant."
+    net, canvas = nn.Sequential(body(), Apply(lambda m, x: x+m.layers[0](x), drop.train()), nn.Conv2d(8, 4, 3, padding=1)).double(), painted(wanted=True)
+    for seed in range(6):
+        torch.manual_seed(seed); s = stream(net, 32)
+        run, _ = s.strips(canvas); state = torch.get_rng_state(); begun = run.begin(True); mask, = [m for n, m in begun.items() if n[1] == 'mask']
+        torch.set_rng_state(state); y = s(canvas); got = torch.autograd.grad(y.square().sum(), [*net.parameters(), *(p for *_, p in canvas.patches)])
+        z = net[0](canvas.dense()); w = net[2](z+z*mask); want = torch.autograd.grad(w.square().sum(), [*net.parameters(), *(p for *_, p in canvas.patches)])
+        assert close(y, w) and all(close(a, b, 1e-12) for a, b in zip(got, want))
+
+def test_classifier_with_attention():
+    torch.manual_seed(0); model = StreamingClassifier('resnet18', pool='attention', strip=64).double(); plain = nn.Sequential(model.trunk.module, model.head)
+    canvas = Canvas((700, 330), (240, 235, 245), [(100, 50, 255*torch.rand(3, 90, 71, dtype=torch.double)), (500, 200, 255*torch.rand(3, 33, 130, dtype=torch.double))])
+    y = plain(canvas.dense()); ys = model(canvas); assert close(ys, y)
+    want, got = (torch.autograd.grad(v.sum(), list(model.parameters())) for v in (y, ys))
+    assert all(close(a, b, 1e-12) for a, b in zip(got, want)) and close(model.attention(canvas), model.attention(canvas.dense()))
+    low = Canvas((700, 330), (240, 235, 245), [(t, l, p.to(torch.uint8)) for t, l, p in canvas.patches])
+    model.float(); assert torch.allclose(model(low), plain(low.dense()), atol=1e-4)
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_is_as_near_to_the_truth_as_the_dense_image(dtype):
+    errors = {'dense': [], 'canvas': []}
+    for seed in range(8):
+        torch.manual_seed(seed); net, canvas = body().float(), painted(dtype=torch.float32); s = stream(net, 32)
+        exact = net(canvas.dense()); want = torch.autograd.grad(exact.square().mean(), list(net.parameters()))
+        for name, x in (('dense', canvas.dense()), ('canvas', canvas)):
+            with torch.autocast('cpu', dtype): y = s(x)
+            got = torch.autograd.grad(y.float().square().mean(), list(net.parameters()))
+            errors[name].append(torch.stack([(a-b).norm()/b.norm() for a, b in zip([y.float(), *got], [exact, *want])]))
+    dense, canvas = (torch.stack(e).median(0).values for e in errors.values())
+    assert (canvas <= 1.3*dense+1e-3).all(), f'{canvas} beside {dense}'
+
+def test_work_is_that_of_the_tissue():
+    from torch.utils.flop_counter import FlopCounterMode
+    net, found = body().double(), {}
+    canvas = Canvas((2000, 2000), (1, 1, 1), [(900, 900, torch.rand(3, 200, 200, dtype=torch.double))])
+    for name, x in (('canvas', canvas), ('dense', canvas.dense())):
+        s = stream(net, 64)
+        with torch.no_grad():
+            s.strips(x)     # finds the shapes of whole maps, which would be counted too
+            with FlopCounterMode(display=False) as counted: s(x)
+        found[name] = counted.get_total_flops()
+    assert found['canvas'] < .03*found['dense'], found       # 1% is tissue
+
+# --- what is not a canvas
+
+def test_canvases_in_images():
+    torch.manual_seed(0)
+    x = torch.full((3, 300, 200), 7, dtype=torch.uint8); x[:, 100:130, 50:90] = 9; x[1, 299, 199] = 0
+    c = Canvas.from_image(x); assert c.colour == (7, 7, 7) and torch.equal(c.dense()[0], x) and len(c.patches) == 2 and c.dtype == torch.uint8
+    assert Canvas.from_image(torch.ones(1, 1, 50, 1)).patches == [] and torch.equal(Canvas.from_image(torch.ones(1, 1, 50, 1), (0,)).dense(), torch.ones(1, 1, 50, 1))
+    noise = torch.rand(3, 77, 91, requires_grad=True); c = Canvas.from_image(noise, (2, 2, 2)); assert len(c.patches) == 1
+    y = stream(nn.Conv2d(3, 2, 3), 16)(c); y.sum().backward(); assert noise.grad is not None and torch.equal(c.dense()[0], noise)
+    torch.manual_seed(1); specks = torch.rand(1, 999, 1203); specks = torch.where(specks < .9999, torch.zeros(()), specks); assert torch.equal(Canvas.from_image(specks, (0,)).dense()[0], specks)
+    for bad, says in ((torch.rand(2, 3, 9, 9), 'one image'), (torch.rand(9, 9), 'one image'), ('x', 'one image'), (torch.rand(3, 0, 9), 'one image')):
+        with pytest.raises(InputError, match=says): Canvas.from_image(bad)
+    with pytest.raises(InputError, match='channels'): Canvas.from_image(torch.rand(3, 9, 9), (1, 1))
+
+@pytest.mark.parametrize('shape, colour, patches, says', [
+    ((0, 5), (1,), [], 'size of a canvas'), ((5,), (1,), [], 'size of a canvas'), ((5, 5.), (1,), [], 'size of a canvas'), ((5, 5), (), [], 'no channels'), ((5, 5), 3, [], 'no colour'), ((5, 5), (1,), [(0, 0)], 'Patch 0'),
+    ((5, 5), (1,), [(0, 0, torch.zeros(1, 6, 5))], 'reaches beyond'), ((5, 5), (1,), [(-1, 0, torch.zeros(1, 2, 2))], 'reaches beyond'), ((5, 5), (1,), [(0., 0, torch.zeros(1, 2, 2))], 'whole pixels'), ((5, 5), (1,), [(0, 0, torch.zeros(2, 2))], 'tensor'),
+    ((5, 5), (1,), [(0, 0, torch.zeros(2, 2, 2))], '2 channels'), ((5, 5), (1,), [(0, 0, torch.zeros(1, 2, 0))], 'pixels'), ((5, 5), (1,), [(0, 0, torch.zeros(1, 2, 2)), (0, 0, torch.zeros(1, 2, 2).double())], 'float64'), ((5, 5), (300,), [(0, 0, torch.zeros(1, 2, 2, dtype=torch.uint8))], 'cannot be had'), ((5, 5), (.5,), [(0, 0, torch.zeros(1, 2, 2, dtype=torch.uint8))], 'cannot be had')])
+def test_bad_canvases(shape, colour, patches, says):
+    with pytest.raises(InputError, match=says) as e: Canvas(shape, colour, patches)
+    assert '\n' not in str(e.value)
+
+def test_canvases_that_a_network_cannot_take():
+    for net, says in ((nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout()), 'canvas.dense()'), (nn.CircularPad2d((1, 1, 0, 0)), 'where a column lies'), (Apply(lambda m, x: x+m.p, p=torch.randn(1, 3, 1, 300)), 'where a column lies')):
+        with pytest.raises(StreamingError, match=says.replace('(', '.').replace(')', '.')): stream(net, 32, direction='rows')(painted(dtype=torch.float32))
+    with pytest.raises(StreamingError, match='too small'): stream(nn.Conv2d(3, 4, 9), 4)(Canvas((5, 5), (1, 1, 1)))
+    net = small(); s = stream(net, 16); canvas = painted(dtype=torch.float32); y = s(canvas).sum(); y.backward()
+    with pytest.raises(RuntimeError): y.backward()
+    y = s(canvas).sum()
+    with torch.no_grad(): net[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match='inplace'): y.backward()

@@ -6,42 +6,51 @@
 __all__ = ['GRID', 'Canvas']
 
 # %% ../nbs/03_background.ipynb #3179d759
-import math
+import math, operator
 from fractions import Fraction
 import torch
 from torch import fx
 from torch.nn import functional as F
-from .geometry import InputError, StreamingError, Piece, Spread, layer_name
+from .geometry import InputError, StreamingError, Spread, _wide, layer_name
 from .streaming import _Pass
 
 # %% ../nbs/03_background.ipynb #e09bdd1d
+def _whole(n):
+    "`n` as an int if it is a whole number."
+    try: return None if isinstance(n, bool) else operator.index(n)
+    except TypeError: return None
+
 def _bad_patch(top, left, p, canvas):
     "What is wrong with a patch, if anything is."
-    if not isinstance(p, torch.Tensor) or p.ndim != 3 or not p.numel(): return f'is not a tensor (C, h, w) with pixels, but {tuple(p.shape) if isinstance(p, torch.Tensor) else type(p).__name__}'
-    if any(isinstance(v, bool) or not isinstance(v, int) for v in (top, left)): return 'does not lie at whole pixels'
-    if len(p) != len(canvas.colour): return f'has {len(p)} channels where the colour has {len(canvas.colour)}'
-    if p.dtype != canvas.dtype: return f'is {p.dtype} where others are {canvas.dtype}'
+    if not isinstance(p, torch.Tensor) or p.ndim != 3 or not p.numel(): return f'is {tuple(p.shape) if isinstance(p, torch.Tensor) else type(p).__name__}: give a tensor (C, h, w) with pixels'
+    if None in (top, left): return 'does not lie at whole pixels: give two integers'
+    if len(p) != len(canvas.colour): return f'has {len(p)} channels where the colour has {len(canvas.colour)}: give as many'
+    if p.dtype != canvas.dtype: return f'is {p.dtype} where the canvas is {canvas.dtype}: convert one of them'
     if top < 0 or left < 0 or top+p.shape[1] > canvas.shape[2] or left+p.shape[2] > canvas.shape[3]: return f'covers rows {top} to {top+p.shape[1]} and columns {left} to {left+p.shape[2]}, which reaches beyond the {canvas.shape[2]} x {canvas.shape[3]} pixels of the canvas: cut it'
 
 class Canvas:
-    "An image (1, C, H, W) of one colour with patches on it; where patches overlap, the later one lies on top."
+    """An image (1, C, H, W) of one colour with patches on it, which are not copied; where they overlap, the later one lies on top. Raises `InputError` for what does not fit.
+    A streamed network gives what it gives for `dense()`. Only where a maximum is reached in several places, the gradient may go to another of them."""
     def __init__(self,
         shape, # (H, W) in pixels
         colour, # one number a channel, in the units of the patches
-        patches=(), # (top, left, tensor (C, h, w)) each, all of one type
+        patches=(), # (top, left, tensor (C, h, w)) each, in pixels of the canvas, within it, all of one type
         dtype=None, # of the pixels; None: the patches'
     ):
-        if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape): raise InputError(f'shape={shape} is not the size of a canvas: give (height, width) in pixels.')
-        try: self.colour = tuple(float(c) for c in colour)
+        size = [_whole(n) for n in shape] if isinstance(shape, (tuple, list)) else []
+        if len(size) != 2 or not all(n and n > 0 for n in size): raise InputError(f'shape={shape} is not the size of a canvas: give (height, width) in whole pixels.')
+        try: self.colour = tuple(float(c) for c in colour if not isinstance(c, str))
         except (TypeError, ValueError): raise InputError(f'colour={colour!r} is no colour: give one number for each channel.') from None
-        if not self.colour: raise InputError('colour has no channels: give one number for each.')
-        self.shape, self.patches = torch.Size((1, len(self.colour), *shape)), [tuple(p) for p in patches]
-        self.dtype = dtype or next((p[2].dtype for p in self.patches if len(p) == 3 and isinstance(p[2], torch.Tensor)), torch.float32)
+        if not self.colour: raise InputError(f'colour={colour!r} has no channels: give one number for each.')
+        for i, p in enumerate(patches := list(patches)):
+            if not isinstance(p, (tuple, list)) or len(p) != 3: raise InputError(f'Patch {i} is {p!r}: give (top, left, tensor).')
+        self.shape, self.patches = torch.Size((1, len(self.colour), *size)), [(_whole(t), _whole(l), p) for t, l, p in patches]
+        self.dtype = dtype or next((p.dtype for *_, p in self.patches if isinstance(p, torch.Tensor)), torch.float32)
         for i, p in enumerate(self.patches):
-            if len(p) != 3: raise InputError(f'Patch {i} is not (top, left, tensor).')
-            if why := _bad_patch(*p, self): raise InputError(f'Patch {i} at {p[:2]} {why}.')
-        if not self.dtype.is_floating_point and any(c != int(c) or not torch.iinfo(self.dtype).min <= c <= torch.iinfo(self.dtype).max for c in self.colour):
-            raise InputError(f'colour={self.colour} cannot be had in {self.dtype}: give whole numbers in its range.')
+            if why := _bad_patch(*p, self): raise InputError(f'Patch {i} at {patches[i][:2]} {why}.')
+        if self.dtype == torch.bool or self.dtype.is_complex: raise InputError(f'A canvas of {self.dtype} cannot be streamed: give floats, or integers such as uint8.')
+        range = torch.finfo(self.dtype) if self.dtype.is_floating_point else torch.iinfo(self.dtype)
+        if any(not range.min <= c <= range.max or (c != int(c) and not self.dtype.is_floating_point) for c in self.colour): raise InputError(f'colour={self.colour} cannot be had in {self.dtype}: give numbers in its range, whole ones for integers.')
 
     def blank(self, height, width, device=None):
         "(1, C, height, width) of the colour."
@@ -78,8 +87,9 @@ def _boxes(tissue, price):
     return done+growing
 
 def _from_image(x, colour=None, cell=32, price=2):
-    """The `Canvas` of an image (1, C, H, W) or (C, H, W): what differs from `colour` (None: the most frequent one along the border) becomes patches, views of `x`.
-    A box more is worth `price` cells of `cell` x `cell` pixels."""
+    """The `Canvas` of an image (1, C, H, W) or (C, H, W): what differs from `colour` (in the units of `x`; None: the most frequent one along the border) becomes patches, views of `x`, through which gradients reach it.
+    A box more is worth `price` cells of `cell` x `cell` pixels. Raises `InputError`."""
+    if not _whole(cell) or cell < 1: raise InputError(f'cell={cell!r} is no size of a cell: give pixels, from 1 on.')
     if not isinstance(x, torch.Tensor) or x.ndim not in (3, 4) or (x.ndim == 4 and len(x) != 1) or not x.numel(): raise InputError(f'A canvas is found in one image (C, H, W) or (1, C, H, W), not in {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}.')
     x = x[0] if x.ndim == 4 else x
     if colour is None:
@@ -139,28 +149,28 @@ class _Background:
     "The values of a program where the canvas of the pass `run` shows its colour: `maps` of their profiles."
     def __init__(self, run, env, training):
         self.run, p, device = run, run.program, run.source.device
+        low = lambda ts: any(t.dtype in (torch.float16, torch.bfloat16) for t in ts if isinstance(t, torch.Tensor))
         self.profiles, self.masks = {p.image: [_Profile(run.height[p.image]), _Profile(run.width[p.image])]}, {}      # along the strips and across them
         for n in [n for n in p.ops if n in p.rows]:
             self.profiles[n] = [_profile(w, s[n], [self.profiles[a][i] for a in p.inputs[n]]) for i, (w, s) in enumerate(((p.ops[n].window, run.height), (p.ops[n].across, run.width)))]
         self.where = {n: [q.where().to(device) for q in of] for n, of in self.profiles.items()}
-        amp = run.autocast and run.autocast[2]
-        with torch.set_grad_enabled(training and not amp), run.context(): self._fill(env)
+        with torch.set_grad_enabled(training), run.context(): self._fill(env)
         self.types = {n: m.dtype for n, m in self.maps.items()}
-        if amp:     # what stands for so many is computed in float32 and rounded once
-            with torch.set_grad_enabled(training), torch.autocast(device.type, enabled=False): self._fill(env)
+        if low((*self.maps.values(), *env.values())):       # what stands for so many is computed in float32 and rounded once
+            with torch.set_grad_enabled(training), torch.autocast(device.type, enabled=False): self._fill(env, _widened)
         self.leaves = {n: m.detach().to(_wide(m)).requires_grad_(m.requires_grad) for n, m in self.maps.items()}
 
-    def _fill(self, env):
+    def _fill(self, env, cast=lambda t: t):
         self.maps = {self.run.program.image: self.run.source.canvas.blank(1, 1, self.run.source.device)}
         for n, op in self.run.program.ops.items():
             if n not in self.profiles: continue
             rows, columns = (q.zones for q in self.profiles[n])
-            self.maps[n] = torch.cat([torch.cat([self._compute(n, op, r, c, env) for c in columns], op.out.across) for r in rows], op.out.axis)
+            self.maps[n] = torch.cat([torch.cat([self._compute(n, op, r, c, env, cast) for c in columns], op.out.across) for r in rows], op.out.axis)
 
-    def _compute(self, n, op, rows, columns, env):
+    def _compute(self, n, op, rows, columns, env, cast):
         p = self.run.program
         at = {a: self.run.region(n, a, rows, columns) for a in p.inputs[n]}
-        get = lambda a: self._pick(self.maps[a], a, at[a].along.reads, at[a].across.reads) if a in at else env[a]
+        get = lambda a: cast(self._pick(self.maps[a], a, at[a].along.reads, at[a].across.reads) if a in at else env[a])
         args, kwargs = fx.map_arg(n.args, get), fx.map_arg(n.kwargs, get)
         if not op.shared: return op.run(at[p.inputs[n][0]], *args, **kwargs)
         if n not in self.masks: self.masks[n] = op.run(None, *args, **kwargs)
@@ -174,7 +184,7 @@ class _Background:
         "The background of `a` at `rows` and `columns`."
         return self._pick(self.leaves[a], a, rows, columns).to(self.types[a])
 
-def _wide(x): return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+def _widened(t): return t.to(_wide(t)) if isinstance(t, torch.Tensor) else t
 
 # %% ../nbs/03_background.ipynb #185c8a92
 def _sight(window, inputs):
@@ -208,17 +218,18 @@ class _CanvasPass(_Pass):
         self.sight = {program.image: [(Fraction(1), 0, 0)]*2}
         for n, op in program.ops.items():
             why = None
-            if getattr(op, 'random', False) and not op.shared: why = 'draws random numbers for each position'
+            if getattr(op, 'random', False) and not op.shared: why = 'draws random numbers for each position (.eval() on it stops that)'
             elif n in program.rows:
                 if op.across is None: why = 'depends on where a column lies, or mixes all of them'
                 else:
                     seen = [[self.sight[a][i] for a in program.inputs[n]] for i in (0, 1)]
                     if any(len({s for s, *_ in of}) > 1 for of in seen): why = 'joins maps of different strides'
                     else: self.sight[n] = [_sight(w, of) for w, of in zip((op.window, op.across), seen)]
-            if why: raise StreamingError(f'{layer_name(n)} {why}, so the background of a canvas is not the same everywhere: give canvas.dense() instead of the canvas, or leave the layer out (.eval() where that does).')
+            if why: raise StreamingError(f'{layer_name(n)} {why}, so the background of a canvas is not the same everywhere: give canvas.dense() instead.')
         self.rim = max([0]+[w.pad[0] for op in program.ops.values() if (w := getattr(op, 'across', None)) and _keeps_columns(w) and w.pad[0] <= 4])
         axis = program.rows[program.image].axis
         self.boxes = [(t, t+p.shape[1], l, l+p.shape[2]) if axis == 2 else (l, l+p.shape[2], t, t+p.shape[1]) for t, l, p in self.source.canvas.patches]     # along the strips and across them
+        self.sight = {n: [(d, *(int(v*d) for v in seen)) for seen in of if (d := math.lcm(*(Fraction(v).denominator for v in seen)))] for n, of in self.sight.items()}     # in integers, times the first
 
     def spans(self, k):
         if k not in self.seen:
@@ -227,15 +238,16 @@ class _CanvasPass(_Pass):
         return self.seen[k]
 
     def _spans(self, k):
-        p, (_, start), (will, _), found = self.program, self.at(k), self.at(k+1), {}
-        for n in reversed(p.rows):
-            (s, a, b), (sc, ac, bc) = self.sight[n]
-            first, last = s*start[n]-a, s*(will[n]-1)+b
-            columns = [(math.ceil((l-bc)/sc)-self.rim, math.floor((r-1+ac)/sc)+1+self.rim) for t, e, l, r in self.boxes if t <= last and e > first] if will[n] > start[n] else []
-            found[n] = _merged([(c//GRID*GRID, -(-d//GRID)*GRID) for c, d in columns], self.width[n])
+        (_, start), (will, _), found = self.at(k), self.at(k+1), {}
+        rows = {n: ((s*start[n]-a)//d, -(-(s*(will[n]-1)+b)//d)) for n, ((d, s, a, b), _) in self.sight.items() if will[n] > start[n]}       # of the image, first and last, that are seen
+        near = [box for box in self.boxes if rows and box[0] <= max(hi for _, hi in rows.values()) and box[1] > min(lo for lo, _ in rows.values())]
+        for n, (_, (d, s, a, b)) in self.sight.items():
+            columns = [(-((b-l*d)//s)-self.rim, ((r-1)*d+a)//s+1+self.rim) for t, e, l, r in near if t <= rows[n][1] and e > rows[n][0]] if n in rows else []
+            found[n] = _merged([(c//GRID*GRID, -(-e//GRID)*GRID) for c, e in columns], self.width[n])
         return found
 
     def loose(self, n, columns):
+        "So are spans that do not reach from edge to edge: their rim is as wide as the padding, and sees no tissue."
         w = self.program.ops[n].across
         return _keeps_columns(w) and 0 < w.pad[0] <= self.rim and columns != (0, self.width[n])
 
@@ -243,10 +255,8 @@ class _CanvasPass(_Pass):
         "What was computed at the ends as if there were padding behind is background."
         if not self.loose(n, columns): return out
         pad, across = self.program.ops[n].across.pad[0], self.program.rows[n].across
-        left = columns[0] > 0 and self.fill(n, rows, (columns[0], columns[0]+pad))
-        right = columns[1] < self.width[n] and self.fill(n, rows, (columns[1]-pad, columns[1]))
-        for side, at in ((left, 0), (right, out.shape[across]-pad)):
-            if side is not False: out.narrow(across, at, pad).copy_(side)
+        for at, inside in ((columns[0], columns[0] > 0), (columns[1]-pad, columns[1] < self.width[n])):
+            if inside: out.narrow(across, at-columns[0], pad).copy_(self.fill(n, rows, (at, at+pad)))
         return out
 
     def begin(self, training):
@@ -280,10 +290,10 @@ class _Painted:
 
     def _overlaps(self, axis, rows, columns):
         "Which patches lie within `rows` and `columns`: number, where in the region, where in the patch."
-        where = (rows, columns) if axis == 2 else (columns, rows)
-        for i, (*corner, p) in enumerate(self.canvas.patches):
-            both = [(max(a, c), min(b, c+n)) for (a, b), c, n in zip(where, corner, p.shape[1:])]
-            if all(a < b for a, b in both): yield i, *((..., *(slice(a-o, b-o) for (a, b), o in zip(both, origin))) for origin in ([w[0] for w in where], corner))
+        (top, bottom), (left, right) = (rows, columns) if axis == 2 else (columns, rows)
+        for i, (t, l, p) in enumerate(self.canvas.patches):
+            a, b, c, d = max(top, t), min(bottom, t+p.shape[1]), max(left, l), min(right, l+p.shape[2])
+            if a < b and c < d: yield i, (..., slice(a-top, b-top), slice(c-left, d-left)), (..., slice(a-t, b-t), slice(c-l, d-l))
 
     def read(self, axis, rows, columns):
         size = rows[1]-rows[0], columns[1]-columns[0]

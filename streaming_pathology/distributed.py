@@ -9,22 +9,27 @@ __all__ = ['Banded', 'stream_bands']
 import torch
 import torch.distributed as dist
 from .geometry import InputError, StreamingError, Piece, layer_name
-from .streaming import Streamed
+from .streaming import Streamed, _rng
 
 # %% ../nbs/11_distributed.ipynb #c6db0ffd
+_drawn = 'The network draws random numbers (dropout), which would differ from rank to rank: call .eval() on those layers to compute one image on several ranks.'
+
 class _Band:
     "What makes a pass, of a tensor or of a canvas, that of a band: rank `rank` of `ranks` computes its share of each output."
     def share(self, group):
         p, self.group = self.program, group
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        if p.random: raise StreamingError('The network draws random numbers (dropout), which would differ from rank to rank: call .eval() on those layers to compute one image on several ranks.')
+        if rank < 0: raise InputError('This process is not in the group that shares the image: call the network on the ranks of the group only.')
+        if p.random: raise StreamingError(_drawn)
         for n in p.outputs:
             if self.height[n] < ranks: raise StreamingError(f'{layer_name(n)} has {self.height[n]} rows for {ranks} ranks: use fewer ranks for this image.')
         self.bands = {n: [self.height[n]*r//ranks for r in range(ranks+1)] for n in p.outputs}
         need = {}
         for n in reversed(p.rows):
             rows = [tuple(self.bands[n][rank:rank+2])] if n in p.outputs else []
-            rows += [Piece(p.ops[u].window, *need[u], self.height[n]).reads for u in p.users.get(n, ()) if u in need]
+            for u in [u for u in p.users.get(n, ()) if u in need]:
+                (lo, hi), w = Piece(p.ops[u].window, *need[u], self.height[n]).reads, p.ops[u].window
+                rows.append((lo, next(e for e in range(hi, self.height[n]+1) if w.ready(e, self.height[n], self.height[u]) >= need[u][1])))       # behind reflecting padding a row waits for more than it reads
             if rows: lo = min(self.height[n]-1, *(lo for lo, _ in rows)); need[n] = lo, max(lo+1, *(hi for _, hi in rows))      # one at least, where only padding is read
         nothing = {n: (h, h) for n, h in self.height.items()}      # of values that lead nowhere
         self.first, self.last = ({n: rows[i] for n, rows in {**nothing, **need}.items()} for i in (0, 1))
@@ -41,8 +46,15 @@ class _Band:
                 band.copy_(part)
         return outs
 
+    def agree(self, gouts):
+        "Refuse gradients of the outputs that differ from rank to rank: each rank backpropagates only its own rows of them."
+        sums = torch.stack([torch.zeros(2) if g is None else torch.stack([g.sum(dtype=torch.double), g.abs().sum(dtype=torch.double)]).float().cpu() for g in gouts]).nan_to_num().to(self.source.device)
+        mine = torch.stack([sums, -sums]); most = mine.clone(); dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        if (most-mine > 1e-3*sums[:, 1:]).any(): raise StreamingError('The gradients of the output differ from rank to rank: compute the same loss from it on every rank.')
+
     def backward(self, gouts):
         "The whole gradients, on every rank: each adds what its own rows of the outputs give."
+        self.agree(gouts)
         leaves, total, source = {n: t for n, t in self.leaves().items() if n in self.env}, super().backward(gouts), self.source
         total = {n: total.get(n, torch.zeros_like(t)).contiguous() for n, t in leaves.items()}
         source.gradients = [g if g is not None or not t.requires_grad else torch.zeros_like(t) for g, t in zip(source.gradients, source.tensors)]
@@ -59,6 +71,12 @@ class Banded(Streamed):
         super().__init__(module, *args, **options)
         self.__dict__['group'] = group
 
+    def forward(self, x):
+        device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device('cpu'))
+        before = _rng(device); out = super().forward(x)
+        if any(a is not None and not torch.equal(a, b) for a, b in zip(before, _rng(device))): raise StreamingError(_drawn)      # behind the reductions
+        return out
+
     def like(self, **options): return Banded(self.module, group=self.group, **options)
 
     def start(self, Pass, program, module, source, *args):
@@ -71,5 +89,6 @@ def stream_bands(
     group=None, # the process group; None: all processes
     **options, # `keep`, `states`, `every`, `direction`, `memory`, as for `stream`
 ):
-    "`module`, computed by all ranks together: each streams a band of the image, and every rank gets the whole output and every gradient. All ranks call it with the same image, of which each reads its own rows."
+    """`module`, computed by all ranks together: each streams a band of the image, and every rank gets the whole output and, in backward, the whole gradient (already summed: do not reduce it again; the mean that DistributedDataParallel takes is harmless).
+    All ranks call it with the same image (N, C, H, W), of which each reads its own rows, and go on to the same loss; losses that differ raise `StreamingError`, and so do random layers and more ranks than rows of the output."""
     return Banded(module, strip, group=group, **options)

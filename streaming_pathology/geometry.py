@@ -311,12 +311,16 @@ class _Widened(torch.autograd.Function):
         gs = torch.ops.aten.convolution_backward(g.float(), x.float(), weight.to(x.dtype).float(), [len(weight)], stride, _pair(padding), dilation, False, [0, 0], groups, [*ctx.needs_input_grad[:2], ctx.bias])
         return gs[0] if gs[0] is None else gs[0].to(x.dtype), gs[1] if gs[1] is None else gs[1].to(weight.dtype), gs[2], None, None, None, None
 
+def _lacks(dtype):
+    "Whether the CPU has no instructions to convolve in `dtype`."
+    has = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported}.get(dtype)
+    return has is not None and not has()
+
 def _bits(x):
     "The type of few bits in which `x` would be convolved on a CPU that cannot do that itself, if so."
     if x.device.type != 'cpu': return
-    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-    has = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported}.get(dtype)
-    return dtype if has and not has() else None
+    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') and x.dtype != torch.double else x.dtype      # autocast leaves float64 alone
+    return dtype if _lacks(dtype) else None
 
 @rule(F.conv2d)
 def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from .geometry import InputError
+from . import geometry
+from .geometry import InputError, StreamingError
 from .streaming import Streamed, _Pass, _Strips, _stores
 
 # %% ../nbs/02_plan.ipynb #bb315af5
@@ -82,9 +83,13 @@ def measure(
     ledger=None, # a `Ledger` of one's own
 ):
     "A `Step`, found by running it on the meta device. All is counted: parameters, their gradients, the image, states, outputs and their gradients, and what is alive in between."
+    cpu = next((p.device.type for p in module.parameters()), 'cpu') == 'cpu'
+    def bits(x):        # what `geometry._bits` would say of the module's device
+        low = autocast if autocast and x.dtype != torch.double else x.dtype
+        return low if cpu and geometry._lacks(low) else None
     module = _on_meta(module); x = torch.empty(shape, dtype=dtype, device='meta')
     amp = lambda *_: _Autocast(autocast) if autocast else nullcontext()
-    with torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None), torch.set_grad_enabled(train), mock.patch.object(_Strips, 'context', amp):
+    with mock.patch.object(geometry, '_bits', bits), torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None), torch.set_grad_enabled(train), mock.patch.object(_Strips, 'context', amp):
         if isinstance(module, Streamed): module.strips(x)       # the shapes of whole maps are known before; on a real device they take nothing
         with (ledger := ledger or Ledger()), FlopCounterMode(display=False) as flops, amp():
             for t in (x, *module.parameters(), *module.buffers()): ledger.note(t)
@@ -92,7 +97,9 @@ def measure(
                 for p in module.parameters():
                     if p.requires_grad: p.grad = torch.empty_like(p)
             ys = [y for y in _tensors(module(x)) if y.requires_grad or not train]
-            if train and ys: torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+            try:
+                if train and ys: torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+            except RuntimeError as e: raise StreamingError(f'The network cannot be trained, streamed or not: {str(e).splitlines()[0]}') from e
     return Step(max(ledger.peak, *ledger.peaks, 0), flops.get_total_flops(), sum(y.nbytes for y in ys))
 
 # %% ../nbs/02_plan.ipynb #830b3e79
@@ -230,7 +237,7 @@ def plan(
     def measured_at(h):
         if h not in measured: measured[h] = _Height(module, shape, h, axis, seen, **how)
         return measured[h]
-    total = int(1.1*min(measured_at(h).peak(states='disk') for h in heights[-3:])) if memory == 'least' else budget(memory, device)
+    total = int(1.1*min(measured_at(h).peak(states='disk') for h in heights[-3:])) if str(memory).lower() == 'least' else budget(memory, device)
     if not strip and len(heights) > 4:      # memory grows with the height: leave out what is far too high
         least = min(heights, key=lambda h: abs(h-4*unit))
         heights = [h for h in heights if h <= max(least, 2*least*total/measured_at(least).peak(states='disk')) or (h == length and plain.peak <= total)]
@@ -241,7 +248,7 @@ def plan(
             keep = one.most(total, every, states) if train else 0
             again = (n-keep)/n if train else 0
             operations = plain.flops+forward*again*(2-1/every)+n*begin+(MOVE*2*one.state*(n-keep) if states == 'disk' else 0)
-            found.append((h, keep, every if keep < n else 1, states if keep < n else 'device', one.peak(keep, every, states), operations/plain.flops))
+            found.append((h, keep, every if keep < n else 1, states if keep < n else 'device', one.peak(keep, every, states), operations/max(plain.flops, 1)))
         fit = [f for f in found if f[4] <= total]
         others.append(min(fit, key=lambda f: f[5]) if fit else min(found, key=lambda f: f[4]))
         if fit and others[-1][5] > min(f[5] for f in others if f[4] <= total): break     # lower strips only take longer

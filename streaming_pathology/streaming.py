@@ -131,7 +131,7 @@ class _Strips:
         return Region(Piece(op.window, *rows, self.height[a], r.axis, (rows, there) == ((0, self.height[n]), (0, self.height[a]))), across)
 
     def loose(self, n, columns):
-        "Whether `columns` of `n` are computed from the same columns of its input, and `mend`ed at their ends."
+        "Whether `columns` of `n` are computed from these columns of its input alone, and their ends `mend`ed."
         return False
 
     def piece(self, a, parts, spans, top, rows, columns):
@@ -406,10 +406,10 @@ def backward(self:_Pass, gouts):
         if source.wanted: self.give(k, [torch.zeros_like(t) if g is None else g for t, g in zip(rows, gs[len(inputs)-len(rows):])])
         del pairs, inputs, start, rows     # views of the strip's maps, which would live on beside the next strip's
         for n, g in zip(leaves, gs):
-            if g is not None: total[n] = total[n].add_(g) if n in total else g.clone()      # autograd may hand out one tensor twice
+            if g is not None: total[n] = total[n].add_(g) if n in total else g.to(torch.promote_types(g.dtype, torch.float32), copy=True)      # not rounded from strip to strip; autograd may hand out one tensor twice
         below = {n: g for n, g in zip(tops, gs[len(leaves):]) if g is not None}
         del gs
-    return total
+    return {n: t.to(leaves[n].dtype) for n, t in total.items()}
 
 # %% ../nbs/01_streaming.ipynb #e2f8a3c4
 def _rng(device): return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
@@ -538,15 +538,17 @@ class Streamed(nn.Module):
         if self.strip == 'auto': return self.planned(_source(x, self.module))(x)
         run, env = self.strips(x)
         program, source = run.program, run.source
-        if program.image in program.output.all_input_nodes and callable(getattr(x, 'dense', None)): x = x.dense()
-        if program.image in program.output.all_input_nodes and not isinstance(x, torch.Tensor): raise StreamingError(f'The network returns the image itself, which {type(x).__name__} does not have as a tensor: return what is computed from it.')
+        if any(program.image in n.all_input_nodes for n in (program.output, *program.after)):
+            if callable(getattr(x, 'dense', None)): x = x.dense()
+            if not isinstance(x, torch.Tensor): raise StreamingError(f'The network needs the image itself behind its strips, which {type(x).__name__} does not have as a tensor: return what is computed from it.')
         nodes = [n for n in program.operands if isinstance(env[n], torch.Tensor)]
-        if torch.is_grad_enabled() and (source.wanted or any(env[n].requires_grad for n in nodes)):
+        if not program.outputs+program.reductions: outs = []
+        elif torch.is_grad_enabled() and (source.wanted or any(env[n].requires_grad for n in nodes)):
             outs = _Stream.apply(run, self, nodes, *source.tensors, *[env[n] for n in nodes])
         else: outs = run.forward()
-        env.update(zip(program.outputs+program.reductions, outs))
+        env.update({program.image: x, **dict(zip(program.outputs+program.reductions, outs))})
         for n in program.after: env[n] = evaluate(n, self.module, env)
-        return _plain(program.output.args[0], {**env, program.image: x})
+        return _plain(program.output.args[0], env)
 
     @property
     def options(self): return {k: self.__dict__[k] for k in ('strip', 'keep', 'states', 'every', 'direction', 'memory')}

@@ -1,9 +1,8 @@
 """Random networks on random canvases in float64: the canvas gives what its dense image gives, values, every gradient and those of the patches."""
-import os
-import pytest, torch, torchvision
+import copy, os
+import pytest, torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
-from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 from streaming_pathology.background import Canvas
 from streaming_pathology.geometry import InputError, StreamingError
@@ -105,6 +104,17 @@ def test_autocast_is_as_near_to_the_truth_as_the_dense_image(dtype):
     dense, canvas = (torch.stack(e).median(0).values for e in errors.values())
     assert (canvas <= 1.3*dense+1e-3).all(), f'{canvas} beside {dense}'
 
+def test_weights_of_few_bits():
+    "bf16 weights, under autocast and alone: as near to float64 as the plain network is, however many strips there are."
+    torch.manual_seed(0); net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).bfloat16(); canvas = painted(dtype=torch.bfloat16); canvas.colour = tuple(torch.tensor(canvas.colour).bfloat16().tolist())
+    exact = copy.deepcopy(net).double(); want = torch.autograd.grad(exact(canvas.dense().double()).square().mean(), list(exact.parameters()))
+    def error(f, x, amp):
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp): y = f(x)
+        return max(((a-b).norm()/b.norm()).item() for a, b in zip(torch.autograd.grad(y.double().square().mean(), list(net.parameters())), want))
+    plain = error(net, canvas.dense(), False)
+    for strip in (400, 16):
+        for x, amp in ((canvas, False), (canvas, True), (canvas.dense(), False)): assert error(stream(net, strip), x, amp) < 1.5*plain+1e-3, (strip, amp)
+
 def test_work_is_that_of_the_tissue():
     from torch.utils.flop_counter import FlopCounterMode
     net, found = body().double(), {}
@@ -132,7 +142,7 @@ def test_canvases_in_images():
     with pytest.raises(InputError, match='channels'): Canvas.from_image(torch.rand(3, 9, 9), (1, 1))
 
 @pytest.mark.parametrize('shape, colour, patches, says', [
-    ((0, 5), (1,), [], 'size of a canvas'), ((5,), (1,), [], 'size of a canvas'), ((5, 5.), (1,), [], 'size of a canvas'), ((5, 5), (), [], 'no channels'), ((5, 5), 3, [], 'no colour'), ((5, 5), (1,), [(0, 0)], 'Patch 0'),
+    ((0, 5), (1,), [], 'size of a canvas'), (10, (1,), [], 'size of a canvas'), ((True, 5), (1,), [], 'size of a canvas'), ((5, 5), (float('nan'),), [], 'cannot be had'), ((5, 5), (float('inf'),), [(0, 0, torch.zeros(1, 2, 2, dtype=torch.uint8))], 'cannot be had'), ((5, 5), '1', [], 'no channels'), ((5, 5), (1,), [5], 'Patch 0'), ((5, 5), (1,), [(0, 0, torch.zeros(1, 2, 2, dtype=torch.bool))], 'torch.bool'), ((5,), (1,), [], 'size of a canvas'), ((5, 5.), (1,), [], 'size of a canvas'), ((5, 5), (), [], 'no channels'), ((5, 5), 3, [], 'no colour'), ((5, 5), (1,), [(0, 0)], 'Patch 0'),
     ((5, 5), (1,), [(0, 0, torch.zeros(1, 6, 5))], 'reaches beyond'), ((5, 5), (1,), [(-1, 0, torch.zeros(1, 2, 2))], 'reaches beyond'), ((5, 5), (1,), [(0., 0, torch.zeros(1, 2, 2))], 'whole pixels'), ((5, 5), (1,), [(0, 0, torch.zeros(2, 2))], 'tensor'),
     ((5, 5), (1,), [(0, 0, torch.zeros(2, 2, 2))], '2 channels'), ((5, 5), (1,), [(0, 0, torch.zeros(1, 2, 0))], 'pixels'), ((5, 5), (1,), [(0, 0, torch.zeros(1, 2, 2)), (0, 0, torch.zeros(1, 2, 2).double())], 'float64'), ((5, 5), (300,), [(0, 0, torch.zeros(1, 2, 2, dtype=torch.uint8))], 'cannot be had'), ((5, 5), (.5,), [(0, 0, torch.zeros(1, 2, 2, dtype=torch.uint8))], 'cannot be had')])
 def test_bad_canvases(shape, colour, patches, says):

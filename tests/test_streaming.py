@@ -339,6 +339,10 @@ def test_gradients_through_pooling_in_low_precision(dtype, keep, end):
     pure = copy.deepcopy(net).to(torch.bfloat16)
     assert len(gradients(pure, lambda v: stream(pure, 7, keep)(v).float(), x.bfloat16())[1]) == len(want)
 
+def test_float64_is_left_alone_by_autocast():
+    net, x = small().double(), torch.randn(1, 3, 33, 20, dtype=torch.double)
+    with torch.autocast('cpu', torch.bfloat16): assert stream(net, 5)(x).dtype == torch.double and close(stream(net, 5)(x), net(x))
+
 def test_autocast_of_the_forward_pass_holds_in_backward():
     torch.manual_seed(0); net, x = small(), torch.randn(1, 3, 33, 20)
     want = gradients(net, net, x)[1]; net.zero_grad()

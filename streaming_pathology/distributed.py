@@ -28,8 +28,9 @@ class _Band:
         for n in reversed(p.rows):
             rows = [tuple(self.bands[n][rank:rank+2])] if n in p.outputs else []
             for u in [u for u in p.users.get(n, ()) if u in need]:
-                (lo, hi), w = Piece(p.ops[u].window, *need[u], self.height[n]).reads, p.ops[u].window
-                rows.append((lo, next(e for e in range(hi, self.height[n]+1) if w.ready(e, self.height[n], self.height[u]) >= need[u][1])))       # behind reflecting padding a row waits for more than it reads
+                w, (i, j) = p.ops[u].window, need[u]; hi = Piece(w, i, j, self.height[n]).reads[1]
+                lo = min(Piece(w, i, k, self.height[n]).reads[0] for k in (i+1, j))     # also for a first strip of one row
+                rows.append((lo, next(e for e in range(hi, self.height[n]+1) if w.ready(e, self.height[n], self.height[u]) >= j)))       # behind reflecting padding a row waits for more than it reads
             if rows: lo = min(self.height[n]-1, *(lo for lo, _ in rows)); need[n] = lo, max(lo+1, *(hi for _, hi in rows))      # one at least, where only padding is read
         nothing = {n: (h, h) for n, h in self.height.items()}      # of values that lead nowhere
         self.first, self.last = ({n: rows[i] for n, rows in {**nothing, **need}.items()} for i in (0, 1))

@@ -362,7 +362,8 @@ def _crop(at, y, lead=(0, 0)):
     for piece in (at.along, at.across):
         first = piece.reads[0]*piece.window.factor-lead[piece.axis-2]
         sides = first-piece.i, piece.j-first-y.shape[piece.axis]
-        if any(sides): y = F.pad(y, [0, 0]*(y.ndim-1-piece.axis)+[*sides])
+        if max(sides) > 0: y = F.pad(y, [0, 0]*(y.ndim-1-piece.axis)+[max(s, 0) for s in sides])
+        if min(sides) < 0: y = y.narrow(piece.axis, max(-sides[0], 0), piece.j-piece.i)
     return y
 
 def _spread(x, *sizes):

@@ -64,7 +64,7 @@ def test_bands_of_random_networks(data, network, painted, height, width, strip, 
     gs = [torch.zeros_like(t) if q is None else q for t, q in zip([*tops, *inputs, *params], torch.autograd.grad(ys, [*tops, *inputs, *params], g, allow_unused=True, retain_graph=True))]
     gouts, images, got = iter(gs[:len(tops)]), [q.clone() for q in gs[len(tops):len(tops)+len(inputs)]], gs[len(tops)+len(inputs):]
     gouts = [next(gouts) if w.requires_grad else None for w in leaves]
-    for rank, (run, nodes, env) in enumerate(total):
+    for rank, (run, nodes, env) in enumerate(total if gouts else []):     # nothing comes back through a network that only reduces the image
         with Played(rank, ranks): grads = run.backward(gouts)
         outs = [env[n] for n in grads if env[n].requires_grad]
         for i, q in enumerate(torch.autograd.grad(outs, params, [grads[n] for n in grads if env[n].requires_grad], allow_unused=True, retain_graph=True) if outs else []):

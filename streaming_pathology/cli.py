@@ -223,7 +223,7 @@ def check_settings(s): # the same
     for k, allowed in dict(amp=(None, 'bf16', 'fp16'), pool=tuple(pools), optimizer=('sgd', 'adamw')).items():
         if k in s and s[k] not in allowed: raise InputError(f"--{k} is {s[k]!r}; use {' or '.join(filter(None, allowed))}")
     if 'device' in s: check_device(s['device'])
-    if s.get('memory', 'auto') != 'auto': budget(s['memory'])
+    if s.get('memory', 'auto') not in ('auto', 'least'): budget(s['memory'])
     return s
 
 def check_device(device):
@@ -237,7 +237,7 @@ def train_cohort(manifest,                # CSV with slide_id, label (0 or 1) an
           spacing:float=2.,        # microns per pixel at which the network sees the slides; the paper: 0.96
           size:hw=None,            # canvas as height,width in pixels, padded or cropped to; the paper: 16384,16384; without it each slide keeps its size
           strip:strip_rows=256,    # rows that the network computes at a time, or auto: what is fastest within --memory
-          memory:str='auto',       # for --strip auto: such as 8GB; auto: what is free
+          memory:str='auto',       # for --strip auto: such as 8GB; auto: what is free; least: as little as there can be
           pool:str='avg',          # avg, max or attention: how the feature map becomes one vector
           weights:str|None=None,   # start from a torchvision name such as DEFAULT, or a file; without it from random weights
           weights_sha256:str|None=None, # checksum that the file of weights must have

@@ -573,7 +573,7 @@ def stream(
     states='device', # where the line buffers between strips wait for the backward pass: 'device', 'host' (memory of the CPU) or 'disk' (a temporary file)
     every=1, # keep the line buffers before each n-th strip only and compute those between once more
     direction='auto', # 'rows': strips lie below each other; 'columns': beside each other; 'auto': whichever makes them shorter
-    memory='auto', # for strip='auto': bytes, text such as '8GB', or 'auto', what the device has free
+    memory='auto', # for strip='auto': bytes, text such as '8GB', 'auto': what the device has free, or 'least'
 ):
     "`module`, computed strip by strip: same parameters, same values, same gradients, memory of a strip and its line buffers."
     return Streamed(module, strip, keep, states, every, direction, memory)

@@ -97,15 +97,15 @@ def _from_image(x, colour=None, cell=32, price=2):
         colour = found[:, often.argmax()].tolist()
     canvas = Canvas(x.shape[1:], colour, dtype=x.dtype)
     if len(canvas.colour) != len(x): raise InputError(f'colour={colour} has {len(canvas.colour)} channels, the image {len(x)}.')
+    found = []
     with torch.no_grad():
         tissue = torch.cat([(band != canvas.blank(1, 1, x.device)[0]).any(0) for band in x.split(1024, 1)])
         cells = F.max_pool2d(tissue[None].half() if x.is_cuda else tissue[None].float(), cell, ceil_mode=True)[0] > 0
         for a, b, c, d in _boxes(cells.cpu(), price):
             part = tissue[a*cell:b*cell, c*cell:d*cell]
             rows, columns = (torch.nonzero(part.any(i))[:, 0] for i in (1, 0))
-            top, bottom, left, right = a*cell+rows[0].item(), a*cell+rows[-1].item()+1, c*cell+columns[0].item(), c*cell+columns[-1].item()+1
-            canvas.patches.append((top, left, (top, bottom, left, right)))
-    canvas.patches = [(top, left, x[:, t:b, l:r]) for top, left, (t, b, l, r) in canvas.patches]
+            found.append((a*cell+rows[0].item(), a*cell+rows[-1].item()+1, c*cell+columns[0].item(), c*cell+columns[-1].item()+1))
+    canvas.patches = [(t, l, x[:, t:b, l:r]) for t, b, l, r in found]
     return canvas
 
 Canvas.from_image = staticmethod(_from_image)
@@ -149,14 +149,13 @@ class _Background:
     "The values of a program where the canvas of the pass `run` shows its colour: `maps` of their profiles."
     def __init__(self, run, env, training):
         self.run, p, device = run, run.program, run.source.device
-        low = lambda ts: any(t.dtype in (torch.float16, torch.bfloat16) for t in ts if isinstance(t, torch.Tensor))
         self.profiles, self.masks = {p.image: [_Profile(run.height[p.image]), _Profile(run.width[p.image])]}, {}      # along the strips and across them
         for n in [n for n in p.ops if n in p.rows]:
             self.profiles[n] = [_profile(w, s[n], [self.profiles[a][i] for a in p.inputs[n]]) for i, (w, s) in enumerate(((p.ops[n].window, run.height), (p.ops[n].across, run.width)))]
         self.where = {n: [q.where().to(device) for q in of] for n, of in self.profiles.items()}
         with torch.set_grad_enabled(training), run.context(): self._fill(env)
         self.types = {n: m.dtype for n, m in self.maps.items()}
-        if low((*self.maps.values(), *env.values())):       # what stands for so many is computed in float32 and rounded once
+        if any(isinstance(t, torch.Tensor) and t.dtype in (torch.float16, torch.bfloat16) for t in (*self.maps.values(), *env.values())):       # what stands for so many is computed in float32 and rounded once
             with torch.set_grad_enabled(training), torch.autocast(device.type, enabled=False): self._fill(env, _widened)
         self.leaves = {n: m.detach().to(_wide(m)).requires_grad_(m.requires_grad) for n, m in self.maps.items()}
 

@@ -9,7 +9,7 @@ __all__ = ['Banded', 'stream_bands']
 import torch
 import torch.distributed as dist
 from .geometry import InputError, StreamingError, Piece, layer_name
-from .streaming import Streamed, _rng
+from .streaming import Streamed, _device, _rng
 
 # %% ../nbs/11_distributed.ipynb #c6db0ffd
 _drawn = 'The network draws random numbers (dropout), which would differ from rank to rank: call .eval() on those layers to compute one image on several ranks.'
@@ -73,9 +73,8 @@ class Banded(Streamed):
         self.__dict__['group'] = group
 
     def forward(self, x):
-        device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device('cpu'))
-        before = _rng(device); out = super().forward(x)
-        if any(a is not None and not torch.equal(a, b) for a, b in zip(before, _rng(device))): raise StreamingError(_drawn)      # behind the reductions
+        before = _rng(_device(self)); out = super().forward(x)
+        if any(a is not None and not torch.equal(a, b) for a, b in zip(before, _rng(_device(self)))): raise StreamingError(_drawn)      # behind the reductions
         return out
 
     def like(self, **options): return Banded(self.module, group=self.group, **options)

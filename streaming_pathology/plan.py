@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from . import geometry
 from .geometry import InputError, StreamingError
-from .streaming import Streamed, _Pass, _Strips, _stores
+from .streaming import Streamed, _Pass, _Strips, _device, _stores
 
 # %% ../nbs/02_plan.ipynb #bb315af5
 class Ledger(TorchDispatchMode):
@@ -83,7 +83,7 @@ def measure(
     ledger=None, # a `Ledger` of one's own
 ):
     "A `Step`, found by running it on the meta device. All is counted: parameters, their gradients, the image, states, outputs and their gradients, and what is alive in between."
-    cpu = next((p.device.type for p in module.parameters()), 'cpu') == 'cpu'
+    cpu = _device(module).type == 'cpu'
     def bits(x):        # what `geometry._bits` would say of the module's device
         low = autocast if autocast and x.dtype != torch.double else x.dtype
         return low if cpu and geometry._lacks(low) else None
@@ -223,7 +223,7 @@ def plan(
 ) -> Plan:
     "The fastest exact way to stream an image of `shape` within `memory`. Raises `InputError` if there is none; then it says what the least is."
     if isinstance(module, Streamed): module = module.module
-    device = next((p.device for p in module.parameters()), torch.device('cpu'))
+    device = _device(module)
     how = dict(dtype=dtype, autocast=autocast, train=train)
     run, _ = Streamed(_on_meta(module), 1, direction=direction).strips(torch.empty(shape, dtype=dtype, device='meta'))
     axis, length = run.axis, shape[run.axis]

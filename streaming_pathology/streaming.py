@@ -60,10 +60,12 @@ class _Reader:
         self.waiting = gradient[:, :, :final-lo].clone()
         self.rows.write(final, hi, gradient[:, :, final-lo:])
 
+def _device(module): return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device('cpu'))
+
 def _source(x, module):
     "How strips read the image `x`."
     if isinstance(x, torch.Tensor): return _Tensor(x)
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device('cpu'))
+    device = _device(module)
     if callable(getattr(x, 'source', None)): return x.source(device)     # an image that knows itself how strips read it
     if hasattr(x, 'shape') and callable(getattr(x, 'read', None)): return _Reader(x, device)
     raise StreamingError(f'An image is a tensor (N, C, H, W), a Canvas, or has a shape (N, C, H, W) and read(top, bottom), not {type(x).__name__}.')

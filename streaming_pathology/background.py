@@ -122,12 +122,14 @@ class _Profile:
         "Where the rows lie that stand for all: `(first, last)`, one or two."
         return [(0, self.head+self.period)] + [(self.size-self.tail, self.size)]*(self.tail > 0)
 
-    def where(self):
-        "For each row the one that stands for it."
-        i = torch.arange(self.size); n = self.head+self.period
-        if self.period: i[self.head:] = self.head+(i[self.head:]-self.head) % self.period
-        if self.tail: i[self.size-self.tail:] = torch.arange(n, n+self.tail)
-        return i
+    def pick(self, map, axis, lo, hi):
+        "Rows `lo` to `hi` from the `map` of those that stand for all; a view of it where they lie on one side of the middle, or within."
+        tail, n = self.size-self.tail, self.head+self.period
+        if hi <= n: return map.narrow(axis, lo, hi-lo)
+        if lo >= tail: return map.narrow(axis, n+lo-tail, hi-lo)
+        if lo >= self.head and hi <= tail and self.period == 1: return map.narrow(axis, self.head, 1).expand([hi-lo if d == axis else -1 for d in range(map.ndim)])
+        rows = [i if i < n else n+i-tail if i >= tail else self.head+(i-self.head) % self.period for i in range(lo, hi)]
+        return map.index_select(axis, torch.tensor(rows, device=map.device))
 
 def _profile(window, size, inputs):
     "The profile of what `window` makes of values with profiles `inputs`."
@@ -149,10 +151,10 @@ class _Background:
     "The values of a program where the canvas of the pass `run` shows its colour: `maps` of their profiles."
     def __init__(self, run, env, training):
         self.run, p, device = run, run.program, run.source.device
-        self.profiles, self.masks = {p.image: [_Profile(run.height[p.image]), _Profile(run.width[p.image])]}, {}      # along the strips and across them
+        self.masks, self.picked = {}, set()
+        self.profiles = {p.image: [_Profile(run.height[p.image]), _Profile(run.width[p.image])]}      # along the strips and across them
         for n in [n for n in p.ops if n in p.rows]:
             self.profiles[n] = [_profile(w, s[n], [self.profiles[a][i] for a in p.inputs[n]]) for i, (w, s) in enumerate(((p.ops[n].window, run.height), (p.ops[n].across, run.width)))]
-        self.where = {n: [q.where().to(device) for q in of] for n, of in self.profiles.items()}
         with torch.set_grad_enabled(training), run.context(): self._fill(env)
         self.types = {n: m.dtype for n, m in self.maps.items()}
         if any(isinstance(t, torch.Tensor) and t.dtype in (torch.float16, torch.bfloat16) for t in (*self.maps.values(), *env.values())):       # what stands for so many is computed in float32 and rounded once
@@ -169,18 +171,19 @@ class _Background:
     def _compute(self, n, op, rows, columns, env, cast):
         p = self.run.program
         at = {a: self.run.region(n, a, rows, columns) for a in p.inputs[n]}
-        get = lambda a: cast(self._pick(self.maps[a], a, at[a].along.reads, at[a].across.reads) if a in at else env[a])
+        get = lambda a: cast(self._pick(self.maps[a], a, at[a].along.reads, at[a].across.reads).clone() if a in at else env[a])     # functions may work in place
         args, kwargs = fx.map_arg(n.args, get), fx.map_arg(n.kwargs, get)
         if not op.shared: return op.run(at[p.inputs[n][0]], *args, **kwargs)
         if n not in self.masks: self.masks[n] = op.run(None, *args, **kwargs)
         return args[0]*self.masks[n]
 
     def _pick(self, map, a, rows, columns):
-        r, (i, j) = self.run.program.rows[a], self.where[a]
-        return map.index_select(r.axis, i[slice(*rows)]).index_select(r.across, j[slice(*columns)])
+        r, (along, across) = self.run.program.rows[a], self.profiles[a]
+        return along.pick(across.pick(map, r.across, *columns), r.axis, *rows)
 
     def pick(self, a, rows, columns):
-        "The background of `a` at `rows` and `columns`."
+        "The background of `a` at `rows` and `columns`, to be copied from."
+        self.picked.add(a)
         return self._pick(self.leaves[a], a, rows, columns).to(self.types[a])
 
 def _widened(t): return t.to(_wide(t)) if isinstance(t, torch.Tensor) else t
@@ -210,8 +213,8 @@ def _merged(spans, size, gap=8):
     return out
 
 # %% ../nbs/03_background.ipynb #a3e0332b
-class _CanvasPass(_Pass):
-    "A pass over a canvas: only columns that see tissue are computed, the others are picked from the background."
+class _Spans(_Pass):
+    "A pass that knows which columns see tissue."
     def __init__(self, program, *args):
         super().__init__(program, *args)
         self.sight = {program.image: [(Fraction(1), 0, 0)]*2}
@@ -232,7 +235,7 @@ class _CanvasPass(_Pass):
 
     def spans(self, k):
         if k not in self.seen:
-            if len(self.seen) > 3: self.seen.clear()
+            if len(self.seen) > 99: self.seen.clear()
             self.seen[k] = self._spans(k)
         return self.seen[k]
 
@@ -250,13 +253,33 @@ class _CanvasPass(_Pass):
         w = self.program.ops[n].across
         return _keeps_columns(w) and 0 < w.pad[0] <= self.rim and columns != (0, self.width[n])
 
+# %% ../nbs/03_background.ipynb #bgcd0001
+class _Mend(torch.autograd.Function):
+    "`x` with `ends`, `pad` columns each, in place of what is there from each column of `at` on. Assigned one by one they would each copy the gradient."
+    @staticmethod
+    def forward(ctx, x, across, at, pad, *ends):
+        ctx.mark_dirty(x); ctx.where = across, at, pad
+        return _mend_(x, across, at, pad, *ends)
+
+    @staticmethod
+    def backward(ctx, g):
+        across, at, pad = ctx.where
+        ends = [g.narrow(across, i, pad).clone() for i in at]
+        return _mend_(g.clone(), across, at, pad, *map(torch.zeros_like, ends)), None, None, None, *ends
+
+def _mend_(x, across, at, pad, *ends):
+    for i, end in zip(at, ends): x.narrow(across, i, pad).copy_(end)
+    return x
+
+class _CanvasPass(_Spans):
+    "A pass over a canvas: only columns that see tissue are computed, the others are picked from the background."
     def mend(self, n, out, rows, columns):
         "What was computed at the ends as if there were padding behind is background."
         if not self.loose(n, columns): return out
-        pad, across = self.program.ops[n].across.pad[0], self.program.rows[n].across
-        for at, inside in ((columns[0], columns[0] > 0), (columns[1]-pad, columns[1] < self.width[n])):
-            if inside: out.narrow(across, at-columns[0], pad).copy_(self.fill(n, rows, (at, at+pad)))
-        return out
+        pad, across, (left, right) = self.program.ops[n].across.pad[0], self.program.rows[n].across, columns
+        at = [0]*(left > 0) + [right-left-pad]*(right < self.width[n])
+        ends = [self.fill(n, rows, (left+i, left+i+pad)) for i in at]
+        return (_Mend.apply if torch.is_grad_enabled() else _mend_)(out, across, at, pad, *ends)
 
     def begin(self, training):
         self.background = _Background(self, self.env, training)
@@ -286,6 +309,8 @@ class _Painted:
     def __init__(self, canvas, device):
         self.canvas, self.shape, self.dtype, self.device, self.tensors = canvas, canvas.shape, canvas.dtype, device, [p for *_, p in canvas.patches]
         self.wanted, self.gradients = any(p.requires_grad for p in self.tensors), [None]*len(self.tensors)
+
+    def held(self, strip): return sum(p.nbytes*(1+p.requires_grad) for p in self.tensors)
 
     def _overlaps(self, axis, rows, columns):
         "Which patches lie within `rows` and `columns`: number, where in the region, where in the patch."

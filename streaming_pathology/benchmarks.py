@@ -224,8 +224,8 @@ def machine():
 
 # %% ../nbs/17_benchmarks.ipynb #wd5planex
 def there(case):
-    "Bytes of parameters, buffers and the image, which are there before the step."
-    net = _network(case); image = 0 if case['image'] == 'rows' else 3*case['size'][0]*case['size'][1]*(4 if case['image'] == 'noise' else 1)
+    "Bytes of parameters, buffers and the image as a tensor, which are there before the step."
+    net = _network(case); image = 0 if case['image'] in ('rows', 'canvas') else 3*case['size'][0]*case['size'][1]*(4 if case['image'] == 'noise' else 1)
     return sum(t.nbytes for t in (*net.parameters(), *net.buffers()))+image
 
 def _shape(case):
@@ -234,11 +234,10 @@ def _shape(case):
 
 def planned(case, memory):
     "A way to stream the case within `memory`, and the bytes that its plan has above start."
-    rows = case['image'] == 'rows'      # are not in memory, as the plan thinks
-    absent = 3*case['size'][0]*case['size'][1]*rows
-    if absent and memory != 'least': memory = budget(memory)+absent
-    p = plan(_network(case), memory=memory, direction='rows' if rows else 'auto', **_shape(case))
-    return dict(method='streaming', **p.options), p.peak_bytes-there(case)-absent
+    how = _shape(case)
+    if case['image'] in ('rows', 'canvas'): how['shape'] = images[case['image']](*case['size'])
+    p = plan(_network(case), memory=memory, **how)
+    return dict(method='streaming', **p.options), p.peak_bytes-there(case)
 
 def within(case, above, log=print):
     "The fastest way to stream a case whose measured peak is at most `above` bytes above start, and that measurement; the way with least memory if none is."
@@ -334,16 +333,19 @@ def gigapixel(device='cpu', sizes=((65536, 65536),), memory='4GB', strip=None, d
     "One training step of a `slim` classifier on an image that is not in memory."
     return large(device, sizes, memory, strip, dtype, 'slim', 'rows', log)
 
-def beside_dense(device='cpu', repeats=3, sizes=((4096, 4096), (8192, 8192)), strip=128, arch='resnet34', until='layer4', log=print):
-    "A canvas beside the dense image with the same pixels, in strips of the same height, each in fresh processes in turn; images above 4096 x 4096 dense only once."
-    result, way = {'machine': machine(), 'pairs': []}, dict(method='streaming', strip=strip)
+def beside_dense(device='cpu', repeats=3, sizes=((8192, 8192),), memory='5GB', arch='resnet34', until='layer4', log=print):
+    "A canvas beside the dense image with the same pixels, both planned for `memory`, and in the strips of the dense image; each in fresh processes in turn, images above 4096 x 4096 dense only once."
+    result = {'machine': machine(), 'pairs': []}
     for size in sizes:
-        cases, rounds = {i: _case(arch, until, size, i, device) for i in ('biopsy', 'canvas')}, {'biopsy': [], 'canvas': []}
-        for k, (i, case) in itertools.product(range(repeats), cases.items()):
-            if k == 0 or i == 'canvas' or size[0]*size[1] <= 4096**2: rounds[i].append(peak_memory(way, case))
-        pair = {'cases': cases, 'way': way, 'rounds': rounds}; result['pairs'].append(pair)
-        if not any('error' in f for r in rounds.values() for f in r): pair.update({key: ratios({i: [f[key] for f in r] for i, r in rounds.items()}, 'biopsy')['canvas'] for key in ('seconds', 'cpu')})
-        log(f"{_title(cases['canvas'])}: {pair.get('seconds', rounds)} times the dense image")
+        dense, painted = (_case(arch, until, size, i, device) for i in ('biopsy', 'canvas'))
+        (way, _), (other, _) = planned(dense, memory), planned(painted, memory)
+        cases, ways = {'dense': dense, 'canvas': painted, 'same strips': painted}, {'dense': way, 'canvas': other, 'same strips': way}
+        rounds = {n: [] for n in ways}
+        for k, n in itertools.product(range(repeats), ways):
+            if k == 0 or n != 'dense' or size[0]*size[1] <= 4096**2: rounds[n].append(peak_memory(ways[n], cases[n]))
+        pair = {'cases': cases, 'memory': memory, 'ways': ways, 'rounds': rounds}; result['pairs'].append(pair)
+        if not any('error' in f for r in rounds.values() for f in r): pair.update({key: ratios({n: [f[key] for f in r] for n, r in rounds.items()}, 'dense') for key in ('seconds', 'cpu')})
+        log(f"{_title(painted)}: {pair.get('seconds', rounds)} times the dense image")
     return result
 
 parts = {'methods': beside_plain, 'budgets': beside_peer, 'large': large, 'gigapixel': gigapixel, 'canvas': beside_dense, 'networks': run_networks}

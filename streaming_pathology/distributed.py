@@ -19,7 +19,6 @@ class _Band:
     def share(self, group):
         p, self.group = self.program, group
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        if rank < 0: raise InputError('This process is not in the group that shares the image: call the network on the ranks of the group only.')
         if p.random: raise StreamingError(_drawn)
         for n in p.outputs:
             if self.height[n] < ranks: raise StreamingError(f'{layer_name(n)} has {self.height[n]} rows for {ranks} ranks: use fewer ranks for this image.')
@@ -72,7 +71,18 @@ class Banded(Streamed):
         super().__init__(module, *args, **options)
         self.__dict__['group'] = group
 
+    def planned(self, source):
+        "The plan of the first rank, for all; so is its error."
+        found = [None]
+        if dist.get_rank(self.group) == 0:
+            try: found = [super().planned(source).options]
+            except InputError as e: found = [e]
+        dist.broadcast_object_list(found, 0 if self.group is None else dist.get_global_rank(self.group, 0), self.group)
+        if isinstance(found[0], InputError): raise found[0]
+        return self.like(**found[0])
+
     def forward(self, x):
+        if dist.get_rank(self.group) < 0: raise InputError('This process is not in the group that shares the image: call the network on the ranks of the group only.')
         before = _rng(_device(self)); out = super().forward(x)
         if any(a is not None and not torch.equal(a, b) for a, b in zip(before, _rng(_device(self)))): raise StreamingError(_drawn)      # behind the reductions
         return out

@@ -3,6 +3,8 @@ import os, pickle
 import pytest, torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
+from torchvision.models import resnet18
+from streaming_pathology.background import Canvas
 from streaming_pathology.geometry import InputError, StreamingError, _lacks
 from streaming_pathology.models import StreamingClassifier
 from streaming_pathology.plan import Ledger, budget, plan
@@ -16,10 +18,11 @@ class Scaled(nn.Module):
 
 def taken(net, x):
     "Bytes alive at the peak of a real training step, by the ledger; gradients of an image before are there."
+    image = [p for *_, p in x.patches] if isinstance(x, Canvas) else [x]
     for p in net.parameters(): p.grad = torch.zeros_like(p)
     net.strips(x)       # finds the shapes of whole maps, on the meta device, whose tensors are none
     with Ledger() as ledger:
-        for t in (x, *net.parameters(), *net.buffers(), *(p.grad for p in net.parameters())): ledger.note(t)
+        for t in (*image, *net.parameters(), *net.buffers(), *(p.grad for p in net.parameters())): ledger.note(t)
         y = net(x); torch.autograd.backward([y], [torch.ones_like(y)])
     return ledger.peak
 
@@ -75,6 +78,26 @@ def test_plan_knows_how_bf16_is_computed_here(keep):
     at = plan(net, x.shape, 1e12, strip=32, autocast=torch.bfloat16).at(32)
     with torch.autocast('cpu', torch.bfloat16): found = taken(stream(net, 32, keep), x)
     assert .85*found < at.peak(keep) < 1.15*found, (at.peak(keep), found)
+
+@pytest.mark.parametrize('budget', ['least', 60e6, 80e6, 150e6, 1e9])
+def test_plans_of_canvases(budget):
+    "A canvas may keep more strips than its dense image; what is planned is what happens."
+    torch.manual_seed(0); net = nn.Sequential(*list(resnet18().eval().children())[:6]); canvas = Canvas((1500, 640), (1., 1., 1.), [(100+60*i, 40+24*i, torch.rand(3, 80, 60)) for i in range(20)])
+    p = plan(net, canvas, budget); found = taken(s := stream(net, **p.options), canvas)
+    assert .85*found < p.peak_bytes < 1.15*found and p.parts['image'] == 20*3*80*60*4, f'{p.peak_bytes} planned, {found} taken\n{p}'
+    try: dense = plan(net, canvas.shape, budget)
+    except InputError: dense = None
+    if dense: assert p.time < .75*dense.time and p.flops < .75*dense.flops
+    want, got = (torch.autograd.grad(f(x).square().mean(), list(net.parameters())) for f, x in ((net, canvas.dense()), (stream(net, 'auto', memory=budget), canvas)))
+    assert all((a-b).norm() < 1e-4*b.norm() for a, b in zip(got, want))
+
+def test_rows_and_patches_are_not_the_whole_image():
+    class Rows:
+        shape = 1, 3, 4096, 256
+        def read(self, top, bottom): return torch.zeros(1, 3, bottom-top, 256, dtype=torch.uint8)
+    net = nn.Sequential(Scaled(), *small()); p = plan(net, Rows(), '20MB')
+    assert p.parts['image'] == 2*p.strip*3*256 and p.direction == 'rows' and plan(net, Rows.shape, '20MB', dtype=torch.uint8).parts['image'] == 3*4096*256
+    s = stream(net, 'auto', memory='20MB'); s(Rows()); s(Rows()); (costs,) = s._plans.values(); assert len(costs.made) == 1
 
 def test_classifier_plans_itself():
     torch.manual_seed(0); model = StreamingClassifier('resnet18', strip='auto', memory='250MB', pool='attention'); x = torch.randint(0, 256, (1, 3, 256, 200), dtype=torch.uint8)

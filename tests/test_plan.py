@@ -89,7 +89,7 @@ def test_plans_of_canvases(budget):
     except InputError: dense = None
     if dense: assert p.time < .75*dense.time and p.flops < .75*dense.flops
     want, got = (torch.autograd.grad(f(x).square().mean(), list(net.parameters())) for f, x in ((net, canvas.dense()), (stream(net, 'auto', memory=budget), canvas)))
-    assert all((a-b).norm() < 1e-4*b.norm() for a, b in zip(got, want))
+    assert all((a-b).norm() < 1e-3*b.norm() for a, b in zip(got, want))     # float32, as the streamed dense image
 
 def test_rows_and_patches_are_not_the_whole_image():
     class Rows:

@@ -307,6 +307,7 @@ def beside_plain(device='cpu', repeats=3, sizes=((1024, 1024), (2048, 2048), (30
         result['growth'].append(compare({'plain': plain, 'checkpoint': checkpointed, 'least': planned(case, 'least')[0]}, case, max(1, repeats//2), log))
     return result
 
+# %% ../nbs/17_benchmarks.ipynb #bnch0001
 def beside_peer(device='cpu', repeats=3, sizes=((2048, 2048),), nets=(('resnet18', 'layer3', (640, 960, 1280)), ('resnet34', 'layer4', (1600, 1920))), peer='lightstream', log=print):
     "Streaming with the memory that lightstream takes with tiles of several sizes, and the time of both."
     result = {'machine': machine(), 'pairs': []}
@@ -321,6 +322,7 @@ def beside_peer(device='cpu', repeats=3, sizes=((2048, 2048),), nets=(('resnet18
             log(f"{_title(case)}, {way}: streaming {r['median']:.2f} ({r['low']:.2f}-{r['high']:.2f}) times as fast, with {text_size(memory['streaming']['above'])} where {text_size(memory[peer]['above'])} are taken")
     return result
 
+# %% ../nbs/17_benchmarks.ipynb #bnch0002
 def large(device='cpu', sizes=((8192, 8192), (16384, 16384)), memory='3GB', strip=None, dtype='bf16', arch='resnet34', image='pixels', log=print):
     "One training step of a whole classifier, pooling and linear layer included, for each size; planned for `memory`, or in strips of `strip` rows with states on disk."
     result = {'machine': machine(), 'steps': []}
@@ -333,6 +335,7 @@ def gigapixel(device='cpu', sizes=((65536, 65536),), memory='4GB', strip=None, d
     "One training step of a `slim` classifier on an image that is not in memory."
     return large(device, sizes, memory, strip, dtype, 'slim', 'rows', log)
 
+# %% ../nbs/17_benchmarks.ipynb #bnch0003
 def beside_dense(device='cpu', repeats=3, sizes=((8192, 8192),), memory='5GB', arch='resnet34', until='layer4', log=print):
     "A canvas beside the dense image with the same pixels, both planned for `memory`, and in the strips of the dense image; each in fresh processes in turn, images above 4096 x 4096 dense only once."
     result = {'machine': machine(), 'pairs': []}

@@ -101,7 +101,7 @@ def load_backbone(
     net.load_state_dict(state, strict=False)
 
 # %% ../nbs/04_models.ipynb #c52c51aa
-def _wide(x): return x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+def _flat(x): return x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
 
 def attention_pool(
     features, # (N, C, H, W)
@@ -109,13 +109,13 @@ def attention_pool(
 ): # (N, C)
     "The mean of `features` over all positions, weighted by the softmax of `scores`. A streamed network sums it up strip by strip."
     if has_torch_function((features, scores)): return handle_torch_function(attention_pool, (features, scores), features, scores)
-    h, s = _wide(features), _wide(scores)
+    h, s = _flat(features), _flat(scores)
     return (h*s.softmax(2)).sum(2).to(features.dtype)
 
 @rule(attention_pool)
 def _attention_pool(features, scores):
     def add(total, rows, first, height):
-        h, s = map(_wide, rows)
+        h, s = map(_flat, rows)
         top = s.detach().amax(2, keepdim=True).clamp(min=torch.finfo(s.dtype).min)      # (N, 1, 1); any number will do, the largest keeps exp in range
         if total is not None: top = torch.maximum(top, total[:, :1].detach())
         w = (s-top).exp()
@@ -131,15 +131,22 @@ class GatedAttention(nn.Module):
     def scores(self, x): return self.weight(self.value(x).tanh()*self.gate(x).sigmoid())
     def forward(self, x): return attention_pool(x, self.scores(x))
 
-# %% ../nbs/04_models.ipynb #2ab96775
+# %% ../nbs/04_models.ipynb #modl0001
 archs = ('resnet18', 'resnet34', 'resnet50')
 pools = {'avg': lambda channels: nn.AdaptiveAvgPool2d(1), 'max': lambda channels: nn.AdaptiveMaxPool2d(1), 'attention': GatedAttention}
 stages = ('normalise', 'conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4')
 
-class _Scores(nn.Module):
-    def __init__(self, pool): super().__init__(); self.pool = pool
-    def forward(self, x): return self.pool.scores(x)
+def _check(arch, n_out, weights, pool, sha256, mean, std, in_chans):
+    "Refuse what no `StreamingClassifier` can be made of."
+    if arch not in archs: raise InputError(f"arch={arch!r} is not known: use one of {', '.join(archs)}.")
+    if isinstance(n_out, bool) or not isinstance(n_out, int) or n_out < 1: raise InputError(f'n_out={n_out!r} is not a number of logits: give an integer from 1 on.')
+    if isinstance(in_chans, bool) or not isinstance(in_chans, int) or in_chans < 1: raise InputError(f'in_chans={in_chans!r} is not a number of channels: give an integer from 1 on.')
+    if np.shape(mean) != (in_chans,) or np.shape(std) != (in_chans,) or not min(std) > 0:
+        raise InputError(f"mean={mean}, std={std}: give {'three' if in_chans == 3 else f'in_chans={in_chans}'} numbers each, std above 0, as fractions of white.")
+    if sha256 and not isinstance(weights, (str, Path)): raise InputError('sha256 is the checksum of a file: give its path as weights.')
+    if pool not in pools: raise InputError(f"pool={pool!r} is not known: use one of {', '.join(map(repr, pools))}.")
 
+# %% ../nbs/04_models.ipynb #2ab96775
 class StreamingClassifier(nn.Module):
     "A ResNet on whole images (N, in_chans, H, W), uint8 or float in 0 to 255, to logits (N, n_out), streamed from the pixels to the logits (paper, IV-A)."
     def __init__(self,
@@ -155,13 +162,7 @@ class StreamingClassifier(nn.Module):
         in_chans=3, # channels of the images; other than three need `mean` and `std` of their own, and weights made for as many
     ):
         super().__init__()
-        if arch not in archs: raise InputError(f"arch={arch!r} is not known: use one of {', '.join(archs)}.")
-        if isinstance(n_out, bool) or not isinstance(n_out, int) or n_out < 1: raise InputError(f'n_out={n_out!r} is not a number of logits: give an integer from 1 on.')
-        if isinstance(in_chans, bool) or not isinstance(in_chans, int) or in_chans < 1: raise InputError(f'in_chans={in_chans!r} is not a number of channels: give an integer from 1 on.')
-        if np.shape(mean) != (in_chans,) or np.shape(std) != (in_chans,) or not min(std) > 0:
-            raise InputError(f"mean={mean}, std={std}: give {'three' if in_chans == 3 else f'in_chans={in_chans}'} numbers each, std above 0, as fractions of white.")
-        if sha256 and not isinstance(weights, (str, Path)): raise InputError('sha256 is the checksum of a file: give its path as weights.')
-        if pool not in pools: raise InputError(f"pool={pool!r} is not known: use one of {', '.join(map(repr, pools))}.")
+        _check(arch, n_out, weights, pool, sha256, mean, std, in_chans)
         net = getattr(torchvision.models, arch)(weights=None, zero_init_residual=weights is None)
         if in_chans != 3:
             net.conv1 = nn.Conv2d(in_chans, 64, 7, 2, 3, bias=False)
@@ -187,23 +188,30 @@ class StreamingClassifier(nn.Module):
             w = self.__dict__['_whole'] = stream(nn.Sequential(self.trunk.module, self.head), **self.trunk.options)
         return w
 
-    def features(self, x):
-        "The feature map (N, C, H/32, W/32) of images (N, in_chans, H, W)."
-        return self.trunk(x)
-
-    def attention(self, x):
-        "The attention (N, 1, H/32, W/32) that each position of images (N, in_chans, H, W) gets; it sums to one over an image."
-        pool = self.head.pool
-        if not isinstance(pool, GatedAttention): raise InputError("attention needs a network that pools by attention: make it with pool='attention'.")
-        scores = stream(nn.Sequential(self.trunk.module, _Scores(pool)), **self.trunk.options)(x)
-        return scores.flatten(2).softmax(2).view_as(scores)
-
     def train(self, mode=True):
         super().train(mode)
         for m in self._norms(): m.eval()
         return self
 
     def _norms(self): return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+# %% ../nbs/04_models.ipynb #modl0002
+class _Scores(nn.Module):
+    def __init__(self, pool): super().__init__(); self.pool = pool
+    def forward(self, x): return self.pool.scores(x)
+
+@patch
+def features(self:StreamingClassifier, x):
+    "The feature map (N, C, H/32, W/32) of images (N, in_chans, H, W)."
+    return self.trunk(x)
+
+@patch
+def attention(self:StreamingClassifier, x):
+    "The attention (N, 1, H/32, W/32) that each position of images (N, in_chans, H, W) gets; it sums to one over an image."
+    pool = self.head.pool
+    if not isinstance(pool, GatedAttention): raise InputError("attention needs a network that pools by attention: make it with pool='attention'.")
+    scores = stream(nn.Sequential(self.trunk.module, _Scores(pool)), **self.trunk.options)(x)
+    return scores.flatten(2).softmax(2).view_as(scores)
 
 # %% ../nbs/04_models.ipynb #64a7e2bd
 @patch

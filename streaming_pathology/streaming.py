@@ -98,74 +98,88 @@ class _Strips:
         self.cut(0, length, strip)
         self.dtype = {}     # of what goes into the reductions
 
-    def cut(self, top, bottom, strip):
-        self.cuts, self.known, self.seen = [*range(top, bottom, strip), bottom], {}, {}     # rows, and columns, at the last cuts
-        self.at_once = {n: rows for n, (_, stride) in self.program.fields().items() if n is not self.image and self.program.ops[n].window.stride > 1 and (rows := self.worth(n, strip/stride)) > strip/stride}
-
-    def worth(self, n, rows):
-        "How many rows of `n`, of which a strip brings `rows`, are worth computing at once: to begin with a layer's weights costs the same, however few."
-        strips = 1
-        while strips < LONGEST and rows*strips*self.width[n] < WORTH: strips *= 2
-        return max(1, int(rows*strips))
-
     def context(self):
         "The autocast state of the forward pass. No cache: a weight cast without its graph must not be found again with it."
         return torch.autocast(self.autocast[0], self.autocast[1], self.autocast[2], cache_enabled=False) if self.autocast else nullcontext()
 
-    def rows(self, cut):
-        "How many rows of each value exist once `cut` rows of the image have been read."
-        p, have = self.program, {self.image: cut}
-        for n, op in p.ops.items():
-            have[n] = max(self.first[n], min(self.last[n], *(op.window.ready(have[a], self.height[a], self.height[n]) for a in p.inputs[n])))
-            if n in self.at_once and have[n] < self.last[n]: have[n] -= (have[n]-self.first[n]) % self.at_once[n]
-        return have
+# %% ../nbs/01_streaming.ipynb #strp0001
+@patch
+def cut(self:_Strips, top, bottom, strip):
+    "Lay strips of `strip` rows between the rows `top` and `bottom` of the image."
+    self.cuts, self.known, self.seen = [*range(top, bottom, strip), bottom], {}, {}     # rows, and columns, at the last cuts
+    self.at_once = {n: rows for n, (_, stride) in self.program.fields().items() if n is not self.image and self.program.ops[n].window.stride > 1 and (rows := self.worth(n, strip/stride)) > strip/stride}
 
-    def keep(self, have):
-        "From which row on each value is still needed."
-        p, first = self.program, {}
-        for a, e in reversed(have.items()):
-            first[a] = min([e]+[first[u] if u in p.light else e if have[u] == self.last[u] else p.ops[u].window.keep(have[u], e, self.height[a], self.height[u]) for u in p.users.get(a, ())])
-        return first
+@patch
+def worth(self:_Strips, n, rows):
+    "How many rows of `n`, of which a strip brings `rows`, are worth computing at once: to begin with a layer's weights costs the same, however few."
+    strips = 1
+    while strips < LONGEST and rows*strips*self.width[n] < WORTH: strips *= 2
+    return max(1, int(rows*strips))
 
-    def at(self, k):
-        "`rows` and `keep` before strip `k`; a pass asks for those of neighbouring strips several times."
-        if k not in self.known:
-            if len(self.known) > 99: self.known.clear()
-            have = self.rows(self.cuts[k]); self.known[k] = have, self.keep(have)
-        return self.known[k]
+@patch
+def rows(self:_Strips, cut):
+    "How many rows of each value exist once `cut` rows of the image have been read."
+    p, have = self.program, {self.image: cut}
+    for n, op in p.ops.items():
+        have[n] = max(self.first[n], min(self.last[n], *(op.window.ready(have[a], self.height[a], self.height[n]) for a in p.inputs[n])))
+        if n in self.at_once and have[n] < self.last[n]: have[n] -= (have[n]-self.first[n]) % self.at_once[n]
+    return have
 
-    def span(self, k):
-        "The rows of the image that step `k` reads: `(lo, hi)`; None if there is no such step."
-        return (self.at(k)[1][self.image], self.cuts[k+1]) if 0 <= k < len(self.cuts)-1 else None
+@patch
+def keep(self:_Strips, have):
+    "From which row on each value is still needed."
+    p, first = self.program, {}
+    for a, e in reversed(have.items()):
+        first[a] = min([e]+[first[u] if u in p.light else e if have[u] == self.last[u] else p.ops[u].window.keep(have[u], e, self.height[a], self.height[u]) for u in p.users.get(a, ())])
+    return first
 
-    def spans(self, k):
-        "The columns of each value that step `k` computes, `(left, right)` in order; here always all of them."
-        if not self.seen: self.seen = {n: [(0, w)] for n, w in self.width.items()}
-        return self.seen
+@patch
+def at(self:_Strips, k):
+    "`rows` and `keep` before strip `k`; a pass asks for those of neighbouring strips several times."
+    if k not in self.known:
+        if len(self.known) > 99: self.known.clear()
+        have = self.rows(self.cuts[k]); self.known[k] = have, self.keep(have)
+    return self.known[k]
 
-    def region(self, n, a, rows, columns, there=None, loose=False):
-        "What of its input `a`, of which the rows `there` are at hand, `rows` and `columns` of `n` are computed from."
-        op, r = self.program.ops[n], self.program.rows[a]
-        across = Piece(op.across, *columns, self.width[a], r.across, columns == (0, self.width[n]), loose) if op.across and r.across is not None else None
-        return Region(Piece(op.window, *rows, self.height[a], r.axis, (rows, there) == ((0, self.height[n]), (0, self.height[a]))), across)
+@patch
+def span(self:_Strips, k):
+    "The rows of the image that step `k` reads: `(lo, hi)`; None if there is no such step."
+    return (self.at(k)[1][self.image], self.cuts[k+1]) if 0 <= k < len(self.cuts)-1 else None
 
-    def loose(self, n, columns):
-        "Whether `columns` of `n` are computed from these columns of its input alone, and their ends `mend`ed."
-        return False
+# %% ../nbs/01_streaming.ipynb #strp0002
+@patch
+def spans(self:_Strips, k):
+    "The columns of each value that step `k` computes, `(left, right)` in order; here always all of them."
+    if not self.seen: self.seen = {n: [(0, w)] for n, w in self.width.items()}
+    return self.seen
 
-    def piece(self, a, parts, spans, top, rows, columns):
-        "`rows` and `columns` of `a`, whose rows from `top` on lie in `parts`, one for each of `spans`; and whether it is a tensor of its own. What lies between is filled."
-        r, found, at, covered = self.program.rows[a], [], columns[0], False
-        for t, (left, right) in zip(parts, spans):
-            if right <= at or left >= columns[1]: continue
-            if left > at: found.append(self.fill(a, rows, (at, left))); at = left
-            end, covered = min(right, columns[1]), True
-            found.append(_narrow(_narrow(t, r.axis, rows[0]-top, rows[1]-top), r.across, at-left, end-left)); at = end
-        if at < columns[1]: found.append(self.fill(a, rows, (at, columns[1])))
-        if len(found) > 1: return torch.cat(found, r.across), True
-        return (found[0].clone(), True) if not covered else (found[0], False)
+@patch
+def region(self:_Strips, n, a, rows, columns, there=None, loose=False):
+    "What of its input `a`, of which the rows `there` are at hand, `rows` and `columns` of `n` are computed from."
+    op, r = self.program.ops[n], self.program.rows[a]
+    across = Piece(op.across, *columns, self.width[a], r.across, columns == (0, self.width[n]), loose) if op.across and r.across is not None else None
+    return Region(Piece(op.window, *rows, self.height[a], r.axis, (rows, there) == ((0, self.height[n]), (0, self.height[a]))), across)
 
-    def mend(self, n, out, rows, columns): return out
+@patch
+def loose(self:_Strips, n, columns):
+    "Whether `columns` of `n` are computed from these columns of its input alone, and their ends `mend`ed."
+    return False
+
+@patch
+def piece(self:_Strips, a, parts, spans, top, rows, columns):
+    "`rows` and `columns` of `a`, whose rows from `top` on lie in `parts`, one for each of `spans`; and whether it is a tensor of its own. What lies between is filled."
+    r, found, at, covered = self.program.rows[a], [], columns[0], False
+    for t, (left, right) in zip(parts, spans):
+        if right <= at or left >= columns[1]: continue
+        if left > at: found.append(self.fill(a, rows, (at, left))); at = left
+        end, covered = min(right, columns[1]), True
+        found.append(_narrow(_narrow(t, r.axis, rows[0]-top, rows[1]-top), r.across, at-left, end-left)); at = end
+    if at < columns[1]: found.append(self.fill(a, rows, (at, columns[1])))
+    if len(found) > 1: return torch.cat(found, r.across), True
+    return (found[0].clone(), True) if not covered else (found[0], False)
+
+@patch
+def mend(self:_Strips, n, out, rows, columns): return out
 
 def _narrow(t, axis, lo, hi): return t if axis is None or hi-lo == t.shape[axis] else t.narrow(axis, lo, hi-lo)
 
@@ -247,6 +261,7 @@ def _pack(state):
 
 def _unpack(blocks, layout): return {n: blocks[dtype].as_strided(*where) for n, (dtype, *where) in layout.items()}
 
+# %% ../nbs/01_streaming.ipynb #stor0001
 class _OnDevice:
     "States stay where they are computed."
     def put(self, blocks): return blocks
@@ -276,6 +291,7 @@ class _OnHost:
             self.ahead = {id(then): self.fetch(then)} if then is not None else {}
         return blocks
 
+# %% ../nbs/01_streaming.ipynb #stor0002
 class _OnDisk:
     "States wait in a file without a name, which vanishes with the process. One thread writes it and reads ahead."
     def __init__(self, device): self.device, self.file, self.thread, self.written, self.ahead = device, tempfile.TemporaryFile(buffering=0), ThreadPoolExecutor(1, 'states'), None, {}
@@ -337,69 +353,82 @@ class _Pass(_Strips):
                 if y is not None: outs[n] = self._place(outs[n], y.detach(), n, self.at(k)[0][n])
         return [outs[n] for n in self.program.outputs] + [self._finish(n, state[n, 'total']).detach() for n in self.program.reductions]
 
-    def begin(self, training):
-        "The state before the first strip."
-        return {}
+# %% ../nbs/01_streaming.ipynb #pass0001
+@patch
+def begin(self:_Pass, training):
+    "The state before the first strip."
+    return {}
 
-    def read(self, k, then):
-        "The rows of the image for strip `k`, in each of its spans; those of strip `then` will be wanted next."
-        return [self.source.read(self.axis, *self.span(k), self.span(then))]
+@patch
+def read(self:_Pass, k, then):
+    "The rows of the image for strip `k`, in each of its spans; those of strip `then` will be wanted next."
+    return [self.source.read(self.axis, *self.span(k), self.span(then))]
 
-    def give(self, k, gradients):
-        "Hand the gradients of the rows of strip `k` to the source of the image."
-        self.source.add(self.axis, *self.span(k), *gradients, self.cuts[k])
+@patch
+def give(self:_Pass, k, gradients):
+    "Hand the gradients of the rows of strip `k` to the source of the image."
+    self.source.add(self.axis, *self.span(k), *gradients, self.cuts[k])
 
-    def leaves(self):
-        "What wants a gradient, summed over the strips."
-        return {n: t for n, t in self.env.items() if isinstance(t, torch.Tensor) and t.requires_grad}
+@patch
+def leaves(self:_Pass):
+    "What wants a gradient, summed over the strips."
+    return {n: t for n, t in self.env.items() if isinstance(t, torch.Tensor) and t.requires_grad}
 
-    def advance(self, k, state):
-        "Step `k` without graph: the new outputs and the next state."
-        with torch.no_grad(), self.context(): return self.step(self.read(k, k+1), k, state, self.env)
+@patch
+def advance(self:_Pass, k, state):
+    "Step `k` without graph: the new outputs and the next state."
+    with torch.no_grad(), self.context(): return self.step(self.read(k, k+1), k, state, self.env)
 
-    def record(self, k, state, then):
-        "Step `k` with its graph: its start state and its rows of the image, and from these the outputs and the next state. Strip `then` will be read next."
-        start = {n: t.detach().requires_grad_(n[0] in self.want and n[1] != 'mask' and t.is_floating_point()) for n, t in state.items()}
-        for t in start.values():
-            if t.requires_grad: t.register_hook(torch.clone)    # the gradient of a few rows would be a view that keeps that of the whole strip alive
-        rows = [t.requires_grad_(self.source.wanted) for t in self.read(k, then)]
-        with torch.enable_grad(), self.context(): return start, rows, *self.step(rows, k, start, self.env)
+@patch
+def record(self:_Pass, k, state, then):
+    "Step `k` with its graph: its start state and its rows of the image, and from these the outputs and the next state. Strip `then` will be read next."
+    start = {n: t.detach().requires_grad_(n[0] in self.want and n[1] != 'mask' and t.is_floating_point()) for n, t in state.items()}
+    for t in start.values():
+        if t.requires_grad: t.register_hook(torch.clone)    # the gradient of a few rows would be a view that keeps that of the whole strip alive
+    rows = [t.requires_grad_(self.source.wanted) for t in self.read(k, then)]
+    with torch.enable_grad(), self.context(): return start, rows, *self.step(rows, k, start, self.env)
 
-    def start(self, k):
-        "The start state of strip `k`; where it was not kept, those from the last kept one on are computed again."
-        first = k
-        while first not in self.states: first -= 1
-        for m in range(first, k):
-            with _rng_of(self.rng.get(m), self.source.device): _, state = self.advance(m, self._kept(m))
-            self.states[m+1] = _OnDevice(), *_pack(state)
-            del state
-        return self._kept(k)
+@patch
+def start(self:_Pass, k):
+    "The start state of strip `k`; where it was not kept, those from the last kept one on are computed again."
+    first = k
+    while first not in self.states: first -= 1
+    for m in range(first, k):
+        with _rng_of(self.rng.get(m), self.source.device): _, state = self.advance(m, self._kept(m))
+        self.states[m+1] = _OnDevice(), *_pack(state)
+        del state
+    return self._kept(k)
 
-    def _kept(self, k):
-        store, kept, layout = self.states[k]
-        then = next((self.states[m][1] for m in (k-1, k-self.every) if m in self.states and self.states[m][0] is store), None)
-        return _unpack(store.get(kept, then), layout)
+@patch
+def _kept(self:_Pass, k):
+    store, kept, layout = self.states[k]
+    then = next((self.states[m][1] for m in (k-1, k-self.every) if m in self.states and self.states[m][0] is store), None)
+    return _unpack(store.get(kept, then), layout)
 
-    def _place(self, out, y, n, at):
-        "Put the rows `y` where they belong in the whole output `n`."
-        axis = self.program.rows[n].axis
-        if out is None:
-            last = y.ndim == 4 and y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
-            if y.shape[axis] == self.height[n] and not any(y.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in self.source.tensors): return y
-            out = torch.empty(self.shapes[n], dtype=y.dtype, device=y.device, memory_format=torch.channels_last if last else torch.contiguous_format)
-        out.narrow(axis, at, y.shape[axis]).copy_(y)
-        return out
+# %% ../nbs/01_streaming.ipynb #pass0002
+@patch
+def _place(self:_Pass, out, y, n, at):
+    "Put the rows `y` where they belong in the whole output `n`."
+    axis = self.program.rows[n].axis
+    if out is None:
+        last = y.ndim == 4 and y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+        if y.shape[axis] == self.height[n] and not any(y.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in self.source.tensors): return y
+        out = torch.empty(self.shapes[n], dtype=y.dtype, device=y.device, memory_format=torch.channels_last if last else torch.contiguous_format)
+    out.narrow(axis, at, y.shape[axis]).copy_(y)
+    return out
 
-    def _finish(self, n, total):
-        if self.program.ops[n].finish: total = self.program.ops[n].finish(total)
-        return total.to(self.dtype[n]) if self.dtype[n].is_floating_point and not n.kwargs.get('dtype') else total
+@patch
+def _finish(self:_Pass, n, total):
+    if self.program.ops[n].finish: total = self.program.ops[n].finish(total)
+    return total.to(self.dtype[n]) if self.dtype[n].is_floating_point and not n.kwargs.get('dtype') else total
 
-    def wanted(self, env):
-        "The values that depend on something that wants a gradient."
-        want = {n for n, t in env.items() if isinstance(t, torch.Tensor) and t.requires_grad} | ({self.image} if self.source.wanted else set())
-        for n in self.program.ops:
-            if any(a in want for a in n.all_input_nodes): want.add(n)
-        return want
+@patch
+def wanted(self:_Pass, env):
+    "The values that depend on something that wants a gradient."
+    want = {n for n, t in env.items() if isinstance(t, torch.Tensor) and t.requires_grad} | ({self.image} if self.source.wanted else set())
+    for n in self.program.ops:
+        if any(a in want for a in n.all_input_nodes): want.add(n)
+    return want
 
 # %% ../nbs/01_streaming.ipynb #bf5f084c
 @patch

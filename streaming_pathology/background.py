@@ -7,6 +7,7 @@ __all__ = ['SPAN', 'GRID', 'Canvas']
 
 # %% ../nbs/03_background.ipynb #3179d759
 import math, operator
+from contextlib import nullcontext
 from fractions import Fraction
 import torch
 from torch import fx
@@ -160,7 +161,7 @@ class _Background:
         with torch.set_grad_enabled(training and not low), run.context(): self._fill(env)
         self.types = {n: m.dtype for n, m in self.maps.items()}
         if low:       # what stands for so many is computed in float32 and rounded once
-            with torch.set_grad_enabled(training), torch.autocast(device.type, enabled=False): self._fill(env, _widened)
+            with torch.set_grad_enabled(training), torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext(): self._fill(env, _widened)
         self.leaves = {n: m.detach().to(_wide(m)).requires_grad_(m.requires_grad) for n, m in self.maps.items()}
 
     def _fill(self, env, cast=lambda t: t):
@@ -248,7 +249,8 @@ class _Spans(_Pass):
         near = [box for box in self.boxes if rows and box[0] <= max(hi for _, hi in rows.values()) and box[1] > min(lo for lo, _ in rows.values())]
         for n, (_, (d, s, a, b)) in self.sight.items():
             columns = [(-((b-l*d)//s)-self.rim, ((r-1)*d+a)//s+1+self.rim) for t, e, l, r in near if t <= rows[n][1] and e > rows[n][0]] if n in rows else []
-            found[n] = _merged([(c//GRID*GRID, -(-e//GRID)*GRID) for c, e in columns], self.width[n], SPAN//max(1, will[n]-have[n]))
+            new = will[n]-(start if n in self.program.light else have)[n]
+            found[n] = _merged([(c//GRID*GRID, -(-e//GRID)*GRID) for c, e in columns], self.width[n], SPAN//new if new else 0)
         return found
 
     def loose(self, n, columns):
@@ -311,10 +313,9 @@ class _Painted:
     axes, Pass = (2, 3), _CanvasPass
     def __init__(self, canvas, device):
         self.canvas, self.shape, self.dtype, self.device, self.tensors = canvas, canvas.shape, canvas.dtype, device, [p for *_, p in canvas.patches]
-        self.blank = canvas.blank(1, 1, device)
+        self.blank, self.boxes = canvas.blank(1, 1, device), tuple((t, l, *p.shape[1:]) for t, l, p in canvas.patches)
+        self.held = sum({(s := p.untyped_storage()).data_ptr(): s.nbytes() for p in self.tensors}.values())+sum(p.nbytes for p in self.tensors if p.requires_grad), 0
         self.wanted, self.gradients = any(p.requires_grad for p in self.tensors), [None]*len(self.tensors)
-
-    def held(self, strip): return sum(p.nbytes*(1+p.requires_grad) for p in self.tensors)
 
     def _overlaps(self, axis, rows, columns):
         "Which patches lie within `rows` and `columns`: number, where in the region, where in the patch."

@@ -237,7 +237,7 @@ def planned(case, memory):
     how = _shape(case)
     if case['image'] in ('rows', 'canvas'): how['shape'] = images[case['image']](*case['size'])
     p = plan(_network(case), memory=memory, **how)
-    return dict(method='streaming', **p.options), p.peak_bytes-there(case)
+    return dict(method='streaming', **p.options), p.peak_bytes-there(case)-(p.parts['image'] if case['image'] == 'canvas' else 0)
 
 def within(case, above, log=print):
     "The fastest way to stream a case whose measured peak is at most `above` bytes above start, and that measurement; the way with least memory if none is."
@@ -363,8 +363,8 @@ def bench(out, # JSON file to write
           device:str='cuda' if torch.cuda.is_available() else 'cpu', # cpu or cuda
           repeats:int=None,                  # rounds that are counted (default, as for what follows: the part's own)
           sizes:sides=None,                  # sides of square images, or height x width, with commas between
-          memory:str=None,                   # budget of a large step, e.g. 3GB
-          strip:int=None,                    # rows of its strips, instead of a budget; also of a canvas's
+          memory:str=None,                   # budget of a large step, or beside a canvas, e.g. 3GB
+          strip:int=None,                    # rows of its strips, instead of a budget
           dtype:str=None):                   # of a large step: bf16 (autocast) or float32
     "Measure this machine beside the plain network, checkpointing and lightstream, and write the results as JSON."
     check_settings(dict(device=device, strip=1 if strip is None else strip))

@@ -77,8 +77,9 @@ class Banded(Streamed):
         if dist.get_rank(self.group) == 0:
             try: found = [super().planned(source).options]
             except InputError as e: found = [e]
-        dist.broadcast_object_list(found, 0 if self.group is None else dist.get_global_rank(self.group, 0), self.group)
-        if isinstance(found[0], InputError): raise found[0]
+            except Exception as e: found = [RuntimeError(f'The first rank could not plan: {type(e).__name__}: {e}')]     # or the others would wait for ever
+        dist.broadcast_object_list(found, 0 if self.group is None else dist.get_global_rank(self.group, 0), self.group, _device(self))
+        if isinstance(found[0], Exception): raise found[0]
         return self.like(**found[0])
 
     def forward(self, x):

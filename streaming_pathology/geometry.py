@@ -731,7 +731,7 @@ class Program:
         if fold: _fold_norms(graph, fold == 'apart')
         self.before, self.after, self.ops, self.rows = [], [], {}, {}
         self.attends = next((f"layer '{k}'" for k, m in module.named_modules() if isinstance(m, nn.MultiheadAttention)), None)
-        self.shapes = {}     # of all values, for each shape of an image
+        self.shapes, self.costs = {}, {}     # of all values, and what it takes to stream, for each shape of an image
         known = {}           # what the rules get: a constant's value, the `Rows` of what comes in strips, 'after' for what is known only after the last row
         for n in graph.nodes:
             inputs = [known.get(a, 'after') for a in n.all_input_nodes]

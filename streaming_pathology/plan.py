@@ -92,10 +92,11 @@ def measure(
     dtype=torch.float32, # of the image
     autocast=None, # torch.bfloat16 or torch.float16: under autocast to it
     train=True, # with the backward pass; gradients of an image before this one are there already
+    wanted=False, # whether the image wants its gradient
     ledger=None, # a `Ledger` of one's own
 ):
     "A `Step`, found by running it on the meta device. All is counted: parameters, their gradients, the image, states, outputs and their gradients, and what is alive in between."
-    cpu = _device(module).type == 'cpu'; module = _on_meta(module); x = torch.empty(shape, dtype=dtype, device='meta')
+    cpu = _device(module).type == 'cpu'; module = _on_meta(module); x = torch.empty(shape, dtype=dtype, device='meta', requires_grad=wanted and train)
     with _as_if(cpu, autocast, train) as amp:
         if isinstance(module, Streamed): module.strips(x)       # the shapes of whole maps are known before; on a real device they take nothing
         with (ledger := ledger or Ledger()), FlopCounterMode(display=False) as flops, amp():
@@ -117,8 +118,8 @@ class _Nowhere:
     def get(self, kept, then=None): return {t: torch.empty(n, dtype=t, device='meta') for t, n in kept.items()}
 
 class _Height:
-    "What strips of one height take, bytes each: `last` and `other`, the peak above what is `there` all the time; `graphs`, the last strip's first; a `state`."
-    def __init__(self, module, shape, strip, axis, field, parameters, dtype, autocast, train):
+    "What strips of one height take, bytes each: `last` and `other`, the peak above what is `there` all the time, `weights` of it whatever is computed; `graphs`, the last strip's first; a `state`."
+    def __init__(self, module, shape, strip, axis, field, parameters, weights, dtype, autocast, train, wanted):
         n, length = -(-shape[axis]//strip), shape[axis]
         few = 3+LONGEST+-(-field//strip); m = min(n, few+(n-few) % LONGEST); short = [(m-1)*strip+length-(n-1)*strip if i == axis else d for i, d in enumerate(shape)]
         one, ledger, graphs, record = Streamed(module, strip, direction=('rows', 'columns')[axis-2]), Ledger(), [], _Pass.record
@@ -126,26 +127,33 @@ class _Height:
             ledger.mark(); before = ledger.now; out = record(*args); graphs.append(ledger.now-before)
             return out
         one.__dict__['states'], _Nowhere.sizes = 'nowhere', []
-        with mock.patch.object(_Pass, 'record', noted), mock.patch.dict(_stores, nowhere=lambda device: _Nowhere()): step = measure(one, short, dtype, autocast, train, ledger)
-        outputs = step.outputs*(1+train); self.there = parameters+int(outputs/short[axis]*length)
-        first, *peaks = [p-parameters-math.prod(short)*dtype.itemsize-outputs for p in (*ledger.peaks, ledger.peak)]       # before any graph, with that of the last strip, of the one before it, ...
+        with mock.patch.object(_Pass, 'record', noted), mock.patch.dict(_stores, nowhere=lambda device: _Nowhere()): step = measure(one, short, dtype, autocast, train, wanted, ledger)
+        outputs, image = step.outputs*(1+train), math.prod(short)*dtype.itemsize*(1+wanted)
+        self.there, self.weights = parameters+int(outputs/short[axis]*length), weights
+        first, *peaks = [p-parameters-image-outputs for p in (*ledger.peaks, ledger.peak)]       # before any graph, with that of the last strip, of the one before it, ...
         self.last, self.other = max(peaks[:1], default=first), max([first, *peaks[1:]])
         mean = lambda sizes: sum(sizes)//max(1, len(sizes))      # of strips that are alike, but for the layers that wait
         self.graphs = graphs if m == n else graphs[:1]+[mean(graphs[1:1+LONGEST])]*(n-1)
         self.state = mean(_Nowhere.sizes[-LONGEST:])
 
+    def graph(self, back):
+        "Bytes of the graph of the strip that lies `back` strips before the last."
+        return self.graphs[min(back, len(self.graphs)-1)] if self.graphs else 0
+
 # %% ../nbs/02_plan.ipynb #plncd001
-def _parts(run):
-    "For each strip of the pass `run`, which part of its values is computed, and which part of its operations."
+def _parts(run, strips):
+    "For each of the `strips` of a pass: which part of its values is computed, which part of its operations, and how many weights come into these."
     p, found = run.program, []
     values = {n: math.prod(run.shapes[n])/run.height[n]/run.width[n] for n in p.ops if n in p.rows}     # of one position
-    operations = {n: v+sum(t.numel() for a in n.all_input_nodes if isinstance(t := run.env.get(a), torch.Tensor)) for n, v in values.items()}
-    for k in range(len(run.cuts)-1):
+    weights = {n: sum(t.numel() for a in n.all_input_nodes if isinstance(t := run.env.get(a), torch.Tensor)) for n in values}
+    operations = {n: v+weights[n] for n, v in values.items()}
+    for k in strips:
         (have, start), (will, _), spans = run.at(k), run.at(k+1), run.spans(k)
         rows = {n: will[n]-(start if n in p.light else have)[n] for n in values}
-        part, whole = ([sum(each[n]*rows[n]*columns(n) for n in values) for each in (values, operations)] for columns in (lambda n: sum(b-a for a, b in spans[n]), run.width.get))
-        found.append([a/b if b else 0 for a, b in zip(part, whole)])
-    return found
+        columns = {n: sum(b-a for a, b in spans[n]) for n in values}
+        part, whole = ([sum(each[n]*rows[n]*wide[n] for n in values) for each in (values, operations)] for wide in (columns, run.width))
+        found.append([a/b if b else 0 for a, b in zip(part, whole)] + [sum(w for n, w in weights.items() if rows[n] and columns[n])])
+    return zip(*found)
 
 def _state(run, k):
     "The state before strip `k` of a canvas, on the meta device."
@@ -158,31 +166,32 @@ def _state(run, k):
     return made
 
 def _graphs(run, masks, k):
-    "Bytes of the graphs of strips from `k` on, `LONGEST` of them or what there is."
+    "Bytes of the graphs of strips from `k` on, `LONGEST` of them or what there is, beside the background."
     state, kept = {**_state(run, k), **masks}, []
     with Ledger() as ledger:
-        for t in state.values(): ledger.note(t)
+        for t in (*state.values(), *run.background.leaves.values()): ledger.note(t)
         before = ledger.now
         for i in range(k, min(k+LONGEST, len(run.cuts)-1)): kept.append(run.record(i, state, None)); state = kept[-1][-1]
         return ledger.now-before
 
 class _Load:
-    "What the strips of one image take: `values` is the part of it that each takes of what `one` says, `work` that of the operations. `held` bytes are of the image."
-    def __init__(self, one, values, work, states, held, train):
-        self.n, self.work, self.states, self.held, self.train = len(work), work, states, held, train
-        last, graphs = self.n-1, one.graphs or [0]
-        self.peaks = [held+one.there+int(v*(one.last if k == last else one.other)) for k, v in enumerate(values)]
-        self.graphs = [int(v*graphs[min(last-k, len(graphs)-1)]) for k, v in enumerate(values)]
+    "What the strips of one image take: of what `one` says, the part `values` in memory, and `work` in operations; `begun` weights. `held` bytes are of the image."
+    def __init__(self, one, values, work, begun, states, held, train):
+        self.n, self.work, self.begun, self.states, self.held, self.train = len(work), work, sum(begun), states, held, train
+        self.peaks = [held+one.there+one.weights+int(v*((one.other if k < self.n-1 else one.last)-one.weights)) for k, v in enumerate(values)]
+        self.graphs = [int(v*one.graph(self.n-1-k)) for k, v in enumerate(values)]
 
     def waiting(self, keep, every, states):
         "Bytes of the states that wait while each strip is at work."
         first = self.n-keep if self.train else 0     # from this strip on none is computed again
         if states != 'device': return [min(2, first)*max(self.states)]*self.n       # one on its way, one fetched ahead
-        between = min(every, first)*max(self.states) if every > 1 else 0
-        return [s+between for s in accumulate(s if k < first and k % every == 0 else 0 for k, s in enumerate(self.states))]
+        if first < 1: return [0]*self.n
+        kept, all = ([*accumulate(s if k % m == 0 else 0 for k, s in enumerate(self.states))] for m in (every, 1))
+        return [kept[j]+all[j]-all[j//every*every] for j in (min(k, first-1) for k in range(self.n))]       # those kept, and those of its group that were computed again
 
     def peak(self, keep=1, every=1, states='device'):
         "Bytes alive at once at most, if the last `keep` strips keep their graphs."
+        keep = min(keep, self.n)
         kept = accumulate([0]*(self.n-keep+1)+self.graphs[self.n-keep:-1])     # before each strip
         return max(map(sum, zip(self.peaks, kept, self.waiting(keep, every, states))))
 
@@ -259,46 +268,56 @@ class Plan:
         return ax
 
 # %% ../nbs/02_plan.ipynb #0ae27c61
-BEGIN = 500     # operations per parameter that it costs to begin a strip
+BEGIN = 500     # operations that it costs to begin with a weight in a strip
 MOVE = 100      # operations in the time that a byte takes to a disk or back
 
 class Costs:
     "What it takes to stream images of one shape, dense or as canvases; measured when it is asked."
-    def __init__(self, module, shape, direction, dtype, autocast, train):
-        self.module, self.shape, self.how, self.train, self.device = module, shape, dict(dtype=dtype, autocast=autocast, train=train), train, _device(module)
-        run, _ = Streamed(_on_meta(module), 1, direction=direction).strips(torch.empty(shape, dtype=dtype, device='meta'))
+    def __init__(self, module, shape, direction, dtype, autocast, train, wanted):
+        self.module, self.shape, self.how, self.train, self.device = module, shape, dict(dtype=dtype, autocast=autocast, train=train, wanted=wanted), train, _device(module)
+        there = Streamed(_on_meta(module), 1, direction=direction)
+        with self.as_if(): run, _ = there.strips(torch.empty(shape, dtype=dtype, device='meta'))
         self.axis, self.length = run.axis, shape[run.axis]
-        self.there = Streamed(_on_meta(module), 1, direction=('rows', 'columns')[run.axis-2])
+        self.there = Streamed(there.module, 1, direction=('rows', 'columns')[run.axis-2])
         self.field, unit = map(math.ceil, map(max, zip(*run.program.fields().values())))
         self.unit = unit*-(-16//unit)       # lower strips are for nobody
         self.plain, self.forward = measure(module, shape, **self.how), measure(module, shape, **{**self.how, 'train': False}).flops
         self.parameters = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))+(sum(p.nbytes for p in module.parameters() if p.requires_grad) if train else 0)
-        self.heights, self.budgets, self.made = {}, {}, {}
+        own = set(map(id, (*there.parameters(), *there.buffers())))
+        self.weights = sum(t.nbytes*((id(t) not in own)+2*(train and t.requires_grad)) for t in run.env.values() if isinstance(t, torch.Tensor))     # folded ones; their gradients, of a strip and summed
+        self.heights, self.budgets, self.made, self.liked = {}, {}, {}, {}
 
     def height(self, h):
-        if h not in self.heights: self.heights[h] = _Height(self.module, self.shape, h, self.axis, self.field, self.parameters, **self.how)
+        if h not in self.heights: self.heights[h] = _Height(self.module, self.shape, h, self.axis, self.field, self.parameters, self.weights, **self.how)
         return self.heights[h]
 
-    def loads(self, source=None):
-        "From the height of a strip to the `_Load` of what `source` reads; None: of an image in memory."
-        if hasattr(source, 'canvas'): return self.painted(source)
-        held = source.held if source else lambda h: math.prod(self.shape)*self.how['dtype'].itemsize
-        def load(h): one, n = self.height(h), -(-self.length//h); return _Load(one, [1]*n, [1]*n, [one.state]*n, held(h), self.train)
+    def as_if(self): return _as_if(self.device.type == 'cpu', self.how['autocast'], self.train)
+
+    def loads(self, held):
+        "From the height of a strip to the `_Load` of images of which `held` bytes are in memory: always, and for each row of a strip."
+        with self.as_if(): run, _ = self.there.strips(torch.empty(self.shape, dtype=self.how['dtype'], device='meta'))
+        def load(h):
+            one, n = self.height(h), -(-self.length//h); run.cut(0, self.length, h)
+            some = range(n)[n//2:][:LONGEST]; _, _, begun = _parts(run, some)     # the others are like them
+            return _Load(one, [1]*n, [1]*n, [n*sum(begun)//len(some)], [one.state]*n, held[0]+h*held[1], self.train)
         return cache(load)
 
     def painted(self, source):
         "The same for a canvas. What the graph of a strip takes is that part of the dense one's, times a factor found from a few."
-        run, _ = self.there.strips(source.canvas); run.want = run.wanted(run.env)
-        as_if = lambda: _as_if(self.device.type == 'cpu', self.how['autocast'], self.train)
-        with as_if(), Ledger() as ledger: masks = run.begin(self.train)
+        with self.as_if():
+            run, _ = self.there.strips(source.canvas); run.want = run.wanted(run.env)
+            run.autocast = self.how['autocast'] and ('meta', self.how['autocast'], True)
+            with Ledger() as ledger: masks = run.begin(self.train)
         def load(h):
-            run.cut(0, source.shape[self.axis], h); one, (values, work) = self.height(h), zip(*_parts(run))
-            held = source.held(h)+ledger.now        # with the background
-            if self.train and one.graphs:
-                most = max(range(len(values)), key=values.__getitem__)
-                with as_if(): factor = _graphs(run, masks, most)/sum(v*one.graphs[-2:][0] for v in values[most:most+LONGEST])
-                values = [factor*v for v in values]; held += sum(run.background.leaves[a].nbytes for a in run.background.picked)     # and its gradient
-            return _Load(one, values, work, [sum(t.nbytes for t in _state(run, k).values()) for k in range(len(work))], held, self.train)
+            run.cut(0, source.shape[self.axis], h); one, n = self.height(h), len(run.cuts)-1
+            values, work, begun = _parts(run, range(n))
+            held = source.held[0]+ledger.now        # with the background
+            if self.train:
+                most = max(range(n), key=values.__getitem__)
+                with self.as_if(): graphs = _graphs(run, masks, most)
+                if plain := sum(values[k]*one.graph(n-1-k) for k in range(most, n)[:LONGEST]): values = [graphs/plain*v for v in values]
+                held += sum(run.background.leaves[a].nbytes for a in run.background.picked)     # and its gradient
+            return _Load(one, values, work, begun, [sum(t.nbytes for t in _state(run, k).values()) for k in range(n)], held, self.train)
         return cache(load)
 
     def ways(self, h, load, total):
@@ -307,7 +326,7 @@ class Costs:
         for states, every in stores:
             keep = load.most(total, every, states) if self.train else 0
             if keep == n: states, every = 'device', 1
-            operations = self.operations(load, keep, every)+n*BEGIN*sum(p.numel() for p in self.module.parameters())+(MOVE*2*sum(load.states[:n-keep]) if states == 'disk' else 0)
+            operations = self.operations(load, keep, every)+BEGIN*load.begun+(MOVE*2*sum(load.states[:n-keep]) if states == 'disk' else 0)
             found.append((h, keep, every, states, load.peak(keep, every, states), operations/max(self.plain.flops, 1)))
         return found
 
@@ -323,9 +342,9 @@ class Costs:
 @patch
 def plan(self:Costs, memory, strip=None, source=None):
     "The `Plan` for `memory`, with strips of any height or of `strip`; for what `source` reads, or an image in memory."
-    key = str(memory), strip, source and (source.shape, source.wanted)
-    if key in self.made: return self.made[key]
-    loads = self.loads(source); heights, total = self.budgeted(memory, [strip] if strip else None, loads)
+    painted = hasattr(source, 'canvas')
+    held = (math.prod(self.shape)*self.how['dtype'].itemsize, 0) if source is None else source.held
+    loads = self.painted(source) if painted else self.loads(held); heights, total = self.budgeted(memory, [strip] if strip else None, loads)
     others = []
     for h in heights:
         found = self.ways(h, loads(h), total); fit = [f for f in found if f[4] <= total]
@@ -339,13 +358,24 @@ def plan(self:Costs, memory, strip=None, source=None):
         raise InputError(f"memory={memory!r} ({size(total)}) is too little for {what}: the least is {size(peak)}, with strips of {h} and states on the {states}; give more, a smaller image, or read its rows from a file.")
     h, keep, every, states, peak, time = min(fit, key=lambda f: (f[5], f[4]))
     load, (length, across), state = loads(h), (shape[self.axis], shape[5-self.axis]), self.height(h).state
-    image = source.held(h) if source else load.held
+    image = held[0]+h*held[1]
     parts = {'parameters and gradients': self.parameters, 'image': image, 'states': load.waiting(keep, every, states)[-1], **({'background': load.held-image} if load.held > image else {})}; parts['strips'] = peak-sum(parts.values())
     why = f"cut along its {'longer' if length > across else 'shorter' if length < across else 'first'} side, where a state takes {size(state)}" + (f', the other way {size(state*length/across)}' if length != across else '')
-    if len(self.made) > 15: self.made.clear()       # images of ever new sizes
-    found = Plan(shape, h, keep, every, states, ('rows', 'columns')[self.axis-2], peak, int(self.operations(load, keep, every)), self.computed(load, keep, every), time, total, self.plain, parts, others, why, loads)
-    if not hasattr(source, 'canvas'): self.made[key] = found
-    return found
+    return Plan(shape, h, keep, every, states, ('rows', 'columns')[self.axis-2], peak, int(self.operations(load, keep, every)), self.computed(load, keep, every), time, total, self.plain, parts, others, why, loads)
+
+@patch
+def options(self:Costs, memory, source):
+    "The options of the plan for what `source` reads, found once. How high strips are is found for the first canvas, and how many are kept for each."
+    boxes = getattr(source, 'boxes', None); key = str(memory), source.held, boxes
+    if key not in self.made:
+        if len(self.made) > 255: self.made.clear()
+        try: found = self.plan(memory, boxes and self.liked.get(str(memory)), source)
+        except InputError:
+            if not self.liked.get(str(memory)): raise
+            found = self.plan(memory, None, source)
+        if boxes: self.liked[str(memory)] = found.strip
+        self.made[key] = found.options
+    return self.made[key]
 
 @patch
 def budgeted(self:Costs, memory, heights, loads):
@@ -375,4 +405,4 @@ def plan(
     source = _source(shape, module) if hasattr(shape, 'shape') else None
     if source is not None: shape, dtype = source.shape, source.dtype
     if source is not None and 3 not in source.axes: direction = 'rows'
-    return Costs(module, tuple(shape), direction, dtype, autocast, train).plan(memory, strip, source)
+    return Costs(module, tuple(shape), direction, dtype, autocast, train, source is not None and source.wanted).plan(memory, strip, source)

@@ -23,10 +23,7 @@ class _Tensor:
         if x.ndim != 4 or not x.numel(): raise StreamingError(f'An image is a tensor (N, C, H, W) with at least one pixel, not {tuple(x.shape)}.')
         self.tensors, self.shape, self.dtype, self.device, self.wanted = [x], x.shape, x.dtype, x.device, x.requires_grad
         self.gradients = [None]
-
-    def held(self, strip):
-        "Bytes of the image, and of its gradient, that are in memory when strips have `strip` rows."
-        return self.tensors[0].nbytes*(1+self.wanted)
+        self.held = x.nbytes*(1+self.wanted), 0     # bytes of the image and its gradient in memory: always, and for each row of a strip
 
     def read(self, axis, lo, hi, then=None): return self.tensors[0].detach().narrow(axis, lo, hi-lo)
 
@@ -45,8 +42,7 @@ class _Reader:
         if self.wanted and not self.dtype.is_floating_point: raise StreamingError(f'{type(rows).__name__} has a write for the gradient, but its rows are {self.dtype}, which has none: read floats, or leave write out.')
         self.tensors = [torch.empty(0, requires_grad=True)] if self.wanted else []      # so that there is a graph, even if no parameter wants one
         self.gradients = [None]*len(self.tensors)
-
-    def held(self, strip): return 2*strip*self.shape.numel()//self.shape[2]*self.dtype.itemsize     # a strip and the next
+        self.held = 0, 2*self.shape.numel()//self.shape[2]*self.dtype.itemsize     # a strip and the next
 
     def _read(self, lo, hi):
         rows = torch.as_tensor(self.rows.read(lo, hi))
@@ -77,7 +73,7 @@ def _source(x, module):
     raise StreamingError(f'An image is a tensor (N, C, H, W), a Canvas, or has a shape (N, C, H, W) and read(top, bottom), not {type(x).__name__}.')
 
 # %% ../nbs/01_streaming.ipynb #bdd7d278
-WORTH, LONGEST = 1500, 4      # behind a stride, wait for so many positions, but not for more strips
+WORTH, LONGEST = 1500, 4      # a value behind a stride waits for so many positions, or for so many strips, a power of two
 
 class _Strips:
     "A program on an image of one shape, cut into strips: `step` feeds one strip."
@@ -107,7 +103,10 @@ class _Strips:
 def cut(self:_Strips, top, bottom, strip):
     "Lay strips of `strip` rows between the rows `top` and `bottom` of the image."
     self.cuts, self.known, self.seen = [*range(top, bottom, strip), bottom], {}, {}     # rows, and columns, at the last cuts
-    self.at_once = {n: rows for n, (_, stride) in self.program.fields().items() if n is not self.image and self.program.ops[n].window.stride > 1 and (rows := self.worth(n, strip/stride)) > strip/stride}
+    p, raw, self.at_once = self.program, {self.image}, {}
+    for n, (_, stride) in list(p.fields().items())[1:]:
+        if n in p.light and raw.issuperset(p.inputs[n]): raw.add(n)       # rows of the image would be read again while they wait
+        elif p.ops[n].window.stride > 1 and raw.isdisjoint(p.inputs[n]) and (rows := self.worth(n, strip/stride)) > strip/stride: self.at_once[n] = rows
 
 @patch
 def worth(self:_Strips, n, rows):
@@ -526,7 +525,7 @@ class Streamed(nn.Module):
         for name, v, known in (('states', states, tuple(_stores)), ('direction', direction, _directions)):
             if v not in known: raise StreamingError(f"{name}={v!r} is not known: use one of {', '.join(map(repr, known))}.")
         for k in ('_parameters', '_buffers', '_modules', '_non_persistent_buffers_set'): self.__dict__[k] = module.__dict__[k]
-        self.__dict__.update(module=module, strip=strip, keep=keep, states=states, every=every, direction=direction, memory=memory, training=module.training, _traced={}, _plans={})     # not by setattr: a layer may have one of these names
+        self.__dict__.update(module=module, strip=strip, keep=keep, states=states, every=every, direction=direction, memory=memory, training=module.training, _traced={})     # not by setattr: a layer may have one of these names
         self.program()
 
     reduce = True   # pool strip by strip
@@ -571,7 +570,7 @@ class Streamed(nn.Module):
         self.module.train(mode); self.training = mode
         return self
 
-    def __getstate__(self): return {**self.__dict__, '_traced': {}, '_plans': {}}
+    def __getstate__(self): return {**self.__dict__, '_traced': {}}
     def extra_repr(self): return f'{type(self.module).__name__} in strips of {self.strip} rows' if self.strip != 'auto' else f'{type(self.module).__name__} in strips planned for {self.memory}'
 
 # %% ../nbs/01_streaming.ipynb #strmd002
@@ -601,16 +600,19 @@ def program_for(self:Streamed, source):
 # %% ../nbs/01_streaming.ipynb #strmd003
 @patch
 def planned(self:Streamed, source):
-    "This network with the options of a plan for the image. What strips take is measured once for sizes that are nearly the same: for the largest of them, if that fits."
+    "This network with the options of a plan for the image. What strips take is measured once for sizes that are nearly the same, for the largest of them, if that fits, and anew when the network has changed."
     from importlib import import_module     # the planner runs this engine and stands behind it
     amp = next((torch.get_autocast_dtype(d) for d in ('cpu', 'cuda') if source.device.type == d and torch.is_autocast_enabled(d)), None)
-    how = dict(direction=self.direction if 3 in source.axes else 'rows', dtype=source.dtype, autocast=amp, train=torch.is_grad_enabled())
+    how = dict(direction=self.direction if 3 in source.axes else 'rows', dtype=source.dtype, autocast=amp, train=torch.is_grad_enabled(), wanted=source.wanted)
+    known = self.program_for(source).costs
     coarse = torch.Size([*source.shape[:2], *(-(-n//step)*step for n in source.shape[2:] if (step := max(32, 2**(n.bit_length()-4))))])
     for shape in (coarse, source.shape):
-        key = shape, *how.values(), tuple(p.requires_grad for p in self.parameters())
+        key = shape, source.device, *how.values(), tuple(p.requires_grad for p in self.parameters())
         try:
-            if key not in self._plans: self._plans[key] = import_module('streaming_pathology.plan').Costs(self.module, shape, **how)
-            return self.like(**self._plans[key].plan(self.memory, source=source).options)
+            if key not in known:
+                if len(known) > 31: known.clear()       # images of ever new sizes
+                known[key] = import_module('streaming_pathology.plan').Costs(self.module, shape, **how)
+            return self.like(**known[key].options(self.memory, source))
         except InputError as e: error = e.with_traceback(None)
     raise error
 

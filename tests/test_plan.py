@@ -1,5 +1,5 @@
 """Plans: what is planned is what happens, for random networks and budgets, and whatever the plan the result is the plain network's."""
-import os, pickle
+import gc, os, pickle, weakref
 import pytest, torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
@@ -44,15 +44,20 @@ def test_plans_are_kept(network, height, width, generosity, seed):
     assert .85*found-20_000 < p.peak_bytes < 1.15*found+20_000, f'{p.peak_bytes} planned, {found} taken\n{p}'
     compare(net, x.requires_grad_(), **p.options)
 
+def planned_for(s): return [c for _, program in s._traced.values() for c in program.costs.values()]
+
 def test_auto_plans_for_each_kind_of_image():
     torch.manual_seed(0); net = small().double(); s = stream(net, 'auto', memory='2MB'); x = torch.randn(1, 3, 400, 90, dtype=torch.double)
     y = net(x); ys = s(x); assert close(ys, y)
     want = torch.autograd.grad(y.square().sum(), list(net.parameters())); got = torch.autograd.grad(ys.square().sum(), list(net.parameters()))
     assert all(close(a, b) for a, b in zip(got, want))
-    s(x); s(x[:, :, :390]); assert len(s._plans) == 1      # nearly the same size
+    s(x); s(x[:, :, :390]); assert len(planned_for(s)) == 1      # nearly the same size
     with torch.no_grad(): s(x)
-    s(x[:, :, :200]); assert len(s._plans) == 3
-    net[0].requires_grad_(False); s(x); assert len(s._plans) == 4       # less to keep
+    s(x[:, :, :200]); assert len(planned_for(s)) == 3
+    net[0].requires_grad_(False); s(x); assert len(planned_for(s)) == 4       # less to keep
+    s.memory = '3MB'; s(x); assert len(planned_for(s)) == 4
+    net[1].eps = 2e-5; s(x); assert len(planned_for(s)) == 2       # another network; that without gradients stays until it is asked
+    s.memory = '2MB'; net[1].eps = 1e-5
     again = pickle.loads(pickle.dumps(s)); assert close(again(x), y) and again.memory == '2MB' and 'planned for 2MB' in repr(s)
     s.memory = '10 kB'
     with pytest.raises(InputError, match='the least is'): s(x)
@@ -97,7 +102,32 @@ def test_rows_and_patches_are_not_the_whole_image():
         def read(self, top, bottom): return torch.zeros(1, 3, bottom-top, 256, dtype=torch.uint8)
     net = nn.Sequential(Scaled(), *small()); p = plan(net, Rows(), '20MB')
     assert p.parts['image'] == 2*p.strip*3*256 and p.direction == 'rows' and plan(net, Rows.shape, '20MB', dtype=torch.uint8).parts['image'] == 3*4096*256
-    s = stream(net, 'auto', memory='20MB'); s(Rows()); s(Rows()); (costs,) = s._plans.values(); assert len(costs.made) == 1
+    s = stream(net, 'auto', memory='20MB'); s(Rows()); s(Rows()); (costs,) = planned_for(s); assert len(costs.made) == 1
+    s(torch.zeros(Rows.shape, dtype=torch.uint8)); assert sum(len(c.made) for c in planned_for(s)) == 2      # in memory
+
+def test_plans_for_gradients_of_the_image():
+    "Saliency: the network is frozen, the image is not."
+    torch.manual_seed(0); net = nn.Sequential(*list(resnet18().eval().children())[:6]).requires_grad_(False); s = stream(net, 'auto', memory='60MB')
+    for shape in ((1, 3, 900, 400), (1, 3, 400, 900)):
+        x = torch.rand(shape, requires_grad=True); p = plan(net, x, '60MB'); assert p.peak_bytes <= 60e6 and p.parts['image'] == 2*x.nbytes
+        found = taken(stream(net, **p.options), x); assert .85*found < p.peak_bytes < 1.15*found, f'{p.peak_bytes} planned, {found} taken\n{p}'
+        x.grad = None; s(x).sum().backward(); want = x.grad; x.grad = None; net(x).sum().backward(); assert (want-x.grad).norm() < 3e-3*want.norm()     # float32: maxima that tie
+
+def test_images_are_not_held_by_their_plans():
+    net = small(); s = stream(net, 'auto', memory='1GB'); x = torch.rand(1, 3, 200, 90); r = weakref.ref(x); s(x); del x
+    canvas = Canvas((200, 90), (0, 0, 0), [(5, 6, torch.rand(3, 40, 30))]); c = weakref.ref(canvas.patches[0][2]); s(canvas); s(Canvas((200, 90), (0, 0, 0))); del canvas
+    gc.collect(); assert r() is None and c() is None
+
+@pytest.mark.parametrize('how', ['bf16 weights', 'autocast', 'no_grad', 'masks'])
+def test_canvases_of_all_kinds_are_planned(how):
+    torch.manual_seed(0); net = nn.Sequential(*small(), *[nn.Dropout2d().train()]*(how == 'masks')); dtype = torch.float32
+    if how == 'bf16 weights': net, dtype = net.bfloat16(), torch.bfloat16
+    canvas = Canvas((400, 300), (0, 1, 0), [(30, 40, torch.rand(3, 90, 50).to(dtype))])
+    with torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'), torch.set_grad_enabled(how != 'no_grad'):
+        y = stream(net, 'auto', memory='20MB')(canvas)
+        if how != 'masks': assert torch.allclose(y.float(), stream(net, 64)(canvas.dense()).float(), atol=.05)
+        p = plan(net, canvas, '20MB', autocast=torch.bfloat16 if how == 'autocast' else None)      # whether or not gradients are on now
+    if how == 'no_grad': assert p.peak_bytes == plan(net, canvas, '20MB').peak_bytes
 
 def test_classifier_plans_itself():
     torch.manual_seed(0); model = StreamingClassifier('resnet18', strip='auto', memory='250MB', pool='attention'); x = torch.randint(0, 256, (1, 3, 256, 200), dtype=torch.uint8)

@@ -157,7 +157,7 @@ class _Background:
         self.profiles = {p.image: [_Profile(run.height[p.image]), _Profile(run.width[p.image])]}      # along the strips and across them
         for n in [n for n in p.ops if n in p.rows]:
             self.profiles[n] = [_profile(w, s[n], [self.profiles[a][i] for a in p.inputs[n]]) for i, (w, s) in enumerate(((p.ops[n].window, run.height), (p.ops[n].across, run.width)))]
-        low = (run.autocast and run.autocast[2]) or any(isinstance(t, torch.Tensor) and t.dtype in (torch.float16, torch.bfloat16) for t in env.values())
+        low = (run.autocast and run.autocast[2]) or any(isinstance(t, torch.Tensor) and _wide(t) != t.dtype for t in env.values())
         with torch.set_grad_enabled(training and not low), run.context(): self._fill(env)
         self.types = {n: m.dtype for n, m in self.maps.items()}
         if low:       # what stands for so many is computed in float32 and rounded once

@@ -783,6 +783,18 @@ def _link(self:Program):
     self.light = {n for n, op in self.ops.items() if getattr(op, 'light', False) and len(self.inputs[n]) == 1 and n not in self.outputs}
     self.inplace = {n: n.args[0] for n in self.ops if _inplace(n)}
     self.exclusive = {n for n, a in self.inplace.items() if len(a.users) == 1 and a in self.ops and not self.ops[a].alias}   # nobody else has the memory
+    raw, self.strided = {self.image}, {}     # what has a stride, in rows of the image; not where rows of the image itself would wait, and be read again
+    for n, (_, stride) in list(self.fields().items())[1:]:
+        if n in self.light and raw.issuperset(self.inputs[n]): raw.add(n)
+        elif self.ops[n].window.stride > 1 and raw.isdisjoint(self.inputs[n]): self.strided[n] = stride
+
+@patch
+def fields(self:Program):
+    "For each value that comes in strips: how many rows of the image one of its rows sees, and how many lie between two of these."
+    seen = {self.image: (1, 1)}
+    for n, op in self.ops.items():
+        if n in self.rows: seen[n] = max((r+(op.window.span-1)*s, s*op.window.stride) for r, s in (seen[a] for a in self.inputs[n]))
+    return seen
 
 # %% ../nbs/00_geometry.ipynb #0b7ef1b5
 def evaluate(node, module, env):
@@ -796,14 +808,6 @@ def evaluate(node, module, env):
     return getattr(args[0], node.target)(*args[1:], **kwargs) if node.op == 'call_method' else node.target(*args, **kwargs)
 
 # %% ../nbs/00_geometry.ipynb #de04d4a9
-@patch
-def fields(self:Program):
-    "For each value that comes in strips: how many rows of the image one of its rows sees, and how many lie between two of these."
-    seen = {self.image: (1, 1)}
-    for n, op in self.ops.items():
-        if n in self.rows: seen[n] = max((r+(op.window.span-1)*s, s*op.window.stride) for r, s in (seen[a] for a in self.inputs[n]))
-    return seen
-
 def receptive_field(module):
     "For each value of `module` that comes in strips: `(name, rows of the image it sees, stride in image rows)`."
     return [(layer_name(n), *f) for n, f in list(Program(module).fields().items())[1:]]

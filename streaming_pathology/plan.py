@@ -186,8 +186,8 @@ class _Load:
         first = self.n-keep if self.train else 0     # from this strip on none is computed again
         if states != 'device': return [min(2, first)*max(self.states)]*self.n       # one on its way, one fetched ahead
         if first < 1: return [0]*self.n
-        kept, all = ([*accumulate(s if k % m == 0 else 0 for k, s in enumerate(self.states))] for m in (every, 1))
-        return [kept[j]+all[j]-all[j//every*every] for j in (min(k, first-1) for k in range(self.n))]       # those kept, and those of its group that were computed again
+        kept, made = ([*accumulate(s if k % m == 0 else 0 for k, s in enumerate(self.states))] for m in (every, 1))
+        return [kept[j]+made[j]-made[j//every*every] for j in (min(k, first-1) for k in range(self.n))]       # those kept, and those of its group that were computed again
 
     def peak(self, keep=1, every=1, states='device'):
         "Bytes alive at once at most, if the last `keep` strips keep their graphs."
@@ -275,15 +275,15 @@ class Costs:
     "What it takes to stream images of one shape, dense or as canvases; measured when it is asked."
     def __init__(self, module, shape, direction, dtype, autocast, train, wanted):
         self.module, self.shape, self.how, self.train, self.device = module, shape, dict(dtype=dtype, autocast=autocast, train=train, wanted=wanted), train, _device(module)
-        there = Streamed(_on_meta(module), 1, direction=direction)
-        with self.as_if(): run, _ = there.strips(torch.empty(shape, dtype=dtype, device='meta'))
+        self.there = Streamed(_on_meta(module), 1, direction=direction)
+        with self.as_if(): run, _ = self.there.strips(torch.empty(shape, dtype=dtype, device='meta'))
         self.axis, self.length = run.axis, shape[run.axis]
-        self.there = Streamed(there.module, 1, direction=('rows', 'columns')[run.axis-2])
+        self.there.direction = ('rows', 'columns')[run.axis-2]      # also for canvases whose longer side is the other
         self.field, unit = map(math.ceil, map(max, zip(*run.program.fields().values())))
         self.unit = unit*-(-16//unit)       # lower strips are for nobody
         self.plain, self.forward = measure(module, shape, **self.how), measure(module, shape, **{**self.how, 'train': False}).flops
         self.parameters = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))+(sum(p.nbytes for p in module.parameters() if p.requires_grad) if train else 0)
-        own = set(map(id, (*there.parameters(), *there.buffers())))
+        own = set(map(id, (*self.there.parameters(), *self.there.buffers())))
         self.weights = sum(t.nbytes*((id(t) not in own)+2*(train and t.requires_grad)) for t in run.env.values() if isinstance(t, torch.Tensor))     # folded ones; their gradients, of a strip and summed
         self.heights, self.budgets, self.made, self.liked = {}, {}, {}, {}
 
@@ -344,7 +344,7 @@ def plan(self:Costs, memory, strip=None, source=None):
     "The `Plan` for `memory`, with strips of any height or of `strip`; for what `source` reads, or an image in memory."
     painted = hasattr(source, 'canvas')
     held = (math.prod(self.shape)*self.how['dtype'].itemsize, 0) if source is None else source.held
-    loads = self.painted(source) if painted else self.loads(held); heights, total = self.budgeted(memory, [strip] if strip else None, loads)
+    loads = self.painted(source) if painted else self.loads(held); heights, total = self.budgeted(memory, strip, loads)
     others = []
     for h in heights:
         found = self.ways(h, loads(h), total); fit = [f for f in found if f[4] <= total]
@@ -369,23 +369,24 @@ def options(self:Costs, memory, source):
     boxes = getattr(source, 'boxes', None); key = str(memory), source.held, boxes
     if key not in self.made:
         if len(self.made) > 255: self.made.clear()
-        try: found = self.plan(memory, boxes and self.liked.get(str(memory)), source)
+        strip = self.liked.get(str(memory)) if boxes else None
+        try: found = self.plan(memory, strip, source)
         except InputError:
-            if not self.liked.get(str(memory)): raise
-            found = self.plan(memory, None, source)
+            if not strip: raise
+            found = self.plan(memory, source=source)
         if boxes: self.liked[str(memory)] = found.strip
         self.made[key] = found.options
     return self.made[key]
 
 @patch
-def budgeted(self:Costs, memory, heights, loads):
-    "The heights of strips that come into question, the highest first, and the bytes there are."
-    given, whole = heights, self.length
-    heights = heights or [whole, *sorted((self.unit*2**i for i in range(30) if self.unit*2**i < whole), reverse=True)]
+def budgeted(self:Costs, memory, strip, loads):
+    "The heights of strips that come into question, the highest first, or `strip` alone; and the bytes there are."
+    whole = self.length
+    heights = [strip] if strip else [whole, *sorted((self.unit*2**i for i in range(30) if self.unit*2**i < whole), reverse=True)]
     disk = lambda h: loads(h).peak(states='disk')
     if str(memory).lower() == 'least': total = int(1.1*min(map(disk, heights[-3:])))
     else: total = self.budgets[str(memory)] = self.budgets.get(str(memory)) or budget(memory, self.device)      # 'auto' is asked once
-    if not given and len(heights) > 4:      # memory grows with the height: leave out what is far too high
+    if not strip and len(heights) > 4:      # memory grows with the height: leave out what is far too high
         least = min(heights, key=lambda h: abs(h-4*self.unit))
         heights = [h for h in heights if h <= max(least, 2*least*total/disk(least)) or (h == whole and self.plain.peak <= total)]
     return heights, total

@@ -103,10 +103,7 @@ class _Strips:
 def cut(self:_Strips, top, bottom, strip):
     "Lay strips of `strip` rows between the rows `top` and `bottom` of the image."
     self.cuts, self.known, self.seen = [*range(top, bottom, strip), bottom], {}, {}     # rows, and columns, at the last cuts
-    p, raw, self.at_once = self.program, {self.image}, {}
-    for n, (_, stride) in list(p.fields().items())[1:]:
-        if n in p.light and raw.issuperset(p.inputs[n]): raw.add(n)       # rows of the image would be read again while they wait
-        elif p.ops[n].window.stride > 1 and raw.isdisjoint(p.inputs[n]) and (rows := self.worth(n, strip/stride)) > strip/stride: self.at_once[n] = rows
+    self.at_once = {n: rows for n, stride in self.program.strided.items() if (rows := self.worth(n, strip/stride)) > strip/stride}
 
 @patch
 def worth(self:_Strips, n, rows):

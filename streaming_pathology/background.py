@@ -203,7 +203,7 @@ def _sight(window, inputs):
     return seen[0][0], max(a for _, a, _ in seen), max(b for *_, b in seen)
 
 SPAN = 80   # positions that are computed in the time that it costs to begin a span
-GRID = 4    # spans of columns begin and end at multiples of it, so that those of a convolution and of what it reads are mostly the same
+GRID = 16   # columns of the image: spans begin and end at multiples of as many, so that those of a convolution and of what it reads are mostly the same; deep layers, where a column is as wide, read what they need
 
 def _keeps_columns(w): return not isinstance(w, Spread) and w.stride == 1 and w.mode == 'constant' and w.pad[0] == w.pad[1] and w.span == 2*w.pad[0]+1
 
@@ -232,10 +232,17 @@ class _Spans(_Pass):
                     if any(len({s for s, *_ in of}) > 1 for of in seen): why = 'joins maps of different strides'
                     else: self.sight[n] = [_sight(w, of) for w, of in zip((op.window, op.across), seen)]
             if why: raise StreamingError(f'{layer_name(n)} {why}, so the background of a canvas is not the same everywhere: give canvas.dense() instead.')
-        self.rim = max([0]+[w.pad[0] for op in program.ops.values() if (w := getattr(op, 'across', None)) and _keeps_columns(w) and w.pad[0] <= 4])
         axis = program.rows[program.image].axis
         self.boxes = [(t, t+p.shape[1], l, l+p.shape[2]) if axis == 2 else (l, l+p.shape[2], t, t+p.shape[1]) for t, l, p in self.source.canvas.patches]     # along the strips and across them
         self.sight = {n: [(d, *(int(v*d) for v in seen)) for seen in of if (d := math.lcm(*(Fraction(v).denominator for v in seen)))] for n, of in self.sight.items()}     # in integers, times the first
+        self.grid = {n: max(1, GRID*d//s) for n, (_, (d, s, *_)) in self.sight.items()}
+        pads = [w.pad[0] for op in program.ops.values() if (w := getattr(op, 'across', None)) and _keeps_columns(w)]
+        self.rim = {n: max((p for p in pads if p <= g), default=0) if g > 1 else 0 for n, g in self.grid.items()}
+
+    def columns(self, n, boxes, lo, hi):
+        "The columns of `n` that see those of the `boxes` that lie in the rows `lo` to `hi` of the image, with a rim."
+        _, (d, s, a, b) = self.sight[n]
+        return [(-((b-l*d)//s)-self.rim[n], ((r-1)*d+a)//s+1+self.rim[n]) for t, e, l, r in boxes if t <= hi and e > lo]
 
     def spans(self, k):
         if k not in self.seen:
@@ -247,16 +254,16 @@ class _Spans(_Pass):
         (have, start), (will, _), found = self.at(k), self.at(k+1), {}
         rows = {n: ((s*start[n]-a)//d, -(-(s*(will[n]-1)+b)//d)) for n, ((d, s, a, b), _) in self.sight.items() if will[n] > start[n]}       # of the image, first and last, that are seen
         near = [box for box in self.boxes if rows and box[0] <= max(hi for _, hi in rows.values()) and box[1] > min(lo for lo, _ in rows.values())]
-        for n, (_, (d, s, a, b)) in self.sight.items():
-            columns = [(-((b-l*d)//s)-self.rim, ((r-1)*d+a)//s+1+self.rim) for t, e, l, r in near if t <= rows[n][1] and e > rows[n][0]] if n in rows else []
+        for n, g in self.grid.items():
+            columns = self.columns(n, near, *rows[n]) if n in rows else []
             new = will[n]-(start if n in self.program.light else have)[n]
-            found[n] = _merged([(c//GRID*GRID, -(-e//GRID)*GRID) for c, e in columns], self.width[n], SPAN//new if new else 0)
+            found[n] = _merged([(c//g*g, -(-e//g)*g) for c, e in columns], self.width[n], SPAN//new if new else 0)
         return found
 
     def loose(self, n, columns):
         "So are spans that do not reach from edge to edge: their rim is as wide as the padding, and sees no tissue."
         w = self.program.ops[n].across
-        return _keeps_columns(w) and 0 < w.pad[0] <= self.rim and columns != (0, self.width[n])
+        return _keeps_columns(w) and 0 < w.pad[0] <= self.rim[n] and columns != (0, self.width[n])
 
 # %% ../nbs/03_background.ipynb #bgcd0001
 class _Mend(torch.autograd.Function):

@@ -261,9 +261,9 @@ class _Spans(_Pass):
         return found
 
     def loose(self, n, columns):
-        "So are spans that do not reach from edge to edge: their rim is as wide as the padding, and sees no tissue."
+        "So are those of a convolution of stride 1 that do not reach from edge to edge: their rim is as wide as the padding, and sees no tissue."
         w = self.program.ops[n].across
-        return _keeps_columns(w) and 0 < w.pad[0] <= self.rim[n] and columns != (0, self.width[n])
+        return _keeps_columns(w) and 0 < w.pad[0] <= min(self.rim[n], columns[1]-columns[0]) and columns != (0, self.width[n])
 
 # %% ../nbs/03_background.ipynb #bgcd0001
 class _Mend(torch.autograd.Function):

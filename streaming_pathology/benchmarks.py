@@ -236,7 +236,7 @@ def planned(case, memory):
     "A way to stream the case within `memory`, and the bytes that its plan has above start."
     how = _shape(case)
     if case['image'] in ('rows', 'canvas'): how['shape'] = images[case['image']](*case['size'])
-    p = plan(_network(case), memory=memory, **how)
+    p = plan(_network(case).to(case['device']), memory=memory, **how)
     return dict(method='streaming', **p.options), p.peak_bytes-there(case)-(p.parts['image'] if case['image'] == 'canvas' else 0)
 
 def within(case, above, log=print):
@@ -359,7 +359,7 @@ def sides(text):
     return tuple(map(hw, text.split(',')))
 
 def bench(out, # JSON file to write
-          *, part:str='methods',             # what is measured: methods, budgets, large, gigapixel or canvas
+          *, part:str='methods',             # what is measured: methods, budgets, large, gigapixel, canvas or networks
           device:str='cuda' if torch.cuda.is_available() else 'cpu', # cpu or cuda
           repeats:int=None,                  # rounds that are counted (default, as for what follows: the part's own)
           sizes:sides=None,                  # sides of square images, or height x width, with commas between

@@ -38,12 +38,13 @@ class _Band:
 
     def forward(self, *args, **kwargs):
         "The whole outputs, on every rank."
-        outs = super().forward(*args, **kwargs)
-        for n, y in zip(self.program.outputs, outs):
+        outs = []
+        for n, y in zip(self.program.outputs, super().forward(*args, **kwargs)):
+            outs.append(torch.empty_like(y))        # `y` may belong to the graph of a strip
             for r, (a, b) in enumerate(zip(self.bands[n], self.bands[n][1:])):
-                part = (band := y.narrow(self.program.rows[n].axis, a, b-a)).contiguous()
-                dist.broadcast(part, r if self.group is None else dist.get_global_rank(self.group, r), self.group)
-                band.copy_(part)
+                band = lambda t: t.narrow(self.program.rows[n].axis, a, b-a)
+                dist.broadcast(part := band(y).clone(memory_format=torch.contiguous_format), r if self.group is None else dist.get_global_rank(self.group, r), self.group)
+                band(outs[-1]).copy_(part)
         return outs
 
     def agree(self, gouts):
@@ -88,7 +89,7 @@ class Banded(Streamed):
         if any(a is not None and not torch.equal(a, b) for a, b in zip(before, _rng(_device(self)))): raise StreamingError(_drawn)      # behind the reductions
         return out
 
-    def like(self, **options): return Banded(self.module, group=self.group, **options)
+    def like(self, **options): return Banded(self.module, group=self.group, traced=self._traced, **options)
 
     def start(self, Pass, program, module, source, *args):
         if source.wanted and any(not t.numel() for t in source.tensors): raise StreamingError('The gradient of an image that is read by rows cannot be written by several ranks, which share the rows near the border of two bands: leave write out, or give a tensor.')
@@ -101,5 +102,5 @@ def stream_bands(
     **options, # `keep`, `states`, `every`, `direction`, `memory`, as for `stream`
 ):
     """`module`, computed by all ranks together: each streams a band of the image, and every rank gets the whole output and, in backward, the whole gradient (already summed: do not reduce it again; the mean that DistributedDataParallel takes is harmless).
-    All ranks call it with the same image (N, C, H, W), of which each reads its own rows, and go on to the same loss; losses that differ raise `StreamingError`, and so do random layers and more ranks than rows of the output."""
+    All ranks call it with the same image (N, C, H, W), of which each reads its own rows, and go on to the same loss; gradients of the output with other sums raise `StreamingError`, and so do random layers and more ranks than rows of the output."""
     return Banded(module, strip, group=group, **options)

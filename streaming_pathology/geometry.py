@@ -120,6 +120,8 @@ class Piece:
     def pad(self, x, fill=0.):
         "`x`, the inputs `self.reads`, with the padding that belongs to it."
         (lo, hi), (start, end) = self.window.needs(self.i, self.j), self.reads
+        if self.whole and (lo > 0 or hi < self.size):       # a negative padding cuts off
+            start, end = max(lo, 0), max(min(hi, self.size), max(lo, 0)); x = x.narrow(self.axis, start, end-start)
         if lo >= 0 and hi <= self.size: return x
         if self.window.mode == 'constant':
             top = min(max(-lo, 0), hi-lo)

@@ -215,7 +215,8 @@ def budget(memory, device=torch.device('cpu')):
 
 def _free():
     "Bytes of the machine's memory that a process may still take, within the limit of its control group."
-    free = os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
+    pages = 'SC_AVPHYS_PAGES' if 'SC_AVPHYS_PAGES' in os.sysconf_names else 'SC_PHYS_PAGES'     # macOS does not say what is free
+    free = os.sysconf(pages)*os.sysconf('SC_PAGE_SIZE')
     if (meminfo := Path('/proc/meminfo')).exists(): free = int(re.search(r'MemAvailable:\s+(\d+)', meminfo.read_text())[1])*1024
     try: free = min(free, int(Path('/sys/fs/cgroup/memory.max').read_text())-int(Path('/sys/fs/cgroup/memory.current').read_text()))
     except (OSError, ValueError): pass      # no such group, or one without limit
@@ -286,7 +287,7 @@ class Costs:
         self.parameters = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))+(sum(p.nbytes for p in module.parameters() if p.requires_grad) if train else 0)
         own = set(map(id, (*self.there.parameters(), *self.there.buffers())))
         self.weights = sum(t.nbytes*((id(t) not in own)+2*(train and t.requires_grad)) for t in run.env.values() if isinstance(t, torch.Tensor))     # folded ones; their gradients, of a strip and summed
-        self.heights, self.budgets, self.made, self.liked = {}, {}, {}, {}
+        self.heights, self.made, self.liked, self.free = {}, {}, {}, None
 
     def height(self, h):
         if h not in self.heights: self.heights[h] = _Height(self.module, self.shape, h, self.axis, self.field, self.parameters, self.weights, **self.how)
@@ -345,7 +346,8 @@ def plan(self:Costs, memory, strip=None, source=None):
     "The `Plan` for `memory`, with strips of any height or of `strip`; for what `source` reads, or an image in memory."
     painted = hasattr(source, 'canvas')
     held = (math.prod(self.shape)*self.how['dtype'].itemsize, 0) if source is None else source.held
-    loads = self.painted(source) if painted else self.loads(held); heights, total = self.budgeted(memory, strip, loads)
+    there = sum(t.nbytes for t in (*self.module.parameters(), *self.module.buffers(), *(source.tensors if source is not None else ())) if t.device == self.device)
+    loads = self.painted(source) if painted else self.loads(held); heights, total = self.budgeted(memory, strip, loads, there)
     others = []
     for h in heights:
         found = self.ways(h, loads(h), total); fit = [f for f in found if f[4] <= total]
@@ -380,13 +382,16 @@ def options(self:Costs, memory, source):
     return self.made[key]
 
 @patch
-def budgeted(self:Costs, memory, strip, loads):
-    "The heights of strips that come into question, the highest first, or `strip` alone; and the bytes there are."
+def budgeted(self:Costs, memory, strip, loads, there):
+    "The heights of strips that come into question, the highest first, or `strip` alone; and the bytes there are. 'auto' is nine tenths of what is free, as libraries take some for themselves, and what is `there` already of what is counted."
     whole = self.length
     heights = [strip] if strip else [whole, *sorted((self.unit*2**i for i in range(30) if self.unit*2**i < whole), reverse=True)]
     disk = lambda h: loads(h).peak(states='disk')
     if str(memory).lower() == 'least': total = int(1.1*min(map(disk, heights[-3:])))
-    else: total = self.budgets[str(memory)] = self.budgets.get(str(memory)) or budget(memory, self.device)      # 'auto' is asked once
+    elif memory == 'auto':
+        self.free = self.free or budget(memory, self.device)       # asked once
+        total = int(.9*self.free)+there
+    else: total = budget(memory)
     if not strip and len(heights) > 4:      # memory grows with the height: leave out what is far too high
         least = min(heights, key=lambda h: abs(h-4*self.unit))
         heights = [h for h in heights if h <= max(least, 2*least*total/disk(least)) or (h == whole and self.plain.peak <= total)]

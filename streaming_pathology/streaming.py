@@ -9,6 +9,7 @@ __all__ = ['WORTH', 'LONGEST', 'Streamed', 'stream']
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn, fx
@@ -38,7 +39,8 @@ class _Reader:
         self.rows, self.shape, self.device, self.wanted = rows, torch.Size(rows.shape), device, callable(getattr(rows, 'write', None))
         if len(self.shape) != 4 or not self.shape.numel(): raise StreamingError(f'{type(rows).__name__}.shape is {tuple(self.shape)}: an image that is read by rows has a shape (N, C, H, W) and at least one pixel.')
         self.thread, self.ahead, self.dtype, self.waiting = ThreadPoolExecutor(1, 'rows'), {}, None, None
-        self.dtype = self._read(0, 1).dtype
+        self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
+        first = self._read(0, 1); self.dtype, self.home = first.dtype, first.device
         if self.wanted and not self.dtype.is_floating_point: raise StreamingError(f'{type(rows).__name__} has a write for the gradient, but its rows are {self.dtype}, which has none: read floats, or leave write out.')
         self.tensors = [torch.empty(0, requires_grad=True)] if self.wanted else []      # so that there is a graph, even if no parameter wants one
         self.gradients = [None]*len(self.tensors)
@@ -51,16 +53,27 @@ class _Reader:
             raise StreamingError(f'{type(self.rows).__name__}.read({lo}, {hi}) gave {tuple(rows.shape)} of {rows.dtype}, not {want} of {self.dtype or "one type"}.')
         return rows.pin_memory() if self.device.type == 'cuda' and not rows.is_cuda else rows
 
+    def _fetch(self, lo, hi):
+        rows = self._read(lo, hi)
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext(): return rows.to(self.device, non_blocking=True)
+
     def read(self, axis, lo, hi, then=None):
-        rows = self.ahead.pop((lo, hi)).result() if (lo, hi) in self.ahead else self._read(lo, hi)
-        self.ahead = {then: self.thread.submit(self._read, *then)} if then else {}
-        return rows.to(self.device, non_blocking=True)
+        rows = self.ahead.pop((lo, hi)).result() if (lo, hi) in self.ahead else self._fetch(lo, hi)
+        if self.stream:
+            now = torch.cuda.current_stream(self.device); now.wait_stream(self.stream); rows.record_stream(now)
+        self.ahead = {then: self.thread.submit(self._fetch, *then)} if then else {}
+        return rows
 
     def add(self, axis, lo, hi, gradient, final):
         "Rows from `final` on are complete with this strip; those above wait for the next."
-        if self.waiting is not None: gradient[:, :, -self.waiting.shape[2]:].add_(self.waiting) if self.waiting.shape[2] else None
+        if self.waiting is not None and self.waiting.shape[2]: gradient[:, :, -self.waiting.shape[2]:].add_(self.waiting)
         self.waiting = gradient[:, :, :final-lo].clone()
-        self.rows.write(final, hi, gradient[:, :, final-lo:])
+        self.rows.write(final, hi, gradient[:, :, final-lo:].to(self.home))
+
+class _Array:
+    "An array (N, C, H, W) that is not a tensor, sliced where it lies: a memory map, a dataset of HDF5 or zarr."
+    def __init__(self, array): self.array, self.shape = array, array.shape
+    def read(self, top, bottom): return torch.from_numpy(np.array(self.array[:, :, top:bottom]))
 
 def _device(module): return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device('cpu'))
 
@@ -70,7 +83,8 @@ def _source(x, module):
     device = _device(module)
     if callable(getattr(x, 'source', None)): return x.source(device)     # an image that knows itself how strips read it
     if hasattr(x, 'shape') and callable(getattr(x, 'read', None)): return _Reader(x, device)
-    raise StreamingError(f'An image is a tensor (N, C, H, W), a Canvas, or has a shape (N, C, H, W) and read(top, bottom), not {type(x).__name__}.')
+    if hasattr(x, 'shape') and hasattr(x, '__array__'): return _Reader(_Array(x), device)
+    raise StreamingError(f'An image is a tensor or an array (N, C, H, W), a Canvas, or has a shape (N, C, H, W) and read(top, bottom), not {type(x).__name__}.')
 
 # %% ../nbs/01_streaming.ipynb #bdd7d278
 WORTH, LONGEST = 1500, 4      # a value behind a stride waits for so many positions, or for so many strips, a power of two
@@ -513,7 +527,7 @@ _directions = 'auto', 'rows', 'columns'
 
 class Streamed(nn.Module):
     "`module` on an image (N, C, H, W), computed in strips of `strip` rows. Its parameters, and the names of these, are those of `module`."
-    def __init__(self, module, strip=512, keep=1, states='device', every=1, direction='auto', memory='auto'):
+    def __init__(self, module, strip=512, keep=1, states='device', every=1, direction='auto', memory='auto', traced=None):
         super().__init__()
         if isinstance(module, Streamed): module = module.module
         if not isinstance(module, nn.Module): raise StreamingError(f'stream takes an nn.Module, not {type(module).__name__}.')
@@ -521,15 +535,16 @@ class Streamed(nn.Module):
             if (isinstance(v, bool) or not isinstance(v, int) or v < least) and not (name == 'strip' and v == 'auto'): raise StreamingError(f'{name}={v!r} is not a number of {what}: give an integer from {least} on' + (" or 'auto'." if name == 'strip' else '.'))
         for name, v, known in (('states', states, tuple(_stores)), ('direction', direction, _directions)):
             if v not in known: raise StreamingError(f"{name}={v!r} is not known: use one of {', '.join(map(repr, known))}.")
+        if strip == 'auto' and (keep, states, every) != (1, 'device', 1): raise StreamingError(f"keep={keep}, states={states!r} and every={every} are planned where strip='auto': leave them out, or give the rows of a strip.")
         for k in ('_parameters', '_buffers', '_modules', '_non_persistent_buffers_set'): self.__dict__[k] = module.__dict__[k]
-        self.__dict__.update(module=module, strip=strip, keep=keep, states=states, every=every, direction=direction, memory=memory, training=module.training, _traced={})     # not by setattr: a layer may have one of these names
+        self.__dict__.update(module=module, strip=strip, keep=keep, states=states, every=every, direction=direction, memory=memory, training=module.training, _traced={} if traced is None else traced)     # not by setattr: a layer may have one of these names
         self.program()
 
     reduce = True   # pool strip by strip
 
     def like(self, **options):
         "The same network streamed with other `options`."
-        return Streamed(self.module, **options)
+        return Streamed(self.module, traced=self._traced, **options)
 
     def strips(self, x):
         "The pass over the image `x`, ready to run, and the values of what depends on parameters only."
@@ -588,6 +603,7 @@ def program(self:Streamed, axis=2):
 @patch
 def program_for(self:Streamed, source):
     "The program in the direction in which `source` is cut: along its longer side, where it and the network allow that."
+    if self.direction == 'columns' and 3 not in source.axes: raise StreamingError("direction='columns' needs an image whose columns can be read, and this one is read by rows: use 'auto' or 'rows'.")
     wide = 3 in source.axes and (self.direction == 'columns' or (self.direction == 'auto' and source.shape[3] > source.shape[2]))
     try: return self.program(3 if wide else 2)
     except StreamingError:

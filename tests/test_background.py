@@ -149,6 +149,12 @@ def test_bad_canvases(shape, colour, patches, says):
     with pytest.raises(InputError, match=says) as e: Canvas(shape, colour, patches)
     assert '\n' not in str(e.value)
 
+@pytest.mark.parametrize('pad', [(-10, -10), (-10, 3), (4, -2)])
+def test_columns_cut_off(pad):
+    "With tissue behind the cut, at it and far from it."
+    torch.manual_seed(0); net = nn.Sequential(nn.ZeroPad2d((*pad, 0, 0)), nn.Conv2d(3, 4, 7, padding=3), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)).double()
+    for left in (0, 8, 25, 41, 50): agree(net, Canvas((40, 53), (.2, .5, .9), [(7, left, torch.randn(3, 9, 3, dtype=torch.double, requires_grad=True))]), 16, direction='rows')
+
 def test_canvases_that_a_network_cannot_take():
     for net, says in ((nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout()), 'canvas.dense()'), (nn.CircularPad2d((1, 1, 0, 0)), 'where a column lies'), (Apply(lambda m, x: x+m.p, p=torch.randn(1, 3, 1, 300)), 'where a column lies')):
         with pytest.raises(StreamingError, match=says.replace('(', '.').replace(')', '.')): stream(net, 32, direction='rows')(painted(dtype=torch.float32))

@@ -112,6 +112,14 @@ def test_ranks_have_what_one_process_has(ranks, tmp_path):
     assert all('use fewer ranks' in f[-3] for f in found), [f[-3] for f in found]
     assert all('random numbers' in f[-2] and 'the same loss' in f[-1] for f in found), [f[-2:] for f in found]
 
+def test_a_whole_output_of_one_strip():
+    "It belongs to the graph of the strip, and nothing may be written into it."
+    torch.manual_seed(0); net = small().double(); x = torch.randn(1, 3, 40, 24, dtype=torch.double)
+    want = torch.autograd.grad(net(x).square().sum(), [*net.parameters()])
+    with Played(0, 1): got = torch.autograd.grad(stream_bands(net, 64)(x).square().sum(), [*net.parameters()])
+    assert all(close(a, b) for a, b in zip(got, want))
+    with Played(0, 2): torch.autograd.grad(stream_bands(net, 64)(x).square().sum(), [*net.parameters()])      # half of it
+
 def test_what_cannot_be_shared():
     with pytest.raises(InputError, match='torchrun'): stream_bands(small(), 8)
     class Rows:

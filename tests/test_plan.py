@@ -1,14 +1,15 @@
 """Plans: what is planned is what happens, for random networks and budgets, and whatever the plan the result is the plain network's."""
 import gc, os, pickle, weakref
+from unittest import mock
 import pytest, torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
 from torchvision.models import resnet18
 from streaming_pathology.background import Canvas
-from streaming_pathology.geometry import InputError, StreamingError, _lacks
+from streaming_pathology.geometry import InputError, Program, StreamingError, _lacks
 from streaming_pathology.models import StreamingClassifier
-from streaming_pathology.plan import Ledger, budget, plan
-from streaming_pathology.streaming import stream
+from streaming_pathology.plan import Costs, Ledger, budget, plan
+from streaming_pathology.streaming import _source, stream
 from test_streaming import close, compare, frozen_norm, networks, small
 
 examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
@@ -95,6 +96,30 @@ def test_plans_of_canvases(budget):
     if dense: assert p.time < .75*dense.time and p.flops < .75*dense.flops
     want, got = (torch.autograd.grad(f(x).square().mean(), list(net.parameters())) for f, x in ((net, canvas.dense()), (stream(net, 'auto', memory=budget), canvas)))
     assert all((a-b).norm() < 1e-3*b.norm() for a, b in zip(got, want))     # float32, as the streamed dense image
+
+def test_patches_may_be_views_of_a_large_image():
+    "Which is in memory once, not again with each graph."
+    torch.manual_seed(0); net = nn.Sequential(*list(resnet18().eval().children())[:5]); image = torch.full((1, 3, 1024, 1024), .5); image[:, :, 200:700, 300:420] = torch.rand(500, 120)
+    canvas = Canvas.from_image(image); source = _source(canvas, net); costs = Costs(net, canvas.shape, 'rows', torch.float32, None, True, False); views = costs.painted(source)(64)
+    canvas.patches = [(t, l, p.clone()) for t, l, p in canvas.patches]; copies = costs.painted(_source(canvas, net))(64)
+    assert views.graphs == copies.graphs and views.held-copies.held == image.nbytes-sum(p.nbytes for *_, p in canvas.patches)
+
+def test_what_is_free_is_beside_what_is_there():
+    net = small(); x = torch.rand(1, 3, 3000, 1000)
+    with mock.patch('streaming_pathology.plan._free', lambda: 30_000_000):
+        with pytest.raises(InputError, match='too little'): plan(net, x.shape)
+        assert 30e6 < plan(net, x).budget < 27e6+x.nbytes+1e5 and stream(net, 'auto')(x).shape[2] == 750
+
+def test_a_planned_network_is_traced_once():
+    net = small(); s = stream(net, 'auto', memory='1GB'); s(torch.rand(1, 3, 64, 40))
+    with mock.patch('streaming_pathology.streaming.Program', side_effect=Program) as made: [s(torch.rand(1, 3, 64, w)).sum().backward() for w in (40, 40, 33)]
+    assert not made.called
+
+def test_states_grow_with_the_square_root():
+    net = small()
+    def extra(n, every): x = torch.rand(1, 3, 16*n, 64); return taken(stream(net, 16, every=every), x)-taken(stream(net, 16, states='disk'), x)
+    state = extra(256, 1)/256
+    assert extra(64, 1) > 60*state and extra(64, 8) < 2*8*state and extra(256, 16) < 2*16*state
 
 def test_rows_and_patches_are_not_the_whole_image():
     class Rows:

@@ -155,10 +155,10 @@ class _ToFloat(nn.Module):
 def _network(case): return nn.Sequential(*[_ToFloat()]*(case['image'] != 'noise'), *trunk(case['arch'], case['until']))
 
 def _prepare(way, case, threads):
-    "The step and what makes an image, on the device of the case; 'bf16' is autocast with channels last."
+    "The step and what makes an image, on the device of the case; 'bf16' is autocast, on a GPU with channels last."
     torch.set_num_threads(threads)
     dev, bf16 = torch.device(case['device']), case['dtype'] == 'bf16'
-    form = torch.channels_last if bf16 else torch.contiguous_format
+    form = torch.channels_last if bf16 and dev.type == 'cuda' else torch.contiguous_format      # what is faster there
     step = Step(_network(case).to(dev, memory_format=form), **way)
     def run(x):
         with torch.autocast(dev.type, torch.bfloat16, enabled=bf16): step(x)
@@ -323,7 +323,7 @@ def beside_peer(device='cpu', repeats=3, sizes=((2048, 2048),), nets=(('resnet18
     return result
 
 # %% ../nbs/17_benchmarks.ipynb #bnch0002
-def large(device='cpu', sizes=((8192, 8192), (16384, 16384)), memory='3GB', strip=None, dtype='bf16', arch='resnet34', image='pixels', log=print):
+def large(device='cpu', sizes=((8192, 8192), (16384, 16384)), memory='2.4GB', strip=None, dtype='bf16', arch='resnet34', image='pixels', log=print):
     "One training step of a whole classifier, pooling and linear layer included, for each size; planned for `memory`, or in strips of `strip` rows with states on disk."
     result = {'machine': machine(), 'steps': []}
     for size in sizes:

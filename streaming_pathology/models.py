@@ -132,6 +132,13 @@ class GatedAttention(nn.Module):
     def forward(self, x): return attention_pool(x, self.scores(x))
 
 # %% ../nbs/04_models.ipynb #modl0001
+class _Attending(nn.Sequential):
+    "A trunk and a head that pools by attention; gives its scores (N, 1, H, W) beside the logits."
+    def forward(self, x):
+        trunk, head = self
+        x = trunk(x); scores = head.pool.scores(x)
+        return head.fc(head.flatten(attention_pool(x, scores))), scores
+
 archs = ('resnet18', 'resnet34', 'resnet50')
 pools = {'avg': lambda channels: nn.AdaptiveAvgPool2d(1), 'max': lambda channels: nn.AdaptiveMaxPool2d(1), 'attention': GatedAttention}
 stages = ('normalise', 'conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4')
@@ -172,20 +179,23 @@ class StreamingClassifier(nn.Module):
         body = nn.Sequential(OrderedDict([('normalise', Normalise(mean, std)), *((k, getattr(net, k)) for k in stages[1:])]))
         self.trunk = stream(body, strip, memory=memory)
         self.head = nn.Sequential(OrderedDict(pool=pools[pool](net.fc.in_features), flatten=nn.Flatten(), fc=nn.Linear(net.fc.in_features, n_out)))
-        self.__dict__['_whole'] = None
+        self.__dict__['_made'] = {}
         self.freeze_until(None)
         self.train()
 
-    def forward(self, x):
+    def forward(self, x, attention=False):
+        "Logits (N, n_out); with `attention` also the attention (N, 1, H/32, W/32) that each position gets, found in the same pass. It sums to one over an image."
         if len(x.shape) != 4 or x.shape[1] != self.in_chans: raise InputError(f'images are (N, {self.in_chans}, H, W), not {tuple(x.shape)}.')
-        return self.whole(x)
+        if not attention: return self.whole()(x)
+        if not isinstance(self.head.pool, GatedAttention): raise InputError("attention needs a network that pools by attention: make it with pool='attention'.")
+        logits, scores = self.whole(_Attending)(x)
+        return logits, _flat(scores).softmax(2).view_as(scores)
 
-    @property
-    def whole(self):
+    def whole(self, join=nn.Sequential):
         "Trunk and head as one streamed network: the same layers, not registered twice."
-        w = self._whole
+        w = self._made.get(join)
         if w is None or w.module[0] is not self.trunk.module or w.module[1] is not self.head or w.options != self.trunk.options:
-            w = self.__dict__['_whole'] = stream(nn.Sequential(self.trunk.module, self.head), **self.trunk.options)
+            w = self._made[join] = stream(join(self.trunk.module, self.head), **self.trunk.options)
         return w
 
     def train(self, mode=True):
@@ -196,10 +206,6 @@ class StreamingClassifier(nn.Module):
     def _norms(self): return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 # %% ../nbs/04_models.ipynb #modl0002
-class _Scores(nn.Module):
-    def __init__(self, pool): super().__init__(); self.pool = pool
-    def forward(self, x): return self.pool.scores(x)
-
 @patch
 def features(self:StreamingClassifier, x):
     "The feature map (N, C, H/32, W/32) of images (N, in_chans, H, W)."
@@ -207,11 +213,8 @@ def features(self:StreamingClassifier, x):
 
 @patch
 def attention(self:StreamingClassifier, x):
-    "The attention (N, 1, H/32, W/32) that each position of images (N, in_chans, H, W) gets; it sums to one over an image."
-    pool = self.head.pool
-    if not isinstance(pool, GatedAttention): raise InputError("attention needs a network that pools by attention: make it with pool='attention'.")
-    scores = stream(nn.Sequential(self.trunk.module, _Scores(pool)), **self.trunk.options)(x)
-    return scores.flatten(2).softmax(2).view_as(scores)
+    "The attention (N, 1, H/32, W/32) that each position of images (N, in_chans, H, W) gets, alone."
+    return self(x, attention=True)[1]
 
 # %% ../nbs/04_models.ipynb #64a7e2bd
 @patch

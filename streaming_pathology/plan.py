@@ -13,7 +13,6 @@ from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Callable
-from unittest import mock
 import matplotlib.pyplot as plt
 import torch
 from fastcore.basics import patch
@@ -21,20 +20,20 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
-from . import geometry
-from .geometry import InputError, StreamingError
-from .streaming import LONGEST, Streamed, _Pass, _Strips, _device, _source, _stores
+from torch.utils.flop_counter import flop_registry
+from .geometry import InputError, StreamingError, played
+from .streaming import LONGEST, Streamed, _device, _source
 
 # %% ../nbs/02_plan.ipynb #bb315af5
 class Ledger(TorchDispatchMode):
-    "Counts the bytes of the tensors that operations make while it is active, and their `peak`; also on the meta device, where they take none."
+    "Counts the bytes of the tensors that operations make while it is active, their `peak`, and the `flops`; also on the meta device, where they take none."
     def __init__(self):
         super().__init__()
-        self.alive, self.now, self.peak, self.peaks = {}, 0, 0, []
+        self.alive, self.now, self.peak, self.peaks, self.flops = {}, 0, 0, [], 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs := kwargs or {}))
+        if count := flop_registry.get(function.overloadpacket): self.flops += count(*args, **kwargs, out_val=out)
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, torch.Tensor): self.note(t)
         return out
@@ -60,7 +59,7 @@ class _Autocast(TorchFunctionMode):
     def __init__(self, dtype): super().__init__(); self.dtype = dtype
     def __torch_function__(self, function, types, args=(), kwargs=None):
         cast = lambda a: a.to(self.dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a
-        if function in self.low: args, kwargs = map(cast, args), {k: cast(a) for k, a in (kwargs or {}).items()}
+        if function in self.low and torch.is_autocast_enabled('cpu'): args, kwargs = map(cast, args), {k: cast(a) for k, a in (kwargs or {}).items()}
         return function(*args, **(kwargs or {}))
 
 def _on_meta(module):
@@ -79,12 +78,11 @@ class Step:
 
 @contextmanager
 def _as_if(cpu, autocast, train):
-    "What is run on the meta device behaves as on the CPU, or a GPU, under autocast to a type or None; gives a function that plays autocast."
-    def bits(x):        # what `geometry._bits` would say there
-        low = autocast if autocast and x.dtype != torch.double else x.dtype
-        return low if cpu and geometry._lacks(low) else None
-    amp = lambda *_: _Autocast(autocast) if autocast else nullcontext()
-    with mock.patch.object(geometry, '_bits', bits), torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None), torch.set_grad_enabled(train), mock.patch.object(_Strips, 'context', amp): yield amp
+    "What this thread runs on the meta device behaves as on the CPU, or a GPU, under autocast to a type or None."
+    before = played.set('cpu' if cpu else None)
+    try:
+        with torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None), torch.set_grad_enabled(train), _Autocast(autocast) if autocast else nullcontext(): yield
+    finally: played.reset(before)
 
 def measure(
     module, # the plain network or a `Streamed` one
@@ -96,45 +94,50 @@ def measure(
     ledger=None, # a `Ledger` of one's own
 ):
     "A `Step`, found by running it on the meta device. All is counted: parameters, their gradients, the image, states, outputs and their gradients, and what is alive in between."
-    cpu = _device(module).type == 'cpu'; module = _on_meta(module); x = torch.empty(shape, dtype=dtype, device='meta', requires_grad=wanted and train)
-    with _as_if(cpu, autocast, train) as amp:
-        if isinstance(module, Streamed): module.strips(x)       # the shapes of whole maps are known before; on a real device they take nothing
-        with (ledger := ledger or Ledger()), FlopCounterMode(display=False) as flops, amp():
-            for t in (x, *module.parameters(), *module.buffers()): ledger.note(t)
-            if train:
-                for p in module.parameters():
-                    if p.requires_grad: p.grad = torch.empty_like(p)
-            ys = [y for y in _tensors(module(x)) if y.requires_grad or not train]
-            try:
-                if train and ys: torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
-            except RuntimeError as e: raise StreamingError(f'The network cannot be trained, streamed or not: {str(e).splitlines()[0]}') from e
-    return Step(max(ledger.peak, *ledger.peaks, 0), flops.get_total_flops(), sum(y.nbytes for y in ys))
+    with _as_if(_device(module).type == 'cpu', autocast, train): return _measure(_on_meta(module), shape, dtype, train, wanted, ledger or Ledger())
+
+def _measure(module, shape, dtype, train, wanted, ledger):
+    "The same for a module on the meta device."
+    x = torch.empty(shape, dtype=dtype, device='meta', requires_grad=wanted and train)
+    if isinstance(module, Streamed): module.strips(x)       # the shapes of whole maps are known before; on a real device they take nothing
+    with ledger:
+        for p in module.parameters(): p.grad = torch.empty_like(p) if train and p.requires_grad else None
+        for t in (x, *module.parameters(), *module.buffers()): ledger.note(t)
+        ys = [y for y in _tensors(module(x)) if y.requires_grad or not train]
+        try:
+            if train and ys: torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+        except RuntimeError as e: raise StreamingError(f'The network cannot be trained, streamed or not: {str(e).splitlines()[0]}') from e
+    return Step(max(ledger.peak, *ledger.peaks, 0), ledger.flops, sum(y.nbytes for y in ys))
 
 # %% ../nbs/02_plan.ipynb #830b3e79
 class _Nowhere:
     "States that take no memory here, as if on the host or a disk. On the meta device their content does not matter, and their `sizes` are noted."
-    sizes = []
-    def put(self, blocks): _Nowhere.sizes.append(sum(b.nbytes for b in blocks.values())); return {t: b.numel() for t, b in blocks.items()}
+    def __init__(self): self.sizes = []
+    def put(self, blocks): self.sizes.append(sum(b.nbytes for b in blocks.values())); return {t: b.numel() for t, b in blocks.items()}
     def get(self, kept, then=None): return {t: torch.empty(n, dtype=t, device='meta') for t, n in kept.items()}
 
 class _Height:
     "What strips of one height take, bytes each: `last` and `other`, the peak above what is `there` all the time, `weights` of it whatever is computed; `graphs`, the last strip's first; a `state`."
-    def __init__(self, module, shape, strip, axis, field, parameters, weights, dtype, autocast, train, wanted):
+    def __init__(self, net, shape, strip, axis, field, parameters, weights, dtype, train, wanted):
         n, length = -(-shape[axis]//strip), shape[axis]
         few = 3+LONGEST+-(-field//strip); m = min(n, few+(n-few) % LONGEST); short = [(m-1)*strip+length-(n-1)*strip if i == axis else d for i, d in enumerate(shape)]
-        one, ledger, graphs, record = Streamed(module, strip, direction=('rows', 'columns')[axis-2]), Ledger(), [], _Pass.record
-        def noted(*args):
-            ledger.mark(); before = ledger.now; out = record(*args); graphs.append(ledger.now-before)
-            return out
-        one.__dict__['states'], _Nowhere.sizes = 'nowhere', []
-        with mock.patch.object(_Pass, 'record', noted), mock.patch.dict(_stores, nowhere=lambda device: _Nowhere()): step = measure(one, short, dtype, autocast, train, wanted, ledger)
+        ledger, nowhere, graphs = Ledger(), _Nowhere(), []
+        def watched(Pass, *args):
+            run = Pass(*args); record = run.record
+            def noted(*args):
+                ledger.mark(); before = ledger.now; out = record(*args); graphs.append(ledger.now-before)
+                return out
+            run.record, run.stored = noted, lambda states: nowhere
+            return run
+        one = net.like(strip=strip, direction=net.direction); one.start = watched
+        step = _measure(one, short, dtype, train, wanted, ledger)
         outputs, image = step.outputs*(1+train), math.prod(short)*dtype.itemsize*(1+wanted)
         self.there, self.weights = parameters+int(outputs/short[axis]*length), weights
         first, *peaks = [p-parameters-image-outputs for p in (*ledger.peaks, ledger.peak)]       # before any graph, with that of the last strip, of the one before it, ...
         self.last, self.other = max(peaks[:1], default=first), max([first, *peaks[1:]])
         mean = lambda sizes: sum(sizes)//max(1, len(sizes))      # of strips that are alike, but for the layers that wait
         self.graphs = graphs if m == n else graphs[:1]+[mean(graphs[1:1+LONGEST])]*(n-1)
-        self.state = mean(_Nowhere.sizes[-LONGEST:])
+        self.state = mean(nowhere.sizes[-LONGEST:])
 
     def graph(self, back):
         "Bytes of the graph of the strip that lies `back` strips before the last."
@@ -290,7 +293,8 @@ class Costs:
         self.heights, self.made, self.liked, self.free = {}, {}, {}, None
 
     def height(self, h):
-        if h not in self.heights: self.heights[h] = _Height(self.module, self.shape, h, self.axis, self.field, self.parameters, self.weights, **self.how)
+        if h not in self.heights:
+            with self.as_if(): self.heights[h] = _Height(self.there, self.shape, h, self.axis, self.field, self.parameters, self.weights, self.how['dtype'], self.train, self.how['wanted'])
         return self.heights[h]
 
     def as_if(self): return _as_if(self.device.type == 'cpu', self.how['autocast'], self.train)
@@ -308,7 +312,7 @@ class Costs:
         "The same for a canvas. What the graph of a strip takes is that part of the dense one's, times a factor found from a few."
         with self.as_if():
             run, _ = self.there.strips(source.canvas); run.want = run.wanted(run.env)
-            run.autocast = self.how['autocast'] and ('meta', self.how['autocast'], True)
+            run.autocast, run.context = self.how['autocast'] and ('meta', self.how['autocast'], True), nullcontext      # played already
             with Ledger() as ledger: masks = run.begin(self.train)
         def load(h):
             run.cut(0, source.shape[self.axis], h); one, n = self.height(h), len(run.cuts)-1

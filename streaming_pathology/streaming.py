@@ -96,10 +96,9 @@ class _Strips:
         self.axis, dev = program.rows[program.image].axis, source.device.type
         self.autocast = (dev, torch.get_autocast_dtype(dev), torch.is_autocast_enabled(dev)) if torch.amp.is_autocast_available(dev) else None
         key = source.shape, source.dtype, self.autocast and self.autocast[2]
-        if key not in program.shapes:
-            if len(program.shapes) > 64: program.shapes.clear()     # images of ever new sizes
-            program.shapes[key] = _shapes(program, module, source, env, self.autocast)
-        self.shapes = program.shapes[key]
+        self.shapes = program.shapes.get(key) or _shapes(program, module, source, env, self.autocast)
+        if len(program.shapes) > 64: program.shapes.clear()     # images of ever new sizes
+        program.shapes[key] = self.shapes
         self.height = {n: self.shapes[n][r.axis] for n, r in program.rows.items()}      # along the strips' axis, and across it
         for n in program.reductions: self.height[n] = self.height[program.inputs[n][0]]
         self.width = {n: 1 if r.across is None else self.shapes[n][r.across] for n, r in program.rows.items()}
@@ -345,7 +344,7 @@ class _Pass(_Strips):
         "The outputs and the totals of the reductions. With `operands` (node -> tensor) also what the backward pass needs: states, and the graphs of the last `keep` strips."
         outs, training = {n: None for n in self.program.outputs}, operands is not None
         n_strips = len(self.cuts)-1
-        self.states, self.rng, self.kept, self.every, self.store, self.spent = {}, {}, {}, every, _stores[states](self.source.device), False
+        self.states, self.rng, self.kept, self.every, self.store, self.spent = {}, {}, {}, every, self.stored(states), False
         if training:
             self.want = self.wanted(operands)
             self.env = {**self.env, **{n: t.detach().requires_grad_(t.requires_grad) for n, t in operands.items()}}   # leaves of our own: hooks on the parameters see the sum only
@@ -364,6 +363,11 @@ class _Pass(_Strips):
         return [outs[n] for n in self.program.outputs] + [self._finish(n, state[n, 'total']).detach() for n in self.program.reductions]
 
 # %% ../nbs/01_streaming.ipynb #pass0001
+@patch
+def stored(self:_Pass, states):
+    "Where states wait."
+    return _stores[states](self.source.device)
+
 @patch
 def begin(self:_Pass, training):
     "The state before the first strip."
@@ -546,9 +550,9 @@ class Streamed(nn.Module):
         "The same network streamed with other `options`."
         return Streamed(self.module, traced=self._traced, **options)
 
-    def strips(self, x):
+    def strips(self, x, source=None):
         "The pass over the image `x`, ready to run, and the values of what depends on parameters only."
-        source = _source(x, self.module)
+        source = source or _source(x, self.module)
         program = self.program_for(source)
         if program.late: raise program.late
         env = {}
@@ -560,9 +564,12 @@ class Streamed(nn.Module):
         return Pass(*args)
 
     def forward(self, x):
-        if self.strip == 'auto': return self.planned(_source(x, self.module))(x)
-        run, env = self.strips(x)
-        program, source = run.program, run.source
+        source = _source(x, self.module)
+        return (self.planned(source) if self.strip == 'auto' else self).run(x, source)
+
+    def run(self, x, source):
+        "What the network gives for the image `x`, whose strips `source` reads."
+        run, env = self.strips(x, source); program = run.program
         if any(program.image in n.all_input_nodes for n in (program.output, *program.after)):
             if callable(getattr(x, 'dense', None)): x = x.dense()
             if not isinstance(x, torch.Tensor): raise StreamingError(f'The network needs the image itself behind its strips, which {type(x).__name__} does not have as a tensor: return what is computed from it.')
@@ -622,10 +629,10 @@ def planned(self:Streamed, source):
     for shape in (coarse, source.shape):
         key = shape, source.device, *how.values(), tuple(p.requires_grad for p in self.parameters())
         try:
-            if key not in known:
-                if len(known) > 31: known.clear()       # images of ever new sizes
-                known[key] = import_module('streaming_pathology.plan').Costs(self.module, shape, **how)
-            return self.like(**known[key].options(self.memory, source))
+            costs = known.get(key) or import_module('streaming_pathology.plan').Costs(self.module, shape, **how)
+            if len(known) > 31: known.clear()       # images of ever new sizes
+            known[key] = costs
+            return self.like(**costs.options(self.memory, source))
         except InputError as e: error = e.with_traceback(None)
     raise error
 

@@ -88,6 +88,9 @@ def test_classifier_with_attention():
     y = plain(canvas.dense()); ys = model(canvas); assert close(ys, y)
     want, got = (torch.autograd.grad(v.sum(), list(model.parameters())) for v in (y, ys))
     assert all(close(a, b, 1e-12) for a, b in zip(got, want)) and close(model.attention(canvas), model.attention(canvas.dense()))
+    logits, seen = model(canvas, attention=True); there = model.head.pool.scores(model.trunk.module(canvas.dense())).flatten(2).softmax(2).view_as(seen)
+    want, got = (torch.autograd.grad(a.sum()+b.square().sum(), list(model.parameters())) for a, b in ((plain(canvas.dense()), there), (logits, seen)))
+    assert close(logits, y) and close(seen, there) and all(close(a, b, 1e-12) for a, b in zip(got, want))
     low = Canvas((700, 330), (240, 235, 245), [(t, l, p.to(torch.uint8)) for t, l, p in canvas.patches])
     model.float(); assert torch.allclose(model(low), plain(low.dense()), atol=1e-4)
 

@@ -2,7 +2,8 @@
 
 `STREAMING_EXAMPLES=1000 pytest tests/test_streaming.py` tries more of them.
 """
-import copy, os, pickle
+import copy, os, pickle, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 import numpy as np
 import pytest, torch, torchvision
@@ -705,3 +706,32 @@ def test_batchnorm_behind_the_pool_may_train():
 
 def test_names_of_ones_own():
     net = nn.Sequential(); net.add_module('strip', nn.Conv2d(3, 3, 3)); x = torch.randn(1, 3, 9, 9); assert torch.allclose(stream(net, 4)(x), net(x), atol=1e-6)
+
+def test_tracing_and_planning_leave_other_threads_alone():
+    "fx watches all modules of the process, plans play other devices: threads that compute meanwhile, with functions and random numbers, do not notice."
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), Apply(lambda m, x: x*m.scale, scale=torch.tensor(2.))); x = torch.rand(1, 3, 64, 40)
+    streamed, done, rounds, wrong = stream(net, 16), threading.Event(), [0], []
+    def step():
+        with torch.autocast('cpu', torch.bfloat16): y = streamed(x)
+        return [y.float(), net(x), *torch.autograd.grad(y.float().square().sum(), list(net.parameters()))]
+    want = step()
+    def work():
+        try:
+            while not done.is_set():
+                torch.rand(3); rounds[0] += 1
+                if not all(map(torch.equal, step(), want)): raise AssertionError('other values')
+        except Exception as e: wrong.append(e)
+    thread = threading.Thread(target=work); thread.start()
+    try:
+        for _ in range(20):
+            made, start = stream(copy.deepcopy(net), 'auto', memory='20MB'), rounds[0]
+            made(x).sum().backward()
+            while rounds[0] < start+2 and not wrong: time.sleep(.001)
+    finally: done.set(); thread.join()
+    assert not wrong, wrong
+
+def test_threads_that_trace_at_once():
+    "Leave nothing behind in the classes of PyTorch."
+    before = nn.Module.__call__, nn.Module.__getattr__, torch.autograd.Function.__dict__['apply']
+    with ThreadPoolExecutor(8) as pool: [*pool.map(lambda i: stream(nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(9)))), range(40))]
+    assert before == (nn.Module.__call__, nn.Module.__getattr__, torch.autograd.Function.__dict__['apply'])

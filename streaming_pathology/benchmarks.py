@@ -6,7 +6,7 @@
 __all__ = ['methods', 'WHITE', 'images', 'parts', 'sp_bench', 'slim', 'trunk', 'Step', 'work', 'shake', 'gradient_error', 'Rows',
            'biopsy', 'canvas', 'peak_memory', 'times', 'ratios', 'machine', 'there', 'planned', 'within', 'exactness',
            'streams', 'run_networks', 'compare', 'beside_plain', 'beside_peer', 'large', 'gigapixel', 'beside_dense',
-           'sides', 'bench']
+           'beside_default', 'sides', 'bench']
 
 # %% ../nbs/17_benchmarks.ipynb #7cd317ab
 import copy, ctypes, inspect, io, itertools, json, multiprocessing, statistics, sys, time
@@ -21,7 +21,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from .geometry import InputError, StreamingError
 from .streaming import stream
 from .background import Canvas
-from .plan import budget, measure, plan, size as text_size
+from .plan import budget, lean_memory, measure, plan, size as text_size
 from .slides import whole_file
 from .cli import check_settings, command, environment, hw, output_file
 
@@ -147,7 +147,7 @@ def canvas(height, width):
 images = {'noise': _noise, 'pixels': _pixels, 'rows': Rows, 'biopsy': biopsy, 'canvas': canvas}
 
 # %% ../nbs/17_benchmarks.ipynb #c7a65ad1
-def _case(arch, until, size, image='noise', device='cpu', dtype='float32'): return dict(arch=arch, until=until, size=[*size], image=image, device=device, dtype=dtype)
+def _case(arch, until, size, image='noise', device='cpu', dtype='float32', lean=False): return dict(arch=arch, until=until, size=[*size], image=image, device=device, dtype=dtype, lean=lean and device == 'cpu')
 
 class _ToFloat(nn.Module):
     def forward(self, x): return x.float()/255
@@ -171,6 +171,7 @@ def _prepare(way, case, threads):
 def _peak(way, case, threads, answer):
     "In a process of its own: seconds and peak memory of one step."
     try:
+        lean = bool(case.get('lean') and lean_memory())
         (step, clear, image), cuda = _prepare(way, case, threads), case['device'] == 'cuda'
         x, small = image(*case['size']), way.get('tile', 2*way.get('strip', 128))
         step(image(*(min(s, small) for s in case['size']))); clear()
@@ -178,7 +179,7 @@ def _peak(way, case, threads, answer):
         else: ctypes.CDLL(None).malloc_trim(0); Path('/proc/self/clear_refs').write_text('5'); before = _status('VmRSS')
         t, c = time.perf_counter(), time.process_time(); step(x); t, c = time.perf_counter()-t, time.process_time()-c
         peak = torch.cuda.max_memory_allocated() if cuda else _status('VmHWM')
-        answer.put({'seconds': t, 'cpu': c, 'above': peak-before, 'peak': peak, **({'reading': x.seconds} if isinstance(x, Rows) else {})})
+        answer.put({'seconds': t, 'cpu': c, 'above': peak-before, 'peak': peak, 'lean': lean, **({'reading': x.seconds} if isinstance(x, Rows) else {})})
     except Exception as e: answer.put({'error': f'{type(e).__name__}: {e}'.splitlines()[0][:200]})
 
 def _status(key):
@@ -324,10 +325,10 @@ def beside_peer(device='cpu', repeats=3, sizes=((2048, 2048),), nets=(('resnet18
 
 # %% ../nbs/17_benchmarks.ipynb #bnch0002
 def large(device='cpu', sizes=((8192, 8192), (16384, 16384)), memory='2.4GB', strip=None, dtype='bf16', arch='resnet34', image='pixels', log=print):
-    "One training step of a whole classifier, pooling and linear layer included, for each size; planned for `memory`, or in strips of `strip` rows with states on disk."
+    "One training step of a whole classifier, pooling and linear layer included, for each size; planned for `memory`, or in strips of `strip` rows with states on disk; with `lean_memory`, as the commands run."
     result = {'machine': machine(), 'steps': []}
     for size in sizes:
-        case = _case(arch, 'logits', size, image, device, dtype); way, plans = (dict(method='streaming', strip=strip, states='disk'), None) if strip else planned(case, memory)
+        case = _case(arch, 'logits', size, image, device, dtype, lean=True); way, plans = (dict(method='streaming', strip=strip, states='disk'), None) if strip else planned(case, memory)
         found = peak_memory(way, case); result['steps'].append({'case': case, 'way': way, 'planned': plans, **found}); log(f'{_title(case)}, {way}: {found}')
     return result
 
@@ -351,7 +352,19 @@ def beside_dense(device='cpu', repeats=3, sizes=((8192, 8192),), memory='5GB', a
         log(f"{_title(painted)}: {pair.get('seconds', rounds)} times the dense image")
     return result
 
-parts = {'methods': beside_plain, 'budgets': beside_peer, 'large': large, 'gigapixel': gigapixel, 'canvas': beside_dense, 'networks': run_networks}
+def beside_default(device='cpu', repeats=3, sizes=((384, 16384),), strip=128, dtype='bf16', arch='resnet34', log=print):
+    "A streamed training step with `lean_memory` and without, in fresh processes in turn."
+    if device != 'cpu': raise InputError(f'Lean memory is the memory of the host, not of {device}: use --device cpu.')
+    result, way = {'machine': machine(), 'pairs': []}, dict(method='streaming', strip=strip, states='disk', direction='rows')
+    for size in sizes:
+        cases = {n: _case(arch, 'logits', size, 'pixels', 'cpu', dtype, lean=n == 'lean') for n in ('default', 'lean')}; rounds = {n: [] for n in cases}
+        for _, n in itertools.product(range(repeats), cases): rounds[n].append(peak_memory(way, cases[n]))
+        pair = {'cases': cases, 'way': way, 'rounds': rounds}; result['pairs'].append(pair)
+        if not any('error' in f for r in rounds.values() for f in r): pair.update({key: ratios({n: [f[key] for f in r] for n, r in rounds.items()}, 'default')['lean'] for key in ('seconds', 'above')})
+        log(f"{_title(cases['lean'])}: {pair.get('seconds', rounds)} times the seconds, {pair.get('above')} times the memory above start")
+    return result
+
+parts = {'methods': beside_plain, 'budgets': beside_peer, 'large': large, 'gigapixel': gigapixel, 'canvas': beside_dense, 'lean': beside_default, 'networks': run_networks}
 
 # %% ../nbs/17_benchmarks.ipynb #6593a623
 def sides(text):
@@ -359,7 +372,7 @@ def sides(text):
     return tuple(map(hw, text.split(',')))
 
 def bench(out, # JSON file to write
-          *, part:str='methods',             # what is measured: methods, budgets, large, gigapixel, canvas or networks
+          *, part:str='methods',             # what is measured: methods, budgets, large, gigapixel, canvas, lean or networks
           device:str='cuda' if torch.cuda.is_available() else 'cpu', # cpu or cuda
           repeats:int=None,                  # rounds that are counted (default, as for what follows: the part's own)
           sizes:sides=None,                  # sides of square images, or height x width, with commas between
@@ -378,4 +391,4 @@ def bench(out, # JSON file to write
     with whole_file(out) as f: f.write((json.dumps(parts[part](**given), indent=1)+'\n').encode())      # opened first: not to be found unwritable after half an hour
     print(f'wrote {out}')
 
-sp_bench = command('bench', bench)
+sp_bench = command('bench', bench, lean=False)       # each measurement says for itself

@@ -20,7 +20,7 @@ from fastcore.docments import docments
 from PIL import Image
 from tqdm.auto import tqdm
 from .geometry import InputError
-from .plan import budget
+from .plan import budget, lean_memory
 from .models import StreamingClassifier, pools
 from .slides import SUFFIXES, Slide, sample_slide, write_whole
 from .synthetic import write_cohort
@@ -108,10 +108,11 @@ def terminable():
 
 COMMANDS = {}
 
-def command(name, f): # a function of (argv=None) that returns an exit status
-    "Make the command `sp_name` of a function."
+def command(name, f, lean=True): # a function of (argv=None) that returns an exit status
+    "Make the command `sp_name` of a function, which runs with `lean_memory`."
     def run(argv=None):
         def go():
+            if lean: lean_memory()
             with plain_warnings(), terminable(): f(**vars(make_parser(f, f'sp_{name}').parse_args(argv)))
         return status_of(go)
     run.__name__, run.__doc__ = f'sp_{name}', f.__doc__

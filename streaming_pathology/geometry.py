@@ -13,7 +13,7 @@ from fractions import Fraction
 from unittest import mock
 from dataclasses import dataclass
 from typing import Callable
-import torch
+import numpy as np, torch
 from fastcore.basics import patch
 from torch import nn, fx
 from torch.nn import functional as F
@@ -211,10 +211,14 @@ def _no_function(thread):
         return _apply.__get__(None, cls)(*args, **kwargs)
     return classmethod(apply)
 
+def _dice(): state = np.random.get_state(legacy=False)['state']; return random.getstate(), state['key'].tobytes(), state['pos']
+
+class _Diced(StreamingError): "Numbers were drawn while a forward was traced, by it or by another thread."
+
 def _trace_watched(module):
     "Trace `module`, and refuse what the trace would have frozen."
     modules, left = list(module.modules()), []
-    before = random.getstate(), [b._version for b in module.buffers()]
+    before = _dice(), [b._version for b in module.buffers()]
     try:
         with _Draws() as draws, mock.patch.object(torch.autograd.Function, 'apply', _no_function(threading.get_ident())): graph = _Tracer().trace(module)
         constants = [n.target for n in graph.nodes if n.op == 'get_attr' and n.target.startswith('_tensor_constant')]
@@ -225,10 +229,12 @@ def _trace_watched(module):
                 del m.__dict__[k]
     if left: raise StreamingError(f'forward stores a map in {left[0]}, of which only strips exist: return it instead.')
     if constants: raise StreamingError('forward uses a tensor that is neither a parameter nor a buffer: register_buffer it, or use a number.')
-    if draws.drawn or before[0] != random.getstate(): raise StreamingError('forward draws random numbers that a trace would draw only once: use a layer such as nn.Dropout.')
+    if draws.drawn or before[0] != _dice(): raise _Diced('forward draws random numbers that a trace would draw only once: use a layer such as nn.Dropout.')
     if before[1] != [b._version for b in module.buffers()]: raise StreamingError('forward changes a buffer, which a trace does only once: call .eval(), or do it outside of the network.')
     return graph
 
+
+# %% ../nbs/00_geometry.ipynb #trce0001
 _cuts = {f: f if isinstance(f, str) else f.__name__ for f in (torch.chunk, torch.split, torch.tensor_split, 'chunk', 'split', 'tensor_split')}
 def _part(x, cut, i, *args, **kwargs):
     "Part `i` of what the method `cut` makes of `x`."
@@ -247,7 +253,9 @@ def trace(module):
     for name, m in module.named_modules():
         if _hooked(m): raise StreamingError(f"{name or 'the network'} ({type(m).__name__}) has hooks, which would see strips instead of the whole: remove them, or use torch.nn.utils.parametrizations.")
     try:
-        with _tracing: graph = _trace_watched(module)
+        with _tracing:
+            try: graph = _trace_watched(module)
+            except _Diced: graph = _trace_watched(module)       # another thread may have drawn them
     except StreamingError: raise
     except Exception as e:
         raise StreamingError(f"{type(module).__name__} cannot be traced by torch.fx ({str(e).splitlines()[0] if str(e) else type(e).__name__}): "

@@ -2,7 +2,7 @@
 
 `STREAMING_EXAMPLES=1000 pytest tests/test_streaming.py` tries more of them.
 """
-import copy, os, pickle, threading, time
+import copy, os, pickle, random, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 import numpy as np
@@ -638,7 +638,7 @@ def keeps(m, x):
     return m.last
 
 lost = {'custom backward': lambda m, x: Flip.apply(m.c(x)), 'no_grad': without_grad, 'autocast': with_autocast, 'random constant': lambda m, x: m.c(x)+torch.randn(1), 'constant': lambda m, x: m.c(x)+torch.ones(1),
-        'stored map': keeps, 'different heights': lambda m, x: x*F.max_pool2d(x, (20, 1))}
+        'random factor': lambda m, x: m.c(x)*random.random(), 'random shift': lambda m, x: m.c(x)+float(np.random.rand()), 'stored map': keeps, 'different heights': lambda m, x: x*F.max_pool2d(x, (20, 1))}
 
 @pytest.mark.parametrize('what', lost)
 def test_what_a_trace_would_lose_is_refused(what):

@@ -96,6 +96,7 @@ def _from_image(x, colour=None, cell=32, price=2):
     if colour is None:
         found, often = torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], 1).detach().unique(dim=1, return_counts=True)
         colour = found[:, often.argmax()].tolist()
+        if not all(map(math.isfinite, colour)): raise InputError(f'The border of the image is {colour}, not of a colour: give colour=, or an image whose pixels are finite.')
     canvas = Canvas(x.shape[1:], colour, dtype=x.dtype)
     if len(canvas.colour) != len(x): raise InputError(f'colour={colour} has {len(canvas.colour)} channels, the image {len(x)}.')
     found = []
@@ -199,7 +200,7 @@ def _sight(window, inputs):
         if isinstance(window, Spread): seen.append((s*window.stride, a+s*Fraction(window.reach-1-window.before, window.factor), b+s*Fraction(window.before, window.factor)))
         else:
             again = {'constant': 0, 'replicate': 1, 'reflect': 2}[window.mode]      # the padding shows rows from further inside
-            seen.append((s*window.stride, a+s*(window.pad[0]+again*window.pad[1]), b+s*(window.span-1-window.pad[0]+again*window.pad[0])))
+            seen.append((s*window.stride, a+s*(window.pad[0]+again*max(window.pad[1], 0)), b+s*(window.span-1-window.pad[0]+again*max(window.pad[0], 0))))
     return seen[0][0], max(a for _, a, _ in seen), max(b for *_, b in seen)
 
 SPAN = 80   # positions that are computed in the time that it costs to begin a span

@@ -202,7 +202,7 @@ class _Draws(TorchDispatchMode):
         self.drawn |= torch.Tag.nondeterministic_seeded in function.tags
         return function(*args, **(kwargs or {}))
 
-_tracing, _apply = threading.RLock(), torch.autograd.Function.__dict__['apply']
+_tracing, _apply = threading.RLock(), torch.autograd.Function.__dict__['apply']     # one trace at a time; one that a user makes by fx itself beside it would still be in its way
 
 def _no_function(thread):
     "`Function.apply` that refuses to be called by `thread`."
@@ -229,7 +229,7 @@ def _trace_watched(module):
                 del m.__dict__[k]
     if left: raise StreamingError(f'forward stores a map in {left[0]}, of which only strips exist: return it instead.')
     if constants: raise StreamingError('forward uses a tensor that is neither a parameter nor a buffer: register_buffer it, or use a number.')
-    if draws.drawn or before[0] != _dice(): raise _Diced('forward draws random numbers that a trace would draw only once: use a layer such as nn.Dropout.')
+    if draws.drawn or before[0] != _dice(): raise _Diced('forward draws random numbers that a trace would draw only once: use a layer such as nn.Dropout; or another thread draws from the generators of Python or NumPy meanwhile: give it one of its own, or stream the first image before it starts.')
     if before[1] != [b._version for b in module.buffers()]: raise StreamingError('forward changes a buffer, which a trace does only once: call .eval(), or do it outside of the network.')
     return graph
 
@@ -254,8 +254,10 @@ def trace(module):
         if _hooked(m): raise StreamingError(f"{name or 'the network'} ({type(m).__name__}) has hooks, which would see strips instead of the whole: remove them, or use torch.nn.utils.parametrizations.")
     try:
         with _tracing:
-            try: graph = _trace_watched(module)
-            except _Diced: graph = _trace_watched(module)       # another thread may have drawn them
+            for last in (False, False, False, True):       # another thread may have drawn the numbers
+                try: graph = _trace_watched(module); break
+                except _Diced:
+                    if last: raise
     except StreamingError: raise
     except Exception as e:
         raise StreamingError(f"{type(module).__name__} cannot be traced by torch.fx ({str(e).splitlines()[0] if str(e) else type(e).__name__}): "

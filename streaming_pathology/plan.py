@@ -168,21 +168,25 @@ def _state(run, k):
             made[n, s] = torch.empty(shape, dtype=run.background.types[n], device='meta')
     return made
 
-def _graphs(run, masks, k):
-    "Bytes of the graphs of strips from `k` on, `LONGEST` of them or what there is, beside the background."
-    state, kept = {**_state(run, k), **masks}, []
+def _watch(run, masks, k):
+    "Bytes that strip `k` of a canvas takes at its peak, and its graph, beside the background."
+    state = {**_state(run, k), **masks}
     with Ledger() as ledger:
         for t in (*state.values(), *run.background.leaves.values(), *run.source.tensors): ledger.note(t)
-        before = ledger.now
-        for i in range(k, min(k+LONGEST, len(run.cuts)-1)): kept.append(run.record(i, state, None)); state = kept[-1][-1]
-        return ledger.now-before
+        before, lone = ledger.now, len(run.cuts) == 2      # which gives the output itself, and has no gradient of it yet
+        bytes = lambda new: lone*sum(y.nbytes for y in new.values() if y is not None)
+        if not run.train: new, _ = run.advance(k, state); return ledger.peak-before-bytes(new), 0
+        start, rows, new, nxt = run.record(k, state, None); graph = ledger.now-before; ledger.mark()
+        ys = [y for y in (*new.values(), *nxt.values()) if y is not None and y.requires_grad]
+        inputs = [*run.leaves().values(), *(t for t in (*start.values(), *rows) if t.requires_grad)]
+        if ys and inputs: torch.autograd.grad(ys, inputs, [torch.empty((), dtype=y.dtype, device='meta').expand_as(y) for y in ys], allow_unused=True)
+        return max(ledger.peaks[0]-bytes(new), ledger.peak)-before-bytes(new), graph
 
 class _Load:
-    "What the strips of one image take: of what `one` says, the part `values` in memory, and `work` in operations; `begun` weights. `held` bytes are of the image."
-    def __init__(self, one, values, work, begun, states, held, train):
+    "What the strips of one image take: bytes at the `peaks` beside `there`, and of their `graphs`; `work`, the part of the operations; `begun` weights; `states`. `held` bytes are of the image."
+    def __init__(self, there, peaks, graphs, work, begun, states, held, train):
         self.n, self.work, self.begun, self.states, self.held, self.train = len(work), work, sum(begun), states, held, train
-        self.peaks = [held+one.there+one.weights+int(v*((one.other if k < self.n-1 else one.last)-one.weights)) for k, v in enumerate(values)]
-        self.graphs = [int(v*one.graph(self.n-1-k)) for k, v in enumerate(values)]
+        self.peaks, self.graphs = [held+there+int(p) for p in peaks], [*map(int, graphs)]
 
     def waiting(self, keep, every, states):
         "Bytes of the states that wait while each strip is at work."
@@ -305,25 +309,27 @@ class Costs:
         def load(h):
             one, n = self.height(h), -(-self.length//h); run.cut(0, self.length, h)
             some = range(n)[n//2:][:LONGEST]; _, _, begun = _parts(run, some)     # the others are like them
-            return _Load(one, [1]*n, [1]*n, [n*sum(begun)//len(some)], [one.state]*n, held[0]+h*held[1], self.train)
+            return _Load(one.there, [one.other]*(n-1)+[one.last], [one.graph(n-1-k) for k in range(n)], [1]*n, [n*sum(begun)//len(some)], [one.state]*n, held[0]+h*held[1], self.train)
         return cache(load)
 
     def painted(self, source):
-        "The same for a canvas. What the graph of a strip takes is that part of the dense one's, times a factor found from a few."
+        "The same for a canvas. The first and the last strip are run, that which computes least, and that which computes most with those after it; others lie between, as far as what they compute does."
         with self.as_if():
-            run, _ = self.there.strips(source.canvas); run.want = run.wanted(run.env)
+            run, _ = self.there.strips(source.canvas); run.want, run.train = run.wanted(run.env), self.train
             run.autocast, run.context = self.how['autocast'] and ('meta', self.how['autocast'], True), nullcontext      # played already
             with Ledger() as ledger: masks = run.begin(self.train)
         def load(h):
             run.cut(0, source.shape[self.axis], h); one, n = self.height(h), len(run.cuts)-1
             values, work, begun = _parts(run, range(n))
-            held = source.held[0]+ledger.now        # with the background
-            if self.train:
-                most = max(range(n), key=values.__getitem__)
-                with self.as_if(): graphs = _graphs(run, masks, most)
-                if plain := sum(values[k]*one.graph(n-1-k) for k in range(most, n)[:LONGEST]): values = [graphs/plain*v for v in values]
-                held += sum(run.background.leaves[a].nbytes for a in run.background.picked)     # and its gradient
-            return _Load(one, values, work, [PAINTED*b for b in begun], [sum(t.nbytes for t in _state(run, k).values()) for k in range(n)], held, self.train)
+            most = max(range(n), key=values.__getitem__); some = range(most, n)[:LONGEST]
+            least = min(range(1, n-1), key=values.__getitem__, default=0)
+            with self.as_if(): seen = {k: _watch(run, masks, k) for k in {*some, 0, least, n-1}}
+            each, low, high = sum(values[k] for k in some) or 1, seen[least][0], max(seen[k][0] for k in some)
+            peaks = [seen[k][0] if k in (0, n-1) else low+max(0, high-low)*(v-values[least])/(values[most]-values[least] or 1) for k, v in enumerate(values)]
+            held = source.held[0]+ledger.now+self.train*sum(run.background.leaves[a].nbytes for a in run.background.picked)     # with the background, and its gradient
+            once = self.train*sum(t.nbytes for t in run.env.values() if isinstance(t, torch.Tensor) and t.requires_grad)     # gradients of a strip, counted in its peak
+            there = one.there+one.weights-once
+            return _Load(there, peaks, [sum(seen[k][1] for k in some)*v/each for v in values], work, [PAINTED*b for b in begun], [sum(t.nbytes for t in _state(run, k).values()) for k in range(n)], held, self.train)
         return cache(load)
 
     def ways(self, h, load, total):
@@ -407,14 +413,19 @@ def plan(
     memory='auto', # bytes, text such as '8GB', 'auto': what the network's device has free, or 'least': within a tenth of the least there is
     strip=None, # the height of a strip, if it is given
     direction='auto', # 'rows', 'columns', or 'auto'
-    dtype=torch.float32, # of the image, where only a shape is given
+    dtype=None, # of the image, where only a shape is given; None: the network's
     autocast=None, # torch.bfloat16 or torch.float16, if the step runs under autocast
     train=True, # a training step, or only a prediction
 ) -> Plan:
     "The fastest exact way to stream an image of `shape` within `memory`. Raises `InputError` if there is none; then it says what the least is."
     if isinstance(module, Streamed): module = module.module
+    if not isinstance(module, nn.Module): raise StreamingError(f'plan takes an nn.Module, not {type(module).__name__}.')
+    if strip is not None and (isinstance(strip, bool) or not isinstance(strip, int) or strip < 1): raise InputError(f'strip={strip!r} is not a number of rows: give an integer from 1 on, or None to have it planned.')
+    if autocast not in (None, torch.bfloat16, torch.float16): raise InputError(f'autocast={autocast!r} is not known: give torch.bfloat16, torch.float16 or None.')
+    if not hasattr(shape, 'shape') and (not isinstance(shape, (tuple, list)) or len(shape) != 4 or not all(isinstance(n, int) and n > 0 for n in shape)): raise InputError(f'shape={shape!r} is not the shape of images: give (N, C, H, W) in whole numbers, or an image.')
     source = _source(shape, module) if hasattr(shape, 'shape') else None
     if source is not None: shape, dtype = source.shape, source.dtype
+    if dtype is None: dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if source is not None and 3 not in source.axes: direction = 'rows'
     return Costs(module, tuple(shape), direction, dtype, autocast, train, source is not None and source.wanted).plan(memory, strip, source)
 

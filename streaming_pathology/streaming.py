@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, fx
 from torch.autograd.function import once_differentiable
-from .geometry import InputError, StreamingError, Program, Reduction, Piece, Region, evaluate, layer_name
+from .geometry import InputError, StreamingError, Program, Reduction, Piece, Region, _Diced, evaluate, layer_name
 
 # %% ../nbs/01_streaming.ipynb #b8703ab2
 class _Tensor:
@@ -47,7 +47,10 @@ class _Reader:
         self.held = 0, 2*self.shape.numel()//self.shape[2]*self.dtype.itemsize     # a strip and the next
 
     def _read(self, lo, hi):
-        rows = torch.as_tensor(self.rows.read(lo, hi))
+        try: rows = torch.as_tensor(got := self.rows.read(lo, hi))
+        except (RuntimeError, TypeError, ValueError) as e:
+            if 'got' not in locals(): raise
+            raise StreamingError(f'{type(self.rows).__name__}.read({lo}, {hi}) gave {type(got).__name__}, which is no tensor and cannot be made one ({str(e).splitlines()[0]}): return a tensor, or an array of numbers as they lie in this machine.') from e
         want = (*self.shape[:2], hi-lo, self.shape[3])
         if rows.shape != want or self.dtype not in (None, rows.dtype):
             raise StreamingError(f'{type(self.rows).__name__}.read({lo}, {hi}) gave {tuple(rows.shape)} of {rows.dtype}, not {want} of {self.dtype or "one type"}.')
@@ -535,6 +538,7 @@ class Streamed(nn.Module):
         super().__init__()
         if isinstance(module, Streamed): module = module.module
         if not isinstance(module, nn.Module): raise StreamingError(f'stream takes an nn.Module, not {type(module).__name__}.')
+        if twice := next((n for n, m in module.named_modules() if isinstance(m, Streamed)), None): raise StreamingError(f"layer '{twice}' is streamed already, and strips of strips cannot be had: give its .module.")
         for name, v, least, what in (('strip', strip, 1, 'rows'), ('keep', keep, 0, 'strips'), ('every', every, 1, 'strips')):
             if (isinstance(v, bool) or not isinstance(v, int) or v < least) and not (name == 'strip' and v == 'auto'): raise StreamingError(f'{name}={v!r} is not a number of {what}: give an integer from {least} on' + (" or 'auto'." if name == 'strip' else '.'))
         for name, v, known in (('states', states, tuple(_stores)), ('direction', direction, _directions)):
@@ -602,6 +606,7 @@ def program(self:Streamed, axis=2):
     key = torch.is_grad_enabled(), fold, axis      # forward may ask whether there are gradients
     if key not in self._traced or self._traced[key][0] != now:
         try: made = Program(self.module, fold, axis, self.reduce); made.made_for = now
+        except _Diced: raise        # may be another thread's doing, and is asked again
         except StreamingError as e: made = e.with_traceback(None)
         self._traced[key] = now, made
     if isinstance(made := self._traced[key][1], StreamingError): raise made
@@ -627,7 +632,7 @@ def planned(self:Streamed, source):
     known = self.program_for(source).costs
     coarse = torch.Size([*source.shape[:2], *(-(-n//step)*step for n in source.shape[2:] if (step := max(32, 2**(n.bit_length()-4))))])
     for shape in (coarse, source.shape):
-        key = shape, source.device, *how.values(), tuple(p.requires_grad for p in self.parameters())
+        key = shape, source.device, *how.values(), tuple((t.requires_grad, t.dtype, t.device) for t in (*self.parameters(), *self.buffers()))
         try:
             costs = known.get(key) or import_module('streaming_pathology.plan').Costs(self.module, shape, **how)
             if len(known) > 31: known.clear()       # images of ever new sizes

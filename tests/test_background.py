@@ -167,3 +167,7 @@ def test_canvases_that_a_network_cannot_take():
     y = s(canvas).sum()
     with torch.no_grad(): net[0].weight.add_(1)
     with pytest.raises(RuntimeError, match='inplace'): y.backward()
+
+@pytest.mark.parametrize('pad', [nn.ReflectionPad2d((0, -1, 0, 0)), nn.ReflectionPad2d((-2, 1, 1, 0)), nn.ReplicationPad2d((-1, 0, 0, 0)), nn.ReplicationPad2d((2, -1, 0, 3)), nn.ConstantPad2d((-2, 1, 0, 2), .3)], ids=str)
+def test_padding_that_cuts_off_and_mirrors(pad):
+    for left in (0, 1, 2, 15, 16, 31, 37, 38, 39): agree(nn.Sequential(pad), Canvas((20, 40), (.3,), [(4, left, torch.ones(1, 3, 1, dtype=torch.double, requires_grad=True))]), 8)

@@ -168,3 +168,26 @@ def test_nothing_is_left_to_guess():
     with pytest.raises(StreamingError, match='too small'): plan(nn.Conv2d(3, 4, 5), (1, 3, 4, 64), '1GB')
     with pytest.raises(StreamingError, match="'auto'"): stream(small(), 'all')
     with pytest.raises(StreamingError, match="use one of 'device', 'host', 'disk'."): stream(small(), 8, states='nowhere')
+
+ends = {'pooled': [nn.AdaptiveAvgPool2d(1)], 'upsampled': [nn.Upsample(scale_factor=2, mode='bilinear'), nn.AdaptiveAvgPool2d(1)], 'upsampled twice': [nn.Upsample(scale_factor=2, mode='bilinear'), nn.ReLU(), nn.Upsample(scale_factor=2, mode='bilinear')],
+        'averaged': [nn.AvgPool2d(2)], 'mixed': [nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1)]}
+
+@pytest.mark.parametrize('strip', [64, 700])
+@pytest.mark.parametrize('end', ends)
+def test_plans_of_canvases_of_any_network(end, strip):
+    "Also of those whose dense strips have hardly a graph, or that join whole rows at their end."
+    torch.manual_seed(0); net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *ends[end]); canvas = Canvas((700, 600), (.1, .2, .3), [(100, 70, torch.rand(3, 250, 100)), (300, 200, torch.rand(3, 115, 64))])
+    p = plan(net, canvas, 1e9, strip); found = taken(stream(net, **p.options), canvas)
+    assert .85*found < p.peak_bytes < 1.15*found, f'{p.peak_bytes} planned, {found} taken\n{p}'
+
+def test_plans_follow_the_type_of_the_parameters():
+    class Scale(nn.Module):
+        def __init__(self): super().__init__(); self.register_buffer('scale', torch.full((1, 1, 1), 1/255))
+        def forward(self, x): return x*self.scale
+    net = nn.Sequential(Scale(), *small()); s = stream(net, 'auto', memory='8MB'); x = torch.randint(0, 256, (1, 3, 300, 200), dtype=torch.uint8); s(x)
+    with mock.patch('streaming_pathology.plan.Costs', side_effect=Costs) as made: s(x); assert not made.called; net.double(); s(x); assert made.called
+
+@pytest.mark.parametrize('wrong', [dict(strip='8'), dict(strip=0), dict(autocast='bf16'), dict(shape='1,3,4,4'), dict(shape=(1, 3, 50., 50)), dict(module='x')], ids=str)
+def test_what_cannot_be_planned_is_said(wrong):
+    with pytest.raises(InputError): plan(**{'module': small(), 'shape': (1, 3, 90, 60), 'memory': '1GB', **wrong})
+    assert plan(small().double(), (1, 3, 90, 60), '1GB').peak_bytes > plan(small(), (1, 3, 90, 60), '1GB').peak_bytes

@@ -2,7 +2,7 @@
 
 `STREAMING_EXAMPLES=1000 pytest tests/test_streaming.py` tries more of them.
 """
-import copy, os, pickle, random, threading, time
+import copy, itertools, os, pickle, random, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 import numpy as np
@@ -735,3 +735,19 @@ def test_threads_that_trace_at_once():
     before = nn.Module.__call__, nn.Module.__getattr__, torch.autograd.Function.__dict__['apply']
     with ThreadPoolExecutor(8) as pool: [*pool.map(lambda i: stream(nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(9)))), range(40))]
     assert before == (nn.Module.__call__, nn.Module.__getattr__, torch.autograd.Function.__dict__['apply'])
+
+def test_refusals_for_what_other_threads_draw_do_not_stay():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3)); s = stream(net, 8); net.append(nn.ReLU()); x = torch.rand(1, 3, 20, 20)
+    with mock.patch('streaming_pathology.geometry._dice', side_effect=itertools.count()):
+        with pytest.raises(StreamingError, match='another thread'): s(x)
+    assert torch.equal(s(x), net(x))
+
+def test_strips_of_strips_are_refused():
+    with pytest.raises(StreamingError, match=r'\.module'): stream(nn.Sequential(stream(nn.Conv2d(3, 4, 3), 4), nn.ReLU()), 8)
+
+@pytest.mark.parametrize('rows', [None, 'rows', np.zeros((1, 3, 4, 5), '>f8'), np.zeros((1, 3, 4, 5), object), np.flip(np.zeros((1, 3, 4, 5)), 1)], ids=lambda r: type(r).__name__)
+def test_rows_that_are_no_tensors(rows):
+    class Rows:
+        shape = 1, 3, 4, 5
+        def read(self, top, bottom): return rows if not isinstance(rows, np.ndarray) else rows[:, :, top:bottom]
+    with pytest.raises(StreamingError, match='Rows.read'): stream(nn.Conv2d(3, 4, 3).double(), 2)(Rows())

@@ -832,7 +832,6 @@ def fields(self:Program):
         if n in self.rows: seen[n] = max((r+(op.window.span-1)*s, s*op.window.stride) for r, s in (seen[a] for a in self.inputs[n]))
     return seen
 
-# %% ../nbs/00_geometry.ipynb #0b7ef1b5
 def evaluate(node, module, env):
     "The value of `node` of a graph of `module`, its inputs in `env`."
     if node.op == 'placeholder': return node.args[0]

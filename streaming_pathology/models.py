@@ -186,6 +186,7 @@ class StreamingClassifier(nn.Module):
     def forward(self, x, attention=False):
         "Logits (N, n_out); with `attention` also the attention (N, 1, H/32, W/32) that each position gets, found in the same pass. It sums to one over an image."
         if len(x.shape) != 4 or x.shape[1] != self.in_chans: raise InputError(f'images are (N, {self.in_chans}, H, W), not {tuple(x.shape)}.')
+        if (kind := getattr(x, 'dtype', None)) == torch.bool or isinstance(kind, torch.dtype) and kind.is_complex: raise InputError(f'images are uint8 or float in 0 to 255, not {kind}.')
         if not attention: return self.whole()(x)
         if not isinstance(self.head.pool, GatedAttention): raise InputError("attention needs a network that pools by attention: make it with pool='attention'.")
         logits, scores = self.whole(_Attending)(x)

@@ -36,12 +36,13 @@ class _Reader:
     "An image whose rows come from elsewhere: `rows.shape`, `rows.read(top, bottom)`, and `rows.write(top, bottom, gradient)` if it wants its gradient. The next strip is read while one is computed."
     axes = 2,
     def __init__(self, rows, device):
-        self.rows, self.shape, self.device, self.wanted = rows, torch.Size(rows.shape), device, callable(getattr(rows, 'write', None))
-        if len(self.shape) != 4 or not self.shape.numel(): raise StreamingError(f'{type(rows).__name__}.shape is {tuple(self.shape)}: an image that is read by rows has a shape (N, C, H, W) and at least one pixel.')
+        self.name, shape = type(rows.array if isinstance(rows, _Array) else rows).__name__, rows.shape
+        if not isinstance(shape, (tuple, list)) or len(shape) != 4 or not all(isinstance(n, (int, np.integer)) and n > 0 for n in shape): raise StreamingError(f'{self.name}.shape is {tuple(shape) if isinstance(shape, tuple) else repr(shape)}: an image that is read by rows has a shape (N, C, H, W) and at least one pixel.')
+        self.rows, self.shape, self.device, self.wanted = rows, torch.Size(shape), device, callable(getattr(rows, 'write', None))
         self.thread, self.ahead, self.dtype, self.waiting = ThreadPoolExecutor(1, 'rows'), {}, None, None
         self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         first = self._read(0, 1); self.dtype, self.home = first.dtype, first.device
-        if self.wanted and not self.dtype.is_floating_point: raise StreamingError(f'{type(rows).__name__} has a write for the gradient, but its rows are {self.dtype}, which has none: read floats, or leave write out.')
+        if self.wanted and not self.dtype.is_floating_point: raise StreamingError(f'{self.name} has a write for the gradient, but its rows are {self.dtype}, which has none: read floats, or leave write out.')
         self.tensors = [torch.empty(0, requires_grad=True)] if self.wanted else []      # so that there is a graph, even if no parameter wants one
         self.gradients = [None]*len(self.tensors)
         self.held = 0, 2*self.shape.numel()//self.shape[2]*self.dtype.itemsize     # a strip and the next
@@ -50,10 +51,10 @@ class _Reader:
         try: rows = torch.as_tensor(got := self.rows.read(lo, hi))
         except (RuntimeError, TypeError, ValueError) as e:
             if 'got' not in locals(): raise
-            raise StreamingError(f'{type(self.rows).__name__}.read({lo}, {hi}) gave {type(got).__name__}, which is no tensor and cannot be made one ({str(e).splitlines()[0]}): return a tensor, or an array of numbers as they lie in this machine.') from e
+            raise StreamingError(f'{self.name}.read({lo}, {hi}) gave {type(got).__name__}, which is no tensor and cannot be made one ({str(e).splitlines()[0]}): return a tensor, or an array of numbers as they lie in this machine.') from e
         want = (*self.shape[:2], hi-lo, self.shape[3])
         if rows.shape != want or self.dtype not in (None, rows.dtype):
-            raise StreamingError(f'{type(self.rows).__name__}.read({lo}, {hi}) gave {tuple(rows.shape)} of {rows.dtype}, not {want} of {self.dtype or "one type"}.')
+            raise StreamingError(f'{self.name}.read({lo}, {hi}) gave {tuple(rows.shape)} of {rows.dtype}, not {want} of {self.dtype or "one type"}.')
         return rows.pin_memory() if self.device.type == 'cuda' and not rows.is_cuda else rows
 
     def _fetch(self, lo, hi):

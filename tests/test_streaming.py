@@ -751,3 +751,13 @@ def test_rows_that_are_no_tensors(rows):
         shape = 1, 3, 4, 5
         def read(self, top, bottom): return rows if not isinstance(rows, np.ndarray) else rows[:, :, top:bottom]
     with pytest.raises(StreamingError, match='Rows.read'): stream(nn.Conv2d(3, 4, 3).double(), 2)(Rows())
+
+@pytest.mark.parametrize('shape', [None, (1, 3, 4.), (1, 3, 4., 5.), (1, 3, 0, 5), '1345'])
+def test_shapes_that_are_none(shape):
+    class Rows:
+        def read(self, top, bottom): raise AssertionError('read')
+    rows = Rows(); rows.shape = shape
+    with pytest.raises(StreamingError, match='Rows.shape'): stream(nn.Conv2d(3, 4, 3), 2)(rows)
+
+def test_arrays_are_named_as_what_they_are():
+    with pytest.raises(StreamingError, match=r'ndarray.shape is \(3, 4, 4\)'): stream(nn.Conv2d(3, 4, 3), 2)(np.zeros((3, 4, 4), np.float32))

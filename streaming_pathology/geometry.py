@@ -233,7 +233,6 @@ def _trace_watched(module):
     if before[1] != [b._version for b in module.buffers()]: raise StreamingError('forward changes a buffer, which a trace does only once: call .eval(), or do it outside of the network.')
     return graph
 
-
 # %% ../nbs/00_geometry.ipynb #trce0001
 _cuts = {f: f if isinstance(f, str) else f.__name__ for f in (torch.chunk, torch.split, torch.tensor_split, 'chunk', 'split', 'tensor_split')}
 def _part(x, cut, i, *args, **kwargs):

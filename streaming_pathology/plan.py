@@ -6,7 +6,7 @@
 __all__ = ['BEGIN', 'PAINTED', 'MOVE', 'Ledger', 'Step', 'measure', 'budget', 'size', 'Plan', 'Costs', 'plan', 'lean_memory']
 
 # %% ../nbs/02_plan.ipynb #34712fad
-import copy, ctypes, math, os, re, sys, weakref
+import copy, ctypes, math, os, re, weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -117,8 +117,8 @@ class _Nowhere:
     def get(self, kept, then=None): return {t: torch.empty(n, dtype=t, device='meta') for t, n in kept.items()}
 
 class _Height:
-    "What strips of one height take, bytes each: `last` and `other`, the peak above what is `there` all the time, `weights` of it whatever is computed; `graphs`, the last strip's first; a `state`."
-    def __init__(self, net, shape, strip, axis, field, parameters, weights, dtype, train, wanted):
+    "What strips of one height take, bytes each: `last` and `other`, the peak above what is `there` all the time; `graphs`, the last strip's first; a `state`."
+    def __init__(self, net, shape, strip, axis, field, parameters, dtype, train, wanted):
         n, length = -(-shape[axis]//strip), shape[axis]
         few = 3+LONGEST+-(-field//strip); m = min(n, few+(n-few) % LONGEST); short = [(m-1)*strip+length-(n-1)*strip if i == axis else d for i, d in enumerate(shape)]
         ledger, nowhere, graphs = Ledger(), _Nowhere(), []
@@ -132,7 +132,7 @@ class _Height:
         one = net.like(strip=strip, direction=net.direction); one.start = watched
         step = _measure(one, short, dtype, train, wanted, ledger)
         outputs, image = step.outputs*(1+train), math.prod(short)*dtype.itemsize*(1+wanted)
-        self.there, self.weights = parameters+int(outputs/short[axis]*length), weights
+        self.there = parameters+int(outputs/short[axis]*length)
         first, *peaks = [p-parameters-image-outputs for p in (*ledger.peaks, ledger.peak)]       # before any graph, with that of the last strip, of the one before it, ...
         self.last, self.other = max(peaks[:1], default=first), max([first, *peaks[1:]])
         mean = lambda sizes: sum(sizes)//max(1, len(sizes))      # of strips that are alike, but for the layers that wait
@@ -168,19 +168,19 @@ def _state(run, k):
             made[n, s] = torch.empty(shape, dtype=run.background.types[n], device='meta')
     return made
 
-def _watch(run, masks, k):
+def _watch(run, masks, k, train):
     "Bytes that strip `k` of a canvas takes at its peak, and its graph, beside the background."
     state = {**_state(run, k), **masks}
     with Ledger() as ledger:
         for t in (*state.values(), *run.background.leaves.values(), *run.source.tensors): ledger.note(t)
         before, lone = ledger.now, len(run.cuts) == 2      # which gives the output itself, and has no gradient of it yet
-        bytes = lambda new: lone*sum(y.nbytes for y in new.values() if y is not None)
-        if not run.train: new, _ = run.advance(k, state); return ledger.peak-before-bytes(new), 0
+        given = lambda new: lone*sum(y.nbytes for y in new.values() if y is not None)
+        if not train: new, _ = run.advance(k, state); return ledger.peak-before-given(new), 0
         start, rows, new, nxt = run.record(k, state, None); graph = ledger.now-before; ledger.mark()
         ys = [y for y in (*new.values(), *nxt.values()) if y is not None and y.requires_grad]
         inputs = [*run.leaves().values(), *(t for t in (*start.values(), *rows) if t.requires_grad)]
         if ys and inputs: torch.autograd.grad(ys, inputs, [torch.empty((), dtype=y.dtype, device='meta').expand_as(y) for y in ys], allow_unused=True)
-        return max(ledger.peaks[0]-bytes(new), ledger.peak)-before-bytes(new), graph
+        return max(ledger.peaks[0]-given(new), ledger.peak)-before-given(new), graph
 
 class _Load:
     "What the strips of one image take: bytes at the `peaks` beside `there`, and of their `graphs`; `work`, the part of the operations; `begun` weights; `states`. `held` bytes are of the image."
@@ -298,7 +298,7 @@ class Costs:
 
     def height(self, h):
         if h not in self.heights:
-            with self.as_if(): self.heights[h] = _Height(self.there, self.shape, h, self.axis, self.field, self.parameters, self.weights, self.how['dtype'], self.train, self.how['wanted'])
+            with self.as_if(): self.heights[h] = _Height(self.there, self.shape, h, self.axis, self.field, self.parameters, self.how['dtype'], self.train, self.how['wanted'])
         return self.heights[h]
 
     def as_if(self): return _as_if(self.device.type == 'cpu', self.how['autocast'], self.train)
@@ -315,7 +315,7 @@ class Costs:
     def painted(self, source):
         "The same for a canvas. The first and the last strip are run, that which computes least, and that which computes most with those after it; others lie between, as far as what they compute does."
         with self.as_if():
-            run, _ = self.there.strips(source.canvas); run.want, run.train = run.wanted(run.env), self.train
+            run, _ = self.there.strips(source.canvas); run.want = run.wanted(run.env)
             run.autocast, run.context = self.how['autocast'] and ('meta', self.how['autocast'], True), nullcontext      # played already
             with Ledger() as ledger: masks = run.begin(self.train)
         def load(h):
@@ -323,12 +323,12 @@ class Costs:
             values, work, begun = _parts(run, range(n))
             most = max(range(n), key=values.__getitem__); some = range(most, n)[:LONGEST]
             least = min(range(1, n-1), key=values.__getitem__, default=0)
-            with self.as_if(): seen = {k: _watch(run, masks, k) for k in {*some, 0, least, n-1}}
+            with self.as_if(): seen = {k: _watch(run, masks, k, self.train) for k in {*some, 0, least, n-1}}
             each, low, high = sum(values[k] for k in some) or 1, seen[least][0], max(seen[k][0] for k in some)
             peaks = [seen[k][0] if k in (0, n-1) else low+max(0, high-low)*(v-values[least])/(values[most]-values[least] or 1) for k, v in enumerate(values)]
             held = source.held[0]+ledger.now+self.train*sum(run.background.leaves[a].nbytes for a in run.background.picked)     # with the background, and its gradient
             once = self.train*sum(t.nbytes for t in run.env.values() if isinstance(t, torch.Tensor) and t.requires_grad)     # gradients of a strip, counted in its peak
-            there = one.there+one.weights-once
+            there = one.there+self.weights-once
             return _Load(there, peaks, [sum(seen[k][1] for k in some)*v/each for v in values], work, [PAINTED*b for b in begun], [sum(t.nbytes for t in _state(run, k).values()) for k in range(n)], held, self.train)
         return cache(load)
 

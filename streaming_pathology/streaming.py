@@ -48,10 +48,9 @@ class _Reader:
         self.held = 0, 2*self.shape.numel()//self.shape[2]*self.dtype.itemsize     # a strip and the next
 
     def _read(self, lo, hi):
-        try: rows = torch.as_tensor(got := self.rows.read(lo, hi))
-        except (RuntimeError, TypeError, ValueError) as e:
-            if 'got' not in locals(): raise
-            raise StreamingError(f'{self.name}.read({lo}, {hi}) gave {type(got).__name__}, which is no tensor and cannot be made one ({str(e).splitlines()[0]}): return a tensor, or an array of numbers as they lie in this machine.') from e
+        got = self.rows.read(lo, hi)
+        try: rows = torch.as_tensor(got)
+        except (RuntimeError, TypeError, ValueError) as e: raise StreamingError(f'{self.name}.read({lo}, {hi}) gave {type(got).__name__}, which is no tensor and cannot be made one ({str(e).splitlines()[0]}): return a tensor, or an array of numbers as they lie in this machine.') from e
         want = (*self.shape[:2], hi-lo, self.shape[3])
         if rows.shape != want or self.dtype not in (None, rows.dtype):
             raise StreamingError(f'{self.name}.read({lo}, {hi}) gave {tuple(rows.shape)} of {rows.dtype}, not {want} of {self.dtype or "one type"}.')

@@ -325,10 +325,11 @@ def beside_peer(device='cpu', repeats=3, sizes=((2048, 2048),), nets=(('resnet18
 
 # %% ../nbs/17_benchmarks.ipynb #bnch0002
 def large(device='cpu', sizes=((8192, 8192), (16384, 16384)), memory='2.4GB', strip=None, dtype='bf16', arch='resnet34', image='pixels', log=print):
-    "One training step of a whole classifier, pooling and linear layer included, for each size; planned for `memory`, or in strips of `strip` rows with states on disk; with `lean_memory`, as the commands run."
-    result = {'machine': machine(), 'steps': []}
-    for size in sizes:
-        case = _case(arch, 'logits', size, image, device, dtype, lean=True); way, plans = (dict(method='streaming', strip=strip, states='disk'), None) if strip else planned(case, memory)
+    """One training step of a whole classifier, pooling and linear layer included, for each size; planned for `memory`, or in strips of `strip` rows with states on disk; with `lean_memory`, as the commands run.
+    Where the plans differ, the smaller ones once more in the strips of the last one."""
+    result, cases = {'machine': machine(), 'steps': []}, [_case(arch, 'logits', size, image, device, dtype, lean=True) for size in sizes]
+    ways = [(dict(method='streaming', strip=strip, states='disk'), None) if strip else planned(case, memory) for case in cases]
+    for case, (way, plans) in [*zip(cases, ways), *((c, (ways[-1][0], None)) for c, (w, _) in zip(cases, ways) if w != ways[-1][0])]:
         found = peak_memory(way, case); result['steps'].append({'case': case, 'way': way, 'planned': plans, **found}); log(f'{_title(case)}, {way}: {found}')
     return result
 

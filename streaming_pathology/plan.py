@@ -431,10 +431,10 @@ def plan(
 
 # %% ../nbs/02_plan.ipynb #lean0002
 def lean_memory():
-    """Let the C library give blocks of 2 MB and more back at once, and PyTorch take them in huge pages, so that a streamed step on a CPU takes little more than its plan says.
+    """Let the C library give blocks of 8 MB and more back at once, and PyTorch take them in huge pages, so that a streamed step on a CPU takes little more than its plan says.
     For the whole process, and before the first tensor is made: the commands do it. False where it cannot be had: without glibc, or where Linux has no huge pages to give."""
     pages = Path('/sys/kernel/mm/transparent_hugepage/enabled')
     if not pages.exists() or '[never]' in pages.read_text(): return False
     os.environ['THP_MEM_ALLOC_ENABLE'] = '1'     # read by PyTorch at its first allocation
-    try: return ctypes.CDLL(None).mallopt(-3, 2**21) == 1     # M_MMAP_THRESHOLD
+    try: return ctypes.CDLL(None).mallopt(-3, 2**23) == 1     # M_MMAP_THRESHOLD
     except (AttributeError, OSError): return False

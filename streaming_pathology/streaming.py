@@ -558,7 +558,7 @@ class Streamed(nn.Module):
         "The pass over the image `x`, ready to run, and the values of what depends on parameters only."
         source = source or _source(x, self.module)
         program = self.program_for(source)
-        if program.late: raise program.late
+        if program.late: raise StreamingError(*program.late.args)
         env = {}
         for n in program.before: env[n] = evaluate(n, self.module, env)
         return self.start(getattr(source, 'Pass', _Pass), program, self.module, source, {n: env[n] for n in program.operands}, self.strip), env
@@ -607,9 +607,9 @@ def program(self:Streamed, axis=2):
     if key not in self._traced or self._traced[key][0] != now:
         try: made = Program(self.module, fold, axis, self.reduce); made.made_for = now
         except _Diced: raise        # may be another thread's doing, and is asked again
-        except StreamingError as e: made = e.with_traceback(None)
+        except StreamingError as e: made = StreamingError(*e.args)
         self._traced[key] = now, made
-    if isinstance(made := self._traced[key][1], StreamingError): raise made
+    if isinstance(made := self._traced[key][1], StreamingError): raise StreamingError(*made.args)     # a new one each time: one that is kept would keep the frames it went through, and the image with them
     return made
 
 @patch

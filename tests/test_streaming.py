@@ -2,7 +2,7 @@
 
 `STREAMING_EXAMPLES=1000 pytest tests/test_streaming.py` tries more of them.
 """
-import copy, itertools, os, pickle, random, threading, time
+import copy, gc, itertools, os, pickle, random, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 import numpy as np
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.shufflenetv2 import channel_shuffle
 from torchvision.ops import Permute
+from streaming_pathology.background import Canvas
 from streaming_pathology.geometry import evaluate
 from streaming_pathology.models import GatedAttention
 from streaming_pathology.streaming import StreamingError, _Pass, _Tensor, stream
@@ -761,3 +762,23 @@ def test_shapes_that_are_none(shape):
 
 def test_arrays_are_named_as_what_they_are():
     with pytest.raises(StreamingError, match=r'ndarray.shape is \(3, 4, 4\)'): stream(nn.Conv2d(3, 4, 3), 2)(np.zeros((3, 4, 4), np.float32))
+
+@pytest.mark.parametrize('size', [(40, 70), (70, 40)], ids=str)
+@pytest.mark.parametrize('strip', [16, 'auto'])
+@pytest.mark.parametrize('image', ['pixels', 'gradient', 'canvas', 'refused'])
+def test_no_pass_outlives_its_step(image, strip, size):
+    "Neither a graph that is gone nor an error that is kept holds on to the image and the strips of a step."
+    def passes(): gc.collect(); return sum(issubclass(type(o), _Pass) for o in gc.get_objects())
+    gc.collect(); gc.freeze()       # what is here already need not be looked at again
+    for pool in (nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d(1), GatedAttention(4)):
+        net = stream(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval(), nn.MaxPool2d(2), pool), strip, **(dict(memory='1GB') if strip == 'auto' else {}))
+        before = passes()
+        for _ in range(3):
+            x = torch.rand(1, 3, *size, requires_grad=image == 'gradient')
+            if image == 'canvas': x = Canvas(size, (1., 1., 1.), [(5, 5, x[0, :, :9, :9])])
+            if image == 'refused':
+                with pytest.raises(Exception): net(x[:, :2])
+            else: net(x).sum().backward()
+            del x
+        assert passes() == before, pool
+    gc.unfreeze()

@@ -22,8 +22,9 @@ from .geometry import InputError, StreamingError
 from .streaming import stream
 from .background import Canvas
 from .plan import budget, lean_memory, measure, plan, size as text_size
-from .slides import whole_file
+from .files import whole_file
 from .cli import check_settings, command, environment, hw, output_file
+from .pipeline import beside_chain, loading, trimming
 
 # %% ../nbs/17_benchmarks.ipynb #350a9060
 def slim(width=8):
@@ -365,7 +366,7 @@ def beside_default(device='cpu', repeats=3, sizes=((384, 16384),), strip=128, dt
         log(f"{_title(cases['lean'])}: {pair.get('seconds', rounds)} times the seconds, {pair.get('above')} times the memory above start")
     return result
 
-parts = {'methods': beside_plain, 'budgets': beside_peer, 'large': large, 'gigapixel': gigapixel, 'canvas': beside_dense, 'lean': beside_default, 'networks': run_networks}
+parts = {'methods': beside_plain, 'budgets': beside_peer, 'large': large, 'gigapixel': gigapixel, 'canvas': beside_dense, 'lean': beside_default, 'networks': run_networks, 'augment': beside_chain, 'trim': trimming, 'loading': loading}
 
 # %% ../nbs/17_benchmarks.ipynb #6593a623
 def sides(text):
@@ -373,7 +374,7 @@ def sides(text):
     return tuple(map(hw, text.split(',')))
 
 def bench(out, # JSON file to write
-          *, part:str='methods',             # what is measured: methods, budgets, large, gigapixel, canvas, lean or networks
+          *, part:str='methods',             # what is measured: methods, budgets, large, gigapixel, canvas, lean, networks, augment, trim or loading
           device:str='cuda' if torch.cuda.is_available() else 'cpu', # cpu or cuda
           repeats:int=None,                  # rounds that are counted (default, as for what follows: the part's own)
           sizes:sides=None,                  # sides of square images, or height x width, with commas between
@@ -386,7 +387,7 @@ def bench(out, # JSON file to write
     if repeats is not None and repeats < 1: raise InputError(f'--repeats {repeats} has to be at least 1')
     if dtype not in ('bf16', 'float32', None): raise InputError(f"--dtype is {dtype!r}; use bf16 or float32")
     if memory is not None and memory != 'least': budget(memory)
-    given = {k: v for k, v in dict(device=device, repeats=repeats, sizes=sizes, memory=memory, strip=strip, dtype=dtype).items() if v is not None}
+    given = {k: v for k, v in dict(device=device if device != 'cpu' or part not in ('augment', 'trim', 'loading') else None, repeats=repeats, sizes=sizes, memory=memory, strip=strip, dtype=dtype).items() if v is not None}
     if other := [k for k in given if k not in inspect.signature(parts[part]).parameters]: raise InputError(f"--{other[0]} is not for the part {part}")
     out = output_file(out, '.json', header='{\n "machine"')
     with whole_file(out) as f: f.write((json.dumps(parts[part](**given), indent=1)+'\n').encode())      # opened first: not to be found unwritable after half an hour

@@ -16,7 +16,7 @@ import numpy as np, torch, torchvision
 import streaming_pathology
 from .geometry import InputError
 from .models import load_tensors
-from .slides import whole_file
+from .files import whole_file
 
 # %% ../nbs/10_checkpoints.ipynb #8eb4818e
 def plain(x):

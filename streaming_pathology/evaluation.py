@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from sklearn.metrics import roc_auc_score, roc_curve
 from .geometry import InputError
-from .slides import write_whole
-from .data import finite_number, read_table
+from .files import write_whole
+from .cohorts import finite_number, read_table
 
 # %% ../nbs/13_evaluation.ipynb #19084f02
 def check_scores(labels, # 0 or 1 for each slide

@@ -14,7 +14,7 @@ import numpy as np, torch
 from matplotlib import colormaps
 from PIL import Image
 from .geometry import InputError
-from .slides import write_whole
+from .files import write_whole
 
 # %% ../nbs/14_heatmaps.ipynb #a74308af
 def image_std(x, # (1, 3, H, W), uint8 or float

@@ -16,9 +16,9 @@ from fastcore.xml import *
 from PIL import Image, ImageFilter
 from .geometry import InputError
 from .evaluation import Metrics, evaluate_file, plot_roc, read_predictions
-from .data import read_table
+from .cohorts import read_table
 from .heatmaps import colour_map, load_heatmap, save_heatmap
-from .slides import write_whole
+from .files import write_whole
 
 # %% ../nbs/15_report.ipynb #3e768ef0
 def _toy_slide(rng, positive, size=(360, 520)):

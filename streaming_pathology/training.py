@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WAY_OUT', 'slide_loss', 'probabilities', 'batch_sizes', 'autocast', 'logits_of', 'peak_mb', 'predict', 'as_loader',
            'summary', 'TinyNet', 'synth_slides', 'synth_learner', 'train_epoch', 'State', 'make_optimizer', 'fit',
-           'write_csv', 'CSVLog', 'TensorBoardLog', 'Cosine']
+           'CSVLog', 'TensorBoardLog', 'Cosine']
 
 # %% ../nbs/09_training.ipynb #60008edd
-import csv, io, math, resource, sys, time
+import math, resource, sys, time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
+from .background import Canvas
 from .data import slide_loader
 from .geometry import InputError
-from .slides import write_whole
+from .files import write_csv
 
 # %% ../nbs/09_training.ipynb #e0bc5098
 def slide_loss(logits, # (N, n_out)
@@ -48,7 +49,8 @@ def autocast(device, amp): # a context manager
 
 def logits_of(model, item, device='cpu', amp=None): # (1, n_out)
     "The logits of one slide; in float32 where the network ran in less, for the loss."
-    with autocast(device, amp): y = model(item['image'].to(device)[None])
+    x = item['image']
+    with autocast(device, amp): y = model(x if isinstance(x, Canvas) else x.to(device)[None])
     return y.float() if amp else y
 
 def peak_mb(device='cpu'):
@@ -195,13 +197,6 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
     return s.history
 
 # %% ../nbs/09_training.ipynb #06c54991
-def write_csv(path, rows, columns=None): # the path
-    "Dicts as a CSV file, whole or not at all; None becomes an empty cell."
-    out = io.StringIO()
-    w = csv.DictWriter(out, columns or list(rows[0]), lineterminator='\n', extrasaction='ignore')
-    w.writeheader(); w.writerows(rows)
-    return write_whole(path, out.getvalue())
-
 class CSVLog:
     "Callback: the history as a CSV file, rewritten whole after every epoch."
     def __init__(self, path): self.path = Path(path)

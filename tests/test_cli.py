@@ -3,8 +3,8 @@ import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, pyvips, torch
 from streaming_pathology import cli
-from streaming_pathology.data import tiny_cohort
-from streaming_pathology.slides import sample_slide
+from streaming_pathology.cohorts import tiny_cohort
+from streaming_pathology.files import sample_slide
 
 QUICK = ['--spacing', 4, '--epochs', 1, '--batch', 4, '--strip', 64, '--heatmaps', 0, '--lr', 1e-3]
 HEADER = 'slide_id,label,path,patient_id,split\n'

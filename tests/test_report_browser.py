@@ -2,7 +2,7 @@
 import io, os, shutil, pytest
 import numpy as np
 from PIL import Image
-from streaming_pathology.slides import write_whole
+from streaming_pathology.files import write_whole
 from streaming_pathology.report import toy_run, write_report
 
 CHROMIUM = os.environ.get('CHROMIUM') or shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')

@@ -285,6 +285,9 @@ def open_reader(path):
     except openslide.OpenSlideError as e: raise InputError(f'{path} looks like a slide ({vendor}) but cannot be opened: {e}') from None
     except pyvips.Error as e: raise InputError(f'{path} is not an image that OpenSlide or libvips can open ({reason(e)})') from None
     except OSError as e: raise InputError(f'{path} cannot be read ({e.strerror or e})') from None
+    except (struct.error, KeyError, IndexError, TypeError, ValueError, ArithmeticError) as e:
+        if isinstance(e, InputError): raise
+        raise InputError(f'{path} is damaged: its header makes no sense ({type(e).__name__}: {e}); copy it again') from None
 
 def _dicom_file(folder):
     "A file of the one slide that a folder of DICOM files holds."

@@ -126,17 +126,17 @@ def _done(note, out, stamp):
     return said if whole else None
 
 def trim_slide(task) -> dict: # the note on it
-    "Find, cut and write the biopsies of one slide; `task`: slide_id, path, spacing (or None), out, and `settings`, those of `Trim`."
+    "Find, cut and write the biopsies of one slide; `task`: slide_id, path, spacing (or None), mask (its path, or None), out, and `settings`, those of `Trim`."
     out, s = Path(task['out']), Trim(**task['settings'])
     path, name = Path(task['path']), task['slide_id']
-    start, stamp = time.perf_counter(), _stamp(path) if path.exists() else None
+    start, stamp = time.perf_counter(), [_stamp(path), task['path'], task['spacing'], task['mask']] if path.exists() else None
     note = out/'notes'/f'{name}.json'
     if stamp and (said := _done(note, out, stamp)): return {**said, 'seconds': None}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('always')
         slide = Slide(path, task['spacing'], override=s.override_spacing and task['spacing'] is not None)
     with slide:
-        found = biopsies(slide, gap=s.gap, least=s.least, pen=s.pen)
+        found = biopsies(slide, gap=s.gap, least=s.least, pen=s.pen, source=task['mask'])
         if not found: raise InputError(f'{path} has no biopsy of at least {s.least:g} square mm that could be found: look at it, and leave it out if it is blank')
         figure = Figure((5, max(1.5, min(10, 5*slide.size[0]/slide.size[1]))))
         draw_tissue(slide, found, figure.add_axes((0, 0, 1, 1)))
@@ -204,17 +204,17 @@ def trim_slides(
     "Cut the biopsies of a cohort: biopsies/*.tiff, overview/*.jpg, failed.csv and, last, manifest.csv, one row a biopsy with the label of its slide."
     out = Path(out)
     _claim(out, settings)
-    tasks = {c.slide_id: dict(slide_id=c.slide_id, path=str(c.path.absolute()), spacing=c.spacing, out=str(out), settings=dataclasses.asdict(settings)) for c in cases}
+    tasks = {c.slide_id: dict(slide_id=c.slide_id, path=str(c.path.absolute()), spacing=c.spacing, mask=c.mask and str(c.mask.absolute()), out=str(out), settings=dataclasses.asdict(settings)) for c in cases}
     done, failed = {}, {}
     with tqdm(total=len(tasks), desc='trimming slides', disable=not progress) as bar:
         for t, said, e in each_apart(trim_slide, tasks.values(), workers):
             name = t['slide_id']; bar.update()
             if e is None: done[name] = said
             else: failed[name] = str(e) if t['path'] in str(e) else f"{t['path']}: {str(e) or type(e).__name__}"
-    rows = [dict(slide_id=f"{c.slide_id}_{f['biopsy']}", label='' if c.label is None else f'{c.label:g}', path=f['path'], patient_id=c.patient_id, split=c.split, spacing=f'{settings.spacing:g}', **{k: f[k] for k in ORIGIN})
+    rows = [dict(slide_id=f"{c.slide_id}_{f['biopsy']}", label=c.label, path=f['path'], patient_id=c.patient_id, split=c.split, spacing=settings.spacing, grade=c.grade, **{k: f[k] for k in ORIGIN})
             for c in cases if c.slide_id in done for f in done[c.slide_id]['files']]
     write_csv(out/'failed.csv', [dict(slide_id=k, reason=v) for k, v in failed.items()], ['slide_id', 'reason'])
-    write_csv(out/'manifest.csv', rows, ['slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', *ORIGIN])
+    write_csv(out/'manifest.csv', rows, ['slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'grade', *ORIGIN])
     return dict(slides=len(done), biopsies=len(rows), skipped=sum(d['seconds'] is None for d in done.values()), failed=failed, warnings=[w for d in done.values() for w in d['warnings']])
 
 def _claim(out, settings):

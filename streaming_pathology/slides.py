@@ -260,10 +260,13 @@ def _given_mask(slide, source, spacing, shape):
         if not isinstance(slide, Slide): raise InputError('a network needs a Slide to find the tissue of, not pixels')
         found = network_mask(slide, source, spacing)
     else:
-        try: found = np.asarray(Image.open(source)) > 0
-        except (OSError, ValueError, Image.DecompressionBombError) as e: raise InputError(f'{source} is not an image of a tissue mask ({e})') from None
-        if found.ndim == 3: found = found[..., :3].any(axis=2)
-        (h, w), (H, W) = found.shape, shape
+        try:
+            image = pyvips.Image.new_from_file(str(source), access='sequential', fail_on='truncated')
+            h, w, (H, W) = image.height, image.width, shape
+            thin = image.subsample(max(1, w//W), max(1, h//H)) # pixels as they are, no means: they may be numbers of classes
+            thin = (thin.extract_band(0, n=1 if thin.bands < 3 else 3) > 0).bandor()
+            found = np.frombuffer(pyvips.Region.new(thin).fetch(0, 0, thin.width, thin.height), np.uint8).reshape(thin.height, thin.width) > 0
+        except pyvips.Error as e: raise InputError(f'{source} is not an image of a tissue mask ({reason(e)})') from None
         if abs(h*W/(w*H)-1) > .01+1/min(h, w, H, W): raise InputError(f'{source}: a mask of {h} x {w} pixels does not fit a slide of {H} x {W} at {spacing:g} microns: it must show the whole slide')
     rows, columns = (((np.arange(n)+.5)*m/n).astype(int) for n, m in zip(shape, found.shape))
     return found[rows[:, None], columns]

@@ -1,5 +1,5 @@
 "The tissue mask against what was painted: as it is, faint, and with what gets onto slides."
-import numpy as np, pytest, torch
+import numpy as np, pytest, pyvips, torch
 from PIL import Image
 from scipy import ndimage
 from torch import nn
@@ -103,3 +103,10 @@ def test_biopsies_in_reading_order():
         assert all(abs(abs(b.angle)-90*turned) < 2 for b in found)
         assert found[0].mask.sum() == 500*60+24
     assert biopsies(None, mask=(np.zeros((50, 50), bool), at)) == []
+
+def test_large_masks(tmp_path):
+    "A mask with more pixels than Pillow opens, as PANDA's have."
+    pyvips.Image.black(16000, 14000).draw_rect(1, 8000, 0, 8000, 14000, fill=True).tiffsave(str(tmp_path/'mask.tif'), tile=True, compression='deflate')
+    write_tiff(np.full((700, 800, 3), 240, np.uint8), tmp_path/'a.tiff', SPACING)
+    with Slide(tmp_path/'a.tiff') as s: mask, _ = tissue_mask(s, source=tmp_path/'mask.tif')
+    assert mask.shape == (350, 400) and mask[:, 205:].all() and not mask[:, :195].any()

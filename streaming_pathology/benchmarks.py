@@ -9,7 +9,7 @@ __all__ = ['methods', 'WHITE', 'images', 'parts', 'sp_bench', 'slim', 'trunk', '
            'beside_default', 'sides', 'bench']
 
 # %% ../nbs/17_benchmarks.ipynb #7cd317ab
-import copy, ctypes, inspect, io, itertools, json, multiprocessing, statistics, sys, time
+import copy, ctypes, inspect, io, itertools, json, statistics, sys, time
 from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,7 @@ from .background import Canvas
 from .plan import budget, lean_memory, measure, plan, size as text_size
 from .files import whole_file
 from .cli import check_settings, command, environment, hw, output_file
-from .pipeline import beside_chain, loading, trimming
+from .pipeline import beside_chain, fresh_process, loading, process_status, trimming
 
 # %% ../nbs/17_benchmarks.ipynb #350a9060
 def slim(width=8):
@@ -177,28 +177,17 @@ def _peak(way, case, threads, answer):
         x, small = image(*case['size']), way.get('tile', 2*way.get('strip', 128))
         step(image(*(min(s, small) for s in case['size']))); clear()
         if cuda: torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-        else: ctypes.CDLL(None).malloc_trim(0); Path('/proc/self/clear_refs').write_text('5'); before = _status('VmRSS')
+        else: ctypes.CDLL(None).malloc_trim(0); Path('/proc/self/clear_refs').write_text('5'); before = process_status('VmRSS')
         t, c = time.perf_counter(), time.process_time(); step(x); t, c = time.perf_counter()-t, time.process_time()-c
-        peak = torch.cuda.max_memory_allocated() if cuda else _status('VmHWM')
+        peak = torch.cuda.max_memory_allocated() if cuda else process_status('VmHWM')
         answer.put({'seconds': t, 'cpu': c, 'above': peak-before, 'peak': peak, 'lean': lean, **({'reading': x.seconds} if isinstance(x, Rows) else {})})
     except Exception as e: answer.put({'error': f'{type(e).__name__}: {e}'.splitlines()[0][:200]})
-
-def _status(key):
-    for line in Path('/proc/self/status').read_text().splitlines():
-        if line.startswith(key+':'): return int(line.split()[1])*1024
 
 # %% ../nbs/17_benchmarks.ipynb #0317f523
 def peak_memory(way, case, threads=None):
     "Seconds and peak memory in bytes ('above' the start, and 'peak' of the process) of one step in a fresh process."
     if sys.platform != 'linux': raise InputError(f'The peak memory of a process is read from /proc, which {sys.platform} does not have: run the benchmark on Linux.')
-    ctx = multiprocessing.get_context('spawn'); q = ctx.Queue()
-    p = ctx.Process(target=_peak, args=(way, case, threads or torch.get_num_threads(), q)); p.start()
-    while True:
-        try: found = q.get(timeout=1); break
-        except Exception:
-            if not p.is_alive(): found = {'error': f'the process ended with exit status {p.exitcode}'}; break
-    p.join()
-    return found
+    return fresh_process(_peak, way, case, threads or torch.get_num_threads())
 
 # %% ../nbs/17_benchmarks.ipynb #cec6e8c8
 def times(ways, case, repeats=3):
@@ -387,8 +376,10 @@ def bench(out, # JSON file to write
     if repeats is not None and repeats < 1: raise InputError(f'--repeats {repeats} has to be at least 1')
     if dtype not in ('bf16', 'float32', None): raise InputError(f"--dtype is {dtype!r}; use bf16 or float32")
     if memory is not None and memory != 'least': budget(memory)
-    given = {k: v for k, v in dict(device=device if device != 'cpu' or part not in ('augment', 'trim', 'loading') else None, repeats=repeats, sizes=sizes, memory=memory, strip=strip, dtype=dtype).items() if v is not None}
-    if other := [k for k in given if k not in inspect.signature(parts[part]).parameters]: raise InputError(f"--{other[0]} is not for the part {part}")
+    takes = inspect.signature(parts[part]).parameters
+    given = {k: v for k, v in dict(device=device, repeats=repeats, sizes=sizes, memory=memory, strip=strip, dtype=dtype).items() if v is not None}
+    if 'device' not in takes and device == inspect.signature(bench).parameters['device'].default: del given['device']
+    if other := [k for k in given if k not in takes]: raise InputError(f"--{other[0]} is not for the part {part}")
     out = output_file(out, '.json', header='{\n "machine"')
     with whole_file(out) as f: f.write((json.dumps(parts[part](**given), indent=1)+'\n').encode())      # opened first: not to be found unwritable after half an hour
     print(f'wrote {out}')

@@ -25,7 +25,6 @@ from .models import StreamingClassifier, pools
 from .files import SUFFIXES, sample_slide, write_csv, write_whole
 from .slides import Slide
 from .synthetic import write_cohort
-from .augment import Augmentation
 from .cohorts import Case, read_manifest, resolve_splits, several
 from .data import check_cohort, flips, sample_patches, slide_loader
 from .trim import Trim, trim_slides

@@ -30,7 +30,7 @@ def sample_slide() -> Path:
 
 # %% ../nbs/05_files.ipynb #98ae1f0c
 _TIFF_TYPES = {1: 'B', 2: 's', 3: 'H', 4: 'I', 5: 'II', 13: 'I', 16: 'Q', 18: 'Q'}
-_TIFF_TAGS = {254: 'kind', 256: 'width', 257: 'height', 258: 'bits', 262: 'colours', 270: 'description', 277: 'channels', 273: 'strips', 279: 'strip_bytes', 282: 'x_resolution', 283: 'y_resolution', 296: 'unit',
+_TIFF_TAGS = {254: 'kind', 256: 'width', 257: 'height', 262: 'colours', 270: 'description', 277: 'channels', 273: 'strips', 279: 'strip_bytes', 282: 'x_resolution', 283: 'y_resolution', 296: 'unit',
               324: 'tiles', 325: 'tile_bytes', 330: 'children'}
 
 class _Tiff:

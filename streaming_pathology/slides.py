@@ -65,6 +65,9 @@ class Slide:
         if getattr(self._own, 'process', None) != os.getpid(): self._own.reader, self._own.process = open_reader(self.path), os.getpid()
         return self._own.reader
 
+    @functools.cached_property
+    def glass(self): return np.round(glass_colour(self.thumbnail(1024))).astype(np.uint8) # (3,): the colour of its background
+
     def close(self):
         if getattr(self._own, 'process', None) == os.getpid(): self._own.reader.close()
         self._own = threading.local()
@@ -278,8 +281,7 @@ def network_mask(
 ): # bool (h, w)
     "Tissue by a trained network, streamed over the slide."
     streamed = network if isinstance(network, Streamed) else stream(nn.Sequential(_Unit(), network).eval())
-    device = next((p.device for p in network.parameters()), torch.device('cpu'))
-    with torch.no_grad(): y = streamed(torch.from_numpy(slide.rows(spacing).read(0, slide.size_at(spacing)[0])).to(device))
+    with torch.no_grad(): y = streamed(slide.rows(spacing))
     if y.ndim != 4 or len(y) != 1: raise InputError(f'the network gives {tuple(y.shape)}, not a map (1, k, h, w) of logits')
     return (y[0, 0] > 0 if y.shape[1] == 1 else y[0].argmax(0) > 0).cpu().numpy()
 
@@ -358,11 +360,10 @@ class Biopsy:
     def __repr__(self): return f'Biopsy({self.number}: {self.area():.3g} square mm, {self.angle:.0f} degrees from upright)'
 
 # %% ../nbs/05_slides.ipynb #s0000012
-def _long_axis(points): # centre (2,), direction (2,) of unit length, and how many times longer than wide; of (n, 2) places (down, right)
-    centre = points.mean(0)
-    if len(points) < 3: return centre, np.array([1., 0.]), 1.
-    values, vectors = np.linalg.eigh(np.cov((points-centre).T)+1e-9*np.eye(2))
-    return centre, vectors[:, 1], math.sqrt(values[1]/values[0])
+def _long_axis(points): # direction (2,) of unit length, and how many times longer than wide; of (n, 2) places (down, right)
+    if len(points) < 3: return np.array([1., 0.]), 1.
+    values, vectors = np.linalg.eigh(np.cov((points-points.mean(0)).T)+1e-9*np.eye(2))
+    return vectors[:, 1], math.sqrt(values[1]/values[0])
 
 def _in_line(a, b, gap, turn):
     "Whether two pieces, (points, rim as a `KDTree`) in microns, are of one biopsy: close, and in line with the longer of them."
@@ -372,7 +373,7 @@ def _in_line(a, b, gap, turn):
     d, at = near_a.query(near_b.data)
     i = d.argmin()
     if d[i] > gap: return False
-    _, direction, longer = _long_axis(p)
+    direction, longer = _long_axis(p)
     if longer < 1.5 or d[i] <= .1*gap: return d[i] <= gap/4
     return abs((near_b.data[i]-near_a.data[at[i]])@direction)/d[i] >= math.cos(math.radians(turn))
 
@@ -382,8 +383,8 @@ def _joined(n, pairs): # for each of n things the number of its group
 def _reading_order(places):
     "The order of groups of points (down, right): rows along the common direction, and across it within a row."
     axes = [_long_axis(p) for p in places]
-    weight = [len(p)*(1-1/longer) for p, (*_, longer) in zip(places, axes)]
-    doubled = sum(w*complex(*d)**2 for w, (_, d, _) in zip(weight, axes))
+    weight = [len(p)*(1-1/longer) for p, (_, longer) in zip(places, axes)]
+    doubled = sum(w*complex(*d)**2 for w, (d, _) in zip(weight, axes))
     along = np.array([math.cos(a := np.angle(doubled)/2), math.sin(a)]) if abs(doubled) > .2*sum(map(len, places)) else np.array([1., 0.])
     if along[0] < -1e-9 or abs(along[0]) < .5 and along[1] < 0: along = -along      # down, or to the right where they lie flat
     across = np.array([-along[1], along[0]])
@@ -421,7 +422,7 @@ def biopsies(
     if not whole: return []
     members = lambda g: [i for i in range(n) if group[i] == g]
     number = np.zeros(n+1, np.int32)
-    for place, w in enumerate(_reading_order([np.concatenate([pieces[i][0] for i in members(whole[o])]) for o in range(len(whole))]), 1):
+    for place, w in enumerate(_reading_order([np.concatenate([pieces[i][0] for i in members(g)]) for g in whole]), 1):
         number[1+np.array(members(whole[w]))] = place
     crumbs = {i for i in range(n) if not number[i+1]}
     near = {i: min((pieces[j][1].query(pieces[i][1].data)[0].min(), j) for j in range(n) if j not in crumbs) for i in crumbs}
@@ -430,7 +431,7 @@ def biopsies(
     labels = number[labels]
     result = []
     for k in range(1, len(whole)+1):
-        _, (down, right), _ = _long_axis(np.argwhere(labels == k))
+        (down, right), _ = _long_axis(np.argwhere(labels == k))
         angle = -math.degrees(math.atan2(right, down))
         result.append(Biopsy(k, labels, at, angle+180 if angle <= -90 else angle-180 if angle > 90 else angle))
     return result
@@ -444,8 +445,8 @@ def draw_tissue(
 ): # the axis
     "The slide with its tissue outlined and its biopsies numbered."
     if ax is None: _, ax = plt.subplots(figsize=(6, 6*slide.size[0]/slide.size[1]))
-    ax.imshow(slide.thumbnail(side)); ax.axis('off')
-    h, w = slide.thumbnail(side).shape[:2]
+    picture = slide.thumbnail(side); h, w = picture.shape[:2]
+    ax.imshow(picture); ax.axis('off')
     found = biopsies(slide) if found is None else found
     masks = [(found[0], '')] if isinstance(found, tuple) else [(b.mask, str(b.number)) for b in found]
     for mask, name in masks:

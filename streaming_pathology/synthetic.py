@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-import numpy as np, pyvips
+import numpy as np
 from scipy import ndimage, sparse
 from tqdm.auto import tqdm
 from .geometry import InputError

@@ -6,7 +6,7 @@
 __all__ = ['ORIGIN', 'cut', 'Trim', 'trim_slide', 'each_apart', 'trim_slides']
 
 # %% ../nbs/08_trim.ipynb #t0000003
-import dataclasses, io, json, math, signal, time, warnings
+import dataclasses, io, json, math, signal, time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +19,7 @@ from scipy import ndimage
 from tqdm.auto import tqdm
 from .geometry import InputError
 from .files import COARSEST, FINEST, write_csv, write_tiff, write_whole
-from .slides import PixelRows, Slide, biopsies, draw_tissue, glass_colour
+from .slides import PixelRows, Slide, biopsies, draw_tissue
 
 # %% ../nbs/08_trim.ipynb #t0000007
 class _Cut:
@@ -45,8 +45,7 @@ class _Cut:
         others = (labels > 0) & (labels != biopsy.number)
         if others.any(): others = (ndimage.distance_transform_edt(~others)*at < 24) & (labels != biopsy.number)
         self.clear = ~near if background else others
-        self.glass = np.round(glass_colour(slide.thumbnail(1024))).astype(np.uint8)
-        self.fill = np.array(background or self.glass, np.uint8)
+        self.fill = np.array(background or slide.glass, np.uint8)
         self.place = [np.minimum(((np.arange(n)+.5)*spacing/at).astype(int), m-1) for n, m in zip(size, step)]
         self.kept = [np.flatnonzero(near.any(1-a)[self.place[a]]) if squeeze else np.arange(size[a]) for a in (0, 1)]
         self.width = int(size[1])
@@ -75,7 +74,7 @@ class _Cut:
         back = self.axes.T
         y, x = back@(low-start)-(top, left)
         turned = pyvips.Image.new_from_array(source).affine([back[1, 1], back[1, 0], back[0, 1], back[0, 0]], odx=x, ody=y, oarea=[0, 0, width, height],
-            interpolate=pyvips.Interpolate.new('bicubic'), extend='background', background=self.glass.tolist())
+            interpolate=pyvips.Interpolate.new('bicubic'), extend='background', background=self.slide.glass.tolist())
         return np.frombuffer(pyvips.Region.new(turned).fetch(0, 0, width, height), np.uint8).reshape(height, width, 3)
 
 def cut(
@@ -119,11 +118,10 @@ def _stamp(path):
 
 def _done(note, out, stamp):
     "The note on a slide, if all it names is there whole and the slide is the same."
-    try: said = json.loads(note.read_text())
-    except (OSError, ValueError): return None
-    try: whole = said['stamp'] == stamp and all((out/f['path']).stat().st_size == f['bytes'] for f in said['files'])
-    except (OSError, KeyError, TypeError): return None
-    return said if whole else None
+    try:
+        said = json.loads(note.read_text())
+        return said if said['stamp'] == stamp and all((out/f['path']).stat().st_size == f['bytes'] for f in said['files']) else None
+    except (OSError, ValueError, KeyError, TypeError): return None
 
 def trim_slide(task) -> dict: # the note on it
     "Find, cut and write the biopsies of one slide; `task`: slide_id, path, spacing (or None), mask (its path, or None), out, and `settings`, those of `Trim`."
@@ -132,10 +130,7 @@ def trim_slide(task) -> dict: # the note on it
     start, stamp = time.perf_counter(), [_stamp(path), task['path'], task['spacing'], task['mask']] if path.exists() else None
     note = out/'notes'/f'{name}.json'
     if stamp and (said := _done(note, out, stamp)): return {**said, 'seconds': None}
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter('always')
-        slide = Slide(path, task['spacing'], override=s.override_spacing and task['spacing'] is not None)
-    with slide:
+    with Slide(path, task['spacing'], override=s.override_spacing and task['spacing'] is not None, warn=False) as slide:
         found = biopsies(slide, gap=s.gap, least=s.least, pen=s.pen, source=task['mask'])
         if not found: raise InputError(f'{path} has no biopsy of at least {s.least:g} square mm that could be found: look at it, and leave it out if it is blank')
         figure = Figure((5, max(1.5, min(10, 5*slide.size[0]/slide.size[1]))))
@@ -150,7 +145,7 @@ def trim_slide(task) -> dict: # the note on it
             top, left, height, width = b.region(slide.spacing, s.margin)
             files.append(dict(path=where, bytes=(out/where).stat().st_size, biopsy=b.number, height=rows.shape[2], width=rows.shape[3], area=round(b.area(), 4), source=str(path), source_spacing=slide.spacing,
                               source_top=top, source_left=left, source_height=height, source_width=width, angle=round(b.angle, 2) if s.upright else 0.))
-    said = dict(slide_id=name, stamp=stamp, files=files, warnings=[str(w.message) for w in seen])
+    said = dict(slide_id=name, stamp=stamp, files=files, warnings=slide.contradictions)
     write_whole(note, json.dumps(said))
     return {**said, 'seconds': time.perf_counter()-start}
 

@@ -11,7 +11,7 @@ __all__ = ['COMMANDS', 'sp_train', 'sp_predict', 'sp_evaluate', 'sp_report', 'sp
            'evaluate_predictions', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
-import argparse, datetime, difflib, inspect, json, math, os, platform, signal, subprocess, sys, threading, time, tomllib, typing, warnings
+import argparse, datetime, difflib, inspect, json, math, os, platform, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -80,11 +80,17 @@ def one_line(e):
     lines = str(e).strip().splitlines() or [type(e).__name__]
     return lines[-1].split('InputError: ', 1)[-1] if lines[0].startswith('Caught ') else ' '.join(l.strip() for l in lines)
 
+def _let_go(e):
+    "Free what an interrupt has left half-made; what that says when it goes (a progress bar without a place) concerns nobody."
+    former, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try: traceback.clear_frames(e.__traceback__)
+    finally: sys.unraisablehook = former
+
 def status_of(f, *args, **kwargs):
     "Call `f`; 0 if all went well, otherwise one line on stderr and the exit status."
     try: f(*args, **kwargs); return 0
     except InputError as e: said, status = one_line(e), 2
-    except KeyboardInterrupt: said, status = 'interrupted', 130
+    except KeyboardInterrupt as e: _let_go(e); said, status = 'interrupted', 130
     except OSError as e: said, status = f'{e.filename or "a file"}: {e.strerror or one_line(e)}', 2
     except (MemoryError, torch.OutOfMemoryError): said, status = 'out of memory; a smaller size, a coarser spacing or, where the network runs, a smaller strip needs less', 2
     print(f'error: {said}', file=sys.stderr)

@@ -65,6 +65,18 @@ class Canvas:
 
     def source(self, device): return _Painted(self, device)
 
+    def __getstate__(self): # one buffer for all patches: a worker sends each tensor as an open file
+        places, pixels = [(t, l, p.shape[1:]) for t, l, p in self.patches], [p for *_, p in self.patches]
+        if not pixels or any(p.requires_grad for p in pixels) or len({p.device for p in pixels}) > 1: return self.__dict__
+        return {**self.__dict__, 'patches': (places, torch.cat([p.reshape(-1) for p in pixels]))}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if not isinstance(self.patches, tuple): return
+        places, buffer = self.patches
+        parts = buffer.split([len(self.colour)*h*w for *_, (h, w) in places])
+        self.patches = [(t, l, p.view(len(self.colour), h, w)) for (t, l, (h, w)), p in zip(places, parts)]
+
     def __repr__(self): return f"Canvas({self.shape[2]} x {self.shape[3]}, {len(self.patches)} patches on {sum(p.shape[1]*p.shape[2] for *_, p in self.patches)/math.prod(self.shape[2:]):.0%} of it)"
 
 # %% ../nbs/03_background.ipynb #b58c15b9

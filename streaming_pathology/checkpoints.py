@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RUN', 'FORMER', 'NEW', 'SYSTEM', 'STOPS', 'plain', 'versions', 'save_checkpoint', 'load_checkpoint', 'Checkpoints',
-           'load_weights', 'Output', 'absolute', 'foreign', 'locked', 'claim', 'uninterrupted', 'replacing', 'staged',
+           'load_weights', 'Output', 'absolute', 'foreign', 'claim', 'uninterrupted', 'replacing', 'staged',
            'output_file']
 
 # %% ../nbs/10_checkpoints.ipynb #efba865e
-import fcntl, math, os, platform, shutil, signal, threading, uuid, warnings
+import math, os, platform, shutil, signal, threading, uuid, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import numpy as np, torch, torchvision
 import streaming_pathology
 from .geometry import InputError
 from .models import load_tensors
-from .files import whole_file
+from .files import locked, whole_file
 
 # %% ../nbs/10_checkpoints.ipynb #8eb4818e
 def plain(x):
@@ -114,17 +114,6 @@ def foreign(folder, kind): # its path relative to the folder, or None
         if not _is_temporary(p) and not (known and (aside or marked)): return p
 
 # %% ../nbs/10_checkpoints.ipynb #4136ca3d
-@contextmanager
-def locked(folder):
-    "A lock on a folder, which ends with the process at the latest."
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise InputError(f'{folder} is being written by another process; wait for it, or give the name of a new folder') from None
-        except OSError: pass # a file system without locks
-        yield
-    finally: os.close(fd)
-
 def claim(folder, overwrite=False, kind=RUN, inputs=(), way='add --overwrite to replace it, or'): # the folder, as an absolute path
     "Refuse an output folder that cannot be written, is being written, holds anything but what a former run wrote and may be replaced, or holds one of the `inputs`."
     given, folder = folder, absolute(folder)

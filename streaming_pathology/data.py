@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from .geometry import InputError
 from .background import Canvas
-from .slides import Slide, checked_pixels, tissue_box, tissue_mask
-from .augment import Augmentation, augment as augmented, augmented_size, background, pixels, slide_rng
-from .cohorts import Case, read_manifest, resolve_splits, several, split_cohort, subset
+from .slides import Slide, checked_colour, checked_pixels, tissue_box, tissue_mask
+from .augment import Augmentation, augment as augmented, augmented_size, background, keyed_rng, pixels, slide_rng
+from .cohorts import check_ids, several
 
 # %% ../nbs/08_data.ipynb #9da61cf6
 def _round_up(size, multiple=32): return tuple(-(-n//multiple)*multiple for n in size)
@@ -33,7 +33,7 @@ def fit_canvas(image,      # uint8 array (H, W, 3)
     t, l = max(0, h-H)//2, max(0, w-W)//2
     image = image[t:t+H, l:l+W]
     h, w = image.shape[:2]
-    out = np.empty((H, W, 3), np.uint8); out[:] = colour
+    out = np.empty((H, W, 3), np.uint8); out[:] = checked_colour(colour)
     out[(H-h)//2:(H-h)//2+h, (W-w)//2:(W-w)//2+w] = image
     return out
 
@@ -85,9 +85,10 @@ class SlideDataset(Dataset):
                  clean=None,   # microns; what is farther from tissue is painted in `colour`. None: 50 for a canvas, else nothing is
                  colour=(255, 255, 255)): # of the padding
         if canvas and augment is not None and not isinstance(augment, Augmentation): raise InputError('a canvas can be augmented by an Augmentation only')
-        self.cases, self.spacing, self.size, self.augment, self.seed, self.canvas, self.colour = list(cases), spacing, size, augment, seed, canvas, tuple(colour)
+        self.cases, self.spacing, self.size, self.augment, self.seed, self.canvas, self.colour = list(cases), spacing, size, augment, seed, canvas, checked_colour(colour)
+        check_ids(self.cases); keyed_rng(seed)
         self.clean = 50. if clean is None and canvas else clean
-        self.kept, self.contradictions = _Kept(cache), {}  # slide_id -> image; slide_id -> what its file says of its spacing twice
+        self.kept, self.boxes, self.contradictions = _Kept(cache), {}, {}  # by slide_id: its image; (height, width) of it, once read; what its file says of its spacing twice
 
     def __len__(self): return len(self.cases)
 
@@ -105,6 +106,7 @@ class SlideDataset(Dataset):
         "The box around the tissue of case `i`, not augmented, padded or cropped."
         key = self.cases[i].slide_id
         if (got := self.kept.get(key)) is None: self.kept.add(key, got := self.look(i)[0])
+        self.boxes[key] = got.shape[:2]
         return got
 
     def image(self, i): # uint8 (3, H, W)
@@ -130,7 +132,7 @@ class SlideDataset(Dataset):
     def part(self, *splits, augment=None):
         "The cases of some splits as a dataset that shares this one's cache; '' are those without a split."
         new = SlideDataset([c for c in self.cases if c.split in splits], self.spacing, self.size, augment, self.seed, self.kept.limit, self.canvas, self.clean, self.colour)
-        new.kept = self.kept
+        new.kept, new.boxes = self.kept, self.boxes
         return new
 
 def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
@@ -145,25 +147,24 @@ def check_cohort(cases,         # list of `Case`, or a `SlideDataset`, whose cac
     "Read every slide once; returns the `SlideDataset`, or raises one `InputError` that names all slides that cannot be used."
     data = cases if isinstance(cases, SlideDataset) else SlideDataset(cases, spacing, size, **kwargs)
     def look(i):
-        try: return data.read(i).shape[:2], None
-        except InputError as e: return None, str(e)
+        try: data.read(i)
+        except InputError as e: return str(e)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         seen = list(tqdm(pool.map(look, range(len(data))), total=len(data), desc='checking slides', disable=not progress, leave=False))
-    wrong = [e for _, e in seen if e]
+    wrong = [e for e in seen if e]
     if wrong: raise InputError(several(f'{len(wrong)} of {len(data)} slides cannot be used', wrong))
-    data.boxes = [b for b, _ in seen]
     if said := cropped(data): warnings.warn(said)
     if said := data.contradictions: warnings.warn(several(f'{len(said)} of {len(data)} slides have two spacings', (s for v in said.values() for s in v)))
     return data
 
 def cropped(data):
-    "One sentence on what the canvas cuts away of a checked dataset, or None."
-    if not data.size: return None
-    lost = [1-min(h, data.size[0])*min(w, data.size[1])/(h*w) for h, w in data.boxes]
-    if not any(lost): return None
-    i = int(np.argmax(lost)); (h, w), n = data.boxes[i], sum(l > 0 for l in lost)
-    return (f"{n} of {len(lost)} slides are larger than the canvas of {data.size[0]} x {data.size[1]} at {data.spacing:g} microns per pixel and lose "
-            f"{np.mean([l for l in lost if l]):.0%} of their tissue's box on average, at most {lost[i]:.0%} ({data.cases[i].slide_id!r}, {h} x {w})")
+    "One sentence on what the canvas cuts away of the slides that were read, or None."
+    boxes = {c.slide_id: data.boxes[c.slide_id] for c in data.cases if c.slide_id in data.boxes}
+    lost = {i: 1-min(h, data.size[0])*min(w, data.size[1])/(h*w) for i, (h, w) in boxes.items()} if data.size else {}
+    some, worst = [l for l in lost.values() if l > 0], max(lost, key=lost.get, default=None)
+    if not some: return None
+    return (f"{len(some)} of {len(lost)} slides are larger than the canvas of {data.size[0]} x {data.size[1]} at {data.spacing:g} microns per pixel and lose "
+            f"{np.mean(some):.0%} of their tissue's box on average, at most {lost[worst]:.0%} ({worst!r}, {boxes[worst][0]} x {boxes[worst][1]})")
 
 # %% ../nbs/08_data.ipynb #724cc465
 class EpochSampler(Sampler):
@@ -175,6 +176,7 @@ class EpochSampler(Sampler):
                  shuffle=True,
                  rank=0, ranks=1): # of torch.distributed
         labels = np.asarray(labels)
+        if labels.dtype.kind == 'f' and np.isnan(labels).any(): raise InputError(f'slide {int(np.isnan(labels).argmax())} has no label; leave out those without')
         some = set(np.unique(labels).tolist()) if oversample is True else set(oversample or ())
         if missing := some-set(labels.tolist()): raise InputError(f'there is no slide of label {missing.pop():g} to oversample')
         if not 0 <= rank < ranks: raise InputError(f'rank {rank} is none of {ranks} ranks')
@@ -182,13 +184,13 @@ class EpochSampler(Sampler):
         most = max(map(len, groups), default=0)
         self.groups = [(g, most if labels[g[0]] in some else len(g)) for g in groups]
         self.seed, self.shuffle, self.rank, self.ranks = seed, shuffle, rank, ranks
-        self.set_epoch(0)
+        keyed_rng(seed); self.set_epoch(0)
 
     def set_epoch(self, epoch, start=0): # start: keys of this rank that were used before a run was broken off
         self.epoch, self.start = epoch, start
     def __len__(self): return max(0, len(range(self.rank, sum(n for _, n in self.groups), self.ranks))-self.start)
     def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
+        rng = keyed_rng(self.seed, self.epoch)
         turn = rng.permutation if self.shuffle else np.asarray
         drawn = [np.concatenate([turn(g) for _ in range(-(-n//len(g)))])[:n] for g, n in self.groups]
         order = np.concatenate(drawn) if drawn else np.zeros(0, int)
@@ -204,7 +206,8 @@ def slide_loader(data,             # `SlideDataset`
                  ahead=2,          # items that each worker has ready
                  rank=0, ranks=1): # of torch.distributed
     "A DataLoader that gives one slide at a time; memory is bounded by `workers*ahead` items and those in work."
-    sampler = EpochSampler([math.nan if c.label is None else c.label for c in data.cases] if train else [0]*len(data), seed, oversample if train else False, train, rank, ranks)
+    if train and (without := [c.slide_id for c in data.cases if c.label is None]): raise InputError(several(f'{len(without)} slides to train on have no label; leave them out', without))
+    sampler = EpochSampler([c.label for c in data.cases] if train else [0]*len(data), seed, oversample if train else False, train, rank, ranks)
     more = dict(multiprocessing_context='spawn', persistent_workers=True, prefetch_factor=ahead) if workers else {}
     return DataLoader(data, batch_size=None, sampler=sampler, num_workers=workers, **more)
 
@@ -215,7 +218,7 @@ def sample_patches(data,     # `SlideDataset`
                    seed=0, tries=8):
     "`n` patches of tissue, uint8 (n, 3, size, size); smaller images are padded with white."
     if not len(data): raise InputError('there is no slide to take patches from')
-    rng, out = np.random.default_rng(seed), []
+    rng, out = keyed_rng(seed), []
     for i in np.resize(rng.permutation(len(data)), n):     # every slide in turn
         rgb = data.read(int(i))
         if min(rgb.shape[:2]) < size: rgb = fit_canvas(rgb, [max(size, v) for v in rgb.shape[:2]])

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_SHA256', 'FINEST', 'COARSEST', 'SUFFIXES', 'sample_slide', 'resolve_spacing', 'open_reader', 'reason',
-           'whole_file', 'write_whole', 'write_csv', 'write_tiff']
+           'whole_file', 'write_whole', 'write_csv', 'locked', 'write_tiff']
 
 # %% ../nbs/05_files.ipynb #f0000003
-import csv, functools, hashlib, io, math, os, shutil, struct, tempfile, uuid
+import csv, fcntl, functools, hashlib, io, math, os, shutil, struct, tempfile, uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from xml.etree import ElementTree
@@ -30,8 +30,8 @@ def sample_slide() -> Path:
 
 # %% ../nbs/05_files.ipynb #98ae1f0c
 _TIFF_TYPES = {1: 'B', 2: 's', 3: 'H', 4: 'I', 5: 'II', 13: 'I', 16: 'Q', 18: 'Q'}
-_TIFF_TAGS = {254: 'kind', 256: 'width', 257: 'height', 262: 'colours', 270: 'description', 277: 'channels', 273: 'strips', 279: 'strip_bytes', 282: 'x_resolution', 283: 'y_resolution', 296: 'unit',
-              324: 'tiles', 325: 'tile_bytes', 330: 'children'}
+_TIFF_TAGS = {254: 'kind', 256: 'width', 257: 'height', 262: 'colours', 270: 'description', 277: 'channels', 273: 'strips', 278: 'strip_height', 279: 'strip_bytes', 284: 'planar', 282: 'x_resolution', 283: 'y_resolution', 296: 'unit',
+              322: 'tile_width', 323: 'tile_height', 324: 'tiles', 325: 'tile_bytes', 330: 'children'}
 
 class _Tiff:
     "The directories of a TIFF or BigTIFF, as dicts of tuples of numbers, of bytes for text; none for another kind of file."
@@ -73,6 +73,14 @@ class _Tiff:
         for first, length in (('strips', 'strip_bytes'), ('tiles', 'tile_bytes')):
             self.within(max(map(sum, zip(d.get(first, ()), d.get(length, ()))), default=0))
         return d, *self.numbers(offset, at+start+n*(4+2*inline))
+
+def _check_pieces(path, d):
+    "Refuse a directory that has not as many tiles or strips as an image of its size needs: one of its numbers is wrong."
+    (height,), (width,) = d['height'], d['width']
+    if 'tiles' in d: kind, n = 'tiles', -(-height//d['tile_height'][0])*-(-width//d['tile_width'][0])
+    else: kind, n = 'strips', -(-height//min(d.get('strip_height', (height,))[0], height))
+    if d.get('planar', (1,))[0] == 2: n *= d.get('channels', (1,))[0]
+    if len(d[kind]) != n: raise InputError(f'{path} is damaged: an image of {height} x {width} pixels needs {n} {kind}, and it names {len(d[kind])}; copy it again')
 
 # %% ../nbs/05_files.ipynb #f0000021
 _LONG = (b'OB', b'OD', b'OF', b'OL', b'OV', b'OW', b'SQ', b'SV', b'UC', b'UN', b'UR', b'UT', b'UV') # kinds of values whose length has four bytes
@@ -221,6 +229,7 @@ class _VipsReader:
         if directories: self.said['resolution tags'] = _tiff_spacing(directories[0])
         if ome: self.said['OME metadata'] = ome[0]
         if self.tiled: self.find_levels(directories, planes)
+        for p in planes*bool(directories): _check_pieces(path, directories[p])
 
     def find_levels(self, directories, planes):
         "Smaller versions of the first image: its children and those pages that say they are one; other pages are labels, masks or macros."
@@ -231,7 +240,7 @@ class _VipsReader:
             (h, w), (H, W) = (d['height'][0], d['width'][0]), self.sizes[0]
             ratio = min(H/h, W/w)
             alike = all(d.get(k) == first.get(k) for k in ('colours', 'channels')) and abs(H/ratio-h) <= 2 and abs(W/ratio-w) <= 2
-            if alike and h < self.sizes[-1][0] and 'tiles' in d: self.sizes.append((h, w)); self.pages.append(pages)
+            if alike and h < self.sizes[-1][0] and 'tiles' in d: _check_pieces(self.path, d); self.sizes.append((h, w)); self.pages.append(pages)
 
     def open(self, *pages):
         "The image of these pages; several are the channels of one."
@@ -328,11 +337,23 @@ def write_whole(path, content): # text or bytes; the path
     return Path(path)
 
 def write_csv(path, rows, columns=None): # the path
-    "Dicts as a CSV file, whole or not at all; None becomes an empty cell."
+    "Dicts as a CSV file, whole or not at all; None becomes an empty cell, 1.0 becomes 1, and other numbers keep all their digits."
     out = io.StringIO()
+    def plain(v): return int(v) if isinstance(v, float) and v.is_integer() and abs(v) < 2**53 else v
     w = csv.DictWriter(out, columns or list(rows[0]), lineterminator='\n', extrasaction='ignore')
-    w.writeheader(); w.writerows(rows)
+    w.writeheader(); w.writerows({k: plain(v) for k, v in r.items()} for r in rows)
     return write_whole(path, out.getvalue())
+
+@contextmanager
+def locked(folder):
+    "A lock on a folder, which ends with the process at the latest."
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: raise InputError(f'{folder} is being written by another process; wait for it, or give the name of a new folder') from None
+        except OSError: pass # a file system without locks
+        yield
+    finally: os.close(fd)
 
 # %% ../nbs/05_files.ipynb #f0000012
 def write_tiff(

@@ -8,18 +8,16 @@ __all__ = ['RUIFROK_JOHNSTON', 'SAMPLE_STAINS', 'PATTERNS', 'estimate_stains', '
            'PaintedBiopsy', 'paint_tissue', 'stain_image', 'paint_biopsy', 'save_biopsy', 'plan_cohort', 'write_cohort']
 
 # %% ../nbs/06_synthetic.ipynb #044bbbc7
-import csv, io, json, math, operator, signal
-from concurrent.futures import ProcessPoolExecutor
+import json, math, operator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
 from scipy import ndimage, sparse
 from tqdm.auto import tqdm
 from .geometry import InputError
-from .files import write_tiff, write_whole
-from .slides import optical_density
+from .files import write_csv, write_tiff, write_whole
+from .slides import optical_density, worker_pool
 
 # %% ../nbs/06_synthetic.ipynb #98bff197
 RUIFROK_JOHNSTON = np.array([[.650, .704, .286], [.072, .990, .105]]) # published vectors of haematoxylin and eosin (2001)
@@ -425,7 +423,7 @@ def write_cohort(
                   tumour_fraction=r['area']*r['label'], crowded_fraction=r['area']*(1-r['label']))) for r in rows]
     bar = tqdm(total=n, desc='painting slides', disable=not progress)
     if workers:
-        pool = ProcessPoolExecutor(workers, get_context('spawn'), signal.signal, (signal.SIGINT, signal.SIG_IGN)) # Ctrl-C is for this process
+        pool = worker_pool(workers)
         try:
             for _ in pool.map(save_biopsy, tasks): bar.update()
         except BrokenProcessPool: raise InputError(f'a worker ended while painting into {folder}, perhaps for lack of memory: use fewer workers') from None
@@ -437,10 +435,5 @@ def write_cohort(
 
 # %% ../nbs/06_synthetic.ipynb #060487c9
 def _write_manifest(folder, rows, spacing):
-    columns, text = ('slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'tumour_fraction', 'mask'), io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction='ignore', lineterminator='\n')
-    writer.writeheader()
-    for r in rows:
-        writer.writerow(dict(r, path=f"slides/{r['slide_id']}.tiff", mask=f"masks/{r['slide_id']}.tiff", spacing=f'{spacing:g}', tumour_fraction=f"{r['area']*r['label']:.4f}"))
-    write_whole(folder/'manifest.csv', text.getvalue())
-    return folder/'manifest.csv'
+    rows = [dict(r, path=f"slides/{r['slide_id']}.tiff", truth=f"masks/{r['slide_id']}.tiff", spacing=spacing, tumour_fraction=f"{r['area']*r['label']:.4f}") for r in rows]
+    return write_csv(folder/'manifest.csv', rows, ['slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'tumour_fraction', 'truth'])

@@ -6,20 +6,21 @@
 __all__ = ['ORIGIN', 'cut', 'Trim', 'trim_slide', 'each_apart', 'trim_slides']
 
 # %% ../nbs/08_trim.ipynb #t0000003
-import dataclasses, io, json, math, signal, time
+import dataclasses, io, json, math, time
 from collections import deque
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 import numpy as np, pyvips
 from matplotlib.figure import Figure
 from scipy import ndimage
 from tqdm.auto import tqdm
 from .geometry import InputError
-from .files import COARSEST, FINEST, write_csv, write_tiff, write_whole
-from .slides import PixelRows, Slide, biopsies, draw_tissue
+from .files import COARSEST, FINEST, locked, write_csv, write_tiff, write_whole
+from .slides import PixelRows, Slide, biopsies, checked_colour, draw_tissue, worker_pool
+from .cohorts import check_ids, read_table
 
 # %% ../nbs/08_trim.ipynb #t0000007
 class _Cut:
@@ -88,7 +89,7 @@ def cut(
 ) -> PixelRows: # read as it is asked for
     "A biopsy as an image of its own."
     if not margin >= 0: raise InputError(f'margin {margin} must be a number of microns, not below 0')
-    if background is not None and not (len(background) == 3 and all(0 <= v <= 255 for v in background)): raise InputError(f'background {background} must be (red, green, blue), each from 0 to 255')
+    if background is not None: background = checked_colour(background)
     pixels = _Cut(slide, biopsy, float(spacing), float(margin), upright, squeeze, background)
     return PixelRows(pixels, tuple(map(len, pixels.kept)))
 
@@ -110,17 +111,22 @@ class Trim:
     def __post_init__(self):
         for name, low, high in (('spacing', FINEST, COARSEST), ('margin', 0, 1e5), ('quality', 1, 100), ('gap', 0, 1e6), ('least', 0, 1e6)):
             if not low <= getattr(self, name) <= high: raise InputError(f'{name} {getattr(self, name)} of a trimming must be from {low:g} to {high:g}')
+        if self.background is not None: checked_colour(self.background)
 
 def _stamp(path):
-    "What tells one state of a slide's file from another."
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    return [[p.name, (s := p.stat()).st_size, s.st_mtime_ns] for p in files]
+    "What tells one state of a slide's files from another."
+    if path.is_dir(): files = path.iterdir()
+    elif path.suffix.lower() == '.dcm': files = (p for p in path.parent.iterdir() if p.suffix.lower() == '.dcm') # a level each
+    else: files = [path, *(path.with_suffix('').glob('*') if path.suffix.lower() == '.mrxs' else ())]
+    return [[p.name, (s := p.stat()).st_size, s.st_mtime_ns] for p in sorted(files) if p.is_file()]
+
+def _written(out, path): return dict(path=path, bytes=(out/path).stat().st_size)
 
 def _done(note, out, stamp):
-    "The note on a slide, if all it names is there whole and the slide is the same."
+    "The note on a slide, if the slide is the same and all that the note names is there and as large as it was."
     try:
         said = json.loads(note.read_text())
-        return said if said['stamp'] == stamp and all((out/f['path']).stat().st_size == f['bytes'] for f in said['files']) else None
+        return said if said['stamp'] == stamp and all(_written(out, f['path'])['bytes'] == f['bytes'] for f in (said['overview'], *said['files'])) else None
     except (OSError, ValueError, KeyError, TypeError): return None
 
 def trim_slide(task) -> dict: # the note on it
@@ -135,7 +141,7 @@ def trim_slide(task) -> dict: # the note on it
         if not found: raise InputError(f'{path} has no biopsy of at least {s.least:g} square mm that could be found: look at it, and leave it out if it is blank')
         figure = Figure((5, max(1.5, min(10, 5*slide.size[0]/slide.size[1]))))
         draw_tissue(slide, found, figure.add_axes((0, 0, 1, 1)))
-        picture = io.BytesIO(); figure.savefig(picture, format='jpg', dpi=150); write_whole(out/'overview'/f'{name}.jpg', picture.getvalue())
+        picture = io.BytesIO(); figure.savefig(picture, format='jpg', dpi=150); write_whole(out/(overview := f'overview/{name}.jpg'), picture.getvalue())
         files = []
         for b in found:
             rows = cut(slide, b, s.spacing, s.margin, s.upright, s.squeeze, s.background)
@@ -143,9 +149,9 @@ def trim_slide(task) -> dict: # the note on it
             try: write_tiff(rows.image(512), out/where, s.spacing, 'jpeg', quality=s.quality)
             except InputError as e: raise rows.failed or e
             top, left, height, width = b.region(slide.spacing, s.margin)
-            files.append(dict(path=where, bytes=(out/where).stat().st_size, biopsy=b.number, height=rows.shape[2], width=rows.shape[3], area=round(b.area(), 4), source=str(path), source_spacing=slide.spacing,
+            files.append(dict(_written(out, where), source_id=name, biopsy=b.number, height=rows.shape[2], width=rows.shape[3], area=round(b.area(), 4), source=str(path), source_spacing=slide.spacing,
                               source_top=top, source_left=left, source_height=height, source_width=width, angle=round(b.angle, 2) if s.upright else 0.))
-    said = dict(slide_id=name, stamp=stamp, files=files, warnings=slide.contradictions)
+    said = dict(slide_id=name, stamp=stamp, overview=_written(out, overview), files=files, warnings=slide.contradictions)
     write_whole(note, json.dumps(said))
     return {**said, 'seconds': time.perf_counter()-start}
 
@@ -161,12 +167,11 @@ def each_apart(
             try: yield t, f(t), None
             except Exception as e: yield t, None, e
         return
-    def pool(n): return ProcessPoolExecutor(n, get_context('spawn'), signal.signal, (signal.SIGINT, signal.SIG_IGN)) # Ctrl-C is for this process
     def outcome(future, t): # or None if the process died
         try: return t, future.result(), None
         except BrokenProcessPool: return None
         except Exception as e: return t, None, e
-    waiting, running, suspects, workshop = deque(tasks), {}, [], pool(workers)
+    waiting, running, suspects, workshop = deque(tasks), {}, [], worker_pool(workers)
     try:
         while waiting or running:
             while waiting and len(running) < workers: # no more than that, so that few are under suspicion
@@ -180,25 +185,28 @@ def each_apart(
                 else: suspects.append(t); broken = True
             if broken:
                 suspects += running.values(); running = {}
-                workshop.shutdown(cancel_futures=True); workshop = pool(workers)
+                workshop.shutdown(cancel_futures=True); workshop = worker_pool(workers)
         for t in suspects:
-            workshop.shutdown(); workshop = pool(1)
+            workshop.shutdown(); workshop = worker_pool(1)
             yield outcome(workshop.submit(f, t), t) or (t, None, InputError('the process that worked on it died, for want of memory or by a fault of a library'))
     finally: workshop.shutdown(cancel_futures=True)
 
 # %% ../nbs/08_trim.ipynb #t0000011
-ORIGIN = 'biopsy height width area source source_spacing source_top source_left source_height source_width angle'.split() # columns of a trimmed manifest that say where an image came from
+ORIGIN = 'source_id biopsy height width area source source_spacing source_top source_left source_height source_width angle'.split() # columns of a trimmed manifest that say where an image came from
 
 def trim_slides(
     cases, # list of `Case`
-    out, # folder: new, empty, or of a former run with the same settings, which goes on
+    out, # folder: new, empty, or of a former run with the same settings, which goes on; what that made of other slides stays
     settings=Trim(),
     workers:int=0, # processes; 0: this one
     progress:bool=True, # a progress bar
-) -> dict: # slides, biopsies, skipped, failed: {slide_id: reason}, warnings
+) -> dict: # slides, biopsies, skipped, failed: {slide_id: reason}, warnings; others: biopsies of a former run's other slides
     "Cut the biopsies of a cohort: biopsies/*.tiff, overview/*.jpg, failed.csv and, last, manifest.csv, one row a biopsy with the label of its slide."
-    out = Path(out)
-    _claim(out, settings)
+    out, cases = Path(out), list(cases)
+    check_ids(cases)
+    with _claimed(out, settings): return _trim_slides(cases, out, settings, workers, progress)
+
+def _trim_slides(cases, out, settings, workers, progress):
     tasks = {c.slide_id: dict(slide_id=c.slide_id, path=str(c.path.absolute()), spacing=c.spacing, mask=c.mask and str(c.mask.absolute()), out=str(out), settings=dataclasses.asdict(settings)) for c in cases}
     done, failed = {}, {}
     with tqdm(total=len(tasks), desc='trimming slides', disable=not progress) as bar:
@@ -208,19 +216,23 @@ def trim_slides(
             else: failed[name] = str(e) if t['path'] in str(e) else f"{t['path']}: {str(e) or type(e).__name__}"
     rows = [dict(slide_id=f"{c.slide_id}_{f['biopsy']}", label=c.label, path=f['path'], patient_id=c.patient_id, split=c.split, spacing=settings.spacing, grade=c.grade, **{k: f[k] for k in ORIGIN})
             for c in cases if c.slide_id in done for f in done[c.slide_id]['files']]
-    write_csv(out/'failed.csv', [dict(slide_id=k, reason=v) for k, v in failed.items()], ['slide_id', 'reason'])
-    write_csv(out/'manifest.csv', rows, ['slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'grade', *ORIGIN])
-    return dict(slides=len(done), biopsies=len(rows), skipped=sum(d['seconds'] is None for d in done.values()), failed=failed, warnings=[w for d in done.values() for w in d['warnings']])
+    def others(name, key): return [r for r in read_table(out/name, [key]) if r[key] not in tasks] if (out/name).exists() else []
+    write_csv(out/'failed.csv', [*others('failed.csv', 'slide_id'), *(dict(slide_id=k, reason=v) for k, v in failed.items())], ['slide_id', 'reason'])
+    write_csv(out/'manifest.csv', [*(former := others('manifest.csv', 'source_id')), *rows], ['slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'grade', *ORIGIN])
+    return dict(slides=len(done), biopsies=len(rows), others=len(former), skipped=sum(d['seconds'] is None for d in done.values()), failed=failed, warnings=[w for d in done.values() for w in d['warnings']])
 
-def _claim(out, settings):
-    "Make the folder, or see that a former run there had the same settings."
+@contextmanager
+def _claimed(out, settings):
+    "Make the folder, or see that a former run there had the same settings, and keep other processes out of it."
     note, now = out/'trim.json', json.loads(json.dumps(dataclasses.asdict(settings)))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise InputError(f'{out} cannot be written ({e.strerror or e})') from None
+    with locked(out):
         if note.exists():
             try: before = dict(json.loads(note.read_text()))
-            except (ValueError, TypeError): raise InputError(f'{note} is damaged: choose another folder') from None
+            except (OSError, ValueError, TypeError): raise InputError(f'{note} is damaged: choose another folder') from None
             if different := [k for k in now if before.get(k) != now[k]]: raise InputError(f"{out} was trimmed with other settings ({different[0]} was {before.get(different[0])!r}, now {now[different[0]]!r}): choose another folder, or the settings of before")
-        elif any(out.iterdir()): raise InputError(f'{out} is not empty and no folder of trimmed biopsies: choose another folder')
+        elif any(not p.name.startswith('.') for p in out.iterdir()): raise InputError(f'{out} is not empty and no folder of trimmed biopsies: choose another folder')
         else: write_whole(note, json.dumps(now))
-    except OSError as e: raise InputError(f'{out} cannot be written ({e.strerror or e})') from None
+        for p in out.rglob('.*.partial'): p.unlink(missing_ok=True) # of a run that was killed
+        yield

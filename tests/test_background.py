@@ -1,5 +1,5 @@
 """Random networks on random canvases in float64: the canvas gives what its dense image gives, values, every gradient and those of the patches."""
-import copy, os
+import copy, os, pickle
 import pytest, torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
@@ -171,3 +171,14 @@ def test_canvases_that_a_network_cannot_take():
 @pytest.mark.parametrize('pad', [nn.ReflectionPad2d((0, -1, 0, 0)), nn.ReflectionPad2d((-2, 1, 1, 0)), nn.ReplicationPad2d((-1, 0, 0, 0)), nn.ReplicationPad2d((2, -1, 0, 3)), nn.ConstantPad2d((-2, 1, 0, 2), .3)], ids=str)
 def test_padding_that_cuts_off_and_mirrors(pad):
     for left in (0, 1, 2, 15, 16, 31, 37, 38, 39): agree(nn.Sequential(pad), Canvas((20, 40), (.3,), [(4, left, torch.ones(1, 3, 1, dtype=torch.double, requires_grad=True))]), 8)
+
+@pytest.mark.parametrize('wanted', [False, True])
+def test_canvases_can_be_sent(wanted):
+    "To other processes, the patches as one tensor, which is one open file for all of them; as they are where they have gradients."
+    x = torch.zeros(3, 500, 700, dtype=torch.uint8 if not wanted else torch.double); x[:, 100:300, 50:90] = 1; x[:, 400:430, 600:] = 2
+    canvas = Canvas(x.shape[1:], (0, 0, 0), [(t, l, p.clone().requires_grad_(wanted)) for t, l, p in Canvas.from_image(x, (0, 0, 0)).patches], x.dtype)
+    state = canvas.__getstate__()
+    assert len(canvas.patches) == 2 and wanted != isinstance(state['patches'], tuple)
+    for again in (pickle.loads(pickle.dumps(canvas)), copy.deepcopy(canvas)):
+        assert torch.equal(again.dense(), canvas.dense()) and [p.requires_grad for *_, p in again.patches] == [wanted]*2 and repr(again) == repr(canvas)
+    empty = pickle.loads(pickle.dumps(Canvas((5, 5), (1, 1, 1)))); assert empty.patches == [] and empty.dtype == torch.float32

@@ -193,7 +193,7 @@ class _OpenSlideReader:
         self.sizes = [(h, w) for w,h in self.file.level_dimensions]
         self.properties = dict(self.file.properties)
         self.said = {'properties of the scanner': _openslide_spacing(self.properties)}
-        if directories: self.said['resolution tags'] = _tiff_spacing(directories[0])
+        if directories and (directories[0]['height'][0], directories[0]['width'][0]) == self.sizes[0]: self.said['resolution tags'] = _tiff_spacing(directories[0]) # the first may be a macro photograph
         self.associated = [n for n in self.file.associated_images if n in _HARMLESS]
         self.format = self.properties.get('openslide.vendor', 'openslide')
 
@@ -294,7 +294,7 @@ def open_reader(path):
     except openslide.OpenSlideError as e: raise InputError(f'{path} looks like a slide ({vendor}) but cannot be opened: {e}') from None
     except pyvips.Error as e: raise InputError(f'{path} is not an image that OpenSlide or libvips can open ({reason(e)})') from None
     except OSError as e: raise InputError(f'{path} cannot be read ({e.strerror or e})') from None
-    except (struct.error, KeyError, IndexError, TypeError, ValueError, ArithmeticError) as e:
+    except (struct.error, KeyError, IndexError, AttributeError, TypeError, ValueError, ArithmeticError) as e:
         if isinstance(e, InputError): raise
         raise InputError(f'{path} is damaged: its header makes no sense ({type(e).__name__}: {e}); copy it again') from None
 

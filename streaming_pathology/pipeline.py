@@ -98,7 +98,7 @@ def beside_chain(repeats=3, sizes=((16384, 16384),), log=print):
     return result
 
 # %% ../nbs/16_pipeline.ipynb #p0000010
-def trimming(repeats=1, sizes=((8192, 8192),), slides=20, workers=(1, 2), log=print):
+def trimming(repeats=3, sizes=((8192, 8192),), slides=20, workers=(1, 2), log=print):
     "Slides a minute that `trim_slides` cuts, from painted slides of 0.48 microns per pixel."
     result = {'machine': environment(), 'seed': 0, 'runs': []}
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +111,7 @@ def trimming(repeats=1, sizes=((8192, 8192),), slides=20, workers=(1, 2), log=pr
                 result['runs'].append(dict(size=[*size], slides=slides, workers=n, seconds=seconds, per_minute=60*slides/seconds, biopsies=said['biopsies'], failed=said['failed'])); log(result['runs'][-1])
     return result
 
-def loading(repeats=1, sizes=((4096, 4096),), slides=8, device_seconds=(1., 4.), workers=(0, 1, 2), log=print):
+def loading(repeats=3, sizes=((4096, 4096),), slides=8, device_seconds=(1., 4.), workers=(0, 1, 2), log=print):
     "The share of an epoch that a device waits for augmented slides, for some seconds of its work on each."
     result = {'machine': environment(), 'seed': 0, 'runs': []}
     with tempfile.TemporaryDirectory() as folder:

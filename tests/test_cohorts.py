@@ -1,15 +1,29 @@
 "From cohorts as they are published to a training; and what becomes of workers."
 import signal, subprocess, sys
+from pathlib import Path
 import numpy as np, psutil, pytest, torch
+from hypothesis import given, settings, strategies as st
 from streaming_pathology.augment import Augmentation
 from streaming_pathology.background import Canvas
-from streaming_pathology.cohorts import leaks, read_camelyon16, read_camelyon17, read_manifest, read_panda, resolve_splits, split_cohort, tiny_cohort
+from streaming_pathology.cohorts import Case, leaks, read_camelyon16, read_camelyon17, read_manifest, read_panda, resolve_splits, split_cohort, tiny_cohort
 from streaming_pathology.data import SlideDataset, check_cohort, slide_loader
 from streaming_pathology.files import write_tiff
 from streaming_pathology.models import StreamingClassifier
 from streaming_pathology.synthetic import paint_biopsy
 from streaming_pathology.training import fit
 from streaming_pathology.trim import Trim, trim_slides
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from([None, 0., 0., 1., 1., 2.]), st.sampled_from(['', '3', '4'])), min_size=1, max_size=60),
+       st.tuples(st.floats(.1, 1), st.floats(0, 1), st.floats(0, 1)), st.integers(0, 9), st.sampled_from(['label', 'grade']))
+def test_splits_never_leak_a_patient(rows, fractions, seed, by):
+    "Whatever the patients, labels and shares: every labelled slide is in one split, every patient too, and the order of rows does not matter."
+    cases = [Case(f's{i}', label, Path('x'), f'p{p}', grade=grade) for i, (p, label, grade) in enumerate(rows)]
+    if all(c.label is None for c in cases): return
+    parts = split_cohort(cases, fractions, seed, by)
+    assert leaks(parts) == [] and [c.slide_id for c in parts] == [c.slide_id for c in cases]
+    assert all((c.split in ('train', 'tuning', 'test')) == (c.label is not None) for c in parts)
+    assert {c.slide_id: c.split for c in split_cohort(cases[::-1], fractions, seed, by)} == {c.slide_id: c.split for c in parts}
 
 def published(folder, slides):
     "Painted slides under the names of a published cohort: {path: tumour fraction}."

@@ -117,12 +117,13 @@ def _dicom_series(path, size, changed):
         while f.tell() < size: series = element() or series
     return series
 
+def _series_of(path): return _dicom_series(path, (s := path.stat()).st_size, s.st_mtime_ns)
+
 def _whole_series(path):
     "Refuse a slide in DICOM of which any file is cut short."
-    series = lambda p: _dicom_series(p, (s := p.stat()).st_size, s.st_mtime_ns)
-    mine = series(path)
+    mine = _series_of(path)
     for p in sorted(path.parent.glob('*.dcm')):
-        try: series(p)
+        try: _series_of(p)
         except InputError:
             with suppress(openslide.OpenSlideError), openslide.OpenSlide(p) as s:
                 if s.properties.get('dicom.SeriesInstanceUID', '').encode() == (mine or b'').rstrip(b'\0 '): raise
@@ -304,8 +305,8 @@ def _dicom_file(folder):
     if not files: raise InputError(f'{folder} is a folder without DICOM files of a slide')
     series = {}
     for p in files:
-        with suppress(openslide.OpenSlideError), openslide.OpenSlide(p) as s: series.setdefault(s.properties.get('dicom.SeriesInstanceUID'), p)
-    if not series: raise InputError(f'{folder} holds DICOM files that OpenSlide cannot open: copy them again')
+        with suppress(InputError): series.setdefault(_series_of(p), p)
+    if not series: raise InputError(f'{folder} holds DICOM files that are all cut short: copy them again')
     if len(series) > 1: raise InputError(f'{folder} holds {len(series)} slides: give one folder to each, or the path of one of its files')
     return next(iter(series.values()))
 

@@ -8,8 +8,8 @@ __all__ = ['COMMANDS', 'AUGMENTATIONS', 'sp_train', 'sp_predict', 'sp_evaluate',
            'status_of', 'plain_warnings', 'terminable', 'command', 'environment', 'write_settings', 'write_cases',
            'build_model', 'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'predict_rows',
            'write_predictions', 'check_settings', 'check_device', 'train_cohort', 'finish', 'load_model', 'find_slides',
-           'predict_slides', 'evaluate_predictions', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo',
-           'main']
+           'predict_slides', 'evaluate_predictions', 'report_run', 'colour', 'counted', 'trim_biopsies', 'synthesise',
+           'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
 import argparse, datetime, difflib, inspect, json, math, os, platform, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
@@ -348,7 +348,7 @@ def predict_slides(checkpoint,         # file that sp_train wrote, e.g. run/chec
     data = check_cohort(find_slides(slides, slide_spacing), s['spacing'], s['size'] and tuple(s['size']), workers=workers, canvas=s.get('canvas', False))
     rows = predict_rows(model, data, device, amp or s['amp'], workers)
     write_predictions(out, rows)
-    print(f"wrote {out}: {len(rows)} slide{'s'*(len(rows) > 1)}")
+    print(f"wrote {out}: {counted(len(rows), 'slide')}")
 
 sp_predict = command('predict', predict_slides)
 
@@ -384,6 +384,8 @@ def colour(text):
     if len(rgb) != 3 or not all(0 <= v <= 255 for v in rgb): raise argparse.ArgumentTypeError(f'{text!r} is no colour; give white, or red,green,blue from 0 to 255')
     return rgb
 
+def counted(n, one, more=None): return f"{n} {one if n == 1 else more or one+'s'}"
+
 def trim_biopsies(slides,                 # manifest (CSV), folder of slides, or one slide
                   out,                    # folder to write; new, empty, or of a former run, which goes on
                   *, spacing:float=.96,   # microns per pixel of the images
@@ -404,8 +406,8 @@ def trim_biopsies(slides,                 # manifest (CSV), folder of slides, or
     settings = Trim(spacing, margin, upright, squeeze, background, quality, override_spacing, gap, least, pen)
     said = trim_slides(find_slides(slides, slide_spacing, labels=None, override=override_spacing), out, settings, workers)
     for w in said['warnings']: warnings.warn(w)
-    done = f"{said['biopsies']} biopsies of {said['slides']} slides are in {Path(out)/'manifest.csv'}" + (f", {said['skipped']} slides as before" if said['skipped'] else '') + (f", beside {said['others']} of other slides" if said['others'] else '')
-    if said['failed']: raise InputError(several(f"{done}; {len(said['failed'])} slides failed, see {Path(out)/'failed.csv'}", said['failed'].values()))
+    done = f"{counted(said['biopsies'], 'biopsy', 'biopsies')} of {counted(said['slides'], 'slide')} in {Path(out)/'manifest.csv'}" + (f", {counted(said['skipped'], 'slide')} as before" if said['skipped'] else '') + (f", beside {said['others']} of other slides" if said['others'] else '')
+    if said['failed']: raise InputError(several(f"{done}; {counted(len(said['failed']), 'slide')} failed, see {Path(out)/'failed.csv'}", said['failed'].values()))
     print(done)
 
 sp_trim = command('trim', trim_biopsies)
@@ -428,7 +430,7 @@ def synthesise(folder,                     # folder to write; new or empty
     if not 0 < least_tumour <= most_tumour <= 1: raise InputError(f'--least-tumour {least_tumour} and --most-tumour {most_tumour} have to be above 0, up to 1, and in this order')
     with staged(folder, overwrite, COHORT) as temp:
         write_cohort(temp, n, size=size, spacing=spacing, positive=positive, tumour_fractions=(least_tumour, most_tumour), seed=seed, workers=workers)
-    print(f"wrote {Path(folder)/'manifest.csv'}: {n} slide{'s'*(n > 1)}")
+    print(f"wrote {Path(folder)/'manifest.csv'}: {counted(n, 'slide')}")
 
 sp_synth = command('synth', synthesise)
 

@@ -7,12 +7,12 @@ __all__ = ['STEP', 'keyed_rng', 'slide_rng', 'Augmentation', 'augmented_size', '
            'augment', 'pixels', 'augmented_checksum']
 
 # %% ../nbs/07_augment.ipynb #a0000003
-import itertools, math, operator, zlib
+import itertools, math, numbers, operator, zlib
 from dataclasses import dataclass, fields
 import numpy as np, pyvips
 from scipy import ndimage
 from .geometry import InputError
-from .slides import checked_colour, checked_pixels
+from .slides import checked_colour, checked_pixels, checked_size
 from .synthetic import RUIFROK_JOHNSTON
 
 # %% ../nbs/07_augment.ipynb #a0000007
@@ -46,9 +46,9 @@ class Augmentation:
     def __post_init__(self):
         for f in fields(self):
             v = getattr(self, f.name)
-            if not (isinstance(v, (bool, int, float)) and math.isfinite(v) and v >= 0): raise InputError(f'{f.name} {v!r} of an augmentation must be a number, not below 0')
-        for n in ('hue', 'saturation', 'brightness', 'stain'):
-            if getattr(self, n) >= 1: raise InputError(f'{n} {getattr(self, n)} of an augmentation must be below 1')
+            if not (isinstance(v, numbers.Real) and math.isfinite(v) and v >= 0): raise InputError(f'{f.name} {v!r} of an augmentation must be a number, not below 0')
+        for n, most in dict(rotate=360, scale=10, elastic=10_000, grain=2000, hue=1, saturation=.99, brightness=.99, stain=.99).items():
+            if getattr(self, n) > most: raise InputError(f'{n} {getattr(self, n)} of an augmentation must be at most {most}')
 
     def draw(self, seed:int, epoch:int, slide_id:str) -> dict:
         "What is done to one slide in one epoch, as numbers that can be written down (JSON)."
@@ -124,7 +124,7 @@ def augment(
     if not isinstance(image, pyvips.Image): image = pyvips.Image.new_from_array(checked_pixels(np.asarray(image)))
     if image.bands != 3 or image.format != 'uchar': raise InputError(f'an image to augment must have three bands of uint8, not {image.bands} of {image.format}')
     old = image.height, image.width
-    new, colour = tuple(size) if size is not None else augmented_size(record, old), list(checked_colour(colour))
+    new, colour = checked_size(size) if size is not None else augmented_size(record, old), list(checked_colour(colour))
     if record['angle'] or record['elastic'] or record['scale'] != 1:
         tiles = 2*(math.ceil(new[1]/256)+math.ceil(new[0]/256)) # what a turned row of tiles of the new image touches
         image = image.tilecache(tile_width=256, tile_height=256, max_tiles=4*tiles, access='random')

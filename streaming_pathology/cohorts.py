@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'Case', 'read_table', 'finite_number', 'safe_id', 'several'
            'read_camelyon17']
 
 # %% ../nbs/08_cohorts.ipynb #c0000003
-import csv, difflib, io, math, re, warnings
+import csv, difflib, io, math, operator, re, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ SPLITS = ('train', 'tuning', 'test')
 
 @dataclass(frozen=True)
 class Case:
-    "One slide of a cohort; `label` is None if unknown, `split` and `grade` are '' if not given, `spacing` (microns per pixel) None if the file says it, `mask` None if tissue is to be found."
+    "One slide of a cohort; `label` is None if unknown, `split` and `grade` are '' if not given, `spacing` (microns per pixel) None if the file says it, `mask` None if tissue is to be found. Without a `patient_id` it counts as a patient of its own."
     slide_id: str
     label: float | None
     path: Path
@@ -31,6 +31,9 @@ class Case:
     spacing: float | None = None
     grade: str = ''
     mask: Path | None = None
+
+    def __post_init__(self):
+        if not self.patient_id: object.__setattr__(self, 'patient_id', self.slide_id)
 
 # %% ../nbs/08_cohorts.ipynb #fc901b5d
 def _table(path, way_out='give the path of a CSV manifest'):
@@ -202,29 +205,34 @@ def _apportion(n, fractions):
         if got.max() > 1: got[got.argmax()] -= 1; got[i] += 1
     return got
 
-def _strata(cases, by):
-    "The class of each patient by its slide of the highest label: label, or label and grade, as a text that sorts."
-    if by not in ('label', 'grade'): raise InputError(f"cases can be balanced by 'label' or by 'grade', not by {by!r}")
-    highest = {}
-    for c in cases:
-        if c.label is not None and (c.patient_id not in highest or (c.label, c.grade) > highest[c.patient_id]): highest[c.patient_id] = (c.label, c.grade)
-    return {p: f'{l:g}' if by == 'label' else f'{l:g} {g}' for p, (l, g) in highest.items()}
+def _spread(n, fractions):
+    "The numbers 0, 1, 2 of the parts, `n` in all, as evenly mixed as they can be."
+    parts, given, order = _apportion(n, fractions), np.zeros(3, int), []
+    for i in range(1, n+1):
+        k = int(np.argmax(np.where(given < parts, parts*i/n-given, -np.inf)))
+        given[k] += 1; order.append(k)
+    return order
 
 def split_cohort(cases,                    # `Case`s; splits they already have are replaced
                  fractions=(.7, .15, .15), # of patients, for train, tuning and test
                  seed=0,
-                 by='label',               # what keeps its share in each split: 'label', or 'grade' too
+                 by='label',               # what keeps its share in each split: 'label', or 'grade' too; a label of more than ten values, as a measure is, is spread evenly
                 ) -> list:                 # the same cases in the same order, `split` filled in
     "Split by patient, stratified on the label or the grade; a function of the ids, the labels and the seed."
-    if len(fractions) != 3 or min(fractions) < 0 or not fractions[0]: raise InputError(f'fractions {fractions}: give three for train, tuning and test, the first above 0')
-    strata = _strata(cases, by)
-    if not strata: raise InputError('no case has a label, so there is nothing to split')
-    split = {}
-    for stratum in sorted(set(strata.values())):
-        ids = np.array(sorted(p for p, s in strata.items() if s == stratum))
-        keyed_rng(seed, stratum).shuffle(ids)
-        names = np.repeat(SPLITS, _apportion(len(ids), fractions))
-        split.update(zip(ids.tolist(), names.tolist()))
+    if by not in ('label', 'grade'): raise InputError(f"cases can be balanced by 'label' or by 'grade', not by {by!r}")
+    try: shares = [float(f) for f in fractions]
+    except (TypeError, ValueError): shares = []
+    if len(shares) != 3 or not all(math.isfinite(f) and f >= 0 for f in shares) or not shares[0]: raise InputError(f'fractions {fractions}: give three for train, tuning and test, the first above 0')
+    highest, split = {}, {} # of each patient, by its slide of the highest label
+    for c in cases:
+        if c.label is not None: highest[c.patient_id] = max(highest.get(c.patient_id, (-math.inf, '')), (c.label, c.grade if by == 'grade' else ''))
+    if not highest: raise InputError('no case has a label, so there is nothing to split')
+    labels = sorted({l for l, _ in highest.values()})
+    for stratum in [[l] for l in labels] if len(labels) <= 10 else [labels]:
+        rng = keyed_rng(seed, f'{stratum[0]:g}')
+        ids = sorted(p for p, (l, _) in highest.items() if l in stratum)
+        order = sorted(rng.permutation(len(ids)), key=lambda i: highest[ids[i]]) # by grade, and within a grade by chance
+        split.update((ids[i], SPLITS[k]) for i, k in zip(order, _spread(len(ids), shares)))
     return [replace(c, split=split[c.patient_id] if c.label is not None else '') for c in cases]
 
 def leaks(cases): # list of sentences
@@ -263,6 +271,8 @@ def subset(
 ) -> list: # in the order of the cases
     "The cases with only `n` slides in a split: a share of negatives, and positives spread equally over grades as far as each has slides."
     pool = [c for c in cases if c.split == split and c.label is not None]
+    try: n = operator.index(n)
+    except TypeError: raise InputError(f'a subset of {n!r} slides cannot be drawn: give a whole number') from None
     if not 0 < n <= len(pool): raise InputError(f'a subset of {n} slides cannot be drawn from the {len(pool)} labelled ones of the split {split!r}')
     if not 0 <= negative <= 1: raise InputError(f'negative {negative} must be a share, from 0 to 1')
     rank = lambda c: keyed_rng(seed, c.slide_id).random()

@@ -7,7 +7,7 @@ __all__ = ['fit_canvas', 'flips', 'tissue_pixels', 'SlideDataset', 'check_cohort
            'sample_patches', 'channel_statistics']
 
 # %% ../nbs/08_data.ipynb #d92a64d3
-import math, threading, warnings
+import math, numbers, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, torch
 from scipy import ndimage
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from .geometry import InputError
 from .background import Canvas
-from .slides import Slide, checked_colour, checked_pixels, tissue_box, tissue_mask
+from .slides import Slide, checked_colour, checked_pixels, checked_size, tissue_box, tissue_mask
 from .augment import Augmentation, augment as augmented, augmented_size, background, keyed_rng, pixels, slide_rng
 from .cohorts import check_ids, several
 
@@ -29,7 +29,7 @@ def fit_canvas(image,      # uint8 array (H, W, 3)
               ):           # uint8 array of that size
     "Pad with a colour or crop around the centre, each side on its own."
     h, w = checked_pixels(image).shape[:2]
-    H, W = size or _round_up((h, w), multiple)
+    H, W = checked_size(size) if size is not None else _round_up((h, w), multiple)
     t, l = max(0, h-H)//2, max(0, w-W)//2
     image = image[t:t+H, l:l+W]
     h, w = image.shape[:2]
@@ -85,7 +85,10 @@ class SlideDataset(Dataset):
                  clean=None,   # microns; what is farther from tissue is painted in `colour`. None: 50 for a canvas, else nothing is
                  colour=(255, 255, 255)): # of the padding
         if canvas and augment is not None and not isinstance(augment, Augmentation): raise InputError('a canvas can be augmented by an Augmentation only')
-        self.cases, self.spacing, self.size, self.augment, self.seed, self.canvas, self.colour = list(cases), spacing, size, augment, seed, canvas, checked_colour(colour)
+        if augment is not None and not (isinstance(augment, Augmentation) or callable(augment)): raise InputError(f'augment {augment!r} is no Augmentation and no function')
+        for what, v, low, high in (('spacing', spacing, 0, 1000), ('clean', 1 if clean is None else clean, -1e-9, 1e6), ('cache', cache, -1e-9, math.inf)):
+            if not (isinstance(v, numbers.Real) and low < v <= high): raise InputError(f'{what} {v!r} of a dataset must be a number from {max(low, 0)} to {high:g}')
+        self.cases, self.spacing, self.size, self.augment, self.seed, self.canvas, self.colour = list(cases), spacing, None if size is None else checked_size(size), augment, seed, canvas, checked_colour(colour)
         check_ids(self.cases); keyed_rng(seed)
         self.clean = 50. if clean is None and canvas else clean
         self.kept, self.boxes, self.contradictions = _Kept(cache), {}, {}  # by slide_id: its image; (height, width) of it, once read; what its file says of its spacing twice
@@ -187,6 +190,7 @@ class EpochSampler(Sampler):
         keyed_rng(seed); self.set_epoch(0)
 
     def set_epoch(self, epoch, start=0): # start: keys of this rank that were used before a run was broken off
+        if not (isinstance(start, numbers.Integral) and start >= 0): raise InputError(f'start {start!r} must be a whole number of keys, not below 0')
         self.epoch, self.start = epoch, start
     def __len__(self): return max(0, len(range(self.rank, sum(n for _, n in self.groups), self.ranks))-self.start)
     def __iter__(self):
@@ -218,6 +222,7 @@ def sample_patches(data,     # `SlideDataset`
                    seed=0, tries=8):
     "`n` patches of tissue, uint8 (n, 3, size, size); smaller images are padded with white."
     if not len(data): raise InputError('there is no slide to take patches from')
+    if min(n, size, tries) < 1: raise InputError(f'{n} patches of {size} pixels in {tries} tries cannot be taken: each must be at least 1')
     rng, out = keyed_rng(seed), []
     for i in np.resize(rng.permutation(len(data)), n):     # every slide in turn
         rgb = data.read(int(i))

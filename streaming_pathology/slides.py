@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['area_average', 'Slide', 'PixelRows', 'read_in_worker', 'worker_pool', 'optical_density', 'glass_colour',
-           'stain_signal', 'otsu', 'checked_pixels', 'checked_colour', 'pen_marks', 'network_mask', 'tissue_mask',
-           'tissue_box', 'Biopsy', 'biopsies', 'draw_tissue']
+           'stain_signal', 'otsu', 'checked_pixels', 'checked_colour', 'checked_size', 'pen_marks', 'network_mask',
+           'tissue_mask', 'tissue_box', 'Biopsy', 'biopsies', 'draw_tissue']
 
 # %% ../nbs/05_slides.ipynb #09f2da53
-import base64, functools, html, itertools, math, os, signal, struct, threading, warnings, zlib
+import base64, functools, html, itertools, math, operator, os, signal, struct, threading, warnings, zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -260,6 +260,13 @@ def checked_colour(colour): # (red, green, blue), three ints
     try: found = tuple(int(v) for v in colour) if not isinstance(colour, str) else ()
     except (TypeError, ValueError, OverflowError): found = ()
     if len(found) != 3 or any(v != w or not 0 <= v <= 255 for v, w in zip(found, colour)): raise InputError(f'{colour!r} is no colour: give (red, green, blue), whole numbers from 0 to 255')
+    return found
+
+def checked_size(size): # (height, width), two ints
+    "A size in pixels, if it is two whole numbers above 0."
+    try: found = tuple(operator.index(n) for n in size)
+    except TypeError: found = ()
+    if len(found) != 2 or not all(0 < n <= 10**7 for n in found): raise InputError(f'{size!r} is no size: give (height, width) in whole pixels, at least 1')
     return found
 
 def pen_marks(

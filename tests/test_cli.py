@@ -226,7 +226,7 @@ def test_a_stopped_training_gives_back_what_it_replaced(cohort, trained, tmp_pat
 def test_an_interrupt_may_come_while_a_bar_is_made(cohort, tmp_path):
     interrupt = 'import signal, sys, tqdm.std; tqdm.std.tqdm._get_free_pos = classmethod(lambda *_: signal.raise_signal(signal.SIGINT)); '
     code = interrupt + 'from streaming_pathology.cli import COMMANDS; sys.exit(COMMANDS["train"](sys.argv[1:]))'
-    done = subprocess.run([sys.executable, '-c', code, cohort/'manifest.csv', tmp_path/'run', *map(str, QUICK)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, '-c', code, cohort/'manifest.csv', tmp_path/'run', *map(str, QUICK)], capture_output=True, text=True, timeout=60, preexec_fn=heard)
     assert (done.returncode, done.stderr) == (130, 'error: interrupted\n')
 
 def test_a_killed_training_loses_nothing(cohort, trained, tmp_path, capsys):

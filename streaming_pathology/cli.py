@@ -111,13 +111,23 @@ def plain_warnings():
 @contextmanager
 def terminable():
     "SIGTERM, and the end of the terminal where it is not ignored, end the work as Ctrl-C does, so that nothing half-written stays behind."
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    former = {s: signal.getsignal(s) for s in STOPS}
+    if threading.current_thread() is not (main := threading.main_thread()): yield; return
+    former, unraisable, again = {s: signal.getsignal(s) for s in STOPS}, sys.unraisablehook, []
+    def stop(n, _):
+        if again is None: return # all is done
+        again.append(t := threading.Timer(1, signal.pthread_kill, (main.ident, n))); t.daemon = True; t.start()
+        raise KeyboardInterrupt
+    def ignored(e): # what is raised while an object goes, or in a callback, is lost: so the signal comes again
+        if not issubclass(e.exc_type, KeyboardInterrupt): unraisable(e)
     for s, f in former.items():
-        if f is not signal.SIG_IGN: signal.signal(s, signal.default_int_handler)
+        if f is not signal.SIG_IGN: signal.signal(s, stop)
+    sys.unraisablehook = ignored
     try: yield
     finally:
+        timers, again = again, None
+        for t in timers: t.cancel(); t.join()
         for s, f in former.items(): signal.signal(s, f or signal.SIG_DFL)
+        sys.unraisablehook = unraisable
 
 COMMANDS = {}
 

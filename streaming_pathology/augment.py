@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import numpy as np, pyvips
 from scipy import ndimage
 from .geometry import InputError
+from .files import reason
 from .slides import checked_colour, checked_pixels, checked_size
 from .synthetic import RUIFROK_JOHNSTON
 
@@ -24,6 +25,7 @@ def keyed_rng(seed, *key): # a numpy generator
         except TypeError: n = -1
         if n < 0: raise InputError(f'{k!r} is no seed: give a whole number, not below 0')
         return n
+    if isinstance(seed, str): raise InputError(f'{seed!r} is no seed: give a whole number, not below 0')
     return np.random.default_rng([number(k) for k in (seed, *key)])
 
 def slide_rng(seed, epoch, slide_id): # a numpy generator
@@ -53,7 +55,7 @@ class Augmentation:
     def draw(self, seed:int, epoch:int, slide_id:str) -> dict:
         "What is done to one slide in one epoch, as numbers that can be written down (JSON)."
         rng = slide_rng(seed, epoch, slide_id)
-        mirror, u, field = rng.random(2) < .5, rng.uniform(-1, 1, 8), int(rng.integers(2**31))
+        mirror, u, field = rng.random(2) < .5, rng.uniform(-1, 1, 8).tolist(), int(rng.integers(2**31))
         return dict(mirror_rows=bool(self.flip and mirror[0]), mirror_columns=bool(self.flip and mirror[1]), angle=self.rotate*u[0], scale=(1+self.scale)**u[1],
                     elastic=float(self.elastic), grain=float(self.grain), field=field, hue=360*self.hue*u[2], saturation=1+self.saturation*u[3], brightness=1+self.brightness*u[4],
                     stain=[self.stain*v for v in u[5:]])
@@ -123,6 +125,7 @@ def augment(
     "An image with all that the record says done to it."
     if not isinstance(image, pyvips.Image): image = pyvips.Image.new_from_array(checked_pixels(np.asarray(image)))
     if image.bands != 3 or image.format != 'uchar': raise InputError(f'an image to augment must have three bands of uint8, not {image.bands} of {image.format}')
+    if not isinstance(record, dict) or (missing := Augmentation().draw(0, 0, '').keys()-record): raise InputError(f'{record!r} is no record of Augmentation.draw' + (f': it lacks {sorted(missing)[0]!r}' if isinstance(record, dict) else ''))
     old = image.height, image.width
     new, colour = checked_size(size) if size is not None else augmented_size(record, old), list(checked_colour(colour))
     if record['angle'] or record['elastic'] or record['scale'] != 1:
@@ -141,7 +144,9 @@ def pixels(image, tile=256): # uint8 (3, height, width)
     out = np.empty((3, h, w), np.uint8)
     for top, left in itertools.product(range(0, h, tile), range(0, w, tile)):
         n, m = min(tile, h-top), min(tile, w-left)
-        out[:, top:top+n, left:left+m] = np.frombuffer(region.fetch(left, top, m, n), np.uint8).reshape(n, m, 3).transpose(2, 0, 1)
+        try: part = region.fetch(left, top, m, n)
+        except pyvips.Error as e: raise InputError(f'an image to augment cannot be read: it is damaged, or was opened to be read from top to bottom only ({reason(e)})') from None
+        out[:, top:top+n, left:left+m] = np.frombuffer(part, np.uint8).reshape(n, m, 3).transpose(2, 0, 1)
     return out
 
 # %% ../nbs/07_augment.ipynb #a0000023

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'AUGMENTATIONS', 'sp_train', 'sp_predict', 'sp_evaluate', 'sp_report', 'sp_trim', 'COHORT', 'sp_synth',
            'DEMO', 'DEMO_COHORT', 'TINY', 'TINY_COHORT', 'sp_demo', 'strip_rows', 'hw', 'make_parser', 'one_line',
-           'status_of', 'plain_warnings', 'terminable', 'command', 'environment', 'write_settings', 'write_cases',
-           'build_model', 'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'predict_rows',
-           'write_predictions', 'check_settings', 'check_device', 'train_cohort', 'finish', 'load_model', 'find_slides',
-           'predict_slides', 'evaluate_predictions', 'report_run', 'colour', 'counted', 'trim_biopsies', 'synthesise',
-           'demo', 'main']
+           'counted', 'status_of', 'plain_warnings', 'terminable', 'command', 'environment', 'write_settings',
+           'write_cases', 'build_model', 'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training',
+           'predict_rows', 'write_predictions', 'check_settings', 'check_device', 'train_cohort', 'finish',
+           'load_model', 'find_slides', 'predict_slides', 'evaluate_predictions', 'report_run', 'colour',
+           'trim_biopsies', 'synthesise', 'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
 import argparse, datetime, difflib, inspect, json, math, os, platform, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
@@ -81,6 +81,8 @@ def one_line(e):
     "The message of an exception as one line, also where a worker process has wrapped it into its traceback."
     lines = str(e).strip().splitlines() or [type(e).__name__]
     return lines[-1].split('InputError: ', 1)[-1] if lines[0].startswith('Caught ') else ' '.join(l.strip() for l in lines)
+
+def counted(n, one, more=None): return f"{n} {one if n == 1 else more or one+'s'}"
 
 def _let_go(e):
     "Free what an interrupt has left half-made; what that says when it goes (a progress bar without a place) concerns nobody."
@@ -384,8 +386,6 @@ def colour(text):
     if len(rgb) != 3 or not all(0 <= v <= 255 for v in rgb): raise argparse.ArgumentTypeError(f'{text!r} is no colour; give white, or red,green,blue from 0 to 255')
     return rgb
 
-def counted(n, one, more=None): return f"{n} {one if n == 1 else more or one+'s'}"
-
 def trim_biopsies(slides,                 # manifest (CSV), folder of slides, or one slide
                   out,                    # folder to write; new, empty, or of a former run, which goes on
                   *, spacing:float=.96,   # microns per pixel of the images
@@ -404,7 +404,7 @@ def trim_biopsies(slides,                 # manifest (CSV), folder of slides, or
     workers = os.cpu_count() if workers is None else workers
     check_settings({k: v for k, v in dict(spacing=spacing, workers=workers, slide_spacing=slide_spacing).items() if v is not None})
     settings = Trim(spacing, margin, upright, squeeze, background, quality, override_spacing, gap, least, pen)
-    said = trim_slides(find_slides(slides, slide_spacing, labels=None, override=override_spacing), out, settings, workers)
+    said = trim_slides(find_slides(slides, slide_spacing, labels=None, override=override_spacing), out, settings, max(1, workers)) # in a process of its own, where Ctrl-C cannot get lost in libvips
     for w in said['warnings']: warnings.warn(w)
     done = f"{counted(said['biopsies'], 'biopsy', 'biopsies')} of {counted(said['slides'], 'slide')} in {Path(out)/'manifest.csv'}" + (f", {counted(said['skipped'], 'slide')} as before" if said['skipped'] else '') + (f", beside {said['others']} of other slides" if said['others'] else '')
     if said['failed']: raise InputError(several(f"{done}; {counted(len(said['failed']), 'slide')} failed, see {Path(out)/'failed.csv'}", said['failed'].values()))

@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'Case', 'read_table', 'finite_number', 'safe_id', 'several'
            'read_camelyon17']
 
 # %% ../nbs/08_cohorts.ipynb #c0000003
-import csv, difflib, io, math, operator, re, warnings
+import csv, difflib, io, math, numbers, operator, re, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -245,6 +245,8 @@ def leaks(cases): # list of sentences
 # %% ../nbs/08_cohorts.ipynb #6bbc8040
 def resolve_splits(cases, fractions=(.7, .15, .15), seed=0, where='the manifest'):
     "The splits that the manifest gives or, where it gives none, `split_cohort`'s; where it gives no tuning cases they are taken from train, with a warning. Train and tuning are never empty and train has both classes."
+    if wrong := [c for c in cases if c.split and c.split not in SPLITS]: raise InputError(f"{where}: split {wrong[0].split!r} of {wrong[0].slide_id!r} is none of {', '.join(SPLITS)}")
+    if not fractions[1] and not any(c.split == 'tuning' for c in cases): raise InputError(f'{where}: fractions {fractions} leave nothing for tuning, by which the epoch is chosen; give it a share')
     labelled = [c for c in cases if c.label is not None]
     given = [c for c in labelled if c.split]
     if not given: cases = split_cohort(cases, fractions, seed)
@@ -274,7 +276,7 @@ def subset(
     try: n = operator.index(n)
     except TypeError: raise InputError(f'a subset of {n!r} slides cannot be drawn: give a whole number') from None
     if not 0 < n <= len(pool): raise InputError(f'a subset of {n} slides cannot be drawn from the {len(pool)} labelled ones of the split {split!r}')
-    if not 0 <= negative <= 1: raise InputError(f'negative {negative} must be a share, from 0 to 1')
+    if not (isinstance(negative, numbers.Real) and 0 <= negative <= 1): raise InputError(f'negative {negative!r} must be a share, from 0 to 1')
     rank = lambda c: keyed_rng(seed, c.slide_id).random()
     groups = {}
     for c in sorted(pool, key=rank): groups.setdefault('' if c.label == 0 else 'positive '+c.grade, []).append(c)

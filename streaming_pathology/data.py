@@ -7,7 +7,7 @@ __all__ = ['fit_canvas', 'flips', 'tissue_pixels', 'SlideDataset', 'check_cohort
            'sample_patches', 'channel_statistics']
 
 # %% ../nbs/08_data.ipynb #d92a64d3
-import math, numbers, threading, warnings
+import math, numbers, operator, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, torch
 from scipy import ndimage
@@ -178,9 +178,12 @@ class EpochSampler(Sampler):
                  oversample=True, # draw each class as often as the largest; or a list of the labels that are, such as (0,)
                  shuffle=True,
                  rank=0, ranks=1): # of torch.distributed
-        labels = np.asarray(labels)
-        if labels.dtype.kind == 'f' and np.isnan(labels).any(): raise InputError(f'slide {int(np.isnan(labels).argmax())} has no label; leave out those without')
-        some = set(np.unique(labels).tolist()) if oversample is True else set(oversample or ())
+        try: labels, rank, ranks = np.asarray([math.nan if l is None else float(l) for l in labels]), operator.index(rank), operator.index(ranks)
+        except (TypeError, ValueError): raise InputError('a sampler takes one number a slide as its labels, and whole numbers as rank and ranks') from None
+        if np.isnan(labels).any(): raise InputError(f'slide {int(np.isnan(labels).argmax())} has no label; leave out those without')
+        if isinstance(oversample, (bool, type(None))): oversample = np.unique(labels) if oversample else ()
+        try: some = {float(l) for l in np.atleast_1d(oversample)}
+        except (TypeError, ValueError): raise InputError(f'oversample {oversample!r} is neither True nor False nor a list of labels') from None
         if missing := some-set(labels.tolist()): raise InputError(f'there is no slide of label {missing.pop():g} to oversample')
         if not 0 <= rank < ranks: raise InputError(f'rank {rank} is none of {ranks} ranks')
         groups = [np.flatnonzero(labels == l) for l in np.unique(labels)]
@@ -213,7 +216,9 @@ def slide_loader(data,             # `SlideDataset`
     if train and (without := [c.slide_id for c in data.cases if c.label is None]): raise InputError(several(f'{len(without)} slides to train on have no label; leave them out', without))
     sampler = EpochSampler([c.label for c in data.cases] if train else [0]*len(data), seed, oversample if train else False, train, rank, ranks)
     more = dict(multiprocessing_context='spawn', persistent_workers=True, prefetch_factor=ahead) if workers else {}
-    return DataLoader(data, batch_size=None, sampler=sampler, num_workers=workers, **more)
+    return DataLoader(data, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=_as_it_is, **more)
+
+def _as_it_is(item): return item # torch would make tensors of the numbers in a record
 
 # %% ../nbs/08_data.ipynb #fff2b57c
 def sample_patches(data,     # `SlideDataset`

@@ -8,7 +8,7 @@ __all__ = ['area_average', 'Slide', 'PixelRows', 'read_in_worker', 'worker_pool'
            'tissue_mask', 'tissue_box', 'Biopsy', 'biopsies', 'draw_tissue']
 
 # %% ../nbs/05_slides.ipynb #09f2da53
-import base64, functools, html, itertools, math, operator, os, signal, struct, threading, warnings, zlib
+import base64, functools, html, itertools, math, numbers, operator, os, signal, struct, threading, warnings, zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -92,6 +92,7 @@ def _check_read(slide, spacing, region):
     if not (isinstance(spacing, (int, float, np.number)) and math.isfinite(spacing) and spacing > 0): raise InputError(f'{slide.path}: cannot read at spacing {spacing!r}: give microns per pixel, such as 1.0')
     if spacing < slide.spacing/1.1:
         raise InputError(f'{slide.path} has {slide.spacing:.4g} microns per pixel and cannot be read at {spacing:.4g}: that would invent detail; ask for {slide.spacing:.4g} or more')
+    if spacing > 4*slide.spacing*max(slide.size): raise InputError(f'{slide.path}: cannot read at spacing {spacing:g}: the whole slide would be less than a pixel; ask for {slide.spacing*max(slide.size):g} or less')
     if region is None: return 0, 0, *slide.size_at(spacing)
     try: top, left, height, width = whole = tuple(int(v) for v in region)
     except (TypeError, ValueError, OverflowError): whole = None
@@ -171,7 +172,7 @@ class PixelRows:
         def read(n):
             nonlocal rest
             try: rest = rest or memoryview(next(stream, b''))
-            except Exception as e: self.failed = e; return b''
+            except BaseException as e: self.failed = e; return b'' # Ctrl-C too: what is raised here gets lost in libvips
             part, rest = bytes(rest[:n]), rest[n:]
             return part
         source = pyvips.SourceCustom(); source.on_read(read)
@@ -322,7 +323,8 @@ def tissue_mask(
     source=None, # the path of a mask of the whole slide (not zero: tissue), or a network as in `network_mask`, instead of colour
 ): # (bool (height, width), spacing in microns per pixel)
     "Where the tissue is."
-    if not spacing > 0: raise InputError(f'spacing {spacing} must be a positive number of microns per pixel')
+    for name, v in dict(spacing=spacing, threshold=1 if threshold is None else threshold, smallest=smallest, largest_hole=largest_hole).items():
+        if not (isinstance(v, numbers.Real) and math.isfinite(v) and (v > 0 or v == 0 and name != 'spacing')): raise InputError(f'{name} {v!r} of a tissue mask must be a positive number')
     if isinstance(slide, Slide):
         spacing = max(spacing, slide.spacing)
         if source is None: rgb = slide.read(spacing)

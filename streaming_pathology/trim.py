@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 from tqdm.auto import tqdm
 from .geometry import InputError
-from .files import COARSEST, FINEST, locked, write_csv, write_tiff, write_whole
+from .files import COARSEST, FINEST, locked, reason, write_csv, write_tiff, write_whole
 from .slides import PixelRows, Slide, biopsies, checked_colour, draw_tissue, worker_pool
 from .cohorts import check_ids, read_table
 
@@ -137,6 +137,7 @@ def trim_slide(task) -> dict: # the note on it
     note = out/'notes'/f'{name}.json'
     if stamp and (said := _done(note, out, stamp)): return {**said, 'seconds': None}
     with Slide(path, task['spacing'], override=s.override_spacing and task['spacing'] is not None, warn=False) as slide:
+        slide.read(s.spacing, (0, 0, 1, 1)) # refuses a spacing that the slide does not have, before anything is written
         found = biopsies(slide, gap=s.gap, least=s.least, pen=s.pen, source=task['mask'])
         if not found: raise InputError(f'{path} has no biopsy of at least {s.least:g} square mm that could be found: look at it, and leave it out if it is blank')
         figure = Figure((5, max(1.5, min(10, 5*slide.size[0]/slide.size[1]))))
@@ -147,7 +148,8 @@ def trim_slide(task) -> dict: # the note on it
             rows = cut(slide, b, s.spacing, s.margin, s.upright, s.squeeze, s.background)
             where = f'biopsies/{name}_{b.number}.tiff'
             try: write_tiff(rows.image(512), out/where, s.spacing, 'jpeg', quality=s.quality)
-            except InputError as e: raise rows.failed or e
+            except (InputError, pyvips.Error) as e: raise rows.failed or InputError(f'{path}: {reason(e)}') from None
+            if rows.failed: raise rows.failed
             top, left, height, width = b.region(slide.spacing, s.margin)
             files.append(dict(_written(out, where), source_id=name, biopsy=b.number, height=rows.shape[2], width=rows.shape[3], area=round(b.area(), 4), source=str(path), source_spacing=slide.spacing,
                               source_top=top, source_left=left, source_height=height, source_width=width, angle=round(b.angle, 2) if s.upright else 0.))
@@ -189,6 +191,9 @@ def each_apart(
         for t in suspects:
             workshop.shutdown(); workshop = worker_pool(1)
             yield outcome(workshop.submit(f, t), t) or (t, None, InputError('the process that worked on it died, for want of memory or by a fault of a library'))
+    except BaseException: # whatever is under way is not waited for: files are written whole or not at all
+        for p in list((workshop._processes or {}).values()): p.kill()
+        raise
     finally: workshop.shutdown(cancel_futures=True)
 
 # %% ../nbs/08_trim.ipynb #t0000011

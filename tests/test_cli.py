@@ -5,6 +5,7 @@ import numpy as np, pytest, pyvips, torch
 from streaming_pathology import cli
 from streaming_pathology.cohorts import tiny_cohort
 from streaming_pathology.files import sample_slide
+from streaming_pathology.synthetic import write_cohort
 
 QUICK = ['--spacing', 4, '--epochs', 1, '--batch', 4, '--strip', 64, '--heatmaps', 0, '--lr', 1e-3]
 HEADER = 'slide_id,label,path,patient_id,split\n'
@@ -264,3 +265,16 @@ def test_help_of_every_command(capsys):
     for name in cli.COMMANDS:
         with pytest.raises(SystemExit) as e: cli.main([name, '--help'])
         assert e.value.code == 0 and f'sp_{name}' in capsys.readouterr().out
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_trimming_that_is_stopped_ends_at_once(tmp_path, workers):
+    "And what it began is whole or not there; the next run goes on."
+    manifest = write_cohort(tmp_path/'cohort', n=4, size=(256, 512), spacing=2., progress=False)
+    command = [sys.executable, '-m', 'streaming_pathology.cli', 'trim', manifest, tmp_path/'out', '--spacing', '2', '--least', '.01', '--workers', str(workers)]
+    p = subprocess.Popen([*command, '--margin', '30000'], stderr=subprocess.PIPE, text=True, preexec_fn=heard) # images of 30,000 x 30,000 pixels
+    while not (tmp_path/'out/overview').exists() or not any((tmp_path/'out/overview').glob('*.jpg')): assert p.poll() is None; time.sleep(.05)
+    time.sleep(1); p.send_signal(signal.SIGINT); begun = time.perf_counter()
+    _, err = p.communicate(timeout=60)
+    assert time.perf_counter()-begun < 15 and p.returncode == 130 and err.strip().splitlines()[-1] == 'error: interrupted' and 'Traceback' not in err, err
+    assert not any((tmp_path/'out').glob('biopsies/*.tiff'))
+    assert 'other settings' in subprocess.run(command, capture_output=True, text=True, timeout=60).stderr

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAY_OUT', 'slide_seed', 'batch_sizes', 'autocast', 'logits_of', 'peak_mb', 'predict', 'is_known', 'as_loader',
            'summary', 'TinyNet', 'synth_slides', 'synth_learner', 'train_epoch', 'joint_backward', 'optimizer_step',
-           'finite', 'State', 'make_optimizer', 'fit', 'CSVLog', 'TensorBoardLog', 'Cosine']
+           'finite', 'State', 'make_optimizer', 'fit', 'CSVLog', 'TensorBoardLog', 'EarlyStopping', 'Cosine']
 
 # %% ../nbs/09_training.ipynb #60008edd
 import math, resource, sys, time
@@ -131,9 +131,11 @@ def joint_backward(s, batch): # the loss
     return loss.item()
 
 def optimizer_step(s, slides):
+    "One step on the gradient of a mini-batch, cut to a norm of `s.clip` if that is given."
     s.scaler.unscale_(s.optimizer)
     if not s.scaler.is_enabled() and not all(p.grad.isfinite().all() for g in s.optimizer.param_groups for p in g['params'] if p.grad is not None):
         raise InputError(f"the gradient of slides {', '.join(slides)} is not finite in epoch {s.epoch+1}; {WAY_OUT}")
+    if s.clip: nn.utils.clip_grad_norm_([p for g in s.optimizer.param_groups for p in g['params']], s.clip)
     s.scaler.step(s.optimizer); s.scaler.update(); s.optimizer.zero_grad()
 
 def finite(loss, slides, s): # the loss
@@ -155,6 +157,8 @@ class State:
     amp: str | None
     seed: int
     task: Task = field(default_factory=Binary)
+    clip: float | None = None
+    first: int = 0                               # epochs that went before this training
     epoch: int = 0                               # counted from 0
     history: list = field(default_factory=list)  # one dict an epoch
     stop: bool = False
@@ -194,23 +198,26 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
         amp=None,        # None, 'bf16' or 'fp16'
         optimizer='sgd', # the paper's, or 'adamw', which gets further from random weights in few steps
         task=Binary(),   # what the labels mean: a `Task`; its `n_out` is that of the model
+        history=(),      # of epochs that went before, as in another stage: order and augmentation go on from there
+        clip=None,       # largest norm of a mini-batch's gradient; None: any
         callbacks=(),    # objects with some of before_fit, before_epoch, after_epoch, after_fit
         progress=True):
-    "Train on the labels of slides, one slide at a time, by default with SGD and momentum; returns one dict an epoch. Only parameters that require a gradient are touched."
+    "Train on the labels of slides, one slide at a time, by default with SGD and momentum; returns one dict an epoch, those of `history` before them. Only parameters that require a gradient are touched."
     for name, v in dict(epochs=epochs, batch=batch).items():
         if v != int(v) or v < 1: raise InputError(f'{name} is {v}; it has to be a whole number, at least 1')
-    if not (lr > 0 and math.isfinite(lr)): raise InputError(f'lr is {lr}; it has to be above 0')
+    for name, v in dict(lr=lr, clip=1 if clip is None else clip).items():
+        if not (v > 0 and math.isfinite(v)): raise InputError(f'{name} is {v}; it has to be above 0')
     autocast(device, amp); params = [p for p in model.to(device).parameters() if p.requires_grad]
     if not params: raise InputError('every parameter is frozen; unfreeze some, or freeze less of the network')
-    s = State(model, make_optimizer(optimizer, params, lr, momentum), torch.amp.GradScaler(torch.device(device).type, enabled=amp == 'fp16'), epochs, batch, device, amp, seed, task)
+    s = State(model, make_optimizer(optimizer, params, lr, momentum), torch.amp.GradScaler(torch.device(device).type, enabled=amp == 'fp16'), epochs, batch, device, amp, seed, task, clip, len(history), history=[*history])
     train, tuning = as_loader(train, train=True, seed=seed), None if tuning is None else as_loader(tuning)
     if not len(train): raise InputError('there is no slide to train on')
     s.tell(callbacks, 'before_fit')
-    for s.epoch in range(epochs):
+    for s.epoch in range(s.first, s.first+epochs):
         start = time.perf_counter()
         if hasattr(getattr(train, 'sampler', None), 'set_epoch'): train.sampler.set_epoch(s.epoch)
         s.tell(callbacks, 'before_epoch')
-        with tqdm(train, desc=f'epoch {s.epoch+1}/{epochs}', unit='slide', leave=False, disable=not progress) as bar: row = dict(epoch=s.epoch+1, train_loss=train_epoch(s, bar))
+        with tqdm(train, desc=f'epoch {s.epoch+1}/{s.first+epochs}', unit='slide', leave=False, disable=not progress) as bar: row = dict(epoch=s.epoch+1, train_loss=train_epoch(s, bar))
         if tuning is not None: row.update({f'tuning_{k}': v for k, v in summary(predict(model, tuning, device, amp, progress, 'tuning', task), task).items()})
         s.history.append(row | dict(lr=s.optimizer.param_groups[0]['lr'], seconds=time.perf_counter()-start, peak_mb=peak_mb(device)))
         s.tell(callbacks, 'after_epoch')
@@ -238,11 +245,22 @@ class TensorBoardLog:
     def after_fit(self, s): self.writer.close()
 
 # %% ../nbs/09_training.ipynb #1cd12161
+class EarlyStopping:
+    "Callback: stop after `patience` epochs in which the tuning loss was not `least` below the best so far."
+    def __init__(self, patience=10, least=0.): self.patience, self.least = patience, least
+    def before_fit(self, s): self.best, self.since = math.inf, 0
+    def after_epoch(self, s):
+        if 'tuning_loss' not in s.history[-1]: raise InputError('early stopping looks at the tuning loss: give tuning slides, or train without it')
+        loss = s.history[-1]['tuning_loss']; better = loss < self.best-self.least
+        self.best, self.since = (loss, 0) if better else (self.best, self.since+1)
+        s.stop = s.stop or self.since >= self.patience
+
 class Cosine:
     "Callback: the learning rate rises linearly over `warmup` epochs, then falls to zero along a cosine."
     def __init__(self, warmup=1): self.warmup = warmup
     def before_fit(self, s): self.lrs = [g['lr'] for g in s.optimizer.param_groups]
     def before_epoch(self, s):
-        done = max(0, s.epoch-self.warmup)/max(1, s.epochs-self.warmup)
-        f = min(1, (s.epoch+1)/(self.warmup+1))*(1+math.cos(math.pi*done))/2
+        epoch = s.epoch-s.first
+        done = max(0, epoch-self.warmup)/max(1, s.epochs-self.warmup)
+        f = min(1, (epoch+1)/(self.warmup+1))*(1+math.cos(math.pi*done))/2
         for g, lr in zip(s.optimizer.param_groups, self.lrs): g['lr'] = lr*f

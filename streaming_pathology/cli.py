@@ -367,7 +367,7 @@ def predict_slides(checkpoint,         # file that sp_train wrote, e.g. run/chec
                    device:str='cpu',   # cuda for an accelerator
                    workers:int=0):     # processes that read slides ahead
     "Predict slides with a trained network; a CSV that exists is replaced, as a whole."
-    check_settings({k: v for k, v in dict(strip=strip, amp=amp, device=device, workers=workers, slide_spacing=slide_spacing).items() if v is not None})
+    check_settings(dict(strip=strip, amp=amp, device=device, workers=workers, slide_spacing=slide_spacing))
     out = output_file(out, '.csv', [checkpoint, slides], ','.join(COLUMNS)+'\n')
     model, s = load_model(checkpoint, device, strip)
     data = check_cohort(find_slides(slides, slide_spacing), s['spacing'], s['size'] and tuple(s['size']), workers=workers, canvas=s.get('canvas', False))
@@ -425,7 +425,7 @@ def trim_biopsies(slides,                 # manifest (CSV), folder of slides, or
                   workers:int|None=None): # processes; without it one for each processor
     "Cut the biopsies out of slides: tiled TIFFs, a manifest, outlined thumbnails, and a table of what failed."
     workers = os.cpu_count() if workers is None else workers
-    check_settings({k: v for k, v in dict(spacing=spacing, workers=workers, slide_spacing=slide_spacing).items() if v is not None})
+    check_settings(dict(spacing=spacing, workers=workers, slide_spacing=slide_spacing))
     settings = Trim(spacing, margin, upright, squeeze, background, quality, override_spacing, gap, least, pen)
     said = trim_slides(find_slides(slides, slide_spacing, labels=None, override=override_spacing), out, settings, max(1, workers)) # in a process of its own, where Ctrl-C cannot get lost in libvips
     for w in said['warnings']: warnings.warn(w)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'Case', 'read_table', 'finite_number', 'safe_id', 'several', 'read_manifest', 'check_ids', 'check_classes',
-           'tiny_cohort', 'split_cohort', 'leaks', 'resolve_splits', 'subset', 'read_panda', 'read_camelyon16',
-           'read_camelyon17']
+           'tiny_cohort', 'apportion', 'split_cohort', 'leaks', 'resolve_splits', 'subset', 'read_panda',
+           'read_camelyon16', 'read_camelyon17']
 
 # %% ../nbs/08_cohorts.ipynb #c0000003
 import csv, difflib, io, math, numbers, operator, re, warnings
@@ -119,7 +119,7 @@ def _case(row, folder, labels):
     if v.get('spacing') is not None and not 0 < v['spacing'] < 1000: wrong.append(f'spacing {spacing!r} is not a number of microns per pixel')
     if 'slide_id' in v: get('path', lambda: _find(s, row.get('path', ''), folder))
     get('mask', lambda: _existing(row['mask'], folder) if row.get('mask') else None)
-    return None if wrong else Case(**v, patient_id=row.get('patient_id') or s, split=split, grade=row.get('grade', '')), wrong
+    return None if wrong else Case(**v, patient_id=row.get('patient_id', ''), split=split, grade=row.get('grade', '')), wrong
 
 # %% ../nbs/08_cohorts.ipynb #7e2b5c19
 def several(start, problems, most=8):
@@ -196,7 +196,7 @@ def tiny_cohort(folder, n=12, size=(96, 64), spacing=4., splits=True):
     return folder/'manifest.csv'
 
 # %% ../nbs/08_cohorts.ipynb #de1ff272
-def _apportion(n, fractions):
+def apportion(n, fractions):
     "Shares of `n` by largest remainder; each part gets at least one where `n` allows it."
     exact = np.array(fractions)/sum(fractions)*n
     got = np.floor(exact).astype(int)
@@ -207,7 +207,7 @@ def _apportion(n, fractions):
 
 def _spread(n, fractions):
     "The numbers 0, 1, 2 of the parts, `n` in all, as evenly mixed as they can be."
-    parts, given, order = _apportion(n, fractions), np.zeros(3, int), []
+    parts, given, order = apportion(n, fractions), np.zeros(3, int), []
     for i in range(1, n+1):
         k = int(np.argmax(np.where(given < parts, parts*i/n-given, -np.inf)))
         given[k] += 1; order.append(k)

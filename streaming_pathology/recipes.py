@@ -8,8 +8,9 @@ __all__ = ['paper_streaming', 'paper_mil', 'best_window', 'average_weights', 'Wi
 # %% ../nbs/10_recipes.ipynb #r0000003
 from dataclasses import dataclass, replace
 from pathlib import Path
-import numpy as np, torch
+import numpy as np
 from .geometry import InputError
+from .cohorts import apportion
 from .training import fit
 from .checkpoints import load_checkpoint, load_weights, save_checkpoint
 
@@ -69,9 +70,7 @@ paper_mil = (Stage(100, 1e-5, None, 'middle'), Stage(100, 3e-6))         # paper
 def scaled(recipe, epochs): # stages
     "The recipe in another number of epochs, in the same proportion and at least one each."
     if epochs < len(recipe): raise InputError(f'{epochs} epochs are too few for the {len(recipe)} stages of the recipe')
-    ends = np.cumsum([s.epochs for s in recipe])*epochs/sum(s.epochs for s in recipe)
-    ends = np.maximum.accumulate(np.maximum(ends.round().astype(int)-np.arange(len(recipe)), 1))+np.arange(len(recipe))
-    return tuple(replace(s, epochs=int(n)) for s, n in zip(recipe, np.diff(np.minimum(ends, epochs-np.arange(len(recipe))[::-1]), prepend=0)))
+    return tuple(replace(s, epochs=int(n)) for s, n in zip(recipe, apportion(epochs, [s.epochs for s in recipe])))
 
 class _Numbered:
     def __init__(self, stage): self.stage = stage

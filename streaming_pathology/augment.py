@@ -7,13 +7,13 @@ __all__ = ['STEP', 'keyed_rng', 'slide_rng', 'Augmentation', 'augmented_size', '
            'augment', 'pixels', 'augmented_checksum']
 
 # %% ../nbs/07_augment.ipynb #a0000003
-import itertools, math, numbers, operator, zlib
-from dataclasses import dataclass, fields
+import itertools, math, operator, zlib
+from dataclasses import dataclass
 import numpy as np, pyvips
 from scipy import ndimage
 from .geometry import InputError
 from .files import reason
-from .slides import checked_colour, checked_pixels, checked_size
+from .slides import checked_colour, checked_number, checked_pixels, checked_size
 from .synthetic import RUIFROK_JOHNSTON
 
 # %% ../nbs/07_augment.ipynb #a0000007
@@ -46,11 +46,8 @@ class Augmentation:
     stain: float = 0.         # largest change of the amount of each stain, in optical density (HED); .05 is a usual value
 
     def __post_init__(self):
-        for f in fields(self):
-            v = getattr(self, f.name)
-            if not (isinstance(v, numbers.Real) and math.isfinite(v) and v >= 0): raise InputError(f'{f.name} {v!r} of an augmentation must be a number, not below 0')
-        for n, most in dict(rotate=360, scale=10, elastic=10_000, grain=2000, hue=1, saturation=.99, brightness=.99, stain=.99).items():
-            if getattr(self, n) > most: raise InputError(f'{n} {getattr(self, n)} of an augmentation must be at most {most}')
+        if not isinstance(self.flip, (bool, np.bool_)): raise InputError(f'flip of an augmentation is {self.flip!r}; it must be True or False')
+        for n, most in dict(rotate=360, scale=10, elastic=10_000, grain=2000, hue=1, saturation=.99, brightness=.99, stain=.99).items(): object.__setattr__(self, n, float(checked_number(getattr(self, n), f'{n} of an augmentation', 0, most)))
 
     def draw(self, seed:int, epoch:int, slide_id:str) -> dict:
         "What is done to one slide in one epoch, as numbers that can be written down (JSON)."
@@ -59,6 +56,12 @@ class Augmentation:
         return dict(mirror_rows=bool(self.flip and mirror[0]), mirror_columns=bool(self.flip and mirror[1]), angle=self.rotate*u[0], scale=(1+self.scale)**u[1],
                     elastic=float(self.elastic), grain=float(self.grain), field=field, hue=360*self.hue*u[2], saturation=1+self.saturation*u[3], brightness=1+self.brightness*u[4],
                     stain=[self.stain*v for v in u[5:]])
+
+    def reach(self, size): # (height, width)
+        "The largest that an image of `size` (height, width) may become on either side, but for the elastic deformation."
+        def longest(a, b): # of a*cos(t)+b*sin(t), t up to 90 degrees
+            t = min(math.radians(min(self.rotate, 90)), math.atan2(b, a)); return a*math.cos(t)+b*math.sin(t)
+        return tuple(math.ceil((1+self.scale)*longest(*s)-1e-6) for s in (size, size[::-1]))
 
 # %% ../nbs/07_augment.ipynb #a0000010
 STEP = 16 # pixels between places where the map is computed

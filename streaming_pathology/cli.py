@@ -28,7 +28,7 @@ from .slides import Slide
 from .synthetic import write_cohort
 from .augment import Augmentation
 from .cohorts import Case, read_manifest, resolve_splits, safe_id, several
-from .data import channel_statistics, check_cohort, sample_patches, slide_loader
+from .data import channel_statistics, check_cohort, sample_patches, slide_loader, turned_out
 from .trim import Trim, trim_slides
 from .training import Cosine, CSVLog, TensorBoardLog, fit, predict
 from .checkpoints import RUN, STOPS, Checkpoints, Output, absolute, claim, load_checkpoint, load_weights, output_file, replacing, save_checkpoint, staged, versions
@@ -217,7 +217,7 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     s, folder = settings, Path(folder)
     write_whole(folder/RUN.mark, json.dumps(environment(), indent=1)+'\n')
     write_settings(folder/'settings.toml', s); write_cases(folder/'cohort.csv', data.cases)
-    keep = dict(model=_network(s), **{k: s[k] for k in ('spacing', 'size', 'amp', 'canvas')})
+    keep = dict(model=_network(s), **{k: s[k] for k in ('spacing', 'size', 'amp', 'canvas', 'pen')})
     callbacks = [CSVLog(folder/'log.csv'), Checkpoints(folder/'checkpoints', keep)] + [Cosine()]*s['cosine'] + [TensorBoardLog(folder/'tensorboard')]*s['tensorboard']
     train, tuning = (slide_loader(data.part(p, augment=AUGMENTATIONS[s['augment']] if p == 'train' else None), p == 'train', s['seed'], s['workers']) for p in ('train', 'tuning'))
     shared = dict(callbacks=callbacks, **{k: s[k] for k in ('seed', 'amp', 'device', 'clip')})
@@ -288,6 +288,7 @@ def train_cohort(manifest,                # CSV with slide_id, label (0 or 1) an
           cosine:bool=False,       # one warm-up epoch, then the learning rate falls to zero along a cosine
           augment:str='flips',     # while training: none, flips, paper (turns, elastic deformation and colour too) or strong (stains and scale too)
           canvas:bool=False,       # paint all that is no tissue white, and compute nothing there
+          pen:bool=True,           # leave out ink of felt pens where tissue is found by colour; not for stains other than haematoxylin and eosin
           normalise:str='imagenet',# imagenet, or training: by mean and deviation of the tissue of the training slides, as in the paper
           amp:str|None=None,       # bf16 or fp16: run the network in mixed precision
           device:str='cpu',        # cuda for an accelerator
@@ -308,7 +309,8 @@ def train_cohort(manifest,                # CSV with slide_id, label (0 or 1) an
     cases = resolve_splits(read_manifest(manifest, labels=(0, 1)), seed=seed, where=manifest)
     folder = claim(out, overwrite, inputs=[manifest, *([weights] if weights and Path(weights).exists() else []), *(c.path for c in cases)])
     model = build_model(s)
-    data = check_cohort(cases, spacing, size, cache=int(cache_gb*1e9), workers=workers, canvas=canvas, seed=seed)
+    data = check_cohort(cases, spacing, size, cache=int(cache_gb*1e9), workers=workers, canvas=canvas, seed=seed, pen=pen)
+    if said := turned_out(data.part('train'), AUGMENTATIONS[augment]): warnings.warn(said)
     if normalise == 'training': s['mean'], s['std'] = channel_statistics(data.part('train')); model = build_model(s)
     if {c.label for c in cases if c.split == 'test'} < {0, 1}: warnings.warn('the test split does not have both classes, so there will be no AUC')
     if weights is None: calibrate(model, data, seed)
@@ -340,7 +342,7 @@ def find_slides(path, spacing=None, labels=(0, 1), override=False): # list of `C
     if not path.exists(): raise InputError(f'{path}: there is no such manifest, folder or slide')
     if path.suffix.lower() == '.csv': cases = read_manifest(path, need_label=False, labels=labels)
     else:
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES or _is_dicom(p)) if path.is_dir() and not _is_dicom(path) else [path]
+        files = sorted(p for p in path.iterdir() if not p.name.startswith('.') and (p.suffix.lower() in SUFFIXES or _is_dicom(p))) if path.is_dir() and not _is_dicom(path) else [path]
         if not files: raise InputError(f"{path}: no slides in this folder; their names end in {', '.join(sorted(SUFFIXES))}")
         cases, wrong = [Case(p.stem, None, p, p.stem) for p in files], []
         for c in cases:
@@ -370,7 +372,7 @@ def predict_slides(checkpoint,         # file that sp_train wrote, e.g. run/chec
     check_settings(dict(strip=strip, amp=amp, device=device, workers=workers, slide_spacing=slide_spacing))
     out = output_file(out, '.csv', [checkpoint, slides], ','.join(COLUMNS)+'\n')
     model, s = load_model(checkpoint, device, strip)
-    data = check_cohort(find_slides(slides, slide_spacing), s['spacing'], s['size'] and tuple(s['size']), workers=workers, canvas=s.get('canvas', False))
+    data = check_cohort(find_slides(slides, slide_spacing), s['spacing'], s['size'] and tuple(s['size']), workers=workers, canvas=s.get('canvas', False), pen=s.get('pen', True))
     rows = predict_rows(model, data, device, amp or s['amp'], workers)
     write_predictions(out, rows)
     print(f"wrote {out}: {counted(len(rows), 'slide')}")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['area_average', 'Slide', 'PixelRows', 'read_in_worker', 'worker_pool', 'optical_density', 'glass_colour',
-           'stain_signal', 'otsu', 'checked_pixels', 'checked_colour', 'checked_size', 'pen_marks', 'network_mask',
-           'tissue_mask', 'tissue_box', 'Biopsy', 'biopsies', 'draw_tissue']
+           'stain_signal', 'otsu', 'checked_number', 'checked_pixels', 'checked_colour', 'checked_size', 'pen_marks',
+           'network_mask', 'tissue_mask', 'tissue_box', 'Biopsy', 'biopsies', 'draw_tissue']
 
 # %% ../nbs/05_slides.ipynb #09f2da53
 import base64, functools, html, itertools, math, numbers, operator, os, signal, struct, threading, warnings, zlib
@@ -98,6 +98,7 @@ def _check_read(slide, spacing, region):
     except (TypeError, ValueError, OverflowError): whole = None
     if whole is None or any(a != b for a, b in zip(whole, region)) or min(height, width) < 1:
         raise InputError(f'{slide.path}: region {region} must be four whole numbers (top, left, height, width), the last two at least 1')
+    if max(map(abs, whole)) > 10**8: raise InputError(f'{slide.path}: region {region} is not of this world: no slide has more than 100 million rows or columns')
     return whole
 
 def _fetch(slide, level, top, left, height, width):
@@ -125,6 +126,7 @@ def read(self:Slide,
     if abs(f-round(f)) < min(1e-4, .1/max(self.levels[level][:2]))*f: f = float(round(f)) # float noise in the file's tags
     if f == 1: return _fetch(self, level, top, left, height, width)
     x0, x1 = math.floor(left*f+1e-6), math.ceil((left+width)*f-1e-6)
+    if 3*height*width > 2**40: raise InputError(f'{self.path}: a region of {height} x {width} pixels does not fit into memory: read a part of it, or use rows')
     out, band = np.empty((height, width, 3), np.uint8), max(1, int(2**25/(3*f*(x1-x0))))
     for i in range(0, height, band):
         n = min(band, height-i)
@@ -139,6 +141,7 @@ def thumbnail(self:Slide,
     max_side:int=1024, # pixels of the longer side
 ): # uint8 (height, width, 3)
     "The whole slide, small."
+    checked_number(max_side, 'the side of a thumbnail', 1)
     return self.read(max(self.spacing, max(self.size)*self.spacing/max_side))
 
 @patch
@@ -251,6 +254,13 @@ def _remove_small(mask, area):
     return (np.bincount(objects.ravel()) >= area)[objects] & mask if n else mask
 
 # %% ../nbs/05_slides.ipynb #45b5c680
+def checked_number(v, what, low=0., high=math.inf, open=False): # the same
+    "A number, if it is finite and from `low` to `high`; with `open`, above `low`."
+    if not (isinstance(v, numbers.Real) and not isinstance(v, (bool, np.bool_)) and math.isfinite(v) and low <= v <= high and (v > low or not open)):
+        limits = f'above {low:g}' if open else f'at least {low:g}'
+        raise InputError(f"{what} is {v!r}; it must be a number {limits}{f' and at most {high:g}' if high < math.inf else ''}")
+    return v
+
 def checked_pixels(rgb): # the same
     "Pixels, if they are uint8 (height, width, 3)."
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or not rgb.size: raise InputError(f'pixels must be uint8 (height, width, 3), not {rgb.dtype} {rgb.shape}: scale them to 0..255 and convert')
@@ -292,9 +302,12 @@ def _given_mask(slide, source, spacing, shape):
             image = pyvips.Image.new_from_file(str(source), access='sequential', fail_on='truncated')
             h, w, (H, W) = image.height, image.width, shape
             thin = image.subsample(max(1, w//W), max(1, h//H)) # pixels as they are, no means: they may be numbers of classes
-            thin = (thin.extract_band(0, n=1 if thin.bands < 3 else 3) > 0).bandor()
-            found = np.frombuffer(pyvips.Region.new(thin).fetch(0, 0, thin.width, thin.height), np.uint8).reshape(thin.height, thin.width) > 0
+            values = np.frombuffer(pyvips.Region.new(thin.cast('float')).fetch(0, 0, thin.width, thin.height), np.float32).reshape(thin.height, thin.width, thin.bands)
         except pyvips.Error as e: raise InputError(f'{source} is not an image of a tissue mask ({reason(e)})') from None
+        alpha, values = (values[..., -1] > 0, values[..., :-1]) if image.hasalpha() else (True, values)
+        least = values.max()/2 if image.get('vips-loader') == 'jpegload' or len(np.unique(values)) > 32 else 0 # shades and not classes: a JPEG has some around its edges
+        found = (values > least).any(-1) & alpha
+        if H*spacing/h > 500: raise InputError(f'{source}: a mask of {h} x {w} pixels is too coarse for a slide of {H*spacing/1000:.3g} x {W*spacing/1000:.3g} mm: its pixels may measure 500 microns at most')
         if abs(h*W/(w*H)-1) > .01+1/min(h, w, H, W): raise InputError(f'{source}: a mask of {h} x {w} pixels does not fit a slide of {H} x {W} at {spacing:g} microns: it must show the whole slide')
     rows, columns = (((np.arange(n)+.5)*m/n).astype(int) for n, m in zip(shape, found.shape))
     return found[rows[:, None], columns]
@@ -320,11 +333,10 @@ def tissue_mask(
     smallest:float=20_000., # square microns; objects below go
     largest_hole:float=50_000., # square microns; holes up to this are filled
     pen:bool=True, # leave out `pen_marks`; False for other stains than haematoxylin and eosin
-    source=None, # the path of a mask of the whole slide (not zero: tissue), or a network as in `network_mask`, instead of colour
+    source=None, # the path of a mask of the whole slide, or a network as in `network_mask`, instead of colour. Tissue is what is not zero and not transparent; in shades (a JPEG, or more than 32 values) what is brighter than half
 ): # (bool (height, width), spacing in microns per pixel)
     "Where the tissue is."
-    for name, v in dict(spacing=spacing, threshold=1 if threshold is None else threshold, smallest=smallest, largest_hole=largest_hole).items():
-        if not (isinstance(v, numbers.Real) and math.isfinite(v) and (v > 0 or v == 0 and name != 'spacing')): raise InputError(f'{name} {v!r} of a tissue mask must be a positive number')
+    for name, v in dict(spacing=spacing, threshold=1 if threshold is None else threshold, smallest=smallest, largest_hole=largest_hole).items(): checked_number(v, f'{name} of a tissue mask', open=name == 'spacing')
     if isinstance(slide, Slide):
         spacing = max(spacing, slide.spacing)
         if source is None: rgb = slide.read(spacing)
@@ -433,6 +445,7 @@ def biopsies(
     **kwargs, # for `tissue_mask`
 ) -> list: # of `Biopsy`, in the order in which they lie
     "The biopsies on a slide."
+    for name, v in dict(gap=gap, turn=turn, least=least).items(): checked_number(v, f'{name} of biopsies')
     found, at = mask if mask is not None else tissue_mask(slide, **kwargs)
     labels, n = ndimage.label(found, np.ones((3, 3)))
     if not n: return []

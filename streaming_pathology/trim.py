@@ -6,21 +6,21 @@
 __all__ = ['ORIGIN', 'cut', 'Trim', 'trim_slide', 'each_apart', 'trim_slides']
 
 # %% ../nbs/08_trim.ipynb #t0000003
-import dataclasses, io, json, math, time
+import dataclasses, io, json, math, time, zlib
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pyvips
+import numpy as np, pyvips, torch
 from matplotlib.figure import Figure
 from scipy import ndimage
 from tqdm.auto import tqdm
 from .geometry import InputError
-from .files import COARSEST, FINEST, locked, reason, write_csv, write_tiff, write_whole
-from .slides import PixelRows, Slide, biopsies, checked_colour, draw_tissue, worker_pool
-from .cohorts import check_ids, read_table
+from .files import COARSEST, FINEST, locked, reason, slide_key, write_csv, write_tiff, write_whole
+from .slides import Biopsy, PixelRows, Slide, biopsies, checked_colour, checked_number, draw_tissue, worker_pool
+from .cohorts import Case, check_ids, leaks, read_table, safe_id, several
 
 # %% ../nbs/08_trim.ipynb #t0000007
 class _Cut:
@@ -42,9 +42,10 @@ class _Cut:
         step = np.ceil(np.array(size)*spacing/at).astype(int)
         start = (self.axes@np.full(2, at/2)+self.origin)/at-.5
         labels = ndimage.affine_transform(biopsy.labels, self.axes, start, tuple(step), order=0)
-        near = ndimage.distance_transform_edt(labels != biopsy.number)*at <= max(margin, at)
-        others = (labels > 0) & (labels != biopsy.number)
-        if others.any(): others = (ndimage.distance_transform_edt(~others)*at < 24) & (labels != biopsy.number)
+        self.tissue, self.at = labels == biopsy.number, at
+        near = ndimage.distance_transform_edt(~self.tissue)*at <= max(margin, at)
+        others = (labels > 0) & ~self.tissue
+        if others.any(): others = (ndimage.distance_transform_edt(~others)*at < 24) & ~self.tissue
         self.clear = ~near if background else others
         self.fill = np.array(background or slide.glass, np.uint8)
         self.place = [np.minimum(((np.arange(n)+.5)*spacing/at).astype(int), m-1) for n, m in zip(size, step)]
@@ -57,6 +58,11 @@ class _Cut:
         clear = self.clear[self.place[0][rows][:, None], self.place[1][columns]]
         if clear.any(): image = np.where(clear[..., None], self.fill, image)
         return image
+
+    def mask(self): # bool
+        "Where the tissue is, about as fine as it was found."
+        rows, columns = (k[((np.arange(m := max(1, round(len(k)*self.spacing/self.at)))+.5)*len(k)/m).astype(int)] for k in self.kept)
+        return self.tissue[self.place[0][rows][:, None], self.place[1][columns]]
 
     def window(self, top, bottom):
         "Rows of the frame, nothing left out and nothing painted."
@@ -88,7 +94,8 @@ def cut(
     background=None, # (red, green, blue) of all that is farther than `margin` from the tissue; None: as it is
 ) -> PixelRows: # read as it is asked for
     "A biopsy as an image of its own."
-    if not margin >= 0: raise InputError(f'margin {margin} must be a number of microns, not below 0')
+    checked_number(spacing, 'the spacing of a cut', FINEST, COARSEST); checked_number(margin, 'the margin of a cut', 0, 1e5)
+    if not (isinstance(slide, Slide) and isinstance(biopsy, Biopsy)): raise InputError(f'cut takes a Slide and one of its biopsies, not {type(slide).__name__} and {type(biopsy).__name__}')
     if background is not None: background = checked_colour(background)
     pixels = _Cut(slide, biopsy, float(spacing), float(margin), upright, squeeze, background)
     return PixelRows(pixels, tuple(map(len, pixels.kept)))
@@ -109,9 +116,13 @@ class Trim:
     pen: bool = True              # leave out ink of felt pens
 
     def __post_init__(self):
-        for name, low, high in (('spacing', FINEST, COARSEST), ('margin', 0, 1e5), ('quality', 1, 100), ('gap', 0, 1e6), ('least', 0, 1e6)):
-            if not low <= getattr(self, name) <= high: raise InputError(f'{name} {getattr(self, name)} of a trimming must be from {low:g} to {high:g}')
-        if self.background is not None: checked_colour(self.background)
+        plain = {n: float(checked_number(getattr(self, n), f'{n} of a trimming', low, high)) for n, low, high in (('spacing', FINEST, COARSEST), ('margin', 0, 1e5), ('quality', 1, 100), ('gap', 0, 1e6), ('least', 0, 1e6))}
+        if plain['quality'] % 1: raise InputError(f'quality of a trimming is {self.quality!r}; it must be a whole number')
+        for n in ('upright', 'squeeze', 'override_spacing', 'pen'):
+            if not isinstance(getattr(self, n), (bool, np.bool_)): raise InputError(f'{n} of a trimming is {getattr(self, n)!r}; it must be True or False')
+            plain[n] = bool(getattr(self, n))
+        plain |= dict(quality=int(plain['quality']), background=None if self.background is None else checked_colour(self.background))
+        for n, v in plain.items(): object.__setattr__(self, n, v) # numbers that a file can hold
 
 def _stamp(path):
     "What tells one state of a slide's files from another."
@@ -126,19 +137,28 @@ def _done(note, out, stamp):
     "The note on a slide, if the slide is the same and all that the note names is there and as large as it was."
     try:
         said = json.loads(note.read_text())
-        return said if said['stamp'] == stamp and all(_written(out, f['path'])['bytes'] == f['bytes'] for f in (said['overview'], *said['files'])) else None
+        return said if said['stamp'] == stamp and all(_written(out, f['path'])['bytes'] == f['bytes'] for f in _files(said)) else None
     except (OSError, ValueError, KeyError, TypeError): return None
 
+def _files(said): return said['overview'], *said['files'], *(f['mask'] for f in said['files']) # that a note names
+
+def _known(task):
+    "The note on a slide that is done, or None; and what tells its present state."
+    path, mask, note = Path(task['path']), task['mask'] and Path(task['mask']), Path(task['out'])/'notes'/f"{task['slide_id']}.json"
+    if not path.exists(): return None, None
+    stamp = [_stamp(path), task['path'], task['spacing'], task['mask'], _stamp(mask) if mask and mask.exists() else None, task['version']]
+    said = _done(note, Path(task['out']), stamp)
+    return said and {**said, 'seconds': None}, stamp
+
 def trim_slide(task) -> dict: # the note on it
-    "Find, cut and write the biopsies of one slide; `task`: slide_id, path, spacing (or None), mask (its path, or None), out, and `settings`, those of `Trim`."
+    "Find, cut and write the biopsies of one slide; `task`: slide_id, path, spacing (or None), mask (its path, or None), network (or None) with its version, out, and `settings`, those of `Trim`."
     out, s = Path(task['out']), Trim(**task['settings'])
-    path, name = Path(task['path']), task['slide_id']
-    start, stamp = time.perf_counter(), [_stamp(path), task['path'], task['spacing'], task['mask']] if path.exists() else None
-    note = out/'notes'/f'{name}.json'
-    if stamp and (said := _done(note, out, stamp)): return {**said, 'seconds': None}
+    path, name, start = Path(task['path']), task['slide_id'], time.perf_counter()
+    note, (said, stamp) = out/'notes'/f'{name}.json', _known(task)
+    if said: return said
     with Slide(path, task['spacing'], override=s.override_spacing and task['spacing'] is not None, warn=False) as slide:
         slide.read(s.spacing, (0, 0, 1, 1)) # refuses a spacing that the slide does not have, before anything is written
-        found = biopsies(slide, gap=s.gap, least=s.least, pen=s.pen, source=task['mask'])
+        found = biopsies(slide, gap=s.gap, least=s.least, pen=s.pen, source=task['mask'] or task['network'])
         if not found: raise InputError(f'{path} has no biopsy of at least {s.least:g} square mm that could be found: look at it, and leave it out if it is blank')
         figure = Figure((5, max(1.5, min(10, 5*slide.size[0]/slide.size[1]))))
         draw_tissue(slide, found, figure.add_axes((0, 0, 1, 1)))
@@ -146,15 +166,18 @@ def trim_slide(task) -> dict: # the note on it
         files = []
         for b in found:
             rows = cut(slide, b, s.spacing, s.margin, s.upright, s.squeeze, s.background)
-            where = f'biopsies/{name}_{b.number}.tiff'
+            where, tissue = f'biopsies/{name}_{b.number}.tiff', f'masks/{name}_{b.number}.tiff'
             try: write_tiff(rows.image(512), out/where, s.spacing, 'jpeg', quality=s.quality)
             except (InputError, pyvips.Error) as e: raise rows.failed or InputError(f'{path}: {reason(e)}') from None
             if rows.failed: raise rows.failed
+            write_tiff(rows.pixels.mask()*np.uint8(255), out/tissue, min(b.spacing, COARSEST), nearest=True)
             top, left, height, width = b.region(slide.spacing, s.margin)
-            files.append(dict(_written(out, where), source_id=name, biopsy=b.number, height=rows.shape[2], width=rows.shape[3], area=round(b.area(), 4), source=str(path), source_spacing=slide.spacing,
+            files.append(dict(_written(out, where), mask=_written(out, tissue), source_id=name, biopsy=b.number, height=rows.shape[2], width=rows.shape[3], area=round(b.area(), 4), source=str(path), source_spacing=slide.spacing,
                               source_top=top, source_left=left, source_height=height, source_width=width, angle=round(b.angle, 2) if s.upright else 0.))
-    said = dict(slide_id=name, stamp=stamp, overview=_written(out, overview), files=files, warnings=slide.contradictions)
+    said, former = dict(slide_id=name, stamp=stamp, overview=_written(out, overview), files=files, warnings=slide.contradictions), set()
+    with suppress(OSError, ValueError, KeyError, TypeError): former = {f['path'] for f in _files(json.loads(note.read_text()))}
     write_whole(note, json.dumps(said))
+    for p in former-{f['path'] for f in _files(said)}: (out/p).unlink(missing_ok=True) # biopsies that a former state of the slide had
     return {**said, 'seconds': time.perf_counter()-start}
 
 # %% ../nbs/08_trim.ipynb #t0000010
@@ -173,7 +196,7 @@ def each_apart(
         try: return t, future.result(), None
         except BrokenProcessPool: return None
         except Exception as e: return t, None, e
-    waiting, running, suspects, workshop = deque(tasks), {}, [], worker_pool(workers)
+    waiting, running, suspects, workshop = deque(tasks), {}, [], worker_pool(workers) # which start with the first task
     try:
         while waiting or running:
             while waiting and len(running) < workers: # no more than that, so that few are under suspicion
@@ -205,25 +228,49 @@ def trim_slides(
     settings=Trim(),
     workers:int=0, # processes; 0: this one
     progress:bool=True, # a progress bar
+    network=None, # finds the tissue of slides without a mask, as in `network_mask`; sent to the processes
 ) -> dict: # slides, biopsies, skipped, failed: {slide_id: reason}, warnings; others: biopsies of a former run's other slides
-    "Cut the biopsies of a cohort: biopsies/*.tiff, overview/*.jpg, failed.csv and, last, manifest.csv, one row a biopsy with the label of its slide."
+    "Cut the biopsies of a cohort: biopsies/*.tiff, masks/*.tiff of their tissue, overview/*.jpg, failed.csv and, last, manifest.csv, one row a biopsy with the label of its slide. What the manifest does not name does not count."
     out, cases = Path(out), list(cases)
     check_ids(cases)
-    with _claimed(out, settings): return _trim_slides(cases, out, settings, workers, progress)
+    for c in cases:
+        try: safe_id(f'{c.slide_id}_9999')
+        except ValueError as e: raise InputError(f'the biopsies of {c.slide_id!r} could not be named: {e}') from None
+    with _claimed(out, settings): return _trim_slides(cases, out, settings, workers, progress, network)
 
-def _trim_slides(cases, out, settings, workers, progress):
-    tasks = {c.slide_id: dict(slide_id=c.slide_id, path=str(c.path.absolute()), spacing=c.spacing, mask=c.mask and str(c.mask.absolute()), out=str(out), settings=dataclasses.asdict(settings)) for c in cases}
-    done, failed = {}, {}
-    with tqdm(total=len(tasks), desc='trimming slides', disable=not progress) as bar:
-        for t, said, e in each_apart(trim_slide, tasks.values(), workers):
+def _weights_version(network): # a checksum
+    return None if network is None else zlib.crc32(b''.join([repr(network).encode(), *(v.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for v in network.state_dict().values())]))
+
+def _former(out, name, columns, ids):
+    "The rows of a table of a former run, but for those of the slides `ids`."
+    if not (out/name).exists(): return []
+    try: return [r for r in read_table(out/name, columns) if r[columns[0]] not in ids]
+    except InputError as e: raise InputError(f'{e}. Delete it and trim all slides of {out} once more: what is done is not done again') from None
+
+def _check_together(cases, former, out):
+    "Refuse slides that do not go together with those of a former run."
+    names, files = {c.slide_id.casefold(): c for c in cases}, {slide_key(c.path): c for c in cases}
+    for r in former:
+        if c := names.get(r['source_id'].casefold()): raise InputError(f"{out} has a slide {r['source_id']!r}, and {c.slide_id!r} differs from it by its capitals only: give it another id")
+        if c := files.get(slide_key(r['source'])): raise InputError(f"{c.path} is in {out} already, as {r['source_id']!r}: give it that id, or choose another folder")
+    if leak := leaks([*cases, *(Case(r['source_id'], None, Path(r['source']), r['patient_id'], r['split']) for r in former)]):
+        raise InputError(several(f'with these slides {len(leak)} patients in {out} would be in more than one split', leak))
+
+def _trim_slides(cases, out, settings, workers, progress, network):
+    tasks = {c.slide_id: dict(slide_id=c.slide_id, path=str(c.path.absolute()), spacing=c.spacing, mask=c.mask and str(c.mask.absolute()), network=None if c.mask else network, version=None if c.mask else _weights_version(network),
+                              out=str(out), settings=dataclasses.asdict(settings)) for c in cases}
+    former, former_failed = _former(out, 'manifest.csv', ['source_id', 'source', 'patient_id', 'split'], tasks), _former(out, 'failed.csv', ['slide_id', 'reason'], tasks)
+    _check_together(cases, former, out)
+    done, failed = {n: said for n, t in tasks.items() if (said := _known(t)[0])}, {}
+    with tqdm(total=len(tasks), initial=len(done), desc='trimming slides', disable=not progress) as bar:
+        for t, said, e in each_apart(trim_slide, [t for n, t in tasks.items() if n not in done], workers):
             name = t['slide_id']; bar.update()
             if e is None: done[name] = said
             else: failed[name] = str(e) if t['path'] in str(e) else f"{t['path']}: {str(e) or type(e).__name__}"
-    rows = [dict(slide_id=f"{c.slide_id}_{f['biopsy']}", label=c.label, path=f['path'], patient_id=c.patient_id, split=c.split, spacing=settings.spacing, grade=c.grade, **{k: f[k] for k in ORIGIN})
+    rows = [dict(slide_id=f"{c.slide_id}_{f['biopsy']}", label=c.label, path=f['path'], patient_id=c.patient_id, split=c.split, spacing=settings.spacing, grade=c.grade, mask=f['mask']['path'], **{k: f[k] for k in ORIGIN})
             for c in cases if c.slide_id in done for f in done[c.slide_id]['files']]
-    def others(name, key): return [r for r in read_table(out/name, [key]) if r[key] not in tasks] if (out/name).exists() else []
-    write_csv(out/'failed.csv', [*others('failed.csv', 'slide_id'), *(dict(slide_id=k, reason=v) for k, v in failed.items())], ['slide_id', 'reason'])
-    write_csv(out/'manifest.csv', [*(former := others('manifest.csv', 'source_id')), *rows], ['slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'grade', *ORIGIN])
+    write_csv(out/'failed.csv', [*former_failed, *(dict(slide_id=k, reason=v) for k, v in failed.items())], ['slide_id', 'reason'])
+    write_csv(out/'manifest.csv', [*former, *rows], ['slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'grade', 'mask', *ORIGIN])
     return dict(slides=len(done), biopsies=len(rows), others=len(former), skipped=sum(d['seconds'] is None for d in done.values()), failed=failed, warnings=[w for d in done.values() for w in d['warnings']])
 
 @contextmanager
@@ -239,5 +286,8 @@ def _claimed(out, settings):
             if different := [k for k in now if before.get(k) != now[k]]: raise InputError(f"{out} was trimmed with other settings ({different[0]} was {before.get(different[0])!r}, now {now[different[0]]!r}): choose another folder, or the settings of before")
         elif any(not p.name.startswith('.') for p in out.iterdir()): raise InputError(f'{out} is not empty and no folder of trimmed biopsies: choose another folder')
         else: write_whole(note, json.dumps(now))
-        for p in out.rglob('.*.partial'): p.unlink(missing_ok=True) # of a run that was killed
-        yield
+        def clear(): # of a run that was stopped, this or one before
+            for p in out.rglob('.*.partial'): p.unlink(missing_ok=True)
+        clear()
+        try: yield
+        finally: clear()

@@ -1,10 +1,11 @@
 "What the commands do with bad input: one `error:` line that names the thing, exit status 2, no traceback, nothing half-written."
-import json, os, re, shutil, signal, subprocess, sys, time
+import json, os, re, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, pyvips, torch
+from PIL import Image
 from streaming_pathology import cli
 from streaming_pathology.cohorts import tiny_cohort
-from streaming_pathology.files import sample_slide
+from streaming_pathology.files import sample_slide, write_tiff
 from streaming_pathology.synthetic import write_cohort
 
 QUICK = ['--spacing', 4, '--epochs', 1, '--batch', 4, '--strip', 64, '--heatmaps', 0, '--lr', 1e-3]
@@ -255,6 +256,30 @@ def test_interrupted_demo_leaves_nothing(tmp_path, capsys, monkeypatch):
     refused(capsys, ['demo', '--tiny', '--out', tmp_path/'demo'], 'interrupted', status=130)
     assert not list(tmp_path.iterdir())
 
+@pytest.mark.parametrize('stain', [(60, 90, 170)])
+def test_ink_that_is_no_ink(tmp_path, capsys, stain):
+    "Slides in a stain that looks like ink are trimmed, trained on and predicted whole where one says so; from trimmed ones it need not be said again."
+    folder = tiny_cohort(tmp_path/'cohort', n=8, size=(96, 96)).parent
+    for p in (folder/'slides').iterdir():
+        rgb = np.full((96, 96, 3), 243, np.uint8); rgb[20:70, 20:80] = (200, 120, 180); rgb[20:70, 20:48] = stain
+        write_tiff(rgb, p, 4.)
+    boxes = {}
+    for name, argv in (('ink', []), ('stain', ['--no-pen'])):
+        assert cli.main(['train', folder/'manifest.csv', tmp_path/name, *QUICK, *argv]) == 0
+        with Image.open(next((tmp_path/name/'images').iterdir())) as im: boxes[name] = im.size
+        assert cli.main(['predict', tmp_path/name/'checkpoints/best.pt', folder/'manifest.csv', tmp_path/f'{name}.csv']) == 0
+        keep = lambda p: [l.split(',')[:4] for l in p.read_text().splitlines()]
+        assert keep(tmp_path/f'{name}.csv') == keep(tmp_path/name/'predictions.csv')
+    assert boxes['stain'][0] > boxes['ink'][0]
+    assert cli.main(['trim', folder/'manifest.csv', tmp_path/'trimmed', '--spacing', 4, '--least', .001, '--no-pen', '--workers', 1]) == 0
+    assert cli.main(['train', tmp_path/'trimmed/manifest.csv', tmp_path/'again', *QUICK]) == 0
+    with Image.open(next((tmp_path/'again/images').iterdir())) as im: assert abs(np.subtract(im.size, boxes['stain'])).max() <= 32
+
+def test_biopsies_that_turn_beyond_their_canvas(cohort, tmp_path, capsys):
+    assert cli.main(['train', cohort/'manifest.csv', tmp_path/'run', *QUICK, '--augment', 'paper', '--size', '64,64']) == 0
+    err = capsys.readouterr().err
+    assert err.count('the augmentation may turn or scale 8 of 8 slides beyond the canvas of 64 x 64') == 1 and 'larger than' not in err, err
+
 def test_full_disk(cohort, trained, tmp_path, capsys, monkeypatch):
     def full(f): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
@@ -282,6 +307,38 @@ def test_a_trimming_that_is_stopped_ends_at_once(tmp_path, workers):
     while not (tmp_path/'out/overview').exists() or not any((tmp_path/'out/overview').glob('*.jpg')): assert p.poll() is None; time.sleep(.05)
     time.sleep(1); p.send_signal(signal.SIGINT); begun = time.perf_counter()
     _, err = p.communicate(timeout=60)
+    assert not any((tmp_path/'out').rglob('*.partial'))
     assert time.perf_counter()-begun < 15 and p.returncode == 130 and err.strip().splitlines()[-1] == 'error: interrupted' and 'Traceback' not in err, err
     assert not any((tmp_path/'out').glob('biopsies/*.tiff'))
     assert 'other settings' in subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
+
+def trimmed_tree(out): return {p.relative_to(out): p.read_bytes() for p in out.rglob('*') if p.is_file() and p.parent.name != 'notes'}
+
+def test_a_trimming_that_is_killed_goes_on(tmp_path):
+    "At any moment, and with a second process that tries to write there too: in the end all is there as if nothing had happened."
+    manifest = write_cohort(tmp_path/'cohort', n=6, size=(256, 384), spacing=2., progress=False)
+    def command(out): return [sys.executable, '-m', 'streaming_pathology.cli', 'trim', manifest, tmp_path/out, '--spacing', '2', '--least', '.01', '--workers', '1']
+    begun = time.perf_counter(); subprocess.run(command('whole'), check=True, capture_output=True); whole = time.perf_counter()-begun
+    refusals = 0
+    for share in (.7, .9):
+        p = subprocess.Popen(command('killed'), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        time.sleep(.5*share*whole)
+        other = subprocess.Popen(command('killed'), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        time.sleep(.5*share*whole); p.kill(); p.wait()
+        other.kill(); refusals += 'another process' in other.communicate()[1]
+    last = [subprocess.Popen(command('killed'), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate(timeout=120)[1] for p in last]
+    assert sorted(p.returncode for p in last) in ([0, 2], [0, 0]) and all('another process' in s for s, p in zip(said, last) if p.returncode), said
+    a, b = trimmed_tree(tmp_path/'whole'), trimmed_tree(tmp_path/'killed')
+    assert a.keys() == b.keys() and [k for k in a if a[k] != b[k]] == []
+
+def test_trimming_onto_a_full_disk(tmp_path):
+    "Every slide that could not be written is named, nothing half-written is there, and with room again it goes on."
+    manifest = write_cohort(tmp_path/'cohort', n=3, size=(256, 384), spacing=2., progress=False)
+    command = [sys.executable, '-m', 'streaming_pathology.cli', 'trim', manifest, tmp_path/'out', '--spacing', '2', '--least', '.01', '--workers', '0']
+    def little(): # files of 20 kB at most; what libvips writes beyond that is an error, not a signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=little)
+    assert done.returncode == 2 and '3 slides failed' in done.stderr and 'Traceback' not in done.stderr and 'cannot be written' in (tmp_path/'out/failed.csv').read_text(), done.stderr
+    assert not any((tmp_path/'out').rglob('*.partial')) and not any((tmp_path/'out/biopsies').glob('*'))
+    assert subprocess.run(command, capture_output=True).returncode == 0

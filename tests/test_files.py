@@ -1,8 +1,8 @@
 "Every format opens, with the right pixels and spacing; and what is damaged is refused in one sentence, never taken, never a crash."
 import json, shutil, struct, warnings, zipfile, zlib
-import numpy as np, openslide, pytest, pyvips
+import numpy as np, openslide, pytest, pyvips, tifffile
 from PIL import Image
-from streaming_pathology.cohorts import Case
+from streaming_pathology.cohorts import Case, read_manifest
 from streaming_pathology.data import SlideDataset, check_cohort
 from streaming_pathology.files import open_reader, sample_slide, write_tiff
 from streaming_pathology.geometry import InputError
@@ -51,6 +51,26 @@ def test_contradictions(tmp_path, formats):
     with pytest.warns(UserWarning, match='0.25 by its given spacing; 0.5 is used'): assert abs(Slide(formats['pages.tif'], spacing=.25).spacing-.5) < 1e-3
     with pytest.warns(UserWarning, match='0.5 by its resolution tags; 0.25 is used'): assert Slide(formats['pages.tif'], spacing=.25, override=True).spacing == .25
 
+def test_openslide_against_the_tags(tmp_path):
+    "The scanner's own words are used, the resolution tags beside them reported."
+    path = tmp_path/'a.svs'
+    rgb = made.pixels((440, 440))
+    with tifffile.TiffWriter(path) as t:
+        for f in (1, 4): t.write(rgb[::f, ::f], tile=(256, 256), description='Aperio Image Library v11.2.1 \r\n440x440 [0,0 440x440] (256x256) JPEG/RGB Q=95|AppMag = 20|MPP = 0.5', resolution=(1e4/.4, 1e4/.4), resolutionunit='CENTIMETER', software=False, **made.TIFFS)
+    with pytest.warns(UserWarning, match='0.5 microns per pixel by its properties of the scanner, but 0.4 by its resolution tags; 0.5 is used'): assert Slide(path).spacing == .5
+
+def test_other_channels(tmp_path):
+    "Of a TIFF's other channels only those that say so are transparency; tiles of one colour each are refused."
+    rgb, more = made.pixels((440, 450))[:140, :150], np.full((140, 150, 1), 100, np.uint8)
+    kwargs = dict(resolution=(2e4, 2e4), resolutionunit='CENTIMETER', metadata=None)
+    for kind, kept in (('unspecified', True), ('unassalpha', False)):
+        tifffile.imwrite(tmp_path/'a.tif', np.dstack([rgb, more]), photometric='rgb', extrasamples=[kind], **kwargs)
+        assert (Slide(tmp_path/'a.tif').read(.5) == rgb).all() == kept
+    tifffile.imwrite(tmp_path/'a.tif', np.dstack([rgb[..., :1], more]), photometric='minisblack', planarconfig='contig', extrasamples=['unspecified'], **kwargs)
+    with pytest.raises(InputError, match='has 2 channels'): Slide(tmp_path/'a.tif')
+    tifffile.imwrite(tmp_path/'a.tif', np.moveaxis(rgb, -1, 0), photometric='rgb', planarconfig='separate', tile=(64, 64), **kwargs)
+    with pytest.raises(InputError, match='tiles of its own'): Slide(tmp_path/'a.tif')
+
 def test_label_and_macro_stay(formats):
     "No way leads to the label or the macro photograph."
     for name in ('aperio.svs', 'sample.svs', 'dicom', 'hamamatsu.ndpi', 'leica.scn', 'philips.tiff', 'ventana.bif'):
@@ -66,6 +86,8 @@ def test_dicom_folders(tmp_path, formats):
     with pytest.raises(InputError, match='holds 2 slides'): Slide(tmp_path/'two')
     (tmp_path/'empty').mkdir()
     with pytest.raises(InputError, match='without DICOM'): Slide(tmp_path/'empty')
+    (tmp_path/'m.csv').write_text('slide_id,label,path,patient_id,split\n'+''.join(f'{p.parent.name}{p.stem},{k},{p},p{k},{s}\n' for k, (p, s) in enumerate(((formats['dicom']/'level0.dcm', 'train'), (formats['dicom']/'level1.dcm', 'test')))))
+    with pytest.raises(InputError, match='line 3: .*level1.dcm is the slide that was given on line 2'): read_manifest(tmp_path/'m.csv')
 
 # ---- a corpus of damaged files
 
@@ -98,6 +120,8 @@ def wrong(formats, folder):
         (folder/f'text.{ending}').write_text('slide_id,label\n')
         with zipfile.ZipFile(folder/f'zip.{ending}', 'w') as z: z.writestr('slide.tif', bytes(1000))
         (folder/f'random.{ending}').write_bytes(np.random.default_rng(len(ending)).bytes(3000))
+        (folder/f'drawing.{ending}').write_text('<svg xmlns="http://www.w3.org/2000/svg" width="500" height="400"><rect width="300" height="300" fill="purple"/></svg>')
+        Image.fromarray(made.pixels()).save(folder/f'animation.{ending}', 'GIF'); Image.fromarray(made.pixels()).save(folder/f'bitmap.{ending}', 'PPM')
     (folder/'folder.svs').mkdir()
 
 def crafted(formats, folder):

@@ -71,6 +71,12 @@ def test_mask_from_a_file(tmp_path):
         assert at == 8. and mask.shape == (250, 450) and dice(mask, b.mask[::2, ::2] > 0) > .95
         with pytest.raises(InputError, match='does not fit'): tissue_mask(s, source=tmp_path/'other.png')
         with pytest.raises(InputError, match='is not an image'): tissue_mask(s, source=tmp_path/'a.csv')
+        layer = np.dstack([np.full_like(b.mask, 90)]*3+[(b.mask > 0)*np.uint8(255)]) # painted on a transparent layer
+        for name, pixels in {'layer.png': layer, 'grey.png': layer[..., 2:], 'shades.jpg': (b.mask > 0)*np.uint8(255), 'classes.png': b.mask, 'deep.png': b.mask.astype(np.uint16)}.items():
+            Image.fromarray(pixels).save(tmp_path/name)
+            assert dice(tissue_mask(s, source=tmp_path/name)[0], b.mask[::2, ::2] > 0) > .98, name
+        Image.fromarray(b.mask[:1, :1]+np.uint8(1)).save(tmp_path/'dot.png')
+        with pytest.raises(InputError, match='too coarse'): tissue_mask(s, source=tmp_path/'dot.png')
 
 def test_mask_from_a_network(tmp_path):
     "A streamed network in the place of colour: here one that finds what is darker than glass."

@@ -27,7 +27,7 @@ from .files import SUFFIXES, sample_slide, write_csv, write_whole
 from .slides import Slide
 from .synthetic import write_cohort
 from .augment import Augmentation
-from .cohorts import Case, read_manifest, resolve_splits, safe_id, several
+from .cohorts import Case, check_files, read_manifest, resolve_splits, safe_id, several
 from .data import channel_statistics, check_cohort, sample_patches, slide_loader, turned_out
 from .trim import Trim, trim_slides
 from .training import Cosine, CSVLog, TensorBoardLog, fit, predict
@@ -344,15 +344,21 @@ def find_slides(path, spacing=None, labels=(0, 1), override=False): # list of `C
     else:
         files = sorted(p for p in path.iterdir() if not p.name.startswith('.') and (p.suffix.lower() in SUFFIXES or _is_dicom(p))) if path.is_dir() and not _is_dicom(path) else [path]
         if not files: raise InputError(f"{path}: no slides in this folder; their names end in {', '.join(sorted(SUFFIXES))}")
-        cases, wrong = [Case(p.stem, None, p, p.stem) for p in files], []
+        cases, wrong = [Case(p.stem, None, p, p.stem, mask=_trimmed_mask(p)) for p in files], []
         for c in cases:
             try: safe_id(c.slide_id)
             except ValueError as e: wrong.append(str(e))
         if wrong: raise InputError(several(f'{path}: {len(wrong)} files have names that cannot be ids; rename them, or give a manifest', wrong))
+        check_files(cases)
         if len({c.slide_id for c in cases}) < len(cases): raise InputError(f'{path}: two slides have the same name but for its ending; give a manifest that names them apart')
     return [replace(c, spacing=spacing) if spacing and not c.spacing and (override or not _says_spacing(c.path)) else c for c in cases]
 
 def _is_dicom(path): return path.is_dir() and any(p.suffix.lower() == '.dcm' for p in path.iterdir())
+
+def _trimmed_mask(path): # or None
+    "The mask that sp_trim wrote beside a biopsy: the tissue that was found there, whatever the stain."
+    mask, note = (path.parent.parent/n for n in (f'masks/{path.name}', 'trim.json'))
+    return mask if path.parent.name == 'biopsies' and mask.is_file() and note.is_file() else None
 
 def _says_spacing(path):
     try:

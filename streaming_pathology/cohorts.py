@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'Case', 'read_table', 'Row', 'finite_number', 'safe_id', 'several', 'read_manifest', 'check_ids',
-           'check_classes', 'tiny_cohort', 'apportion', 'split_cohort', 'leaks', 'resolve_splits', 'subset',
-           'read_panda', 'read_camelyon16', 'read_camelyon17']
+           'check_files', 'check_classes', 'tiny_cohort', 'apportion', 'split_cohort', 'leaks', 'resolve_splits',
+           'subset', 'read_panda', 'read_camelyon16', 'read_camelyon17']
 
 # %% ../nbs/08_cohorts.ipynb #c0000003
 import csv, difflib, io, math, numbers, operator, re, warnings
@@ -34,6 +34,8 @@ class Case:
 
     def __post_init__(self):
         if not self.patient_id: object.__setattr__(self, 'patient_id', self.slide_id)
+        for k in ('path', 'mask'):
+            if isinstance(v := getattr(self, k), str): object.__setattr__(self, k, Path(v))
 
 # %% ../nbs/08_cohorts.ipynb #fc901b5d
 def _table(path, way_out='give the path of a CSV manifest'):
@@ -167,6 +169,12 @@ def check_ids(cases):
     "Refuse cases of which two have one id, as what is made of them is stored under it."
     if twice := [i for i, n in Counter(c.slide_id.casefold() for c in cases).items() if n > 1]:
         raise InputError(f"two slides have the id {twice[0]!r}: {' and '.join(str(c.path) for c in cases if c.slide_id.casefold() == twice[0])}; give each its own")
+
+def check_files(cases):
+    "Refuse cases of which two are one slide, as it could be in training and test."
+    files = {}
+    for c in cases:
+        if (d := files.setdefault(slide_key(c.path), c)) is not c: raise InputError(f'{c.slide_id!r} ({c.path}) is the same slide as {d.slide_id!r} ({d.path}): leave out one of them')
 
 def check_classes(cases, where, split=None):
     "Refuse a cohort, or one split of it, without two classes to tell apart."
@@ -322,7 +330,7 @@ def read_panda(
     "The PANDA challenge's training set."
     folder, kinds = Path(folder), ('binary', 'isup', 'primary', 'secondary')
     if label not in kinds: raise InputError(f"label {label!r} is none of {', '.join(kinds)}")
-    if isinstance(providers, str): providers = (providers,)
+    providers = (providers,) if isinstance(providers, str) else tuple(providers)
     if not providers or (wrong := set(providers)-{'radboud', 'karolinska'}): raise InputError(f"providers {providers!r}: give 'radboud', 'karolinska' or both")
     rows = read_table(folder/'train.csv', ['image_id', 'data_provider', 'isup_grade', 'gleason_score'], way_out="give PANDA's folder")
     images, masks = (_files(folder/d) for d in ('train_images', 'train_label_masks'))
@@ -333,7 +341,7 @@ def read_panda(
             isup, name, (primary, secondary) = finite_number(r['isup_grade'], 'isup_grade'), safe_id(r['image_id']), _gleason(r['gleason_score'])
             if isup not in range(6): raise ValueError(f"isup_grade {r['isup_grade']!r} is none of 0 to 5")
             if (isup > 0) != (primary > 0): raise ValueError(f"isup_grade {r['isup_grade']} and gleason_score {r['gleason_score']!r} contradict each other")
-            if seen.setdefault(name, r.line) != r.line: raise ValueError(f'image_id {name!r} was given on line {seen[name]} already')
+            if seen.setdefault(name.casefold(), r.line) != r.line: raise ValueError(f'image_id {name!r} was given on line {seen[name.casefold()]} already')
         except ValueError as e: raise InputError(f"{folder/'train.csv'}, line {r.line}: {e}") from None
         if r['data_provider'] in providers: cases.append((name, float(dict(binary=isup > 0, isup=isup, primary=primary, secondary=secondary)[label]), str(primary or '')))
     if not cases: raise InputError(f"{folder/'train.csv'} has no slides of {' or '.join(providers)}")
@@ -352,7 +360,7 @@ def read_camelyon16(
     if table.exists():
         header, rows = _table(table)
         for n, r in [(1, header), *rows]:     # the published file has no header
-            name, kind = r[0].removesuffix('.tif'), r[1].lower() if len(r) > 1 else ''
+            name, kind = re.sub(r'\.tif$', '', r[0], flags=re.I), r[1].lower() if len(r) > 1 else ''
             if n == 1 and kind not in ('tumor', 'normal') and name not in images and not re.fullmatch(r'test_\d+', name.lower()): continue
             if kind not in ('tumor', 'normal'): raise InputError(f'{table}, line {n}: the slide is neither Tumor nor Normal')
             if name in named: raise InputError(f'{table}, line {n}: {name!r} was given before')
@@ -360,6 +368,7 @@ def read_camelyon16(
         if not missing: _complete(folder/'testing/images', list(named), images)
         cases += [Case(i, l, images[i], i, 'test') for i, l in named.items() if i in images]
     if without := [i for i in images if i not in named]: warnings.warn(f"{folder/'testing/images'}: {len(without)} of {len(images)} slides are left out, as testing/reference.csv {'does not name them' if named else 'is not there'}; {without[0]!r} is the first")
+    check_ids(cases)
     return cases
 
 def read_camelyon17(

@@ -24,7 +24,7 @@ from scipy.spatial import KDTree
 from torch import nn
 from .geometry import InputError
 from .streaming import Streamed, stream
-from .files import open_reader, reason, resolve_spacing, sample_slide
+from .files import _Tiff, open_reader, reason, resolve_spacing, sample_slide, transparent
 
 # %% ../nbs/05_slides.ipynb #5b10c766
 def area_average(
@@ -89,7 +89,7 @@ def size_at(self:Slide, spacing:float):
 
 def _check_read(slide, spacing, region):
     "The region as four whole numbers, or `InputError`."
-    if not (isinstance(spacing, (int, float, np.number)) and math.isfinite(spacing) and spacing > 0): raise InputError(f'{slide.path}: cannot read at spacing {spacing!r}: give microns per pixel, such as 1.0')
+    if not (isinstance(spacing, (int, float, np.number)) and 0 < spacing < 1e300): raise InputError(f'{slide.path}: cannot read at spacing {str(spacing)[:20]!r}: give microns per pixel, such as 1.0')
     if spacing < slide.spacing/1.1:
         raise InputError(f'{slide.path} has {slide.spacing:.4g} microns per pixel and cannot be read at {spacing:.4g}: that would invent detail; ask for {slide.spacing:.4g} or more')
     if spacing > 4*slide.spacing*max(slide.size): raise InputError(f'{slide.path}: cannot read at spacing {spacing:g}: the whole slide would be less than a pixel; ask for {slide.spacing*max(slide.size):g} or less')
@@ -121,12 +121,12 @@ def read(self:Slide,
 ) -> np.ndarray: # uint8 (height, width, 3), RGB
     "A region of the slide at any spacing that is not finer than the slide's (but for 10%, by which scanners of one magnification differ), as means over the nearest finer level; white outside the slide."
     top, left, height, width = _check_read(self, spacing, region)
+    if 3*height*width > os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'): raise InputError(f'{self.path}: a region of {height} x {width} pixels does not fit into memory: read a part of it, or use rows')
     level = max((i for i,(*_, s) in enumerate(self.levels) if s <= spacing*1.001), key=lambda i: self.levels[i][2], default=0)
     f = spacing/self.levels[level][2]
     if abs(f-round(f)) < min(1e-4, .1/max(self.levels[level][:2]))*f: f = float(round(f)) # float noise in the file's tags
     if f == 1: return _fetch(self, level, top, left, height, width)
     x0, x1 = math.floor(left*f+1e-6), math.ceil((left+width)*f-1e-6)
-    if 3*height*width > 2**40: raise InputError(f'{self.path}: a region of {height} x {width} pixels does not fit into memory: read a part of it, or use rows')
     out, band = np.empty((height, width, 3), np.uint8), max(1, int(2**25/(3*f*(x1-x0))))
     for i in range(0, height, band):
         n = min(band, height-i)
@@ -256,9 +256,9 @@ def _remove_small(mask, area):
 # %% ../nbs/05_slides.ipynb #45b5c680
 def checked_number(v, what, low=0., high=math.inf, open=False): # the same
     "A number, if it is finite and from `low` to `high`; with `open`, above `low`."
-    if not (isinstance(v, numbers.Real) and not isinstance(v, (bool, np.bool_)) and math.isfinite(v) and low <= v <= high and (v > low or not open)):
+    if not (isinstance(v, numbers.Real) and not isinstance(v, (bool, np.bool_)) and low <= v <= high and abs(v) < 1e300 and (v > low or not open)):
         limits = f'above {low:g}' if open else f'at least {low:g}'
-        raise InputError(f"{what} is {v!r}; it must be a number {limits}{f' and at most {high:g}' if high < math.inf else ''}")
+        raise InputError(f"{what} is {str(v)[:20] if isinstance(v, int) else repr(v)}; it must be a number {limits}{f' and at most {high:g}' if high < math.inf else ''}")
     return v
 
 def checked_pixels(rgb): # the same
@@ -304,8 +304,12 @@ def _given_mask(slide, source, spacing, shape):
             thin = image.subsample(max(1, w//W), max(1, h//H)) # pixels as they are, no means: they may be numbers of classes
             values = np.frombuffer(pyvips.Region.new(thin.cast('float')).fetch(0, 0, thin.width, thin.height), np.float32).reshape(thin.height, thin.width, thin.bands)
         except pyvips.Error as e: raise InputError(f'{source} is not an image of a tissue mask ({reason(e)})') from None
+        if image.hasalpha() and not transparent(_Tiff(source).directories): raise InputError(f'{source} has {image.bands} channels and does not say what the last one is: save the mask in grey or in RGB')
         alpha, values = (values[..., -1] > 0, values[..., :-1]) if image.hasalpha() else (True, values)
-        least = values.max()/2 if image.get('vips-loader') == 'jpegload' or len(np.unique(values)) > 32 else 0 # shades and not classes: a JPEG has some around its edges
+        most, lossy = values.max(initial=0), image.get('vips-loader') == 'jpegload'
+        if lossy and 0 < most < 128: raise InputError(f'{source}: a JPEG does not keep numbers of classes (its largest is {most:g}): save the mask as PNG or TIFF')
+        shades = len(np.unique(values)) > 32 and most in (1, 255, 65535) # and not numbers of classes or objects
+        least = most/4 if lossy else most/2 if shades else 0
         found = (values > least).any(-1) & alpha
         if H*spacing/h > 500: raise InputError(f'{source}: a mask of {h} x {w} pixels is too coarse for a slide of {H*spacing/1000:.3g} x {W*spacing/1000:.3g} mm: its pixels may measure 500 microns at most')
         if abs(h*W/(w*H)-1) > .01+1/min(h, w, H, W): raise InputError(f'{source}: a mask of {h} x {w} pixels does not fit a slide of {H} x {W} at {spacing:g} microns: it must show the whole slide')
@@ -333,7 +337,7 @@ def tissue_mask(
     smallest:float=20_000., # square microns; objects below go
     largest_hole:float=50_000., # square microns; holes up to this are filled
     pen:bool=True, # leave out `pen_marks`; False for other stains than haematoxylin and eosin
-    source=None, # the path of a mask of the whole slide, or a network as in `network_mask`, instead of colour. Tissue is what is not zero and not transparent; in shades (a JPEG, or more than 32 values) what is brighter than half
+    source=None, # the path of a mask of the whole slide, or a network as in `network_mask`, instead of colour. Tissue is what is not zero and not transparent; in shades up to white (more than 32 values) what is brighter than half, in a JPEG than a quarter
 ): # (bool (height, width), spacing in microns per pixel)
     "Where the tissue is."
     for name, v in dict(spacing=spacing, threshold=1 if threshold is None else threshold, smallest=smallest, largest_hole=largest_hole).items(): checked_number(v, f'{name} of a tissue mask', open=name == 'spacing')

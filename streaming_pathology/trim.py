@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 from tqdm.auto import tqdm
 from .geometry import InputError
-from .files import COARSEST, FINEST, locked, reason, slide_key, write_csv, write_tiff, write_whole
+from .files import COARSEST, FINEST, dicom_files, locked, reason, slide_key, write_csv, write_tiff, write_whole
 from .slides import Biopsy, PixelRows, Slide, biopsies, checked_colour, checked_number, draw_tissue, worker_pool
-from .cohorts import Case, check_ids, leaks, read_table, safe_id, several
+from .cohorts import Case, check_files, check_ids, leaks, read_table, safe_id, several
 
 # %% ../nbs/08_trim.ipynb #t0000007
 class _Cut:
@@ -127,7 +127,7 @@ class Trim:
 def _stamp(path):
     "What tells one state of a slide's files from another."
     if path.is_dir(): files = path.iterdir()
-    elif path.suffix.lower() == '.dcm': files = (p for p in path.parent.iterdir() if p.suffix.lower() == '.dcm') # a level each
+    elif slide_key(path)[1]: files = (p for p in dicom_files(path.parent) if slide_key(p) == slide_key(path)) # a level each
     else: files = [path, *(path.with_suffix('').glob('*') if path.suffix.lower() == '.mrxs' else ())]
     return [[p.name, (s := p.stat()).st_size, s.st_mtime_ns] for p in sorted(files) if p.is_file()]
 
@@ -137,10 +137,10 @@ def _done(note, out, stamp):
     "The note on a slide, if the slide is the same and all that the note names is there and as large as it was."
     try:
         said = json.loads(note.read_text())
-        return said if said['stamp'] == stamp and all(_written(out, f['path'])['bytes'] == f['bytes'] for f in _files(said)) else None
+        return said if said['stamp'] == stamp and all('mask' in f for f in said['files']) and all(_written(out, f['path'])['bytes'] == f['bytes'] for f in _files(said)) else None
     except (OSError, ValueError, KeyError, TypeError): return None
 
-def _files(said): return said['overview'], *said['files'], *(f['mask'] for f in said['files']) # that a note names
+def _files(said): return said['overview'], *said['files'], *(f['mask'] for f in said['files'] if 'mask' in f) # that a note names
 
 def _known(task):
     "The note on a slide that is done, or None; and what tells its present state."
@@ -232,7 +232,8 @@ def trim_slides(
 ) -> dict: # slides, biopsies, skipped, failed: {slide_id: reason}, warnings; others: biopsies of a former run's other slides
     "Cut the biopsies of a cohort: biopsies/*.tiff, masks/*.tiff of their tissue, overview/*.jpg, failed.csv and, last, manifest.csv, one row a biopsy with the label of its slide. What the manifest does not name does not count."
     out, cases = Path(out), list(cases)
-    check_ids(cases)
+    check_ids(cases); check_files(cases); checked_number(workers, 'the number of workers')
+    if not isinstance(settings, Trim): raise InputError(f'settings {settings!r} of a trimming: give a Trim')
     for c in cases:
         try: safe_id(f'{c.slide_id}_9999')
         except ValueError as e: raise InputError(f'the biopsies of {c.slide_id!r} could not be named: {e}') from None
@@ -254,12 +255,13 @@ def _check_together(cases, former, out):
         if c := names.get(r['source_id'].casefold()): raise InputError(f"{out} has a slide {r['source_id']!r}, and {c.slide_id!r} differs from it by its capitals only: give it another id")
         if c := files.get(slide_key(r['source'])): raise InputError(f"{c.path} is in {out} already, as {r['source_id']!r}: give it that id, or choose another folder")
     if leak := leaks([*cases, *(Case(r['source_id'], None, Path(r['source']), r['patient_id'], r['split']) for r in former)]):
-        raise InputError(several(f'with these slides {len(leak)} patients in {out} would be in more than one split', leak))
+        raise InputError(several(f'{len(leak)} patients would be in more than one split of {out}; give each one split, or choose another folder', leak))
 
 def _trim_slides(cases, out, settings, workers, progress, network):
-    tasks = {c.slide_id: dict(slide_id=c.slide_id, path=str(c.path.absolute()), spacing=c.spacing, mask=c.mask and str(c.mask.absolute()), network=None if c.mask else network, version=None if c.mask else _weights_version(network),
+    version = _weights_version(network)
+    tasks = {c.slide_id: dict(slide_id=c.slide_id, path=str(c.path.absolute()), spacing=c.spacing, mask=c.mask and str(c.mask.absolute()), network=None if c.mask else network, version=None if c.mask else version,
                               out=str(out), settings=dataclasses.asdict(settings)) for c in cases}
-    former, former_failed = _former(out, 'manifest.csv', ['source_id', 'source', 'patient_id', 'split'], tasks), _former(out, 'failed.csv', ['slide_id', 'reason'], tasks)
+    former, former_failed = _former(out, 'manifest.csv', ['source_id', 'source', 'patient_id', 'split'], tasks), [r for r in _former(out, 'failed.csv', ['slide_id', 'reason'], tasks) if r['slide_id'].casefold() not in {i.casefold() for i in tasks}]
     _check_together(cases, former, out)
     done, failed = {n: said for n, t in tasks.items() if (said := _known(t)[0])}, {}
     with tqdm(total=len(tasks), initial=len(done), desc='trimming slides', disable=not progress) as bar:

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, pyvips, torch
 from PIL import Image
 from streaming_pathology import cli
-from streaming_pathology.cohorts import tiny_cohort
+from streaming_pathology.cohorts import read_table, tiny_cohort
 from streaming_pathology.files import sample_slide, write_tiff
 from streaming_pathology.synthetic import write_cohort
 
@@ -273,6 +273,11 @@ def test_ink_that_is_no_ink(tmp_path, capsys, stain):
     assert boxes['stain'][0] > boxes['ink'][0]
     assert cli.main(['trim', folder/'manifest.csv', tmp_path/'trimmed', '--spacing', 4, '--least', .001, '--no-pen', '--workers', 1]) == 0
     assert cli.main(['train', tmp_path/'trimmed/manifest.csv', tmp_path/'again', *QUICK]) == 0
+    for name, slides in (('table', 'manifest.csv'), ('folder', 'biopsies')): assert cli.main(['predict', tmp_path/'again/checkpoints/best.pt', tmp_path/'trimmed'/slides, tmp_path/f'{name}.csv']) == 0
+    column = lambda p: {r['slide_id']: r['probability'] for r in read_table(p, ['slide_id', 'probability'])}
+    assert column(tmp_path/'table.csv') == column(tmp_path/'folder.csv')
+    (tmp_path/'linked').mkdir(); (tmp_path/'linked/a.tiff').symlink_to(folder/'slides/s00.tiff'); (tmp_path/'linked/b.tiff').symlink_to(folder/'slides/s00.tiff')
+    refused(capsys, ['trim', tmp_path/'linked', tmp_path/'o', '--spacing', 4], "is the same slide as 'a'"); assert not (tmp_path/'o').exists()
     with Image.open(next((tmp_path/'again/images').iterdir())) as im: assert abs(np.subtract(im.size, boxes['stain'])).max() <= 32
 
 def test_biopsies_that_turn_beyond_their_canvas(cohort, tmp_path, capsys):

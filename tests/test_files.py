@@ -4,7 +4,7 @@ import numpy as np, openslide, pytest, pyvips, tifffile
 from PIL import Image
 from streaming_pathology.cohorts import Case, read_manifest
 from streaming_pathology.data import SlideDataset, check_cohort
-from streaming_pathology.files import open_reader, sample_slide, write_tiff
+from streaming_pathology.files import open_reader, sample_slide, slide_key, write_tiff
 from streaming_pathology.geometry import InputError
 from streaming_pathology.slides import Slide
 from streaming_pathology.trim import each_apart
@@ -88,6 +88,11 @@ def test_dicom_folders(tmp_path, formats):
     with pytest.raises(InputError, match='without DICOM'): Slide(tmp_path/'empty')
     (tmp_path/'m.csv').write_text('slide_id,label,path,patient_id,split\n'+''.join(f'{p.parent.name}{p.stem},{k},{p},p{k},{s}\n' for k, (p, s) in enumerate(((formats['dicom']/'level0.dcm', 'train'), (formats['dicom']/'level1.dcm', 'test')))))
     with pytest.raises(InputError, match='line 3: .*level1.dcm is the slide that was given on line 2'): read_manifest(tmp_path/'m.csv')
+    shutil.copytree(formats['dicom'], tmp_path/'names')
+    for p in sorted((tmp_path/'names').iterdir()): p.rename(p.with_suffix('.DCM') if p.stem == 'level0' else p.with_suffix(''))
+    assert len({slide_key(p) for p in (tmp_path/'names', *(tmp_path/'names').iterdir())}) == 1
+    (tmp_path/'names/level1').write_bytes((tmp_path/'names/level1').read_bytes()[:9000])
+    with pytest.raises(InputError, match='truncated'): Slide(tmp_path/'names/level0.DCM')
 
 # ---- a corpus of damaged files
 

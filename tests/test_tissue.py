@@ -1,5 +1,5 @@
 "The tissue mask against what was painted: as it is, faint, and with what gets onto slides."
-import numpy as np, pytest, pyvips, torch
+import numpy as np, pytest, pyvips, tifffile, torch
 from PIL import Image
 from scipy import ndimage
 from torch import nn
@@ -76,6 +76,12 @@ def test_mask_from_a_file(tmp_path):
             Image.fromarray(pixels).save(tmp_path/name)
             assert dice(tissue_mask(s, source=tmp_path/name)[0], b.mask[::2, ::2] > 0) > .98, name
         Image.fromarray(b.mask[:1, :1]+np.uint8(1)).save(tmp_path/'dot.png')
+        labels = (np.arange(b.mask.size).reshape(b.mask.shape) % 200+1)*(b.mask > 0); Image.fromarray(labels.astype(np.uint8)).save(tmp_path/'objects.png') # numbers of many objects
+        assert dice(tissue_mask(s, source=tmp_path/'objects.png')[0], b.mask[::2, ::2] > 0) > .98
+        tifffile.imwrite(tmp_path/'more.tif', np.dstack([b.mask]*4), photometric='rgb', extrasamples=['unspecified'])
+        Image.fromarray(b.mask).save(tmp_path/'classes.jpg')
+        for name, says in (('more.tif', 'what the last one is'), ('classes.jpg', 'numbers of classes')):
+            with pytest.raises(InputError, match=says): tissue_mask(s, source=tmp_path/name)
         with pytest.raises(InputError, match='too coarse'): tissue_mask(s, source=tmp_path/'dot.png')
 
 def test_mask_from_a_network(tmp_path):

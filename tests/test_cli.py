@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, pyvips, torch
 from PIL import Image
 from streaming_pathology import cli
+from streaming_pathology.checkpoints import save_checkpoint
 from streaming_pathology.cohorts import read_table, tiny_cohort
 from streaming_pathology.files import sample_slide, write_tiff
 from streaming_pathology.synthetic import write_cohort
@@ -183,7 +184,7 @@ def test_outputs_never_replace_what_is_read(trained, bad, tmp_path, capsys):
 
 def test_numbers_that_are_damaged(cohort, trained, tmp_path, capsys):
     model, out = tmp_path/'c.pt', tmp_path/'p.csv'
-    state = torch.load(trained/'checkpoints/best.pt'); state['model']['head.fc.bias'] *= float('nan'); torch.save(state, model)
+    state = torch.load(trained/'checkpoints/best.pt'); state['model']['head.fc.bias'] *= float('nan'); save_checkpoint(model, **state)
     refused(capsys, ['predict', model, cohort/'slides/s00.tiff', out, '--slide-spacing', 4], "'s00'", 'nan')
     whole = bytearray((trained/'checkpoints/best.pt').read_bytes()); whole[len(whole)//2] ^= 64; model.write_bytes(whole)
     refused(capsys, ['predict', model, cohort/'slides/s00.tiff', out], 'damaged')

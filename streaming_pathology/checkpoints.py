@@ -64,7 +64,8 @@ def save_checkpoint(path,     # the file; its folder is made
     except OSError as e: raise InputError(f'{path} cannot be written ({e.strerror or e})') from None
     need, free = sum(t.nbytes for t in _tensors(state))+2**20, shutil.disk_usage(path.parent).free
     if need > free: raise InputError(f'{path} cannot be written: it needs {need/1e6:.0f} MB and {free/1e6:.0f} MB are free. What was there before is untouched')
-    contents = {k: dict(tensors=len(t), numbers=sum(v.numel() for v in t)) if (t := _tensors(v)) else v if isinstance(v, (int, float, str, bool)) else type(v).__name__ for k, v in state.items() if k != 'versions'}
+    def kind(v): return dict(tensors=len(t), numbers=sum(x.numel() for x in t)) if (t := _tensors(v)) else v if isinstance(v, (int, float, bool)) else type(v).__name__
+    contents = {k: kind(v) for k, v in state.items() if k != 'versions'} if len(state) < 200 else kind(state)
     try:
         with whole_file(path) as f: torch.save(state, f); _seal(f, dict(contains=contents, versions=state['versions']))
     except RuntimeError as e: raise InputError(f'{path} cannot be written; is the disk full? What was there before is untouched ({str(e).splitlines()[0]})') from None

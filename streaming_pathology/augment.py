@@ -13,7 +13,7 @@ import numpy as np, pyvips
 from scipy import ndimage
 from .geometry import InputError
 from .files import reason
-from .slides import checked_colour, checked_number, checked_pixels, checked_size
+from .slides import checked_colour, checked_flag, checked_number, checked_pixels, checked_size
 from .synthetic import RUIFROK_JOHNSTON
 
 # %% ../nbs/07_augment.ipynb #a0000007
@@ -46,7 +46,7 @@ class Augmentation:
     stain: float = 0.         # largest change of the amount of each stain, in optical density (HED); .05 is a usual value
 
     def __post_init__(self):
-        if not isinstance(self.flip, (bool, np.bool_)): raise InputError(f'flip of an augmentation is {self.flip!r}; it must be True or False')
+        checked_flag(self.flip, 'flip of an augmentation')
         for n, most in dict(rotate=360, scale=10, elastic=10_000, grain=2000, hue=1, saturation=.99, brightness=.99, stain=.99).items(): object.__setattr__(self, n, float(checked_number(getattr(self, n), f'{n} of an augmentation', 0, most)))
 
     def draw(self, seed:int, epoch:int, slide_id:str) -> dict:

@@ -342,7 +342,7 @@ def find_slides(path, spacing=None, labels=(0, 1), override=False): # list of `C
     if not path.exists(): raise InputError(f'{path}: there is no such manifest, folder or slide')
     if path.suffix.lower() == '.csv': cases = read_manifest(path, need_label=False, labels=labels)
     else:
-        files = sorted(p for p in path.iterdir() if not p.name.startswith('.') and (p.suffix.lower() in SUFFIXES or _is_dicom(p))) if path.is_dir() and not _is_dicom(path) else [path]
+        files = sorted(p for p in path.iterdir() if not p.name.startswith('.') and (p.suffix.lower() in SUFFIXES or _is_dicom_folder(p))) if path.is_dir() and not _is_dicom_folder(path) else [path]
         if not files: raise InputError(f"{path}: no slides in this folder; their names end in {', '.join(sorted(SUFFIXES))}")
         cases, wrong = [Case(p.stem, None, p, p.stem, mask=_trimmed_mask(p)) for p in files], []
         for c in cases:
@@ -353,7 +353,7 @@ def find_slides(path, spacing=None, labels=(0, 1), override=False): # list of `C
         if len({c.slide_id for c in cases}) < len(cases): raise InputError(f'{path}: two slides have the same name but for its ending; give a manifest that names them apart')
     return [replace(c, spacing=spacing) if spacing and not c.spacing and (override or not _says_spacing(c.path)) else c for c in cases]
 
-def _is_dicom(path): return path.is_dir() and any(p.suffix.lower() == '.dcm' for p in path.iterdir())
+def _is_dicom_folder(path): return path.is_dir() and any(p.suffix.lower() == '.dcm' for p in path.iterdir())
 
 def _trimmed_mask(path): # or None
     "The mask that sp_trim wrote beside a biopsy: the tissue that was found there, whatever the stain."

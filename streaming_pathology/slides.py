@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['area_average', 'Slide', 'PixelRows', 'read_in_worker', 'worker_pool', 'optical_density', 'glass_colour',
-           'stain_signal', 'otsu', 'checked_number', 'checked_pixels', 'checked_colour', 'checked_size', 'pen_marks',
-           'network_mask', 'tissue_mask', 'tissue_box', 'Biopsy', 'biopsies', 'draw_tissue']
+           'stain_signal', 'otsu', 'checked_number', 'checked_flag', 'checked_pixels', 'checked_colour', 'checked_size',
+           'pen_marks', 'network_mask', 'tissue_mask', 'tissue_box', 'Biopsy', 'biopsies', 'draw_tissue']
 
 # %% ../nbs/05_slides.ipynb #09f2da53
 import base64, functools, html, itertools, math, numbers, operator, os, signal, struct, threading, warnings, zlib
@@ -260,6 +260,11 @@ def checked_number(v, what, low=0., high=math.inf, open=False): # the same
         limits = f'above {low:g}' if open else f'at least {low:g}'
         raise InputError(f"{what} is {str(v)[:20] if isinstance(v, int) else repr(v)}; it must be a number {limits}{f' and at most {high:g}' if high < math.inf else ''}")
     return v
+
+def checked_flag(v, what): # bool
+    "True or False, and nothing that only counts as such."
+    if not isinstance(v, (bool, np.bool_)): raise InputError(f'{what} is {v!r}; it must be True or False')
+    return bool(v)
 
 def checked_pixels(rgb): # the same
     "Pixels, if they are uint8 (height, width, 3)."

@@ -19,7 +19,7 @@ from scipy import ndimage
 from tqdm.auto import tqdm
 from .geometry import InputError
 from .files import COARSEST, FINEST, dicom_files, locked, reason, slide_key, write_csv, write_tiff, write_whole
-from .slides import Biopsy, PixelRows, Slide, biopsies, checked_colour, checked_number, draw_tissue, worker_pool
+from .slides import Biopsy, PixelRows, Slide, biopsies, checked_colour, checked_flag, checked_number, draw_tissue, worker_pool
 from .cohorts import Case, check_files, check_ids, leaks, read_table, safe_id, several
 
 # %% ../nbs/08_trim.ipynb #t0000007
@@ -118,16 +118,14 @@ class Trim:
     def __post_init__(self):
         plain = {n: float(checked_number(getattr(self, n), f'{n} of a trimming', low, high)) for n, low, high in (('spacing', FINEST, COARSEST), ('margin', 0, 1e5), ('quality', 1, 100), ('gap', 0, 1e6), ('least', 0, 1e6))}
         if plain['quality'] % 1: raise InputError(f'quality of a trimming is {self.quality!r}; it must be a whole number')
-        for n in ('upright', 'squeeze', 'override_spacing', 'pen'):
-            if not isinstance(getattr(self, n), (bool, np.bool_)): raise InputError(f'{n} of a trimming is {getattr(self, n)!r}; it must be True or False')
-            plain[n] = bool(getattr(self, n))
+        plain |= {n: checked_flag(getattr(self, n), f'{n} of a trimming') for n in ('upright', 'squeeze', 'override_spacing', 'pen')}
         plain |= dict(quality=int(plain['quality']), background=None if self.background is None else checked_colour(self.background))
         for n, v in plain.items(): object.__setattr__(self, n, v) # numbers that a file can hold
 
 def _stamp(path):
     "What tells one state of a slide's files from another."
     if path.is_dir(): files = path.iterdir()
-    elif slide_key(path)[1]: files = (p for p in dicom_files(path.parent) if slide_key(p) == slide_key(path)) # a level each
+    elif (key := slide_key(path))[1]: files = (p for p in dicom_files(path.parent) if slide_key(p) == key) # a level each
     else: files = [path, *(path.with_suffix('').glob('*') if path.suffix.lower() == '.mrxs' else ())]
     return [[p.name, (s := p.stat()).st_size, s.st_mtime_ns] for p in sorted(files) if p.is_file()]
 
@@ -242,10 +240,9 @@ def trim_slides(
 def _weights_version(network): # a checksum
     return None if network is None else zlib.crc32(b''.join([repr(network).encode(), *(v.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for v in network.state_dict().values())]))
 
-def _former(out, name, columns, ids):
-    "The rows of a table of a former run, but for those of the slides `ids`."
-    if not (out/name).exists(): return []
-    try: return [r for r in read_table(out/name, columns) if r[columns[0]] not in ids]
+def _former(out, name, columns):
+    "The rows of a table of a former run."
+    try: return read_table(out/name, columns) if (out/name).exists() else []
     except InputError as e: raise InputError(f'{e}. Delete it and trim all slides of {out} once more: what is done is not done again') from None
 
 def _check_together(cases, former, out):
@@ -261,7 +258,9 @@ def _trim_slides(cases, out, settings, workers, progress, network):
     version = _weights_version(network)
     tasks = {c.slide_id: dict(slide_id=c.slide_id, path=str(c.path.absolute()), spacing=c.spacing, mask=c.mask and str(c.mask.absolute()), network=None if c.mask else network, version=None if c.mask else version,
                               out=str(out), settings=dataclasses.asdict(settings)) for c in cases}
-    former, former_failed = _former(out, 'manifest.csv', ['source_id', 'source', 'patient_id', 'split'], tasks), [r for r in _former(out, 'failed.csv', ['slide_id', 'reason'], tasks) if r['slide_id'].casefold() not in {i.casefold() for i in tasks}]
+    former = [r for r in _former(out, 'manifest.csv', ['source_id', 'source', 'patient_id', 'split']) if r['source_id'] not in tasks]
+    names = {i.casefold() for i in tasks}
+    former_failed = [r for r in _former(out, 'failed.csv', ['slide_id', 'reason']) if r['slide_id'].casefold() not in names]
     _check_together(cases, former, out)
     done, failed = {n: said for n, t in tasks.items() if (said := _known(t)[0])}, {}
     with tqdm(total=len(tasks), initial=len(done), desc='trimming slides', disable=not progress) as bar:

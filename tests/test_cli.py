@@ -257,12 +257,11 @@ def test_interrupted_demo_leaves_nothing(tmp_path, capsys, monkeypatch):
     refused(capsys, ['demo', '--tiny', '--out', tmp_path/'demo'], 'interrupted', status=130)
     assert not list(tmp_path.iterdir())
 
-@pytest.mark.parametrize('stain', [(60, 90, 170)])
-def test_ink_that_is_no_ink(tmp_path, capsys, stain):
+def test_ink_that_is_no_ink(tmp_path, capsys):
     "Slides in a stain that looks like ink are trimmed, trained on and predicted whole where one says so; from trimmed ones it need not be said again."
     folder = tiny_cohort(tmp_path/'cohort', n=8, size=(96, 96)).parent
     for p in (folder/'slides').iterdir():
-        rgb = np.full((96, 96, 3), 243, np.uint8); rgb[20:70, 20:80] = (200, 120, 180); rgb[20:70, 20:48] = stain
+        rgb = np.full((96, 96, 3), 243, np.uint8); rgb[20:70, 20:80] = (200, 120, 180); rgb[20:70, 20:48] = (60, 90, 170)
         write_tiff(rgb, p, 4.)
     boxes = {}
     for name, argv in (('ink', []), ('stain', ['--no-pen'])):
@@ -325,13 +324,12 @@ def test_a_trimming_that_is_killed_goes_on(tmp_path):
     manifest = write_cohort(tmp_path/'cohort', n=6, size=(256, 384), spacing=2., progress=False)
     def command(out): return [sys.executable, '-m', 'streaming_pathology.cli', 'trim', manifest, tmp_path/out, '--spacing', '2', '--least', '.01', '--workers', '1']
     begun = time.perf_counter(); subprocess.run(command('whole'), check=True, capture_output=True); whole = time.perf_counter()-begun
-    refusals = 0
     for share in (.7, .9):
         p = subprocess.Popen(command('killed'), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         time.sleep(.5*share*whole)
-        other = subprocess.Popen(command('killed'), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        other = subprocess.Popen(command('killed'), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         time.sleep(.5*share*whole); p.kill(); p.wait()
-        other.kill(); refusals += 'another process' in other.communicate()[1]
+        other.kill(); other.wait()
     last = [subprocess.Popen(command('killed'), stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [p.communicate(timeout=120)[1] for p in last]
     assert sorted(p.returncode for p in last) in ([0, 2], [0, 0]) and all('another process' in s for s, p in zip(said, last) if p.returncode), said

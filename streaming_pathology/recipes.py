@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from .geometry import InputError
 from .cohorts import apportion
-from .training import fit
+from .training import Alone, fit
 from .checkpoints import load_checkpoint, load_weights, save_checkpoint
 
 # %% ../nbs/10_recipes.ipynb #r0000006
@@ -39,9 +39,12 @@ class WindowCheckpoints:
         row = s.history[-1]
         if 'tuning_loss' not in row: raise InputError('checkpoints are chosen by the tuning loss: give tuning slides')
         self.epochs.append(row['epoch']); self.losses.append(row['tuning_loss'])
-        save_checkpoint(self.path(row['epoch']), model=dict(s.model.state_dict()), epoch=row['epoch'], tuning_loss=row['tuning_loss'])
+        if s.ranks.rank: return
+        save_checkpoint(self.path(row['epoch']), model=dict(s.evaluated.state_dict()), epoch=row['epoch'], tuning_loss=row['tuning_loss'])
         wanted = {*self.window(), *self.epochs[1-self.width or len(self.epochs):]}
         for e in set(self.epochs)-wanted: self.path(e).unlink(missing_ok=True)
+    def state(self): return dict(epochs=self.epochs, losses=self.losses)
+    def restore(self, state): self.epochs, self.losses = state['epochs'], state['losses']
     def window(self): return [self.epochs[i] for i in best_window(self.losses, self.width)]
     def weights(self, which): # a state dict
         "Of the window's middle, or the average of all."
@@ -72,23 +75,25 @@ def scaled(recipe, epochs): # stages
     if epochs < len(recipe): raise InputError(f'{epochs} epochs are too few for the {len(recipe)} stages of the recipe')
     return tuple(replace(s, epochs=int(n)) for s, n in zip(recipe, apportion(epochs, [s.epochs for s in recipe])))
 
-class _Numbered:
-    def __init__(self, stage): self.stage = stage
-    def after_epoch(self, s): s.history[-1]['stage'] = self.stage
-
 def run_recipe(model, train, tuning, # as for `fit`
                recipe, # stages, such as `paper_streaming`
                folder, # for the weights of the epochs that may be needed
                width=5, # epochs of a window
                callbacks=(), # more of them, told of each stage
-               **kwargs): # for `fit`: seed, device, amp, task, clip, progress
+               resume=None, # a point to go on from, of whichever stage
+               ranks=Alone(),
+               **kwargs): # for `fit`: seed, device, amp, task, clip, accept_changes, progress
     "Train in stages; the model ends with the weights that the last one hands on. Returns one dict an epoch, with its stage; epochs are counted through, so that none repeats the augmentations of another."
-    history = []
+    history, at = [], 0
+    if resume is not None: at = resume.get('stage') or 0
+    if resume is not None and not 0 < at <= len(recipe): raise InputError(f'a point of stage {at or None} belongs to no recipe of {len(recipe)} stages')
     for k, stage in enumerate(recipe, 1):
+        if k < at: continue
         if hasattr(model, 'freeze_until'): model.freeze_until(stage.train_from)
         elif stage.train_from: raise InputError(f'stage {k} trains from {stage.train_from!r} on, and this model has no freeze_until')
         kept = WindowCheckpoints(Path(folder)/f'stage_{k}', width)
         settings = {n: getattr(stage, n) for n in ('epochs', 'lr', 'momentum', 'optimizer', 'batch')}
-        history = fit(model, train, tuning, history=history, callbacks=[_Numbered(k), *callbacks, kept], **settings, **kwargs)
-        load_weights(model, dict(model=kept.weights(stage.hands_on)))
+        history = fit(model, train, tuning, history=history, callbacks=[*callbacks, kept], resume=resume if k == at else None, stage=k, ranks=ranks, **settings, **kwargs)
+        if ranks.rank == 0: load_weights(model, dict(model=kept.weights(stage.hands_on)))
+        for v in model.state_dict().values(): ranks.same(v)
     return history

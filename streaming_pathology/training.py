@@ -58,7 +58,10 @@ class Alone:
         "What all ranks have, (place, value) each, as values in the order of places."
         return [v for _, v in sorted((p for ps in self.gather(list(pairs)) for p in ps), key=lambda p: p[0])]
     def add(self, params): "Add up the gradients of all ranks."
-    def same(self, tensors): "Make these tensors those of the first rank."
+    def same(self, tensor): "Make this tensor that of the first rank."
+    def first(self, f):
+        "What `f()` gives, on all ranks."
+        return f()
 
 # %% ../nbs/09_training.ipynb #e9d84c35
 def autocast(device, amp): # a context manager
@@ -340,7 +343,7 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
     settings = {'training slides': fingerprint(train), 'tuning slides': fingerprint(tuning)} | dict(trained=[*params], epochs=epochs, lr=lr, momentum=momentum, batch=batch, seed=seed, device=torch.device(device).type, amp=amp, optimizer=optimizer, task=repr(task), clip=clip,
                     callbacks=[type(c).__name__ for c in callbacks if hasattr(c, 'state')])
     s = State(model, make_optimizer(optimizer, params.values(), lr, momentum), torch.amp.GradScaler(torch.device(device).type, enabled=amp == 'fp16'), epochs, batch, device, amp, seed, task, clip, tuple(callbacks), ranks, settings, stage, evaluated=model)
-    train, tuning = as_loader(train, True, seed, ranks), None if tuning is None else as_loader(tuning, ranks=ranks)
+    train = as_loader(train, True, seed, ranks)
     s.first = s.epoch = len(history); s.history = [*history]
     for _, v in sorted(model.state_dict().items()): ranks.same(v)
     if not sum(n := ranks.gather(len(train))): raise InputError('there is no slide to train on')

@@ -1,0 +1,145 @@
+"A training that is killed, stopped or short of disk goes on from its last point and ends with the same weights, bit by bit."
+import csv, os, random, resource, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+from streaming_pathology import cli
+from streaming_pathology.checkpoints import load_checkpoint, points, save_checkpoint
+from streaming_pathology.cohorts import tiny_cohort
+from test_cli import heard, refused, tree
+
+KILLS = int(os.environ.get('STREAMING_KILLS', 10))
+TRAIN = ['--spacing', 4, '--epochs', 3, '--batch', 3, '--strip', 64, '--heatmaps', 0, '--lr', 1e-2, '--cosine', '--save-minutes', .003, '--augment', 'paper']
+
+@pytest.fixture(scope='module')
+def cohort(tmp_path_factory): return tiny_cohort(tmp_path_factory.mktemp('good')/'cohort', size=(64, 64)).parent
+
+def process(*argv, **kwargs): return subprocess.Popen([sys.executable, '-m', 'streaming_pathology.cli', 'train', *map(str, argv)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heard, **kwargs)
+
+@pytest.fixture(scope='module')
+def whole(cohort, tmp_path_factory):
+    "A run that was never stopped."
+    out = tmp_path_factory.mktemp('whole')/'run'
+    assert cli.main(['train', cohort/'manifest.csv', out, *TRAIN]) == 0
+    return out
+
+def rows(path, *but): # of a CSV, without what is never the same
+    with open(path) as f: return [{k: v for k, v in r.items() if k not in but} for r in csv.DictReader(f)]
+
+def as_if_never_stopped(run, whole):
+    a, b = (load_checkpoint(r/'checkpoints/best.pt')['model'] for r in (run, whole))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (load_checkpoint(points(r/'checkpoints')[-1]) for r in (run, whole))
+    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
+    assert rows(run/'log.csv', 'seconds', 'peak_mb') == rows(whole/'log.csv', 'seconds', 'peak_mb')
+    assert rows(run/'predictions.csv', 'seconds') == rows(whole/'predictions.csv', 'seconds')
+    assert (run/'metrics.json').read_bytes() == (whole/'metrics.json').read_bytes() and not list(run.rglob('.*'))
+
+def test_killed_at_any_moment(cohort, whole, tmp_path):
+    "Also while a point is written; what was done before the last point is not done again."
+    rng, run, at, killed = random.Random(0), tmp_path/'run', (0, 0), 0
+    while True:
+        p = process(cohort/'manifest.csv', run, *TRAIN, '--resume')
+        aim = rng.randrange(1, 8) # of what it writes from now on
+        seen = {f.name for f in run.glob('checkpoints/*.pt')}
+        while p.poll() is None and killed < KILLS:
+            new = {f.name for f in run.glob('checkpoints/*.pt')} - seen
+            if len(new) >= aim or any(run.glob('checkpoints/.*.partial')) and rng.random() < .1: time.sleep(rng.random()*.03); p.kill()
+            seen |= new; aim -= len(new); time.sleep(.001)
+        _, err = p.communicate(timeout=100)
+        assert p.returncode in (0, -signal.SIGKILL) and 'Traceback' not in err, err
+        there = [tuple(map(int, f.stem.split('_')[1:])) for f in points(run/'checkpoints')]
+        assert max(there, default=at) >= at and len(there) <= 3; at = max(there, default=at)
+        killed += p.returncode != 0
+        if p.returncode == 0:
+            as_if_never_stopped(run, whole)
+            if killed >= KILLS: break
+            shutil.rmtree(run); at = 0, 0
+    assert killed >= KILLS
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
+    "As a cluster does it: a signal, exit status 75, and the same command again, until it says that all is done."
+    run, argv = tmp_path/'run', [cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--resume', '--workers', workers]
+    for k in range(3):
+        p = process(*argv); before = set(points(run/'checkpoints'))
+        while p.poll() is None and not set(points(run/'checkpoints'))-before: time.sleep(.002)
+        p.send_signal(signal.SIGTERM); _, err = p.communicate(timeout=100)
+        assert p.returncode == 75 and 'stopped: epoch' in err and '--resume' in err and 'Traceback' not in err, err
+        assert not (run/'report.html').exists()
+    p = process(*argv); _, err = p.communicate(timeout=100); assert p.returncode == 0, err
+    as_if_never_stopped(run, whole)
+    before = tree(run); assert cli.main(['train', *argv]) == 0 and tree(run) == before
+
+def test_workers_change_nothing(cohort, whole, tmp_path):
+    assert cli.main(['train', cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--workers', 4]) == 0
+    as_if_never_stopped(tmp_path/'run', whole)
+
+def test_a_second_signal_ends_it_at_once(cohort, tmp_path):
+    p = process(cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--epochs', 1000)
+    while p.poll() is None and not any((tmp_path/'run/checkpoints').glob('point_*.pt')): time.sleep(.002)
+    os.kill(p.pid, signal.SIGSTOP); p.send_signal(signal.SIGTERM); p.send_signal(signal.SIGINT); p.send_signal(signal.SIGCONT)
+    _, err = p.communicate(timeout=100); assert p.returncode == 130 and err.strip().endswith('error: interrupted') and 'Traceback' not in err, err
+
+@pytest.fixture
+def halfway(whole, tmp_path):
+    "A run that was broken off in its second epoch: its points are those of a run that ended there."
+    shutil.copytree(whole, tmp_path/'run'); (tmp_path/'run/report.html').unlink()
+    for p in points(tmp_path/'run/checkpoints')[1:]: p.unlink()
+    return tmp_path/'run'
+
+def test_what_was_changed_is_named(cohort, whole, halfway, capsys):
+    before = tree(halfway)
+    def again(*says, cohort=cohort, options=()): refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, *options, '--resume'], *says); assert tree(halfway) == before
+    again('--lr was 0.01 and is 0.1', '--accept-changes', options=['--lr', .1]); again('--pool was avg and is max', options=['--pool', 'max']); again('--overwrite', options=['--overwrite'])
+    other = halfway.parent/'cohort'; shutil.copytree(cohort, other); text = (other/'manifest.csv').read_text()
+    (other/'manifest.csv').write_text(text.replace('train', 'x', 1).replace('tuning', 'train', 1).replace('x', 'tuning', 1)); again('the cohort was another one', cohort=other)
+    again('have got into another one', cohort=other, options=['--accept-changes'])
+    (other/'manifest.csv').write_text(text); shutil.copy(other/'slides/s01.tiff', other/'slides/s03.tiff')
+    if (other/'slides/s03.tiff').stat().st_size != (cohort/'slides/s03.tiff').stat().st_size: again('the cohort was another one', cohort=other)
+    assert cli.main(['train', cohort/'manifest.csv', halfway, *TRAIN, '--workers', 1, '--copies', 3, '--resume']) == 0; as_if_never_stopped(halfway, whole)
+    assert cli.main(['train', cohort/'manifest.csv', halfway, *TRAIN, '--epochs', 4, '--resume', '--accept-changes']) == 0 and len(rows(halfway/'log.csv')) == 4
+    refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--epochs', 4, '--resume', '--accept-changes', '--pool', 'attention'], 'another network')
+
+def test_a_damaged_point(cohort, halfway, capsys):
+    for p in points(halfway/'checkpoints'): data = bytearray(p.read_bytes()); data[len(data)//3] ^= 4; p.write_bytes(data)
+    refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume'], 'no point that is whole', 'checksum')
+
+def test_a_malicious_point(cohort, halfway, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self): return os.system, (f'touch {tmp_path}/owned',)
+    for p in points(halfway/'checkpoints'): torch.save(dict(versions={}, x=Evil()), p)
+    refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume'], 'no point that is whole', 'run code')
+    torch.save(dict(x=Evil()), tmp_path/'w.pt'); refused(capsys, ['train', cohort/'manifest.csv', tmp_path/'new', *TRAIN, '--weights', tmp_path/'w.pt'], 'w.pt')
+    assert not (tmp_path/'owned').exists()
+
+def test_short_of_disk(cohort, whole, tmp_path):
+    "A point that does not fit on the disk ends the training in one sentence; the point before is whole, and with room again it goes on."
+    size = max(p.stat().st_size for p in points(whole/'checkpoints'))
+    run, argv = tmp_path/'run', [cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--resume']
+    p = process(*argv)
+    while p.poll() is None and not points(run/'checkpoints'): time.sleep(.002)
+    signal_ignored = 'import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)'
+    p.send_signal(signal.SIGTERM); assert p.wait(100) == 75
+    there = {f.name: f.read_bytes() for f in points(run/'checkpoints')}
+    def little(): heard(); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (size//2, size//2))
+    done = subprocess.run([sys.executable, '-m', 'streaming_pathology.cli', 'train', *map(str, argv)], capture_output=True, text=True, preexec_fn=little)
+    assert done.returncode == 2 and 'cannot be written' in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    assert {f.name: f.read_bytes() for f in points(run/'checkpoints')} == there and not list(run.rglob('.*.partial'))
+    assert cli.main(['train', *argv]) == 0; as_if_never_stopped(run, whole)
+
+@pytest.mark.skipif(os.name == 'nt' or os.geteuid() == 0, reason='permissions do not bind root')
+def test_read_only(cohort, halfway, capsys):
+    (halfway/'checkpoints').chmod(0o500)
+    try: refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume'], 'cannot be written')
+    finally: (halfway/'checkpoints').chmod(0o700)
+
+def test_a_run_is_run_again(cohort, whole, tmp_path, capsys):
+    assert cli.main(['train', whole/'settings.toml', tmp_path/'run']) == 0; as_if_never_stopped(tmp_path/'run', whole)
+    text = (whole/'settings.toml').read_text(); (tmp_path/'s.toml').write_text(text.replace('optimizer', 'optimiser'))
+    refused(capsys, ['train', tmp_path/'s.toml', tmp_path/'x'], 's.toml', 'optimiser', 'did you mean optimizer?'); assert not (tmp_path/'x').exists()
+
+def test_two_processes_go_on_with_one_run(cohort, whole, halfway):
+    both = [process(cohort/'manifest.csv', halfway, *TRAIN, '--resume') for _ in range(2)]
+    said = [p.communicate(timeout=200)[1] for p in both]
+    assert 0 in [p.returncode for p in both] and all(p.returncode == 0 or 'another process' in s for p, s in zip(both, said)), said
+    as_if_never_stopped(halfway, whole)

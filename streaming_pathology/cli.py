@@ -391,10 +391,11 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
         former = tomllib.loads((at/'settings.toml').read_text())
         if changed := changes(former, tomllib.loads(as_toml(s))):
             if not accept_changes: raise InputError(several(f'{out} holds a run of other settings; give those, or --accept-changes, or another folder', changed))
+            if other := [k for k in ('command', 'arch', 'pool', 'recipe') if former.get(k, '') != (s[k] or '')]: raise InputError(f"{out} holds another network or schedule ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
             check_learnt(at/'cohort.csv', cases)
         if (at/'report.html').exists():
             if not changed: return None
-            (at/'report.html').unlink()
+            (at/'report.html').unlink() # it is no longer finished
     if not resume: claim(out, overwrite, inputs=[manifest, *([weights] if weights and Path(weights).exists() else []), *(c.path for c in cases)])
     if s['recipe'] and not weights: warnings.warn('the recipe trains the last block alone at first, on what the others have learnt before, and this network starts from random weights: give --weights')
     data = check_cohort(cases, s['spacing'], s['size'], cache=int(s['cache_gb']*1e9), workers=s['workers'], canvas=s['canvas'], seed=s['seed'], pen=s['pen'])

@@ -290,7 +290,8 @@ def load_state_dict(self:State, point, accept_changes=False):
     changed = [k for k in now if then.get(k) != now[k]]
     if changed and not accept_changes: raise InputError(several('the training that is to go on was another one', [f'its {k} changed' if isinstance(now[k], list) else f'its {k} was {then.get(k)} and is {now[k]}' for k in changed]))
     point = copy.deepcopy(point)
-    self.model.load_state_dict(point['model'])
+    try: self.model.load_state_dict(point['model'])
+    except RuntimeError as e: raise InputError(f'the point is of another network: {str(e).splitlines()[1].strip()}') from None
     again = {'training slides', 'tuning slides', 'seed', 'batch', 'trained', 'optimizer'} & {*changed}
     if not {'trained', 'optimizer'} & {*changed}:
         self.optimizer.load_state_dict(point['optimizer'])

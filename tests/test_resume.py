@@ -98,7 +98,7 @@ def test_what_was_changed_is_named(cohort, whole, halfway, capsys):
     if (other/'slides/s03.tiff').stat().st_size != (cohort/'slides/s03.tiff').stat().st_size: again('the cohort was another one', cohort=other)
     assert cli.main(['train', cohort/'manifest.csv', halfway, *TRAIN, '--workers', 1, '--copies', 3, '--resume']) == 0; as_if_never_stopped(halfway, whole)
     assert cli.main(['train', cohort/'manifest.csv', halfway, *TRAIN, '--epochs', 4, '--resume', '--accept-changes']) == 0 and len(rows(halfway/'log.csv')) == 4
-    refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--epochs', 4, '--resume', '--accept-changes', '--pool', 'attention'], 'another network')
+    refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--epochs', 4, '--resume', '--accept-changes', '--pool', 'attention'], 'another network or schedule', 'pool avg')
 
 def test_a_damaged_point(cohort, halfway, capsys):
     for p in points(halfway/'checkpoints'): data = bytearray(p.read_bytes()); data[len(data)//3] ^= 4; p.write_bytes(data)

@@ -380,7 +380,7 @@ def bench(out, # JSON file to write
     given = {k: v for k, v in dict(device=device, repeats=repeats, sizes=sizes, memory=memory, strip=strip, dtype=dtype).items() if v is not None}
     if 'device' not in takes and device == inspect.signature(bench).parameters['device'].default: del given['device']
     if other := [k for k in given if k not in takes]: raise InputError(f"--{other[0]} is not for the part {part}")
-    out = output_file(out, '.json', header='{\n "machine"')
+    out = output_file(out, '.json', begins=r'\{\n "machine"')
     with whole_file(out) as f: f.write((json.dumps(parts[part](**given), indent=1)+'\n').encode())      # opened first: not to be found unwritable after half an hour
     print(f'wrote {out}')
 

@@ -8,7 +8,7 @@ __all__ = ['STOPS', 'RUN', 'FORMER', 'NEW', 'SYSTEM', 'plain', 'versions', 'save
            'absolute', 'foreign', 'claim', 'uninterrupted', 'replacing', 'continuing', 'staged', 'output_file']
 
 # %% ../nbs/10_checkpoints.ipynb #efba865e
-import hashlib, json, math, os, platform, shutil, signal, struct, threading, time, uuid, warnings
+import hashlib, json, math, os, platform, re, shutil, signal, struct, threading, time, uuid, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -300,15 +300,15 @@ def staged(folder, overwrite=False, kind=RUN, way='add --overwrite to replace it
         except BaseException as e: raise InputError(f"{str(e) or 'interrupted'}; the finished work is in {new if new.exists() else folder}") from None
 
 # %% ../nbs/10_checkpoints.ipynb #39f08a0d
-def output_file(path, suffix, inputs=(), header=''): # the path
-    "Refuse a file to write that is a folder, has another ending, is one of the `inputs`, belongs to a run, cannot be written, or exists and does not begin with `header`."
+def output_file(path, suffix, inputs=(), begins=''): # the path
+    "Refuse a file to write that is a folder, has another ending, is one of the `inputs`, belongs to a run, cannot be written, or exists and does not begin as the regular expression `begins` says."
     given, path = path, absolute(path)
     if path.is_dir(): raise InputError(f'{given} is a folder; give the name of a file to write')
     if path.suffix.lower() != suffix: raise InputError(f'{given}: what is written is a {suffix} file; give a name that ends so')
     if any(path == Path(p).resolve() for p in inputs): raise InputError(f'{given} is what is read; give the name of another file to write')
     if path.name in ('predictions.csv', 'metrics.json') and (path.parent/RUN.mark).exists(): raise InputError(f'{given} belongs to the run in its folder; give the name of another file to write')
-    if header and path.is_file() and path.stat().st_size:
+    if begins and path.is_file() and path.stat().st_size:
         with open(path, 'rb') as f:
-            if f.read(len(header.encode())) != header.encode(): raise InputError(f'{given} exists and is something else; give the name of another file to write')
+            if not re.match(begins, f.read(4096).decode(errors='replace')): raise InputError(f'{given} exists and is something else; give the name of another file to write')
     _probe(path.parent, given)
     return path

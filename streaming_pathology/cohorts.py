@@ -22,9 +22,9 @@ SPLITS = ('train', 'tuning', 'test')
 
 @dataclass(frozen=True)
 class Case:
-    "One slide of a cohort; `label` is None if unknown, `split` and `grade` are '' if not given, `spacing` (microns per pixel) None if the file says it, `mask` None if tissue is to be found. Without a `patient_id` it counts as a patient of its own."
+    "One slide of a cohort; `label` is a number, or a tuple where a slide has several, and None if unknown; `split` and `grade` are '' if not given, `spacing` (microns per pixel) None if the file says it, `mask` None if tissue is to be found. Without a `patient_id` it counts as a patient of its own."
     slide_id: str
-    label: float | None
+    label: float | tuple | None
     path: Path
     patient_id: str = ''
     split: str = ''
@@ -109,19 +109,24 @@ def _find(slide_id, text, folder):
     return ps[0]
 
 # %% ../nbs/08_cohorts.ipynb #3bcfab86
-def _case(row, folder, labels):
+def _label(row, columns, labels):
+    "The label of a row, a number or, of several columns, a tuple in which nan is what is unknown; None if nothing is known."
+    found = [finite_number(row[c], c) if row.get(c) else None for c in columns]
+    for c, v in zip(columns, found):
+        if labels is not None and v is not None and v not in labels: raise ValueError(f"{c} {row[c]!r} is none of {', '.join(f'{l:g}' for l in labels)}")
+    return None if all(v is None for v in found) else found[0] if len(columns) == 1 else tuple(math.nan if v is None else v for v in found)
+
+def _case(row, folder, labels, columns):
     "The `Case` of one row, and a list of what is wrong with it."
     wrong, v = [], {}
     def get(key, f):
         try: v[key] = f()
         except ValueError as e: wrong.append(str(e))
-    s, label, split, spacing = (row.get(c, '') for c in ('slide_id', 'label', 'split', 'spacing'))
+    s, split, spacing = (row.get(c, '') for c in ('slide_id', 'split', 'spacing'))
     get('slide_id', lambda: safe_id(s))
-    get('label', lambda: finite_number(label, 'label') if label else None)
-    if labels is not None and v.get('label') is not None and v['label'] not in labels:
-        wrong.append(f"label {label!r} is none of {', '.join(f'{l:g}' for l in labels)}")
+    get('label', lambda: _label(row, columns, labels))
     if split and split not in SPLITS: wrong.append(f"split {split!r} is none of {', '.join(SPLITS)}")
-    if split in ('train', 'tuning') and not label: wrong.append(f'slide {s!r} is in the split {split} but has no label')
+    if split in ('train', 'tuning') and v.get('label', 0) is None: wrong.append(f'slide {s!r} is in the split {split} but has no label')
     get('spacing', lambda: finite_number(spacing, 'spacing') if spacing else None)
     if v.get('spacing') is not None and not 0 < v['spacing'] < 1000: wrong.append(f'spacing {spacing!r} is not a number of microns per pixel')
     if 'slide_id' in v: get('path', lambda: _find(s, row.get('path', ''), folder))
@@ -149,15 +154,18 @@ def read_manifest(path,            # a CSV file with the columns slide_id, label
                   need_label=True, # the column `label` must be there, with at least two classes in it
                   labels=None,     # the labels allowed, e.g. (0, 1); None: any number
                   folder=None,     # what `path` is relative to; None: the manifest's folder
+                 columns=('label',), # that hold the label; of several the label is a tuple, and `labels` are those allowed in each
                  ) -> list:        # one `Case` a row, in the order of the file
     "Read and check a manifest; an `InputError` tells all that is wrong with it, with line numbers."
     header, rows = _table(path)
-    _check_header(path, header, ['slide_id', 'label'] if need_label else ['slide_id'])
+    known = [*columns, 'slide_id', 'path', 'patient_id', 'split', 'spacing', *['grade']['grade' in columns:], 'mask']
+    if twice := [c for c, n in Counter(known).items() if n > 1]: raise InputError(f'{path}: {twice[0]!r} is named as a label and is something else, or is named twice; name the columns that hold a label, once each')
+    _check_header(path, header, ['slide_id', *columns] if need_label else ['slide_id'], known)
     if not rows: raise InputError(f'{path} has a header but no rows; add one row a slide')
     folder, cases, lines, wrong = Path(folder or Path(path).parent), [], [], []
     for n, r in rows:
         if len(r) != len(header): wrong.append((n, f'{len(r)} values for {len(header)} columns')); continue
-        case, why = _case(dict(zip(header, r)), folder, labels)
+        case, why = _case(dict(zip(header, r)), folder, labels, columns)
         wrong += [(n, w) for w in why]
         if case: cases.append(case); lines.append(n)
     wrong = sorted(wrong+_cohort_problems(cases, lines), key=lambda w: w[0])
@@ -176,12 +184,14 @@ def check_files(cases):
     for c in cases:
         if (d := files.setdefault(slide_key(c.path), c)) is not c: raise InputError(f'{c.slide_id!r} ({c.path}) is the same slide as {d.slide_id!r} ({d.path}): leave out one of them')
 
+def _shown(label): return ' '.join(f'{v:g}' for v in label) if isinstance(label, tuple) else f'{label:g}' # text
+
 def check_classes(cases, where, split=None):
     "Refuse a cohort, or one split of it, without two classes to tell apart."
     found = sorted({c.label for c in cases if c.label is not None and (split is None or c.split == split)})
     name = f'{where}, split {split!r}' if split else f'{where}'
     if not found: raise InputError(f'{name}: no case has a label; training and evaluation need cases of both classes')
-    if len(found) == 1: raise InputError(f'{name}: every label is {found[0]:g}; training and evaluation need cases of both classes')
+    if len(found) == 1: raise InputError(f'{name}: every label is {_shown(found[0])}; training and evaluation need cases of both classes')
 
 # %% ../nbs/08_cohorts.ipynb #5fe64f3b
 def _blob(path, seed=0, size=(96, 64), spacing=4., radius=24, dark=False):
@@ -229,7 +239,7 @@ def _spread(n, fractions):
 def split_cohort(cases,                    # `Case`s; splits they already have are replaced
                  fractions=(.7, .15, .15), # of patients, for train, tuning and test
                  seed=0,
-                 by='label',               # what keeps its share in each split: 'label', or 'grade' too; a label of more than ten values, as a measure is, is spread evenly
+                 by='label',               # what keeps its share in each split: 'label', or 'grade' too; a label of more than ten values, as a measure is, is spread evenly; of several numbers all together count or, where that is more than ten, the last one
                 ) -> list:                 # the same cases in the same order, `split` filled in
     "Split by patient, stratified on the label or the grade; a function of the ids, the labels and the seed."
     if by not in ('label', 'grade'): raise InputError(f"cases can be balanced by 'label' or by 'grade', not by {by!r}")
@@ -237,12 +247,13 @@ def split_cohort(cases,                    # `Case`s; splits they already have a
     except (TypeError, ValueError): shares = []
     if len(shares) != 3 or not all(math.isfinite(f) and f >= 0 for f in shares) or not shares[0]: raise InputError(f'fractions {fractions}: give three for train, tuning and test, the first above 0')
     highest, split = {}, {} # of each patient, by its slide of the highest label
-    for c in cases:
-        if c.label is not None: highest[c.patient_id] = max(highest.get(c.patient_id, (-math.inf, '')), (c.label, c.grade if by == 'grade' else ''))
+    known = [tuple(-1. if math.isnan(v) else v for v in np.atleast_1d(c.label)) for c in cases if c.label is not None]
+    if len(set(known)) > 10: known = [l[-1:] for l in known]
+    for c, l in zip([c for c in cases if c.label is not None], known): highest[c.patient_id] = max(highest.get(c.patient_id, ((), '')), (l, c.grade if by == 'grade' else ''))
     if not highest: raise InputError('no case has a label, so there is nothing to split')
     labels = sorted({l for l, _ in highest.values()})
     for stratum in [[l] for l in labels] if len(labels) <= 10 else [labels]:
-        rng = keyed_rng(seed, f'{stratum[0]:g}')
+        rng = keyed_rng(seed, _shown(stratum[0]))
         ids = sorted(p for p, (l, _) in highest.items() if l in stratum)
         order = sorted(rng.permutation(len(ids)), key=lambda i: highest[ids[i]]) # by grade, and within a grade by chance
         split.update((ids[i], SPLITS[k]) for i, k in zip(order, _spread(len(ids), shares)))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['fit_canvas', 'flips', 'tissue_pixels', 'SlideDataset', 'check_cohort', 'cropped', 'turned_out', 'EpochSampler',
-           'slide_loader', 'sample_patches', 'channel_statistics']
+           'slide_loader', 'one_line', 'sample_patches', 'channel_statistics']
 
 # %% ../nbs/08_data.ipynb #d92a64d3
-import math, numbers, operator, threading, warnings
+import math, numbers, operator, signal, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, torch
 from scipy import ndimage
@@ -73,7 +73,7 @@ def tissue_pixels(
     return rgb, (tissue, *place)
 
 class SlideDataset(Dataset):
-    """Slides as items `dict(image=uint8 (3, H, W) or `Canvas`, label=float32 (nan if unknown), slide_id=str)`, with the `record` of an `Augmentation` and the `colour` of the background where there is one.
+    """Slides as items `dict(image=uint8 (3, H, W) or `Canvas`, label=float32 (nan if unknown), slide_id=str, box=(height, width) of the tissue)`, with the `record` of an `Augmentation` and the `colour` of the background where there is one.
     An unreadable slide raises `InputError` with its name."""
     def __init__(self,
                  cases,        # list of `Case`
@@ -120,7 +120,7 @@ class SlideDataset(Dataset):
     def __getitem__(self, key): # `key`: an index, or (index, epoch)
         i, epoch = key if isinstance(key, tuple) else (key, 0)
         c, rgb = self.cases[i], self.read(i)
-        item, colour = dict(label=torch.tensor(math.nan if c.label is None else c.label, dtype=torch.float32), slide_id=c.slide_id), self.colour
+        item, colour = dict(label=torch.tensor(math.nan if c.label is None else c.label, dtype=torch.float32), slide_id=c.slide_id, box=rgb.shape[:2]), self.colour
         if isinstance(self.augment, Augmentation):
             record = self.augment.draw(self.seed, epoch, c.slide_id)
             image = augmented(rgb, record, self.size or _round_up(augmented_size(record, rgb.shape[:2])), colour)
@@ -220,16 +220,27 @@ def slide_loader(data,             # `SlideDataset`
                  train=False,      # shuffled and oversampled; otherwise in the order of the cases
                  seed=0,
                  workers=0,        # processes that read ahead; 0: read in this one
-                 oversample=True,  # only where `train`; as for `EpochSampler`
+                 oversample=True,  # only where `train`; as for `EpochSampler`. Of labels that are several numbers nothing can be: False
                  ahead=2,          # items that each worker has ready
                  rank=0, ranks=1): # of torch.distributed
     "A DataLoader that gives one slide at a time; memory is bounded by `workers*ahead` items and those in work."
     if train and (without := [c.slide_id for c in data.cases if c.label is None]): raise InputError(several(f'{len(without)} slides to train on have no label; leave them out', without))
-    sampler = EpochSampler([c.label for c in data.cases] if train else [0]*len(data), seed, oversample if train else False, train, rank, ranks)
-    more = dict(multiprocessing_context='spawn', persistent_workers=True, prefetch_factor=ahead) if workers else {}
+    alike = not train or any(isinstance(c.label, tuple) for c in data.cases)
+    if train and alike and oversample: raise InputError('labels of several numbers are no classes to draw equally often; give oversample=False')
+    sampler = EpochSampler([0 if alike else c.label for c in data.cases], seed, oversample if train else False, train, rank, ranks)
+    more = dict(multiprocessing_context='spawn', persistent_workers=True, prefetch_factor=ahead, worker_init_fn=_deaf) if workers else {}
     return DataLoader(data, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=_as_it_is, **more)
 
 def _as_it_is(item): return item # torch would make tensors of the numbers in a record
+
+def one_line(e):
+    "The message of an exception as one line, also where a worker process has wrapped it into its traceback."
+    lines = str(e).strip().splitlines() or [type(e).__name__]
+    return lines[-1].split('InputError: ', 1)[-1] if lines[0].startswith('Caught ') else ' '.join(l.strip() for l in lines)
+
+def _deaf(_): # a signal to stop goes to all processes of a terminal or a job, and the one that trains decides what becomes of it
+    for n in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+        if hasattr(signal, n): signal.signal(getattr(signal, n), signal.SIG_IGN)
 
 # %% ../nbs/08_data.ipynb #fff2b57c
 def sample_patches(data,     # `SlideDataset`

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'Task', 'balanced_weights', 'Binary', 'Multiclass', 'Multilabel', 'Ordinal', 'Regression', 'Survival',
-           'joint_gradient', 'make_task']
+           'joint_gradient', 'make_task', 'task_of']
 
 # %% ../nbs/09_losses.ipynb #l0000003
-import math
+import inspect, math
 import numpy as np, torch
 from torch.nn import functional as F
 from .geometry import InputError
@@ -15,7 +15,9 @@ from .geometry import InputError
 # %% ../nbs/09_losses.ipynb #l0000006
 class Task:
     "What the labels of slides mean. Labels are (N,) numbers, or (N, columns) where a slide has several; logits are (N, n_out)."
-    name, n_out, columns, joint = '', 1, 1, False # joint: the loss of one slide depends on the others of its mini-batch
+    name, n_out, columns = '', 1, 1
+    exclusive = False # each slide is of one class, and classes can be drawn equally often
+    joint = False     # the loss of one slide depends on the others of its mini-batch
 
     def losses(self, logits, labels): # (N,)
         "Of each slide."
@@ -32,12 +34,20 @@ class Task:
     def wrong(self, label): # a sentence, or None
         "What is wrong with the label of a slide: a number, or a tuple of them."
 
+    def named(self, labels): # names
+        "Of what is reported of a slide, as the columns of a table; `labels` are the names of the labels."
+        raise NotImplementedError
+
     def fits(self, logits): # the same
         "Refuse a network with other outputs than the task has."
         if logits.shape[1] != self.n_out: raise InputError(f"the network has {logits.shape[1]} outputs where the task {self.name} needs {self.n_out}: build it with n_out={self.n_out}, or give another task")
         return logits
 
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
+    def settings(self): # dict
+        "What `task_of` makes the same task of."
+        return dict(name=self.name, **{k: getattr(self, k) for k in inspect.signature(type(self)).parameters})
+
+    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in [*self.settings().items()][1:])})"
 
 def _whole(label, k): return None if label in range(k) else f'label {label:g} is none of 0 to {k-1}'
 
@@ -57,31 +67,34 @@ def balanced_weights(labels, k): # k numbers, whose mean over the slides is 1
 # %% ../nbs/09_losses.ipynb #l0000008
 class Binary(Task):
     "Two classes, 0 and 1: cross-entropy."
-    name = 'binary'
+    name, exclusive, classes = 'binary', True, 2
     def __init__(self, weights=None): self.weights = _weights(weights, 2)
     def losses(self, logits, labels):
         return _weighted(F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction='none'), labels, self.weights)
     def predicted(self, logits): return logits[:, 0].sigmoid()
+    def named(self, labels): return ['probability']
     def wrong(self, label): return _whole(label, 2)
 
 class Multiclass(Task):
     "`classes` classes, 0 and up, that exclude each other: cross-entropy."
-    name = 'multiclass'
-    def __init__(self, classes, weights=None): self.n_out, self.weights = classes, _weights(weights, classes)
+    name, exclusive = 'multiclass', True
+    def __init__(self, classes, weights=None): self.n_out = self.classes = classes; self.weights = _weights(weights, classes)
     def losses(self, logits, labels): return _weighted(F.cross_entropy(logits, labels.long(), reduction='none'), labels, self.weights)
     def predicted(self, logits): return logits.softmax(1)
+    def named(self, labels): return [f'probability_{i}' for i in range(self.classes)]
     def wrong(self, label): return _whole(label, self.n_out)
 
 class Multilabel(Task):
     "Several labels a slide, each 0 or 1: the mean of their cross-entropies. A label that is not known, nan, does not count."
     name = 'multilabel'
-    def __init__(self, classes, weights=None): self.n_out = self.columns = classes; self.weights = _weights(weights, classes)
+    def __init__(self, classes, weights=None): self.n_out = self.columns = self.classes = classes; self.weights = _weights(weights, classes)
     def losses(self, logits, labels):
         known = ~labels.isnan()
         each = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num().to(logits.dtype), reduction='none')*known
         if self.weights: each = each*logits.new_tensor(self.weights)
         return each.sum(1)/known.sum(1).clamp(min=1)
     def predicted(self, logits): return logits.sigmoid()
+    def named(self, labels): return [f'probability_{l}' for l in labels]
     def wrong(self, label): return next((f'label {v:g} is none of 0 and 1' for v in label if v not in (0, 1) and not math.isnan(v)), None)
 
 def _weighted(losses, labels, weights): return losses if weights is None else losses*losses.new_tensor(weights)[labels.long()]
@@ -89,8 +102,8 @@ def _weighted(losses, labels, weights): return losses if weights is None else lo
 # %% ../nbs/09_losses.ipynb #l0000011
 class Ordinal(Task):
     "`classes` grades, 0 and up, in an order: the likelihood of the steps up to the grade."
-    name = 'ordinal'
-    def __init__(self, classes, weights=None): self.n_out, self.weights = classes-1, _weights(weights, classes)
+    name, exclusive = 'ordinal', True
+    def __init__(self, classes, weights=None): self.n_out, self.classes, self.weights = classes-1, classes, _weights(weights, classes)
     def logs(self, logits): # (N, classes)
         "The logarithm of each grade's probability."
         up, stay = F.logsigmoid(logits).cumsum(1), F.logsigmoid(-logits)
@@ -98,7 +111,8 @@ class Ordinal(Task):
         return torch.cat([nothing, up], 1)+torch.cat([stay, nothing], 1)
     def losses(self, logits, labels): return _weighted(-self.logs(logits).gather(1, labels.long()[:, None])[:, 0], labels, self.weights)
     def predicted(self, logits): return self.logs(logits).exp()
-    def wrong(self, label): return _whole(label, self.n_out+1)
+    def named(self, labels): return [f'probability_{i}' for i in range(self.classes)]
+    def wrong(self, label): return _whole(label, self.classes)
 
 # %% ../nbs/09_losses.ipynb #l0000014
 class Regression(Task):
@@ -109,6 +123,7 @@ class Regression(Task):
         self.mean, self.std = float(mean), float(std)
     def losses(self, logits, labels): return (logits[:, 0]-(labels.to(logits.dtype)-self.mean)/self.std)**2
     def predicted(self, logits): return self.mean+self.std*logits[:, 0]
+    def named(self, labels): return [f'predicted_{labels[0]}']
 
 # %% ../nbs/09_losses.ipynb #l0000016
 class Survival(Task):
@@ -121,6 +136,7 @@ class Survival(Task):
         return (event*(pooled-risk)).sum()/event.sum().clamp(min=1)
     def losses(self, logits, labels): raise InputError('the loss of survival is that of a mini-batch, and no slide has one of its own')
     def predicted(self, logits): return logits[:, 0]
+    def named(self, labels): return ['log_risk']
     def wrong(self, label):
         time, event = label
         return f'time {time:g} and event {event:g}: give a time above 0, and 1 for an event or 0' if not (time > 0 and event in (0, 1)) else None
@@ -147,7 +163,11 @@ def make_task(name, labels, balanced=False): # `Task`
     for l in labels:
         if wrong := task.wrong(tuple(l.tolist()) if several else l.item()): raise InputError(f'{wrong} (task {name})')
     if balanced:
-        if name not in ('binary', 'multiclass', 'ordinal'): raise InputError(f'the task {name} has no classes to balance')
-        k = 2 if name == 'binary' else task.n_out+(name == 'ordinal')
-        task.weights = _weights(balanced_weights(labels, k), k)
+        if not task.exclusive: raise InputError(f'the task {name} has no classes to balance')
+        task.weights = _weights(balanced_weights(labels, task.classes), task.classes)
     return task
+
+def task_of(settings): # `Task`
+    "The task of its `settings`."
+    try: return TASKS[settings['name']](**{k: v for k, v in settings.items() if k != 'name'})
+    except (KeyError, TypeError): raise InputError(f'{settings} does not say what the labels mean; known are {", ".join(TASKS)}') from None

@@ -79,6 +79,8 @@ class Run:
     @property
     def title(self): return str(self.settings.get('title') or self.folder.resolve().name)
     @property
+    def two(self): return self.settings.get('task', 'binary') == 'binary' # classes
+    @property
     def split(self): return self.metrics.split if self.metrics else 'test'
     def of_split(self): return [p for p in self.predictions if p.split == self.split and p.label is not None]
     def unlabelled(self): return [p for p in self.predictions if p.label is None]
@@ -116,8 +118,12 @@ def read_run(folder # as sp_train or sp_demo wrote it
     "Everything the report needs of a run folder; `InputError` names the file that is damaged, or needed and missing"
     folder = Path(folder)
     if not folder.is_dir(): raise InputError(f'{folder} is no folder: give the one that sp_train or sp_demo wrote')
-    run = Run(folder, _parse(folder/'settings.toml', tomllib.loads), read_predictions(folder/'predictions.csv'))
-    try: run.metrics = _metrics(folder)
+    run = Run(folder, _parse(folder/'settings.toml', tomllib.loads), [])
+    if run.two: run.predictions = read_predictions(folder/'predictions.csv')
+    elif not (folder/'predictions.csv').exists(): raise InputError(f"{folder/'predictions.csv'} does not exist: a report is made from the folder that sp_train wrote")
+    try:
+        if run.two: run.metrics = _metrics(folder)
+        else: run.notes['metrics'] = f'The task is {run.settings["task"]}: what was predicted of each slide is in predictions.csv. This report evaluates two classes only.'
     except InputError as e:
         if (folder/'metrics.json').exists(): raise
         run.notes['metrics'] = f'No AUC: {str(e).replace(str(folder/"predictions.csv"), "predictions.csv")}.'
@@ -125,9 +131,9 @@ def read_run(folder # as sp_train or sp_demo wrote it
         if (folder/name).exists(): return read(folder/name)
         run.notes[name] = say
         return None
-    optional('metrics.json', lambda f: f, 'There is no metrics.json in the run folder: the figures were computed from predictions.csv for this report.')
+    if run.two: optional('metrics.json', lambda f: f, 'There is no metrics.json in the run folder: the figures were computed from predictions.csv for this report.')
     run.log = [_log_row(r, folder/'log.csv') for r in optional('log.csv', lambda f: read_table(f, ('epoch', 'train_loss')), 'There is no log.csv in the run folder, so the curves of training are missing.') or ()]
-    run.cohort = optional('cohort.csv', lambda f: read_table(f, ('slide_id', 'label', 'split')), 'There is no cohort.csv in the run folder: slides that were not predicted are not counted.') or []
+    run.cohort = optional('cohort.csv', lambda f: read_table(f, ('slide_id', *['label'][:run.two], 'split')), 'There is no cohort.csv in the run folder: slides that were not predicted are not counted.') or []
     run.environment = optional('environment.json', lambda f: _parse(f, json.loads), 'There is no environment.json in the run folder: machine and versions are not known.') or {}
     return run
 
@@ -194,7 +200,7 @@ def _time(s): return '–' if not math.isfinite(s) else f'{s:.2g} s' if s < 10 e
 def _summary(run):
     m, tail = run.metrics, ()
     if run.settings.get('synthetic') is True: tail = (P(Strong('Synthetic cohort.'), ' The labelled slides were painted by a program. The figures show that the software works; they say nothing about patients.', cls='note'),)
-    if not m: return Div(P('No AUC', cls='figure'), P(run.notes['metrics']), *tail)
+    if not m: return Div(P('No AUC' if run.two else run.settings['task'], cls='figure'), P(run.notes['metrics']), *tail)
     if m.low <= .5: tail += (P('The interval reaches down to 0.5: on these slides the network cannot be told from guessing.', cls='note'),)
     if m.low == m.high: tail += (P('Every resample gives the same AUC, because the two classes do not overlap on these slides. The interval has no width then and says nothing about other slides: only more slides can.', cls='note'),)
     return Div(P(Span('Area under the ROC curve', cls='eyebrow'), Span(f'{m.auc:.3f}', cls='figure')),
@@ -282,12 +288,13 @@ def _flat(d, prefix=''):
 def _cohort(run):
     rows = run.cohort or [dict(slide_id=p.slide_id, split=p.split, label='' if p.label is None else p.label) for p in run.predictions]
     kinds = {None: 'no label', 0.: 'negative', 1.: 'positive'}
-    kind = lambda r: kinds[float(r['label']) if str(r['label']) else None]
+    kind = lambda r: kinds[float(r['label']) if str(r['label']) else None] if run.two else 'slides'
     try: n = Counter((r['split'] or 'none', kind(r)) for r in rows)
     except (ValueError, KeyError) as e: raise InputError(f'{run.folder/"cohort.csv"}: a label is not 0, 1 or empty ({e})') from None
+    columns = ('positive', 'negative', 'no label') if run.two else ('slides',)
     splits = sorted({s for s, _ in n}, key=lambda s: (('train', 'tuning', 'test')+(s,)).index(s))
     people = lambda s: len({r['patient_id'] for r in rows if (r['split'] or 'none') == s and r.get('patient_id')}) or None
-    return _table('Slides by split', ('split', 'positive', 'negative', 'no label', 'patients'), [(s, n[s, 'positive'], n[s, 'negative'], n[s, 'no label'], people(s)) for s in splits], cls='numbers')
+    return _table('Slides by split', ('split', *columns, 'patients'), [(s, *(n[s, c] for c in columns), people(s)) for s in splits], cls='numbers')
 
 def _predictions(run):
     rows = [(p.slide_id, p.split, None if p.label is None else f'{p.label:g}', f'{p.probability:.4f}', _verdict(p, run.metrics and run.metrics.threshold)[0], None if p.seconds is None else f'{p.seconds:.2f}') for p in run.predictions]
@@ -438,6 +445,7 @@ arrange();
 def _page(run, most):
     sections = [('result', 'Result', (Div(_summary(run), Figure(Img(src=_roc_figure(run), cls='plot', alt=f'ROC curve with bootstrap band: {run.metrics}')) if run.metrics else None, cls='answer'), *_facts(run))),
                 ('training', 'Training', _training(run)), ('slides', 'Slides', _gallery(run, most)), ('predictions', 'Predictions', (_predictions(run),)), ('made', 'How it was made', _made(run))]
+    if not run.two: sections = [s for s in sections if s[0] not in ('slides', 'predictions')]
     box = ft('dialog', Div(cls='frame'), Div(P('', id='what', aria_live='polite'), Label('Heatmap ', Input(type='range', cls='fade', min='0', max='100', value='75')), Button('Previous', type='button', data_go='-1'), Button('Next', type='button', data_go='1', autofocus=True),
                  Form(Button('Close'), method='dialog'), cls='bar'), aria_label='One slide, enlarged')
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
@@ -447,7 +455,7 @@ def _page(run, most):
     body = Body(Header(P('Report of a run', cls='eyebrow'), H1(run.title), Nav(*(A(name, href=f'#{i}') for i, name, _ in sections), aria_label='Sections')),
                 Main(*(Section(H2(name, id=f'{i}-title', cls='hidden' if i == 'result' else None), *c, id=i, aria_labelledby=f'{i}-title') for i, name, c in sections)), Footer(P(f'Written by streaming_pathology from {run.folder.resolve().name}/. This file holds everything it shows and requests nothing.')), box)
     head, body = (to_xml(x, indent=False) for x in (head, body))
-    return f'{PAGE}{head[len("<head>"):-len("</head>")]}<style>{STYLE}</style></head>\n{body[:-len("</body>")]}<script>{SCRIPT}</script></body></html>\n'
+    return f'{PAGE}{head[len("<head>"):-len("</head>")]}<style>{STYLE}</style></head>\n{body[:-len("</body>")]}'+f'<script>{SCRIPT}</script>'*run.two+'</body></html>\n'
 
 PAGE = '<!doctype html>\n<html lang="en"><head><meta name="generator" content="streaming_pathology">' # how every report begins
 

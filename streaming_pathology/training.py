@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from .background import Canvas
 from .augment import keyed_rng
 from .cohorts import several
-from .data import EpochSampler, slide_loader
+from .data import EpochSampler, one_line, slide_loader
 from .losses import Binary, Task, joint_gradient
 from .geometry import InputError
 from .files import write_csv
@@ -88,32 +88,39 @@ def predict(model,        # gives logits (1, n_out) for an image (1, 3, H, W)
             device='cpu', amp=None, progress=True, desc='predicting', task=Binary(),
             ranks=Alone(),
             rows=None,    # of slides that went before; this list grows
-            rest=None):   # called between two slides, when those before are in `rows`
-    "One dict a slide: slide_id, label (None if unknown), probability (what the task predicts), logits, seconds."
+            rest=None,    # called between two slides, when those before are in `rows`
+            failed=False): # a slide that cannot be used ends it all; True: it gets a row with the `error` alone
+    "One dict a slide: slide_id, label (None if unknown), probability (what the task predicts), logits (the mean, where the model gives several of a slide), box if the item has it, seconds."
     loader, rows, was = as_loader(data, ranks=ranks), [] if rows is None else rows, model.training
     n, slides = sum(ranks.gather(len(loader))), slides_of(loader, 0, len(ranks.places(0, len(rows))))
     model.eval()
     with tqdm(total=n, initial=len(rows), desc=desc, unit='slide', leave=False, disable=not progress or ranks.rank > 0) as bar:
         while len(rows) < n:
             mine = ranks.places(len(rows), min(n, len(rows)+ranks.together))
-            rows += (new := ranks.merged((i, _predicted(model, next(slides), device, amp, task)) for i in mine))
+            rows += (new := ranks.merged((i, _tried(failed, _predicted, model, slides, device, amp, task)) for i in mine))
             bar.update(len(new))
             if rest: rest()
     model.train(was)
     return rows
 
-def _predicted(model, item, device, amp, task): # a row
-    start = time.perf_counter()
+def _tried(failed, f, *args): # what it gives, or the row of an error
+    try: return f(*args)
+    except InputError as e:
+        if not failed: raise
+        return dict(error=one_line(e))
+
+def _predicted(model, slides, device, amp, task): # a row
+    item, start = next(slides), time.perf_counter()
     logits = task.fits(logits_of(model, item, device, amp))
     if not logits.isfinite().all(): raise InputError(f"slide {item['slide_id']!r}: the network's output is {logits[0].tolist()}; train or predict without amp, or look whether the checkpoint is damaged")
     label = item['label'].tolist() if is_known(item['label']) else None
-    return dict(slide_id=item['slide_id'], label=label, probability=task.predicted(logits)[0].tolist(), logits=logits[0].tolist(), seconds=time.perf_counter()-start)
+    return dict(slide_id=item['slide_id'], label=label, probability=task.predicted(logits).mean(0).tolist(), logits=logits.mean(0).tolist(), seconds=time.perf_counter()-start, **{k: item[k] for k in ('box',) if k in item})
 
 def is_known(label): return not label.isnan().all() # of several numbers in a label some may be missing
 
-def as_loader(data, train=False, seed=0, ranks=Alone()):
+def as_loader(data, train=False, seed=0, ranks=Alone(), oversample=True):
     "A dataset of this package as a loader of single slides, those of one rank; a list as the part of it that is this rank's; loaders as they are."
-    if isinstance(data, Dataset): return slide_loader(data, train=train, seed=seed, rank=ranks.rank, ranks=ranks.size)
+    if isinstance(data, Dataset): return slide_loader(data, train=train, seed=seed, oversample=oversample, rank=ranks.rank, ranks=ranks.size)
     sampler = getattr(data, 'sampler', None)
     if sampler is None: return data if ranks.size == 1 else data[ranks.rank::ranks.size]
     mine = (sampler.rank, sampler.ranks) if isinstance(sampler, EpochSampler) else (0, 1)
@@ -328,7 +335,7 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
         task=Binary(),   # what the labels mean: a `Task`; its `n_out` is that of the model
         history=(),      # of epochs that went before, as in another stage: order and augmentation go on from there
         clip=None,       # largest norm of a mini-batch's gradient; None: any
-        callbacks=(),    # objects with some of before_fit, before_epoch, after_step, after_epoch, at_rest, after_fit
+        callbacks=(),    # objects with some of before_fit, resumed, before_epoch, after_step, after_epoch, at_rest, after_fit
         resume=None,     # a point of this training to go on from, as `State.state_dict` gives it
         accept_changes=False, # go on also where settings or slides are others than at the point
         stage=None,      # number that the rows of the history bear
@@ -344,13 +351,13 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
     settings = {'training slides': fingerprint(train), 'tuning slides': fingerprint(tuning)} | dict(trained=[*params], epochs=epochs, lr=lr, momentum=momentum, batch=batch, seed=seed, device=torch.device(device).type, amp=amp, optimizer=optimizer, task=repr(task), clip=clip,
                     callbacks=[type(c).__name__ for c in callbacks if hasattr(c, 'state')])
     s = State(model, make_optimizer(optimizer, params.values(), lr, momentum), torch.amp.GradScaler(torch.device(device).type, enabled=amp == 'fp16'), epochs, batch, device, amp, seed, task, clip, tuple(callbacks), ranks, settings, stage, evaluated=model)
-    train = as_loader(train, True, seed, ranks)
+    train = as_loader(train, True, seed, ranks, task.exclusive)
     s.first = s.epoch = len(history); s.history = [*history]
     for _, v in sorted(model.state_dict().items()): ranks.same(v)
     if not sum(n := ranks.gather(len(train))): raise InputError('there is no slide to train on')
     s.length = sum(n)
     s.tell('before_fit')
-    if resume is not None: s.load_state_dict(resume, accept_changes)
+    if resume is not None: s.load_state_dict(resume, accept_changes); s.tell('resumed')
     while s.epoch < s.first+epochs and not s.stop:
         s.began = time.perf_counter()-s.seconds
         if s.step: set_rng_state(s.draws) # of an epoch that was broken off: for a loader that draws its order from it

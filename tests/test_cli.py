@@ -143,14 +143,46 @@ def test_checkpoints(cohort, trained, tmp_path, capsys, spoil, says):
     assert not (tmp_path/'p.csv').exists()
 
 def test_predictions_stay(cohort, trained, bad, tmp_path, capsys):
-    "A slide that cannot be read leaves the predictions of before untouched."
+    "A slide that cannot be read leaves the predictions of before untouched, and keeps those that are done."
     model, out = trained/'checkpoints/best.pt', tmp_path/'p.csv'
     assert cli.main(['predict', model, bad/'manifest.csv', out]) == 0
-    rows = lambda p: [l.split(',')[:4] for l in p.read_text().splitlines()]
+    rows = lambda p, *but: [l.split(',')[:4] for l in p.read_text().splitlines() if not l.startswith(but)]
     assert rows(out) == rows(trained/'predictions.csv') and len(rows(out)) == 13
-    before = out.read_bytes(); (bad/'slides/s03.tiff').write_text('no image')
-    refused(capsys, ['predict', model, bad/'manifest.csv', out], "'s03'")
+    before = out.read_bytes(); whole = (bad/'slides/s03.tiff').read_bytes(); (bad/'slides/s03.tiff').write_text('no image')
+    refused(capsys, ['predict', model, bad/'manifest.csv', out], "'s03'", '--skip')
     assert out.read_bytes() == before and not list(tmp_path.glob('.*'))
+    assert cli.main(['predict', model, bad/'manifest.csv', out, '--skip']) == 0 and rows(out) == rows(trained/'predictions.csv', 's03') and "'s03'" in capsys.readouterr().err
+    (bad/'slides/s03.tiff').write_bytes(whole); assert cli.main(['predict', model, bad/'manifest.csv', out]) == 0 and rows(out) == rows(trained/'predictions.csv')
+
+def test_predictions_go_on(cohort, trained, tmp_path):
+    "Killed in the middle, also of a line; rows that are done are not computed again, and the table is that of one that was never broken off."
+    model, out, journal = trained/'checkpoints/best.pt', tmp_path/'p.csv', tmp_path/'p.csv.unfinished'
+    for k in range(3):
+        p = subprocess.Popen([sys.executable, '-m', 'streaming_pathology.cli', 'predict', model, cohort/'manifest.csv', out, '--tta', 'all'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard)
+        there = journal.read_bytes().count(b'\n') if journal.exists() else 0
+        while p.poll() is None and (not journal.exists() or journal.read_bytes().count(b'\n') < max(1, there)+2): time.sleep(.002)
+        p.kill(); p.wait(); assert not out.exists(); journal.write_bytes(journal.read_bytes()+b'["torn')
+    done = journal.read_bytes().count(b'\n')-1; assert 6 <= done <= 12
+    assert cli.main(['predict', model, cohort/'manifest.csv', out, '--tta', 'all']) == 0 and cli.main(['predict', model, cohort/'manifest.csv', tmp_path/'q.csv', '--tta', 'all']) == 0
+    but_seconds = lambda p: [l.split(',')[:4]+l.split(',')[5:] for l in p.read_text().splitlines()]
+    assert but_seconds(out) == but_seconds(tmp_path/'q.csv') and not journal.exists()
+
+@pytest.mark.parametrize('task,header,label', [('ordinal', 'grade', lambda i: i % 3), ('multiclass', 'kind', lambda i: i % 4), ('multilabel', 'tumour,inflamed', lambda i: f'{i % 2},'+('' if i == 5 else f'{i//2 % 2}')), ('regression', 'ki67', lambda i: i/3), ('survival', 'months,event', lambda i: f'{i+1.5},{i % 2}')])
+def test_tasks(cohort, tmp_path, capsys, task, header, label):
+    "What a label is: trained, predicted, exported, reported."
+    run, split = tmp_path/'run', lambda i: ('train', 'train', 'tuning', 'test')[i//3 % 4]
+    (tmp_path/'m.csv').write_text(f'slide_id,{header},path,split\n'+''.join(f'a{i},{label(i)},{cohort}/slides/s{i:02}.tiff,{split(i)}\n' for i in range(12)))
+    train = ['train', tmp_path/'m.csv', run, '--spacing', 4, '--epochs', 1, '--strip', 64, '--heatmaps', 0, '--batch', 4]
+    refused(capsys, train, "'label'"); refused(capsys, [*train, '--task', task, '--label', 'nothing'], "'nothing'"); refused(capsys, [*train, '--task', 'multilabel' if task in ('ordinal', 'multiclass', 'regression') else 'binary', '--label', header], 'one number' if task == 'multilabel' else 'none of 0, 1')
+    assert cli.main([*train, '--task', task, '--label', header]) == 0 and 'test loss' in capsys.readouterr().out
+    table = [l.split(',') for l in (run/'predictions.csv').read_text().splitlines()]
+    names = dict(ordinal=[f'probability_{i}' for i in range(3)], multiclass=[f'probability_{i}' for i in range(4)], multilabel=['probability_tumour', 'probability_inflamed'], regression=['predicted_ki67'], survival=['log_risk'])[task]
+    assert table[0] == ['slide_id', *header.split(','), 'split', *names, 'seconds', 'model', 'version'] and len(table) == 13
+    assert [r[1:2+header.count(',')] for r in table[1:]] == [[f'{float(v):g}' if v else '' for v in str(label(i)).split(',')] for i in range(12)]
+    if task in ('ordinal', 'multiclass'): assert all(abs(sum(map(float, r[3:-3]))-1) < 1e-6 for r in table[1:])
+    assert cli.main(['export', run, tmp_path/'m.safetensors']) == 0 and cli.main(['predict', tmp_path/'m.safetensors', tmp_path/'m.csv', tmp_path/'p.csv']) == 0
+    assert [l.split(',')[:-3] for l in (tmp_path/'p.csv').read_text().splitlines()] == [r[:-3] for r in table]
+    assert cli.main([*train, '--task', task, '--label', header, '--resume']) == 0 and task in (run/'report.html').read_text()
 
 def test_evaluate(trained, tmp_path, capsys):
     rows = (trained/'predictions.csv').read_text().splitlines()

@@ -39,31 +39,33 @@ def test_killed_at_any_moment(cohort, whole, tmp_path):
     rng, run, at, killed = random.Random(0), tmp_path/'run', (0, 0), 0
     while True:
         p = process(cohort/'manifest.csv', run, *TRAIN, '--resume')
-        aim = rng.randrange(1, 8) # of what it writes from now on
-        seen = {f.name for f in run.glob('checkpoints/*.pt')}
-        while p.poll() is None and killed < KILLS:
-            new = {f.name for f in run.glob('checkpoints/*.pt')} - seen
-            if len(new) >= aim or any(run.glob('checkpoints/.*.partial')) and rng.random() < .1: time.sleep(rng.random()*.03); p.kill()
-            seen |= new; aim -= len(new); time.sleep(.001)
+        aim, inside = rng.randrange(1, 12), False # of the files that it writes from now on: killed behind it, or while it is written
+        seen, begun = ({f.name for f in run.glob(f'checkpoints/{k}')} for k in ('*.pt', '.*.partial'))
+        while p.poll() is None and killed < KILLS and not inside:
+            new, now = ({f.name for f in run.glob(f'checkpoints/{k}')} for k in ('*.pt', '.*.partial'))
+            inside = bool(now-begun) and rng.random() < .15
+            if len(new-seen) >= aim or inside: time.sleep(rng.random()*.03); p.kill(); break
+            aim -= len(new-seen); seen |= new; begun |= now; time.sleep(.001)
         _, err = p.communicate(timeout=100)
         assert p.returncode in (0, -signal.SIGKILL) and 'Traceback' not in err, err
         there = [tuple(map(int, f.stem.split('_')[1:])) for f in points(run/'checkpoints')]
         assert max(there, default=at) >= at and len(there) <= 3; at = max(there, default=at)
-        killed += p.returncode != 0
+        if p.returncode: killed += 1; print(f"kill {killed} after point {at}{', in a write'*inside}")
         if p.returncode == 0:
             as_if_never_stopped(run, whole)
+            print(f'finished after {killed} kills')
             if killed >= KILLS: break
             shutil.rmtree(run); at = 0, 0
     assert killed >= KILLS
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
-    "As a cluster does it: a signal, exit status 75, and the same command again, until it says that all is done."
+    "As a cluster does it: a signal, to the process or to all of its group, exit status 75, and the same command again, until it says that all is done."
     run, argv = tmp_path/'run', [cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--resume', '--workers', workers]
     for k in range(3):
-        p = process(*argv); before = set(points(run/'checkpoints'))
+        p = process(*argv, start_new_session=True); before = set(points(run/'checkpoints'))
         while p.poll() is None and not set(points(run/'checkpoints'))-before: time.sleep(.002)
-        p.send_signal(signal.SIGTERM); _, err = p.communicate(timeout=100)
+        (os.kill, os.killpg)[k % 2](p.pid, signal.SIGTERM); _, err = p.communicate(timeout=100)
         assert p.returncode == 75 and 'stopped: epoch' in err and '--resume' in err and 'Traceback' not in err, err
         assert not (run/'report.html').exists()
     p = process(*argv); _, err = p.communicate(timeout=100); assert p.returncode == 0, err

@@ -124,6 +124,7 @@ def as_loader(data, train=False, seed=0, ranks=Alone(), oversample=True):
     sampler = getattr(data, 'sampler', None)
     if sampler is None: return data if ranks.size == 1 else data[ranks.rank::ranks.size]
     mine = (sampler.rank, sampler.ranks) if isinstance(sampler, EpochSampler) else (0, 1)
+    if isinstance(sampler, EpochSampler): sampler.set_epoch(sampler.epoch) # from its first slide, also where it went on in the middle before: its length is that of what is left
     if mine != (ranks.rank, ranks.size): raise InputError(f'the loader gives the slides of rank {mine[0]} of {mine[1]}, and this is rank {ranks.rank} of {ranks.size}: give the dataset itself, or slide_loader(..., rank=, ranks=)')
     return data
 

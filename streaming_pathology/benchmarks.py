@@ -24,7 +24,7 @@ from .background import Canvas
 from .plan import budget, lean_memory, measure, plan, size as text_size
 from .files import whole_file
 from .cli import check_settings, command, environment, hw, output_file
-from .pipeline import beside_chain, fresh_process, loading, process_status, trimming
+from .pipeline import beside_chain, beside_one, fresh_process, loading, long_run, process_status, trimming
 
 # %% ../nbs/17_benchmarks.ipynb #350a9060
 def slim(width=8):
@@ -355,7 +355,7 @@ def beside_default(device='cpu', repeats=3, sizes=((384, 16384),), strip=128, dt
         log(f"{_title(cases['lean'])}: {pair.get('seconds', rounds)} times the seconds, {pair.get('above')} times the memory above start")
     return result
 
-parts = {'methods': beside_plain, 'budgets': beside_peer, 'large': large, 'gigapixel': gigapixel, 'canvas': beside_dense, 'lean': beside_default, 'networks': run_networks, 'augment': beside_chain, 'trim': trimming, 'loading': loading}
+parts = {'methods': beside_plain, 'budgets': beside_peer, 'large': large, 'gigapixel': gigapixel, 'canvas': beside_dense, 'lean': beside_default, 'networks': run_networks, 'augment': beside_chain, 'trim': trimming, 'loading': loading, 'ranks': beside_one, 'long': long_run}
 
 # %% ../nbs/17_benchmarks.ipynb #6593a623
 def sides(text):
@@ -363,7 +363,7 @@ def sides(text):
     return tuple(map(hw, text.split(',')))
 
 def bench(out, # JSON file to write
-          *, part:str='methods',             # what is measured: methods, budgets, large, gigapixel, canvas, lean, networks, augment, trim or loading
+          *, part:str='methods',             # what is measured: methods, budgets, large, gigapixel, canvas, lean, networks, augment, trim, loading, ranks or long
           device:str='cuda' if torch.cuda.is_available() else 'cpu', # cpu or cuda
           repeats:int=None,                  # rounds that are counted (default, as for what follows: the part's own)
           sizes:sides=None,                  # sides of square images, or height x width, with commas between

@@ -118,7 +118,7 @@ def status_of(f, *args, **kwargs):
     except OSError as e: said, status = f'{e.filename or "a file"}: {e.strerror or one_line(e)}', 2
     except (MemoryError, torch.OutOfMemoryError): said, status = 'out of memory; a smaller size, a coarser spacing or, where the network runs, a smaller strip needs less', 2
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: said = f"rank {os.environ['RANK']}: {said}"
-    print('stopped: '*(status == 75)+'error: '*(status != 75)+said.removeprefix('stopped in '), file=sys.stderr)
+    sys.stderr.write('stopped: '*(status == 75)+'error: '*(status != 75)+said.removeprefix('stopped in ')+'\n') # at once, as ranks share it
     return status
 
 @contextmanager

@@ -7,8 +7,9 @@ __all__ = ['fit_canvas', 'flips', 'tissue_pixels', 'SlideDataset', 'check_cohort
            'slide_loader', 'one_line', 'sample_patches', 'channel_statistics']
 
 # %% ../nbs/08_data.ipynb #d92a64d3
-import math, numbers, operator, signal, threading, warnings
+import math, numbers, operator, os, signal, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 import numpy as np, torch
 from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -229,7 +230,7 @@ def slide_loader(data,             # `SlideDataset`
     if train and alike and oversample: raise InputError('labels of several numbers are no classes to draw equally often; give oversample=False')
     sampler = EpochSampler([0 if alike else c.label for c in data.cases], seed, oversample if train else False, train, rank, ranks)
     more = dict(multiprocessing_context='spawn', persistent_workers=True, prefetch_factor=ahead, worker_init_fn=_deaf) if workers else {}
-    return DataLoader(data, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=_as_it_is, **more)
+    return _Loader(data, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=_as_it_is, **more)
 
 def _as_it_is(item): return item # torch would make tensors of the numbers in a record
 
@@ -238,9 +239,24 @@ def one_line(e):
     lines = str(e).strip().splitlines() or [type(e).__name__]
     return lines[-1].split('InputError: ', 1)[-1] if lines[0].startswith('Caught ') else ' '.join(l.strip() for l in lines)
 
-def _deaf(_): # a signal to stop goes to all processes of a terminal or a job, and the one that trains decides what becomes of it
-    for n in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-        if hasattr(signal, n): signal.signal(getattr(signal, n), signal.SIG_IGN)
+class _Loader(DataLoader):
+    "Its workers are born with signals to stop blocked: those go to all processes of a terminal or a job, and the one that trains decides what becomes of them."
+    def __iter__(self):
+        if not self.num_workers or not _BLOCKED: return super().__iter__()
+        resource_tracker.ensure_running() # which unblocks signals where it starts
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED) # what comes now is heard afterwards
+        try: return super().__iter__()
+        finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+_BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} if hasattr(signal, 'sigwaitinfo') else set()
+
+def _deaf(_): # in a worker: only its parent may end it
+    parent = os.getppid()
+    def hear():
+        while True:
+            said = signal.sigwaitinfo(_BLOCKED)
+            if said.si_pid == parent and said.si_signo == signal.SIGTERM: os._exit(1)
+    if _BLOCKED: signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED); threading.Thread(target=hear, daemon=True).start()
 
 # %% ../nbs/08_data.ipynb #fff2b57c
 def sample_patches(data,     # `SlideDataset`

@@ -1,7 +1,7 @@
 "A training that is killed, stopped or short of disk goes on from its last point and ends with the same weights, bit by bit."
 import csv, os, random, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import pytest, torch
+import psutil, pytest, torch
 from streaming_pathology import cli
 from streaming_pathology.checkpoints import load_checkpoint, points, save_checkpoint
 from streaming_pathology.cohorts import tiny_cohort
@@ -71,6 +71,18 @@ def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
     p = process(*argv); _, err = p.communicate(timeout=100); assert p.returncode == 0, err
     as_if_never_stopped(run, whole)
     before = tree(run); assert cli.main(['train', *argv]) == 0 and tree(run) == before
+
+@pytest.mark.parametrize('later', [0, .5, 2])
+def test_stopped_while_workers_start(cohort, tmp_path, later):
+    "A signal to all processes of a job, which finds workers half made: all go, and none is left behind."
+    p = process(cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--epochs', 50, '--workers', 2, start_new_session=True)
+    def workers():
+        try: return [c for c in psutil.Process(p.pid).children() if 'spawn_main' in ' '.join(c.cmdline())]
+        except psutil.Error: return []
+    while p.poll() is None and not workers(): time.sleep(.01)
+    time.sleep(later); born = workers(); os.killpg(p.pid, signal.SIGTERM); _, err = p.communicate(timeout=60)
+    assert p.returncode in (75, 130) and 'Traceback' not in err, err
+    _, left = psutil.wait_procs(born, 20); assert not left
 
 def test_workers_change_nothing(cohort, whole, tmp_path):
     assert cli.main(['train', cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--workers', 4]) == 0

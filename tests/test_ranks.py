@@ -1,0 +1,146 @@
+"Slides over ranks: the gradients, weights and history of one process, whatever is drawn, lost or broken off."
+import csv, os, signal, subprocess, sys, time
+from pathlib import Path
+import psutil, pytest, torch
+import torch.distributed as dist, torch.multiprocessing as mp
+from streaming_pathology import cli
+from streaming_pathology.augment import Augmentation
+from streaming_pathology.checkpoints import load_checkpoint, points, save_checkpoint
+from streaming_pathology.cohorts import read_manifest, tiny_cohort
+from streaming_pathology.data import SlideDataset
+from streaming_pathology.distributed import Ranks
+from streaming_pathology.losses import Binary, Multilabel, Survival
+from streaming_pathology.recipes import Stage, run_recipe
+from streaming_pathology.training import Alone, TinyNet, fit, predict, synth_slides
+
+class Seen:
+    "Callback: the slides of each epoch, and gradient and weights at each step."
+    def before_fit(self, s):
+        self.slides, self.all, step = [], [], s.optimizer.step
+        def noted(*a, **k): self.all.append(torch.cat([p.grad.flatten() for p in s.model.parameters()])); return step(*a, **k)
+        s.optimizer.step = noted
+    def after_step(self, s): self.all.append(torch.cat([p.detach().flatten() for p in s.model.parameters()]))
+    def after_epoch(self, s): self.slides.append([i for i, _ in s.losses])
+
+class Net(TinyNet): # with dropout, in float64
+    def __init__(self, n_out=1): super().__init__(n_out); self.double()
+    def forward(self, x): return self.head(torch.nn.functional.dropout((self.conv(x.double()/255-.5)).relu().amax((2, 3)), .2, self.training))
+    def freeze_until(self, layer): self.conv.requires_grad_(layer is None); return self
+
+def cases_of(folder): return [c for c in read_manifest(folder/'manifest.csv') if c.split == 'train' and c.slide_id not in ('s00', 's03', 's09')] # two of five are positive: each epoch has three of both
+
+def job(kind, folder, ranks, **more): # what a training came to
+    torch.manual_seed(0); seen = Seen()
+    if kind == 'oversampled': task, train = Binary((1., 2.)), SlideDataset(cases_of(folder), 4., augment=Augmentation(), seed=1)
+    if kind == 'survival': task, train = Survival(), [i | dict(label=torch.tensor([3.+k % 4, k % 3 > 0])) for k, i in enumerate(synth_slides(7))]
+    if kind == 'multilabel': task, train = Multilabel(2), [i | dict(label=torch.tensor([float(k % 2), float('nan') if k == 4 else 1.])) for k, i in enumerate(synth_slides(5))]
+    net = Net(task.n_out); tuning = train[:3] if isinstance(train, list) else SlideDataset(cases_of(folder)[:3], 4.)
+    history = fit(net, train, tuning, epochs=2, batch=3, lr=.05, task=task, ranks=ranks, progress=False, callbacks=[seen, *more.pop('callbacks', [])], **more)
+    rows = predict(net, tuning, ranks=ranks, task=task, progress=False)
+    return dict(steps=seen.all, slides=seen.slides, history=[{k: v for k, v in r.items() if k not in ('seconds', 'peak_mb')} for r in history], rows=[{k: v for k, v in r.items() if k != 'seconds'} for r in rows])
+
+def recipe(folder, ranks):
+    torch.manual_seed(0); net = Net()
+    history = run_recipe(net, synth_slides(7), synth_slides(4, 1), (Stage(2, .05, 'head', 'middle', batch=3), Stage(3, .02, batch=4)), folder/f'recipe_{ranks.size}', ranks=ranks, progress=False)
+    return dict(steps=[p.detach().flatten() for p in net.parameters()], slides=[], history=[{k: v for k, v in r.items() if k not in ('seconds', 'peak_mb')} for r in history], rows=[])
+
+KINDS = ('oversampled', 'survival', 'multilabel')
+
+def _rank(rank, ranks, folder):
+    torch.set_num_threads(1); folder = Path(folder)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet_{ranks}', rank=rank, world_size=ranks)
+    found = {k: job(k, folder, Ranks()) for k in KINDS}; found['recipe'] = recipe(folder, Ranks())
+    found['on'] = {k: job(k, folder, Ranks(), resume=load_checkpoint(folder/f'point_{k}.pt')) for k in KINDS} # that one process left in the middle of an epoch
+    torch.save(found, folder/f'{ranks}_{rank}.pt'); dist.destroy_process_group()
+
+def close(a, b, eps=1e-12):
+    if isinstance(a, torch.Tensor): return a.shape == b.shape and (a-b).abs().max().item() <= eps
+    if isinstance(a, dict): return a.keys() == b.keys() and all(close(a[k], b[k], eps) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(close(x, y, eps) for x, y in zip(a, b))
+    return a == b or isinstance(a, float) and (abs(a-b) <= eps or a != a and b != b)
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    "The folder of a small cohort, what one process comes to, and points that it left in the middle of its second epoch."
+    folder = tmp_path_factory.mktemp('ranks'); tiny_cohort(folder, n=14, size=(64, 64)); found = {}
+    class Leaves:
+        def __init__(self, kind): self.path = folder/f'point_{kind}.pt'
+        def at_rest(self, s):
+            if (s.epoch, s.step) == (1, 3): save_checkpoint(self.path, **s.state_dict())
+    for k in KINDS:
+        found[k] = job(k, folder, Alone(), callbacks=[Leaves(k)])
+        assert close(job(k, folder, Alone(), resume=load_checkpoint(folder/f'point_{k}.pt'))['history'], found[k]['history'], 0)
+    return folder, found | dict(recipe=recipe(folder, Alone()))
+
+@pytest.mark.parametrize('ranks', [2, 4])
+def test_ranks_train_as_one(alone, ranks):
+    folder, want = alone
+    mp.spawn(_rank, (ranks, str(folder)), nprocs=ranks)
+    found = [torch.load(folder/f'{ranks}_{r}.pt', weights_only=False) for r in range(ranks)]
+    for r, got in enumerate(found):
+        for k in (*KINDS, 'recipe'): assert close(got[k], want[k]), (k, r)
+        for k in KINDS: assert got[k]['slides'] == want[k]['slides'] and close(got['on'][k]['history'], want[k]['history']) and close(got['on'][k]['steps'][-1], want[k]['steps'][-1]) and close(got['on'][k]['rows'], want[k]['rows']), (k, r)
+    drawn = want['oversampled']['slides']
+    positive = {c.slide_id for c in cases_of(folder) if c.label}
+    assert all(sum(i in positive for i in s) == sum(i not in positive for i in s) == 3 for s in drawn) and drawn[0] != drawn[1]
+    assert all(torch.equal(a, b) for k in KINDS for a, b in zip(found[0][k]['steps'], found[-1][k]['steps']))
+
+# the command
+
+TRAIN = ['--spacing', 4, '--epochs', 3, '--batch', 3, '--strip', 64, '--heatmaps', 0, '--lr', 1e-3, '--save-minutes', .003]
+
+def torchrun(*argv, ranks=2, restarts=0):
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={ranks}', f'--max-restarts={restarts}', '-m', 'streaming_pathology.cli', *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+def rows(path): return [{k: v for k, v in r.items() if k not in ('seconds', 'peak_mb', 'model')} for r in csv.DictReader(path.open())]
+
+def rank_process(p, rank):
+    for c in psutil.Process(p.pid).children(recursive=True):
+        try:
+            if c.environ().get('RANK') == str(rank) and 'train' in c.cmdline(): return c
+        except psutil.Error: pass
+
+@pytest.fixture(scope='module')
+def on_two(tmp_path_factory):
+    "A cohort, a run of one process and one of two ranks."
+    folder = tmp_path_factory.mktemp('command'); tiny_cohort(folder/'cohort', size=(64, 64))
+    assert cli.main(['train', folder/'cohort/manifest.csv', folder/'one', *TRAIN]) == 0
+    p = torchrun('train', folder/'cohort/manifest.csv', folder/'two', *TRAIN); said, _ = p.communicate(timeout=200); assert p.returncode == 0, said
+    assert said.count('report.html') == 1, said
+    return folder
+
+def test_the_command_on_ranks(on_two, tmp_path):
+    one, two = (rows(on_two/n/'log.csv') for n in ('one', 'two')); assert len(one) == len(two) == 3
+    for a, b in zip(one, two): assert all(abs(float(a[k])-float(b[k])) <= 1e-3*abs(float(a[k])) for k in a), (a, b)
+    one, two = (rows(on_two/n/'predictions.csv') for n in ('one', 'two')); assert [r['slide_id'] for r in one] == [r['slide_id'] for r in two] and len(two) == 12
+    assert all(abs(float(a['probability'])-float(b['probability'])) < 1e-3 for a, b in zip(one, two)) and (on_two/'two/report.html').exists() and (on_two/'two/metrics.json').exists()
+    model = on_two/'two/checkpoints/best.pt'
+    p = torchrun('predict', model, on_two/'cohort/manifest.csv', tmp_path/'p.csv'); said, _ = p.communicate(timeout=100); assert p.returncode == 0 and said.count('wrote') == 1, said
+    assert rows(tmp_path/'p.csv') == rows(on_two/'two/predictions.csv')
+
+def test_what_is_refused_is_refused_by_all(on_two, tmp_path):
+    p = torchrun('train', on_two/'cohort/none.csv', tmp_path/'x', *TRAIN); said, _ = p.communicate(timeout=100)
+    assert p.returncode and 'cli.py' not in said and [l for l in said.splitlines() if l.startswith('error: rank 0: ') and 'none.csv does not exist' in l], said
+
+def test_a_rank_that_dies(on_two, tmp_path):
+    "All end soon, and the one that died is named; started again by torchrun, the run ends as if nothing had been."
+    for restarts in (0, 2):
+        run = tmp_path/f'run{restarts}'; argv = ['train', on_two/'cohort/manifest.csv', run, *TRAIN, '--resume']
+        p = torchrun(*argv, restarts=restarts)
+        while p.poll() is None and len(points(run/'checkpoints')) < 2: time.sleep(.01)
+        rank_process(p, 1).kill(); begun = time.monotonic(); said, _ = p.communicate(timeout=200)
+        if not restarts: assert p.returncode and time.monotonic()-begun < 60 and 'SIGKILL' in said and 'rank      : 1' in said, said; continue
+        assert p.returncode == 0, said
+        for name in ('log.csv', 'predictions.csv'): assert rows(run/name) == rows(on_two/'two'/name)
+        a, b = (load_checkpoint(r/'checkpoints/best.pt')['model'] for r in (run, on_two/'two')); assert all(torch.equal(a[k], b[k]) for k in a)
+        assert not list(run.rglob('.*'))
+
+def test_ranks_are_asked_to_stop(on_two, tmp_path):
+    "torchrun hands a signal on to its ranks: they leave a point and go."
+    run = tmp_path/'run'; argv = ['train', on_two/'cohort/manifest.csv', run, *TRAIN, '--resume']
+    p = torchrun(*argv)
+    while p.poll() is None and not points(run/'checkpoints'): time.sleep(.01)
+    p.send_signal(signal.SIGTERM); said, _ = p.communicate(timeout=100); assert p.returncode and 'goes on' in said, said
+    assert cli.main(argv) == 0 # on another number of ranks
+    assert all(abs(float(a[k])-float(b[k])) <= 1e-3*abs(float(a[k])) for a, b in zip(rows(run/'log.csv'), rows(on_two/'two/log.csv')) for k in a)

@@ -88,7 +88,7 @@ def describe_checkpoint(path): # dict
 # %% ../nbs/10_checkpoints.ipynb #7f040883
 class Checkpoints:
     "Callback: in a folder, points to go on from, the last `keep` of them, and `best.pt` (lowest tuning loss; without tuning slides the last epoch)."
-    first_rank_only = True
+    first_rank_only = judges = True
     def __init__(self, folder,
                  settings=None, # what is needed to use the model: arguments of its class, spacing, size, ...
                  minutes=10,    # after which there is a new point, besides one after each epoch

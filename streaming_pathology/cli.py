@@ -7,13 +7,14 @@ __all__ = ['NOT_SET', 'COMMANDS', 'RECIPES', 'AUGMENTATIONS', 'NO_SETTINGS', 'HA
            'sp_evaluate', 'sp_report', 'sp_trim', 'COHORT', 'sp_synth', 'DEMO', 'DEMO_COHORT', 'TINY', 'TINY_COHORT',
            'sp_demo', 'strip_rows', 'hw', 'make_parser', 'parsed', 'counted', 'status_of', 'plain_warnings',
            'terminable', 'command', 'environment', 'as_toml', 'cohort_sha256', 'write_cases', 'build_model',
-           'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'Record', 'label_columns', 'largest',
-           'write_record', 'predict_rows', 'check_settings', 'check_device', 'train_cohort', 'prepare_training',
-           'changes', 'check_learnt', 'finish', 'find_slides', 'predict_slides', 'export_run', 'evaluate_predictions',
-           'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
+           'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'Record', 'label_names',
+           'label_columns', 'largest', 'write_record', 'predict_rows', 'check_settings', 'check_device', 'train_cohort',
+           'prepare_training', 'changes', 'check_learnt', 'finish', 'find_slides', 'predict_slides', 'export_run',
+           'evaluate_predictions', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
 import argparse, datetime, difflib, hashlib, inspect, json, math, os, platform, re, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from .training import EMA, Alone, Cosine, CSVLog, DryRun, EarlyStopping, Halted,
 from .checkpoints import RUN, STOPS, Checkpoints, HaltOnSignal, Output, absolute, claim, continuing, last_point, load_checkpoint, load_weights, output_file, points, replacing, save_checkpoint, staged, versions
 from .recipes import paper_streaming, run_recipe, scaled
 from .distributed import joined
-from .inference import TTA, checked_card, export_model, load_model, model_hash, predict_table, write_predictions
+from .inference import TTA, checked_card, prediction_columns, export_model, load_model, model_hash, predict_table, write_predictions
 from .evaluation import evaluate_file
 from .heatmaps import fit_map, save_heatmap, smoothgrad
 from .report import PAGE, write_report
@@ -246,7 +247,7 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
                  ranks=Alone(), device=None, # of this rank, where there are several
                  task=Binary()): # what the labels mean
     "Train, choose the best epoch on the tuning split, predict, evaluate, draw heatmaps; returns a sentence on the test split, on the first rank."
-    s, labels, folder, device = settings, settings['label'].split(','), Path(folder), device or settings['device']
+    s, labels, folder, device = settings, label_names(settings), Path(folder), device or settings['device']
     record = Record(lambda again: write_record(folder, data.cases, s, again))
     if ranks.rank == 0 and point is None: record.write(False)
     keep = dict(model=_network(s, task), task=task.settings(), labels=labels, cohort_sha256=s.get('cohort_sha256'), **{k: s[k] for k in ('spacing', 'size', 'amp', 'canvas', 'pen')})
@@ -283,7 +284,9 @@ class Record:
     def __init__(self, write): self.write = write # a function of whether it goes on
     def resumed(self, s): self.write(True)
 
-def label_columns(s): return ['label'] if s['task'] == 'binary' else s['label'].split(',') # of the tables that a run writes
+def label_names(s): return [l.strip() for l in s['label'].split(',')]
+
+def label_columns(s): return ['label'] if s['task'] == 'binary' else label_names(s) # of the tables that a run writes
 
 def largest(data): # an item
     "Of a dataset whose slides have been read, the one of the largest tissue."
@@ -293,6 +296,7 @@ def write_record(folder, cases, settings, again=False):
     "What a run was made of; of one that goes on, when and with what it did."
     path, now = folder/RUN.mark, environment()
     if again:
+        (folder/'report.html').unlink(missing_ok=True) # it is no longer finished
         try: first = json.loads(path.read_text())
         except (OSError, ValueError): first = {}
         if first.get('packages') not in (None, now['packages']): warnings.warn('the versions of the packages are not those that the training began with, so that it may not go on to the bit')
@@ -314,7 +318,7 @@ def check_settings(s): # the same
     if s.get('ema') is not None and not 0 < s['ema'] < 1: raise InputError(f"--ema is {s['ema']}; it has to be between 0 and 1")
     for k in ('lr', 'clip', 'spacing', 'slide_spacing'):
         if s.get(k) is not None and not (math.isfinite(s[k]) and s[k] > 0): raise InputError(f"--{k.replace('_', '-')} is {s[k]}; it has to be above 0")
-    for k, allowed in dict(amp=(None, 'bf16', 'fp16'), pool=tuple(pools), optimizer=('sgd', 'adamw'), augment=tuple(AUGMENTATIONS), recipe=(None, *RECIPES), task=tuple(TASKS), balance=('oversample', 'weights', 'none'), tta=tuple(TTA), normalise=('imagenet', 'training')).items():
+    for k, allowed in dict(amp=(None, 'bf16', 'fp16'), pool=tuple(pools), optimizer=(None, 'sgd', 'adamw'), augment=tuple(AUGMENTATIONS), recipe=(None, *RECIPES), task=tuple(TASKS), balance=('oversample', 'weights', 'none'), tta=tuple(TTA), normalise=('imagenet', 'training')).items():
         if k in s and s[k] not in allowed: raise InputError(f"--{k} is {s[k]!r}; use {' or '.join(filter(None, allowed))}")
     if 'device' in s: check_device(s['device'])
     if s.get('memory', 'auto') not in ('auto', 'least'): budget(s['memory'])
@@ -369,7 +373,11 @@ def train_cohort(manifest,                # CSV with slide_id, label and, where 
     "Train a streaming network on the labels of whole slides, evaluate it on the test split, and write a run folder with its report. A signal to stop is heard after the slide at work: then there is a point to go on from, and the exit status is 75."
     s = check_settings(dict(list(locals().items())[2:]))
     if epochs is None: s['epochs'] = sum(stage.epochs for stage in RECIPES[recipe]) if recipe else 50
-    if recipe and freeze_until: raise InputError('--freeze-until is a matter of the recipe; leave out one of them')
+    if recipe:
+        own = {k: inspect.signature(train_cohort).parameters[k].default for k in ('freeze_until', 'lr', 'optimizer', 'momentum', 'batch')}
+        if given := [k for k, v in own.items() if s[k] not in (None, v)]: raise InputError(f"--{given[0].replace('_', '-')} is a matter of the recipe; leave out one of them")
+        s.update(dict.fromkeys(own))
+    if weights and Path(weights).is_file(): s['weights'] = str(absolute(weights))
     if recipe: scaled(RECIPES[recipe], s['epochs'])
     if resume and overwrite: raise InputError('--resume goes on with a former run and --overwrite replaces it; leave out one of them')
     s = dict(command='sp_train', manifest=str(absolute(manifest))) | {k: v for k, v in s.items() if k not in NO_SETTINGS}
@@ -394,9 +402,13 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
     "All that can be refused before anything is written."
     manifest, weights = Path(s['manifest']), s['weights']
     claim(out, overwrite or resume)
-    labels = s['label'].split(',')
+    labels = label_names(s)
     cases = resolve_splits(read_manifest(manifest, labels=(0, 1) if s['task'] in ('binary', 'multilabel') else None, columns=labels), seed=s['seed'], where=manifest)
     task = make_task(s['task'], [c.label for c in cases if c.split == 'train'], s['balance'] == 'weights')
+    if s['task'] == 'survival':
+        if not s['recipe'] and s['batch'] < 2: raise InputError('--batch 1: survival compares the slides of a mini-batch; give at least 2')
+        if not any(c.label[1] for c in cases if c.split == 'tuning'): raise InputError(f'{manifest}: no slide of the split tuning has an event, so no epoch can be chosen')
+    if twice := [n for n, k in Counter(prediction_columns(task, label_columns(s))).items() if k > 1]: raise InputError(f'--label {twice[0]} is the name of a column of predictions; rename it in the manifest')
     if wrong := [f'slide {c.slide_id!r}: {w}' for c in cases if c.label is not None and (w := task.wrong(c.label))]: raise InputError(several(f'{manifest}: labels do not fit the task {task.name}', wrong))
     s['cohort_sha256'], former, at = cohort_sha256(cases), {}, absolute(out)
     if resume and (at/'settings.toml').exists() and (points(at/'checkpoints') or (at/'report.html').exists()):
@@ -404,6 +416,7 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
         if changed := changes(former, tomllib.loads(as_toml(s))):
             if not accept_changes: raise InputError(several(f'{out} holds a run of other settings; give those, or --accept-changes, or another folder', changed))
             if other := [k for k in ('command', 'arch', 'pool', 'recipe', 'task', 'label') if former.get(k, '') != (s[k] or '')]: raise InputError(f"{out} holds another network or schedule ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
+            if not points(at/'checkpoints'): raise InputError(f'{out} holds a finished run without a point to go on from; give another folder')
             check_learnt(at/'cohort.csv', cases, label_columns(s))
         if (at/'report.html').exists():
             if not changed: return None
@@ -414,7 +427,6 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
     if s['normalise'] == 'training': s['mean'], s['std'] = (former['mean'], former['std']) if 'mean' in former else channel_statistics(data.part('train'))
     if s['task'] == 'binary' and {c.label for c in cases if c.split == 'test'} < {0, 1}: warnings.warn('the test split does not have both classes, so there will be no AUC')
     claim(out, overwrite or resume) # somebody may have written there in the meantime
-    if former: (at/'report.html').unlink(missing_ok=True) # it is no longer finished
     return data, s, task, bool(former)
 
 def _defaults(): return {k: p.default for k, p in inspect.signature(train_cohort).parameters.items() if p.kind == p.KEYWORD_ONLY and k not in NO_SETTINGS}
@@ -497,6 +509,7 @@ def export_run(run,   # folder that sp_train wrote, or one of its checkpoints
     run = Path(run).expanduser()
     checkpoint = run/'checkpoints/best.pt' if run.is_dir() else run
     out, folder = output_file(out, '.safetensors', [checkpoint]), absolute(checkpoint).parent.parent
+    if (out.parent/RUN.mark).exists(): raise InputError(f'{out} lies in the folder of a run, which holds nothing else; give another place')
     def there(name, read): return read((folder/name).read_text()) if (folder/RUN.mark).exists() and (folder/name).exists() and checkpoint.name == 'best.pt' else {}
     try: more = dict(metrics=there('metrics.json', json.loads), settings=there('settings.toml', tomllib.loads), environment=there(RUN.mark, json.loads))
     except (OSError, ValueError) as e: raise InputError(f'{folder} holds a run that cannot be read: {one_line(e)}') from None

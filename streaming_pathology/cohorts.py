@@ -116,7 +116,7 @@ def _label(row, columns, labels):
         if labels is not None and v is not None and v not in labels: raise ValueError(f"{c} {row[c]!r} is none of {', '.join(f'{l:g}' for l in labels)}")
     return None if all(v is None for v in found) else found[0] if len(columns) == 1 else tuple(math.nan if v is None else v for v in found)
 
-def _case(row, folder, labels, columns):
+def _case(row, folder, labels, columns, need_label=True):
     "The `Case` of one row, and a list of what is wrong with it."
     wrong, v = [], {}
     def get(key, f):
@@ -126,7 +126,7 @@ def _case(row, folder, labels, columns):
     get('slide_id', lambda: safe_id(s))
     get('label', lambda: _label(row, columns, labels))
     if split and split not in SPLITS: wrong.append(f"split {split!r} is none of {', '.join(SPLITS)}")
-    if split in ('train', 'tuning') and v.get('label', 0) is None: wrong.append(f'slide {s!r} is in the split {split} but has no label')
+    if need_label and split in ('train', 'tuning') and v.get('label', 0) is None: wrong.append(f'slide {s!r} is in the split {split} but has no label')
     get('spacing', lambda: finite_number(spacing, 'spacing') if spacing else None)
     if v.get('spacing') is not None and not 0 < v['spacing'] < 1000: wrong.append(f'spacing {spacing!r} is not a number of microns per pixel')
     if 'slide_id' in v: get('path', lambda: _find(s, row.get('path', ''), folder))
@@ -165,7 +165,7 @@ def read_manifest(path,            # a CSV file with the columns slide_id, label
     folder, cases, lines, wrong = Path(folder or Path(path).parent), [], [], []
     for n, r in rows:
         if len(r) != len(header): wrong.append((n, f'{len(r)} values for {len(header)} columns')); continue
-        case, why = _case(dict(zip(header, r)), folder, labels, columns)
+        case, why = _case(dict(zip(header, r)), folder, labels, columns, need_label)
         wrong += [(n, w) for w in why]
         if case: cases.append(case); lines.append(n)
     wrong = sorted(wrong+_cohort_problems(cases, lines), key=lambda w: w[0])
@@ -252,7 +252,7 @@ def split_cohort(cases,                    # `Case`s; splits they already have a
     for c, l in zip([c for c in cases if c.label is not None], known): highest[c.patient_id] = max(highest.get(c.patient_id, ((), '')), (l, c.grade if by == 'grade' else ''))
     if not highest: raise InputError('no case has a label, so there is nothing to split')
     labels = sorted({l for l, _ in highest.values()})
-    for stratum in [[l] for l in labels] if len(labels) <= 10 else [labels]:
+    for stratum in [[l] for l in labels] if len(labels) <= 10 and 2*len(labels) <= len(highest) else [labels]:
         rng = keyed_rng(seed, _shown(stratum[0]))
         ids = sorted(p for p, (l, _) in highest.items() if l in stratum)
         order = sorted(rng.permutation(len(ids)), key=lambda i: highest[ids[i]]) # by grade, and within a grade by chance

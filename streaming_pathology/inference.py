@@ -55,7 +55,8 @@ def export_model(checkpoint, # file of `sp_train`, such as run/checkpoints/best.
     load_weights(StreamingClassifier(**card['model']), state, checkpoint)
     weights = {k: v.contiguous() for k, v in state['model'].items()}
     history = state.get('history') or [{}]
-    card |= dict(format='streaming_pathology 1', sha256=model_hash(weights, card), epoch=state.get('epoch'), seed=state.get('seed'), tuning={k: v for k, v in history[(state.get('epoch') or 0)-1].items() if k.startswith('tuning') and v == v},
+    card |= dict(format='streaming_pathology 1', sha256=model_hash(weights, card), epoch=state.get('epoch'), seed=state.get('seed'), tuning={k: v for k, v in history[(state.get('epoch') or 0)-1].items() if k.startswith('tuning') and v == v and 'stage' not in history[-1]}, # an average of weights was not evaluated
+                
                  versions=state['versions'], exported=datetime.date.today().isoformat(), **json.loads(json.dumps(plain(more))))
     text = json.dumps(card, indent=1, ensure_ascii=False)
     data = safetensors.torch.save(weights, dict(card=text, sha256=_sealed(text, weights)))
@@ -79,7 +80,8 @@ def load_model(path, device='cpu', strip=None): # the network, to evaluate with,
     if path.suffix.lower() == '.safetensors': card, weights = _from_export(path)
     else: state = load_checkpoint(path); card, weights = state.get('settings') or {}, state.get('model')
     card = checked_card(card, path)
-    model = StreamingClassifier(**card['model'] | ({'strip': strip} if strip else {}))
+    try: model = StreamingClassifier(**card['model'] | ({'strip': strip} if strip else {}))
+    except TypeError as e: raise InputError(f'{path} was written by another version of this package, and its network cannot be built ({e})') from None
     load_weights(model, dict(model=weights), path)
     return model.to(device).eval(), card | dict(sha256=model_hash(weights, card))
 
@@ -105,8 +107,9 @@ class Turned(nn.Module):
 
 # %% ../nbs/11_inference.ipynb #i0000015
 class Journal:
-    "Rows that are done, in a file of lines; a context manager that holds it alone."
-    def __init__(self, path, of): # of: what the rows depend on; others than those of the same are not taken up
+    "Rows that are done, in a file of lines; a context manager that holds it alone. The name of the file ends in eight digits for what they are of."
+    def __init__(self, path, of): # of: what the rows depend on
+        path = f'{path}.{hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:8]}.unfinished'
         self.path, self.of, self.rows = Path(path), json.dumps(of, sort_keys=True), {}
 
     def __enter__(self):
@@ -120,10 +123,10 @@ class Journal:
         if lines and lines[0].decode(errors='replace') == self.of:
             good = len(lines[0])+1
             for l in lines[1:]:
-                try: key, row = json.loads(l)
-                except ValueError: break
-                self.rows[key] = row; good += len(l)+1
-        elif lines: warnings.warn(f'{self.path} holds rows of another model, or of other options; they are not used')
+                try: key, row = json.loads(l); self.rows[key] = row
+                except (ValueError, TypeError): break
+                good += len(l)+1
+        elif lines: self.file.close(); raise InputError(f'{self.path} is something else than rows of this model; move it away')
         self.file.truncate(good)
         if not good: self._write(self.of)
         return self
@@ -177,7 +180,7 @@ def predict_table(
     task, out, amp = task_of(card['task']), Path(out), amp or card['amp']
     def dataset(cases): return SlideDataset(cases, card['spacing'], card['size'] and tuple(card['size']), canvas=card['canvas'], pen=card['pen'])
     keys = ranks.first(lambda: [_key(c) for c in cases])
-    journal = Journal(out.with_name(out.name+'.unfinished'), dict(model=card['sha256'], version=streaming_pathology.__version__, amp=amp, tta=tta))
+    journal = Journal(out, dict(model=card['sha256'], version=streaming_pathology.__version__, amp=amp, tta=tta))
     with journal if ranks.rank == 0 else nullcontext():
         known = ranks.first(lambda: dict(journal.rows))
         todo = [i for i, k in enumerate(keys) if k not in known]

@@ -156,12 +156,14 @@ def make_task(name, labels, balanced=False): # `Task`
     labels = np.asarray(labels, float)
     several = name in ('multilabel', 'survival')
     if not len(labels) or (labels.ndim == 2) != several: raise InputError(f"the task {name} takes {'several numbers' if several else 'one number'} a slide as its label")
-    if name == 'regression': return Regression(labels.mean(), labels.std())
-    if name == 'survival': task = Survival()
+    if name == 'regression': task = Regression(labels.mean(), labels.std())
+    elif name == 'survival': task = Survival()
     elif name == 'multilabel': task = Multilabel(labels.shape[1])
     else: task = Binary() if name == 'binary' else TASKS[name](max(2, int(np.nan_to_num(labels, nan=-1, posinf=-1).max())+1))
+    if several and labels.shape[1] != task.columns: raise InputError(f'the task {name} takes {task.columns} numbers a slide as its label, not {labels.shape[1]}')
     for l in labels:
         if wrong := task.wrong(tuple(l.tolist()) if several else l.item()): raise InputError(f'{wrong} (task {name})')
+    if name == 'survival' and not labels[:, 1].any(): raise InputError('no slide has an event, so there is no survival to learn')
     if balanced:
         if not task.exclusive: raise InputError(f'the task {name} has no classes to balance')
         task.weights = _weights(balanced_weights(labels, task.classes), task.classes)

@@ -146,7 +146,7 @@ def _epoch(rank, ranks, folder, size, slides, batch):
     if rank == 0: Path(folder, 'seconds').write_text(str(history[-1]['seconds'])) # of the second epoch, when all is warm
     if ranks > 1: dist.destroy_process_group()
 
-def beside_one(repeats=5, sizes=((1024, 1024),), slides=16, batch=8, log=print):
+def beside_one(repeats=5, sizes=((768, 768),), slides=8, batch=8, log=print):
     "Slides a second that two ranks train and that one process trains, in turn, a thread each."
     result = {'machine': environment(), 'seed': 0, 'runs': []}
     for size, k, n in itertools.product(sizes, range(repeats), (1, 2)):

@@ -32,6 +32,7 @@ def average_weights(states): # a state dict
 # %% ../nbs/10_recipes.ipynb #r0000010
 class WindowCheckpoints:
     "Callback: keeps the weights of the epochs of the best window, `epoch_0001.pt` and so on, in a folder."
+    judges = True
     def __init__(self, folder, width=5): self.folder, self.width = Path(folder), width
     def path(self, epoch): return self.folder/f'epoch_{epoch:04}.pt' # counted from 1
     def before_fit(self, s): self.epochs, self.losses = [], []

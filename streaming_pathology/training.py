@@ -141,7 +141,8 @@ def summary(rows, task=Binary()):
     rows = [r for r in rows if r['label'] is not None]
     y, p = [r['label'] for r in rows], np.array([r['probability'] for r in rows])
     area = roc_auc_score(y, p) if isinstance(task, Binary) and set(y) == {0, 1} and np.isfinite(p).all() else math.nan
-    return dict(loss=task.loss(*(torch.tensor(v, dtype=torch.double) for v in ([r['logits'] for r in rows], y))).item() if rows else math.nan, auc=float(area))
+    learnt = rows and not (task.name == 'survival' and not any(event for _, event in y)) # without an event there is no likelihood
+    return dict(loss=task.loss(*(torch.tensor(v, dtype=torch.double) for v in ([r['logits'] for r in rows], y))).item() if learnt else math.nan, auc=float(area))
 
 # %% ../nbs/09_training.ipynb #2a8fa5b0
 class TinyNet(nn.Module):
@@ -211,6 +212,7 @@ def optimizer_step(s, slides):
         raise InputError(f"the gradient of slides {', '.join(slides)} is not finite in epoch {s.epoch+1}; {WAY_OUT}")
     if s.clip: nn.utils.clip_grad_norm_(params, s.clip)
     s.scaler.step(s.optimizer); s.scaler.update(); s.optimizer.zero_grad()
+    if s.scaler.is_enabled() and s.scaler.get_scale() < 1: raise InputError(f"the gradient of slides {', '.join(slides)} is not finite in epoch {s.epoch+1}, however it is scaled; {WAY_OUT}")
     s.tell('after_step')
 
 def finite(loss, slides, s): # the loss
@@ -300,17 +302,19 @@ def load_state_dict(self:State, point, accept_changes=False):
     point = copy.deepcopy(point)
     try: self.model.load_state_dict(point['model'])
     except RuntimeError as e: raise InputError(f'the point is of another network: {str(e).splitlines()[1].strip()}') from None
-    again = {'training slides', 'tuning slides', 'seed', 'batch', 'trained', 'optimizer'} & {*changed}
+    again = {'training slides', 'tuning slides', 'seed', 'batch', 'trained', 'optimizer', 'amp'} & {*changed}
     if not {'trained', 'optimizer'} & {*changed}:
         self.optimizer.load_state_dict(point['optimizer'])
-        for g in self.optimizer.param_groups: g.update({k: now[k] for k in ('lr', 'momentum') if k in changed and k in g})
-    self.scaler.load_state_dict(point['scaler'])
+        for g in self.optimizer.param_groups: g.update({k: now[k] for k in ('lr', 'momentum') if {k, 'callbacks'} & {*changed} and k in g})
+    if point['scaler']: self.scaler.load_state_dict(point['scaler'])
     for k in _KEPT: setattr(self, k, point[k])
+    if changed: self.stop = False # who has stopped it may think otherwise now
     if again: self.step, self.losses, self.rows = 0, [], []
     elif self.ranks.rank == 0:
         for n, p in self.model.named_parameters(): p.grad = g.to(p) if (g := point['gradients'].get(n)) is not None else None
     known = point['callbacks']
     for c in self.callbacks:
+        if getattr(c, 'judges', False) and {'tuning slides', 'task'} & {*changed}: continue # what it has seen cannot be compared
         if hasattr(c, 'state') and (found := next((k for k in known if k[0] == type(c).__name__), None)): known.remove(found); c.restore(found[1])
     self.drawn = point['rng']
     if not self.step: set_rng_state(self.drawn)
@@ -433,6 +437,7 @@ class LiveCurves:
 # %% ../nbs/09_training.ipynb #1cd12161
 class EarlyStopping:
     "Callback: stop after `patience` epochs in which the tuning loss was not `least` below the best so far."
+    judges = True # by the tuning loss
     def __init__(self, patience=10, least=0.): self.patience, self.least = patience, least
     def before_fit(self, s): self.best, self.since = math.inf, 0
     def after_epoch(self, s):
@@ -442,6 +447,7 @@ class EarlyStopping:
         s.stop = s.stop or self.since >= self.patience
     def state(self): return dict(best=self.best, since=self.since)
     def restore(self, state): self.best, self.since = state['best'], state['since']
+    def resumed(self, s): s.stop = s.stop or self.since >= self.patience
 
 class Cosine:
     "Callback: the learning rate rises linearly over `warmup` epochs, then falls to zero along a cosine."
@@ -452,8 +458,9 @@ class Cosine:
         done = max(0, epoch-self.warmup)/max(1, s.epochs-self.warmup)
         f = min(1, (epoch+1)/(self.warmup+1))*(1+math.cos(math.pi*done))/2
         for g, lr in zip(s.optimizer.param_groups, self.lrs): g['lr'] = lr*f
-    def state(self): return dict(lrs=self.lrs)
-    def restore(self, state): self.lrs = state['lrs']
+    def resumed(self, s): self.before_epoch(s)
+    def state(self): return {} # all follows from the epoch; but it is missed where it is taken away
+    def restore(self, state): pass
 
 # %% ../nbs/09_training.ipynb #t5000016
 class DryRun:
@@ -472,8 +479,10 @@ class EMA:
     def __init__(self, decay=.999):
         if not 0 < decay < 1: raise InputError(f'the decay of an average is {decay}; it has to be between 0 and 1')
         self.decay = decay
-    def before_fit(self, s): self.average = AveragedModel(s.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay)); s.evaluated = self.average.module
+    def before_fit(self, s): self.average = AveragedModel(s.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay)); s.evaluated, self.new = self.average.module, True
+    def resumed(self, s):
+        if self.new: self.before_fit(s) # of the weights of the point, which knew no average
     def after_step(self, s): self.average.update_parameters(s.model)
     def after_fit(self, s): s.model.load_state_dict(self.average.module.state_dict())
     def state(self): return dict(self.average.state_dict())
-    def restore(self, state): self.average.load_state_dict(state)
+    def restore(self, state): self.average.load_state_dict(state); self.new = False

@@ -128,7 +128,9 @@ class Journal:
                 good += len(l)+1
         elif lines: self.file.close(); raise InputError(f'{self.path} is something else than rows of this model; move it away')
         self.file.truncate(good)
-        if not good: self._write(self.of)
+        try:
+            if not good: self._write(self.of)
+        except InputError: self.__exit__(); raise
         return self
 
     def _write(self, text):
@@ -143,7 +145,9 @@ class Journal:
         "All is in the table: the journal is not needed any more."
         self.path.unlink(missing_ok=True)
 
-    def __exit__(self, *_): self.file.close()
+    def __exit__(self, *_):
+        self.file.close()
+        if not self.rows: self.path.unlink(missing_ok=True) # nothing is worth keeping
 
 # %% ../nbs/11_inference.ipynb #i0000018
 def prediction_columns(task, labels): # names

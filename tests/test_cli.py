@@ -189,7 +189,7 @@ def test_evaluate(trained, tmp_path, capsys):
     rows = (trained/'predictions.csv').read_text().splitlines()
     p = tmp_path/'p.csv'
     for text, says in [('', 'p.csv'), (rows[0], 'no rows'), ('\n'.join(rows).replace('probability', 'score'), 'probability'), ('\n'.join(r for r in rows if ',1,' not in r), 'both classes'), ('\n'.join(rows+rows[1:2]), 'more than once'),
-                       ('\n'.join([rows[0]+',probability', *(r+',.1' for r in rows[1:])]), 'twice'), ('\n'.join([rows[0], 'a,1,test,0,85,0.1']), '6 values for 5 columns'), (rows[0]+'\n ,1,test,.5,1', 'slide_id')]:
+                       ('\n'.join([rows[0]+',probability', *(r+',.1' for r in rows[1:])]), 'twice'), ('\n'.join([rows[0], 'a,1,test,0,85,0.1,m,v']), '8 values for 7 columns'), (rows[0]+'\n ,1,test,.5,1,m,v', 'slide_id')]:
         p.write_text(text); refused(capsys, ['evaluate', p, '--out', tmp_path/'m.json'], 'p.csv', says)
     p.write_text('\n'.join(rows))
     refused(capsys, ['evaluate', tmp_path/'none.csv'], 'none.csv'); refused(capsys, ['evaluate', p, '--split', 'night'], "'night'"); refused(capsys, ['evaluate', p, '--out', p/'m.json'], 'cannot be written')
@@ -270,7 +270,8 @@ def test_an_interrupt_that_is_lost_comes_again(cohort, tmp_path):
     lost = 'import signal, sys, tqdm.std\nclass Going:\n    def __del__(self): signal.raise_signal(signal.SIGINT); sum(range(10))\nold = tqdm.std.tqdm.__init__\ndef init(self, *args, **kwargs): old(self, *args, **kwargs); Going()\ntqdm.std.tqdm.__init__ = init\n'
     code = lost + 'from streaming_pathology.cli import COMMANDS; sys.exit(COMMANDS["train"](sys.argv[1:]))'
     done = subprocess.run([sys.executable, '-c', code, cohort/'manifest.csv', tmp_path/'run', *map(str, QUICK), '--epochs', '1000'], capture_output=True, text=True, timeout=60, preexec_fn=heard)
-    assert done.returncode == 130 and done.stderr.splitlines()[-1] == 'error: interrupted' and 'Traceback' not in done.stderr, done.stderr
+    last = done.stderr.splitlines()[-1] # where it comes a second later, the training may have begun
+    assert (done.returncode, last[:18]) in ((130, 'error: interrupted'), (75, 'stopped: epoch 1, ')) and 'Traceback' not in done.stderr, done.stderr
 
 def test_a_killed_training_loses_nothing(cohort, trained, tmp_path, capsys):
     run = tmp_path/'run'; shutil.copytree(trained, run); report = (run/'report.html').read_bytes()

@@ -174,7 +174,7 @@ class Held:
 def _long(steps, size, workers, every, answer):
     torch.set_num_threads(os.cpu_count()); lean_memory()
     with tempfile.TemporaryDirectory() as folder:
-        cases = read_manifest(write_cohort(f'{folder}/cohort', 12, size, 2., progress=False)); data = SlideDataset(cases, 2., augment=Augmentation(), canvas=True)
+        cases = read_manifest(write_cohort(f'{folder}/cohort', 12, size, 4., progress=False)); data = SlideDataset(cases, 4., augment=Augmentation(), canvas=True)
         train, tuning = (slide_loader(data.part(p, augment=data.augment if p == 'train' else None), p == 'train', workers=workers) for p in ('train', 'tuning'))
         model, seen = StreamingClassifier(strip=64), Held(every); before = held()
         epochs = -(-steps//len(train))

@@ -7,10 +7,10 @@ __all__ = ['NOT_SET', 'COMMANDS', 'RECIPES', 'AUGMENTATIONS', 'NO_SETTINGS', 'HA
            'sp_evaluate', 'sp_report', 'sp_trim', 'COHORT', 'sp_synth', 'DEMO', 'DEMO_COHORT', 'TINY', 'TINY_COHORT',
            'sp_demo', 'strip_rows', 'hw', 'make_parser', 'parsed', 'counted', 'status_of', 'plain_warnings',
            'terminable', 'command', 'environment', 'as_toml', 'cohort_sha256', 'write_cases', 'build_model',
-           'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'Record', 'label_names',
-           'label_columns', 'largest', 'write_record', 'predict_rows', 'check_settings', 'check_device', 'train_cohort',
-           'prepare_training', 'changes', 'check_learnt', 'finish', 'find_slides', 'predict_slides', 'export_run',
-           'evaluate_predictions', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
+           'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'Record', 'label_names', 'largest',
+           'write_record', 'predict_rows', 'check_settings', 'check_device', 'train_cohort', 'prepare_training',
+           'changes', 'check_learnt', 'finish', 'find_slides', 'predict_slides', 'export_run', 'evaluate_predictions',
+           'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
 import argparse, datetime, difflib, hashlib, inspect, json, math, os, platform, re, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
@@ -37,7 +37,7 @@ from .training import EMA, Alone, Cosine, CSVLog, DryRun, EarlyStopping, Halted,
 from .checkpoints import RUN, STOPS, Checkpoints, HaltOnSignal, Output, absolute, claim, continuing, last_point, load_checkpoint, load_weights, output_file, points, replacing, save_checkpoint, staged, versions
 from .recipes import paper_streaming, run_recipe, scaled
 from .distributed import joined
-from .inference import TTA, checked_card, prediction_columns, export_model, load_model, model_hash, predict_table, write_predictions
+from .inference import TTA, checked_card, export_model, label_columns, load_model, model_hash, predict_table, prediction_columns, write_predictions
 from .evaluation import evaluate_file
 from .heatmaps import fit_map, save_heatmap, smoothgrad
 from .report import PAGE, write_report
@@ -248,12 +248,11 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
                  task=Binary()): # what the labels mean
     "Train, choose the best epoch on the tuning split, predict, evaluate, draw heatmaps; returns a sentence on the test split, on the first rank."
     s, labels, folder, device = settings, label_names(settings), Path(folder), device or settings['device']
-    record = Record(lambda again: write_record(folder, data.cases, s, again))
-    if ranks.rank == 0 and point is None: record.write(False)
+    if ranks.rank == 0 and point is None: write_record(folder, data.cases, s)
     keep = dict(model=_network(s, task), task=task.settings(), labels=labels, cohort_sha256=s.get('cohort_sha256'), **{k: s[k] for k in ('spacing', 'size', 'amp', 'canvas', 'pen')})
     parts = {p: data.part(p, augment=AUGMENTATIONS[s['augment']] if p == 'train' else None) for p in ('train', 'tuning')}
     train, tuning = (slide_loader(d, p == 'train', s['seed'], s['workers'], task.exclusive and s['balance'] == 'oversample', rank=ranks.rank, ranks=ranks.size) for p, d in parts.items())
-    callbacks = [record, CSVLog(folder/'log.csv'), *[DryRun(largest(parts['train']))]*s['dry_run'], *[Cosine()]*s['cosine'], *([EMA(s['ema'])] if s['ema'] else []), *([EarlyStopping(s['patience'])] if s['patience'] else []),
+    callbacks = [Record(folder, data.cases, s), CSVLog(folder/'log.csv'), *[DryRun(largest(parts['train']))]*s['dry_run'], *[Cosine()]*s['cosine'], *([EMA(s['ema'])] if s['ema'] else []), *([EarlyStopping(s['patience'])] if s['patience'] else []),
                  *[TensorBoardLog(folder/'tensorboard')]*s['tensorboard'], Checkpoints(folder/'checkpoints', keep, s['save_minutes']), *callbacks]
     shared = dict(callbacks=callbacks, resume=point, accept_changes=accept_changes, ranks=ranks, device=device, task=task, **{k: s[k] for k in ('seed', 'amp', 'clip')})
     if s['recipe']:
@@ -265,7 +264,7 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
         for v in model.state_dict().values(): ranks.same(v)
     rows = predict_rows(model, data, device, s['amp'], s['workers'], ranks, task)
     if ranks.rank: return None
-    write_predictions(folder/'predictions.csv', rows, task, label_columns(s), model_hash(model.state_dict(), checked_card(keep, folder)))
+    write_predictions(folder/'predictions.csv', rows, task, label_columns(task.name, labels), model_hash(model.state_dict(), checked_card(keep, folder)))
     save_images(data.part('test', ''), folder/'images')
     test = [r for r in rows if r['split'] == 'test' and r['label'] is not None]
     if not isinstance(task, Binary): return f"test loss {summary(test, task)['loss']:.3f} ({counted(len(test), 'slide')})" if test else 'no slides to test on'
@@ -281,12 +280,10 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
 class Record:
     "Callback: the record of a run that goes on is written once its point was accepted."
     first_rank_only = True
-    def __init__(self, write): self.write = write # a function of whether it goes on
-    def resumed(self, s): self.write(True)
+    def __init__(self, *record): self.record = record # for `write_record`
+    def resumed(self, s): write_record(*self.record, again=True)
 
 def label_names(s): return [l.strip() for l in s['label'].split(',')]
-
-def label_columns(s): return ['label'] if s['task'] == 'binary' else label_names(s) # of the tables that a run writes
 
 def largest(data): # an item
     "Of a dataset whose slides have been read, the one of the largest tissue."
@@ -302,7 +299,7 @@ def write_record(folder, cases, settings, again=False):
         if first.get('packages') not in (None, now['packages']): warnings.warn('the versions of the packages are not those that the training began with, so that it may not go on to the bit')
         now = now | first | dict(resumed=[*first.get('resumed', []), f"{now['date']}, {now['git_commit'] or 'no commit'}"])
     write_whole(path, json.dumps(now, indent=1)+'\n')
-    write_whole(folder/'settings.toml', as_toml(settings)); write_cases(folder/'cohort.csv', cases, label_columns(settings))
+    write_whole(folder/'settings.toml', as_toml(settings)); write_cases(folder/'cohort.csv', cases, label_columns(settings['task'], label_names(settings)))
 
 def predict_rows(model, data, device, amp, workers, ranks=Alone(), task=Binary()):
     "Predictions of a dataset with the splits of its cases."
@@ -374,8 +371,8 @@ def train_cohort(manifest,                # CSV with slide_id, label and, where 
     s = check_settings(dict(list(locals().items())[2:]))
     if epochs is None: s['epochs'] = sum(stage.epochs for stage in RECIPES[recipe]) if recipe else 50
     if recipe:
-        own = {k: inspect.signature(train_cohort).parameters[k].default for k in ('freeze_until', 'lr', 'optimizer', 'momentum', 'batch')}
-        if given := [k for k, v in own.items() if s[k] not in (None, v)]: raise InputError(f"--{given[0].replace('_', '-')} is a matter of the recipe; leave out one of them")
+        own = ('freeze_until', 'lr', 'optimizer', 'momentum', 'batch')
+        if given := [k for k in own if s[k] not in (None, _defaults()[k])]: raise InputError(f"--{given[0].replace('_', '-')} is a matter of the recipe; leave out one of them")
         s.update(dict.fromkeys(own))
     if weights and Path(weights).is_file(): s['weights'] = str(absolute(weights))
     if recipe: scaled(RECIPES[recipe], s['epochs'])
@@ -408,7 +405,7 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
     if s['task'] == 'survival':
         if not s['recipe'] and s['batch'] < 2: raise InputError('--batch 1: survival compares the slides of a mini-batch; give at least 2')
         if not any(c.label[1] for c in cases if c.split == 'tuning'): raise InputError(f'{manifest}: no slide of the split tuning has an event, so no epoch can be chosen')
-    if twice := [n for n, k in Counter(prediction_columns(task, label_columns(s))).items() if k > 1]: raise InputError(f'--label {twice[0]} is the name of a column of predictions; rename it in the manifest')
+    if twice := [n for n, k in Counter(prediction_columns(task, label_columns(task.name, labels))).items() if k > 1]: raise InputError(f'--label {twice[0]} is the name of a column of predictions; rename it in the manifest')
     if wrong := [f'slide {c.slide_id!r}: {w}' for c in cases if c.label is not None and (w := task.wrong(c.label))]: raise InputError(several(f'{manifest}: labels do not fit the task {task.name}', wrong))
     s['cohort_sha256'], former, at = cohort_sha256(cases), {}, absolute(out)
     if resume and (at/'settings.toml').exists() and (points(at/'checkpoints') or (at/'report.html').exists()):
@@ -417,7 +414,7 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
             if not accept_changes: raise InputError(several(f'{out} holds a run of other settings; give those, or --accept-changes, or another folder', changed))
             if other := [k for k in ('command', 'arch', 'pool', 'recipe', 'task', 'label') if former.get(k, '') != (s[k] or '')]: raise InputError(f"{out} holds another network or schedule ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
             if not points(at/'checkpoints'): raise InputError(f'{out} holds a finished run without a point to go on from; give another folder')
-            check_learnt(at/'cohort.csv', cases, label_columns(s))
+            check_learnt(at/'cohort.csv', cases, label_columns(task.name, labels))
         if (at/'report.html').exists():
             if not changed: return None
     if not resume: claim(out, overwrite, inputs=[manifest, *([weights] if weights and Path(weights).exists() else []), *(c.path for c in cases)])

@@ -97,14 +97,14 @@ def predict(model,        # gives logits (1, n_out) for an image (1, 3, H, W)
     with tqdm(total=n, initial=len(rows), desc=desc, unit='slide', leave=False, disable=not progress or ranks.rank > 0) as bar:
         while len(rows) < n:
             mine = ranks.places(len(rows), min(n, len(rows)+ranks.together))
-            rows += (new := ranks.merged((i, _tried(failed, _predicted, model, slides, device, amp, task)) for i in mine))
+            rows += (new := ranks.merged((i, _tried(failed, model, slides, device, amp, task)) for i in mine))
             bar.update(len(new))
             if rest: rest()
     model.train(was)
     return rows
 
-def _tried(failed, f, *args): # what it gives, or the row of an error
-    try: return f(*args)
+def _tried(failed, *args): # the row of a slide, or of an error
+    try: return _predicted(*args)
     except InputError as e:
         if not failed: raise
         return dict(error=one_line(e))
@@ -123,9 +123,10 @@ def as_loader(data, train=False, seed=0, ranks=Alone(), oversample=True):
     if isinstance(data, Dataset): return slide_loader(data, train=train, seed=seed, oversample=oversample, rank=ranks.rank, ranks=ranks.size)
     sampler = getattr(data, 'sampler', None)
     if sampler is None: return data if ranks.size == 1 else data[ranks.rank::ranks.size]
-    mine = (sampler.rank, sampler.ranks) if isinstance(sampler, EpochSampler) else (0, 1)
-    if isinstance(sampler, EpochSampler): sampler.set_epoch(sampler.epoch) # from its first slide, also where it went on in the middle before: its length is that of what is left
+    ours = isinstance(sampler, EpochSampler)
+    mine = (sampler.rank, sampler.ranks) if ours else (0, 1)
     if mine != (ranks.rank, ranks.size): raise InputError(f'the loader gives the slides of rank {mine[0]} of {mine[1]}, and this is rank {ranks.rank} of {ranks.size}: give the dataset itself, or slide_loader(..., rank=, ranks=)')
+    if ours: sampler.set_epoch(sampler.epoch) # from its first slide, also where it went on in the middle before: its length is that of what is left
     return data
 
 def slides_of(loader, epoch, done=0): # an iterator

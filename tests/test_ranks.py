@@ -1,5 +1,5 @@
 "Slides over ranks: the gradients, weights and history of one process, whatever is drawn, lost or broken off."
-import csv, os, signal, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest, torch
 import torch.distributed as dist, torch.multiprocessing as mp
@@ -12,6 +12,7 @@ from streaming_pathology.distributed import Ranks
 from streaming_pathology.losses import Binary, Multilabel, Survival
 from streaming_pathology.recipes import Stage, run_recipe
 from streaming_pathology.training import Alone, TinyNet, fit, predict, synth_slides
+from test_resume import rows as rows_but
 
 class Seen:
     "Callback: the slides of each epoch, and gradient and weights at each step."
@@ -93,7 +94,7 @@ def torchrun(*argv, ranks=2, restarts=0):
     env = os.environ | dict(OMP_NUM_THREADS='1')
     return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={ranks}', f'--max-restarts={restarts}', '-m', 'streaming_pathology.cli', *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
-def rows(path): return [{k: v for k, v in r.items() if k not in ('seconds', 'peak_mb', 'model')} for r in csv.DictReader(path.open())]
+def rows(path): return rows_but(path, 'seconds', 'peak_mb', 'model')
 
 def rank_process(p, rank):
     for c in psutil.Process(p.pid).children(recursive=True):

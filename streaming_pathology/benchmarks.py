@@ -104,10 +104,10 @@ def shake(net):
         elif p.ndim == 1 or n.endswith('layer_scale'): p.uniform_(.5, 1.5)
     return net
 
-def gradient_error(way, arch, until, size, seed=0):
+def gradient_error(way, arch, until, size, device='cpu', seed=0):
     "The largest relative error of a gradient in float64: of a convolution's weight, and of any other parameter."
     torch.manual_seed(seed)
-    net, x = shake(trunk(arch, until)).double(), torch.randn(1, 3, *size, dtype=torch.double)
+    net, x = shake(trunk(arch, until)).double().to(device), torch.randn(1, 3, *size, dtype=torch.double).to(device)
     plain = Step(copy.deepcopy(net)); plain(x); want = {n: p.grad for n, p in plain.parameters()}
     kinds = {n: isinstance(m, nn.Conv2d) for n, m in net.named_modules()}
     step = Step(net, **way); step(x)
@@ -289,7 +289,7 @@ def beside_plain(device='cpu', repeats=3, sizes=((1024, 1024), (2048, 2048), (30
     "Plain, checkpointed and streamed by plans, on `nets`; the growth over `sizes`; exactness, also that of `peers`."
     plain, checkpointed = dict(method='plain'), dict(method='checkpoint')
     result = {'machine': machine(), 'comparisons': [], 'growth': [], 'exactness': {}}
-    for way in (plain, checkpointed, dict(method='streaming', strip=128), *peers): result['exactness'][way['method']] = gradient_error(way, 'resnet18', 'layer3', (1024, 1024) if peers else (128, 128)); log(f"{way}: {result['exactness'][way['method']]}")
+    for way in (plain, checkpointed, dict(method='streaming', strip=128), *peers): result['exactness'][way['method']] = gradient_error(way, 'resnet18', 'layer3', (1024, 1024) if peers else (128, 128), device); log(f"{way}: {result['exactness'][way['method']]}")
     for arch, until, size in nets:
         case = _case(arch, until, size, device=device); half = measure(_network(case), **_shape(case)).peak//2
         result['comparisons'].append(compare({'plain': plain, 'checkpoint': checkpointed, 'half': planned(case, half)[0], 'least': planned(case, 'least')[0]}, case, repeats, log))

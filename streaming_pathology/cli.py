@@ -7,10 +7,10 @@ __all__ = ['NOT_SET', 'COMMANDS', 'RECIPES', 'AUGMENTATIONS', 'NO_SETTINGS', 'HA
            'sp_evaluate', 'sp_report', 'sp_trim', 'COHORT', 'sp_synth', 'DEMO', 'DEMO_COHORT', 'TINY', 'TINY_COHORT',
            'sp_demo', 'strip_rows', 'hw', 'make_parser', 'parsed', 'counted', 'status_of', 'plain_warnings',
            'terminable', 'command', 'environment', 'as_toml', 'cohort_sha256', 'write_cases', 'build_model',
-           'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'Record', 'label_names', 'largest',
-           'write_record', 'predict_rows', 'check_settings', 'check_device', 'train_cohort', 'prepare_training',
-           'changes', 'check_learnt', 'finish', 'find_slides', 'predict_slides', 'export_run', 'evaluate_predictions',
-           'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
+           'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'best_weights', 'Record',
+           'label_names', 'largest', 'write_record', 'predict_rows', 'check_settings', 'check_device', 'train_cohort',
+           'prepare_training', 'changes', 'check_learnt', 'finish', 'find_slides', 'predict_slides', 'export_run',
+           'evaluate_predictions', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
 import argparse, datetime, difflib, hashlib, inspect, json, math, os, platform, re, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
@@ -30,11 +30,11 @@ from .slides import Slide
 from .synthetic import write_cohort
 from .augment import Augmentation
 from .cohorts import Case, check_files, read_manifest, resolve_splits, safe_id, several
-from .data import channel_statistics, check_cohort, one_line, sample_patches, slide_loader, turned_out
+from .data import STOPS, channel_statistics, check_cohort, one_line, sample_patches, slide_loader, turned_out
 from .losses import TASKS, Binary, make_task
 from .trim import Trim, trim_slides
 from .training import EMA, Alone, Cosine, CSVLog, DryRun, EarlyStopping, Halted, TensorBoardLog, fit, predict, summary
-from .checkpoints import RUN, STOPS, Checkpoints, HaltOnSignal, Output, absolute, claim, continuing, last_point, load_checkpoint, load_weights, output_file, points, replacing, save_checkpoint, staged, versions
+from .checkpoints import RUN, Checkpoints, HaltOnSignal, Output, absolute, claim, continuing, last_point, load_checkpoint, load_weights, output_file, points, replacing, save_checkpoint, staged, versions
 from .recipes import paper_streaming, run_recipe, scaled
 from .distributed import joined
 from .inference import TTA, checked_card, export_model, label_columns, load_model, model_hash, predict_table, prediction_columns, write_predictions
@@ -249,7 +249,7 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     "Train, choose the best epoch on the tuning split, predict, evaluate, draw heatmaps; returns a sentence on the test split, on the first rank."
     s, labels, folder, device = settings, label_names(settings), Path(folder), device or settings['device']
     if ranks.rank == 0 and point is None: write_record(folder, data.cases, s)
-    keep = dict(model=_network(s, task), task=task.settings(), labels=labels, cohort_sha256=s.get('cohort_sha256'), **{k: s[k] for k in ('spacing', 'size', 'amp', 'canvas', 'pen')})
+    keep = dict(model=_network(s, task), task=task.settings(), labels=labels, cohort_sha256=s.get('cohort_sha256'), settings=s, **{k: s[k] for k in ('spacing', 'size', 'amp', 'canvas', 'pen')})
     parts = {p: data.part(p, augment=AUGMENTATIONS[s['augment']] if p == 'train' else None) for p in ('train', 'tuning')}
     train, tuning = (slide_loader(d, p == 'train', s['seed'], s['workers'], task.exclusive and s['balance'] == 'oversample', rank=ranks.rank, ranks=ranks.size) for p, d in parts.items())
     callbacks = [Record(folder, data.cases, s), CSVLog(folder/'log.csv'), *[DryRun(largest(parts['train']))]*s['dry_run'], *[Cosine()]*s['cosine'], *([EMA(s['ema'])] if s['ema'] else []), *([EarlyStopping(s['patience'])] if s['patience'] else []),
@@ -259,8 +259,8 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
         history = run_recipe(model, train, tuning, scaled(RECIPES[s['recipe']], s['epochs']), folder/'checkpoints', **shared)
         if ranks.rank == 0: save_checkpoint(folder/'checkpoints/best.pt', model=dict(model.state_dict()), settings=keep, epoch=len(history), seed=s['seed'], history=history)
     else:
-        fit(model, train, tuning, **{k: s[k] for k in ('epochs', 'lr', 'optimizer', 'momentum', 'batch')}, **shared)
-        if ranks.rank == 0: load_weights(model, load_checkpoint(folder/'checkpoints/best.pt'))
+        history = fit(model, train, tuning, **{k: s[k] for k in ('epochs', 'lr', 'optimizer', 'momentum', 'batch')}, **shared)
+        if ranks.rank == 0: best_weights(model, folder/'checkpoints/best.pt', settings=keep, epoch=len(history), seed=s['seed'], history=history)
         for v in model.state_dict().values(): ranks.same(v)
     rows = predict_rows(model, data, device, s['amp'], s['workers'], ranks, task)
     if ranks.rank: return None
@@ -276,6 +276,15 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     ids = chosen(rows, s['heatmaps'])
     save_heatmaps(model, data, set(ids), folder/'heatmaps', s['copies'], s['seed'], device)
     return found
+
+def best_weights(model, path, **state):
+    "Put those of the best epoch into `model`; where their file is gone, the weights that it has, of the last epoch, become that file."
+    if not path.exists():
+        warnings.warn(f'{path} is gone, and with it the best epoch; the weights of the last one are used')
+        save_checkpoint(path, model=dict(model.state_dict()), **state)
+    try: best = load_checkpoint(path)
+    except InputError as e: raise InputError(f'{e}, and the best epoch is lost; delete it, and --resume takes the weights of the last one') from None
+    load_weights(model, best)
 
 class Record:
     "Callback: the record of a run that goes on is written once its point was accepted."
@@ -383,22 +392,23 @@ def train_cohort(manifest,                # CSV with slide_id, label and, where 
         model = build_model(s) # what it refuses is refused before slides are read
         found = ranks.first(lambda: prepare_training(s, out, overwrite, resume, accept_changes))
         if found is None: print(f"{out} is finished: {out/'report.html'}"*(ranks.rank == 0)); return
-        data, s, task, going_on = found
+        data, s, task, point = found
         if 'mean' in s or task.n_out > 1: model = build_model(s, task)
-        if weights is None and not going_on and ranks.rank == 0: calibrate(model, data, seed)
+        if weights is None and point is None and ranks.rank == 0: calibrate(model, data, seed)
         folder = absolute(out)
-        with nullcontext() if ranks.rank else continuing(folder) if going_on else replacing(folder, worth='checkpoints/point_*.pt'):
-            point = ranks.first(lambda: last_point(folder/'checkpoints') if going_on else None)
+        with nullcontext() if ranks.rank else continuing(folder) if point else replacing(folder, worth='checkpoints/point_*.pt'):
             with HaltOnSignal() as halt: said = run_training(data, model, folder, s, [halt], point, accept_changes, ranks, here, task)
             if ranks.rank == 0: finish(out, said)
 
 NO_SETTINGS = ('overwrite', 'resume', 'accept_changes')                                                              # said on the command line each time
 HARMLESS = ('manifest', 'workers', 'cache_gb', 'heatmaps', 'copies', 'tensorboard', 'save_minutes', 'dry_run', 'mean', 'std') # which change nothing that was learnt
 
-def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `SlideDataset`, settings, `Task`, whether there is a point), or None if the run is finished
+def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `SlideDataset`, settings, `Task`, the point to go on from if there is one), or None if the run is finished
     "All that can be refused before anything is written."
     manifest, weights = Path(s['manifest']), s['weights']
-    claim(out, overwrite or resume)
+    at = absolute(out)
+    going_on = resume and (points(at/'checkpoints') or (at/'report.html').exists())
+    claim(out, overwrite or resume, others=going_on)
     labels = label_names(s)
     cases = resolve_splits(read_manifest(manifest, labels=(0, 1) if s['task'] in ('binary', 'multilabel') else None, columns=labels), seed=s['seed'], where=manifest)
     task = make_task(s['task'], [c.label for c in cases if c.split == 'train'], s['balance'] == 'weights')
@@ -407,13 +417,15 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
         if not any(c.label[1] for c in cases if c.split == 'tuning'): raise InputError(f'{manifest}: no slide of the split tuning has an event, so no epoch can be chosen')
     if twice := [n for n, k in Counter(prediction_columns(task, label_columns(task.name, labels))).items() if k > 1]: raise InputError(f'--label {twice[0]} is the name of a column of predictions; rename it in the manifest')
     if wrong := [f'slide {c.slide_id!r}: {w}' for c in cases if c.label is not None and (w := task.wrong(c.label))]: raise InputError(several(f'{manifest}: labels do not fit the task {task.name}', wrong))
-    s['cohort_sha256'], former, at = cohort_sha256(cases), {}, absolute(out)
-    if resume and (at/'settings.toml').exists() and (points(at/'checkpoints') or (at/'report.html').exists()):
-        former = tomllib.loads(as_toml(_defaults()))|tomllib.loads((at/'settings.toml').read_text()) # a former version had fewer
+    s['cohort_sha256'], former, point = cohort_sha256(cases), {}, None
+    if going_on:
+        point = last_point(at/'checkpoints')
+        then = as_toml(point['settings'].get('settings', {})) if point else (at/'settings.toml').read_text() # that file may have been edited
+        former = tomllib.loads(as_toml(_defaults()))|tomllib.loads(then) # a former version had fewer
         if changed := changes(former, tomllib.loads(as_toml(s))):
             if not accept_changes: raise InputError(several(f'{out} holds a run of other settings; give those, or --accept-changes, or another folder', changed))
-            if other := [k for k in ('command', 'arch', 'pool', 'recipe', 'task', 'label') if former.get(k, '') != (s[k] or '')]: raise InputError(f"{out} holds another network or schedule ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
-            if not points(at/'checkpoints'): raise InputError(f'{out} holds a finished run without a point to go on from; give another folder')
+            if other := [k for k in ('command', 'arch', 'pool', 'recipe', 'task', 'label', *['epochs']*bool(s['recipe'])) if former.get(k, '') != (s[k] or '')]: raise InputError(f"{out} holds another network or schedule ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
+            if not point: raise InputError(f'{out} holds a finished run without a point to go on from; give another folder')
             check_learnt(at/'cohort.csv', cases, label_columns(task.name, labels))
         if (at/'report.html').exists():
             if not changed: return None
@@ -423,8 +435,8 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
     if said := turned_out(data.part('train'), AUGMENTATIONS[s['augment']]): warnings.warn(said)
     if s['normalise'] == 'training': s['mean'], s['std'] = (former['mean'], former['std']) if 'mean' in former else channel_statistics(data.part('train'))
     if s['task'] == 'binary' and {c.label for c in cases if c.split == 'test'} < {0, 1}: warnings.warn('the test split does not have both classes, so there will be no AUC')
-    claim(out, overwrite or resume) # somebody may have written there in the meantime
-    return data, s, task, bool(former)
+    claim(out, overwrite or resume, others=going_on) # somebody may have written there in the meantime
+    return data, s, task, point
 
 def _defaults(): return {k: p.default for k, p in inspect.signature(train_cohort).parameters.items() if p.kind == p.KEYWORD_ONLY and k not in NO_SETTINGS}
 
@@ -481,13 +493,13 @@ def predict_slides(checkpoint,         # file that sp_train wrote, e.g. run/chec
                    out,                # CSV to write: slide_id, label, split, what is predicted, seconds, model, version
                    *, slide_spacing:float|None=None, # microns per pixel of slides that do not say, where the manifest does not either
                    strip:strip_rows=None,# rows at a time, or auto; without it as in training
-                   amp:str|None=None,  # bf16 or fp16; without it as in training
+                   amp:str|None=None,  # bf16, fp16 or none; without it as in training
                    tta:str='none',     # test-time augmentation: flips is the mean over four mirror images, all over those of the image turned by a quarter too
                    skip:bool=False,    # write the table without slides that fail, instead of none; they are named all the same
                    device:str='cpu',   # cuda for an accelerator
                    workers:int=0):     # processes that read slides ahead
     "Predict slides with a trained network. A CSV that exists is replaced, as a whole; broken off, the same command goes on. Started by torchrun, processes share the slides."
-    check_settings(dict(strip=strip, amp=amp, device=device, workers=workers, slide_spacing=slide_spacing, tta=tta))
+    check_settings(dict(strip=strip, amp=None if amp == 'none' else amp, device=device, workers=workers, slide_spacing=slide_spacing, tta=tta))
     with joined(device) as (ranks, here):
         out = ranks.first(lambda: output_file(out, '.csv', [checkpoint, slides], r'slide_id,[^\n]*,seconds(,model,version)?\n'))
         model, card = load_model(checkpoint, here, strip)
@@ -508,7 +520,7 @@ def export_run(run,   # folder that sp_train wrote, or one of its checkpoints
     out, folder = output_file(out, '.safetensors', [checkpoint]), absolute(checkpoint).parent.parent
     if (out.parent/RUN.mark).exists(): raise InputError(f'{out} lies in the folder of a run, which holds nothing else; give another place')
     def there(name, read): return read((folder/name).read_text()) if (folder/RUN.mark).exists() and (folder/name).exists() and checkpoint.name == 'best.pt' else {}
-    try: more = dict(metrics=there('metrics.json', json.loads), settings=there('settings.toml', tomllib.loads), environment=there(RUN.mark, json.loads))
+    try: more = dict(metrics=there('metrics.json', json.loads), environment=there(RUN.mark, json.loads))
     except (OSError, ValueError) as e: raise InputError(f'{folder} holds a run that cannot be read: {one_line(e)}') from None
     card = export_model(checkpoint, out, **more)
     print(f"wrote {out}: {card['model']['arch']}, {card['task']['name']}, {card['spacing']:g} microns per pixel, model {card['sha256'][:16]}")

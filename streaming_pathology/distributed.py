@@ -9,10 +9,11 @@ __all__ = ['Ranks', 'joined', 'Banded', 'stream_bands']
 import os
 from contextlib import contextmanager
 from datetime import timedelta
-import numpy as np, torch
+import torch
 import torch.distributed as dist
 from .geometry import InputError, StreamingError, Piece, layer_name
 from .streaming import Streamed, _device, _rng
+from .data import one_line
 from .training import Alone
 
 # %% ../nbs/11_distributed.ipynb #d1100002
@@ -35,11 +36,14 @@ class Ranks(Alone):
         return all
 
     def add(self, params):
-        for p, some in zip(params, np.any(self.gather([p.grad is not None for p in params]), 0)):
-            if not some: continue
-            g = torch.zeros_like(p) if p.grad is None else p.grad
-            self.call(dist.all_reduce, whole := g.contiguous(), dist.ReduceOp.SUM)
-            p.grad = g.copy_(whole)
+        for kind in dict.fromkeys((p.dtype, p.device) for p in params): # one exchange for each: the gradients one behind the other, then which of them are there
+            ps = [p for p in params if (p.dtype, p.device) == kind]
+            there = torch.tensor([p.grad is not None for p in ps]).to(ps[0])
+            whole = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in ps), there])
+            self.call(dist.all_reduce, whole, dist.ReduceOp.SUM)
+            *sums, there = whole.split([*(p.numel() for p in ps), len(ps)])
+            for p, g, some in zip(ps, sums, there.tolist()):
+                if some: p.grad = (torch.empty_like(p) if p.grad is None else p.grad).copy_(g.view_as(p))
 
     def same(self, tensor):
         self.call(dist.broadcast, t := tensor.detach().contiguous(), self.root)
@@ -59,7 +63,12 @@ def joined(device='cpu'): # gives (ranks, device)
     if int(os.environ.get('WORLD_SIZE', 1)) < 2 or dist.is_initialized(): yield Alone(), device; return
     cuda = torch.device(device).type == 'cuda'
     if cuda: torch.cuda.set_device(device := f"cuda:{os.environ['LOCAL_RANK']}")
-    dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=2)) # a rank may wait for the others' slides
+    patience = timedelta(hours=2) # a rank may wait for the others' slides
+    try:
+        store, rank, size = next(dist.rendezvous('env://', timeout=patience))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store) # torchrun keeps its store when it starts ranks again, with the addresses of those that are gone
+        dist.init_process_group('nccl' if cuda else 'gloo', store=store, rank=rank, world_size=size, timeout=patience)
+    except RuntimeError as e: raise InputError(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not reach the others ({one_line(e)[:150]})") from None
     try: yield Ranks(), device
     finally: dist.destroy_process_group()
 

@@ -49,7 +49,7 @@ def export_model(checkpoint, # file of `sp_train`, such as run/checkpoints/best.
                  out,        # the .safetensors file to write
                  **more):    # to the card: metrics, date, ...
     "A trained network with its card as one safetensors file; returns the card."
-    state = load_checkpoint(checkpoint)
+    state = _of_a_model(checkpoint)
     card = checked_card(state.get('settings', {}), checkpoint)
     load_weights(StreamingClassifier(**card['model']), state, checkpoint)
     weights = {k: v.contiguous() for k, v in state['model'].items()}
@@ -61,6 +61,11 @@ def export_model(checkpoint, # file of `sp_train`, such as run/checkpoints/best.
     data = safetensors.torch.save(weights, dict(card=text, sha256=_sealed(text, weights)))
     with whole_file(out) as f: f.write(data)
     return card
+
+def _of_a_model(path): # what `load_checkpoint` gives
+    state = load_checkpoint(path)
+    if 'optimizer' in state: warnings.warn(f'{path} is a point of a training to go on from: its weights are those of the last step, not the best, nor an average')
+    return state
 
 def _sealed(text, weights): return hashlib.sha256((text+model_hash(weights, dict(model={}))).encode()).hexdigest()
 
@@ -77,7 +82,7 @@ def load_model(path, device='cpu', strip=None): # the network, to evaluate with,
     "The trained network of an exported model, or of a checkpoint of `sp_train`; `strip`: rows at a time, other than in training."
     path = Path(path)
     if path.suffix.lower() == '.safetensors': card, weights = _from_export(path)
-    else: state = load_checkpoint(path); card, weights = state.get('settings') or {}, state.get('model')
+    else: state = _of_a_model(path); card, weights = state.get('settings') or {}, state.get('model')
     card = checked_card(card, path)
     try: model = StreamingClassifier(**card['model'] | ({'strip': strip} if strip else {}))
     except TypeError as e: raise InputError(f'{path} was written by another version of this package, and its network cannot be built ({e})') from None
@@ -173,7 +178,7 @@ def predict_table(
     cases,         # list of `Case`
     out,           # CSV to write
     device='cpu',
-    amp=None,      # 'bf16' or 'fp16'; None: as in training
+    amp=None,      # 'bf16', 'fp16' or 'none'; None: as in training
     workers=0,     # processes that read slides ahead
     tta='none',    # test-time augmentation: 'flips' or 'all', the mean over several ways to lay an image
     skip=False,    # write the table also where slides failed, without them
@@ -182,7 +187,7 @@ def predict_table(
 ): # (rows, sentences on the slides that failed), on all ranks
     "Predict slides into a table; broken off, the same call goes on. Where slides failed there is no table, but what is done is kept for the next call."
     if tta not in TTA: raise InputError(f"tta is {tta!r}; use one of {', '.join(TTA)}")
-    task, out, amp = task_of(card['task']), Path(out), amp or card['amp']
+    task, out, amp = task_of(card['task']), Path(out), {None: card['amp'], 'none': None}.get(amp, amp)
     def dataset(cases): return SlideDataset(cases, card['spacing'], card['size'] and tuple(card['size']), canvas=card['canvas'], pen=card['pen'])
     keys = ranks.first(lambda: [_key(c) for c in cases])
     journal = Journal(out, dict(model=card['sha256'], version=streaming_pathology.__version__, amp=amp, tta=tta))

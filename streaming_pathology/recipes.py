@@ -6,6 +6,7 @@
 __all__ = ['paper_streaming', 'paper_mil', 'best_window', 'average_weights', 'WindowCheckpoints', 'Stage', 'scaled', 'run_recipe']
 
 # %% ../nbs/10_recipes.ipynb #r0000003
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -49,9 +50,13 @@ class WindowCheckpoints:
     def window(self): return [self.epochs[i] for i in best_window(self.losses, self.width)]
     def weights(self, which): # a state dict
         "Of the window's middle, or the average of all."
-        window = self.window()
-        if which == 'middle': window = window[len(window)//2:][:1]
-        return average_weights(load_checkpoint(self.path(e))['model'] for e in window)
+        states = {}
+        for e in (window := self.window()):
+            try: states[e] = load_checkpoint(self.path(e))['model']
+            except InputError as wrong: warnings.warn(f'{wrong}; the other epochs of its window are used')
+        if not states: raise InputError(f'{self.folder} has none of the epochs {window[0]} to {window[-1]}, which the stage hands on; train it again')
+        middle = min(states, key=lambda e: abs(e-window[len(window)//2]))
+        return average_weights([states[middle]] if which == 'middle' else states.values())
 
 # %% ../nbs/10_recipes.ipynb #r0000012
 @dataclass(frozen=True)

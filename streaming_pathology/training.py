@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WAY_OUT', 'slide_seed', 'rng_state', 'set_rng_state', 'Alone', 'autocast', 'logits_of', 'peak_mb', 'predict',
            'is_known', 'as_loader', 'slides_of', 'summary', 'TinyNet', 'synth_slides', 'synth_learner', 'train_epoch',
-           'known', 'each_backward', 'joint_backward', 'optimizer_step', 'finite', 'Halted', 'State', 'make_optimizer',
-           'fit', 'fingerprint', 'curves', 'CSVLog', 'TensorBoardLog', 'Tracker', 'LiveCurves', 'EarlyStopping',
-           'Cosine', 'DryRun', 'EMA']
+           'known', 'each_backward', 'joint_backward', 'optimizer_step', 'sound', 'finite', 'Halted', 'State',
+           'make_optimizer', 'fit', 'fingerprint', 'curves', 'CSVLog', 'TensorBoardLog', 'Tracker', 'LiveCurves',
+           'EarlyStopping', 'Cosine', 'DryRun', 'EMA']
 
 # %% ../nbs/09_training.ipynb #60008edd
 import copy, hashlib, json, math, random, resource, sys, time
@@ -206,15 +206,17 @@ def joint_backward(s, items, size): # the same
 
 def optimizer_step(s, slides):
     "One step on the gradient of a mini-batch, cut to a norm of `s.clip` if that is given."
-    params = [p for g in s.optimizer.param_groups for p in g['params']]
-    s.ranks.add(params)
+    s.ranks.add(params := s.params())
     s.scaler.unscale_(s.optimizer)
-    if not s.scaler.is_enabled() and not all(p.grad.isfinite().all() for p in params if p.grad is not None):
-        raise InputError(f"the gradient of slides {', '.join(slides)} is not finite in epoch {s.epoch+1}; {WAY_OUT}")
+    if not s.scaler.is_enabled() and not sound(params): raise InputError(f"the sum of the gradients of slides {', '.join(slides)} is not finite in epoch {s.epoch+1}; {WAY_OUT}")
     if s.clip: nn.utils.clip_grad_norm_(params, s.clip)
     s.scaler.step(s.optimizer); s.scaler.update(); s.optimizer.zero_grad()
     if s.scaler.is_enabled() and s.scaler.get_scale() < 1: raise InputError(f"the gradient of slides {', '.join(slides)} is not finite in epoch {s.epoch+1}, however it is scaled; {WAY_OUT}")
     s.tell('after_step')
+
+def sound(params): # whether every gradient is finite
+    grads = [p.grad.isfinite().all() for p in params if p.grad is not None]
+    return not grads or torch.stack(grads).all().item()
 
 def finite(loss, slides, s): # the loss
     if not math.isfinite(loss): raise InputError(f'slide {slides!r}: its loss is {loss} in epoch {s.epoch+1}; {WAY_OUT}')
@@ -270,7 +272,10 @@ class State:
         value = loss(self.logits(step, item), item['label'].to(self.device)[None])
         finite(value.item(), item['slide_id'], self)
         self.scaler.scale(value).backward()
+        if not self.scaler.is_enabled() and not sound(self.params()): raise InputError(f"slide {item['slide_id']!r}: its gradient is not finite in epoch {self.epoch+1}; {WAY_OUT}")
         return value.item()
+
+    def params(self): return [p for g in self.optimizer.param_groups for p in g['params']]
 
     def tell(self, event):
         "Call the method `event` of every callback that has it."

@@ -3,7 +3,7 @@ import csv, os, random, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest, torch
 from streaming_pathology import cli
-from streaming_pathology.checkpoints import load_checkpoint, points, save_checkpoint
+from streaming_pathology.checkpoints import last_point, load_checkpoint, points, save_checkpoint
 from streaming_pathology.cohorts import tiny_cohort
 from test_cli import heard, refused, tree
 
@@ -117,6 +117,21 @@ def test_what_was_changed_is_named(cohort, whole, halfway, capsys):
 def test_a_damaged_point(cohort, halfway, capsys):
     for p in points(halfway/'checkpoints'): data = bytearray(p.read_bytes()); data[len(data)//3] ^= 4; p.write_bytes(data)
     refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume'], 'no point that is whole', 'checksum')
+
+def test_what_the_point_remembers(cohort, whole, halfway, capsys):
+    "Settings that were edited in the run folder are another's; what lies beside a run is in nobody's way."
+    f = halfway/'settings.toml'; f.write_text(f.read_text().replace('lr = 0.01', 'lr = 0.1')); (halfway/'notes.txt').write_text('mine')
+    refused(capsys, ['train', f, halfway, '--resume'], '--lr was 0.01 and is 0.1')
+    assert cli.main(['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume']) == 0 and (halfway/'notes.txt').read_text() == 'mine'; (halfway/'notes.txt').unlink()
+    as_if_never_stopped(halfway, whole)
+
+def test_the_best_epoch_is_lost(cohort, whole, halfway, capsys):
+    shutil.copytree(whole, halfway, dirs_exist_ok=True); (halfway/'report.html').unlink() # stopped after the last epoch
+    best, argv = halfway/'checkpoints/best.pt', ['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume']
+    data = bytearray(best.read_bytes()); data[len(data)//3] ^= 4; best.write_bytes(data)
+    refused(capsys, argv, 'best.pt is damaged', 'delete it'); best.unlink()
+    assert cli.main(argv) == 0 and 'the weights of the last one are used' in capsys.readouterr().err
+    a, b = load_checkpoint(best)['model'], last_point(halfway/'checkpoints')['model']; assert all(torch.equal(a[k], b[k]) for k in a)
 
 def test_a_malicious_point(cohort, halfway, tmp_path, capsys):
     class Evil:

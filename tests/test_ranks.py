@@ -103,13 +103,14 @@ def rank_process(p, rank):
         except psutil.Error: pass
 
 @pytest.fixture(scope='module')
-def on_two(tmp_path_factory):
+def on_two(once):
     "A cohort, a run of one process and one of two ranks."
-    folder = tmp_path_factory.mktemp('command'); tiny_cohort(folder/'cohort', size=(64, 64))
-    assert cli.main(['train', folder/'cohort/manifest.csv', folder/'one', *TRAIN]) == 0
-    p = torchrun('train', folder/'cohort/manifest.csv', folder/'two', *TRAIN); said, _ = p.communicate(timeout=200); assert p.returncode == 0, said
-    assert said.count('report.html') == 1, said
-    return folder
+    def make(folder):
+        tiny_cohort(folder/'cohort', size=(64, 64))
+        assert cli.main(['train', folder/'cohort/manifest.csv', folder/'one', *TRAIN]) == 0
+        p = torchrun('train', folder/'cohort/manifest.csv', folder/'two', *TRAIN); said, _ = p.communicate(timeout=200); assert p.returncode == 0, said
+        assert said.count('report.html') == 1, said
+    return once('on_two', make)
 
 def test_the_command_on_ranks(on_two, tmp_path):
     one, two = (rows(on_two/n/'log.csv') for n in ('one', 'two')); assert len(one) == len(two) == 3

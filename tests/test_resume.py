@@ -16,11 +16,10 @@ def cohort(tmp_path_factory): return tiny_cohort(tmp_path_factory.mktemp('good')
 def process(*argv, **kwargs): return subprocess.Popen([sys.executable, '-m', 'streaming_pathology.cli', 'train', *map(str, argv)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heard, **kwargs)
 
 @pytest.fixture(scope='module')
-def whole(cohort, tmp_path_factory):
+def whole(once):
     "A run that was never stopped."
-    out = tmp_path_factory.mktemp('whole')/'run'
-    assert cli.main(['train', cohort/'manifest.csv', out, *TRAIN]) == 0
-    return out
+    def make(folder): tiny_cohort(folder/'cohort', size=(64, 64)); assert cli.main(['train', folder/'cohort/manifest.csv', folder/'run', *TRAIN]) == 0
+    return once('whole', make)/'run'
 
 def rows(path, *but): # of a CSV, without what is never the same
     with open(path) as f: return [{k: v for k, v in r.items() if k not in but} for r in csv.DictReader(f)]

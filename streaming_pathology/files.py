@@ -235,6 +235,7 @@ class _OpenSlideReader:
 # %% ../nbs/05_files.ipynb #6faad9a0
 _COLOURS = (0, 1, 2, 3, 5, 6) # grey either way, RGB, palette, CMYK, YCbCr
 _LOADERS = ('tiffload', 'pngload', 'jpegload', 'webpload') # libvips opens much else, such as drawings
+pyvips.cache_set_max(0) # or up to a hundred slides stay open, and what was read of them in memory, after they were closed
 
 class _VipsReader:
     "Any image that libvips opens: TIFF with its pyramid, OME-TIFF, PNG, JPEG and more."

@@ -1,5 +1,6 @@
 "Every format opens, with the right pixels and spacing; and what is damaged is refused in one sentence, never taken, never a crash."
-import json, shutil, struct, warnings, zipfile, zlib
+import gc, json, os, shutil, struct, sys, warnings, zipfile, zlib
+from pathlib import Path
 import numpy as np, openslide, pytest, pyvips, tifffile
 from PIL import Image
 from streaming_pathology.cohorts import Case, read_manifest
@@ -18,6 +19,14 @@ FLAT = ('image.jpg', 'image.png', 'image.webp')
 LEVELS = {'aperio.svs': 2, 'hamamatsu.ndpi': 3, 'leica.scn': 2, 'mirax.mrxs': 2, 'philips.tiff': 2, 'ventana.bif': 2, 'bigtiff.tif': 4, 'children.tif': 4, 'dicom': 2, 'ome.ome.tif': 3, 'pages.tif': 4, 'planar.ome.tif': 3}
 
 def test_all_are_here(formats): assert sorted(formats) == NAMES
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='open files are looked up in /proc')
+def test_no_file_stays_open(formats):
+    for name, path in formats.items():
+        with Slide(path, spacing=made.SPACING if name in FLAT else None) as s: s.read(2*made.SPACING)
+    gc.collect()
+    held = [os.readlink(f) for f in Path('/proc/self/fd').iterdir() if f.is_symlink()]
+    assert not [h for h in held if any(h.startswith(str(p)) for p in formats.values())], held
 
 @pytest.mark.parametrize('name', [n for n in NAMES if n != 'sample.svs'])
 def test_format(formats, name):

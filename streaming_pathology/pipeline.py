@@ -7,7 +7,7 @@ __all__ = ['WAYS', 'process_status', 'fresh_process', 'apart', 'large_biopsy', '
            'beside_one', 'held', 'Held', 'long_run']
 
 # %% ../nbs/16_pipeline.ipynb #p0000003
-import gc, itertools, json, math, os, statistics, tempfile, threading, time
+import ctypes, gc, itertools, json, math, os, statistics, tempfile, threading, time
 from pathlib import Path
 import numpy as np, pyvips, torch
 import torch.distributed as dist
@@ -155,10 +155,12 @@ def beside_one(repeats=5, sizes=((768, 768),), slides=8, batch=8, log=print):
         result['runs'].append(dict(size=[*size], slides=slides, batch=batch, way=way, seconds=seconds, per_second=slides*(1+(way == 'apart'))/seconds)); log(result['runs'][-1])
     return result
 
+class _Malloc(ctypes.Structure): _fields_ = [(n, ctypes.c_size_t) for n in 'arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost'.split()]
+
 def held(): # dict
-    "What this process holds: bytes of memory, open files, threads, processes that it has started."
-    gc.collect()
-    return dict(memory=process_status('VmRSS'), files=len(os.listdir('/proc/self/fd')), threads=threading.active_count(), processes=[p for p in os.listdir('/proc') if p.isdigit() and _parent(p) == os.getpid()])
+    "What this process holds: bytes of memory, how many of them somebody uses (the rest is between blocks in use, and is used again), open files, threads, processes that it has started."
+    gc.collect(); libc = ctypes.CDLL(None); libc.mallinfo2.restype = _Malloc; m = libc.mallinfo2()
+    return dict(memory=process_status('VmRSS'), used=m.uordblks+m.hblkhd, files=len(os.listdir('/proc/self/fd')), threads=threading.active_count(), processes=[p for p in os.listdir('/proc') if p.isdigit() and _parent(p) == os.getpid()])
 
 def _parent(process):
     try: return int(Path(f'/proc/{process}/stat').read_text().rpartition(') ')[2].split()[1])

@@ -100,7 +100,9 @@ class Checkpoints:
 
     def after_epoch(self, s):
         loss = s.history[-1].get('tuning_loss', -s.epoch)
-        if loss < self.best or not (self.folder/'best.pt').exists():
+        gone = not (self.folder/'best.pt').exists()
+        if gone and self.best < math.inf: warnings.warn(f"{self.folder/'best.pt'} is gone, and with it the best epoch; epoch {s.epoch+1} takes its place")
+        if loss < self.best or gone:
             save_checkpoint(self.folder/'best.pt', model=dict(s.evaluated.state_dict()), settings=self.settings, epoch=s.epoch+1, seed=s.seed, history=s.history); self.best = loss
 
     def at_rest(self, s):
@@ -121,8 +123,10 @@ def last_point(folder): # dict for `fit(resume=)`, or None where there is none
     "The last point that is whole; one that is damaged is passed over, and said so."
     for p in reversed(all := points(folder)):
         try: return load_checkpoint(p)
-        except InputError as e: warnings.warn(f'{e}; the point before it is used'); wrong = e
-    if all: raise InputError(f'{folder} has no point that is whole: {wrong}')
+        except InputError as e:
+            wrong = e
+            if p != all[0]: warnings.warn(f'{e}; the point before it is used')
+    if all: raise InputError(f'{folder} has no point that is whole ({wrong}); train again, in another folder or in place of this run')
 
 # %% ../nbs/10_checkpoints.ipynb #c5000005
 class HaltOnSignal:

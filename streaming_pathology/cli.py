@@ -34,7 +34,7 @@ from .data import STOPS, channel_statistics, check_cohort, one_line, sample_patc
 from .losses import TASKS, Binary, make_task
 from .trim import Trim, trim_slides
 from .training import EMA, Alone, Cosine, CSVLog, DryRun, EarlyStopping, Halted, TensorBoardLog, fit, predict, summary
-from .checkpoints import RUN, Checkpoints, HaltOnSignal, Output, absolute, claim, continuing, last_point, load_checkpoint, load_weights, output_file, points, replacing, save_checkpoint, staged, versions
+from .checkpoints import RUN, Checkpoints, HaltOnSignal, Output, absolute, claim, continuing, last_point, load_checkpoint, load_weights, output_file, plain, points, replacing, save_checkpoint, staged, versions
 from .recipes import paper_streaming, run_recipe, scaled
 from .distributed import joined
 from .inference import TTA, checked_card, export_model, label_columns, load_model, model_hash, predict_table, prediction_columns, write_predictions
@@ -97,6 +97,7 @@ def parsed(f, prog, argv): # dict of arguments
             near = difflib.get_close_matches(k, parameters, 1)
             raise InputError(f'{given}: {k} is no setting of {prog}'+(f'; did you mean {near[0]}?' if near else ''))
         if isinstance(parameters[k].default, bool) != isinstance(v, bool) or isinstance(v, dict): raise InputError(f'{given}: {k} is {v!r}; it has to be '+('true or false' if isinstance(parameters[k].default, bool) else 'a number or a text'))
+        if v == '' and parameters[k].default is not None and not settings.get('recipe'): raise InputError(f'{given}: {k} is empty; give a value, or leave the line out')
         parser.set_defaults(**{k: v if isinstance(v, bool) else None if v == '' else ','.join(map(str, v)) if isinstance(v, list) else str(v)}) # texts are read as on the command line
     if not settings.get(first): raise InputError(f'{given} does not say its {first}')
     return vars(parser.parse_args(argv)) | {first: str(Path(given).parent/settings[first])}
@@ -285,6 +286,7 @@ def best_weights(model, path, **state):
     try: best = load_checkpoint(path)
     except InputError as e: raise InputError(f'{e}, and the best epoch is lost; delete it, and --resume takes the weights of the last one') from None
     load_weights(model, best)
+    if best['settings'] != plain(state['settings']): save_checkpoint(path, **best | dict(settings=state['settings'])) # what changes may be accepted count from now on
 
 class Record:
     "Callback: the record of a run that goes on is written once its point was accepted."
@@ -302,9 +304,10 @@ def write_record(folder, cases, settings, again=False):
     "What a run was made of; of one that goes on, when and with what it did."
     path, now = folder/RUN.mark, environment()
     if again:
-        (folder/'report.html').unlink(missing_ok=True) # it is no longer finished
+        for p in [p for k in ('report.html', 'metrics.json', 'predictions.csv', 'images/*.jpg', 'heatmaps/*.npy') for p in folder.glob(k)]: p.unlink() # it is no longer finished, and these are of other weights
         try: first = json.loads(path.read_text())
         except (OSError, ValueError): first = {}
+        if not isinstance(first, dict): first = {}
         if first.get('packages') not in (None, now['packages']): warnings.warn('the versions of the packages are not those that the training began with, so that it may not go on to the bit')
         now = now | first | dict(resumed=[*first.get('resumed', []), f"{now['date']}, {now['git_commit'] or 'no commit'}"])
     write_whole(path, json.dumps(now, indent=1)+'\n')
@@ -420,16 +423,17 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
     s['cohort_sha256'], former, point = cohort_sha256(cases), {}, None
     if going_on:
         point = last_point(at/'checkpoints')
-        then = as_toml(point['settings'].get('settings', {})) if point else (at/'settings.toml').read_text() # that file may have been edited
+        known = point and point['settings'].get('settings')
+        then = as_toml(known) if known else (at/'settings.toml').read_text() # that file may have been edited
         former = tomllib.loads(as_toml(_defaults()))|tomllib.loads(then) # a former version had fewer
-        if changed := changes(former, tomllib.loads(as_toml(s))):
+        if changed := changes(former, now := tomllib.loads(as_toml(s))):
             if not accept_changes: raise InputError(several(f'{out} holds a run of other settings; give those, or --accept-changes, or another folder', changed))
-            if other := [k for k in ('command', 'arch', 'pool', 'recipe', 'task', 'label', *['epochs']*bool(s['recipe'])) if former.get(k, '') != (s[k] or '')]: raise InputError(f"{out} holds another network or schedule ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
+            if other := [k for k in ('command', 'arch', 'pool', 'recipe', 'task', 'label', 'spacing', 'size', 'canvas', 'pen', 'normalise', *['epochs']*bool(s['recipe'])) if k in {*_changed(former, now)}]: raise InputError(f"{out} holds another network or schedule, or one that sees slides otherwise ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
             if not point: raise InputError(f'{out} holds a finished run without a point to go on from; give another folder')
             check_learnt(at/'cohort.csv', cases, label_columns(task.name, labels))
         if (at/'report.html').exists():
             if not changed: return None
-    if not resume: claim(out, overwrite, inputs=[manifest, *([weights] if weights and Path(weights).exists() else []), *(c.path for c in cases)])
+    if point is None: claim(out, overwrite or resume, inputs=[manifest, *([weights] if weights and Path(weights).exists() else []), *(c.path for c in cases)])
     if s['recipe'] and not weights: warnings.warn('the recipe trains the last block alone at first, on what the others have learnt before, and this network starts from random weights: give --weights')
     data = check_cohort(cases, s['spacing'], s['size'], cache=int(s['cache_gb']*1e9), workers=s['workers'], canvas=s['canvas'], seed=s['seed'], pen=s['pen'])
     if said := turned_out(data.part('train'), AUGMENTATIONS[s['augment']]): warnings.warn(said)
@@ -440,9 +444,11 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
 
 def _defaults(): return {k: p.default for k, p in inspect.signature(train_cohort).parameters.items() if p.kind == p.KEYWORD_ONLY and k not in NO_SETTINGS}
 
+def _changed(then, now): return [k for k, v in now.items() if k not in HARMLESS and then.get(k) != v]
+
 def changes(then, now): # sentences
     "What of the settings of a run is another than before, and not harmless."
-    return ['the cohort was another one: slides, labels, splits or files' if k == 'cohort_sha256' else f"--{k.replace('_', '-')} was {then.get(k, 'not there')} and is {v}" for k, v in now.items() if k not in HARMLESS and then.get(k) != v]
+    return ['the cohort was another one: slides, labels, splits or files' if k == 'cohort_sha256' else f"--{k.replace('_', '-')} was {then.get(k, 'not there')} and is {now[k]}" for k in _changed(then, now)]
 
 def check_learnt(cohort, cases, labels=('label',)):
     "Refuse to evaluate on slides that a run has learnt from."

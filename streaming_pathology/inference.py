@@ -54,8 +54,8 @@ def export_model(checkpoint, # file of `sp_train`, such as run/checkpoints/best.
     load_weights(StreamingClassifier(**card['model']), state, checkpoint)
     weights = {k: v.contiguous() for k, v in state['model'].items()}
     last = (state.get('history') or [{}])[(state.get('epoch') or 0)-1]
-    tuning = {} if 'stage' in last else {k: v for k, v in last.items() if k.startswith('tuning') and v == v} # an average of weights was not evaluated
-    card |= dict(format='streaming_pathology 1', sha256=model_hash(weights, card), epoch=state.get('epoch'), seed=state.get('seed'), tuning=tuning,
+    tuning = {} if 'stage' in last or 'optimizer' in state else {k: v for k, v in last.items() if k.startswith('tuning') and v == v} # an average of weights was not evaluated
+    card |= dict(format='streaming_pathology 1', sha256=model_hash(weights, card), epoch=state.get('epoch'), seed=state.get('seed', state.get('fit', {}).get('seed')), tuning=tuning,
                  versions=state['versions'], exported=datetime.date.today().isoformat(), **json.loads(json.dumps(plain(more))))
     text = json.dumps(card, indent=1, ensure_ascii=False)
     data = safetensors.torch.save(weights, dict(card=text, sha256=_sealed(text, weights)))

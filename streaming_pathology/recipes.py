@@ -50,11 +50,12 @@ class WindowCheckpoints:
     def window(self): return [self.epochs[i] for i in best_window(self.losses, self.width)]
     def weights(self, which): # a state dict
         "Of the window's middle, or the average of all."
+        if not self.losses: raise InputError('no epoch of this stage was judged by these tuning slides; go on without the change')
         states = {}
         for e in (window := self.window()):
             try: states[e] = load_checkpoint(self.path(e))['model']
             except InputError as wrong: warnings.warn(f'{wrong}; the other epochs of its window are used')
-        if not states: raise InputError(f'{self.folder} has none of the epochs {window[0]} to {window[-1]}, which the stage hands on; train it again')
+        if not states: raise InputError(f'{self.folder} has none of the epochs {window[0]} to {window[-1]}, which the stage hands on; train again, in another folder')
         middle = min(states, key=lambda e: abs(e-window[len(window)//2]))
         return average_weights([states[middle]] if which == 'middle' else states.values())
 

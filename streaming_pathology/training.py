@@ -112,7 +112,7 @@ def _tried(failed, *args): # the row of a slide, or of an error
 def _predicted(model, slides, device, amp, task): # a row
     item, start = next(slides), time.perf_counter()
     logits = task.fits(logits_of(model, item, device, amp))
-    if not logits.isfinite().all(): raise InputError(f"slide {item['slide_id']!r}: the network's output is {logits[0].tolist()}; train or predict without amp, or look whether the checkpoint is damaged")
+    if not logits.isfinite().all(): raise InputError(f"slide {item['slide_id']!r}: the network's output is {logits[0].tolist()}; in training, begin again with a lower learning rate, or without amp; else predict without amp, or look whether the checkpoint is damaged")
     label = item['label'].tolist() if is_known(item['label']) else None
     return dict(slide_id=item['slide_id'], label=label, probability=task.predicted(logits).mean(0).tolist(), logits=logits.mean(0).tolist(), seconds=time.perf_counter()-start, **{k: item[k] for k in ('box',) if k in item})
 
@@ -308,13 +308,13 @@ def load_state_dict(self:State, point, accept_changes=False):
     point = copy.deepcopy(point)
     try: self.model.load_state_dict(point['model'])
     except RuntimeError as e: raise InputError(f'the point is of another network: {str(e).splitlines()[1].strip()}') from None
-    again = {'training slides', 'tuning slides', 'seed', 'batch', 'trained', 'optimizer', 'amp'} & {*changed}
+    again = {'training slides', 'tuning slides', 'seed', 'batch', 'trained', 'optimizer', 'amp', 'task'} & {*changed}
     if not {'trained', 'optimizer'} & {*changed}:
         self.optimizer.load_state_dict(point['optimizer'])
         for g in self.optimizer.param_groups: g.update({k: now[k] for k in ('lr', 'momentum') if {k, 'callbacks'} & {*changed} and k in g})
     if point['scaler']: self.scaler.load_state_dict(point['scaler'])
     for k in _KEPT: setattr(self, k, point[k])
-    if changed: self.stop = False # who has stopped it may think otherwise now
+    if changed or accept_changes: self.stop = False # who has stopped it may think otherwise now
     if again: self.step, self.losses, self.rows = 0, [], []
     elif self.ranks.rank == 0:
         for n, p in self.model.named_parameters(): p.grad = g.to(p) if (g := point['gradients'].get(n)) is not None else None
@@ -386,9 +386,10 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
     return s.history
 
 def fingerprint(data): # list of one text
-    "Of the slides that a dataset, loader or list has, and their labels."
-    cases = getattr(getattr(data, 'dataset', data), 'cases', None)
+    "Of the slides that a dataset, loader or list has, their labels, and how often those of a class are drawn."
+    cases, sampler = getattr(getattr(data, 'dataset', data), 'cases', None), getattr(data, 'sampler', None)
     what = [(c.slide_id, c.label) for c in cases] if cases is not None else [(i['slide_id'], i['label'].tolist()) for i in data] if isinstance(data, list) else None if data is None else len(data)
+    if isinstance(sampler, EpochSampler): what = what, [n for _, n in sampler.groups]
     return [hashlib.sha256(repr(what).encode()).hexdigest()]
 
 # %% ../nbs/09_training.ipynb #t5000014
@@ -406,6 +407,8 @@ class CSVLog:
     def __init__(self, path): self.path = Path(path)
     def after_epoch(self, s):
         write_csv(self.path, [{k: v if isinstance(v, int) else '' if math.isnan(v) else f'{v:.6g}' for k, v in r.items()} for r in s.history])
+    def resumed(self, s):
+        if s.history: self.after_epoch(s) # the file may be gone
 
 class TensorBoardLog:
     "Callback: every number of the history to TensorBoard."

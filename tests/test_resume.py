@@ -1,10 +1,11 @@
 "A training that is killed, stopped or short of disk goes on from its last point and ends with the same weights, bit by bit."
-import csv, os, random, resource, shutil, signal, subprocess, sys, time
+import copy, csv, os, random, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest, torch
 from streaming_pathology import cli
 from streaming_pathology.checkpoints import last_point, load_checkpoint, points, save_checkpoint
 from streaming_pathology.cohorts import tiny_cohort
+from streaming_pathology.training import EarlyStopping, TinyNet, fit, synth_learner
 from test_cli import heard, refused, tree
 
 KILLS = int(os.environ.get('STREAMING_KILLS', 10))
@@ -60,11 +61,11 @@ def test_killed_at_any_moment(cohort, whole, tmp_path):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
     "As a cluster does it: a signal, to the process or to all of its group, exit status 75, and the same command again, until it says that all is done."
-    run, argv = tmp_path/'run', [cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--resume', '--workers', workers]
-    for k in range(3):
+    run, argv = tmp_path/'run', [cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--resume', '--workers', workers, '--save-minutes', .02]
+    for k in range(2):
         p = process(*argv, start_new_session=True); before = set(points(run/'checkpoints'))
         while p.poll() is None and not set(points(run/'checkpoints'))-before: time.sleep(.002)
-        (os.kill, os.killpg)[k % 2](p.pid, signal.SIGTERM); _, err = p.communicate(timeout=100)
+        (os.killpg, os.kill)[k % 2](p.pid, signal.SIGTERM); _, err = p.communicate(timeout=100)
         assert p.returncode == 75 and 'stopped: epoch' in err and '--resume' in err and 'Traceback' not in err, err
         assert not (run/'report.html').exists()
     p = process(*argv); _, err = p.communicate(timeout=100); assert p.returncode == 0, err
@@ -132,6 +133,22 @@ def test_the_best_epoch_is_lost(cohort, whole, halfway, capsys):
     assert cli.main(argv) == 0 and 'the weights of the last one are used' in capsys.readouterr().err
     a, b = load_checkpoint(best)['model'], last_point(halfway/'checkpoints')['model']; assert all(torch.equal(a[k], b[k]) for k in a)
 
+def test_a_cohort_inside_a_run(cohort, whole, tmp_path, capsys):
+    "Where there is no point yet, --resume replaces what is there, and so refuses a folder that holds what it reads."
+    run = tmp_path/'run'; shutil.copytree(cohort, run/'cohort')
+    for n in ('environment.json', 'settings.toml'): shutil.copy(whole/n, run/n)
+    before = tree(run); refused(capsys, ['train', run/'cohort/manifest.csv', run, *TRAIN, '--resume'], 'would be replaced'); assert tree(run) == before
+
+def test_what_cannot_change(cohort, whole, halfway, capsys):
+    for options in (['--spacing', 8], ['--normalise', 'training'], ['--canvas']): refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, *options, '--resume', '--accept-changes'], 'sees slides otherwise', options[0][2:])
+
+def test_more_patience():
+    class Kept:
+        def at_rest(self, s): self.point = copy.deepcopy(s.state_dict())
+    kept, (model, train, tuning) = Kept(), synth_learner(4)
+    def go(patience, **more): return fit(TinyNet(), train, tuning, epochs=6, lr=1e-9, callbacks=[EarlyStopping(patience, 1e-3), kept], progress=False, **more)
+    assert len(go(1)) == 2 and len(go(3, resume=kept.point, accept_changes=True)) == 4
+
 def test_a_malicious_point(cohort, halfway, tmp_path, capsys):
     class Evil:
         def __reduce__(self): return os.system, (f'touch {tmp_path}/owned',)
@@ -164,6 +181,7 @@ def test_read_only(cohort, halfway, capsys):
 def test_a_run_is_run_again(cohort, whole, tmp_path, capsys):
     assert cli.main(['train', whole/'settings.toml', tmp_path/'run']) == 0; as_if_never_stopped(tmp_path/'run', whole)
     text = (whole/'settings.toml').read_text(); (tmp_path/'s.toml').write_text(text.replace('optimizer', 'optimiser'))
+    (tmp_path/'e.toml').write_text(text.replace('seed = 0', 'seed = ""')); refused(capsys, ['train', tmp_path/'e.toml', tmp_path/'x'], 'e.toml', 'seed is empty')
     refused(capsys, ['train', tmp_path/'s.toml', tmp_path/'x'], 's.toml', 'optimiser', 'did you mean optimizer?'); assert not (tmp_path/'x').exists()
 
 def test_two_processes_go_on_with_one_run(cohort, whole, halfway):

@@ -69,7 +69,9 @@ def save_checkpoint(path,     # the file; its folder is made
     contents = {k: kind(v) for k, v in state.items() if k != 'versions'} if len(state) < 200 else kind(state)
     try:
         with whole_file(path) as f: torch.save(state, f); _seal(f, dict(contains=contents, versions=state['versions']))
-    except RuntimeError as e: raise InputError(f'{path} cannot be written; is the disk full? What was there before is untouched ({str(e).splitlines()[0]})') from None
+    except RuntimeError as e:
+        if 'DataLoader worker' in str(e.__context__): raise e.__context__ from None # torch tells it wherever the process is
+        raise InputError(f'{path} cannot be written; is the disk full? What was there before is untouched ({str(e).splitlines()[0]})') from None
     return path
 
 # %% ../nbs/10_checkpoints.ipynb #2c29c573

@@ -119,6 +119,9 @@ def status_of(f, *args, **kwargs):
     except KeyboardInterrupt as e: _let_go(e); said, status = 'interrupted', 130
     except OSError as e: said, status = f'{e.filename or "a file"}: {e.strerror or one_line(e)}', 2
     except (MemoryError, torch.OutOfMemoryError): said, status = 'out of memory; a smaller size, a coarser spacing or, where the network runs, a smaller strip needs less', 2
+    except RuntimeError as e:
+        if 'DataLoader worker' not in str(e): raise
+        said, status = 'a process that reads slides was killed, perhaps for want of memory; fewer --workers need less, and what was kept is there to go on with', 2
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: said = f"rank {os.environ['RANK']}: {said}"
     sys.stderr.write('stopped: '*(status == 75)+'error: '*(status != 75)+said.removeprefix('stopped in ')+'\n') # at once, as ranks share it
     return status

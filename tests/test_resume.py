@@ -84,6 +84,14 @@ def test_stopped_while_workers_start(cohort, tmp_path, later):
     assert p.returncode in (75, 130) and 'Traceback' not in err, err
     _, left = psutil.wait_procs(born, 20); assert not left
 
+def test_a_worker_is_killed(cohort, tmp_path):
+    "As where memory runs out."
+    p = process(cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--epochs', 50, '--workers', 1)
+    while p.poll() is None and not points(tmp_path/'run/checkpoints'): time.sleep(.01)
+    for c in psutil.Process(p.pid).children():
+        if 'spawn_main' in ' '.join(c.cmdline()): c.kill()
+    _, err = p.communicate(timeout=60); assert p.returncode == 2 and 'a process that reads slides was killed' in err and 'Traceback' not in err, err
+
 def test_workers_change_nothing(cohort, whole, tmp_path):
     assert cli.main(['train', cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--workers', 4]) == 0
     as_if_never_stopped(tmp_path/'run', whole)

@@ -7,10 +7,10 @@ __all__ = ['NOT_SET', 'COMMANDS', 'RECIPES', 'AUGMENTATIONS', 'NO_SETTINGS', 'HA
            'sp_evaluate', 'sp_report', 'sp_trim', 'COHORT', 'sp_synth', 'DEMO', 'DEMO_COHORT', 'TINY', 'TINY_COHORT',
            'sp_demo', 'strip_rows', 'hw', 'make_parser', 'parsed', 'counted', 'status_of', 'plain_warnings',
            'terminable', 'command', 'environment', 'as_toml', 'cohort_sha256', 'write_cases', 'build_model',
-           'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'best_weights', 'Record',
-           'label_names', 'largest', 'write_record', 'predict_rows', 'check_settings', 'check_device', 'train_cohort',
-           'prepare_training', 'changes', 'check_learnt', 'finish', 'find_slides', 'predict_slides', 'export_run',
-           'evaluate_predictions', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
+           'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'save_weights', 'best_weights',
+           'Record', 'label_names', 'largest', 'write_record', 'predict_rows', 'check_settings', 'check_device',
+           'train_cohort', 'prepare_training', 'changes', 'check_learnt', 'finish', 'find_slides', 'predict_slides',
+           'export_run', 'evaluate_predictions', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
 import argparse, datetime, difflib, hashlib, inspect, json, math, os, platform, re, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
@@ -261,10 +261,10 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     shared = dict(callbacks=callbacks, resume=point, accept_changes=accept_changes, ranks=ranks, device=device, task=task, **{k: s[k] for k in ('seed', 'amp', 'clip')})
     if s['recipe']:
         history = run_recipe(model, train, tuning, scaled(RECIPES[s['recipe']], s['epochs']), folder/'checkpoints', **shared)
-        if ranks.rank == 0: save_checkpoint(folder/'checkpoints/best.pt', model=dict(model.state_dict()), settings=keep, epoch=len(history), seed=s['seed'], history=history)
+        if ranks.rank == 0: save_weights(model, folder/'checkpoints/best.pt', keep, s['seed'], history)
     else:
         history = fit(model, train, tuning, **{k: s[k] for k in ('epochs', 'lr', 'optimizer', 'momentum', 'batch')}, **shared)
-        if ranks.rank == 0: best_weights(model, folder/'checkpoints/best.pt', settings=keep, epoch=len(history), seed=s['seed'], history=history)
+        if ranks.rank == 0: best_weights(model, folder/'checkpoints/best.pt', keep, s['seed'], history)
         for v in model.state_dict().values(): ranks.same(v)
     rows = predict_rows(model, data, device, s['amp'], s['workers'], ranks, task)
     if ranks.rank: return None
@@ -281,15 +281,17 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     save_heatmaps(model, data, set(ids), folder/'heatmaps', s['copies'], s['seed'], device)
     return found
 
-def best_weights(model, path, **state):
+def save_weights(model, path, settings, seed, history): save_checkpoint(path, model=dict(model.state_dict()), settings=settings, epoch=len(history), seed=seed, history=history)
+
+def best_weights(model, path, settings, seed, history):
     "Put those of the best epoch into `model`; where their file is gone, the weights that it has, of the last epoch, become that file."
     if not path.exists():
         warnings.warn(f'{path} is gone, and with it the best epoch; the weights of the last one are used')
-        save_checkpoint(path, model=dict(model.state_dict()), **state)
+        save_weights(model, path, settings, seed, history)
     try: best = load_checkpoint(path)
     except InputError as e: raise InputError(f'{e}, and the best epoch is lost; delete it, and --resume takes the weights of the last one') from None
     load_weights(model, best)
-    if best['settings'] != plain(state['settings']): save_checkpoint(path, **best | dict(settings=state['settings'])) # what changes may be accepted count from now on
+    if best['settings'] != plain(settings): save_checkpoint(path, **best | dict(settings=settings)) # what changes may be accepted count from now on
 
 class Record:
     "Callback: the record of a run that goes on is written once its point was accepted."
@@ -431,7 +433,8 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
         former = tomllib.loads(as_toml(_defaults()))|tomllib.loads(then) # a former version had fewer
         if changed := changes(former, now := tomllib.loads(as_toml(s))):
             if not accept_changes: raise InputError(several(f'{out} holds a run of other settings; give those, or --accept-changes, or another folder', changed))
-            if other := [k for k in ('command', 'arch', 'pool', 'recipe', 'task', 'label', 'spacing', 'size', 'canvas', 'pen', 'normalise', *['epochs']*bool(s['recipe'])) if k in {*_changed(former, now)}]: raise InputError(f"{out} holds another network or schedule, or one that sees slides otherwise ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
+            fixed = ('command', 'arch', 'pool', 'recipe', 'task', 'label', 'spacing', 'size', 'canvas', 'pen', 'normalise', *['epochs']*bool(s['recipe']))
+            if other := [k for k in _changed(former, now) if k in fixed]: raise InputError(f"{out} holds another network or schedule, or one that sees slides otherwise ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
             if not point: raise InputError(f'{out} holds a finished run without a point to go on from; give another folder')
             check_learnt(at/'cohort.csv', cases, label_columns(task.name, labels))
         if (at/'report.html').exists():

@@ -62,7 +62,7 @@ def test_killed_at_any_moment(cohort, whole, tmp_path):
 def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
     "As a cluster does it: a signal, to the process or to all of its group, exit status 75, and the same command again, until it says that all is done."
     run, argv = tmp_path/'run', [cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--resume', '--workers', workers, '--save-minutes', .02]
-    for k in range(2):
+    for k in range(3):
         p = process(*argv, start_new_session=True); before = set(points(run/'checkpoints'))
         while p.poll() is None and not set(points(run/'checkpoints'))-before: time.sleep(.002)
         (os.killpg, os.kill)[k % 2](p.pid, signal.SIGTERM); _, err = p.communicate(timeout=100)

@@ -122,7 +122,7 @@ def status_of(f, *args, **kwargs):
     except RuntimeError as e:
         if 'DataLoader worker' not in str(e): raise
         said, status = 'a process that reads slides was killed, perhaps for want of memory; fewer --workers need less, and what was kept is there to go on with', 2
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: said = f"rank {os.environ['RANK']}: {said}"
+    if os.environ.get('WORLD_SIZE', '1') != '1' and 'RANK' in os.environ: said = f"rank {os.environ['RANK']}: {said}"
     sys.stderr.write('stopped: '*(status == 75)+'error: '*(status != 75)+said.removeprefix('stopped in ')+'\n') # at once, as ranks share it
     return status
 

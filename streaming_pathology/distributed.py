@@ -6,7 +6,7 @@
 __all__ = ['Ranks', 'joined', 'Banded', 'stream_bands']
 
 # %% ../nbs/11_distributed.ipynb #2725cb33
-import os
+import json, os, time, uuid
 from contextlib import contextmanager
 from datetime import timedelta
 import torch
@@ -27,6 +27,7 @@ class Ranks(Alone):
 
     def call(self, f, *args):
         try: return f(*args, group=self.group)
+        except torch.OutOfMemoryError: raise
         except (RuntimeError, ValueError) as e: # what the backends raise
             raise InputError(f'rank {self.rank} of {self.size} has lost another one, whose own message says why ({(str(e).splitlines() or [type(e).__name__])[0][:150]})') from None
 
@@ -57,17 +58,35 @@ class Ranks(Alone):
         if found[1]: raise InputError('the first rank says why')
         return found[0]
 
+def _met(store, rank, size, patience=600): # a store
+    "The part of a store that is of these processes alone: when torchrun starts ranks again, it keeps its store, and in it the addresses of those that are gone."
+    mine, end = uuid.uuid4().hex, time.monotonic()+patience
+    def put(key, x): store.set(key, json.dumps(x))
+    def get(key): return json.loads(store.get(key)) if store.check([key]) else None
+    put(f'here {rank}', mine)
+    while time.monotonic() < end:
+        if rank == 0: put('all', [get(f'here {r}') for r in range(size)])
+        if (there := get('all') or [])[rank:rank+1] == [mine]:
+            put(f'seen {rank}', there)
+            if rank == 0 and all(get(f'seen {r}') == there for r in range(size)): put('go', there)
+            if get('go') == there: return dist.PrefixStore(there[0], store)
+        time.sleep(.05)
+    raise RuntimeError(f'in {patience} s')
+
 @contextmanager
 def joined(device='cpu'): # gives (ranks, device)
     "The ranks that `torchrun` has started, and the device of this one; without torchrun, or with one process, `Alone`."
-    if int(os.environ.get('WORLD_SIZE', 1)) < 2 or dist.is_initialized(): yield Alone(), device; return
+    size = os.environ.get('WORLD_SIZE', '1')
+    if size == '1' or dist.is_initialized(): yield Alone(), device; return
+    if wrong := [k for k in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_PORT') if not os.environ.get(k, '').isdigit()]: raise InputError(f"the environment says WORLD_SIZE={size} and {wrong[0]}={os.environ.get(wrong[0], '')}, which torchrun would set together: start with torchrun, or take WORLD_SIZE out of the environment")
     cuda = torch.device(device).type == 'cuda'
-    if cuda: torch.cuda.set_device(device := f"cuda:{os.environ['LOCAL_RANK']}")
-    patience = timedelta(hours=2) # a rank may wait for the others' slides
+    if cuda:
+        if (local := int(os.environ['LOCAL_RANK'])) >= (n := torch.cuda.device_count()): raise InputError(f'rank {local} of this machine would train on cuda:{local}, and there are {n} GPUs: give torchrun --nproc-per-node={n}')
+        torch.cuda.set_device(device := f'cuda:{local}')
     try:
-        store, rank, size = next(dist.rendezvous('env://', timeout=patience))
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store) # torchrun keeps its store when it starts ranks again, with the addresses of those that are gone
-        dist.init_process_group('nccl' if cuda else 'gloo', store=store, rank=rank, world_size=size, timeout=patience)
+        store, rank, size = next(dist.rendezvous('env://', timeout=timedelta(minutes=10)))
+        store = _met(store, rank, size)
+        dist.init_process_group('nccl' if cuda else 'gloo', store=store, rank=rank, world_size=size, timeout=timedelta(hours=2)) # a rank may wait for the others' slides
     except RuntimeError as e: raise InputError(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not reach the others ({one_line(e)[:150]})") from None
     try: yield Ranks(), device
     finally: dist.destroy_process_group()

@@ -1,5 +1,5 @@
 "Slides over ranks: the gradients, weights and history of one process, whatever is drawn, lost or broken off."
-import os, signal, subprocess, sys, time
+import os, signal, socket, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest, torch
 import torch.distributed as dist, torch.multiprocessing as mp
@@ -90,9 +90,9 @@ def test_ranks_train_as_one(alone, ranks):
 
 TRAIN = ['--spacing', 4, '--epochs', 3, '--batch', 3, '--strip', 64, '--heatmaps', 0, '--lr', 1e-3, '--save-minutes', .003]
 
-def torchrun(*argv, ranks=2, restarts=0):
+def torchrun(*argv, ranks=2, where=('--standalone',)):
     env = os.environ | dict(OMP_NUM_THREADS='1')
-    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={ranks}', f'--max-restarts={restarts}', '-m', 'streaming_pathology.cli', *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', *where, f'--nproc-per-node={ranks}', '-m', 'streaming_pathology.cli', *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 def rows(path): return rows_but(path, 'seconds', 'peak_mb', 'model')
 
@@ -125,18 +125,27 @@ def test_what_is_refused_is_refused_by_all(on_two, tmp_path):
     p = torchrun('train', on_two/'cohort/none.csv', tmp_path/'x', *TRAIN); said, _ = p.communicate(timeout=100)
     assert p.returncode and 'cli.py' not in said and [l for l in said.splitlines() if l.startswith('error: rank 0: ') and 'none.csv does not exist' in l], said
 
+def died(agents, run, rank=1):
+    "Kill a rank when two points are there; what the agents said."
+    while any(p.poll() is None for p in agents) and len(points(run/'checkpoints')) < 2: time.sleep(.01)
+    next(filter(None, (rank_process(p, rank) for p in agents))).kill()
+    return [p.communicate(timeout=200)[0] for p in agents]
+
 def test_a_rank_that_dies(on_two, tmp_path):
-    "All end soon, and the one that died is named; started again by torchrun, the run ends as if nothing had been."
-    for restarts in (0, 2):
-        run = tmp_path/f'run{restarts}'; argv = ['train', on_two/'cohort/manifest.csv', run, *TRAIN, '--resume']
-        p = torchrun(*argv, restarts=restarts)
-        while p.poll() is None and len(points(run/'checkpoints')) < 2: time.sleep(.01)
-        rank_process(p, 1).kill(); begun = time.monotonic(); said, _ = p.communicate(timeout=200)
-        if not restarts: assert p.returncode and time.monotonic()-begun < 60 and 'SIGKILL' in said and 'rank      : 1' in said, said; continue
-        assert p.returncode == 0, said
-        for name in ('log.csv', 'predictions.csv'): assert rows(run/name) == rows(on_two/'two'/name)
-        a, b = (load_checkpoint(r/'checkpoints/best.pt')['model'] for r in (run, on_two/'two')); assert all(torch.equal(a[k], b[k]) for k in a)
-        assert not list(run.rglob('.*'))
+    "All end soon, and the one that died is named."
+    p = torchrun('train', on_two/'cohort/manifest.csv', tmp_path/'run', *TRAIN)
+    begun = time.monotonic(); said, = died([p], tmp_path/'run')
+    assert p.returncode and time.monotonic()-begun < 90 and 'SIGKILL' in said and 'rank      : 1' in said, said
+
+def test_a_rank_that_is_started_again(on_two, tmp_path):
+    "On two machines, of which each counts its own starts: the run ends as if nothing had been."
+    with socket.socket() as s: s.bind(('localhost', 0)); port = s.getsockname()[1]
+    run, where = tmp_path/'run', ('--nnodes=2', '--rdzv-backend=c10d', f'--rdzv-endpoint=localhost:{port}', '--rdzv-id=x', '--max-restarts=2')
+    agents = [torchrun('train', on_two/'cohort/manifest.csv', run, *TRAIN, '--resume', ranks=1, where=where) for _ in range(2)]
+    said = died(agents, run); assert [p.returncode for p in agents] == [0, 0] and 'exitcode: -9' in ''.join(said), said
+    for name in ('log.csv', 'predictions.csv'): assert rows(run/name) == rows(on_two/'two'/name)
+    a, b = (load_checkpoint(r/'checkpoints/best.pt')['model'] for r in (run, on_two/'two')); assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not list(run.rglob('.*'))
 
 def test_ranks_are_asked_to_stop(on_two, tmp_path):
     "torchrun hands a signal on to its ranks: they leave a point and go."

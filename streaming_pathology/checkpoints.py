@@ -17,6 +17,7 @@ import streaming_pathology
 from .geometry import InputError
 from .models import load_tensors
 from .data import STOPS
+from .training import Halted
 from .files import locked, whole_file
 
 # %% ../nbs/10_checkpoints.ipynb #8eb4818e
@@ -108,11 +109,23 @@ class Checkpoints:
             save_checkpoint(self.folder/'best.pt', model=dict(s.evaluated.state_dict()), settings=self.settings, epoch=s.epoch+1, seed=s.seed, history=s.history); self.best = loss
 
     def at_rest(self, s):
-        if s.step and not s.halt and time.monotonic()-self.saved < 60*self.minutes: return
+        if not s.step or s.halt or time.monotonic()-self.saved >= 60*self.minutes: self.save(s)
+
+    def save(self, s):
         path = self.folder/f'point_{s.epoch:06}_{s.step:06}.pt'
         save_checkpoint(path, **s.state_dict(), settings=self.settings)
         for p in [p for p in points(self.folder) if p > path]+[p for p in points(self.folder) if p < path][:1-self.keep or None]: p.unlink()  # later ones are of a run that went another way
         self.saved = time.monotonic()
+
+    def resumed(self, s):
+        if (path := self.folder/'best.pt').exists():
+            try: best = load_checkpoint(path)
+            except InputError as e: raise InputError(f'{e}, and with it the best epoch; put it back, or delete it, and the best of the epochs from here on takes its place') from None
+            n = best.get('epoch', 0)
+            if repr(best.get('history', [])[-1:]) != repr(s.history[n-1:n]): # a kill came between it and its point, or it is another run's
+                self.best = math.inf
+                if s.accepted: warnings.warn(f'{path} is of an epoch {n} that this training does not know; the best of the epochs from here on takes its place')
+        if s.accepted: self.save(s) # what was accepted is what the next one is compared with
 
     def state(self): return dict(best=self.best)
     def restore(self, state): self.best = state['best']
@@ -135,7 +148,9 @@ class HaltOnSignal:
     "Callback and context manager: a signal to stop, while `fit` runs, halts it at the next rest; a second one, or one at another time, does what it did before."
     def __init__(self): self.fit, self.former = None, {}
     def before_fit(self, s): self.fit = s
-    def after_fit(self, s): self.fit = None
+    def after_fit(self, s):
+        self.fit = None
+        if s.asked: raise Halted(f'stopped behind epoch {s.epoch}') # in the last moment
     def __enter__(self):
         self.fit = None
         if threading.current_thread() is threading.main_thread(): self.former = {n: signal.signal(n, self.hear) for n in STOPS if signal.getsignal(n) is not signal.SIG_IGN}
@@ -268,10 +283,11 @@ def replacing(folder, kind=RUN, worth=None):
         _forget(folder)
 
 @contextmanager
-def continuing(folder):
+def continuing(folder, kind=RUN):
     "A folder in which work goes on. When it is done, what the folder held before it goes."
     with locked(folder):
-        for p in folder.rglob('.*.partial'): p.unlink() # of a process that was killed
+        for f in map(Path, (kind.mark, *kind.files)):
+            for p in folder.glob(str(f.parent/f".{'*' if '*' in f.name else f.name}.????????.partial")): p.unlink() # of a process that was killed
         yield folder
         _forget(folder)
 

@@ -9,8 +9,9 @@ __all__ = ['NOT_SET', 'COMMANDS', 'RECIPES', 'AUGMENTATIONS', 'NO_SETTINGS', 'HA
            'terminable', 'command', 'environment', 'as_toml', 'cohort_sha256', 'write_cases', 'build_model',
            'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'save_weights', 'best_weights',
            'Record', 'label_names', 'largest', 'write_record', 'predict_rows', 'check_settings', 'check_device',
-           'train_cohort', 'prepare_training', 'changes', 'check_learnt', 'finish', 'find_slides', 'predict_slides',
-           'export_run', 'evaluate_predictions', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
+           'train_cohort', 'prepare_training', 'former_settings', 'changes', 'check_learnt', 'finish', 'find_slides',
+           'predict_slides', 'export_run', 'evaluate_predictions', 'report_run', 'colour', 'trim_biopsies',
+           'synthesise', 'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
 import argparse, datetime, difflib, hashlib, inspect, json, math, os, platform, re, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
@@ -247,7 +248,7 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
                  settings,   # dict: epochs, lr, momentum, batch, seed, amp, device, augment, canvas, cosine, workers, heatmaps, copies, tensorboard, ...
                  callbacks=(), # more of them
                  point=None, # to go on from
-                 accept_changes=False,
+                 changed=(), # settings that count from there on, by their names
                  ranks=Alone(), device=None, # of this rank, where there are several
                  task=Binary()): # what the labels mean
     "Train, choose the best epoch on the tuning split, predict, evaluate, draw heatmaps; returns a sentence on the test split, on the first rank."
@@ -256,9 +257,9 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     keep = dict(model=_network(s, task), task=task.settings(), labels=labels, cohort_sha256=s.get('cohort_sha256'), settings=s, **{k: s[k] for k in ('spacing', 'size', 'amp', 'canvas', 'pen')})
     parts = {p: data.part(p, augment=AUGMENTATIONS[s['augment']] if p == 'train' else None) for p in ('train', 'tuning')}
     train, tuning = (slide_loader(d, p == 'train', s['seed'], s['workers'], task.exclusive and s['balance'] == 'oversample', rank=ranks.rank, ranks=ranks.size) for p, d in parts.items())
-    callbacks = [Record(folder, data.cases, s), CSVLog(folder/'log.csv'), *[DryRun(largest(parts['train']))]*s['dry_run'], *[Cosine()]*s['cosine'], *([EMA(s['ema'])] if s['ema'] else []), *([EarlyStopping(s['patience'])] if s['patience'] else []),
-                 *[TensorBoardLog(folder/'tensorboard')]*s['tensorboard'], Checkpoints(folder/'checkpoints', keep, s['save_minutes']), *callbacks]
-    shared = dict(callbacks=callbacks, resume=point, accept_changes=accept_changes, ranks=ranks, device=device, task=task, **{k: s[k] for k in ('seed', 'amp', 'clip')})
+    callbacks = [CSVLog(folder/'log.csv'), *[DryRun(largest(parts['train']))]*s['dry_run'], *[Cosine()]*s['cosine'], *([EMA(s['ema'])] if s['ema'] else []), *([EarlyStopping(s['patience'])] if s['patience'] else []),
+                 Record(folder, data.cases, s, changed), *[TensorBoardLog(folder/'tensorboard')]*s['tensorboard'], Checkpoints(folder/'checkpoints', keep, s['save_minutes']), *callbacks]
+    shared = dict(callbacks=callbacks, resume=point, accept_changes=bool(changed), ranks=ranks, device=device, task=task, **{k: s[k] for k in ('seed', 'amp', 'clip')})
     if s['recipe']:
         history = run_recipe(model, train, tuning, scaled(RECIPES[s['recipe']], s['epochs']), folder/'checkpoints', **shared)
         if ranks.rank == 0: save_weights(model, folder/'checkpoints/best.pt', keep, s['seed'], history)
@@ -294,10 +295,19 @@ def best_weights(model, path, settings, seed, history):
     if best['settings'] != plain(settings): save_checkpoint(path, **best | dict(settings=settings)) # what changes may be accepted count from now on
 
 class Record:
-    "Callback: the record of a run that goes on is written once its point was accepted."
+    "Callback: the record of a run that goes on is written once its point was accepted; points remember which slides, and whose, the run has ever learnt from."
     first_rank_only = True
-    def __init__(self, *record): self.record = record # for `write_record`
-    def resumed(self, s): write_record(*self.record, again=True)
+    def __init__(self, folder, cases, settings, changed=()):
+        self.folder, self.cases, self.settings, self.changed, self.learnt = folder, cases, settings, changed, {}; self.restore({})
+    def resumed(self, s):
+        done = len(s.history)
+        if self.changed and (s.stop or done >= self.settings['epochs']) and not (self.changed == ['epochs'] and done == self.settings['epochs']):
+            raise InputError(f"{self.folder} has {counted(done, 'epoch')} and would learn nothing from what was changed: give {'more --patience' if s.stop else f'--epochs {done+1} or more'}, or another folder")
+        write_record(self.folder, self.cases, self.settings, again=True)
+    def state(self): return self.learnt
+    def restore(self, state):
+        new = {p: [(c.slide_id, c.patient_id) for c in self.cases if c.split == p] for p in ('train', 'tuning')}
+        self.learnt = {p: sorted({tuple(k) for known in (self.learnt, state, new) for k in known.get(p, ())}) for p in new}
 
 def label_names(s): return [l.strip() for l in s['label'].split(',')]
 
@@ -400,18 +410,18 @@ def train_cohort(manifest,                # CSV with slide_id, label and, where 
         model = build_model(s) # what it refuses is refused before slides are read
         found = ranks.first(lambda: prepare_training(s, out, overwrite, resume, accept_changes))
         if found is None: print(f"{out} is finished: {out/'report.html'}"*(ranks.rank == 0)); return
-        data, s, task, point = found
+        data, s, task, point, changed = found
         if 'mean' in s or task.n_out > 1: model = build_model(s, task)
         if weights is None and point is None and ranks.rank == 0: calibrate(model, data, seed)
         folder = absolute(out)
         with nullcontext() if ranks.rank else continuing(folder) if point else replacing(folder, worth='checkpoints/point_*.pt'):
-            with HaltOnSignal() as halt: said = run_training(data, model, folder, s, [halt], point, accept_changes, ranks, here, task)
+            with HaltOnSignal() as halt: said = run_training(data, model, folder, s, [halt], point, changed, ranks, here, task)
             if ranks.rank == 0: finish(out, said)
 
 NO_SETTINGS = ('overwrite', 'resume', 'accept_changes')                                                              # said on the command line each time
 HARMLESS = ('manifest', 'workers', 'cache_gb', 'heatmaps', 'copies', 'tensorboard', 'save_minutes', 'dry_run', 'mean', 'std') # which change nothing that was learnt
 
-def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `SlideDataset`, settings, `Task`, the point to go on from if there is one), or None if the run is finished
+def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `SlideDataset`, settings, `Task`, the point to go on from if there is one, names of settings that changed), or None if the run is finished
     "All that can be refused before anything is written."
     manifest, weights = Path(s['manifest']), s['weights']
     at = absolute(out)
@@ -425,20 +435,21 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
         if not any(c.label[1] for c in cases if c.split == 'tuning'): raise InputError(f'{manifest}: no slide of the split tuning has an event, so no epoch can be chosen')
     if twice := [n for n, k in Counter(prediction_columns(task, label_columns(task.name, labels))).items() if k > 1]: raise InputError(f'--label {twice[0]} is the name of a column of predictions; rename it in the manifest')
     if wrong := [f'slide {c.slide_id!r}: {w}' for c in cases if c.label is not None and (w := task.wrong(c.label))]: raise InputError(several(f'{manifest}: labels do not fit the task {task.name}', wrong))
-    s['cohort_sha256'], former, point = cohort_sha256(cases), {}, None
+    s['cohort_sha256'], former, point, changed = cohort_sha256(cases), {}, None, []
     if going_on:
-        point = last_point(at/'checkpoints')
-        known = point and point['settings'].get('settings')
-        then = as_toml(known) if known else (at/'settings.toml').read_text() # that file may have been edited
-        former = tomllib.loads(as_toml(_defaults()))|tomllib.loads(then) # a former version had fewer
-        if changed := changes(former, now := tomllib.loads(as_toml(s))):
-            if not accept_changes: raise InputError(several(f'{out} holds a run of other settings; give those, or --accept-changes, or another folder', changed))
+        finished = (at/'report.html').exists()
+        try: point = last_point(at/'checkpoints')
+        except InputError as e:
+            if not finished: raise
+            warnings.warn(f'{one_line(e)}; the run is finished all the same')
+        former = former_settings(at, point)
+        if changed := _changed(former, now := tomllib.loads(as_toml(s))):
+            if not accept_changes: raise InputError(several(f'{out} holds a run of other settings; give those, or --accept-changes, or another folder', changes(former, now)))
             fixed = ('command', 'arch', 'pool', 'recipe', 'task', 'label', 'spacing', 'size', 'canvas', 'pen', 'normalise', *['epochs']*bool(s['recipe']))
-            if other := [k for k in _changed(former, now) if k in fixed]: raise InputError(f"{out} holds another network or schedule, or one that sees slides otherwise ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
+            if other := [k for k in changed if k in fixed]: raise InputError(f"{out} holds another network or schedule, or one that sees slides otherwise ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
             if not point: raise InputError(f'{out} holds a finished run without a point to go on from; give another folder')
-            check_learnt(at/'cohort.csv', cases, label_columns(task.name, labels))
-        if (at/'report.html').exists():
-            if not changed: return None
+            check_learnt(dict(point['callbacks']).get('Record'), cases)
+        elif finished: return None
     if point is None: claim(out, overwrite or resume, inputs=[manifest, *([weights] if weights and Path(weights).exists() else []), *(c.path for c in cases)])
     if s['recipe'] and not weights: warnings.warn('the recipe trains the last block alone at first, on what the others have learnt before, and this network starts from random weights: give --weights')
     data = check_cohort(cases, s['spacing'], s['size'], cache=int(s['cache_gb']*1e9), workers=s['workers'], canvas=s['canvas'], seed=s['seed'], pen=s['pen'])
@@ -446,7 +457,14 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
     if s['normalise'] == 'training': s['mean'], s['std'] = (former['mean'], former['std']) if 'mean' in former else channel_statistics(data.part('train'))
     if s['task'] == 'binary' and {c.label for c in cases if c.split == 'test'} < {0, 1}: warnings.warn('the test split does not have both classes, so there will be no AUC')
     claim(out, overwrite or resume, others=going_on) # somebody may have written there in the meantime
-    return data, s, task, point
+    return data, s, task, point, changed
+
+def former_settings(folder, point):
+    "What a run was asked for, as its point says; the file in its folder may have been edited, and is looked at only where there is no point."
+    known = point and point['settings'].get('settings')
+    try: then = tomllib.loads(as_toml(known) if known else (folder/'settings.toml').read_text())
+    except (OSError, ValueError) as e: raise InputError(f"{folder/'settings.toml'} cannot be read: {one_line(e)}; give another folder") from None
+    return tomllib.loads(as_toml(_defaults())) | then # a former version had fewer
 
 def _defaults(): return {k: p.default for k, p in inspect.signature(train_cohort).parameters.items() if p.kind == p.KEYWORD_ONLY and k not in NO_SETTINGS}
 
@@ -456,10 +474,13 @@ def changes(then, now): # sentences
     "What of the settings of a run is another than before, and not harmless."
     return ['the cohort was another one: slides, labels, splits or files' if k == 'cohort_sha256' else f"--{k.replace('_', '-')} was {then.get(k, 'not there')} and is {now[k]}" for k in _changed(then, now)]
 
-def check_learnt(cohort, cases, labels=('label',)):
-    "Refuse to evaluate on slides that a run has learnt from."
-    learnt = {c.slide_id for c in read_manifest(cohort, columns=labels) if c.split == 'train'}
-    if wrong := [f'{c.slide_id!r} (now {c.split})' for c in cases if c.slide_id in learnt and c.split != 'train']: raise InputError(several(f'{len(wrong)} slides of the training split have got into another one; name the splits in the manifest', wrong))
+def check_learnt(learnt, cases): # learnt: as `Record` has it
+    "Refuse to evaluate on slides, or other slides of patients, that a run has learnt from, or to test on those by which its epochs were chosen."
+    if learnt is None: raise InputError('the point does not say which slides its run has learnt from, so that none can be changed; give another folder')
+    slides, patients = ({p: {k[i] for k in ks} for p, ks in learnt.items()} for i in (0, 1))
+    def known(c, part): return c.slide_id in slides[part] or c.patient_id in patients[part]
+    wrong = [c for c in cases if c.split in ('tuning', 'test') and (known(c, 'train') or c.split == 'test' and known(c, 'tuning'))]
+    if wrong: raise InputError(several(f"{counted(len(wrong), 'slide')} for tuning or testing that this run has learnt from, or of such patients; name the splits in the manifest, or give another folder", [f'{c.slide_id!r} (now {c.split})' for c in wrong]))
 
 def finish(folder, said):
     "Write the report, and say what was written and what came of it."

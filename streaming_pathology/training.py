@@ -255,6 +255,7 @@ class State:
     began: float = 0.                            # the epoch, by `time.perf_counter`
     seconds: float = 0.                          # that it has taken
     stop: bool = False
+    accepted: bool = False                       # changes, where it goes on
     asked: bool = False                          # to halt, on this rank
     halt: bool = False                           # on any
     evaluated: nn.Module = None                  # what tuning slides are shown to, and kept as the best: the model, or an average of it
@@ -314,7 +315,8 @@ def load_state_dict(self:State, point, accept_changes=False):
         for g in self.optimizer.param_groups: g.update({k: now[k] for k in ('lr', 'momentum') if {k, 'callbacks'} & {*changed} and k in g})
     if point['scaler']: self.scaler.load_state_dict(point['scaler'])
     for k in _KEPT: setattr(self, k, point[k])
-    if changed or accept_changes: self.stop = False # who has stopped it may think otherwise now
+    self.accepted = accept_changes
+    if accept_changes: self.stop = False # who has stopped it may think otherwise now
     if again: self.step, self.losses, self.rows = 0, [], []
     elif self.ranks.rank == 0:
         for n, p in self.model.named_parameters(): p.grad = g.to(p) if (g := point['gradients'].get(n)) is not None else None
@@ -322,8 +324,7 @@ def load_state_dict(self:State, point, accept_changes=False):
     for c in self.callbacks:
         if getattr(c, 'judges', False) and {'tuning slides', 'task'} & {*changed}: continue # what it has seen cannot be compared
         if hasattr(c, 'state') and (found := next((k for k in known if k[0] == type(c).__name__), None)): known.remove(found); c.restore(found[1])
-    self.drawn = point['rng']
-    if not self.step: set_rng_state(self.drawn)
+    set_rng_state(point['rng']); self.drawn = point['rng']
 
 # %% ../nbs/09_training.ipynb #893945d8
 def make_optimizer(name, params, lr, momentum):
@@ -382,6 +383,7 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
         s.tell('after_epoch')
         s.epoch, s.step, s.losses, s.rows, s.began = s.epoch+1, 0, [], [], time.perf_counter()
         s.rest(); s.seconds = 0.
+    if any(ranks.gather(s.asked)): raise Halted(f'stopped in epoch {s.epoch}, all of its slides done') # while the last point was written
     s.tell('after_fit')
     return s.history
 

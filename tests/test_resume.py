@@ -5,6 +5,7 @@ import psutil, pytest, torch
 from streaming_pathology import cli
 from streaming_pathology.checkpoints import last_point, load_checkpoint, points, save_checkpoint
 from streaming_pathology.cohorts import tiny_cohort
+from streaming_pathology.files import write_csv
 from streaming_pathology.training import EarlyStopping, TinyNet, fit, synth_learner
 from test_cli import heard, refused, tree
 
@@ -115,16 +116,39 @@ def test_what_was_changed_is_named(cohort, whole, halfway, capsys):
     again('--lr was 0.01 and is 0.1', '--accept-changes', options=['--lr', .1]); again('--pool was avg and is max', options=['--pool', 'max']); again('--overwrite', options=['--overwrite'])
     other = halfway.parent/'cohort'; shutil.copytree(cohort, other); text = (other/'manifest.csv').read_text()
     (other/'manifest.csv').write_text(text.replace('train', 'x', 1).replace('tuning', 'train', 1).replace('x', 'tuning', 1)); again('the cohort was another one', cohort=other)
-    again('have got into another one', cohort=other, options=['--accept-changes'])
+    again('1 slide for tuning or testing that this run has learnt from', 's0', cohort=other, options=['--accept-changes'])
     (other/'manifest.csv').write_text(text); shutil.copy(other/'slides/s01.tiff', other/'slides/s03.tiff')
     if (other/'slides/s03.tiff').stat().st_size != (cohort/'slides/s03.tiff').stat().st_size: again('the cohort was another one', cohort=other)
     assert cli.main(['train', cohort/'manifest.csv', halfway, *TRAIN, '--workers', 1, '--copies', 3, '--resume']) == 0; as_if_never_stopped(halfway, whole)
-    assert cli.main(['train', cohort/'manifest.csv', halfway, *TRAIN, '--epochs', 4, '--resume', '--accept-changes']) == 0 and len(rows(halfway/'log.csv')) == 4
+    longer = ['train', cohort/'manifest.csv', halfway, *TRAIN, '--epochs', 4, '--resume']
+    for options in (['--lr', .1], ['--epochs', 2]): refused(capsys, [*longer[:-3], *options, '--resume', '--accept-changes'], 'has 3 epochs', '--epochs 4 or more')
+    assert cli.main([*longer, '--accept-changes']) == 0 and len(rows(halfway/'log.csv')) == 4
+    assert cli.main(longer) == 0 and 'is finished' in capsys.readouterr().out; refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume'], '--epochs was 4 and is 3')
     refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--epochs', 4, '--resume', '--accept-changes', '--pool', 'attention'], 'another network or schedule', 'pool avg')
+
+def test_what_was_learnt_is_never_tested_on(cohort, halfway, capsys):
+    "By slide and by patient, also where it takes two changes."
+    table = rows(cohort/'manifest.csv'); path = halfway.parent/'other/manifest.csv'; path.parent.mkdir()
+    def tried(epochs, *changes, options=()):
+        new = {r['slide_id']: dict(r, path=str(cohort/r['path']), mask=str(cohort/r['mask']) if r.get('mask') else '') for r in table}
+        for i, change in changes: new[i] |= change
+        write_csv(path, list(new.values())); return ['train', path, halfway, *TRAIN, '--epochs', epochs, '--resume', '--accept-changes', *options]
+    of = {p: [r['slide_id'] for r in table if r['split'] == p] for p in ('train', 'tuning', 'test')}
+    train, tuning, test = of['train'][0], of['tuning'][0], of['test'][0]
+    who = next(r['patient_id'] for r in table if r['slide_id'] == train)
+    for split in ('tuning', 'test'): refused(capsys, tried(4, (train, dict(split=split, patient_id='new'))), f"{train!r} (now {split})")
+    refused(capsys, tried(4, (tuning, dict(split='test'))), f"{tuning!r} (now test)")
+    refused(capsys, tried(4, (train, dict(patient_id='new')), (test, dict(patient_id=who))), f"{test!r} (now test)") # a slide of a patient whose others were learnt from
+    assert cli.main(tried(4, (train, dict(split='', label='')), options=['--lr', 1e-5])) == 0 # left out, and then back in another part
+    refused(capsys, tried(5, (train, dict(split='test'))), f"{train!r} (now test)")
 
 def test_a_damaged_point(cohort, halfway, capsys):
     for p in points(halfway/'checkpoints'): data = bytearray(p.read_bytes()); data[len(data)//3] ^= 4; p.write_bytes(data)
-    refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume'], 'no point that is whole', 'checksum')
+    argv = ['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume']; refused(capsys, argv, 'no point that is whole', 'checksum')
+    (halfway/'report.html').write_text('') # of a run that is finished
+    assert cli.main(argv) == 0 and all(t in said for said in [''.join(capsys.readouterr())] for t in ('no point that is whole', 'is finished'))
+    refused(capsys, [*argv, '--lr', .1, '--accept-changes'], 'without a point to go on from')
+    (halfway/'settings.toml').write_text('lr = = 1'); refused(capsys, argv, 'settings.toml cannot be read')
 
 def test_what_the_point_remembers(cohort, whole, halfway, capsys):
     "Settings that were edited in the run folder are another's; what lies beside a run is in nobody's way."

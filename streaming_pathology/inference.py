@@ -111,29 +111,38 @@ class Turned(nn.Module):
 
 # %% ../nbs/11_inference.ipynb #i0000015
 class Journal:
-    "Rows that are done, in a file of lines; a context manager that holds it alone. The name of the file ends in eight digits for what they are of."
-    def __init__(self, path, of): # of: what the rows depend on
-        self.of, self.rows = json.dumps(of, sort_keys=True), {}
-        self.path = Path(f'{path}.{hashlib.sha256(self.of.encode()).hexdigest()[:8]}.unfinished')
+    "Rows that are done, in a file of lines beside the table `path` that is to be; a context manager that holds it alone."
+    def __init__(self, path, of): # of: dict of what the rows depend on
+        self.path, self.of, self.rows = Path(f'{path}.unfinished'), of, {}
+
+    def _open(self):
+        while True:
+            try: self.path.parent.mkdir(parents=True, exist_ok=True); self.file = open(self.path, 'a+b')
+            except OSError as e: raise InputError(f'{self.path} cannot be written ({e.strerror}); give a place that can be') from None
+            try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError: self.file.close(); raise InputError(f'{self.path} is being written by another process; wait for it, or give the name of another file to write') from None
+            except OSError: pass # a file system without locks
+            if self.path.exists() and os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()): return
+            self.file.close() # who held it has taken it away in the meantime
 
     def __enter__(self):
-        try: self.path.parent.mkdir(parents=True, exist_ok=True); self.file = open(self.path, 'a+b')
-        except OSError as e: raise InputError(f'{self.path} cannot be written ({e.strerror}); give a place that can be') from None
-        try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: self.file.close(); raise InputError(f'{self.path} is being written by another process; wait for it, or give the name of another file to write') from None
-        except OSError: pass # a file system without locks
-        self.file.seek(0); lines = self.file.read().split(b'\n'); del lines[-1] # what has no end was being written
-        good = 0
-        if lines and lines[0].decode(errors='replace') == self.of:
-            good = len(lines[0])+1
-            for l in lines[1:]:
+        self._open()
+        self.file.seek(0); head, *lines = (text := self.file.read()).split(b'\n')[:-1] or [b'']; good = 0 # what has no end was being written
+        try: of = json.loads(head) if head else self.of if json.dumps(self.of).encode().startswith(text) else None
+        except ValueError: of = None
+        if not isinstance(of, dict) or of.keys() != self.of.keys(): self.file.close(); raise InputError(f'{self.path} is something else than predictions; move it away, or give the name of another file to write')
+        if of == self.of and head:
+            good = len(head)+1
+            for l in lines:
                 try: key, row = json.loads(l); self.rows[key] = row
                 except (ValueError, TypeError): break
                 good += len(l)+1
-        elif lines: self.file.close(); raise InputError(f'{self.path} is something else than rows of this model; move it away')
+        elif lines:
+            self.file.close(); k = next(k for k in of if of[k] != self.of[k])
+            raise InputError(f'{self.path} has {len(lines)} slides that were predicted otherwise: {k} was {str(of[k])[:16]} and is {str(self.of[k])[:16]}; go on as before, delete it, or give the name of another file to write')
         self.file.truncate(good)
         try:
-            if not good: self._write(self.of)
+            if not good: self._write(json.dumps(self.of))
         except InputError: self.__exit__(); raise
         return self
 

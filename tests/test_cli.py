@@ -8,6 +8,7 @@ from streaming_pathology.checkpoints import save_checkpoint
 from streaming_pathology.cohorts import read_table, tiny_cohort
 from streaming_pathology.files import sample_slide, write_tiff
 from streaming_pathology.synthetic import write_cohort
+from small import COMMAND, small_resnet
 
 QUICK = ['--spacing', 4, '--epochs', 1, '--batch', 4, '--strip', 64, '--heatmaps', 0, '--lr', 1e-3]
 HEADER = 'slide_id,label,path,patient_id,split\n'
@@ -157,12 +158,12 @@ def test_predictions_stay(cohort, trained, bad, tmp_path, capsys):
 def test_predictions_go_on(cohort, trained, tmp_path):
     "Killed in the middle, also of a line; rows that are done are not computed again, and the table is that of one that was never broken off."
     model, out = trained/'checkpoints/best.pt', tmp_path/'p.csv'
-    def lines(): return sum(p.read_bytes().count(b'\n') for p in tmp_path.glob('p.csv.*.unfinished'))
+    def lines(): return sum(p.read_bytes().count(b'\n') for p in tmp_path.glob('p.csv.unfinished'))
     for k in range(3):
-        p = subprocess.Popen([sys.executable, '-m', 'streaming_pathology.cli', 'predict', model, cohort/'manifest.csv', out, '--tta', 'all'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard)
+        p = subprocess.Popen([*COMMAND, "predict", model, cohort/"manifest.csv", out, "--tta", "all"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard)
         there = lines()
         while p.poll() is None and lines() < max(1, there)+2: time.sleep(.002)
-        p.kill(); p.wait(); journal, = tmp_path.glob('p.csv.*.unfinished'); assert not out.exists(); journal.write_bytes(journal.read_bytes()+b'["torn')
+        p.kill(); p.wait(); journal, = tmp_path.glob('p.csv.unfinished'); assert not out.exists(); journal.write_bytes(journal.read_bytes()+b'["torn')
     done = lines()-1; assert 6 <= done <= 12
     assert cli.main(['predict', model, cohort/'manifest.csv', out, '--tta', 'all']) == 0 and cli.main(['predict', model, cohort/'manifest.csv', tmp_path/'q.csv', '--tta', 'all']) == 0
     but_seconds = lambda p: [l.split(',')[:4]+l.split(',')[5:] for l in p.read_text().splitlines()]
@@ -242,7 +243,7 @@ def heard():
 
 def started(folder, *argv):
     "sp_train in a process of its own, once it has emptied `folder` for its work."
-    p = subprocess.Popen([sys.executable, '-m', 'streaming_pathology.cli', 'train', *map(str, argv)], stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    p = subprocess.Popen([*COMMAND, 'train', *map(str, argv)], stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while not (folder/'environment.json').exists() or (folder/'report.html').exists():
         assert p.poll() is None, p.stderr.read()
         time.sleep(.01)

@@ -12,6 +12,7 @@ from streaming_pathology.distributed import Ranks
 from streaming_pathology.losses import Binary, Multilabel, Survival
 from streaming_pathology.recipes import Stage, run_recipe
 from streaming_pathology.training import Alone, TinyNet, fit, predict, synth_slides
+from small import COMMAND, small_resnet
 from test_resume import rows as rows_but
 
 class Seen:
@@ -92,7 +93,7 @@ TRAIN = ['--spacing', 4, '--epochs', 3, '--batch', 3, '--strip', 64, '--heatmaps
 
 def torchrun(*argv, ranks=2, where=('--standalone',)):
     env = os.environ | dict(OMP_NUM_THREADS='1')
-    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', *where, f'--nproc-per-node={ranks}', '-m', 'streaming_pathology.cli', *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', *where, f'--nproc-per-node={ranks}', *COMMAND[1:], *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 def rows(path): return rows_but(path, 'seconds', 'peak_mb', 'model')
 

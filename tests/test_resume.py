@@ -7,6 +7,7 @@ from streaming_pathology.checkpoints import last_point, load_checkpoint, points,
 from streaming_pathology.cohorts import tiny_cohort
 from streaming_pathology.files import write_csv
 from streaming_pathology.training import EarlyStopping, TinyNet, fit, synth_learner
+from small import COMMAND, small_resnet
 from test_cli import heard, refused, tree
 
 KILLS = int(os.environ.get('STREAMING_KILLS', 10))
@@ -15,7 +16,7 @@ TRAIN = ['--spacing', 4, '--epochs', 3, '--batch', 3, '--strip', 64, '--heatmaps
 @pytest.fixture(scope='module')
 def cohort(tmp_path_factory): return tiny_cohort(tmp_path_factory.mktemp('good')/'cohort', size=(64, 64)).parent
 
-def process(*argv, **kwargs): return subprocess.Popen([sys.executable, '-m', 'streaming_pathology.cli', 'train', *map(str, argv)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heard, **kwargs)
+def process(*argv, **kwargs): return subprocess.Popen([*COMMAND, 'train', *map(str, argv)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heard, **kwargs)
 
 @pytest.fixture(scope='module')
 def whole(once):
@@ -199,7 +200,7 @@ def test_short_of_disk(cohort, whole, tmp_path):
     p.send_signal(signal.SIGTERM); assert p.wait(100) == 75
     there = {f.name: f.read_bytes() for f in points(run/'checkpoints')}
     def little(): heard(); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (size//2, size//2))
-    done = subprocess.run([sys.executable, '-m', 'streaming_pathology.cli', 'train', *map(str, argv)], capture_output=True, text=True, preexec_fn=little)
+    done = subprocess.run([*COMMAND, 'train', *map(str, argv)], capture_output=True, text=True, preexec_fn=little)
     assert done.returncode == 2 and 'cannot be written' in done.stderr and 'Traceback' not in done.stderr, done.stderr
     assert {f.name: f.read_bytes() for f in points(run/'checkpoints')} == there and not list(run.rglob('.*.partial'))
     assert cli.main(['train', *argv]) == 0; as_if_never_stopped(run, whole)

@@ -3,6 +3,7 @@ import json, os, re, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, pyvips, torch
 from PIL import Image
+from safetensors import safe_open
 from streaming_pathology import cli
 from streaming_pathology.checkpoints import save_checkpoint
 from streaming_pathology.cohorts import read_table, tiny_cohort
@@ -154,6 +155,16 @@ def test_predictions_stay(cohort, trained, bad, tmp_path, capsys):
     assert out.read_bytes() == before and not list(tmp_path.glob('.*'))
     assert cli.main(['predict', model, bad/'manifest.csv', out, '--skip']) == 0 and rows(out) == rows(trained/'predictions.csv', 's03') and "'s03'" in capsys.readouterr().err
     (bad/'slides/s03.tiff').write_bytes(whole); assert cli.main(['predict', model, bad/'manifest.csv', out]) == 0 and rows(out) == rows(trained/'predictions.csv')
+
+def test_a_point_is_no_model(cohort, trained, tmp_path, capsys):
+    "It may be handed on, but is said to be one, and its card has no figures that were measured on other weights."
+    def card(path):
+        with safe_open(path, 'pt') as f: return json.loads(f.metadata()['card'])
+    point = sorted(trained.glob('checkpoints/point_*.pt'))[-1]; best = trained/'checkpoints/best.pt'
+    for path, is_point in ((point, True), (best, False)):
+        assert cli.main(['export', path, tmp_path/'m.safetensors']) == 0 and ('is a point of a training to go on from' in capsys.readouterr().err) == is_point
+        assert bool(card(tmp_path/'m.safetensors')['tuning']) != is_point and ('auc' in card(tmp_path/'m.safetensors').get('metrics', {})) != is_point
+    assert cli.main(['predict', point, cohort/'manifest.csv', tmp_path/'p.csv']) == 0 and 'is a point' in capsys.readouterr().err
 
 def test_predictions_go_on(cohort, trained, tmp_path):
     "Killed in the middle, also of a line; rows that are done are not computed again, and the table is that of one that was never broken off."

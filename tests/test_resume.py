@@ -1,5 +1,5 @@
 "A training that is killed, stopped or short of disk goes on from its last point and ends with the same weights, bit by bit."
-import copy, csv, os, random, resource, shutil, signal, subprocess, sys, time
+import copy, csv, json, os, random, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest, torch
 from streaming_pathology import cli
@@ -10,7 +10,7 @@ from streaming_pathology.training import EarlyStopping, TinyNet, fit, synth_lear
 from small import COMMAND, small_resnet
 from test_cli import heard, refused, tree
 
-KILLS = int(os.environ.get('STREAMING_KILLS', 10))
+KILLS = int(os.environ.get('STREAMING_KILLS', 6))
 TRAIN = ['--spacing', 4, '--epochs', 3, '--batch', 3, '--strip', 64, '--heatmaps', 0, '--lr', 1e-2, '--cosine', '--save-minutes', .003, '--augment', 'paper']
 
 @pytest.fixture(scope='module')
@@ -124,6 +124,7 @@ def test_what_was_changed_is_named(cohort, whole, halfway, capsys):
     longer = ['train', cohort/'manifest.csv', halfway, *TRAIN, '--epochs', 4, '--resume']
     for options in (['--lr', .1], ['--epochs', 2]): refused(capsys, [*longer[:-3], *options, '--resume', '--accept-changes'], 'has 3 epochs', '--epochs 4 or more')
     assert cli.main([*longer, '--accept-changes']) == 0 and len(rows(halfway/'log.csv')) == 4
+    assert load_checkpoint(halfway/'checkpoints/best.pt')['settings']['settings']['epochs'] == 4 # what was accepted counts for it, whichever epoch it is of
     assert cli.main(longer) == 0 and 'is finished' in capsys.readouterr().out; refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume'], '--epochs was 4 and is 3')
     refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--epochs', 4, '--resume', '--accept-changes', '--pool', 'attention'], 'another network or schedule', 'pool avg')
 
@@ -165,6 +166,18 @@ def test_the_best_epoch_is_lost(cohort, whole, halfway, capsys):
     refused(capsys, argv, 'best.pt is damaged', 'delete it'); best.unlink()
     assert cli.main(argv) == 0 and 'the weights of the last one are used' in capsys.readouterr().err
     a, b = load_checkpoint(best)['model'], last_point(halfway/'checkpoints')['model']; assert all(torch.equal(a[k], b[k]) for k in a)
+
+def test_what_was_finished_is_not(cohort, whole, halfway, capsys, monkeypatch):
+    "While a run goes on there are no figures of former weights; its record is written again, whatever has become of it."
+    for n in ('log.csv', 'settings.toml', 'cohort.csv'): (halfway/n).unlink()
+    (halfway/'environment.json').write_text('["streaming_pathology"]'); (halfway/'heatmaps').mkdir(exist_ok=True); (halfway/'heatmaps/s00.npy').touch()
+    argv, save = ['train', cohort/'manifest.csv', halfway, *TRAIN, '--save-minutes', 0, '--resume'], cli.Checkpoints.save
+    def stopped(self, s): monkeypatch.setattr(cli.Checkpoints, 'save', save); save(self, s); signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(cli.Checkpoints, 'save', stopped); assert cli.main(argv) == 75
+    assert sorted(p.name for p in halfway.iterdir() if p.is_file()) == ['cohort.csv', 'environment.json', 'log.csv', 'settings.toml'] and not any(halfway.glob('images/*')) and not any(halfway.glob('heatmaps/*'))
+    assert rows(halfway/'log.csv', 'seconds', 'peak_mb') == rows(whole/'log.csv', 'seconds', 'peak_mb')[:2] and len(json.loads((halfway/'environment.json').read_text())['resumed']) == 1
+    assert cli.main(argv) == 0; as_if_never_stopped(halfway, whole)
+    assert rows(halfway/'cohort.csv', 'path') == rows(whole/'cohort.csv', 'path')
 
 def test_a_cohort_inside_a_run(cohort, whole, tmp_path, capsys):
     "Where there is no point yet, --resume replaces what is there, and so refuses a folder that holds what it reads."

@@ -16,7 +16,7 @@ import numpy as np, torch, torchvision
 import streaming_pathology
 from .geometry import InputError
 from .models import load_tensors
-from .data import STOPS
+from .data import STOPS, worker_died
 from .training import Halted
 from .files import locked, whole_file
 
@@ -71,7 +71,7 @@ def save_checkpoint(path,     # the file; its folder is made
     try:
         with whole_file(path) as f: torch.save(state, f); _seal(f, dict(contains=contents, versions=state['versions']))
     except RuntimeError as e:
-        if 'DataLoader worker' in str(e.__context__): raise e.__context__ from None # torch tells it wherever the process is
+        if worker_died(e.__context__): raise e.__context__ from None
         raise InputError(f'{path} cannot be written; is the disk full? What was there before is untouched ({str(e).splitlines()[0]})') from None
     return path
 

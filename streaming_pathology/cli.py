@@ -31,7 +31,7 @@ from .slides import Slide
 from .synthetic import write_cohort
 from .augment import Augmentation
 from .cohorts import Case, check_files, read_manifest, resolve_splits, safe_id, several
-from .data import STOPS, channel_statistics, check_cohort, one_line, sample_patches, slide_loader, turned_out
+from .data import STOPS, channel_statistics, check_cohort, one_line, sample_patches, slide_loader, turned_out, worker_died
 from .losses import TASKS, Binary, make_task
 from .trim import Trim, trim_slides
 from .training import EMA, Alone, Cosine, CSVLog, DryRun, EarlyStopping, Halted, TensorBoardLog, fit, predict, summary
@@ -121,7 +121,7 @@ def status_of(f, *args, **kwargs):
     except OSError as e: said, status = f'{e.filename or "a file"}: {e.strerror or one_line(e)}', 2
     except (MemoryError, torch.OutOfMemoryError): said, status = 'out of memory; a smaller size, a coarser spacing or, where the network runs, a smaller strip needs less', 2
     except RuntimeError as e:
-        if 'DataLoader worker' not in str(e): raise
+        if not worker_died(e): raise
         said, status = 'a process that reads slides was killed, perhaps for want of memory; fewer --workers need less, and what was kept is there to go on with', 2
     if os.environ.get('WORLD_SIZE', '1') != '1' and 'RANK' in os.environ: said = f"rank {os.environ['RANK']}: {said}"
     sys.stderr.write('stopped: '*(status == 75)+'error: '*(status != 75)+said.removeprefix('stopped in ')+'\n') # at once, as ranks share it

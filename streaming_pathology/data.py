@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOPS', 'fit_canvas', 'flips', 'tissue_pixels', 'SlideDataset', 'check_cohort', 'cropped', 'turned_out',
-           'EpochSampler', 'slide_loader', 'one_line', 'sample_patches', 'channel_statistics']
+           'EpochSampler', 'slide_loader', 'one_line', 'worker_died', 'sample_patches', 'channel_statistics']
 
 # %% ../nbs/08_data.ipynb #d92a64d3
 import math, numbers, operator, os, signal, threading, warnings
@@ -238,6 +238,9 @@ def one_line(e):
     "The message of an exception as one line, also where a worker process has wrapped it into its traceback."
     lines = str(e).strip().splitlines() or [type(e).__name__]
     return lines[-1].split('InputError: ', 1)[-1] if lines[0].startswith('Caught ') else ' '.join(l.strip() for l in lines)
+
+def worker_died(e): # of a DataLoader: torch raises it wherever this process is
+    return e is not None and 'DataLoader worker' in str(e)
 
 class _Loader(DataLoader):
     "Its workers are born with signals to stop blocked: those go to all processes of a terminal or a job, and the one that trains decides what becomes of them."

@@ -12,7 +12,6 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 import numpy as np
-from sklearn.metrics import roc_auc_score, roc_curve
 from .geometry import InputError
 from .files import write_whole
 from .cohorts import finite_number, read_table
@@ -38,12 +37,14 @@ def roc(labels, # 0 or 1 for each slide
         scores, # higher means more likely positive
        ):
     "Points of the ROC curve `(fpr, tpr, thresholds)`, one for each distinct score and the origin; a slide is called positive where its score is at least the threshold"
+    from sklearn.metrics import roc_curve # slow to import, so only where it is used
     return roc_curve(*check_scores(labels, scores), drop_intermediate=False)
 
 def auc(labels, # 0 or 1 for each slide
         scores, # higher means more likely positive
        )->float:
     "Area under the ROC curve: the chance that a positive slide scores above a negative one, ties counting half"
+    from sklearn.metrics import roc_auc_score
     return float(roc_auc_score(*check_scores(labels, scores)))
 
 # %% ../nbs/13_evaluation.ipynb #82898e4e

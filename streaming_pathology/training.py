@@ -15,7 +15,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
-from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -141,7 +140,10 @@ def summary(rows, task=Binary()):
     "The loss over all slides with a label and, for two classes that are both there, the AUC; otherwise nan."
     rows = [r for r in rows if r['label'] is not None]
     y, p = [r['label'] for r in rows], np.array([r['probability'] for r in rows])
-    area = roc_auc_score(y, p) if isinstance(task, Binary) and set(y) == {0, 1} and np.isfinite(p).all() else math.nan
+    area = math.nan
+    if isinstance(task, Binary) and set(y) == {0, 1} and np.isfinite(p).all():
+        from sklearn.metrics import roc_auc_score # slow to import, so only where it is used
+        area = roc_auc_score(y, p)
     learnt = rows and not (task.name == 'survival' and not any(event for _, event in y)) # without an event there is no likelihood
     return dict(loss=task.loss(*(torch.tensor(v, dtype=torch.double) for v in ([r['logits'] for r in rows], y))).item() if learnt else math.nan, auc=float(area))
 

@@ -20,7 +20,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from fastcore.basics import patch
-from .background import Canvas
 from .augment import keyed_rng
 from .cohorts import several
 from .data import EpochSampler, one_line, slide_loader
@@ -69,10 +68,10 @@ def autocast(device, amp): # a context manager
     if amp not in kinds: raise InputError(f"amp is {amp!r}; use None, 'bf16' or 'fp16'")
     return torch.autocast(torch.device(device).type, kinds[amp]) if amp else nullcontext()
 
-def logits_of(model, item, device='cpu', amp=None): # (1, n_out)
-    "The logits of one slide; in float32 where the network ran in less, for the loss."
+def logits_of(model, item, device='cpu', amp=None): # (1, n_out), or (k, n_out) where the network gives several of a slide
+    "The logits of one slide, whose image is a tensor or what else the network takes; in float32 where the network ran in less, for the loss."
     x = item['image']
-    with autocast(device, amp): y = model(x if isinstance(x, Canvas) else x.to(device)[None])
+    with autocast(device, amp): y = model(x.to(device)[None] if isinstance(x, torch.Tensor) else x)
     return y.float() if amp else y
 
 def peak_mb(device='cpu'):
@@ -272,7 +271,8 @@ class State:
 
     def backward(self, step, item, loss): # what `loss`, a function of (logits, label), gives
         "Forward and backward of one slide; its gradient is added up."
-        value = loss(self.logits(step, item), item['label'].to(self.device)[None])
+        logits, label = self.logits(step, item), item['label'].to(self.device)
+        value = loss(logits, label.expand(len(logits), *label.shape)) # a network may give several of a slide
         finite(value.item(), item['slide_id'], self)
         self.scaler.scale(value).backward()
         if not self.scaler.is_enabled() and not sound(self.params()): raise InputError(f"slide {item['slide_id']!r}: its gradient is not finite in epoch {self.epoch+1}; {WAY_OUT}")

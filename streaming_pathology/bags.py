@@ -60,12 +60,14 @@ class Bag:
     places: torch.Tensor # int64 (n, 3): top, left and factor
     size: int            # pixels a side, of a patch
     slide_id: str = ''
+    top: list | None = None # the places that a network has found the most suspicious
 
     def __len__(self): return len(self.places)
 
-    def patches(self, which=slice(None)): # uint8 (k, 3, size, size)
-        "Those at some places, cut now."
-        return torch.stack([self._patch(*p) for p in self.places[which].tolist()]) if len(self.places[which]) else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+    def patches(self, places=None): # uint8 (k, 3, size, size)
+        "Those at some places, or all, cut now."
+        places = torch.as_tensor(self.places if places is None else places).reshape(-1, 3)
+        return torch.stack([self._patch(*p) for p in places.tolist()]) if len(places) else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
 
     def _patch(self, top, left, factor):
         part = self.image[:, top:top+self.size*factor, left:left+self.size*factor]

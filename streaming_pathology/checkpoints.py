@@ -17,7 +17,6 @@ import streaming_pathology
 from .geometry import InputError
 from .models import load_tensors
 from .data import STOPS, worker_died
-from .training import Halted
 from .files import locked, whole_file
 
 # %% ../nbs/10_checkpoints.ipynb #8eb4818e
@@ -125,6 +124,8 @@ class Checkpoints:
             if repr(best.get('history', [])[-1:]) != repr(s.history[n-1:n]): # a kill came between it and its point, or it is another run's
                 self.best = math.inf
                 if s.accepted: warnings.warn(f'{path} is of an epoch {n} that this training does not know; the best of the epochs from here on takes its place')
+
+    def continued(self, s):
         if s.accepted: self.save(s) # what was accepted is what the next one is compared with
 
     def state(self): return dict(best=self.best)
@@ -150,7 +151,7 @@ class HaltOnSignal:
     def before_fit(self, s): self.fit = s
     def after_fit(self, s):
         self.fit = None
-        if s.asked: raise Halted(f'stopped behind epoch {s.epoch}') # in the last moment
+        if s.asked: raise s.halted() # in the last moment
     def __enter__(self):
         self.fit = None
         if threading.current_thread() is threading.main_thread(): self.former = {n: signal.signal(n, self.hear) for n in STOPS if signal.getsignal(n) is not signal.SIG_IGN}

@@ -6,12 +6,12 @@
 __all__ = ['NOT_SET', 'COMMANDS', 'RECIPES', 'AUGMENTATIONS', 'NO_SETTINGS', 'HARMLESS', 'sp_train', 'sp_predict', 'sp_export',
            'sp_evaluate', 'sp_report', 'sp_trim', 'COHORT', 'sp_synth', 'DEMO', 'DEMO_COHORT', 'TINY', 'TINY_COHORT',
            'sp_demo', 'strip_rows', 'hw', 'make_parser', 'parsed', 'counted', 'status_of', 'plain_warnings',
-           'terminable', 'command', 'environment', 'as_toml', 'cohort_sha256', 'write_cases', 'build_model',
-           'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'save_weights', 'best_weights',
-           'Record', 'label_names', 'largest', 'write_record', 'predict_rows', 'check_settings', 'check_device',
-           'train_cohort', 'prepare_training', 'former_settings', 'changes', 'check_learnt', 'finish', 'find_slides',
-           'predict_slides', 'export_run', 'evaluate_predictions', 'report_run', 'colour', 'trim_biopsies',
-           'synthesise', 'demo', 'main']
+           'terminable', 'command', 'environment', 'as_toml', 'cohort_sha256', 'file_size', 'identity', 'write_cases',
+           'build_model', 'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'save_weights',
+           'best_weights', 'Record', 'label_names', 'largest', 'write_record', 'predict_rows', 'check_settings',
+           'check_device', 'train_cohort', 'prepare_training', 'former_settings', 'flag', 'changes', 'sentences',
+           'shown', 'check_learnt', 'finish', 'find_slides', 'predict_slides', 'export_run', 'evaluate_predictions',
+           'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
 import argparse, datetime, difflib, hashlib, inspect, json, math, os, platform, re, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
@@ -192,9 +192,13 @@ def as_toml(settings): # text
 
 def cohort_sha256(cases): # text
     "Of what the cases say, and of the sizes of their files; not of where they lie."
-    def size(p): return sum(f.stat().st_size for f in (Path(p).iterdir() if Path(p).is_dir() else [Path(p)])) if p else None
-    rows = [[c.slide_id, c.label, c.patient_id, c.split, c.spacing, c.grade, size(c.path), size(c.mask)] for c in cases]
+    rows = [[c.slide_id, c.label, c.patient_id, c.split, c.spacing, c.grade, file_size(c.path), c.mask and file_size(c.mask)] for c in cases]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+def file_size(path): return sum(f.stat().st_size for f in (Path(path).iterdir() if Path(path).is_dir() else [Path(path)])) # bytes; of a folder, of what is in it
+
+def identity(c): # of a case: what tells its slide and its patient apart; a file may be moved
+    return c.slide_id, c.patient_id, f'{Path(c.path).name} of {file_size(c.path)} bytes'
 
 def write_cases(path, cases, labels=('label',)):
     "Cases as a manifest, their labels in columns of these names; slides below its folder keep working when the folder is moved."
@@ -248,7 +252,7 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
                  settings,   # dict: epochs, lr, momentum, batch, seed, amp, device, augment, canvas, cosine, workers, heatmaps, copies, tensorboard, ...
                  callbacks=(), # more of them
                  point=None, # to go on from
-                 changed=(), # settings that count from there on, by their names
+                 changed=None, # settings that count from there on: {name: what it was}
                  ranks=Alone(), device=None, # of this rank, where there are several
                  task=Binary()): # what the labels mean
     "Train, choose the best epoch on the tuning split, predict, evaluate, draw heatmaps; returns a sentence on the test split, on the first rank."
@@ -292,22 +296,25 @@ def best_weights(model, path, settings, seed, history):
     try: best = load_checkpoint(path)
     except InputError as e: raise InputError(f'{e}, and the best epoch is lost; delete it, and --resume takes the weights of the last one') from None
     load_weights(model, best)
-    if best['settings'] != plain(settings): save_checkpoint(path, **best | dict(settings=settings)) # what changes may be accepted count from now on
+    if best['settings'] != plain(settings): save_checkpoint(path, **best | dict(settings=settings)) # by which its predictions are made
 
 class Record:
-    "Callback: the record of a run that goes on is written once its point was accepted; points remember which slides, and whose, the run has ever learnt from."
+    "Callback: the record of a run that goes on is written once its point was accepted; points remember the slides, patients and files that the run has ever learnt from."
     first_rank_only = True
-    def __init__(self, folder, cases, settings, changed=()):
-        self.folder, self.cases, self.settings, self.changed, self.learnt = folder, cases, settings, changed, {}; self.restore({})
-    def resumed(self, s):
-        done = len(s.history)
-        if self.changed and (s.stop or done >= self.settings['epochs']) and not (self.changed == ['epochs'] and done == self.settings['epochs']):
-            raise InputError(f"{self.folder} has {counted(done, 'epoch')} and would learn nothing from what was changed: give {'more --patience' if s.stop else f'--epochs {done+1} or more'}, or another folder")
-        write_record(self.folder, self.cases, self.settings, again=True)
+    def __init__(self, folder, cases, settings, changed=None): # changed: {name of a setting: what it was}
+        self.folder, self.cases, self.settings, self.changed = folder, cases, settings, changed or {}
+        self.learnt = {p: [identity(c) for c in cases if c.split == p] for p in ('train', 'tuning')}
     def state(self): return self.learnt
-    def restore(self, state):
-        new = {p: [(c.slide_id, c.patient_id) for c in self.cases if c.split == p] for p in ('train', 'tuning')}
-        self.learnt = {p: sorted({tuple(k) for known in (self.learnt, state, new) for k in known.get(p, ())}) for p in new}
+    def restore(self, state): self.learnt = {p: sorted({*mine, *map(tuple, state[p])}) for p, mine in self.learnt.items()}
+    def resumed(self, s):
+        "Refuse what comes too late to be learnt."
+        now, done = self.settings, len(s.history)
+        if s.epoch < s.first+s.epochs and not s.stop or now['recipe'] and s.stage < len(RECIPES[now['recipe']]): return
+        late = {*self.changed}-{'strip', 'memory', 'device'} # which the predictions need
+        if done == now['epochs']: late.discard('epochs')
+        if s.stop and (self.changed.get('patience') or math.inf) > (now['patience'] or math.inf): late.discard('patience') # less of it ends the run, as was wanted
+        if late: raise InputError(f"{self.folder} has {counted(done, 'epoch')} and would learn nothing from what was changed ({', '.join(map(flag, sorted(late)))}): give {'' if now['recipe'] else 'more --patience, or ' if s.stop else f'--epochs {done+1} or more, or '}another folder")
+    def continued(self, s): write_record(self.folder, self.cases, self.settings, [f'epoch {s.epoch+1}', *sentences(self.changed, self.settings)])
 
 def label_names(s): return [l.strip() for l in s['label'].split(',')]
 
@@ -315,8 +322,8 @@ def largest(data): # an item
     "Of a dataset whose slides have been read, the one of the largest tissue."
     return data[max(range(len(data)), key=lambda i: math.prod(data.boxes.get(data.cases[i].slide_id, (0,))))]
 
-def write_record(folder, cases, settings, again=False):
-    "What a run was made of; of one that goes on, when and with what it did."
+def write_record(folder, cases, settings, again=()):
+    "What a run was made of; of one that goes on, when it did and `again`: from where, and what was changed."
     path, now = folder/RUN.mark, environment()
     if again:
         for p in [p for k in ('report.html', 'metrics.json', 'predictions.csv', 'images/*.jpg', 'heatmaps/*.npy') for p in folder.glob(k)]: p.unlink() # it is no longer finished, and these are of other weights
@@ -324,7 +331,7 @@ def write_record(folder, cases, settings, again=False):
         except (OSError, ValueError): first = {}
         if not isinstance(first, dict): first = {}
         if first.get('packages') not in (None, now['packages']): warnings.warn('the versions of the packages are not those that the training began with, so that it may not go on to the bit')
-        now = now | first | dict(resumed=[*first.get('resumed', []), f"{now['date']}, {now['git_commit'] or 'no commit'}"])
+        now = now | first | dict(resumed=[*first.get('resumed', []), '; '.join([f"{now['date']}, {now['git_commit'] or 'no commit'}", *again])])
     write_whole(path, json.dumps(now, indent=1)+'\n')
     write_whole(folder/'settings.toml', as_toml(settings)); write_cases(folder/'cohort.csv', cases, label_columns(settings['task'], label_names(settings)))
 
@@ -401,7 +408,8 @@ def train_cohort(manifest,                # CSV with slide_id, label and, where 
         own = ('freeze_until', 'lr', 'optimizer', 'momentum', 'batch')
         if given := [k for k in own if s[k] not in (None, _defaults()[k])]: raise InputError(f"--{given[0].replace('_', '-')} is a matter of the recipe; leave out one of them")
         s.update(dict.fromkeys(own))
-    if weights and Path(weights).is_file(): s['weights'] = str(absolute(weights))
+    if weights and Path(weights).is_file():
+        with open(weights, 'rb') as f: s['weights'], s['weights_sha256'] = str(absolute(weights)), weights_sha256 or hashlib.file_digest(f, 'sha256').hexdigest()
     if recipe: scaled(RECIPES[recipe], s['epochs'])
     if resume and overwrite: raise InputError('--resume goes on with a former run and --overwrite replaces it; leave out one of them')
     s = dict(command='sp_train', manifest=str(absolute(manifest))) | {k: v for k, v in s.items() if k not in NO_SETTINGS}
@@ -435,7 +443,7 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
         if not any(c.label[1] for c in cases if c.split == 'tuning'): raise InputError(f'{manifest}: no slide of the split tuning has an event, so no epoch can be chosen')
     if twice := [n for n, k in Counter(prediction_columns(task, label_columns(task.name, labels))).items() if k > 1]: raise InputError(f'--label {twice[0]} is the name of a column of predictions; rename it in the manifest')
     if wrong := [f'slide {c.slide_id!r}: {w}' for c in cases if c.label is not None and (w := task.wrong(c.label))]: raise InputError(several(f'{manifest}: labels do not fit the task {task.name}', wrong))
-    s['cohort_sha256'], former, point, changed = cohort_sha256(cases), {}, None, []
+    s['cohort_sha256'], former, point, changed = cohort_sha256(cases), {}, None, {}
     if going_on:
         finished = (at/'report.html').exists()
         try: point = last_point(at/'checkpoints')
@@ -443,13 +451,14 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
             if not finished: raise
             warnings.warn(f'{one_line(e)}; the run is finished all the same')
         former = former_settings(at, point)
-        if changed := _changed(former, now := tomllib.loads(as_toml(s))):
-            if not accept_changes: raise InputError(several(f'{out} holds a run of other settings; give those, or --accept-changes, or another folder', changes(former, now)))
-            fixed = ('command', 'arch', 'pool', 'recipe', 'task', 'label', 'spacing', 'size', 'canvas', 'pen', 'normalise', *['epochs']*bool(s['recipe']))
-            if other := [k for k in changed if k in fixed]: raise InputError(f"{out} holds another network or schedule, or one that sees slides otherwise ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
+        if changed := changes(former, now := tomllib.loads(as_toml(s))):
+            if not accept_changes: raise InputError(several(f'{out} holds a run of other settings; give those, or --accept-changes, or another folder', sentences(changed, now)))
+            fixed = ('command', 'arch', 'pool', 'recipe', 'task', 'label', 'spacing', 'size', 'canvas', 'pen', 'normalise', 'weights', 'weights_sha256', *['epochs']*bool(s['recipe']))
+            if other := [k for k in changed if k in fixed]: raise InputError(f"{out} holds another network or schedule, or one that began or sees slides otherwise ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
             if not point: raise InputError(f'{out} holds a finished run without a point to go on from; give another folder')
-            check_learnt(dict(point['callbacks']).get('Record'), cases)
         elif finished: return None
+        if point and not (learnt := dict(point['callbacks']).get('Record')): raise InputError(f'{out} was begun by a former version of this package, whose points do not say which slides they learnt from; give another folder')
+        if changed: check_learnt(learnt, cases)
     if point is None: claim(out, overwrite or resume, inputs=[manifest, *([weights] if weights and Path(weights).exists() else []), *(c.path for c in cases)])
     if s['recipe'] and not weights: warnings.warn('the recipe trains the last block alone at first, on what the others have learnt before, and this network starts from random weights: give --weights')
     data = check_cohort(cases, s['spacing'], s['size'], cache=int(s['cache_gb']*1e9), workers=s['workers'], canvas=s['canvas'], seed=s['seed'], pen=s['pen'])
@@ -468,17 +477,21 @@ def former_settings(folder, point):
 
 def _defaults(): return {k: p.default for k, p in inspect.signature(train_cohort).parameters.items() if p.kind == p.KEYWORD_ONLY and k not in NO_SETTINGS}
 
-def _changed(then, now): return [k for k, v in now.items() if k not in HARMLESS and then.get(k) != v]
+def flag(name): return 'the cohort' if name == 'cohort_sha256' else f"--{name.replace('_', '-')}"
 
-def changes(then, now): # sentences
-    "What of the settings of a run is another than before, and not harmless."
-    return ['the cohort was another one: slides, labels, splits or files' if k == 'cohort_sha256' else f"--{k.replace('_', '-')} was {then.get(k, 'not there')} and is {now[k]}" for k in _changed(then, now)]
+def changes(then, now): # {name: what it was}
+    "What of the settings of a run is another than before, and not harmless; a file of weights may have been moved."
+    moved = now['weights_sha256'] and then.get('weights_sha256') == now['weights_sha256']
+    return {k: then.get(k) for k, v in now.items() if k not in HARMLESS and then.get(k) != v and not (k == 'weights' and moved)}
+
+def sentences(changed, now): return ['the cohort was another one: slides, labels, splits or files' if k == 'cohort_sha256' else f"{flag(k)} was {shown(was)} and is {shown(now[k])}" for k, was in changed.items()]
+
+def shown(v): return 'not set' if v in ('', None) else v
 
 def check_learnt(learnt, cases): # learnt: as `Record` has it
-    "Refuse to evaluate on slides, or other slides of patients, that a run has learnt from, or to test on those by which its epochs were chosen."
-    if learnt is None: raise InputError('the point does not say which slides its run has learnt from, so that none can be changed; give another folder')
-    slides, patients = ({p: {k[i] for k in ks} for p, ks in learnt.items()} for i in (0, 1))
-    def known(c, part): return c.slide_id in slides[part] or c.patient_id in patients[part]
+    "Refuse to evaluate on slides, by their ids and files, or other slides of patients, that a run has learnt from, or to test on those by which its epochs were chosen."
+    known_before = {p: [{k[i] for k in ks} for i in range(3)] for p, ks in learnt.items()}
+    def known(c, part): return any(k in before for k, before in zip(identity(c), known_before[part]))
     wrong = [c for c in cases if c.split in ('tuning', 'test') and (known(c, 'train') or c.split == 'test' and known(c, 'tuning'))]
     if wrong: raise InputError(several(f"{counted(len(wrong), 'slide')} for tuning or testing that this run has learnt from, or of such patients; name the splits in the manifest, or give another folder", [f'{c.slide_id!r} (now {c.split})' for c in wrong]))
 

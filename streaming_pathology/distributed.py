@@ -76,9 +76,10 @@ def _met(store, rank, size, patience=600): # a store
 @contextmanager
 def joined(device='cpu'): # gives (ranks, device)
     "The ranks that `torchrun` has started, and the device of this one; without torchrun, or with one process, `Alone`."
-    size = os.environ.get('WORLD_SIZE', '1')
+    size = os.environ.get('WORLD_SIZE') or '1'
     if size == '1' or dist.is_initialized(): yield Alone(), device; return
-    if wrong := [k for k in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_PORT') if not os.environ.get(k, '').isdigit()]: raise InputError(f"the environment says WORLD_SIZE={size} and {wrong[0]}={os.environ.get(wrong[0], '')}, which torchrun would set together: start with torchrun, or take WORLD_SIZE out of the environment")
+    wrong = [k for k in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_PORT') if not os.environ.get(k, '').isdigit()] or ['MASTER_ADDR']*('MASTER_ADDR' not in os.environ) or ['RANK']*(int(os.environ['RANK']) >= int(size))
+    if wrong: raise InputError(f"the environment says WORLD_SIZE={size} and {wrong[0]}={os.environ.get(wrong[0], '')}, which torchrun would set together: start with torchrun, or take WORLD_SIZE out of the environment")
     cuda = torch.device(device).type == 'cuda'
     if cuda:
         if (local := int(os.environ['LOCAL_RANK'])) >= (n := torch.cuda.device_count()): raise InputError(f'rank {local} of this machine would train on cuda:{local}, and there are {n} GPUs: give torchrun --nproc-per-node={n}')
@@ -87,7 +88,7 @@ def joined(device='cpu'): # gives (ranks, device)
         store, rank, size = next(dist.rendezvous('env://', timeout=timedelta(minutes=10)))
         store = _met(store, rank, size)
         dist.init_process_group('nccl' if cuda else 'gloo', store=store, rank=rank, world_size=size, timeout=timedelta(hours=2)) # a rank may wait for the others' slides
-    except RuntimeError as e: raise InputError(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not reach the others ({one_line(e)[:150]})") from None
+    except (RuntimeError, ValueError) as e: raise InputError(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not reach the others ({one_line(e)[:150]})") from None
     try: yield Ranks(), device
     finally: dist.destroy_process_group()
 

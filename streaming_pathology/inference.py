@@ -118,6 +118,7 @@ class Journal:
     def _open(self):
         while True:
             try: self.path.parent.mkdir(parents=True, exist_ok=True); self.file = open(self.path, 'a+b')
+            except IsADirectoryError: raise InputError(f'{self.path} is a folder; move it away, or give the name of another file to write') from None
             except OSError as e: raise InputError(f'{self.path} cannot be written ({e.strerror}); give a place that can be') from None
             try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError: self.file.close(); raise InputError(f'{self.path} is being written by another process; wait for it, or give the name of another file to write') from None
@@ -129,13 +130,13 @@ class Journal:
         self._open()
         self.file.seek(0); head, *lines = (text := self.file.read()).split(b'\n')[:-1] or [b'']; good = 0 # what has no end was being written
         try: of = json.loads(head) if head else self.of if json.dumps(self.of).encode().startswith(text) else None
-        except ValueError: of = None
+        except (ValueError, RecursionError): of = None
         if not isinstance(of, dict) or of.keys() != self.of.keys(): self.file.close(); raise InputError(f'{self.path} is something else than predictions; move it away, or give the name of another file to write')
         if of == self.of and head:
             good = len(head)+1
             for l in lines:
                 try: key, row = json.loads(l); self.rows[key] = row
-                except (ValueError, TypeError): break
+                except (ValueError, TypeError, RecursionError): break
                 good += len(l)+1
         elif lines:
             self.file.close(); k = next(k for k in of if of[k] != self.of[k])
@@ -159,8 +160,8 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def __exit__(self, *_):
-        self.file.close()
         if not self.rows: self.path.unlink(missing_ok=True) # nothing is worth keeping
+        self.file.close() # others may have it from now on
 
 # %% ../nbs/11_inference.ipynb #i0000018
 def label_columns(task, labels): return ['label'] if task == 'binary' else labels # of a table, for the name of a task: what evaluates two classes looks for that name
@@ -201,7 +202,7 @@ def predict_table(
     keys = ranks.first(lambda: [_key(c) for c in cases])
     journal = Journal(out, dict(model=card['sha256'], version=streaming_pathology.__version__, amp=amp, tta=tta))
     with journal if ranks.rank == 0 else nullcontext():
-        known = ranks.first(lambda: dict(journal.rows))
+        known = ranks.first(lambda: {k: r for k, r in journal.rows.items() if isinstance(r, dict) and {'probability', 'logits', 'box', 'seconds'} <= r.keys()})
         todo = [i for i, k in enumerate(keys) if k not in known]
         new, kept = [], 0
         def keep():

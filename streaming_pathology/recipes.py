@@ -48,13 +48,20 @@ class WindowCheckpoints:
     def state(self): return dict(epochs=self.epochs, losses=self.losses)
     def restore(self, state): self.epochs, self.losses = state['epochs'], state['losses']
     def window(self): return [self.epochs[i] for i in best_window(self.losses, self.width)]
+    def resumed(self, s):
+        if s.ranks.rank == 0 and self.losses: self._there()
+    def _there(self): # {epoch: weights} of the window
+        found = {}
+        for e in self.window():
+            try: state = load_checkpoint(self.path(e))
+            except InputError as wrong: warnings.warn(f'{wrong}; the other epochs of its window are used'); continue
+            if (state.get('epoch'), state.get('tuning_loss')) == (e, self.losses[self.epochs.index(e)]): found[e] = state['model']
+            else: warnings.warn(f'{self.path(e)} is not of this training; the other epochs of its window are used')
+        return found
     def weights(self, which): # a state dict
         "Of the window's middle, or the average of all."
         if not self.losses: raise InputError('no epoch of this stage was judged by these tuning slides; go on without the change')
-        states = {}
-        for e in (window := self.window()):
-            try: states[e] = load_checkpoint(self.path(e))['model']
-            except InputError as wrong: warnings.warn(f'{wrong}; the other epochs of its window are used')
+        states, window = self._there(), self.window()
         if not states: raise InputError(f'{self.folder} has none of the epochs {window[0]} to {window[-1]}, which the stage hands on; train again, in another folder')
         middle = min(states, key=lambda e: abs(e-window[len(window)//2]))
         return average_weights([states[middle]] if which == 'middle' else states.values())

@@ -291,7 +291,11 @@ class State:
         "Between two slides: the moment to save, and to leave if somebody asked for it."
         self.halt, self.seconds = any(self.ranks.gather(self.asked)), time.perf_counter()-self.began
         self.tell('at_rest')
-        if self.halt: raise Halted(f'stopped in epoch {self.epoch+1}, {self.step} of {self.length} slides done')
+        if self.halt: raise self.halted()
+
+    def halted(self): # an exception that says where
+        done = self.epoch == self.first+self.epochs
+        return Halted(f"stopped in epoch {self.epoch+(not done)}, {'all' if done else self.step} of {self.length} slides done")
 
 # %% ../nbs/09_training.ipynb #t5000002
 _KEPT = ('epoch', 'first', 'step', 'losses', 'rows', 'history', 'seconds', 'stop', 'stage', 'draws')
@@ -351,7 +355,7 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
         task=Binary(),   # what the labels mean: a `Task`; its `n_out` is that of the model
         history=(),      # of epochs that went before, as in another stage: order and augmentation go on from there
         clip=None,       # largest norm of a mini-batch's gradient; None: any
-        callbacks=(),    # objects with some of before_fit, resumed, before_epoch, after_step, after_epoch, at_rest, after_fit
+        callbacks=(),    # objects with some of before_fit, resumed (which may refuse), continued (which may write), before_epoch, after_step, after_epoch, at_rest, after_fit
         resume=None,     # a point of this training to go on from, as `State.state_dict` gives it
         accept_changes=False, # go on also where settings or slides are others than at the point
         stage=None,      # number that the rows of the history bear
@@ -373,7 +377,8 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
     if not sum(n := ranks.gather(len(train))): raise InputError('there is no slide to train on')
     s.length = sum(n)
     s.tell('before_fit')
-    if resume is not None: s.load_state_dict(resume, accept_changes); s.tell('resumed')
+    s.scaler.scale(torch.zeros((), device=device)) # or a rank that has no slide in the first mini-batch knows no scale
+    if resume is not None: s.load_state_dict(resume, accept_changes); s.tell('resumed'); s.tell('continued')
     while s.epoch < s.first+epochs and not s.stop:
         s.began = time.perf_counter()-s.seconds
         if s.step: set_rng_state(s.draws) # of an epoch that was broken off: for a loader that draws its order from it
@@ -387,7 +392,7 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
         s.tell('after_epoch')
         s.epoch, s.step, s.losses, s.rows, s.began = s.epoch+1, 0, [], [], time.perf_counter()
         s.rest(); s.seconds = 0.
-    if any(ranks.gather(s.asked)): raise Halted(f'stopped in epoch {s.epoch}, all of its slides done') # while the last point was written
+    if any(ranks.gather(s.asked)): raise s.halted() # while the last point was written
     s.tell('after_fit')
     return s.history
 
@@ -413,7 +418,7 @@ class CSVLog:
     def __init__(self, path): self.path = Path(path)
     def after_epoch(self, s):
         write_csv(self.path, [{k: v if isinstance(v, int) else '' if math.isnan(v) else f'{v:.6g}' for k, v in r.items()} for r in s.history])
-    def resumed(self, s):
+    def continued(self, s):
         if s.history: self.after_epoch(s) # the file may be gone
 
 class TensorBoardLog:

@@ -1,7 +1,8 @@
 "A training that is killed, stopped or short of disk goes on from its last point and ends with the same weights, bit by bit."
 import copy, csv, json, os, random, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import psutil, pytest, torch
+from types import SimpleNamespace
+import psutil, pytest, torch, torchvision
 from streaming_pathology import cli
 from streaming_pathology.checkpoints import last_point, load_checkpoint, points, save_checkpoint
 from streaming_pathology.cohorts import tiny_cohort
@@ -118,12 +119,14 @@ def test_what_was_changed_is_named(cohort, whole, halfway, capsys):
     other = halfway.parent/'cohort'; shutil.copytree(cohort, other); text = (other/'manifest.csv').read_text()
     (other/'manifest.csv').write_text(text.replace('train', 'x', 1).replace('tuning', 'train', 1).replace('x', 'tuning', 1)); again('the cohort was another one', cohort=other)
     again('1 slide for tuning or testing that this run has learnt from', 's0', cohort=other, options=['--accept-changes'])
-    (other/'manifest.csv').write_text(text); shutil.copy(other/'slides/s01.tiff', other/'slides/s03.tiff')
-    if (other/'slides/s03.tiff').stat().st_size != (cohort/'slides/s03.tiff').stat().st_size: again('the cohort was another one', cohort=other)
+    (other/'manifest.csv').write_text(text); (other/'slides/s03.tiff').write_bytes((other/'slides/s03.tiff').read_bytes()+b'0'); again('the cohort was another one', cohort=other)
     assert cli.main(['train', cohort/'manifest.csv', halfway, *TRAIN, '--workers', 1, '--copies', 3, '--resume']) == 0; as_if_never_stopped(halfway, whole)
     longer = ['train', cohort/'manifest.csv', halfway, *TRAIN, '--epochs', 4, '--resume']
     for options in (['--lr', .1], ['--epochs', 2]): refused(capsys, [*longer[:-3], *options, '--resume', '--accept-changes'], 'has 3 epochs', '--epochs 4 or more')
     assert cli.main([*longer, '--accept-changes']) == 0 and len(rows(halfway/'log.csv')) == 4
+    assert json.loads((halfway/'environment.json').read_text())['resumed'][-1].endswith('; epoch 4; --epochs was 3 and is 4')
+    for n in ('report.html', 'predictions.csv'): (halfway/n).unlink() # as where memory did not suffice for them
+    assert cli.main([*longer, '--strip', 32, '--accept-changes']) == 0; longer += ['--strip', 32]
     assert load_checkpoint(halfway/'checkpoints/best.pt')['settings']['settings']['epochs'] == 4 # what was accepted counts for it, whichever epoch it is of
     assert cli.main(longer) == 0 and 'is finished' in capsys.readouterr().out; refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume'], '--epochs was 4 and is 3')
     refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--epochs', 4, '--resume', '--accept-changes', '--pool', 'attention'], 'another network or schedule', 'pool avg')
@@ -143,6 +146,7 @@ def test_what_was_learnt_is_never_tested_on(cohort, halfway, capsys):
     refused(capsys, tried(4, (train, dict(patient_id='new')), (test, dict(patient_id=who))), f"{test!r} (now test)") # a slide of a patient whose others were learnt from
     assert cli.main(tried(4, (train, dict(split='', label='')), options=['--lr', 1e-5])) == 0 # left out, and then back in another part
     refused(capsys, tried(5, (train, dict(split='test'))), f"{train!r} (now test)")
+    refused(capsys, tried(5, (train, dict(slide_id='new', patient_id='new', split='test'))), "'new' (now test)") # the same file
 
 def test_a_damaged_point(cohort, halfway, capsys):
     for p in points(halfway/'checkpoints'): data = bytearray(p.read_bytes()); data[len(data)//3] ^= 4; p.write_bytes(data)
@@ -163,6 +167,7 @@ def test_the_best_epoch_is_lost(cohort, whole, halfway, capsys):
     shutil.copytree(whole, halfway, dirs_exist_ok=True); (halfway/'report.html').unlink() # stopped after the last epoch
     best, argv = halfway/'checkpoints/best.pt', ['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume']
     data = bytearray(best.read_bytes()); data[len(data)//3] ^= 4; best.write_bytes(data)
+    (halfway/'report.html').touch(); before = tree(halfway); refused(capsys, [*argv, '--epochs', 4, '--accept-changes'], 'best.pt is damaged'); assert tree(halfway) == before; (halfway/'report.html').unlink()
     refused(capsys, argv, 'best.pt is damaged', 'delete it'); best.unlink()
     assert cli.main(argv) == 0 and 'the weights of the last one are used' in capsys.readouterr().err
     a, b = load_checkpoint(best)['model'], last_point(halfway/'checkpoints')['model']; assert all(torch.equal(a[k], b[k]) for k in a)
@@ -175,7 +180,7 @@ def test_what_was_finished_is_not(cohort, whole, halfway, capsys, monkeypatch):
     def stopped(self, s): monkeypatch.setattr(cli.Checkpoints, 'save', save); save(self, s); signal.raise_signal(signal.SIGTERM)
     monkeypatch.setattr(cli.Checkpoints, 'save', stopped); assert cli.main(argv) == 75
     assert sorted(p.name for p in halfway.iterdir() if p.is_file()) == ['cohort.csv', 'environment.json', 'log.csv', 'settings.toml'] and not any(halfway.glob('images/*')) and not any(halfway.glob('heatmaps/*'))
-    assert rows(halfway/'log.csv', 'seconds', 'peak_mb') == rows(whole/'log.csv', 'seconds', 'peak_mb')[:2] and len(json.loads((halfway/'environment.json').read_text())['resumed']) == 1
+    assert rows(halfway/'log.csv', 'seconds', 'peak_mb') == rows(whole/'log.csv', 'seconds', 'peak_mb')[:last_point(halfway/'checkpoints')['epoch']] and len(json.loads((halfway/'environment.json').read_text())['resumed']) == 1
     assert cli.main(argv) == 0; as_if_never_stopped(halfway, whole)
     assert rows(halfway/'cohort.csv', 'path') == rows(whole/'cohort.csv', 'path')
 
@@ -187,6 +192,29 @@ def test_a_cohort_inside_a_run(cohort, whole, tmp_path, capsys):
 
 def test_what_cannot_change(cohort, whole, halfway, capsys):
     for options in (['--spacing', 8], ['--normalise', 'training'], ['--canvas']): refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, *options, '--resume', '--accept-changes'], 'sees slides otherwise', options[0][2:])
+
+def test_other_weights(cohort, whole, tmp_path, capsys):
+    "They are in the points, so that others would have no effect; but their file may lie elsewhere, or be gone."
+    for i in (1, 2): torch.manual_seed(i); torch.save(torchvision.models.resnet18().state_dict(), tmp_path/f'{i}.pt')
+    run, argv = tmp_path/'run', ['train', cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--epochs', 2, '--resume']
+    assert cli.main([*argv, '--weights', tmp_path/'1.pt']) == 0
+    for p in points(run/'checkpoints')[1:]: p.unlink()
+    (run/'report.html').unlink(); before = tree(run); shutil.copy(tmp_path/'1.pt', tmp_path/'3.pt')
+    for options in (['--weights', tmp_path/'2.pt'], []): refused(capsys, [*argv, *options], '--weights-sha256 was'); refused(capsys, [*argv, *options, '--accept-changes'], 'began or sees', 'weights'); assert tree(run) == before
+    assert cli.main([*argv, '--weights', tmp_path/'3.pt']) == 0
+
+def test_what_comes_too_late():
+    "What was changed is refused where nothing is left that would learn from it, and where something is it is not."
+    def refusal(changed, stage=None, done=3, first=0, epochs=3, stop=False, **settings):
+        s = SimpleNamespace(epoch=done, first=first, epochs=epochs, stop=stop, stage=stage, history=[{}]*done)
+        try: cli.Record('run', [], dict(recipe=None, epochs=first+epochs, patience=None) | settings, changed).resumed(s)
+        except cli.InputError as e: return str(e)
+    assert refusal(dict(lr=.1), done=2) is None and '(--lr): give --epochs 4 or more' in refusal(dict(lr=.1)) and refusal({}) is None
+    assert refusal(dict(epochs=9)) is None and refusal(dict(strip=9, memory='8GB', device='cuda')) is None and '--epochs' in refusal(dict(epochs=9), epochs=2)
+    assert 'more --patience' in refusal(dict(lr=.1), done=2, stop=True, patience=1) and all(refusal(dict(patience=p), done=2, stop=True, patience=1) is None for p in (5, '')) and refusal(dict(patience=1), done=2, stop=True, patience=2) # which stops all the same
+    of = dict(recipe='paper') # of two stages
+    assert refusal(dict(clip=1.), 1, **of) is None and refusal(dict(clip=1.), 1, done=2, stop=True, **of) is None and refusal(dict(clip=1.), 2, done=7, first=3, epochs=9, **of) is None
+    for stop, done in ((True, 8), (False, 9)): assert refusal(dict(clip=1.), 2, done=done, first=3, epochs=6, stop=stop, **of).endswith('(--clip): give another folder')
 
 def test_more_patience():
     class Kept:

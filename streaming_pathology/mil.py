@@ -9,7 +9,6 @@ __all__ = ['InstanceMIL', 'TwoPhases']
 import torch
 from torch import nn
 from .geometry import InputError
-from .models import StreamingClassifier
 from .losses import Binary
 from .data import slide_loader
 from .training import predict
@@ -18,7 +17,7 @@ from .bags import Bag, BagDataset, PatchGrid
 # %% ../nbs/12_mil.ipynb #m0000007
 class InstanceMIL(nn.Module):
     "A network of patches, (N, 3, size, size) uint8 -> logits (N, 1), as one of slides: `Bag` -> (1, 1), or in training (k, 1), those of its `k` most suspicious patches. Campanella et al. 2019; the paper, section IV-B."
-    def __init__(self, network, # `StreamingClassifier`, of which patches see the plain layers, or any other
+    def __init__(self, network, # `StreamingClassifier`, or any other of patches
                  k=1,           # patches of a slide that learn its label
                  batch=64):     # patches at a time
         super().__init__()
@@ -28,8 +27,7 @@ class InstanceMIL(nn.Module):
 
     def classify(self, patches): # (N, 1)
         "The logits of patches."
-        n, patches = self.network, patches.to(next(self.parameters()).device)
-        return n.head(n.trunk.module(patches)) if isinstance(n, StreamingClassifier) else n(patches)
+        return self.network(patches.to(next(self.parameters()).device))
 
     @torch.no_grad()
     def scores(self, bag): # (n, 1)

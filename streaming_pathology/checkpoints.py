@@ -98,7 +98,7 @@ class Checkpoints:
                  keep=2):
         self.folder, self.settings, self.minutes, self.keep, self.best = Path(folder), settings or {}, minutes, keep, math.inf
 
-    def before_fit(self, s): self.folder.mkdir(parents=True, exist_ok=True); self.saved = time.monotonic()
+    def before_fit(self, s): self.folder.mkdir(parents=True, exist_ok=True); self.saved, self.epoch = time.monotonic(), None # the epoch of the last point
 
     def after_epoch(self, s):
         loss = s.history[-1].get('tuning_loss', -s.epoch)
@@ -108,13 +108,13 @@ class Checkpoints:
             save_checkpoint(self.folder/'best.pt', model=dict(s.evaluated.state_dict()), settings=self.settings, epoch=s.epoch+1, seed=s.seed, history=s.history); self.best = loss
 
     def at_rest(self, s):
-        if not s.step or s.halt or time.monotonic()-self.saved >= 60*self.minutes: self.save(s)
+        if s.halt or s.step == 0 and s.epoch != self.epoch or time.monotonic()-self.saved >= 60*self.minutes: self.save(s)
 
     def save(self, s):
         path = self.folder/f'point_{s.epoch:06}_{s.step:06}.pt'
         save_checkpoint(path, **s.state_dict(), settings=self.settings)
         for p in [p for p in points(self.folder) if p > path]+[p for p in points(self.folder) if p < path][:1-self.keep or None]: p.unlink()  # later ones are of a run that went another way
-        self.saved = time.monotonic()
+        self.saved, self.epoch = time.monotonic(), s.epoch
 
     def resumed(self, s):
         if (path := self.folder/'best.pt').exists():

@@ -7,7 +7,7 @@ __all__ = ['STOPS', 'fit_canvas', 'flips', 'tissue_pixels', 'SlideDataset', 'che
            'EpochSampler', 'slide_loader', 'one_line', 'worker_died', 'sample_patches', 'channel_statistics']
 
 # %% ../nbs/08_data.ipynb #d92a64d3
-import math, numbers, operator, os, signal, threading, warnings
+import copy, math, numbers, operator, os, signal, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 import numpy as np, torch
@@ -48,9 +48,10 @@ class _Kept:
     "Images in memory, up to a number of bytes; shared by threads, not sent to other processes."
     def __init__(self, limit): self.limit, self.used, self.images, self.lock = limit, 0, {}, threading.Lock()
     def get(self, key): return self.images.get(key)
-    def add(self, key, image):
+    def add(self, key, seen): # an image, and where it is tissue
+        size = seen[0].nbytes+sum(a.nbytes for a in seen[1])
         with self.lock:
-            if key not in self.images and self.used+image.nbytes <= self.limit: self.images[key] = image; self.used += image.nbytes
+            if key not in self.images and self.used+size <= self.limit: self.images[key] = seen; self.used += size
     def __len__(self): return len(self.images)
     def __reduce__(self): return _Kept, (self.limit,)
 
@@ -93,7 +94,7 @@ class SlideDataset(Dataset):
         self.cases, self.spacing, self.size, self.augment, self.seed, self.canvas, self.colour, self.pen = list(cases), spacing, None if size is None else checked_size(size), augment, seed, canvas, checked_colour(colour), pen
         check_ids(self.cases); keyed_rng(seed)
         self.clean = 50. if clean is None and canvas else clean
-        self.kept, self.boxes, self.contradictions = _Kept(cache), {}, {}  # by slide_id: its image; (height, width) of it, once read; what its file says of its spacing twice
+        self.kept, self.boxes, self.contradictions = _Kept(cache), {}, {}  # by slide_id: what `look` gives; (height, width) of the image, once read; what its file says of its spacing twice
 
     def __len__(self): return len(self.cases)
 
@@ -107,27 +108,35 @@ class SlideDataset(Dataset):
         except InputError as e: raise InputError(f'slide {c.slide_id!r}: {e}') from None
         except Exception as e: raise InputError(f"slide {c.slide_id!r} ({c.path}) cannot be read: {_first_line(e)}") from e
 
+    def seen(self, i): # not to be changed
+        "As `look`, from memory where it is kept."
+        key = self.cases[i].slide_id
+        if (got := self.kept.get(key)) is None: self.kept.add(key, got := self.look(i))
+        self.boxes[key] = got[0].shape[:2]
+        return got
+
     def read(self, i): # uint8 (h, w, 3), not to be changed
         "The box around the tissue of case `i`, not augmented, padded or cropped."
-        key = self.cases[i].slide_id
-        if (got := self.kept.get(key)) is None: self.kept.add(key, got := self.look(i)[0])
-        self.boxes[key] = got.shape[:2]
-        return got
+        return self.seen(i)[0]
 
     def image(self, i): # uint8 (3, H, W)
         "Case `i` as the network sees it, not augmented."
-        return torch.from_numpy(fit_canvas(self.read(i), self.size, colour=self.colour)).permute(2, 0, 1).contiguous()
+        return self._fitted(self.read(i))
+
+    def _fitted(self, rgb): return torch.from_numpy(fit_canvas(rgb, self.size, colour=self.colour)).permute(2, 0, 1).contiguous()
 
     def __getitem__(self, key): # `key`: an index, or (index, epoch)
         i, epoch = key if isinstance(key, tuple) else (key, 0)
-        c, rgb = self.cases[i], self.read(i)
+        return self.item(self.cases[i], epoch, *self.seen(i))
+
+    def item(self, c, epoch, rgb, where): # a case, and what `seen` gives of it
         item, colour = dict(label=torch.tensor(math.nan if c.label is None else c.label, dtype=torch.float32), slide_id=c.slide_id, box=rgb.shape[:2]), self.colour
         if isinstance(self.augment, Augmentation):
             record = self.augment.draw(self.seed, epoch, c.slide_id)
             image = augmented(rgb, record, self.size or _round_up(augmented_size(record, rgb.shape[:2])), colour)
             item['image'], item['record'], colour = torch.from_numpy(pixels(image)), record, background(record, colour)
         else:
-            item['image'] = self.image(i)
+            item['image'] = self._fitted(rgb)
             if self.augment: item['image'] = self.augment(item['image'], slide_rng(self.seed, epoch, c.slide_id))
         if self.canvas:
             found = Canvas.from_image(item['image'], colour)
@@ -136,8 +145,8 @@ class SlideDataset(Dataset):
 
     def part(self, *splits, augment=None):
         "The cases of some splits as a dataset that shares this one's cache; '' are those without a split."
-        new = SlideDataset([c for c in self.cases if c.split in splits], self.spacing, self.size, augment, self.seed, self.kept.limit, self.canvas, self.clean, self.colour, self.pen)
-        new.kept, new.boxes = self.kept, self.boxes
+        new = copy.copy(self)
+        new.cases, new.augment = [c for c in self.cases if c.split in splits], augment
         return new
 
 def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]

@@ -81,6 +81,8 @@ class Run:
     @property
     def two(self): return self.settings.get('task', 'binary') == 'binary' # classes
     @property
+    def patches(self): return self.settings.get('command') == 'sp_mil' # the network sees patches, not a whole image
+    @property
     def split(self): return self.metrics.split if self.metrics else 'test'
     def of_split(self): return [p for p in self.predictions if p.split == self.split and p.label is not None]
     def unlabelled(self): return [p for p in self.predictions if p.label is None]
@@ -270,7 +272,7 @@ def _gallery(run, most):
     notes = [f'{len(slides):,} slides are too many for one page: shown are the {most} with the largest error.'] if len(slides) > most else []
     for kind, suffix, what in (('images', '.jpg', 'Pictures'), ('heatmaps', '.npy', 'Heatmaps')):
         if (n := sum(bool(_piece(run, kind, p.slide_id, suffix)) for p in seen)) < len(seen): notes.append(f'{what} were made of {n} of {_plural(len(seen), "slide")}; the others have no file in {kind}/.')
-    return (P('What the network saw, and over it where its logit is most sensitive (SmoothGrad), from ', Span('little', cls='ramp'), ' to much. The line under a slide is its probability, the tick the threshold. Select a slide to enlarge it.'),
+    return (P(f"What the network saw, and over it {'the probability of each patch' if run.patches else 'where its logit is most sensitive (SmoothGrad)'}, from ", Span('little', cls='ramp'), ' to much. The line under a slide is its probability, the tick the threshold. Select a slide to enlarge it.'),
         *(P(n, cls='small') for n in notes), _controls(), P('', id='count', cls='small', role='status'), Ul(*cards, cls='gallery', id='labelled') if cards else P('There are no labelled slides.', cls='note'),
         (H3('Unlabelled slides'), P('Nobody has told the network or this report what they show, so they count in no figure.'), Ul(*others, cls='gallery')) if others else None)
 
@@ -317,7 +319,7 @@ def _made(run):
              ('network, one slide, median', each and _time(median(each)))] if v]
     return (*(P(run.notes[k], cls='note') for k in ('metrics.json', 'cohort.csv', 'environment.json') if k in run.notes), Div(_cohort(run), _table('Times and memory', (), times) if times else None, cls='pair'),
         Div(_table('Settings', (), _flat(run.settings)), _table('Machine and versions', (), _flat(run.environment)) if run.environment else None, cls='pair'),
-        P('Training, interval and heatmaps follow Pinckaers et al., ', Em('Detection of prostate cancer in whole-slide images through end-to-end training with image-level labels'), ', IEEE Transactions on Medical Imaging 2021; SmoothGrad is by Smilkov et al. 2017.', cls='small'))
+        P('Training, interval and heatmaps follow Pinckaers et al., ', Em('Detection of prostate cancer in whole-slide images through end-to-end training with image-level labels'), f", IEEE Transactions on Medical Imaging 2021; {'multiple-instance learning is that of Campanella et al. 2019' if run.patches else 'SmoothGrad is by Smilkov et al. 2017'}.", cls='small'))
 
 # %% ../nbs/15_report.ipynb #a92be03c
 STYLE = '''

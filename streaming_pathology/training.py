@@ -20,7 +20,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from fastcore.basics import patch
-from .background import Canvas
 from .augment import keyed_rng
 from .cohorts import several
 from .data import EpochSampler, one_line, slide_loader
@@ -69,10 +68,10 @@ def autocast(device, amp): # a context manager
     if amp not in kinds: raise InputError(f"amp is {amp!r}; use None, 'bf16' or 'fp16'")
     return torch.autocast(torch.device(device).type, kinds[amp]) if amp else nullcontext()
 
-def logits_of(model, item, device='cpu', amp=None): # (1, n_out)
-    "The logits of one slide; in float32 where the network ran in less, for the loss."
+def logits_of(model, item, device='cpu', amp=None): # (1, n_out), or (k, n_out) where the network gives several of a slide
+    "The logits of one slide, whose image is a tensor or what else the network takes; in float32 where the network ran in less, for the loss."
     x = item['image']
-    with autocast(device, amp): y = model(x if isinstance(x, Canvas) else x.to(device)[None])
+    with autocast(device, amp): y = model(x.to(device)[None] if isinstance(x, torch.Tensor) else x)
     return y.float() if amp else y
 
 def peak_mb(device='cpu'):
@@ -88,10 +87,11 @@ def predict(model,        # gives logits (1, n_out) for an image (1, 3, H, W)
             ranks=Alone(),
             rows=None,    # of slides that went before; this list grows
             rest=None,    # called between two slides, when those before are in `rows`
+            epoch=0,      # of the augmentation, where there is one
             failed=False): # a slide that cannot be used ends it all; True: it gets a row with the `error` alone
-    "One dict a slide: slide_id, label (None if unknown), probability (what the task predicts), logits (the mean, where the model gives several of a slide), box if the item has it, seconds."
+    "One dict a slide: slide_id, label (None if unknown), probability (what the task predicts), logits (the mean, where the model gives several of a slide), box if the item has it, top (the places of the most suspicious patches of a bag, where the model says them), seconds."
     loader, rows, was = as_loader(data, ranks=ranks), [] if rows is None else rows, model.training
-    n, slides = sum(ranks.gather(len(loader))), slides_of(loader, 0, len(ranks.places(0, len(rows))))
+    n, slides = sum(ranks.gather(len(loader))), slides_of(loader, epoch, len(ranks.places(0, len(rows))))
     model.eval()
     with tqdm(total=n, initial=len(rows), desc=desc, unit='slide', leave=False, disable=not progress or ranks.rank > 0) as bar:
         while len(rows) < n:
@@ -113,7 +113,7 @@ def _predicted(model, slides, device, amp, task): # a row
     logits = task.fits(logits_of(model, item, device, amp))
     if not logits.isfinite().all(): raise InputError(f"slide {item['slide_id']!r}: the network's output is {logits[0].tolist()}; in training, begin again with a lower learning rate, or without amp; else predict without amp, or look whether the checkpoint is damaged")
     label = item['label'].tolist() if is_known(item['label']) else None
-    return dict(slide_id=item['slide_id'], label=label, probability=task.predicted(logits).mean(0).tolist(), logits=logits.mean(0).tolist(), seconds=time.perf_counter()-start, **{k: item[k] for k in ('box',) if k in item})
+    return dict(slide_id=item['slide_id'], label=label, probability=task.predicted(logits).mean(0).tolist(), logits=logits.mean(0).tolist(), seconds=time.perf_counter()-start, **{k: item[k] for k in ('box',) if k in item}, **({'top': top} if (top := getattr(item['image'], 'top', None)) else {}))
 
 def is_known(label): return not label.isnan().all() # of several numbers in a label some may be missing
 
@@ -263,6 +263,7 @@ class State:
     evaluated: nn.Module = None                  # what tuning slides are shown to, and kept as the best: the model, or an average of it
     draws: dict = field(default_factory=dict)    # `rng_state` when the epoch began
     drawn: dict = field(default_factory=dict)    # and when it was broken off
+    progress: bool = True
     bar: tqdm = None
 
     def logits(self, step, item): # (1, n_out)
@@ -272,7 +273,8 @@ class State:
 
     def backward(self, step, item, loss): # what `loss`, a function of (logits, label), gives
         "Forward and backward of one slide; its gradient is added up."
-        value = loss(self.logits(step, item), item['label'].to(self.device)[None])
+        logits, label = self.logits(step, item), item['label'].to(self.device)
+        value = loss(logits, label.expand(len(logits), *label.shape)) # a network may give several of a slide
         finite(value.item(), item['slide_id'], self)
         self.scaler.scale(value).backward()
         if not self.scaler.is_enabled() and not sound(self.params()): raise InputError(f"slide {item['slide_id']!r}: its gradient is not finite in epoch {self.epoch+1}; {WAY_OUT}")
@@ -368,7 +370,7 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
     if not params: raise InputError('every parameter is frozen; unfreeze some, or freeze less of the network')
     settings = {'training slides': fingerprint(train), 'tuning slides': fingerprint(tuning)} | dict(trained=[*params], epochs=epochs, lr=lr, momentum=momentum, batch=batch, seed=seed, device=torch.device(device).type, amp=amp, optimizer=optimizer, task=repr(task), clip=clip,
                     callbacks=[type(c).__name__ for c in callbacks if hasattr(c, 'state')])
-    s = State(model, make_optimizer(optimizer, params.values(), lr, momentum), torch.amp.GradScaler(torch.device(device).type, enabled=amp == 'fp16'), epochs, batch, device, amp, seed, task, clip, tuple(callbacks), ranks, settings, stage, evaluated=model)
+    s = State(model, make_optimizer(optimizer, params.values(), lr, momentum), torch.amp.GradScaler(torch.device(device).type, enabled=amp == 'fp16'), epochs, batch, device, amp, seed, task, clip, tuple(callbacks), ranks, settings, stage, evaluated=model, progress=progress)
     train = as_loader(train, True, seed, ranks, task.exclusive)
     s.first = s.epoch = len(history); s.history = [*history]
     for _, v in sorted(model.state_dict().items()): ranks.same(v)

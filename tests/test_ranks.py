@@ -5,11 +5,13 @@ import psutil, pytest, torch
 import torch.distributed as dist, torch.multiprocessing as mp
 from streaming_pathology import cli
 from streaming_pathology.augment import Augmentation
+from streaming_pathology.bags import BagDataset, PatchGrid
 from streaming_pathology.checkpoints import load_checkpoint, points, save_checkpoint
 from streaming_pathology.cohorts import read_manifest, tiny_cohort
 from streaming_pathology.data import SlideDataset
 from streaming_pathology.distributed import Ranks
 from streaming_pathology.losses import Binary, Multilabel, Survival
+from streaming_pathology.mil import InstanceMIL, TwoPhases
 from streaming_pathology.recipes import Stage, run_recipe
 from streaming_pathology.training import Alone, TinyNet, fit, predict, synth_slides
 from small import COMMAND, small_resnet
@@ -17,6 +19,7 @@ from test_resume import rows as rows_but
 
 class Seen:
     "Callback: the slides of each epoch, and gradient and weights at each step."
+    more = ()
     def before_fit(self, s):
         self.slides, self.all, step = [], [], s.optimizer.step
         def noted(*a, **k): self.all.append(torch.cat([p.grad.flatten() for p in s.model.parameters()])); return step(*a, **k)
@@ -32,12 +35,13 @@ class Net(TinyNet): # with dropout, in float64
 def cases_of(folder): return [c for c in read_manifest(folder/'manifest.csv') if c.split == 'train' and c.slide_id not in ('s00', 's03', 's09')] # two of five are positive: each epoch has three of both
 
 def job(kind, folder, ranks, **more): # what a training came to
-    torch.manual_seed(0); seen = Seen()
+    torch.manual_seed(0); seen, task, train = Seen(), Binary(), []
     if kind == 'oversampled': task, train = Binary((1., 2.)), SlideDataset(cases_of(folder), 4., augment=Augmentation(), seed=1)
     if kind == 'survival': task, train = Survival(), [i | dict(label=torch.tensor([3.+k % 4, k % 3 > 0])) for k, i in enumerate(synth_slides(7))]
     if kind == 'multilabel': task, train = Multilabel(2), [i | dict(label=torch.tensor([float(k % 2), float('nan') if k == 4 else 1.])) for k, i in enumerate(synth_slides(5))]
     net = Net(task.n_out); tuning = train[:3] if isinstance(train, list) else SlideDataset(cases_of(folder)[:3], 4.)
-    history = fit(net, train, tuning, epochs=2, batch=3, lr=.05, task=task, ranks=ranks, progress=False, callbacks=[seen, *more.pop('callbacks', [])], **more)
+    if kind == 'patches': task, train, tuning = Binary(), BagDataset(cases_of(folder), 4., grid=PatchGrid(32), augment=Augmentation(), seed=1), BagDataset(cases_of(folder)[:3], 4., grid=PatchGrid(32)); net, seen.more = InstanceMIL(net, 2, 3), [TwoPhases(train)]
+    history = fit(net, train, tuning, epochs=2, batch=3, lr=.05, task=task, ranks=ranks, progress=False, callbacks=[seen, *seen.more, *more.pop('callbacks', [])], **more)
     rows = predict(net, tuning, ranks=ranks, task=task, progress=False)
     return dict(steps=seen.all, slides=seen.slides, history=[{k: v for k, v in r.items() if k not in ('seconds', 'peak_mb')} for r in history], rows=[{k: v for k, v in r.items() if k != 'seconds'} for r in rows])
 
@@ -46,7 +50,7 @@ def recipe(folder, ranks):
     history = run_recipe(net, synth_slides(7), synth_slides(4, 1), (Stage(2, .05, 'head', 'middle', batch=3), Stage(3, .02, batch=4)), folder/f'recipe_{ranks.size}', ranks=ranks, progress=False)
     return dict(steps=[p.detach().flatten() for p in net.parameters()], slides=[], history=[{k: v for k, v in r.items() if k not in ('seconds', 'peak_mb')} for r in history], rows=[])
 
-KINDS = ('oversampled', 'survival', 'multilabel')
+KINDS = ('oversampled', 'survival', 'multilabel', 'patches')
 
 def _rank(rank, ranks, folder):
     torch.set_num_threads(1); folder = Path(folder)

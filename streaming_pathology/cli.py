@@ -115,17 +115,20 @@ def _let_go(e):
     try: traceback.clear_frames(e.__traceback__)
     finally: sys.unraisablehook = former
 
+_worker_died = 'a process that reads slides was killed, perhaps for want of memory; fewer --workers need less, and what was kept is there to go on with'
+
 def status_of(f, *args, **kwargs):
     "Call `f`; 0 if all went well, otherwise one line on stderr and the exit status."
     try: f(*args, **kwargs); return 0
     except InputError as e: said, status = one_line(e), 2
     except Halted as e: said, status = f'{e}; the same command with --resume goes on', 75
     except KeyboardInterrupt as e: _let_go(e); said, status = 'interrupted', 130
+    except (ConnectionResetError, ConnectionRefusedError, EOFError): said, status = _worker_died, 2 # while it was handing something over
     except OSError as e: said, status = f'{e.filename or "a file"}: {e.strerror or one_line(e)}', 2
     except (MemoryError, torch.OutOfMemoryError): said, status = 'out of memory; a smaller size, a coarser spacing or, where the network runs, a smaller strip needs less', 2
     except RuntimeError as e:
         if not worker_died(e): raise
-        said, status = 'a process that reads slides was killed, perhaps for want of memory; fewer --workers need less, and what was kept is there to go on with', 2
+        said, status = _worker_died, 2
     if os.environ.get('WORLD_SIZE', '1') != '1' and 'RANK' in os.environ: said = f"rank {os.environ['RANK']}: {said}"
     sys.stderr.write('stopped: '*(status == 75)+'error: '*(status != 75)+said.removeprefix('stopped in ')+'\n') # at once, as ranks share it
     return status

@@ -259,9 +259,9 @@ def _controls():
         Fieldset(Legend('Colours'), radio('scale', 'common', 'one scale for all slides', True), radio('scale', 'own', 'each slide its own', False)), cls='controls', autocomplete='off')
 
 def _common_top(run, slides):
-    "Value of full colour for all slides together, None without heatmaps"
+    "Value of full colour for all slides together, None without heatmaps; probabilities have a scale of their own"
     maps = [load_heatmap(f).ravel() for p in slides if (f := _piece(run, 'heatmaps', p.slide_id, '.npy'))]
-    return float(np.percentile(np.concatenate(maps), 99.5)) if maps else None
+    return None if not maps else 1. if run.patches else float(np.percentile(np.concatenate(maps), 99.5))
 
 def _gallery(run, most):
     "Cards of the labelled slides, largest error first, and of the unlabelled ones"

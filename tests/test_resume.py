@@ -11,7 +11,7 @@ from streaming_pathology.training import EarlyStopping, TinyNet, fit, synth_lear
 from small import COMMAND, small_resnet
 from test_cli import heard, refused, tree
 
-KILLS = int(os.environ.get('STREAMING_KILLS', 6))
+KILLS = int(os.environ.get('STREAMING_KILLS', 10))
 TRAIN = ['--spacing', 4, '--epochs', 3, '--batch', 3, '--strip', 64, '--heatmaps', 0, '--lr', 1e-2, '--cosine', '--save-minutes', .003, '--augment', 'paper']
 
 @pytest.fixture(scope='module')
@@ -64,7 +64,7 @@ def test_killed_at_any_moment(cohort, whole, tmp_path):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
     "As a cluster does it: a signal, to the process or to all of its group, exit status 75, and the same command again, until it says that all is done."
-    run, argv = tmp_path/'run', [cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--resume', '--workers', workers, '--save-minutes', .02]
+    run, argv = tmp_path/'run', [cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--resume', '--workers', workers, '--save-minutes', 0] # the stops are early in a short run
     for k in range(3):
         p = process(*argv, start_new_session=True); before = set(points(run/'checkpoints'))
         while p.poll() is None and not set(points(run/'checkpoints'))-before: time.sleep(.002)
@@ -94,6 +94,10 @@ def test_a_worker_is_killed(cohort, tmp_path):
     for c in psutil.Process(p.pid).children():
         if 'spawn_main' in ' '.join(c.cmdline()): c.kill()
     _, err = p.communicate(timeout=60); assert p.returncode == 2 and 'a process that reads slides was killed' in err and 'Traceback' not in err, err
+
+def test_a_worker_is_killed_while_it_hands_over(capsys):
+    def reset(): raise ConnectionResetError(104, 'Connection reset by peer')
+    assert cli.status_of(reset) == 2 and 'a process that reads slides was killed' in capsys.readouterr().err
 
 def test_workers_change_nothing(cohort, whole, tmp_path):
     assert cli.main(['train', cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--workers', 4]) == 0
@@ -207,7 +211,7 @@ def test_what_comes_too_late():
     "What was changed is refused where nothing is left that would learn from it, and where something is it is not."
     def refusal(changed, stage=None, done=3, first=0, epochs=3, stop=False, **settings):
         s = SimpleNamespace(epoch=done, first=first, epochs=epochs, stop=stop, stage=stage, history=[{}]*done)
-        try: cli.Record('run', [], dict(recipe=None, epochs=first+epochs, patience=None) | settings, changed).resumed(s)
+        try: cli.Record('run', [], dict(command='sp_train', recipe=None, epochs=first+epochs, patience=None) | settings, changed).resumed(s)
         except cli.InputError as e: return str(e)
     assert refusal(dict(lr=.1), done=2) is None and '(--lr): give --epochs 4 or more' in refusal(dict(lr=.1)) and refusal({}) is None
     assert refusal(dict(epochs=9)) is None and refusal(dict(strip=9, memory='8GB', device='cuda')) is None and '--epochs' in refusal(dict(epochs=9), epochs=2)

@@ -6,7 +6,6 @@
 __all__ = ['PatchGrid', 'Bag', 'BagDataset', 'tissue_after']
 
 # %% ../nbs/12_bags.ipynb #b0000003
-import math
 from dataclasses import dataclass
 import numpy as np, torch
 from torch.nn import functional as F
@@ -38,7 +37,8 @@ class PatchGrid:
                shape,   # (height, width) of the image, each at least `least`
                tissue): # bool (rows, columns): whether there is tissue, every `STEP` pixels from the upper left corner
         "Of the patches that hold enough tissue, or of the one that holds the most where none does: int64 (n, 3), top, left and factor; (0, 3) where there is no tissue at all."
-        found, shares = zip(*(self._places(shape, np.pad(tissue.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0))), f) for f in self.factors))
+        sums = np.pad(tissue.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        found, shares = zip(*(self._places(shape, sums, f) for f in self.factors))
         found, shares = np.concatenate(found), np.concatenate(shares)
         enough = shares >= max(self.tissue, 1e-9)
         return found[enough] if enough.any() or not shares.any() else found[[shares.argmax()]]

@@ -240,7 +240,7 @@ def build_model(s, task=Binary()): # `StreamingClassifier`, or `InstanceMIL`
 def calibrate(model, data, seed):
     "Running statistics from patches of the training slides of a checked dataset."
     side = min(128, *map(min, data.boxes.values()), *(data.size or ()))
-    getattr(model, 'network', model).calibrate(sample_patches(data.part('train'), n=32, size=side, seed=seed))
+    model.calibrate(sample_patches(data.part('train'), n=32, size=side, seed=seed))
 
 def save_images(data, folder, max_side=1024):
     "What the network sees, as JPEG files of at most `max_side` pixels."

@@ -42,6 +42,7 @@ class InstanceMIL(nn.Module):
         return scores[top], bag.places[top.cpu()]
 
     def freeze_until(self, stage): self.network.freeze_until(stage); return self
+    def calibrate(self, patches): self.network.calibrate(patches); return self
 
     def forward(self, bag):
         if not isinstance(bag, Bag): raise InputError(f'this network takes a Bag, as BagDataset gives it, not {type(bag).__name__}')

@@ -171,7 +171,7 @@ def test_predictions_go_on(cohort, trained, tmp_path):
     model, out = trained/'checkpoints/best.pt', tmp_path/'p.csv'
     def lines(): return sum(p.read_bytes().count(b'\n') for p in tmp_path.glob('p.csv.unfinished'))
     for k in range(3):
-        p = subprocess.Popen([*COMMAND, "predict", model, cohort/"manifest.csv", out, "--tta", "all"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard)
+        p = subprocess.Popen([*COMMAND, 'predict', model, cohort/'manifest.csv', out, '--tta', 'all'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard)
         there = lines()
         while p.poll() is None and lines() < max(1, there)+2: time.sleep(.002)
         p.kill(); p.wait(); journal, = tmp_path.glob('p.csv.unfinished'); assert not out.exists(); journal.write_bytes(journal.read_bytes()+b'["torn')

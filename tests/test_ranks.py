@@ -132,23 +132,24 @@ def test_what_is_refused_is_refused_by_all(on_two, tmp_path):
     assert p.returncode and 'cli.py' not in said and [l for l in said.splitlines() if l.startswith('error: rank 0: ') and 'none.csv does not exist' in l], said
 
 def died(agents, run, rank=1):
-    "Kill a rank when two points are there; what the agents said."
+    "Kill a rank when two points are there; what the agents said, and the seconds that they still took."
     while any(p.poll() is None for p in agents) and len(points(run/'checkpoints')) < 2: time.sleep(.01)
-    next(filter(None, (rank_process(p, rank) for p in agents))).kill()
-    return [p.communicate(timeout=200)[0] for p in agents]
+    next(filter(None, (rank_process(p, rank) for p in agents))).kill(); begun = time.monotonic()
+    return [p.communicate(timeout=200)[0] for p in agents], time.monotonic()-begun
 
 def test_a_rank_that_dies(on_two, tmp_path):
     "All end soon, and the one that died is named."
     p = torchrun('train', on_two/'cohort/manifest.csv', tmp_path/'run', *TRAIN)
-    begun = time.monotonic(); said, = died([p], tmp_path/'run')
-    assert p.returncode and time.monotonic()-begun < 90 and 'SIGKILL' in said and 'rank      : 1' in said, said
+    (said,), seconds = died([p], tmp_path/'run')
+    assert p.returncode and seconds < 60 and 'SIGKILL' in said and 'rank      : 1' in said, said
 
-def test_a_rank_that_is_started_again(on_two, tmp_path):
-    "On two machines, of which each counts its own starts: the run ends as if nothing had been."
+@pytest.mark.parametrize('machines', [1, 2])
+def test_a_rank_that_is_started_again(on_two, tmp_path, machines):
+    "Also on two machines, of which each counts its own starts: the run ends as if nothing had been."
     with socket.socket() as s: s.bind(('localhost', 0)); port = s.getsockname()[1]
-    run, where = tmp_path/'run', ('--nnodes=2', '--rdzv-backend=c10d', f'--rdzv-endpoint=localhost:{port}', '--rdzv-id=x', '--max-restarts=2')
-    agents = [torchrun('train', on_two/'cohort/manifest.csv', run, *TRAIN, '--resume', ranks=1, where=where) for _ in range(2)]
-    said = died(agents, run); assert [p.returncode for p in agents] == [0, 0] and 'exitcode: -9' in ''.join(said), said
+    run, where = tmp_path/'run', ('--nnodes=2', '--rdzv-backend=c10d', f'--rdzv-endpoint=localhost:{port}', '--rdzv-id=x') if machines == 2 else ('--standalone',)
+    agents = [torchrun('train', on_two/'cohort/manifest.csv', run, *TRAIN, '--resume', ranks=2//machines, where=(*where, '--max-restarts=2')) for _ in range(machines)]
+    said, _ = died(agents, run); assert [p.returncode for p in agents] == [0]*machines and 'exitcode: -9' in ''.join(said), said
     for name in ('log.csv', 'predictions.csv'): assert rows(run/name) == rows(on_two/'two'/name)
     a, b = (load_checkpoint(r/'checkpoints/best.pt')['model'] for r in (run, on_two/'two')); assert all(torch.equal(a[k], b[k]) for k in a)
     assert not list(run.rglob('.*'))

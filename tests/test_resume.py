@@ -198,7 +198,7 @@ def test_what_cannot_change(cohort, whole, halfway, capsys):
     for options in (['--spacing', 8], ['--normalise', 'training'], ['--canvas']): refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, *options, '--resume', '--accept-changes'], 'sees slides otherwise', options[0][2:])
 
 def test_other_weights(cohort, whole, tmp_path, capsys):
-    "They are in the points, so that others would have no effect; but their file may lie elsewhere, or be gone."
+    "They are in the points, so that others would have no effect; but their file may lie elsewhere."
     for i in (1, 2): torch.manual_seed(i); torch.save(torchvision.models.resnet18().state_dict(), tmp_path/f'{i}.pt')
     run, argv = tmp_path/'run', ['train', cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--epochs', 2, '--resume']
     assert cli.main([*argv, '--weights', tmp_path/'1.pt']) == 0

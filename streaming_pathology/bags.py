@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np, torch
 from torch.nn import functional as F
 from .geometry import InputError
-from .augment import Augmentation, STEP, origins
+from .augment import Augmentation, STEP, keyed_rng, origins
+from .slides import class_mask
 from .data import SlideDataset
 
 # %% ../nbs/12_bags.ipynb #b0000007
@@ -37,20 +38,21 @@ class PatchGrid:
                shape,   # (height, width) of the image, each at least `least`
                tissue): # bool (rows, columns): whether there is tissue, every `STEP` pixels from the upper left corner
         "Of the patches that hold enough tissue, or of the one that holds the most where none does: int64 (n, 3), top, left and factor; (0, 3) where there is no tissue at all."
-        sums = np.pad(tissue.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-        found, shares = zip(*(self._places(shape, sums, f) for f in self.factors))
-        found, shares = np.concatenate(found), np.concatenate(shares)
+        found = np.concatenate([self._everywhere(shape, f) for f in self.factors])
+        shares = self.share(found, tissue)
         enough = shares >= max(self.tissue, 1e-9)
         return found[enough] if enough.any() or not shares.any() else found[[shares.argmax()]]
 
-    def _places(self, shape, sums, factor):
+    def _everywhere(self, shape, factor):
         size, step = self.size*factor, (self.stride or self.size)*factor
-        starts = [sorted({*range(0, n-size, step), n-size}) for n in shape]
-        first, last = ([np.minimum(-(-(np.array(s)+d)//STEP), n-1) for s, n in zip(starts, sums.shape)] for d in (0, size)) # of the places in a patch
-        count = sums[np.ix_(last[0], last[1])]-sums[np.ix_(first[0], last[1])]-sums[np.ix_(last[0], first[1])]+sums[np.ix_(*first)]
-        share = count/np.maximum(np.outer(*(b-a for a, b in zip(first, last))), 1)
-        top, left = np.meshgrid(*starts, indexing='ij')
-        return np.stack([top, left, np.full_like(top, factor)], -1).reshape(-1, 3), share.ravel()
+        top, left = np.meshgrid(*(sorted({*range(0, n-size, step), n-size}) for n in shape), indexing='ij')
+        return np.stack([top, left, np.full_like(top, factor)], -1).reshape(-1, 3)
+
+    def share(self, places, where): # (n,)
+        "How much of the patches at some places is `where`, a bool (rows, columns) as for `places`."
+        sums = np.pad(where.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        (t, l), (b, r) = (np.minimum(-(-(places[:, :2]+d)//STEP), np.array(where.shape)).T for d in (0, self.size*places[:, 2:]))
+        return (sums[b, r]-sums[t, r]-sums[b, l]+sums[t, l])/np.maximum((b-t)*(r-l), 1)
 
 # %% ../nbs/12_bags.ipynb #b0000011
 @dataclass
@@ -61,6 +63,10 @@ class Bag:
     size: int            # pixels a side, of a patch
     slide_id: str = ''
     top: list | None = None # the places that a network has found the most suspicious
+    learns: tuple | None = None # places (k, 3) and labels (k,) of patches that are known to be positive, or negative
+    shape: tuple | None = None # (height, width) of the image before it was made large enough for a patch; None: it was
+
+    def __post_init__(self): self.shape = self.shape or tuple(self.image.shape[1:])
 
     def __len__(self): return len(self.places)
 
@@ -75,21 +81,38 @@ class Bag:
 
 class BagDataset(SlideDataset):
     "Slides as items like those of a `SlideDataset`, whose image is a `Bag`: the same image, cut by a grid."
-    def __init__(self, cases, spacing, size=None, grid=PatchGrid(), **kwargs): # kwargs: for `SlideDataset`
-        super().__init__(cases, spacing, size, **kwargs); self.grid = grid
+    def __init__(self, cases, spacing, size=None, grid=PatchGrid(),
+                 classes=None, # numbers, in the annotations of the cases, of what makes a patch positive; bags then say which patches to learn from
+                 draws=16,     # so many of a slide in an epoch
+                 **kwargs):    # for `SlideDataset`
+        super().__init__(cases, spacing, size, **kwargs); self.grid, self.classes, self.draws, self.annotated = grid, classes, draws, {}
         if self.canvas: raise InputError('patches are cut from a whole image; leave out canvas')
         if self.augment is not None and not isinstance(self.augment, Augmentation): raise InputError('patches can be augmented by an Augmentation only, which says where tissue comes to lie')
 
     def item(self, c, epoch, rgb, where):
         item = super().item(c, epoch, rgb, where)
-        image, most = item['image'], self.grid.least
-        tissue = tissue_after(where, rgb.shape[:2], image.shape[1:], item.get('record'))
-        if (h := max(image.shape[1], most), w := max(image.shape[2], most)) != image.shape[1:]: # at least one patch
-            larger = torch.tensor(item['colour'], dtype=torch.uint8)[:, None, None].repeat(1, h, w)
-            larger[:, :image.shape[1], :image.shape[2]] = image; image = larger
+        image, most = item['image'], self.grid.least; shape = tuple(image.shape[1:])
+        tissue = tissue_after(where, rgb.shape[:2], shape, item.get('record'))
+        if (least := tuple(max(n, most) for n in shape)) != shape: # at least one patch
+            larger = torch.tensor(item['colour'], dtype=torch.uint8)[:, None, None].repeat(1, *least)
+            larger[:, :shape[0], :shape[1]] = image; image = larger
         places = self.grid.places(image.shape[1:], tissue)
         if not len(places): raise InputError(f'slide {c.slide_id!r}: none of its patches of {self.grid.size} x {self.grid.size} pixels has tissue; leave it out, or give a larger size')
-        return item | dict(image=Bag(image, torch.from_numpy(places), self.grid.size, c.slide_id))
+        learns = self.drawn(c, epoch, places, tissue, rgb.shape[:2], where, shape, item.get('record')) if self.classes else None
+        return item | dict(image=Bag(image, torch.from_numpy(places), self.grid.size, c.slide_id, learns=learns, shape=shape))
+
+    def drawn(self, c, epoch, places, tissue, old, where, shape, record): # places (k, 3), labels (k,)
+        "Patches to learn from in an epoch, half of them positive where there are as many. Positive is what is marked on at least half of its tissue, or more than any other of its slide; negative what is not marked at all."
+        if c.annotation is None and c.label != 0: raise InputError(f'slide {c.slide_id!r} has no annotation, and only that of a negative slide can be missing; give it one, or leave it out')
+        if c.slide_id not in self.annotated:
+            (rows, columns), whole = where[1:], where[0].shape
+            self.annotated[c.slide_id] = np.zeros(whole, bool) if c.annotation is None else class_mask(c.annotation, self.classes, self.spacing*max(len(i)/(i[-1]-i[0]+1) for i in (rows, columns)), whole)
+        marked = tissue_after((self.annotated[c.slide_id], *where[1:]), old, shape, record) & tissue
+        share, rng = self.grid.share(places, marked)/np.maximum(self.grid.share(places, tissue), 1e-9), keyed_rng(self.seed, epoch, c.slide_id, 'patches')
+        positive, negative = (rng.permutation(np.flatnonzero(f)) for f in (share >= min(.5, share.max() or 1), share == 0))
+        n = min(len(positive), max(self.draws//2, self.draws-len(negative)))
+        chosen = np.concatenate([positive[:n], negative[:self.draws-n]])
+        return torch.from_numpy(places[chosen]), torch.from_numpy(share[chosen] > 0).float()
 
 def tissue_after(where,  # as `tissue_pixels` gives it: bool of a coarse grid, with the row and the column of it for each pixel
                  old,    # (height, width) of the image

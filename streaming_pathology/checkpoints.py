@@ -179,7 +179,7 @@ class Output(NamedTuple):
     says: str    # what is in that file
     files: tuple # patterns of all the others
 
-RUN = Output('environment.json', '"streaming_pathology"', ('settings.toml', 'cohort.csv', 'log.csv', 'predictions.csv', 'metrics.json', 'report.html', 'checkpoints/*.pt', 'checkpoints/stage_*/*.pt', 'images/*.jpg', 'heatmaps/*.npy',
+RUN = Output('environment.json', '"streaming_pathology"', ('settings.toml', 'cohort.csv', 'log.csv', 'predictions.csv', 'metrics.json', 'report.html', 'checkpoints/*.pt', 'checkpoints/*.safetensors', 'features/*.safetensors', 'checkpoints/stage_*/*.pt', 'images/*.jpg', 'heatmaps/*.npy',
              'tensorboard/events.*', 'cohort/*.json', 'cohort/*.csv', 'cohort/*/*.tiff')) # a run folder
 FORMER, NEW = '.former', '.new' # in such a folder: what was there before, and what is not finished
 SYSTEM = ('lost+found', '.DS_Store', 'Thumbs.db')

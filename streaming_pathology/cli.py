@@ -7,12 +7,12 @@ __all__ = ['NOT_SET', 'COMMANDS', 'RECIPES', 'AUGMENTATIONS', 'NO_SETTINGS', 'HA
            'sp_export', 'sp_evaluate', 'sp_report', 'sp_trim', 'COHORT', 'sp_synth', 'DEMO', 'DEMO_COHORT', 'TINY',
            'TINY_COHORT', 'sp_demo', 'strip_rows', 'hw', 'make_parser', 'parsed', 'counted', 'status_of',
            'plain_warnings', 'terminable', 'command', 'environment', 'as_toml', 'cohort_sha256', 'file_size',
-           'identity', 'write_cases', 'recipe_of', 'shown_as', 'magnifications', 'build_model', 'calibrate',
-           'save_images', 'save_heatmaps', 'chosen', 'run_training', 'save_weights', 'best_weights', 'Record',
-           'label_names', 'largest', 'write_record', 'predict_rows', 'check_settings', 'check_device', 'train_cohort',
-           'prepare_training', 'former_settings', 'flag', 'changes', 'sentences', 'shown', 'check_learnt', 'finish',
-           'mil_cohort', 'find_slides', 'predict_slides', 'export_run', 'evaluate_predictions', 'report_run', 'colour',
-           'trim_biopsies', 'synthesise', 'demo', 'main']
+           'identity', 'write_cases', 'recipe_of', 'shown_as', 'whole_numbers', 'magnifications', 'build_model',
+           'feature_model', 'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'with_features',
+           'save_weights', 'best_weights', 'Record', 'label_names', 'largest', 'write_record', 'predict_rows',
+           'check_settings', 'check_device', 'train_cohort', 'settle', 'prepare_training', 'former_settings', 'flag',
+           'changes', 'sentences', 'shown', 'check_learnt', 'finish', 'mil_cohort', 'find_slides', 'predict_slides',
+           'export_run', 'evaluate_predictions', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
 import argparse, datetime, difflib, hashlib, inspect, json, math, os, platform, re, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
@@ -40,7 +40,9 @@ from .training import EMA, Alone, Cosine, CSVLog, DryRun, EarlyStopping, Halted,
 from .checkpoints import RUN, Checkpoints, HaltOnSignal, Output, absolute, claim, continuing, last_point, load_checkpoint, load_weights, output_file, plain, points, replacing, save_checkpoint, staged, versions
 from .recipes import paper_mil, paper_streaming, run_recipe, scaled
 from .distributed import joined
-from .inference import TTA, checked_card, dataset, described, export_model, label_columns, load_model, model_hash, predict_table, prediction_columns, write_predictions
+from .aggregators import aggregators, make_aggregator
+from .features import Encoder, FeatureMIL
+from .inference import ENCODER, TTA, checked_card, dataset, described, encoder_of, export_model, load_encoder, save_encoder, label_columns, load_model, model_hash, predict_table, prediction_columns, write_predictions
 from .evaluation import evaluate_file
 from .mil import InstanceMIL, TwoPhases
 from .heatmaps import fit_map, patch_heatmap, save_heatmap, smoothgrad
@@ -198,7 +200,7 @@ def as_toml(settings): # text
 
 def cohort_sha256(cases): # text
     "Of what the cases say, and of the sizes of their files; not of where they lie."
-    rows = [[c.slide_id, c.label, c.patient_id, c.split, c.spacing, c.grade, file_size(c.path), c.mask and file_size(c.mask)] for c in cases]
+    rows = [[c.slide_id, c.label, c.patient_id, c.split, c.spacing, c.grade, file_size(c.path), c.mask and file_size(c.mask), *([file_size(c.annotation)] if c.annotation else [])] for c in cases]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 def file_size(path): return sum(f.stat().st_size for f in (Path(path).iterdir() if Path(path).is_dir() else [Path(path)])) # bytes; of a folder, of what is in it
@@ -206,12 +208,12 @@ def file_size(path): return sum(f.stat().st_size for f in (Path(path).iterdir() 
 def identity(c): # of a case: what tells its slide and its patient apart; a file may be moved
     return c.slide_id, c.patient_id, f'{Path(c.path).name} of {file_size(c.path)} bytes'
 
-def write_cases(path, cases, labels=('label',)):
-    "Cases as a manifest, their labels in columns of these names; slides below its folder keep working when the folder is moved."
+def write_cases(path, cases, labels=('label',), annotation=None):
+    "Cases as a manifest, their labels and annotations in columns of these names; slides below its folder keep working when the folder is moved."
     folder = Path(path).parent.resolve()
     def where(p): p = Path(p).resolve(); return p.relative_to(folder) if p.is_relative_to(folder) else p
     def known(c): return [None]*len(labels) if c.label is None else [None if math.isnan(v) else v for v in (c.label if isinstance(c.label, tuple) else [c.label])]
-    rows = [dict(slide_id=c.slide_id) | dict(zip(labels, known(c))) | dict(path=where(c.path), patient_id=c.patient_id, split=c.split, spacing=c.spacing) | ({} if 'grade' in labels else dict(grade=c.grade)) | dict(mask=c.mask and where(c.mask)) for c in cases]
+    rows = [dict(slide_id=c.slide_id) | dict(zip(labels, known(c))) | dict(path=where(c.path), patient_id=c.patient_id, split=c.split, spacing=c.spacing) | ({} if 'grade' in labels else dict(grade=c.grade)) | dict(mask=c.mask and where(c.mask)) | ({annotation: c.annotation and where(c.annotation)} if annotation else {}) for c in cases]
     return write_csv(path, rows)
 
 # %% ../nbs/16_cli.ipynb #82acd59c
@@ -221,21 +223,34 @@ AUGMENTATIONS = dict(none=None, flips=Augmentation(rotate=0, elastic=0, hue=0, s
 def recipe_of(s): return RECIPES[s['command']][s['recipe']] # stages
 
 def shown_as(s): # dict
-    "What a checkpoint says of what its network is shown, beside the task; `bags`: how patches are cut, where it is a network of those."
-    bags = dict(size=s['patch'], stride=s['stride'], tissue=s['tissue'], factors=magnifications(s['magnify']), k=s['top'], batch=s['patch_batch']) if s['command'] == 'sp_mil' else None
+    "What a checkpoint says of what its network is shown, beside the task and, of an aggregator, its backbone; `bags`: how patches are cut, where it is a network of those."
+    bags = dict(size=s['patch'], stride=s['stride'], tissue=s['tissue'], factors=magnifications(s['magnify']), k=s['top'] or 1, batch=s['patch_batch']) if s['command'] == 'sp_mil' else None
     return dict(canvas=s.get('canvas', False), **{k: s[k] for k in ('spacing', 'size', 'amp', 'pen')}) | ({'bags': bags} if bags else {})
 
-def magnifications(text): # tuple
+def whole_numbers(text, option, what): # tuple
     try: return tuple(map(int, str(text).split(',')))
-    except ValueError: raise InputError(f'--magnify {text}: give whole numbers with commas, 1 for --spacing, 2 for twice as many microns per pixel') from None
+    except ValueError: raise InputError(f'{option} {text}: give whole numbers with commas, {what}') from None
+
+def magnifications(text): return whole_numbers(text, '--magnify', '1 for --spacing, 2 for twice as many microns per pixel')
 
 def _network(s, task): # what a checkpoint says of its network
     return dict(arch=s['arch'], n_out=task.n_out, pool=s['pool'], strip=s.get('strip', 256), memory=s.get('memory', 'auto'), **{k: s[k] for k in ('mean', 'std') if k in s})
 
-def build_model(s, task=Binary()): # `StreamingClassifier`, or `InstanceMIL`
+def build_model(s, task=Binary()): # `StreamingClassifier`, `InstanceMIL` or `FeatureMIL`
     "The network that the settings describe."
     torch.manual_seed(s['seed'])
+    if s.get('aggregator'): return feature_model(s, task)
     return described(shown_as(s) | dict(model=_network(s, task)), weights=s['weights'], sha256=s['weights_sha256']).freeze_until(s['freeze_until'])
+
+def feature_model(s, task): # `FeatureMIL`, with what its aggregator is made of as `made`
+    own = _network(s, task) | dict(n_out=1)
+    encoder = encoder_of(s['backbone'], s['weights'], s['weights_sha256']) if s['backbone'] else Encoder(StreamingClassifier(**own, weights=s['weights'], sha256=s['weights_sha256']), card=dict(model={k: v for k, v in own.items() if k not in ('strip', 'memory')}))
+    if (learnt := encoder.card.get('spacing', s['spacing'])) != s['spacing']: warnings.warn(f"the backbone has learnt at {learnt:g} microns per pixel, and is shown {s['spacing']:g}")
+    if not s['backbone'] and not s['weights']: warnings.warn('the backbone has random weights, of which little can be learnt; give --weights or --backbone')
+    d = encoder(torch.zeros(1, 3, *[s['patch']]*2, dtype=torch.uint8))[0].shape[1]
+    model = FeatureMIL(encoder, make_aggregator(**(made := dict(name=s['aggregator'], d=d, n_out=task.n_out, k=s['top'], dropout=s['dropout']))), s['patch_batch'], s['top'] or 1)
+    model.made = made
+    return model
 
 def calibrate(model, data, seed):
     "Running statistics from patches of the training slides of a checked dataset."
@@ -254,7 +269,7 @@ def save_heatmaps(model, data, ids, folder, copies, seed, device, progress=True)
     "SmoothGrad maps of the slides named in `ids`, or those of the probabilities of their patches."
     for i, c in enumerate(tqdm(data.cases, desc='heatmaps', unit='slide', leave=False, disable=not progress)):
         if c.slide_id not in ids: continue
-        if isinstance(model, InstanceMIL): heat = patch_heatmap(model.eval(), data[i]['image'], STEP)[tuple(slice(0, -(-n//STEP)) for n in data.image(i).shape[1:])]
+        if isinstance(model, (InstanceMIL, FeatureMIL)): heat = patch_heatmap(model.eval(), data[i]['image'], STEP)
         else: heat = smoothgrad(model, data.image(i).to(device), n=copies, seed=seed)
         save_heatmap(folder/f'{c.slide_id}.npy', fit_map(heat, max_side=256))
 
@@ -277,10 +292,12 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     "Train, choose the best epoch on the tuning split, predict, evaluate, draw heatmaps; returns a sentence on the test split, on the first rank."
     s, labels, folder, device = settings, label_names(settings), Path(folder), device or settings['device']
     if ranks.rank == 0 and point is None: write_record(folder, data.cases, s)
-    keep = dict(model=_network(s, task), task=task.settings(), labels=labels, cohort_sha256=s.get('cohort_sha256'), settings=s, **shown_as(s))
+    features = with_features(model, data, folder, point, ranks, device) if isinstance(model, FeatureMIL) else None
+    keep = dict(model={} if features else _network(s, task), task=task.settings(), labels=labels, cohort_sha256=s.get('cohort_sha256'), settings=s, **shown_as(s), **({'features': features} if features else {}))
     parts = {p: data.part(p, augment=AUGMENTATIONS[s['augment']] if p == 'train' else None) for p in ('train', 'tuning')}
+    if s.get('annotation'): parts['train'].classes, parts['train'].draws = whole_numbers(s['classes'], '--classes', 'the numbers that mark what makes a slide positive'), s['draws']
     train, tuning = (slide_loader(d, p == 'train', s['seed'], s['workers'], task.exclusive and s['balance'] == 'oversample', rank=ranks.rank, ranks=ranks.size) for p, d in parts.items())
-    callbacks = [*[TwoPhases(parts['train'], s['workers'])]*isinstance(model, InstanceMIL), CSVLog(folder/'log.csv'), *[DryRun(largest(parts['train']))]*s.get('dry_run', False), *[Cosine()]*s['cosine'], *([EMA(s['ema'])] if s['ema'] else []), *([EarlyStopping(s['patience'])] if s['patience'] else []),
+    callbacks = [*[TwoPhases(parts['train'], s['workers'])]*(isinstance(model, InstanceMIL) and not s.get('annotation')), CSVLog(folder/'log.csv'), *[DryRun(largest(parts['train']))]*s.get('dry_run', False), *[Cosine()]*s['cosine'], *([EMA(s['ema'])] if s['ema'] else []), *([EarlyStopping(s['patience'])] if s['patience'] else []),
                  Record(folder, data.cases, s, changed), *[TensorBoardLog(folder/'tensorboard')]*s['tensorboard'], Checkpoints(folder/'checkpoints', keep, s['save_minutes']), *callbacks]
     shared = dict(callbacks=callbacks, resume=point, accept_changes=bool(changed), ranks=ranks, device=device, task=task, **{k: s[k] for k in ('seed', 'amp', 'clip')})
     if s['recipe']:
@@ -304,6 +321,16 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     ids = chosen(rows, s['heatmaps'])
     save_heatmaps(model, data, set(ids), folder/'heatmaps', s.get('copies'), s['seed'], device)
     return found
+
+def with_features(model, data, folder, point, ranks, device): # of a `FeatureMIL`, what a checkpoint says of it
+    "Make one backbone known to all ranks, to the dataset and, once, to the folder of the run."
+    at = folder/'checkpoints'/ENCODER
+    if point and at.exists(): load_encoder(at, model.encoder)
+    for _, v in sorted(model.encoder.to(device).state_dict().items()): ranks.same(v)
+    card = model.encoder.sealed(); data.encoder = card['sha256']
+    if point and point['settings']['features']['encoder'] != plain(card): raise InputError(f"the backbone is another one than that which {folder} has begun with; put back {at.name}, or give another folder")
+    if ranks.rank == 0 and point is None and 'code' not in card: save_encoder(at, model.encoder)
+    return dict(encoder=card, aggregator=model.made)
 
 def save_weights(model, path, settings, seed, history): save_checkpoint(path, model=dict(model.state_dict()), settings=settings, epoch=len(history), seed=seed, history=history)
 
@@ -352,7 +379,7 @@ def write_record(folder, cases, settings, again=()):
         if first.get('packages') not in (None, now['packages']): warnings.warn('the versions of the packages are not those that the training began with, so that it may not go on to the bit')
         now = now | first | dict(resumed=[*first.get('resumed', []), '; '.join([f"{now['date']}, {now['git_commit'] or 'no commit'}", *again])])
     write_whole(path, json.dumps(now, indent=1)+'\n')
-    write_whole(folder/'settings.toml', as_toml(settings)); write_cases(folder/'cohort.csv', cases, label_columns(settings['task'], label_names(settings)))
+    write_whole(folder/'settings.toml', as_toml(settings)); write_cases(folder/'cohort.csv', cases, label_columns(settings['task'], label_names(settings)), settings.get('annotation'))
 
 def predict_rows(model, data, device, amp, workers, ranks=Alone(), task=Binary()):
     "Predictions of a dataset with the splits of its cases."
@@ -362,13 +389,14 @@ def predict_rows(model, data, device, amp, workers, ranks=Alone(), task=Binary()
 # %% ../nbs/16_cli.ipynb #b6340750
 def check_settings(s): # the same
     "Refuse numbers that make no sense before anything is read."
-    for k, least in dict(epochs=1, batch=1, strip=1, workers=0, top=1, patch_batch=1, heatmaps=0, copies=1, draws=1, seed=0, momentum=0, cache_gb=0, patience=1, save_minutes=0).items():
+    for k, least in dict(epochs=1, batch=1, strip=1, workers=0, top=1, patch_batch=1, heatmaps=0, copies=1, draws=1, seed=0, momentum=0, cache_gb=0, patience=1, save_minutes=0, views=1).items():
         if s.get(k) not in (None, 'auto') and not (math.isfinite(s[k]) and s[k] >= least): raise InputError(f"--{k.replace('_', '-')} is {s[k]}; it has to be at least {least}")
     if s.get('seed', 0) >= 2**32: raise InputError(f"--seed is {s['seed']}; it has to be below {2**32}")
     if s.get('ema') is not None and not 0 < s['ema'] < 1: raise InputError(f"--ema is {s['ema']}; it has to be between 0 and 1")
     for k in ('lr', 'clip', 'spacing', 'slide_spacing'):
         if s.get(k) is not None and not (math.isfinite(s[k]) and s[k] > 0): raise InputError(f"--{k.replace('_', '-')} is {s[k]}; it has to be above 0")
-    for k, allowed in dict(amp=(None, 'bf16', 'fp16'), pool=tuple(pools), optimizer=(None, 'sgd', 'adamw'), augment=tuple(AUGMENTATIONS), recipe=(None, 'paper'), task=tuple(TASKS), balance=('oversample', 'weights', 'none'), tta=tuple(TTA), normalise=('imagenet', 'training')).items():
+    if s.get('dropout') is not None and not 0 <= s['dropout'] < 1: raise InputError(f"--dropout is {s['dropout']}; it has to be from 0 to below 1")
+    for k, allowed in dict(aggregator=(None, *aggregators), amp=(None, 'bf16', 'fp16'), pool=tuple(pools), optimizer=(None, 'sgd', 'adamw'), augment=(*[None]*(s.get('command') == 'sp_mil'), *AUGMENTATIONS), recipe=(None, 'paper'), task=tuple(TASKS), balance=('oversample', 'weights', 'none'), tta=tuple(TTA), normalise=('imagenet', 'training')).items():
         if k in s and s[k] not in allowed: raise InputError(f"--{k} is {s[k]!r}; use {' or '.join(filter(None, allowed))}")
     if 'device' in s: check_device(s['device'])
     if s.get('memory', 'auto') not in ('auto', 'least'): budget(s['memory'])
@@ -426,9 +454,9 @@ def train_cohort(manifest,                # CSV with slide_id, label and, where 
 def _train(command, given): # given: the arguments of the command
     "Train as the command says: `sp_train` or `sp_mil`."
     manifest, out, overwrite, resume, accept_changes = (given[k] for k in ('manifest', 'out', *NO_SETTINGS))
-    s = dict(command=command, manifest=str(absolute(manifest))) | check_settings({k: v for k, v in given.items() if k not in ('manifest', 'out', *NO_SETTINGS)})
+    s = check_settings(dict(command=command, manifest=str(absolute(manifest))) | {k: v for k, v in given.items() if k not in ('manifest', 'out', *NO_SETTINGS)})
+    if command == 'sp_mil': settle(s)
     recipe, weights, device = (s[k] for k in ('recipe', 'weights', 'device'))
-    if command == 'sp_mil' and s['task'] != 'binary': raise InputError(f"--task {s['task']}: the most suspicious patch is that of the higher probability, which is for two classes; use binary, or sp_train")
     if s['epochs'] is None: s['epochs'] = sum(stage.epochs for stage in recipe_of(s)) if recipe else 50
     if recipe:
         own = ('freeze_until', 'lr', 'optimizer', 'momentum', 'batch')
@@ -443,15 +471,30 @@ def _train(command, given): # given: the arguments of the command
         found = ranks.first(lambda: prepare_training(s, out, overwrite, resume, accept_changes))
         if found is None: print(f"{out} is finished: {out/'report.html'}"*(ranks.rank == 0)); return
         data, s, task, point, changed = found
-        if 'mean' in s or task.n_out > 1: model = build_model(s, task)
-        if weights is None and point is None and ranks.rank == 0: calibrate(model, data, s['seed'])
+        if 'mean' in s and not s.get('backbone') or task.n_out > 1: model = build_model(s, task)
+        if weights is None and not s.get('backbone') and point is None and ranks.rank == 0: calibrate(model, data, s['seed'])
         folder = absolute(out)
         with nullcontext() if ranks.rank else continuing(folder) if point else replacing(folder, worth='checkpoints/point_*.pt'):
             with HaltOnSignal() as halt: said = run_training(data, model, folder, s, [halt], point, changed, ranks, here, task)
             if ranks.rank == 0: finish(out, said)
 
+def settle(s):
+    "What settings of sp_mil are where they were not given, and what does not go together."
+    by, usual, many = s['aggregator'], _defaults('sp_mil'), [n for n, a in aggregators.items() if a.several]
+    if s['task'] != 'binary' and by not in many: raise InputError(f"--task {s['task']}: {by or 'the most suspicious patch'} is for two classes; use --task binary, --aggregator {' or '.join(many)}, or sp_train")
+    def refuse(names, why):
+        if said := [k for k in names if s[k] not in (None, usual[k])]: raise InputError(f'{flag(said[0])} {why}; leave it out')
+    if s['annotation']: refuse(('aggregator', 'top'), 'is a matter of labels of slides, and with --annotation patches have labels of their own'); whole_numbers(s['classes'], '--classes', 'the numbers that mark what makes a slide positive')
+    else: refuse(('classes', 'draws'), 'is a matter of --annotation')
+    if not by: refuse(('backbone', 'views', 'features', 'dropout'), 'is a matter of --aggregator')
+    else: refuse(('freeze_until', 'recipe'), 'is a matter of networks that learn from patches, and the backbone of an aggregator does not')
+    if s['backbone']: refuse(('arch', 'pool', 'normalise'), 'is a matter of the --backbone itself')
+    if by and (path := Path(s['backbone'] or '').expanduser()).exists() and s['backbone']: s['backbone'] = str(absolute(path))
+    for k, v in dict(augment='none' if by else 'flips', top=None if by else 1, **({} if s['recipe'] else dict(lr=2e-4 if by else 1e-5, optimizer='adamw' if by else 'sgd'))).items():
+        if s[k] is None: s[k] = v
+
 NO_SETTINGS = ('overwrite', 'resume', 'accept_changes')                                                              # said on the command line each time
-HARMLESS = ('manifest', 'workers', 'cache_gb', 'heatmaps', 'copies', 'tensorboard', 'save_minutes', 'dry_run', 'mean', 'std') # which change nothing that was learnt
+HARMLESS = ('manifest', 'features', 'workers', 'cache_gb', 'heatmaps', 'copies', 'tensorboard', 'save_minutes', 'dry_run', 'mean', 'std') # which change nothing that was learnt
 
 def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `SlideDataset`, settings, `Task`, the point to go on from if there is one, names of settings that changed), or None if the run is finished
     "All that can be refused before anything is written."
@@ -460,7 +503,7 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
     going_on = resume and (points(at/'checkpoints') or (at/'report.html').exists())
     claim(out, overwrite or resume, others=going_on)
     labels = label_names(s)
-    cases = resolve_splits(read_manifest(manifest, labels=(0, 1) if s['task'] in ('binary', 'multilabel') else None, columns=labels), seed=s['seed'], where=manifest)
+    cases = resolve_splits(read_manifest(manifest, labels=(0, 1) if s['task'] in ('binary', 'multilabel') else None, columns=labels, annotation=s.get('annotation')), seed=s['seed'], where=manifest)
     task = make_task(s['task'], [c.label for c in cases if c.split == 'train'], s['balance'] == 'weights')
     if s['task'] == 'survival':
         if not s['recipe'] and s['batch'] < 2: raise InputError('--batch 1: survival compares the slides of a mini-batch; give at least 2')
@@ -477,7 +520,7 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
         former = former_settings(at, point)
         if changed := changes(former, now := tomllib.loads(as_toml(s))):
             if not accept_changes: raise InputError(several(f'{out} holds a run of other settings; give those, or --accept-changes, or another folder', sentences(changed, now)))
-            fixed = ('command', 'arch', 'pool', 'recipe', 'task', 'label', 'spacing', 'size', 'canvas', 'pen', 'normalise', 'weights', 'weights_sha256', 'patch', 'stride', 'tissue', 'magnify', *['epochs']*bool(s['recipe']))
+            fixed = ('command', 'arch', 'pool', 'recipe', 'task', 'label', 'spacing', 'size', 'canvas', 'pen', 'normalise', 'weights', 'weights_sha256', 'patch', 'stride', 'tissue', 'magnify', 'aggregator', 'backbone', 'dropout', 'annotation', *['epochs']*bool(s['recipe']))
             if other := [k for k in changed if k in fixed]: raise InputError(f"{out} holds another network or schedule, or one that began or sees slides otherwise ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
             if not point: raise InputError(f'{out} holds a finished run without a point to go on from; give another folder')
         elif finished: return None
@@ -485,7 +528,10 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
         if changed: check_learnt(learnt, cases)
     if point is None: claim(out, overwrite or resume, inputs=[manifest, *([weights] if weights and Path(weights).exists() else []), *(c.path for c in cases)])
     if s['recipe'] and not weights and s['command'] == 'sp_train': warnings.warn('the recipe trains the last block alone at first, on what the others have learnt before, and this network starts from random weights: give --weights')
-    data = check_cohort(dataset(shown_as(s), cases, cache=int(s['cache_gb']*1e9), seed=s['seed']), workers=s['workers'])
+    kept = dict(folder=Path(s['features'] or at/'features').expanduser(), views=s['views']) if s.get('aggregator') else {}
+    if s.get('annotation') and (bare := [c.slide_id for c in cases if c.split == 'train' and c.label != 0 and not c.annotation]): raise InputError(several(f"{manifest}: {counted(len(bare), 'positive slide')} to train on without an annotation in {s['annotation']!r}; give them one, or leave them out", bare))
+    data = check_cohort(dataset(shown_as(s), cases, cache=int(s['cache_gb']*1e9), seed=s['seed'], **kept), workers=s['workers'])
+    if kept: data.hashed()
     if said := turned_out(data.part('train'), AUGMENTATIONS[s['augment']]): warnings.warn(said)
     if s['normalise'] == 'training': s['mean'], s['std'] = (former['mean'], former['std']) if 'mean' in former else channel_statistics(data.part('train'))
     if s['task'] == 'binary' and {c.label for c in cases if c.split == 'test'} < {0, 1}: warnings.warn('the test split does not have both classes, so there will be no AUC')
@@ -535,15 +581,25 @@ def mil_cohort(manifest,       # CSV as for sp_train; or the settings.toml of a 
                stride:int|None=None, # pixels from one patch to the next; without it --patch, so that none overlap
                tissue:float=.1, # least share of a patch that is tissue
                magnify:str='1', # magnifications, with commas: 1 for --spacing, 2 for twice as many microns per pixel, ...
-               top:int=1,      # patches of a slide that learn its label: the most suspicious
+               top:int|None=None, # patches of a slide that learn its label: the most suspicious (default: 1); of an aggregator, how many topk, rnn and clam take (default: as their papers)
+               aggregator:str|None=None, # train this on features of patches, and no network of patches: mean, max, topk, noisy-or, rnn, abmil, clam, transmil or dsmil
+               backbone:str|None=None, # whose features: a run folder, checkpoint or exported model; torchvision:NAME or timm:NAME (with --weights); or FILE.py:FUNCTION, which gives a network and its transform. Without it --arch with --weights
+               features:str|None=None, # folder to keep features in, which runs can share; without it in the run folder
+               annotation:str|None=None, # column of the manifest with masks of whole slides, in which numbers mark what makes a slide positive: patches then learn from those, and not from the label of their slide
+               classes:str='1', # these numbers, with commas
+               draws:int=16,   # patches of a slide in an epoch that learn from its annotation, half of them positive
+               views:int=1,    # augmented views of each slide of which features are kept; epochs take them in turn
+               dropout:float=0., # of an aggregator
                patch_batch:int=64, # patches that the network sees at a time
-               lr:float=1e-5,  # learning rate; the paper: 1e-5, then 3e-6
+               lr:float|None=None, # learning rate (default: 1e-5, the paper's, which then has 3e-6; of an aggregator 2e-4)
+               optimizer:str|None=None, # sgd or adamw (default: sgd, the paper's; of an aggregator adamw)
+               augment:str|None=None, # while training: none, flips, paper or strong (default: flips; of an aggregator none)
                recipe:str|None=None, # paper: its two stages of 100 epochs, at 1e-5 and at 3e-6, the second from the first's best
-               task:str='binary', # the most suspicious patch is a matter of two classes
+               task:str='binary', # what a label is, as for sp_train; for mean, abmil and transmil, all else is a matter of two classes
                **kwargs):
-    "Train by multiple-instance learning, beside which streaming is held: each epoch all patches of all slides are looked at, and the most suspicious of each slide learns the slide's label (Campanella et al. 2019; the paper, section IV-B). Run folder, report, stopping and going on are those of sp_train."
+    "Train by multiple-instance learning, beside which streaming is held: each epoch all patches of all slides are looked at, and the most suspicious of each slide learns the slide's label (Campanella et al. 2019; the paper, section IV-B). With --annotation patches learn from masks instead, as where somebody has outlined tumours. With --aggregator a small network of the features of all patches learns it instead, and the features are computed once. Run folder, report, stopping and going on are those of sp_train."
     if unknown := kwargs.keys()-inspect.signature(mil_cohort).parameters.keys(): raise TypeError(f'mil_cohort has no {min(unknown)}')
-    _train('sp_mil', dict.fromkeys(NO_SETTINGS, False) | _defaults('sp_mil') | dict(manifest=manifest, out=out, patch=patch, stride=stride, tissue=tissue, magnify=magnify, top=top, patch_batch=patch_batch, lr=lr, recipe=recipe, task=task) | kwargs)
+    _train('sp_mil', dict.fromkeys(NO_SETTINGS, False) | _defaults('sp_mil') | dict(manifest=manifest, out=out, patch=patch, stride=stride, tissue=tissue, magnify=magnify, top=top, annotation=annotation, classes=classes, draws=draws, aggregator=aggregator, backbone=backbone, features=features, views=views, dropout=dropout, patch_batch=patch_batch, lr=lr, optimizer=optimizer, augment=augment, recipe=recipe, task=task) | kwargs)
 
 sp_mil = command('mil', mil_cohort)
 
@@ -613,7 +669,7 @@ def export_run(run,   # folder that sp_train wrote, or one of its checkpoints
     try: more = dict(metrics=there('metrics.json', json.loads), environment=there(RUN.mark, json.loads))
     except (OSError, ValueError) as e: raise InputError(f'{folder} holds a run that cannot be read: {one_line(e)}') from None
     card = export_model(checkpoint, out, **more)
-    print(f"wrote {out}: {card['model']['arch']}, {card['task']['name']}, {card['spacing']:g} microns per pixel, model {card['sha256'][:16]}")
+    print(f"wrote {out}: {card['model'].get('arch') or card['features']['aggregator']['name']}, {card['task']['name']}, {card['spacing']:g} microns per pixel, model {card['sha256'][:16]}")
 
 sp_predict, sp_export = command('predict', predict_slides), command('export', export_run)
 

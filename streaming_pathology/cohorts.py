@@ -31,10 +31,11 @@ class Case:
     spacing: float | None = None
     grade: str = ''
     mask: Path | None = None
+    annotation: Path | None = None # mask of the whole slide, with numbers of classes
 
     def __post_init__(self):
         if not self.patient_id: object.__setattr__(self, 'patient_id', self.slide_id)
-        for k in ('path', 'mask'):
+        for k in ('path', 'mask', 'annotation'):
             if isinstance(v := getattr(self, k), str): object.__setattr__(self, k, Path(v))
 
 # %% ../nbs/08_cohorts.ipynb #fc901b5d
@@ -116,7 +117,7 @@ def _label(row, columns, labels):
         if labels is not None and v is not None and v not in labels: raise ValueError(f"{c} {row[c]!r} is none of {', '.join(f'{l:g}' for l in labels)}")
     return None if all(v is None for v in found) else found[0] if len(columns) == 1 else tuple(math.nan if v is None else v for v in found)
 
-def _case(row, folder, labels, columns, need_label=True):
+def _case(row, folder, labels, columns, need_label=True, annotation=None):
     "The `Case` of one row, and a list of what is wrong with it."
     wrong, v = [], {}
     def get(key, f):
@@ -131,6 +132,7 @@ def _case(row, folder, labels, columns, need_label=True):
     if v.get('spacing') is not None and not 0 < v['spacing'] < 1000: wrong.append(f'spacing {spacing!r} is not a number of microns per pixel')
     if 'slide_id' in v: get('path', lambda: _find(s, row.get('path', ''), folder))
     get('mask', lambda: _existing(row['mask'], folder) if row.get('mask') else None)
+    get('annotation', lambda: _existing(row[annotation], folder) if annotation and row[annotation] else None)
     return None if wrong else Case(**v, patient_id=row.get('patient_id', ''), split=split, grade=row.get('grade', '')), wrong
 
 # %% ../nbs/08_cohorts.ipynb #7e2b5c19
@@ -155,17 +157,18 @@ def read_manifest(path,            # a CSV file with the columns slide_id, label
                   labels=None,     # the labels allowed, e.g. (0, 1); None: any number
                   folder=None,     # what `path` is relative to; None: the manifest's folder
                  columns=('label',), # that hold the label; of several the label is a tuple, and `labels` are those allowed in each
+                 annotation=None, # the column with masks of classes, where there is one; it may be empty in some rows
                  ) -> list:        # one `Case` a row, in the order of the file
     "Read and check a manifest; an `InputError` tells all that is wrong with it, with line numbers."
     header, rows = _table(path)
-    known = [*columns, 'slide_id', 'path', 'patient_id', 'split', 'spacing', *['grade']['grade' in columns:], 'mask']
+    known = [*columns, 'slide_id', 'path', 'patient_id', 'split', 'spacing', *['grade']['grade' in columns:], 'mask', *[annotation]*bool(annotation)]
     if twice := [c for c, n in Counter(known).items() if n > 1]: raise InputError(f'{path}: {twice[0]!r} is named as a label and is something else, or is named twice; name the columns that hold a label, once each')
-    _check_header(path, header, ['slide_id', *columns] if need_label else ['slide_id'], known)
+    _check_header(path, header, ['slide_id', *columns*need_label, *[annotation]*bool(annotation)], known)
     if not rows: raise InputError(f'{path} has a header but no rows; add one row a slide')
     folder, cases, lines, wrong = Path(folder or Path(path).parent), [], [], []
     for n, r in rows:
         if len(r) != len(header): wrong.append((n, f'{len(r)} values for {len(header)} columns')); continue
-        case, why = _case(dict(zip(header, r)), folder, labels, columns, need_label)
+        case, why = _case(dict(zip(header, r)), folder, labels, columns, need_label, annotation)
         wrong += [(n, w) for w in why]
         if case: cases.append(case); lines.append(n)
     wrong = sorted(wrong+_cohort_problems(cases, lines), key=lambda w: w[0])

@@ -129,8 +129,10 @@ class SlideDataset(Dataset):
         i, epoch = key if isinstance(key, tuple) else (key, 0)
         return self.item(self.cases[i], epoch, *self.seen(i))
 
+    def label(self, c): return torch.tensor(math.nan if c.label is None else c.label, dtype=torch.float32)
+
     def item(self, c, epoch, rgb, where): # a case, and what `seen` gives of it
-        item, colour = dict(label=torch.tensor(math.nan if c.label is None else c.label, dtype=torch.float32), slide_id=c.slide_id, box=rgb.shape[:2]), self.colour
+        item, colour = dict(label=self.label(c), slide_id=c.slide_id, box=rgb.shape[:2]), self.colour
         if isinstance(self.augment, Augmentation):
             record = self.augment.draw(self.seed, epoch, c.slide_id)
             image = augmented(rgb, record, self.size or _round_up(augmented_size(record, rgb.shape[:2])), colour)

@@ -93,14 +93,14 @@ def smoothgrad(model, # gives (1, n_out) for a float image (1, 3, H, W) of 0..25
     return (total/n).float().cpu().numpy()
 
 # %% ../nbs/14_heatmaps.ipynb #h6000002
-def patch_heatmap(model, # `InstanceMIL`, or another with `scores(bag)`, logits (n, 1)
-                  bag,   # `Bag`
+def patch_heatmap(model, # with `relevance(bag)`, (n,) from 0 to 1: `InstanceMIL`, `FeatureMIL` or another
+                  bag,   # `Bag`, or `Features` of one
                   step=16, # pixels a side, of a place of the map
                  )->np.ndarray:
-    "The probabilities of the patches of a bag, where they lie: (ceil(H/step), ceil(W/step)) float32. The paper, section IV-D."
+    "The probabilities of the patches of a bag, or the attention that they get, where they lie: (ceil(H/step), ceil(W/step)) float32. The paper, section IV-D."
     if step < 1 or step != int(step): raise InputError(f'step={step}: a place of a heatmap is a whole number of pixels, at least 1')
-    sums, counts = np.zeros((2, *(-(-n//int(step)) for n in bag.image.shape[1:])))
-    for (top, left, factor), p in zip(bag.places.tolist(), model.scores(bag)[:, 0].float().sigmoid().tolist()):
+    sums, counts = np.zeros((2, *(-(-n//int(step)) for n in bag.shape)))
+    for (top, left, factor), p in zip(bag.places.tolist(), model.relevance(bag).tolist()):
         at = tuple(slice(a//step, -(-(a+bag.size*factor)//step)) for a in (top, left))
         sums[at] += p; counts[at] += 1
     return (sums/np.maximum(counts, 1)).astype(np.float32)

@@ -23,7 +23,7 @@ class InstanceMIL(nn.Module):
         super().__init__()
         for n, v in dict(k=k, batch=batch).items():
             if v != int(v) or v < 1: raise InputError(f'{n} is {v}; it has to be a whole number, at least 1')
-        self.network, self.k, self.batch, self.chosen = network, k, batch, {} # chosen: by slide, the places that a first phase found
+        self.network, self.k, self.batch, self.labels, self.chosen = network, k, batch, None, {} # chosen: by slide, the places that a first phase found
 
     def classify(self, patches): # (N, 1)
         "The logits of patches."
@@ -33,6 +33,10 @@ class InstanceMIL(nn.Module):
     def scores(self, bag): # (n, 1)
         "The logits of all patches of a bag."
         return torch.cat([self.classify(bag.patches(p)) for p in bag.places.split(self.batch)])
+
+    def relevance(self, bag): # (n,)
+        "The probabilities of all patches of a bag."
+        return self.scores(bag)[:, 0].float().sigmoid()
 
     def most_suspicious(self, bag): # logits (k, 1); (k, 3): where they are
         "The first where several are equally so; all of a bag that has less than `k`."
@@ -49,8 +53,14 @@ class InstanceMIL(nn.Module):
         if not self.training:
             scores, places = self.most_suspicious(bag)
             bag.top = places.tolist(); return scores[:1]
+        if bag.learns: places, self.labels = bag.learns; return self.classify(bag.patches(places))
+        self.labels = None
         if bag.slide_id not in self.chosen: raise InputError(f'slide {bag.slide_id!r}: no patch was chosen in this epoch; train with the callback TwoPhases over these slides')
         return self.classify(bag.patches(self.chosen[bag.slide_id]))
+
+    def loss(self, task, logits, label):
+        "Patches that are known to be positive or negative learn that, and not the label of their slide."
+        return task.loss(logits, label if self.labels is None else self.labels.to(logits))
 
 class TwoPhases:
     "Callback: before an epoch all patches of all training slides are looked at, as they are augmented in that epoch; each slide then learns from the most suspicious."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['area_average', 'Slide', 'PixelRows', 'read_in_worker', 'worker_pool', 'optical_density', 'glass_colour',
            'stain_signal', 'otsu', 'checked_number', 'checked_flag', 'checked_pixels', 'checked_colour', 'checked_size',
-           'pen_marks', 'network_mask', 'tissue_mask', 'tissue_box', 'Biopsy', 'biopsies', 'draw_tissue']
+           'pen_marks', 'class_mask', 'network_mask', 'tissue_mask', 'tissue_box', 'Biopsy', 'biopsies', 'draw_tissue']
 
 # %% ../nbs/05_slides.ipynb #09f2da53
 import base64, functools, html, itertools, math, numbers, operator, os, signal, struct, threading, warnings, zlib
@@ -303,12 +303,7 @@ def _given_mask(slide, source, spacing, shape):
         if not isinstance(slide, Slide): raise InputError('a network needs a Slide to find the tissue of, not pixels')
         found = network_mask(slide, source, spacing)
     else:
-        try:
-            image = pyvips.Image.new_from_file(str(source), access='sequential', fail_on='truncated')
-            h, w, (H, W) = image.height, image.width, shape
-            thin = image.subsample(max(1, w//W), max(1, h//H)) # pixels as they are, no means: they may be numbers of classes
-            values = np.frombuffer(pyvips.Region.new(thin.cast('float')).fetch(0, 0, thin.width, thin.height), np.float32).reshape(thin.height, thin.width, thin.bands)
-        except pyvips.Error as e: raise InputError(f'{source} is not an image of a tissue mask ({reason(e)})') from None
+        values, image = _mask_values(source, spacing, shape)
         if image.hasalpha() and not transparent(_Tiff(source).directories): raise InputError(f'{source} has {image.bands} channels and does not say what the last one is: save the mask in grey or in RGB')
         alpha, values = (values[..., -1] > 0, values[..., :-1]) if image.hasalpha() else (True, values)
         most, lossy = values.max(initial=0), image.get('vips-loader') == 'jpegload'
@@ -316,10 +311,33 @@ def _given_mask(slide, source, spacing, shape):
         shades = len(np.unique(values)) > 32 and most in (1, 255, 65535) # and not numbers of classes or objects
         least = most/4 if lossy else most/2 if shades else 0
         found = (values > least).any(-1) & alpha
-        if H*spacing/h > 500: raise InputError(f'{source}: a mask of {h} x {w} pixels is too coarse for a slide of {H*spacing/1000:.3g} x {W*spacing/1000:.3g} mm: its pixels may measure 500 microns at most')
-        if abs(h*W/(w*H)-1) > .01+1/min(h, w, H, W): raise InputError(f'{source}: a mask of {h} x {w} pixels does not fit a slide of {H} x {W} at {spacing:g} microns: it must show the whole slide')
+    return _nearest(found, shape)
+
+def _mask_values(source, spacing, shape): # float32 (h, w, bands), at least `shape` where the file has as much; and its header
+    try:
+        image = pyvips.Image.new_from_file(str(source), access='sequential', fail_on='truncated')
+        h, w, (H, W) = image.height, image.width, shape
+        thin = image.subsample(max(1, w//W), max(1, h//H)) # pixels as they are, no means: they may be numbers of classes
+        values = np.frombuffer(pyvips.Region.new(thin.cast('float')).fetch(0, 0, thin.width, thin.height), np.float32).reshape(thin.height, thin.width, thin.bands)
+    except pyvips.Error as e: raise InputError(f'{source} is not an image of a mask ({reason(e)})') from None
+    if H*spacing/h > 500: raise InputError(f'{source}: a mask of {h} x {w} pixels is too coarse for a slide of {H*spacing/1000:.3g} x {W*spacing/1000:.3g} mm: its pixels may measure 500 microns at most')
+    if abs(h*W/(w*H)-1) > .01+1/min(h, w, H, W): raise InputError(f'{source}: a mask of {h} x {w} pixels does not fit a slide of {H} x {W} at {spacing:g} microns: it must show the whole slide')
+    return values, image
+
+def _nearest(found, shape):
     rows, columns = (((np.arange(n)+.5)*m/n).astype(int) for n, m in zip(shape, found.shape))
     return found[rows[:, None], columns]
+
+def class_mask(
+    source,  # the path of a mask of a whole slide, whose pixels are numbers of classes
+    classes, # those wanted
+    spacing:float, # microns per pixel of the result
+    shape, # (height, width) of the slide at that spacing
+): # bool of `shape`
+    "Where a slide is of some classes."
+    values, image = _mask_values(source, spacing, shape)
+    if image.bands > 1 or image.get('vips-loader') == 'jpegload': raise InputError(f"{source} {'is a JPEG' if image.bands == 1 else f'has {image.bands} channels'}: numbers of classes are kept in a PNG or TIFF of one channel")
+    return _nearest(np.isin(values[..., 0], classes), shape)
 
 def network_mask(
     slide, # a `Slide`

@@ -192,7 +192,7 @@ def known(item): # the same
 
 def each_backward(s, items, size): # yields (place, (slide, loss))
     "The gradient of a mean over `size` slides, one after the other."
-    for place, item in items: yield place, (item['slide_id'], s.backward(place, item, lambda logits, label: s.task.loss(logits, label)/size)*size)
+    for place, item in items: yield place, (item['slide_id'], s.backward(place, item, lambda logits, label: s.loss(logits, label)/size)*size)
 
 def joint_backward(s, items, size): # the same
     "The gradient of a loss that needs all slides of a mini-batch: first their logits without a graph, then each slide once more with the gradient of the loss by its logits."
@@ -279,6 +279,11 @@ class State:
         self.scaler.scale(value).backward()
         if not self.scaler.is_enabled() and not sound(self.params()): raise InputError(f"slide {item['slide_id']!r}: its gradient is not finite in epoch {self.epoch+1}; {WAY_OUT}")
         return value.item()
+
+    def loss(self, logits, label): # a scalar
+        "That of the task, unless the network has one of its own, a method `loss(task, logits, label)`."
+        own = getattr(self.model, 'loss', None)
+        return own(self.task, logits, label) if own else self.task.loss(logits, label)
 
     def params(self): return [p for g in self.optimizer.param_groups for p in g['params']]
 

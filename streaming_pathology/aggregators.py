@@ -17,7 +17,7 @@ from .models import GatedAttention, attention_pool
 # %% ../nbs/12_aggregators.ipynb #a0000006
 class Aggregator(nn.Module):
     "Features (n, d) of one slide's patches, and `scores` (n,), logits that the patches have from elsewhere, or None -> logits (1, n_out); in training (k, n_out) where each of k rows learns the slide's label."
-    name, k, several, relevance_is = '', None, False, 'probability' # several: n_out may be above 1
+    name, source, k, several, relevance_is = '', '', None, False, 'probability' # several: n_out may be above 1
     def __init__(self, d,      # features of a patch
                  n_out=1,      # logits of a slide
                  k=None,       # patches that count; None: as many as the method says
@@ -97,6 +97,7 @@ class NoisyOr(Max):
 class RNN(Aggregator):
     "An Elman network of 128 units over the `k` most suspicious patches, in that order: Campanella et al. 2019 (Nature Medicine 25). Its map is of the probabilities that the scores say."
     name, k = 'rnn', 10
+    source = 'Campanella et al. 2019'
     def __init__(self, d, n_out=1, k=None, dropout=0., hidden=128):
         super().__init__(d, n_out, k, dropout)
         self.embed, self.carry, self.classifier = nn.Linear(d, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
@@ -115,6 +116,7 @@ def _column(x): return x.T[None, :, :, None] # (n, C) as an image (1, C, n, 1)
 class ABMIL(Aggregator):
     "Gated attention: Ilse, Tomczak and Welling 2018 (Attention-based Deep Multiple Instance Learning), equations 8 and 9."
     name, several, relevance_is, units = 'abmil', True, 'attention', 128
+    source = 'Ilse et al. 2018'
     def __init__(self, d, n_out=1, k=None, dropout=0., hidden=512):
         super().__init__(d, n_out, k, dropout)
         self.embed, self.attention, self.classifier = nn.Linear(d, hidden), GatedAttention(hidden, self.units), nn.Linear(hidden, n_out)
@@ -135,6 +137,7 @@ def smooth_svm(logits, classes): # ()
 class CLAM(ABMIL):
     "CLAM-SB without subtyping, Lu et al. 2021 (Nature Biomedical Engineering 5): attention, and patches of highest and lowest attention as evidence for and against the slide's class."
     name, several, units, k, losses = 'clam', False, 256, 8, dict(svm=smooth_svm, ce=F.cross_entropy)
+    source = 'Lu et al. 2021'
     def __init__(self, d, n_out=1, k=None, dropout=0., hidden=512, instance_loss='svm'):
         super().__init__(d, n_out, k, dropout, hidden)
         if instance_loss not in self.losses: raise InputError(f"instance_loss={instance_loss!r} is not known: use one of {', '.join(self.losses)}")
@@ -188,6 +191,7 @@ class NystromAttention(nn.Module):
 class TransMIL(Aggregator):
     "A transformer over patches: Shao et al. 2021 (TransMIL, NeurIPS), its algorithm 2. `dropout` is that of its attention, .1 in the authors' code. Its map is what the class token takes from each patch in the last layer."
     name, several, relevance_is = 'transmil', True, 'attention'
+    source = 'Shao et al. 2021'
     def __init__(self, d, n_out=1, k=None, dropout=0., hidden=512): # hidden: a multiple of 8
         super().__init__(d, n_out, k)
         self.embed, self.token = nn.Linear(d, hidden), nn.Parameter(torch.randn(1, hidden))
@@ -210,6 +214,7 @@ class TransMIL(Aggregator):
 class DSMIL(Aggregator):
     "Dual-stream multiple-instance learning: Li, Li and Eliceiri 2021 (CVPR). Its map is of the probabilities of patches."
     name = 'dsmil'
+    source = 'Li et al. 2021'
     def __init__(self, d, n_out=1, k=None, dropout=0., hidden=128):
         super().__init__(d, n_out, k, dropout)
         self.instance, self.query, self.value, self.bag = nn.Linear(d, 1), nn.Linear(d, hidden), nn.Linear(d, d), nn.Linear(d, 1)

@@ -8,6 +8,7 @@ __all__ = ['PatchGrid', 'Bag', 'BagDataset', 'tissue_after']
 # %% ../nbs/12_bags.ipynb #b0000003
 from dataclasses import dataclass
 import numpy as np, torch
+from scipy import ndimage
 from torch.nn import functional as F
 from .geometry import InputError
 from .augment import Augmentation, STEP, keyed_rng, origins
@@ -102,14 +103,15 @@ class BagDataset(SlideDataset):
         return item | dict(image=Bag(image, torch.from_numpy(places), self.grid.size, c.slide_id, learns=learns, shape=shape))
 
     def drawn(self, c, epoch, places, tissue, old, where, shape, record): # places (k, 3), labels (k,)
-        "Patches to learn from in an epoch, half of them positive where there are as many. Positive is what is marked on at least half of its tissue, or more than any other of its slide; negative what is not marked at all."
+        "Patches to learn from in an epoch, half of them positive where there are as many. Positive is what is marked on at least half of its tissue, or more than any other of its slide; negative what has no mark in it or beside it."
         if c.annotation is None and c.label != 0: raise InputError(f'slide {c.slide_id!r} has no annotation, and only that of a negative slide can be missing; give it one, or leave it out')
         if c.slide_id not in self.annotated:
             (rows, columns), whole = where[1:], where[0].shape
             self.annotated[c.slide_id] = np.zeros(whole, bool) if c.annotation is None else class_mask(c.annotation, self.classes, self.spacing*max(len(i)/(i[-1]-i[0]+1) for i in (rows, columns)), whole)
         marked = tissue_after((self.annotated[c.slide_id], *where[1:]), old, shape, record) & tissue
-        share, rng = self.grid.share(places, marked)/np.maximum(self.grid.share(places, tissue), 1e-9), keyed_rng(self.seed, epoch, c.slide_id, 'patches')
-        positive, negative = (rng.permutation(np.flatnonzero(f)) for f in (share >= min(.5, share.max() or 1), share == 0))
+        share, near = self.grid.share(places, marked)/np.maximum(self.grid.share(places, tissue), 1e-9), self.grid.share(places, ndimage.binary_dilation(marked, np.ones((3, 3))))
+        rng = keyed_rng(self.seed, epoch, c.slide_id, 'patches')
+        positive, negative = (rng.permutation(np.flatnonzero(f)) for f in (share >= min(.5, share.max() or 1), near == 0))
         n = min(len(positive), max(self.draws//2, self.draws-len(negative)))
         chosen = np.concatenate([positive[:n], negative[:self.draws-n]])
         return torch.from_numpy(places[chosen]), torch.from_numpy(share[chosen] > 0).float()

@@ -247,9 +247,10 @@ def feature_model(s, task): # `FeatureMIL`, with what its aggregator is made of 
     encoder = encoder_of(s['backbone'], s['weights'], s['weights_sha256']) if s['backbone'] else Encoder(StreamingClassifier(**own, weights=s['weights'], sha256=s['weights_sha256']), card=dict(model={k: v for k, v in own.items() if k not in ('strip', 'memory')}))
     if (learnt := encoder.card.get('spacing', s['spacing'])) != s['spacing']: warnings.warn(f"the backbone has learnt at {learnt:g} microns per pixel, and is shown {s['spacing']:g}")
     if not s['backbone'] and not s['weights']: warnings.warn('the backbone has random weights, of which little can be learnt; give --weights or --backbone')
-    d = encoder(torch.zeros(1, 3, *[s['patch']]*2, dtype=torch.uint8))[0].shape[1]
-    model = FeatureMIL(encoder, make_aggregator(**(made := dict(name=s['aggregator'], d=d, n_out=task.n_out, k=s['top'], dropout=s['dropout']))), s['patch_batch'], s['top'] or 1)
-    model.made = made
+    x, scores = encoder(torch.zeros(1, 3, *[s['patch']]*2, dtype=torch.uint8))
+    made = dict(name=s['aggregator'], d=x.shape[1], n_out=task.n_out, k=s['top'], dropout=s['dropout'])
+    model = FeatureMIL(encoder, make_aggregator(**made), s['patch_batch'], s['top'] or 1)
+    model.aggregator(x, scores); model.made = made # what does not fit is refused before slides are read
     return model
 
 def calibrate(model, data, seed):
@@ -484,10 +485,11 @@ def settle(s):
     if s['task'] != 'binary' and by not in many: raise InputError(f"--task {s['task']}: {by or 'the most suspicious patch'} is for two classes; use --task binary, --aggregator {' or '.join(many)}, or sp_train")
     def refuse(names, why):
         if said := [k for k in names if s[k] not in (None, usual[k])]: raise InputError(f'{flag(said[0])} {why}; leave it out')
-    if s['annotation']: refuse(('aggregator', 'top'), 'is a matter of labels of slides, and with --annotation patches have labels of their own'); whole_numbers(s['classes'], '--classes', 'the numbers that mark what makes a slide positive')
+    if s['annotation']: refuse(('aggregator', *['top']*(s['top'] != 1)), 'is a matter of labels of slides, and with --annotation patches have labels of their own'); whole_numbers(s['classes'], '--classes', 'the numbers that mark what makes a slide positive')
     else: refuse(('classes', 'draws'), 'is a matter of --annotation')
     if not by: refuse(('backbone', 'views', 'features', 'dropout'), 'is a matter of --aggregator')
     else: refuse(('freeze_until', 'recipe'), 'is a matter of networks that learn from patches, and the backbone of an aggregator does not')
+    if by and aggregators[by].k is None: refuse(('top',), f"is a matter of {', '.join(n for n, a in aggregators.items() if a.k)}")
     if s['backbone']: refuse(('arch', 'pool', 'normalise'), 'is a matter of the --backbone itself')
     if by and (path := Path(s['backbone'] or '').expanduser()).exists() and s['backbone']: s['backbone'] = str(absolute(path))
     for k, v in dict(augment='none' if by else 'flips', top=None if by else 1, **({} if s['recipe'] else dict(lr=2e-4 if by else 1e-5, optimizer='adamw' if by else 'sgd'))).items():

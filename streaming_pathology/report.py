@@ -15,6 +15,7 @@ import matplotlib.figure, numpy as np
 from fastcore.xml import *
 from PIL import Image, ImageFilter
 from .geometry import InputError
+from .aggregators import aggregators
 from .evaluation import Metrics, evaluate_file, plot_roc, read_predictions
 from .cohorts import read_table
 from .heatmaps import colour_map, load_heatmap, save_heatmap
@@ -82,6 +83,16 @@ class Run:
     def two(self): return self.settings.get('task', 'binary') == 'binary' # classes
     @property
     def patches(self): return self.settings.get('command') == 'sp_mil' # the network sees patches, not a whole image
+    @property
+    def mapped(self): # what a heatmap shows
+        by = aggregators.get(self.settings.get('aggregator'))
+        if by and by.relevance_is == 'attention': return 'the attention that each patch gets, as a share of the largest in its slide'
+        return 'the probability of each patch' if self.patches else 'where its logit is most sensitive (SmoothGrad)'
+    @property
+    def source(self): # of what is not the paper's own
+        if (by := aggregators.get(self.settings.get('aggregator'))): return f'the features of patches are put together by the aggregator {by.name}'+(f' of {by.source}' if by.source else '')
+        if self.settings.get('annotation'): return 'that patches learn from masks is as in Bulten et al. 2020'
+        return 'multiple-instance learning is that of Campanella et al. 2019' if self.patches else 'SmoothGrad is by Smilkov et al. 2017'
     @property
     def split(self): return self.metrics.split if self.metrics else 'test'
     def of_split(self): return [p for p in self.predictions if p.split == self.split and p.label is not None]
@@ -272,7 +283,7 @@ def _gallery(run, most):
     notes = [f'{len(slides):,} slides are too many for one page: shown are the {most} with the largest error.'] if len(slides) > most else []
     for kind, suffix, what in (('images', '.jpg', 'Pictures'), ('heatmaps', '.npy', 'Heatmaps')):
         if (n := sum(bool(_piece(run, kind, p.slide_id, suffix)) for p in seen)) < len(seen): notes.append(f'{what} were made of {n} of {_plural(len(seen), "slide")}; the others have no file in {kind}/.')
-    return (P(f"What the network saw, and over it {'the probability of each patch' if run.patches else 'where its logit is most sensitive (SmoothGrad)'}, from ", Span('little', cls='ramp'), ' to much. The line under a slide is its probability, the tick the threshold. Select a slide to enlarge it.'),
+    return (P(f"What the network saw, and over it {run.mapped}, from ", Span('little', cls='ramp'), ' to much. The line under a slide is its probability, the tick the threshold. Select a slide to enlarge it.'),
         *(P(n, cls='small') for n in notes), _controls(), P('', id='count', cls='small', role='status'), Ul(*cards, cls='gallery', id='labelled') if cards else P('There are no labelled slides.', cls='note'),
         (H3('Unlabelled slides'), P('Nobody has told the network or this report what they show, so they count in no figure.'), Ul(*others, cls='gallery')) if others else None)
 
@@ -319,7 +330,7 @@ def _made(run):
              ('network, one slide, median', each and _time(median(each)))] if v]
     return (*(P(run.notes[k], cls='note') for k in ('metrics.json', 'cohort.csv', 'environment.json') if k in run.notes), Div(_cohort(run), _table('Times and memory', (), times) if times else None, cls='pair'),
         Div(_table('Settings', (), _flat(run.settings)), _table('Machine and versions', (), _flat(run.environment)) if run.environment else None, cls='pair'),
-        P('Training, interval and heatmaps follow Pinckaers et al., ', Em('Detection of prostate cancer in whole-slide images through end-to-end training with image-level labels'), f", IEEE Transactions on Medical Imaging 2021; {'multiple-instance learning is that of Campanella et al. 2019' if run.patches else 'SmoothGrad is by Smilkov et al. 2017'}.", cls='small'))
+        P('Training, interval and heatmaps follow Pinckaers et al., ', Em('Detection of prostate cancer in whole-slide images through end-to-end training with image-level labels'), f", IEEE Transactions on Medical Imaging 2021; {run.source}.", cls='small'))
 
 # %% ../nbs/15_report.ipynb #a92be03c
 STYLE = '''

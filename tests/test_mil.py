@@ -1,9 +1,10 @@
 "Multiple-instance learning from the command line: beside streaming in all but the network."
-import json, shutil, signal
+import csv, json, shutil, signal
 import numpy as np, pytest
 from streaming_pathology import cli
 from streaming_pathology.checkpoints import last_point
 from streaming_pathology.cohorts import tiny_cohort
+from streaming_pathology.synthetic import write_cohort
 from small import small_resnet
 from test_cli import refused, tree
 from test_resume import as_if_never_stopped, rows
@@ -54,3 +55,60 @@ def test_going_on(whole, tmp_path, capsys):
 def test_recipe(whole, tmp_path):
     argv = ['mil', whole/'cohort/manifest.csv', tmp_path/'run', '--spacing', 4, '--patch', 32, '--heatmaps', 0, '--recipe', 'paper', '--epochs', 4]
     assert cli.main(argv) == 0 and [(r['stage'], r['lr']) for r in rows(tmp_path/'run/log.csv')] == [('1', '1e-05')]*2+[('2', '3e-06')]*2
+
+FEATURES = ['--spacing', 4, '--epochs', 3, '--batch', 3, '--patch', 64, '--stride', 32, '--heatmaps', 2, '--save-minutes', 0, '--aggregator', 'abmil', '--augment', 'paper', '--views', 2]
+
+@pytest.fixture(scope='module')
+def features(whole, once):
+    "A run on features, never stopped."
+    def make(folder): assert cli.main(['mil', whole/'cohort/manifest.csv', folder/'run', *FEATURES]) == 0
+    return once('features', make)/'run'
+
+def test_features_stopped(whole, features, tmp_path, monkeypatch):
+    "After each slide; what is kept on the way is what is used."
+    argv, save, points = ['mil', whole/'cohort/manifest.csv', tmp_path/'run', *FEATURES, '--resume'], cli.Checkpoints.save, []
+    def stopped(self, s): save(self, s); points.append(1); len(points) % 7 == 0 and signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(cli.Checkpoints, 'save', stopped); stops = 0
+    while (status := cli.main(argv)) == 75: stops += 1
+    assert status == 0 and stops >= 3; as_if_never_stopped(tmp_path/'run', features)
+    assert {p.name: p.read_bytes() for p in (tmp_path/'run/features').iterdir()} == {p.name: p.read_bytes() for p in (features/'features').iterdir()}
+
+def test_features_predicted(whole, features, tmp_path):
+    "The backbone comes with the run, and with what is exported of it."
+    table = lambda p: rows(p, 'seconds')
+    assert len([*(features/'features').iterdir()]) == 8*2+12 and len([*features.glob('heatmaps/*.npy')]) == 2
+    assert cli.main(['predict', features/'checkpoints/best.pt', whole/'cohort/manifest.csv', tmp_path/'p.csv']) == 0 and table(tmp_path/'p.csv') == table(features/'predictions.csv')
+    assert cli.main(['export', features, tmp_path/'m.safetensors']) == 0 and cli.main(['predict', tmp_path/'m.safetensors', whole/'cohort/manifest.csv', tmp_path/'q.csv', '--workers', 1]) == 0 and table(tmp_path/'q.csv') == table(features/'predictions.csv')
+    assert cli.main(['predict', tmp_path/'m.safetensors', whole/'cohort/manifest.csv', tmp_path/'t.csv', '--tta', 'flips']) == 0
+    assert cli.main(['mil', features/'settings.toml', tmp_path/'again', '--features', features/'features']) == 0; as_if_never_stopped(tmp_path/'again', features)
+    assert not (tmp_path/'again/features').exists()
+
+def test_other_backbone(whole, features, tmp_path, capsys):
+    "Weights of another backbone beside the run are refused, at resume and when predicting; so are none."
+    shutil.copytree(features, run := tmp_path/'run'); (run/'report.html').unlink()
+    assert cli.main(['mil', whole/'cohort/manifest.csv', tmp_path/'other', *FEATURES, '--epochs', 1, '--seed', 7]) == 0
+    shutil.copy(tmp_path/'other/checkpoints/encoder.safetensors', run/'checkpoints/encoder.safetensors')
+    assert not {p.name for p in (tmp_path/'other/features').iterdir()} & {p.name for p in (features/'features').iterdir()}
+    refused(capsys, ['mil', whole/'cohort/manifest.csv', run, *FEATURES, '--resume'], 'another one', 'encoder.safetensors')
+    refused(capsys, ['predict', run/'checkpoints/best.pt', whole/'cohort/manifest.csv', tmp_path/'p.csv'], 'another backbone')
+    (run/'checkpoints/encoder.safetensors').unlink(); refused(capsys, ['predict', run/'checkpoints/best.pt', whole/'cohort/manifest.csv', tmp_path/'p.csv'], 'encoder.safetensors')
+    refused(capsys, ['mil', whole/'cohort/manifest.csv', run, *FEATURES, '--resume'], 'another one')
+
+@pytest.mark.parametrize('aggregator, more', [('rnn', []), ('topk', ['--top', 2]), ('clam', ['--dropout', .2]), ('dsmil', ['--amp', 'bf16']), ('transmil', [])])
+def test_on_a_trained_backbone(whole, tmp_path, aggregator, more):
+    assert cli.main(['mil', whole/'cohort/manifest.csv', tmp_path/'run', '--spacing', 4, '--epochs', 1, '--patch', 64, '--heatmaps', 0, '--backbone', whole/'run', '--aggregator', aggregator, *more]) == 0
+    assert cli.main(['predict', tmp_path/'run/checkpoints/best.pt', whole/'cohort/slides', tmp_path/'p.csv']) == 0
+
+@pytest.mark.parametrize('options, says', [(['--aggregator', 'rnn'], 'how suspicious'), (['--aggregator', 'mil'], '--aggregator'), (['--aggregator', 'abmil', '--top', 3], '--top is a matter of topk'), (['--backbone', 'x.pt'], '--backbone is a matter of --aggregator'),
+                                           (['--aggregator', 'max', '--backbone', 'x.pt'], 'is not known'), (['--aggregator', 'max', '--views', 0], '--views'), (['--aggregator', 'max', '--dropout', 1], '--dropout'), (['--aggregator', 'max', '--freeze-until', 'layer4'], '--freeze-until'),
+                                           (['--aggregator', 'clam', '--task', 'ordinal'], 'two classes'), (['--aggregator', 'max', '--backbone', 'torchvision:alexnet2'], 'has no network'), (['--annotation', 'truth', '--aggregator', 'max'], '--aggregator is a matter of labels'), (['--annotation', 'outlines'], 'outlines'), (['--classes', '2'], '--classes is a matter of --annotation')])
+def test_settings_of_features(whole, tmp_path, capsys, options, says): refused(capsys, ['mil', whole/'cohort/manifest.csv', tmp_path/'run', '--spacing', 4, '--patch', 64, *options], says); assert not [*tmp_path.iterdir()]
+
+def test_annotations(tmp_path, capsys):
+    "Patches learn from masks; run again, it is the same."
+    painted = write_cohort(tmp_path/'cohort', 12, size=(128, 256), spacing=4., tumour_fractions=(.2, .5), seed=3)
+    argv = ['--spacing', 4, '--epochs', 4, '--batch', 3, '--patch', 32, '--heatmaps', 0, '--lr', 3e-3, '--optimizer', 'adamw', '--annotation', 'truth', '--classes', '3', '--save-minutes', 0]
+    assert cli.main(['mil', painted, tmp_path/'run', *argv]) == 0 and cli.main(['mil', tmp_path/'run/settings.toml', tmp_path/'again']) == 0; as_if_never_stopped(tmp_path/'again', tmp_path/'run')
+    assert float(rows(tmp_path/'run/log.csv')[-1]['train_loss']) < .6
+    text = painted.read_text(); bare = tmp_path/'cohort/bare.csv'; first = next(r for r in csv.DictReader(text.splitlines()) if r['label'] == '1'); bare.write_text(text.replace(first['truth'], ''))
+    refused(capsys, ['mil', bare, tmp_path/'x', *argv], 'without an annotation', first['slide_id'])

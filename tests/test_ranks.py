@@ -4,12 +4,14 @@ from pathlib import Path
 import psutil, pytest, torch
 import torch.distributed as dist, torch.multiprocessing as mp
 from streaming_pathology import cli
+from streaming_pathology.aggregators import make_aggregator
 from streaming_pathology.augment import Augmentation
 from streaming_pathology.bags import BagDataset, PatchGrid
 from streaming_pathology.checkpoints import load_checkpoint, points, save_checkpoint
 from streaming_pathology.cohorts import read_manifest, tiny_cohort
 from streaming_pathology.data import SlideDataset
 from streaming_pathology.distributed import Ranks
+from streaming_pathology.features import Encoder, FeatureDataset, FeatureMIL
 from streaming_pathology.losses import Binary, Multilabel, Survival
 from streaming_pathology.mil import InstanceMIL, TwoPhases
 from streaming_pathology.recipes import Stage, run_recipe
@@ -32,6 +34,9 @@ class Net(TinyNet): # with dropout, in float64
     def forward(self, x): return self.head(torch.nn.functional.dropout((self.conv(x.double()/255-.5)).relu().amax((2, 3)), .2, self.training))
     def freeze_until(self, layer): self.conv.requires_grad_(layer is None); return self
 
+class Moments(torch.nn.Module): # a backbone
+    def forward(self, x): return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
+
 def cases_of(folder): return [c for c in read_manifest(folder/'manifest.csv') if c.split == 'train' and c.slide_id not in ('s00', 's03', 's09')] # two of five are positive: each epoch has three of both
 
 def job(kind, folder, ranks, **more): # what a training came to
@@ -41,6 +46,9 @@ def job(kind, folder, ranks, **more): # what a training came to
     if kind == 'multilabel': task, train = Multilabel(2), [i | dict(label=torch.tensor([float(k % 2), float('nan') if k == 4 else 1.])) for k, i in enumerate(synth_slides(5))]
     net = Net(task.n_out); tuning = train[:3] if isinstance(train, list) else SlideDataset(cases_of(folder)[:3], 4.)
     if kind == 'patches': task, train, tuning = Binary(), BagDataset(cases_of(folder), 4., grid=PatchGrid(32), augment=Augmentation(), seed=1), BagDataset(cases_of(folder)[:3], 4., grid=PatchGrid(32)); net, seen.more = InstanceMIL(net, 2, 3), [TwoPhases(train)]
+    if kind == 'features':
+        make = lambda cases, **more: FeatureDataset(cases, 4., grid=PatchGrid(32), folder=folder/f'features_{ranks.size}', seed=1, views=2, **more)
+        task, train, tuning, net = Binary(), make(cases_of(folder), augment=Augmentation()), make(cases_of(folder)[:3]), FeatureMIL(Encoder(Moments(), lambda x: x.float()/255), make_aggregator('clam', 6, dropout=.2).double(), batch=3)
     history = fit(net, train, tuning, epochs=2, batch=3, lr=.05, task=task, ranks=ranks, progress=False, callbacks=[seen, *seen.more, *more.pop('callbacks', [])], **more)
     rows = predict(net, tuning, ranks=ranks, task=task, progress=False)
     return dict(steps=seen.all, slides=seen.slides, history=[{k: v for k, v in r.items() if k not in ('seconds', 'peak_mb')} for r in history], rows=[{k: v for k, v in r.items() if k != 'seconds'} for r in rows])
@@ -50,7 +58,7 @@ def recipe(folder, ranks):
     history = run_recipe(net, synth_slides(7), synth_slides(4, 1), (Stage(2, .05, 'head', 'middle', batch=3), Stage(3, .02, batch=4)), folder/f'recipe_{ranks.size}', ranks=ranks, progress=False)
     return dict(steps=[p.detach().flatten() for p in net.parameters()], slides=[], history=[{k: v for k, v in r.items() if k not in ('seconds', 'peak_mb')} for r in history], rows=[])
 
-KINDS = ('oversampled', 'survival', 'multilabel', 'patches')
+KINDS = ('oversampled', 'survival', 'multilabel', 'patches', 'features')
 
 def _rank(rank, ranks, folder):
     torch.set_num_threads(1); folder = Path(folder)

@@ -24,7 +24,7 @@ from .background import Canvas
 from .plan import budget, lean_memory, measure, plan, size as text_size
 from .files import whole_file
 from .cli import check_settings, command, environment, hw, output_file
-from .pipeline import beside_chain, beside_one, fresh_process, loading, long_run, process_status, trimming
+from .pipeline import beside_chain, beside_one, first_phase, fresh_process, loading, long_run, process_status, trimming
 
 # %% ../nbs/17_benchmarks.ipynb #350a9060
 def slim(width=8):
@@ -355,7 +355,7 @@ def beside_default(device='cpu', repeats=3, sizes=((384, 16384),), strip=128, dt
         log(f"{_title(cases['lean'])}: {pair.get('seconds', rounds)} times the seconds, {pair.get('above')} times the memory above start")
     return result
 
-parts = {'methods': beside_plain, 'budgets': beside_peer, 'large': large, 'gigapixel': gigapixel, 'canvas': beside_dense, 'lean': beside_default, 'networks': run_networks, 'augment': beside_chain, 'trim': trimming, 'loading': loading, 'ranks': beside_one, 'long': long_run}
+parts = {'methods': beside_plain, 'budgets': beside_peer, 'large': large, 'gigapixel': gigapixel, 'canvas': beside_dense, 'lean': beside_default, 'networks': run_networks, 'augment': beside_chain, 'trim': trimming, 'loading': loading, 'patches': first_phase, 'ranks': beside_one, 'long': long_run}
 
 # %% ../nbs/17_benchmarks.ipynb #6593a623
 def sides(text):

@@ -66,11 +66,11 @@ class TwoPhases:
     "Callback: before an epoch all patches of all training slides are looked at, as they are augmented in that epoch; each slide then learns from the most suspicious."
     def __init__(self, data,  # `BagDataset` of the training slides
                  workers=0):  # processes that read ahead
-        self.data, self.workers, self.epoch, self.rows = data, workers, None, []
+        self.data, self.workers, self.loader, self.epoch, self.rows = data, workers, None, None, []
     def before_epoch(self, s):
         if s.epoch != self.epoch: self.epoch, self.rows = s.epoch, []
-        loader = slide_loader(self.data, workers=self.workers, rank=s.ranks.rank, ranks=s.ranks.size)
-        predict(s.model, loader, s.device, s.amp, s.progress, f'epoch {s.epoch+1}, all patches', s.task, s.ranks, self.rows, s.rest, s.epoch)
+        self.loader = self.loader or slide_loader(self.data, workers=self.workers, rank=s.ranks.rank, ranks=s.ranks.size) # whose processes stay
+        predict(s.model, self.loader, s.device, s.amp, s.progress, f'epoch {s.epoch+1}, all patches', s.task, s.ranks, self.rows, s.rest, s.epoch)
         self.choose(s)
     def choose(self, s): s.model.chosen = {r['slide_id']: r['top'] for r in self.rows}
     def resumed(self, s):

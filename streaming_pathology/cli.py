@@ -90,11 +90,11 @@ def make_parser(f, prog):
 
 NOT_SET = ('command', 'cohort_sha256', 'mean', 'std') # in the settings of a run, but found by it
 
-def parsed(f, prog, argv): # dict of arguments
-    "The command line of `f`; where its first word is a `.toml` file, options that are not given come from there, and so does what should stand in its place."
+def parsed(f, prog, argv, again=True): # dict of arguments
+    "The command line of `f`; where its first word is a `.toml` file, the settings of a run that is to be made `again`, options that are not given come from there, and so does what should stand in its place."
     parser, parameters = make_parser(f, prog), inspect.signature(f).parameters
     args, first = parser.parse_args(argv), next(iter(parameters))
-    if Path(given := str(getattr(args, first))).suffix != '.toml': return vars(args)
+    if not again or Path(given := str(getattr(args, first))).suffix != '.toml': return vars(args)
     try: settings = tomllib.loads(Path(given).read_text())
     except (OSError, ValueError) as e: raise InputError(f'{given} cannot be read: {one_line(e)}') from None
     for k, v in settings.items():
@@ -166,12 +166,12 @@ def terminable():
 
 COMMANDS = {}
 
-def command(name, f, lean=True): # a function of (argv=None) that returns an exit status
-    "Make the command `sp_name` of a function, which runs with `lean_memory`."
+def command(name, f, lean=True, again=True): # a function of (argv=None) that returns an exit status
+    "Make the command `sp_name` of a function, which runs with `lean_memory`; `again`: a `.toml` file in place of its first argument has its settings."
     def run(argv=None):
         def go():
             if lean: lean_memory()
-            with plain_warnings(), terminable(): f(**parsed(f, f'sp_{name}', argv))
+            with plain_warnings(), terminable(): f(**parsed(f, f'sp_{name}', argv, again))
         return status_of(go)
     run.__name__, run.__doc__ = f'sp_{name}', f.__doc__
     COMMANDS[name] = run

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'check_scores', 'roc', 'auc', 'class_weights', 'weighted_auc', 'draw_weights', 'bootstrap_aucs', 'Interval',
            'bootstrap_ci', 'roc_band', 'plot_roc', 'OperatingPoint', 'operating_point', 'Metrics', 'evaluate',
-           'Prediction', 'read_predictions', 'evaluate_file']
+           'Prediction', 'read_predictions', 'evaluate_file', 'placements', 'DeLong', 'delong_test', 'paired_bootstrap',
+           'permutation_test']
 
 # %% ../nbs/13_evaluation.ipynb #8c7f937c
 import json
@@ -270,3 +271,87 @@ def evaluate_file(path, # predictions.csv
         if threshold_split: kwargs.update(threshold=operating_point(*labelled(threshold_split)).threshold, threshold_from=threshold_split)
         return evaluate(*labelled(split), split=split, **kwargs)
     except InputError as e: raise InputError(str(e) if str(path) in str(e) else f'{path}, split {split!r}: {e}') from None
+
+# %% ../nbs/13_evaluation.ipynb #pair0002
+def _paired(labels, a, b): # bool (n,), scores (n,) and (n,)
+    y, s = check_scores(labels, a)
+    return y, s, check_scores(labels, b)[1]
+
+def placements(y, s): # of the positive slides (m,), of the negative ones (n,)
+    "The share of slides of the other class on whose right side each slide is, ties counting half; their mean is the AUC. By midranks, as Sun and Xu (2014)."
+    from scipy.stats import rankdata # slow to import, so only where it is used
+    pos, neg, every = s[y], s[~y], rankdata(s)
+    return (every[y]-rankdata(pos))/len(neg), 1-(every[~y]-rankdata(neg))/len(pos)
+
+@dataclass(frozen=True)
+class DeLong:
+    "The AUCs of two models on the same slides, `difference` the first less the second, with its interval"
+    a: float
+    b: float
+    difference: float
+    error: float         # standard error of the difference
+    low: float
+    high: float
+    p: float             # two-sided; of as large a difference where there is none
+    level: float
+    def __str__(self): return f'{self.difference:+.3f} ({self.level:.0%} interval {self.low:+.3f} to {self.high:+.3f}, p = {self.p:.3g})'
+
+def delong_test(labels, # 0 or 1 for each slide
+                a, # scores of the first model
+                b, # of the second, on the same slides
+                level=.95, # of the interval
+               )->DeLong:
+    "Test for the difference of two AUCs on the same slides (DeLong et al. 1988)"
+    from scipy.stats import norm
+    y, *scores = _paired(labels, a, b)
+    if min(y.sum(), (~y).sum()) < 2: raise InputError(f'{y.sum()} positive and {(~y).sum()} negative slides: the test needs two of each at least')
+    if not 0 < level < 1: raise InputError(f'level {level} of the interval: it has to lie between 0 and 1, as .95')
+    (va, wa), (vb, wb) = (placements(y, s) for s in scores)
+    d, error = float((va-vb).mean()), float(np.sqrt(np.var(va-vb, ddof=1)/len(va)+np.var(wa-wb, ddof=1)/len(wa)))
+    half = norm.ppf((1+level)/2)*error
+    p = 2*norm.sf(abs(d)/error) if error else float(d == 0)
+    return DeLong(float(va.mean()), float(vb.mean()), d, error, d-half, d+half, float(p), level)
+
+# %% ../nbs/13_evaluation.ipynb #pair0005
+def _groups(groups, n): # a number for each slide, and how many there are
+    i = np.arange(n) if groups is None else np.unique(list(groups), return_inverse=True)[1]
+    if len(i) != n: raise InputError(f'{len(i)} patients for {n} slides: give one for each slide')
+    return i, int(i.max())+1
+
+def paired_bootstrap(labels, # 0 or 1 for each slide
+                     a, # scores of the first model
+                     b, # of the second, on the same slides
+                     n=10_000, # draws
+                     seed=0, # of the draws
+                     level=.95, # share of the draws inside the interval
+                     groups=None, # patient of each slide: they are drawn, with all of their slides; None: slides are
+                    )->Interval:
+    "Percentile interval of the difference of two AUCs, the first less the second, both on the same draws"
+    y, a, b = _paired(labels, a, b)
+    if n < 1: raise InputError(f'{n} bootstrap draws: n has to be at least 1')
+    if not 0 < level < 1: raise InputError(f'level {level} of the interval: it has to lie between 0 and 1, as .95')
+    (of, k), rng, found, redrawn, chunk = _groups(groups, len(y)), np.random.default_rng(seed), [], 0, max(1, 2**19//len(y))
+    while (missing := n-sum(map(len, found))) > 0:
+        w = draw_weights(k, min(chunk, missing), rng)[:, of]
+        d = weighted_auc(y, a, w)-weighted_auc(y, b, w)
+        redrawn += int(np.isnan(d).sum()); found.append(d[~np.isnan(d)])
+    low, high = np.quantile(np.concatenate(found), [(1-level)/2, (1+level)/2])
+    return Interval(float(low), float(high), n, redrawn, seed, level)
+
+def permutation_test(labels, # 0 or 1 for each slide
+                     a, # scores of the first model
+                     b, # of the second, on the same slides
+                     n=10_000, # permutations
+                     seed=0, # of them
+                     groups=None, # patient of each slide: the scores of all their slides are swapped together
+                    )->float:
+    "Two-sided p-value for the difference of two AUCs: how often it is as large when scores, as ranks, are swapped between the models at random (Phipson and Smyth 2010: never 0)"
+    from scipy.stats import rankdata
+    y, a, b = _paired(labels, a, b); a, b = rankdata(a), rankdata(b)
+    (of, k), rng, pairs = _groups(groups, len(y)), np.random.default_rng(seed), y.sum()*(~y).sum()
+    def area(s): return (rankdata(s, axis=-1)[..., y].sum(-1)-y.sum()*(y.sum()+1)/2)/pairs
+    seen, chunk, count = abs(area(a)-area(b)), max(1, 2**19//len(y)), 0
+    for start in range(0, n, chunk):
+        swap = rng.integers(0, 2, (min(chunk, n-start), k), dtype=bool)[:, of]
+        count += int((abs(area(np.where(swap, b, a))-area(np.where(swap, a, b))) >= seen-1e-12).sum())
+    return (1+count)/(1+n)

@@ -1,0 +1,51 @@
+"Two runs, made or reused by one command, and held against each other."
+import json, shutil, signal
+import pytest
+from streaming_pathology import cli, compare
+from streaming_pathology.cohorts import tiny_cohort
+from streaming_pathology.files import write_csv
+from small import small_resnet
+from test_resume import as_if_never_stopped, rows
+
+TRAIN = ['--spacing', 4, '--epochs', 2, '--batch', 3, '--heatmaps', 0, '--save-minutes', 0]
+
+@pytest.fixture(scope='module')
+def whole(once):
+    "A run that streams, the settings of one on patches, and both compared without a stop."
+    def make(folder):
+        manifest = tiny_cohort(folder/'cohort', size=(96, 128), n=16)
+        assert cli.main(['train', manifest, folder/'streaming', *TRAIN, '--size', '128,128', '--strip', 32]) == 0
+        s = cli.tomllib.loads((folder/'streaming/settings.toml').read_text())
+        (folder/'mil.toml').write_text(f'command = "sp_mil"\nmanifest = "{manifest}"\nspacing = 4.0\nepochs = 2\nbatch = 3\nheatmaps = 0\npatch = 32\nlr = 0.001\nsave_minutes = 0.0\n')
+        assert compared(folder/'streaming', folder/'mil.toml', folder/'compared') == 0
+    return once('compare', make)
+
+def compared(*argv): return compare.sp_compare([str(a) for a in argv])
+def figures(folder): return {k: v for k, v in json.loads((folder/'comparison.json').read_text()).items() if k not in ('environment', 'tables')}
+
+def test_one_reused_and_one_made(whole, capsys):
+    found, folder = figures(whole/'compared'), whole/'compared'
+    assert found['names'] == ['streaming', 'mil'] and found['slides'] == 4 and (folder/'mil/report.html').exists() and {p.name for p in folder.iterdir()} == {*compare.FILES, 'mil'}
+    slides = rows(folder/'comparison.csv'); assert {r['slide_id'] for r in slides} == {r['slide_id'] for r in rows(whole/'streaming/predictions.csv') if r['split'] == 'test'}
+    before = (folder/'mil/predictions.csv').stat().st_mtime_ns
+    assert compared(whole/'streaming', whole/'mil.toml', folder) == 0 and figures(folder) == found and (folder/'mil/predictions.csv').stat().st_mtime_ns == before # what is there is reused
+    assert compared(whole/'streaming/settings.toml', folder/'mil/predictions.csv', folder) == 0 and figures(folder) == found
+
+def test_stopped_and_gone_on(whole, tmp_path, monkeypatch):
+    save, seen = cli.Checkpoints.save, []
+    def stopped(self, s): save(self, s); seen.append(1); len(seen) % 9 == 4 and signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(cli.Checkpoints, 'save', stopped); stops = 0
+    while (status := compared(whole/'streaming', whole/'mil.toml', tmp_path/'compared')) == 75: stops += 1; assert not (tmp_path/'compared/comparison.json').exists()
+    assert status == 0 and stops >= 2 and figures(tmp_path/'compared') == figures(whole/'compared'); as_if_never_stopped(tmp_path/'compared/mil', whole/'compared/mil')
+
+def test_refused(whole, tmp_path, capsys):
+    def refused(*argv, says):
+        capsys.readouterr(); assert compared(*argv) == 2; err = capsys.readouterr().err; assert says in err and 'Traceback' not in err, err
+    run, other, out = whole/'streaming', tmp_path/'other', tmp_path/'out'
+    shutil.copytree(run, other); table = rows(other/'cohort.csv'); test = next(r for r in table if r['split'] == 'test')
+    test['split'] = 'train'; write_csv(other/'cohort.csv', table)
+    refused(run, other, out, says='has learnt from'); assert not out.exists()
+    refused(run, run/'predictions.csv', out, says='are one'); refused(run, whole/'mil.toml', run, says='folder of a run'); refused(run, whole/'mil.toml', whole/'cohort', says='holds')
+    (tmp_path/'bad.toml').write_text('command = "sp_mil"\npatches = 3\n'); refused(run, tmp_path/'bad.toml', out, says='no setting'); assert not out.exists()
+    (other/'settings.toml').write_text((other/'settings.toml').read_text().replace('task = "binary"', 'task = "survival"')); refused(run, other, out, says='task survival')
+    shutil.rmtree(other/'checkpoints'); (other/'report.html').unlink(); (other/'settings.toml').write_text('command = 3\n'); refused(run, other, out, says='command')

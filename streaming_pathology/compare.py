@@ -7,8 +7,7 @@ __all__ = ['TRAIN', 'FILES', 'sp_compare', 'Side', 'find_side', 'make_run', 'Com
            'write_comparison', 'compare_runs']
 
 # %% ../nbs/16_compare.ipynb #cmp00003
-import json, math, os
-from collections import Counter
+import json, os, tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from fastcore.xml import *
@@ -44,7 +43,6 @@ class Side:
         return next((f'{kind} {name!r}' for kind, name in (('slide', slide), ('patient', patient)) if {'train', 'tuning'} & self.splits.get((kind, name), set())), None)
 
 def _settings(folder):
-    import tomllib
     path = folder/'settings.toml'
     if not ((folder/RUN.mark).exists() and path.exists()): return {}
     try: return tomllib.loads(path.read_text())
@@ -70,7 +68,6 @@ def _name(given):
 
 def make_run(folder, settings):
     "Train a run, or go on with it."
-    import tomllib
     try: kind = tomllib.loads(settings.read_text()).get('command')
     except (OSError, ValueError) as e: raise InputError(f'{settings} cannot be read: {e}') from None
     if kind not in TRAIN: raise InputError(f"{settings} is of {kind or 'no command'}; its first line has to say command = \"sp_train\" or \"sp_mil\"")

@@ -152,7 +152,7 @@ def _page(c, sides, out):
                  P(f"{counted(len(c.slides), 'slide')} of the {c.split} split, {int(sum(c.labels))} positive" + (f", of {len({*c.patients})} patients" if c.patients else '') + f". The interval is the middle {d.level:.0%} of {d.draws:,} bootstrap draws of {'patients' if c.patients else 'slides'}, on each of which both are judged (seed {d.seed}).", cls='small'))
     head, auc = ('', a, b), [('AUC', f'{c.test.a:.3f}', f'{c.test.b:.3f}'), ('interval', *map(str, c.intervals))]
     if t := c.accuracy: auc += [('threshold, chosen on tuning', *(f'{v:.3f}' for v in t['thresholds'])), ('accuracy', *(f'{v:.1%}' for v in t['accuracy'])), ('right where the other is wrong', *map(str, t['only_right']))]
-    tests = [('DeLong', f'{c.test.low:+.3f} to {c.test.high:+.3f}', f'{c.test.p:.3g}'), ('paired bootstrap', f'{d.low:+.3f} to {d.high:+.3f}', None), ('permutation', None, f'{c.p:.3g}')]
+    tests = [('DeLong'+', as if slides were of different patients'*bool(c.patients), f'{c.test.low:+.3f} to {c.test.high:+.3f}', f'{c.test.p:.3g}'), ('paired bootstrap', f'{d.low:+.3f} to {d.high:+.3f}', None), ('permutation', None, f'{c.p:.3g}')]
     if t: tests.append(('accuracy, McNemar', None, f"{t['p']:.3g}"))
     sections = [('result', 'Result', (Div(answer, Figure(Img(src=_roc_figure(c), cls='plot', alt=f'ROC curves of {a} and {b} with their bootstrap bands')), cls='answer'), P('The runs: ', link(sides[0]), ' and ', link(sides[1]), '.'))),
                 ('figures', 'Figures', (Div(table('Each', head, auc), table('The difference', ('', 'interval', 'p'), tests), cls='pair'),)),

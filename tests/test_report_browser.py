@@ -3,6 +3,7 @@ import io, os, shutil, pytest
 import numpy as np
 from PIL import Image
 from streaming_pathology.files import write_whole
+from streaming_pathology.compare import sp_compare
 from streaming_pathology.report import toy_run, write_report
 
 CHROMIUM = os.environ.get('CHROMIUM') or shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
@@ -91,3 +92,14 @@ def test_forty_slides_stay_small(tmp_path):
     for i in (run/'images').iterdir(): write_whole(i, f.getvalue())
     for h in (run/'heatmaps').iterdir(): np.save(h, rng.random((128, 128), dtype=np.float32))
     assert write_report(run).stat().st_size < 5e6
+
+@pytest.mark.parametrize('width', [1280, 375])
+def test_a_comparison(browser, tmp_path, width):
+    for k in 'ab': toy_run(tmp_path/k, seed=ord(k), n=40)
+    assert sp_compare([str(tmp_path/k/'predictions.csv') for k in 'ab']+[str(tmp_path/'compared'), '--draws', '200', '--shared']) == 0
+    context = browser.new_context(viewport=dict(width=width, height=800)); page, errors, requests = context.new_page(), [], []
+    page.on('console', lambda m: errors.append(m.text)); page.on('request', lambda r: requests.append(r.url) if not r.url.startswith('data:') else None)
+    page.goto((at := tmp_path/'compared/comparison.html').as_uri())
+    assert not errors and requests == [at.as_uri()] and page.evaluate('document.documentElement.scrollWidth') <= width
+    assert page.evaluate('[...document.images].every(i => i.complete && i.naturalWidth)') and all((at.parent/a).exists() for a in page.eval_on_selector_all('main a', 'l => l.map(a => a.getAttribute("href"))'))
+    context.close()

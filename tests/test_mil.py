@@ -1,11 +1,11 @@
 "Multiple-instance learning from the command line: beside streaming in all but the network."
-import csv, json, shutil, signal
+import csv, json, shutil, signal, subprocess, time
 import numpy as np, pytest
 from streaming_pathology import cli
 from streaming_pathology.checkpoints import last_point
 from streaming_pathology.cohorts import tiny_cohort
 from streaming_pathology.synthetic import write_cohort
-from small import small_resnet
+from small import COMMAND, small_resnet
 from test_cli import refused, tree
 from test_resume import as_if_never_stopped, rows
 
@@ -73,6 +73,17 @@ def test_features_stopped(whole, features, tmp_path, monkeypatch):
     assert status == 0 and stops >= 3; as_if_never_stopped(tmp_path/'run', features)
     assert {p.name: p.read_bytes() for p in (tmp_path/'run/features').iterdir()} == {p.name: p.read_bytes() for p in (features/'features').iterdir()}
 
+def test_features_killed(whole, features, tmp_path):
+    "While features are made, and between epochs; no file of them is ever half there, and none is made again."
+    run, seen = tmp_path/'run', {}
+    for n in (2, 11, 20): # files that are there when it is killed
+        p = subprocess.Popen([*COMMAND, *map(str, ['mil', whole/'cohort/manifest.csv', run, *FEATURES, '--resume'])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while p.poll() is None and len([*run.glob('features/*.safetensors')]) < n: time.sleep(.002)
+        p.kill(); p.wait(); now = {f.name: f.stat().st_mtime_ns for f in run.glob('features/s*')}
+        assert len(now) >= n and all(now[k] == v for k, v in seen.items()); seen = now
+    assert cli.main(['mil', whole/'cohort/manifest.csv', run, *FEATURES, '--resume']) == 0; as_if_never_stopped(run, features)
+    assert {p.name: p.read_bytes() for p in (run/'features').iterdir()} == {p.name: p.read_bytes() for p in (features/'features').iterdir()}
+
 def test_features_predicted(whole, features, tmp_path):
     "The backbone comes with the run, and with what is exported of it."
     table = lambda p: rows(p, 'seconds')
@@ -112,3 +123,9 @@ def test_annotations(tmp_path, capsys):
     assert float(rows(tmp_path/'run/log.csv')[-1]['train_loss']) < .6
     text = painted.read_text(); bare = tmp_path/'cohort/bare.csv'; first = next(r for r in csv.DictReader(text.splitlines()) if r['label'] == '1'); bare.write_text(text.replace(first['truth'], ''))
     refused(capsys, ['mil', bare, tmp_path/'x', *argv], 'without an annotation', first['slide_id'])
+
+def test_timm():
+    pytest.importorskip('timm'); import torch
+    from streaming_pathology.features import built, make_encoder
+    encoder, patches = make_encoder('timm:resnet10t'), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8); x, scores = encoder(patches)
+    again = built(encoder.card); again.load_state_dict(encoder.state_dict()); assert scores is None and x.shape == (2, 512) and torch.equal(again(patches)[0], x) and again.sealed() == encoder.sealed()

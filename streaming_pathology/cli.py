@@ -293,7 +293,7 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     "Train, choose the best epoch on the tuning split, predict, evaluate, draw heatmaps; returns a sentence on the test split, on the first rank."
     s, labels, folder, device = settings, label_names(settings), Path(folder), device or settings['device']
     if ranks.rank == 0 and point is None: write_record(folder, data.cases, s)
-    features = with_features(model, data, folder, point, ranks, device) if isinstance(model, FeatureMIL) else None
+    features = with_features(model, data, folder, point, ranks, device, s['backbone']) if isinstance(model, FeatureMIL) else None
     keep = dict(model={} if features else _network(s, task), task=task.settings(), labels=labels, cohort_sha256=s.get('cohort_sha256'), settings=s, **shown_as(s), **({'features': features} if features else {}))
     parts = {p: data.part(p, augment=AUGMENTATIONS[s['augment']] if p == 'train' else None) for p in ('train', 'tuning')}
     if s.get('annotation'): parts['train'].classes, parts['train'].draws = whole_numbers(s['classes'], '--classes', 'the numbers that mark what makes a slide positive'), s['draws']
@@ -323,13 +323,14 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     save_heatmaps(model, data, set(ids), folder/'heatmaps', s.get('copies'), s['seed'], device)
     return found
 
-def with_features(model, data, folder, point, ranks, device): # of a `FeatureMIL`, what a checkpoint says of it
+def with_features(model, data, folder, point, ranks, device, backbone): # of a `FeatureMIL`, what a checkpoint says of it
     "Make one backbone known to all ranks, to the dataset and, once, to the folder of the run."
-    at = folder/'checkpoints'/ENCODER
+    at, other = folder/'checkpoints'/ENCODER, lambda: point and point['settings']['features']['encoder']['sha256'] != model.encoder.sealed()['sha256']
+    if backbone and other(): raise InputError(f'--backbone {backbone} is another one than that which {folder} has begun with; give that, or another folder')
     if point and at.exists(): load_encoder(at, model.encoder)
     for _, v in sorted(model.encoder.to(device).state_dict().items()): ranks.same(v)
     card = model.encoder.sealed(); data.encoder = card['sha256']
-    if point and point['settings']['features']['encoder'] != plain(card): raise InputError(f"the backbone is another one than that which {folder} has begun with; put back {at.name}, or give another folder")
+    if other(): raise InputError(f'the backbone is another one than that which {folder} has begun with; put back {at.name}, or give another folder')
     if ranks.rank == 0 and point is None and 'code' not in card: save_encoder(at, model.encoder)
     return dict(encoder=card, aggregator=model.made)
 
@@ -496,7 +497,7 @@ def settle(s):
         if s[k] is None: s[k] = v
 
 NO_SETTINGS = ('overwrite', 'resume', 'accept_changes')                                                              # said on the command line each time
-HARMLESS = ('manifest', 'features', 'workers', 'cache_gb', 'heatmaps', 'copies', 'tensorboard', 'save_minutes', 'dry_run', 'mean', 'std') # which change nothing that was learnt
+HARMLESS = ('manifest', 'features', 'backbone', 'workers', 'cache_gb', 'heatmaps', 'copies', 'tensorboard', 'save_minutes', 'dry_run', 'mean', 'std') # which change nothing that was learnt
 
 def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `SlideDataset`, settings, `Task`, the point to go on from if there is one, names of settings that changed), or None if the run is finished
     "All that can be refused before anything is written."
@@ -522,7 +523,7 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
         former = former_settings(at, point)
         if changed := changes(former, now := tomllib.loads(as_toml(s))):
             if not accept_changes: raise InputError(several(f'{out} holds a run of other settings; give those, or --accept-changes, or another folder', sentences(changed, now)))
-            fixed = ('command', 'arch', 'pool', 'recipe', 'task', 'label', 'spacing', 'size', 'canvas', 'pen', 'normalise', 'weights', 'weights_sha256', 'patch', 'stride', 'tissue', 'magnify', 'aggregator', 'backbone', 'dropout', 'annotation', *['epochs']*bool(s['recipe']))
+            fixed = ('command', 'arch', 'pool', 'recipe', 'task', 'label', 'spacing', 'size', 'canvas', 'pen', 'normalise', 'weights', 'weights_sha256', 'patch', 'stride', 'tissue', 'magnify', 'aggregator', 'dropout', 'annotation', *['epochs']*bool(s['recipe']))
             if other := [k for k in changed if k in fixed]: raise InputError(f"{out} holds another network or schedule, or one that began or sees slides otherwise ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
             if not point: raise InputError(f'{out} holds a finished run without a point to go on from; give another folder')
         elif finished: return None

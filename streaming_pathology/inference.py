@@ -24,7 +24,7 @@ from .training import Alone, predict
 from .checkpoints import load_checkpoint, load_weights, plain
 from .aggregators import make_aggregator
 from .bags import Bag, BagDataset, PatchGrid
-from .features import Encoder, FeatureDataset, FeatureMIL, built, make_encoder, weights_hash
+from .features import Encoder, FeatureDataset, FeatureMIL, built, encoder_hash, make_encoder, weights_hash
 from .mil import InstanceMIL
 
 # %% ../nbs/13_inference.ipynb #i0000006
@@ -106,7 +106,7 @@ def with_encoder(card, weights, path): # weights
     path, of = Path(path).parent/ENCODER, card['features']['encoder']
     if 'code' in of: path, state = of['backbone'], built(of).state_dict()
     else: _, state = _from_export(path)
-    if weights_hash(state, {k: v for k, v in of.items() if k != 'sha256'}) != of['sha256']: raise InputError(f'{path} is another backbone than that whose features were learnt from')
+    if encoder_hash(state, of) != of['sha256']: raise InputError(f'{path} is another backbone than that whose features were learnt from')
     return weights | {f'encoder.{k}': v for k, v in state.items()}
 
 def _of_a_model(path): # what `load_checkpoint` gives

@@ -62,6 +62,10 @@ def find_side(given, out, name): # the table of predictions; folder and settings
     if path.suffix != '.csv': raise InputError(f'{given} is neither a run folder, nor a settings.toml, nor a table of predictions (.csv)')
     return path, None
 
+def _asked(path): # what a former comparison was of
+    try: return {k: json.loads(path.read_text())[k] for k in ('tables', 'split')}
+    except (OSError, ValueError, KeyError, TypeError): raise InputError(f'{path} is no comparison, or is damaged; delete it, or give the name of another folder') from None
+
 def _name(given):
     path = absolute(given)
     return path.parent.name if path.name in ('settings.toml', 'predictions.csv') else path.stem if path.suffix in ('.toml', '.csv') else path.name
@@ -93,6 +97,7 @@ class Comparison:
     @property
     def shown(self): # a sentence
         a, b = self.names
+        if self.paired.low == self.paired.high != 0: return 'Every resample gives the same difference, so its interval has no width and says nothing about other slides: only more slides can.'
         if self.paired.low > 0 or self.paired.high < 0: return f"On these slides {a if self.paired.low > 0 else b} has the higher AUC; the interval of the difference does not hold zero."
         return 'No difference is shown: its interval holds zero. That is not to say that there is none.'
 
@@ -154,7 +159,7 @@ def _page(c, sides, out):
     if t := c.accuracy: auc += [('threshold, chosen on tuning', *(f'{v:.3f}' for v in t['thresholds'])), ('accuracy', *(f'{v:.1%}' for v in t['accuracy'])), ('right where the other is wrong', *map(str, t['only_right']))]
     tests = [('DeLong'+', as if slides were of different patients'*bool(c.patients), f'{c.test.low:+.3f} to {c.test.high:+.3f}', f'{c.test.p:.3g}'), ('paired bootstrap', f'{d.low:+.3f} to {d.high:+.3f}', None), ('permutation', None, f'{c.p:.3g}')]
     if t: tests.append(('accuracy, McNemar', None, f"{t['p']:.3g}"))
-    sections = [('result', 'Result', (Div(answer, Figure(Img(src=_roc_figure(c), cls='plot', alt=f'ROC curves of {a} and {b} with their bootstrap bands')), cls='answer'), P('The runs: ', link(sides[0]), ' and ', link(sides[1]), '.'))),
+    sections = [('result', 'Result', (Div(answer, Figure(Img(src=_roc_figure(c), cls='plot', alt=f'ROC curves of {a} and {b} with their bootstrap bands')), cls='answer'), P('The runs: ', link(sides[0]), ' and ', link(sides[1]), '.', *(f' What {s.name} has learnt from is not known, as it lies in no run folder.' for s in sides if not s.splits)))),
                 ('figures', 'Figures', (Div(table('Each', head, auc), table('The difference', ('', 'interval', 'p'), tests), cls='pair'),)),
                 ('slides', 'Slides', (P('Those first on which the two differ most.'), table('Slides', ('slide', 'label', a, b), [(r['slide_id'], f"{r['label']:g}", f"{r['probability_a']:.3f}", f"{r['probability_b']:.3f}") for r in _rows(c)[:200]], hide=True, cls='numbers')))]
     return html_page(f'{a} and {b}', 'Two runs compared', sections, 'Written by streaming_pathology. This file holds everything it shows and requests nothing.')
@@ -185,12 +190,16 @@ def compare_runs(settings_a,              # a run folder, a settings.toml of a r
     if found[0][0] == found[1][0]: raise InputError(f'{given[0]} and {given[1]} are one; give two to compare')
     made = [t[0].name for _, t in found if t and t[0].parent == at]
     if at.exists() and (foreign := [p.name for p in at.iterdir() if p.name not in (*FILES, *made, *SYSTEM) and not p.name.endswith('.partial') and not (p/RUN.mark).exists()]): raise InputError(f'{out} holds {foreign[0]}, which no comparison wrote; give the name of a new folder')
+    tables = [str(table) for table, _ in found]
+    if (at/FILES[0]).exists() and (former := _asked(at/FILES[0])) != dict(tables=tables, split=split): raise InputError(f"{out} holds the comparison of {' and '.join(former['tables'])} on the split {former['split']!r}; give the name of another folder")
     for _, todo in found:
         if todo: make_run(*todo)
     if os.environ.get('RANK', '0') != '0': return # of several processes that have trained, one compares
     sides = [Side(n, table).read() for n, (table, _) in zip(names, found)]
     c = hold_against(*sides, split, shared, draws, seed, level)
-    write_comparison(c, sides, at, tables=[str(s.table) for s in sides])
+    write_comparison(c, sides, at, tables=tables)
     print(f"wrote {Path(out)/'comparison.html'}\n{c}")
+    for s in sides:
+        if not s.splits: print(f'What {s.name} has learnt from is not known: {s.table} lies in no run folder.')
 
 sp_compare = command('compare', compare_runs, again=False)

@@ -292,7 +292,7 @@ class DeLong:
     error: float         # standard error of the difference
     low: float
     high: float
-    p: float             # two-sided; of as large a difference where there is none
+    p: float             # two-sided; of as large a difference where there is none. nan where nothing varies that it could be told by
     level: float
     def __str__(self): return f'{self.difference:+.3f} ({self.level:.0%} interval {self.low:+.3f} to {self.high:+.3f}, p = {self.p:.3g})'
 
@@ -309,7 +309,7 @@ def delong_test(labels, # 0 or 1 for each slide
     (va, wa), (vb, wb) = (placements(y, s) for s in scores)
     d, error = float((va-vb).mean()), float(np.sqrt(np.var(va-vb, ddof=1)/len(va)+np.var(wa-wb, ddof=1)/len(wa)))
     half = norm.ppf((1+level)/2)*error
-    p = 2*norm.sf(abs(d)/error) if error else float(d == 0)
+    p = 2*norm.sf(abs(d)/error) if error else 1. if d == 0 else np.nan
     return DeLong(float(va.mean()), float(vb.mean()), d, error, d-half, d+half, float(p), level)
 
 # %% ../nbs/13_evaluation.ipynb #pair0005

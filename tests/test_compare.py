@@ -29,7 +29,8 @@ def test_one_reused_and_one_made(whole, capsys):
     slides = rows(folder/'comparison.csv'); assert {r['slide_id'] for r in slides} == {r['slide_id'] for r in rows(whole/'streaming/predictions.csv') if r['split'] == 'test'}
     before = (folder/'mil/predictions.csv').stat().st_mtime_ns
     assert compared(whole/'streaming', whole/'mil.toml', folder) == 0 and figures(folder) == found and (folder/'mil/predictions.csv').stat().st_mtime_ns == before # what is there is reused
-    assert compared(whole/'streaming/settings.toml', folder/'mil/predictions.csv', folder) == 0 and figures(folder) == found
+    assert compared(whole/'streaming/settings.toml', folder/'mil/predictions.csv', folder) == 0 and figures(folder) == found # the same two, named otherwise
+    assert compared(whole/'streaming', folder/'mil', folder, '--split', 'tuning') == 2 and figures(folder) == found
 
 def test_stopped_and_gone_on(whole, tmp_path, monkeypatch):
     save, seen = cli.Checkpoints.save, []

@@ -76,7 +76,7 @@ def test_features_stopped(whole, features, tmp_path, monkeypatch):
 def test_features_killed(whole, features, tmp_path):
     "While features are made, and between epochs; no file of them is ever half there, and none is made again."
     run, seen = tmp_path/'run', {}
-    for n in (2, 11, 20): # files that are there when it is killed
+    for n in (2, 17): # files that are there when it is killed
         p = subprocess.Popen([*COMMAND, *map(str, ['mil', whole/'cohort/manifest.csv', run, *FEATURES, '--resume'])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while p.poll() is None and len([*run.glob('features/*.safetensors')]) < n: time.sleep(.002)
         p.kill(); p.wait(); now = {f.name: f.stat().st_mtime_ns for f in run.glob('features/s*')}
@@ -105,7 +105,7 @@ def test_other_backbone(whole, features, tmp_path, capsys):
     (run/'checkpoints/encoder.safetensors').unlink(); refused(capsys, ['predict', run/'checkpoints/best.pt', whole/'cohort/manifest.csv', tmp_path/'p.csv'], 'encoder.safetensors')
     refused(capsys, ['mil', whole/'cohort/manifest.csv', run, *FEATURES, '--resume'], 'another one')
 
-@pytest.mark.parametrize('aggregator, more', [('rnn', []), ('topk', ['--top', 2]), ('clam', ['--dropout', .2]), ('dsmil', ['--amp', 'bf16']), ('transmil', [])])
+@pytest.mark.parametrize('aggregator, more', [('rnn', []), ('topk', ['--top', 2]), ('clam', ['--dropout', .2, '--amp', 'bf16'])])
 def test_on_a_trained_backbone(whole, tmp_path, aggregator, more):
     assert cli.main(['mil', whole/'cohort/manifest.csv', tmp_path/'run', '--spacing', 4, '--epochs', 1, '--patch', 64, '--heatmaps', 0, '--backbone', whole/'run', '--aggregator', aggregator, *more]) == 0
     assert cli.main(['predict', tmp_path/'run/checkpoints/best.pt', whole/'cohort/slides', tmp_path/'p.csv']) == 0

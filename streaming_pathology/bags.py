@@ -108,6 +108,7 @@ class BagDataset(SlideDataset):
         if c.slide_id not in self.annotated:
             (rows, columns), whole = where[1:], where[0].shape
             self.annotated[c.slide_id] = np.zeros(whole, bool) if c.annotation is None else class_mask(c.annotation, self.classes, self.spacing*max(len(i)/(i[-1]-i[0]+1) for i in (rows, columns)), whole)
+        if c.label and not self.annotated[c.slide_id].any(): raise InputError(f"slide {c.slide_id!r} is positive, and nothing in {c.annotation} is of {', '.join(map(str, self.classes))}; give the numbers that mark it, mend its label, or leave it out")
         marked = tissue_after((self.annotated[c.slide_id], *where[1:]), old, shape, record) & tissue
         share, near = self.grid.share(places, marked)/np.maximum(self.grid.share(places, tissue), 1e-9), self.grid.share(places, ndimage.binary_dilation(marked, np.ones((3, 3))))
         rng = keyed_rng(self.seed, epoch, c.slide_id, 'patches')

@@ -246,7 +246,6 @@ def feature_model(s, task): # `FeatureMIL`, with what its aggregator is made of 
     own = _network(s, task) | dict(n_out=1)
     encoder = encoder_of(s['backbone'], s['weights'], s['weights_sha256']) if s['backbone'] else Encoder(StreamingClassifier(**own, weights=s['weights'], sha256=s['weights_sha256']), card=dict(model={k: v for k, v in own.items() if k not in ('strip', 'memory')}))
     if (learnt := encoder.card.get('spacing', s['spacing'])) != s['spacing']: warnings.warn(f"the backbone has learnt at {learnt:g} microns per pixel, and is shown {s['spacing']:g}")
-    if not s['backbone'] and not s['weights']: warnings.warn('the backbone has random weights, of which little can be learnt; give --weights or --backbone')
     x, scores = encoder(torch.zeros(1, 3, *[s['patch']]*2, dtype=torch.uint8))
     made = dict(name=s['aggregator'], d=x.shape[1], n_out=task.n_out, k=s['top'], dropout=s['dropout'])
     model = FeatureMIL(encoder, make_aggregator(**made), s['patch_batch'], s['top'] or 1)
@@ -533,6 +532,7 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
     if s['recipe'] and not weights and s['command'] == 'sp_train': warnings.warn('the recipe trains the last block alone at first, on what the others have learnt before, and this network starts from random weights: give --weights')
     kept = dict(folder=Path(s['features'] or at/'features').expanduser(), views=s['views']) if s.get('aggregator') else {}
     if s.get('annotation') and (bare := [c.slide_id for c in cases if c.split == 'train' and c.label != 0 and not c.annotation]): raise InputError(several(f"{manifest}: {counted(len(bare), 'positive slide')} to train on without an annotation in {s['annotation']!r}; give them one, or leave them out", bare))
+    if s.get('aggregator') and not s['backbone'] and not weights: warnings.warn('the backbone has random weights, of which little can be learnt; give --weights or --backbone')
     data = check_cohort(dataset(shown_as(s), cases, cache=int(s['cache_gb']*1e9), seed=s['seed'], **kept), workers=s['workers'])
     if kept: data.hashed()
     if said := turned_out(data.part('train'), AUGMENTATIONS[s['augment']]): warnings.warn(said)

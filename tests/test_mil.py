@@ -123,6 +123,7 @@ def test_annotations(tmp_path, capsys):
     assert float(rows(tmp_path/'run/log.csv')[-1]['train_loss']) < .6
     text = painted.read_text(); bare = tmp_path/'cohort/bare.csv'; learnt = {r['slide_id'] for r in rows(tmp_path/'run/cohort.csv') if r['split'] == 'train'}; first = next(r for r in csv.DictReader(text.splitlines()) if r['label'] == '1' and r['slide_id'] in learnt); bare.write_text(text.replace(first['truth'], ''))
     refused(capsys, ['mil', bare, tmp_path/'x', *argv], 'without an annotation', first['slide_id'])
+    refused(capsys, ['mil', painted, tmp_path/'x', *argv, '--classes', '9'], 'is positive, and nothing'); assert not (tmp_path/'x').exists()
 
 def test_timm():
     pytest.importorskip('timm'); import torch

@@ -249,8 +249,9 @@ def feature_model(s, task): # `FeatureMIL`, with what its aggregator is made of 
     x, scores = encoder(torch.zeros(1, 3, *[s['patch']]*2, dtype=torch.uint8))
     made = dict(name=s['aggregator'], d=x.shape[1], n_out=task.n_out, k=s['top'], dropout=s['dropout'])
     model = FeatureMIL(encoder, make_aggregator(**made), s['patch_batch'], s['top'] or 1)
-    model.aggregator(x, scores); model.made = made # what does not fit is refused before slides are read
-    return model
+    with torch.no_grad(): model.eval().aggregator(x, scores) # what does not fit is refused before slides are read
+    model.made = made
+    return model.train()
 
 def calibrate(model, data, seed):
     "Running statistics from patches of the training slides of a checked dataset."

@@ -105,7 +105,7 @@ def test_other_backbone(whole, features, tmp_path, capsys):
     (run/'checkpoints/encoder.safetensors').unlink(); refused(capsys, ['predict', run/'checkpoints/best.pt', whole/'cohort/manifest.csv', tmp_path/'p.csv'], 'encoder.safetensors')
     refused(capsys, ['mil', whole/'cohort/manifest.csv', run, *FEATURES, '--resume'], 'another one')
 
-@pytest.mark.parametrize('aggregator, more', [('rnn', []), ('topk', ['--top', 2]), ('clam', ['--dropout', .2, '--amp', 'bf16'])])
+@pytest.mark.parametrize('aggregator, more', [('rnn', []), ('topk', ['--top', 2]), ('clam', ['--dropout', .2, '--amp', 'bf16', '--ema', .9])])
 def test_on_a_trained_backbone(whole, tmp_path, aggregator, more):
     assert cli.main(['mil', whole/'cohort/manifest.csv', tmp_path/'run', '--spacing', 4, '--epochs', 1, '--patch', 64, '--heatmaps', 0, '--backbone', whole/'run', '--aggregator', aggregator, *more]) == 0
     assert cli.main(['predict', tmp_path/'run/checkpoints/best.pt', whole/'cohort/slides', tmp_path/'p.csv']) == 0

@@ -113,7 +113,7 @@ class BagDataset(SlideDataset):
         share, near = self.grid.share(places, marked)/np.maximum(self.grid.share(places, tissue), 1e-9), self.grid.share(places, ndimage.binary_dilation(marked, np.ones((3, 3))))
         rng = keyed_rng(self.seed, epoch, c.slide_id, 'patches')
         positive, negative = (rng.permutation(np.flatnonzero(f)) for f in (share >= min(.5, share.max() or 1), near == 0))
-        n = min(len(positive), max(self.draws//2, self.draws-len(negative)))
+        n = min(len(positive), max((self.draws+1)//2, self.draws-len(negative)))
         chosen = np.concatenate([positive[:n], negative[:self.draws-n]])
         return torch.from_numpy(places[chosen]), torch.from_numpy(share[chosen] > 0).float()
 

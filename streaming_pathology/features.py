@@ -212,7 +212,8 @@ def slide_hash(case): # text
     digest = hashlib.sha256()
     for p in filter(None, (case.path, case.mask)):
         try:
-            for f in sorted(f for f in Path(p).iterdir() if f.is_file()) if Path(p).is_dir() else [Path(p)]:
+            beside = Path(p).with_suffix('').glob('*') if Path(p).suffix.lower() == '.mrxs' else () # where MIRAX keeps its pixels
+            for f in sorted(f for f in Path(p).iterdir() if f.is_file()) if Path(p).is_dir() else [Path(p), *sorted(beside)]:
                 with open(f, 'rb') as opened: digest.update(hashlib.file_digest(opened, 'sha256').digest())
         except OSError as e: raise InputError(f'slide {case.slide_id!r}: {p} cannot be read ({e.strerror})') from None
         digest.update(b'|')

@@ -7,12 +7,13 @@ __all__ = ['NOT_SET', 'COMMANDS', 'RECIPES', 'AUGMENTATIONS', 'NO_SETTINGS', 'HA
            'sp_export', 'sp_evaluate', 'sp_report', 'sp_trim', 'COHORT', 'sp_synth', 'DEMO', 'DEMO_COHORT', 'TINY',
            'TINY_COHORT', 'sp_demo', 'strip_rows', 'hw', 'make_parser', 'parsed', 'counted', 'status_of',
            'plain_warnings', 'terminable', 'command', 'environment', 'as_toml', 'cohort_sha256', 'file_size',
-           'identity', 'write_cases', 'recipe_of', 'shown_as', 'whole_numbers', 'magnifications', 'build_model',
-           'feature_model', 'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training', 'with_features',
-           'save_weights', 'best_weights', 'Record', 'label_names', 'largest', 'write_record', 'predict_rows',
-           'check_settings', 'check_device', 'train_cohort', 'settle', 'prepare_training', 'former_settings', 'flag',
-           'changes', 'sentences', 'shown', 'check_learnt', 'finish', 'mil_cohort', 'find_slides', 'predict_slides',
-           'export_run', 'evaluate_predictions', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
+           'identity', 'write_cases', 'recipe_of', 'shown_as', 'whole_numbers', 'magnifications', 'positive_classes',
+           'build_model', 'feature_model', 'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training',
+           'with_features', 'save_weights', 'best_weights', 'Record', 'label_names', 'largest', 'write_record',
+           'predict_rows', 'check_settings', 'check_device', 'train_cohort', 'settle', 'prepare_training',
+           'former_settings', 'flag', 'changes', 'sentences', 'shown', 'check_learnt', 'finish', 'mil_cohort',
+           'find_slides', 'predict_slides', 'export_run', 'evaluate_predictions', 'report_run', 'colour',
+           'trim_biopsies', 'synthesise', 'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
 import argparse, datetime, difflib, hashlib, inspect, json, math, os, platform, re, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
@@ -233,6 +234,8 @@ def whole_numbers(text, option, what): # tuple
 
 def magnifications(text): return whole_numbers(text, '--magnify', '1 for --spacing, 2 for twice as many microns per pixel')
 
+def positive_classes(text): return whole_numbers(text, '--classes', 'the numbers that mark what makes a slide positive')
+
 def _network(s, task): # what a checkpoint says of its network
     return dict(arch=s['arch'], n_out=task.n_out, pool=s['pool'], strip=s.get('strip', 256), memory=s.get('memory', 'auto'), **{k: s[k] for k in ('mean', 'std') if k in s})
 
@@ -296,7 +299,7 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     features = with_features(model, data, folder, point, ranks, device, s['backbone']) if isinstance(model, FeatureMIL) else None
     keep = dict(model={} if features else _network(s, task), task=task.settings(), labels=labels, cohort_sha256=s.get('cohort_sha256'), settings=s, **shown_as(s), **({'features': features} if features else {}))
     parts = {p: data.part(p, augment=AUGMENTATIONS[s['augment']] if p == 'train' else None) for p in ('train', 'tuning')}
-    if s.get('annotation'): parts['train'].classes, parts['train'].draws = whole_numbers(s['classes'], '--classes', 'the numbers that mark what makes a slide positive'), s['draws']
+    if s.get('annotation'): parts['train'].classes, parts['train'].draws = positive_classes(s['classes']), s['draws']
     train, tuning = (slide_loader(d, p == 'train', s['seed'], s['workers'], task.exclusive and s['balance'] == 'oversample', rank=ranks.rank, ranks=ranks.size) for p, d in parts.items())
     callbacks = [*[TwoPhases(parts['train'], s['workers'])]*(isinstance(model, InstanceMIL) and not s.get('annotation')), CSVLog(folder/'log.csv'), *[DryRun(largest(parts['train']))]*s.get('dry_run', False), *[Cosine()]*s['cosine'], *([EMA(s['ema'])] if s['ema'] else []), *([EarlyStopping(s['patience'])] if s['patience'] else []),
                  Record(folder, data.cases, s, changed), *[TensorBoardLog(folder/'tensorboard')]*s['tensorboard'], Checkpoints(folder/'checkpoints', keep, s['save_minutes']), *callbacks]
@@ -325,12 +328,12 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
 
 def with_features(model, data, folder, point, ranks, device, backbone): # of a `FeatureMIL`, what a checkpoint says of it
     "Make one backbone known to all ranks, to the dataset and, once, to the folder of the run."
-    at, other = folder/'checkpoints'/ENCODER, lambda: point and point['settings']['features']['encoder']['sha256'] != model.encoder.sealed()['sha256']
-    if backbone and other(): raise InputError(f'--backbone {backbone} is another one than that which {folder} has begun with; give that, or another folder')
+    at, known = folder/'checkpoints'/ENCODER, point and point['settings']['features']['encoder']['sha256']
+    if point and backbone and model.encoder.sealed()['sha256'] != known: raise InputError(f'--backbone {backbone} is another one than that which {folder} has begun with; give that, or another folder')
     if point and at.exists(): load_encoder(at, model.encoder)
     for _, v in sorted(model.encoder.to(device).state_dict().items()): ranks.same(v)
     card = model.encoder.sealed(); data.encoder = card['sha256']
-    if other(): raise InputError(f'the backbone is another one than that which {folder} has begun with; put back {at.name}, or give another folder')
+    if point and card['sha256'] != known: raise InputError(f'the backbone is another one than that which {folder} has begun with; put back {at.name}, or give another folder')
     if ranks.rank == 0 and point is None and 'code' not in card: save_encoder(at, model.encoder)
     return dict(encoder=card, aggregator=model.made)
 
@@ -486,13 +489,13 @@ def settle(s):
     if s['task'] != 'binary' and by not in many: raise InputError(f"--task {s['task']}: {by or 'the most suspicious patch'} is for two classes; use --task binary, --aggregator {' or '.join(many)}, or sp_train")
     def refuse(names, why):
         if said := [k for k in names if s[k] not in (None, usual[k])]: raise InputError(f'{flag(said[0])} {why}; leave it out')
-    if s['annotation']: refuse(('aggregator', *['top']*(s['top'] != 1)), 'is a matter of labels of slides, and with --annotation patches have labels of their own'); whole_numbers(s['classes'], '--classes', 'the numbers that mark what makes a slide positive')
+    if s['annotation']: refuse(('aggregator', *['top']*(s['top'] != 1)), 'is a matter of labels of slides, and with --annotation patches have labels of their own'); positive_classes(s['classes'])
     else: refuse(('classes', 'draws'), 'is a matter of --annotation')
     if not by: refuse(('backbone', 'views', 'features', 'dropout'), 'is a matter of --aggregator')
     else: refuse(('freeze_until', 'recipe'), 'is a matter of networks that learn from patches, and the backbone of an aggregator does not')
     if by and aggregators[by].k is None: refuse(('top',), f"is a matter of {', '.join(n for n, a in aggregators.items() if a.k)}")
     if s['backbone']: refuse(('arch', 'pool', 'normalise'), 'is a matter of the --backbone itself')
-    if by and (path := Path(s['backbone'] or '').expanduser()).exists() and s['backbone']: s['backbone'] = str(absolute(path))
+    if s['backbone'] and Path(s['backbone']).expanduser().exists(): s['backbone'] = str(absolute(s['backbone']))
     for k, v in dict(augment='none' if by else 'flips', top=None if by else 1, **({} if s['recipe'] else dict(lr=2e-4 if by else 1e-5, optimizer='adamw' if by else 'sgd'))).items():
         if s[k] is None: s[k] = v
 
@@ -602,8 +605,9 @@ def mil_cohort(manifest,       # CSV as for sp_train; or the settings.toml of a 
                task:str='binary', # what a label is, as for sp_train; for mean, abmil and transmil, all else is a matter of two classes
                **kwargs):
     "Train by multiple-instance learning, beside which streaming is held: each epoch all patches of all slides are looked at, and the most suspicious of each slide learns the slide's label (Campanella et al. 2019; the paper, section IV-B). With --annotation patches learn from masks instead, as where somebody has outlined tumours. With --aggregator a small network of the features of all patches learns it instead, and the features are computed once. Run folder, report, stopping and going on are those of sp_train."
+    given = {k: v for k, v in locals().items() if k != 'kwargs'}
     if unknown := kwargs.keys()-inspect.signature(mil_cohort).parameters.keys(): raise TypeError(f'mil_cohort has no {min(unknown)}')
-    _train('sp_mil', dict.fromkeys(NO_SETTINGS, False) | _defaults('sp_mil') | dict(manifest=manifest, out=out, patch=patch, stride=stride, tissue=tissue, magnify=magnify, top=top, annotation=annotation, classes=classes, draws=draws, aggregator=aggregator, backbone=backbone, features=features, views=views, dropout=dropout, patch_batch=patch_batch, lr=lr, optimizer=optimizer, augment=augment, recipe=recipe, task=task) | kwargs)
+    _train('sp_mil', dict.fromkeys(NO_SETTINGS, False) | _defaults('sp_mil') | given | kwargs)
 
 sp_mil = command('mil', mil_cohort)
 

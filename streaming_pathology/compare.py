@@ -44,7 +44,9 @@ class Side:
 
 def _settings(folder):
     path = folder/'settings.toml'
-    if not ((folder/RUN.mark).exists() and path.exists()): return {}
+    return _toml(path) if (folder/RUN.mark).exists() and path.exists() else {}
+
+def _toml(path):
     try: return tomllib.loads(path.read_text())
     except (OSError, ValueError) as e: raise InputError(f'{path} cannot be read: {e}') from None
 
@@ -63,7 +65,7 @@ def find_side(given, out, name): # the table of predictions; folder and settings
     return path, None
 
 def _asked(path): # what a former comparison was of
-    try: return {k: json.loads(path.read_text())[k] for k in ('tables', 'split')}
+    try: said = json.loads(path.read_text()); return {k: said[k] for k in ('tables', 'split')}
     except (OSError, ValueError, KeyError, TypeError): raise InputError(f'{path} is no comparison, or is damaged; delete it, or give the name of another folder') from None
 
 def _name(given):
@@ -72,8 +74,7 @@ def _name(given):
 
 def make_run(folder, settings):
     "Train a run, or go on with it."
-    try: kind = tomllib.loads(settings.read_text()).get('command')
-    except (OSError, ValueError) as e: raise InputError(f'{settings} cannot be read: {e}') from None
+    kind = _toml(settings).get('command')
     if kind not in TRAIN: raise InputError(f"{settings} is of {kind or 'no command'}; its first line has to say command = \"sp_train\" or \"sp_mil\"")
     args = parsed(TRAIN[kind], kind, [str(settings), str(folder), '--resume'])
     TRAIN[kind](**args)

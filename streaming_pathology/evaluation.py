@@ -87,13 +87,17 @@ def bootstrap_aucs(labels, # 0 or 1 for each slide
                   ):
     "AUCs of `n` resamples of the slides (n,), and the number of one-class resamples that were drawn again"
     y, s = check_scores(labels, scores)
+    return _resampled(lambda w: weighted_auc(y, s, w), np.arange(len(y)), n, seed)
+
+def _resampled(f, of, n, seed): # of: the unit that each slide belongs to, 0 to k-1, of which k are drawn
+    "What `f` gives for `n` draws of weights (draws, slides), and how many draws it gave nan for, which were drawn again"
     if n < 1: raise InputError(f'{n} bootstrap draws: n has to be at least 1')
-    rng, aucs, redrawn, chunk = np.random.default_rng(seed), [], 0, max(1, 2**19//len(y))
-    while (missing := n - sum(map(len, aucs))) > 0:
-        a = weighted_auc(y, s, draw_weights(len(y), min(chunk, missing), rng))
-        redrawn += int(np.isnan(a).sum())
-        aucs.append(a[~np.isnan(a)])
-    return np.concatenate(aucs), redrawn
+    rng, found, redrawn, chunk = np.random.default_rng(seed), [], 0, max(1, 2**19//len(of))
+    while (missing := n - sum(map(len, found))) > 0:
+        v = f(draw_weights(of.max()+1, min(chunk, missing), rng)[:, of])
+        redrawn += int(np.isnan(v).sum())
+        found.append(v[~np.isnan(v)])
+    return np.concatenate(found), redrawn
 
 # %% ../nbs/13_evaluation.ipynb #e0eb9b29
 @dataclass(frozen=True)
@@ -313,10 +317,10 @@ def delong_test(labels, # 0 or 1 for each slide
     return DeLong(float(va.mean()), float(vb.mean()), d, error, d-half, d+half, float(p), level)
 
 # %% ../nbs/13_evaluation.ipynb #pair0005
-def _groups(groups, n): # a number for each slide, and how many there are
+def _groups(groups, n): # a number for each slide, from 0 on
     i = np.arange(n) if groups is None else np.unique(list(groups), return_inverse=True)[1]
     if len(i) != n: raise InputError(f'{len(i)} patients for {n} slides: give one for each slide')
-    return i, int(i.max())+1
+    return i
 
 def paired_bootstrap(labels, # 0 or 1 for each slide
                      a, # scores of the first model
@@ -328,14 +332,9 @@ def paired_bootstrap(labels, # 0 or 1 for each slide
                     )->Interval:
     "Percentile interval of the difference of two AUCs, the first less the second, both on the same draws"
     y, a, b = _paired(labels, a, b)
-    if n < 1: raise InputError(f'{n} bootstrap draws: n has to be at least 1')
     if not 0 < level < 1: raise InputError(f'level {level} of the interval: it has to lie between 0 and 1, as .95')
-    (of, k), rng, found, redrawn, chunk = _groups(groups, len(y)), np.random.default_rng(seed), [], 0, max(1, 2**19//len(y))
-    while (missing := n-sum(map(len, found))) > 0:
-        w = draw_weights(k, min(chunk, missing), rng)[:, of]
-        d = weighted_auc(y, a, w)-weighted_auc(y, b, w)
-        redrawn += int(np.isnan(d).sum()); found.append(d[~np.isnan(d)])
-    low, high = np.quantile(np.concatenate(found), [(1-level)/2, (1+level)/2])
+    found, redrawn = _resampled(lambda w: weighted_auc(y, a, w)-weighted_auc(y, b, w), _groups(groups, len(y)), n, seed)
+    low, high = np.quantile(found, [(1-level)/2, (1+level)/2])
     return Interval(float(low), float(high), n, redrawn, seed, level)
 
 def permutation_test(labels, # 0 or 1 for each slide
@@ -348,10 +347,10 @@ def permutation_test(labels, # 0 or 1 for each slide
     "Two-sided p-value for the difference of two AUCs: how often it is as large when scores, as ranks, are swapped between the models at random (Phipson and Smyth 2010: never 0)"
     from scipy.stats import rankdata
     y, a, b = _paired(labels, a, b); a, b = rankdata(a), rankdata(b)
-    (of, k), rng, pairs = _groups(groups, len(y)), np.random.default_rng(seed), y.sum()*(~y).sum()
+    of, rng, pairs = _groups(groups, len(y)), np.random.default_rng(seed), y.sum()*(~y).sum()
     def area(s): return (rankdata(s, axis=-1)[..., y].sum(-1)-y.sum()*(y.sum()+1)/2)/pairs
     seen, chunk, count = abs(area(a)-area(b)), max(1, 2**19//len(y)), 0
     for start in range(0, n, chunk):
-        swap = rng.integers(0, 2, (min(chunk, n-start), k), dtype=bool)[:, of]
+        swap = rng.integers(0, 2, (min(chunk, n-start), of.max()+1), dtype=bool)[:, of]
         count += int((abs(area(np.where(swap, b, a))-area(np.where(swap, a, b))) >= seen-1e-12).sum())
     return (1+count)/(1+n)

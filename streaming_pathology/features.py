@@ -42,11 +42,12 @@ class Encoder(nn.Module):
             return h.float(), head.fc(h)[:, 0].float() if self.card.get('classifies') and head.fc.out_features == 1 else None
         if self.pil: x = torch.stack([self.transform(torchvision.transforms.functional.to_pil_image(p.cpu())) for p in x]).to(x.device)
         elif self.transform: x = self.transform(x)
+        name = self.card.get('backbone', type(self.network).__name__)
         try: y = self.network(x)
         except (RuntimeError, AssertionError, ValueError) as e:
             if isinstance(e, torch.OutOfMemoryError): raise
-            raise InputError(f"the backbone {self.card.get('backbone', type(self.network).__name__)} cannot take patches of {patches.shape[-1]} pixels ({str(e).splitlines()[0]}); give them another size, or a transform that does") from None
-        if not isinstance(y, torch.Tensor) or y.ndim != 2 or len(y) != len(patches): raise InputError(f"the backbone {self.card.get('backbone', type(self.network).__name__)} gives {tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__} for {len(patches)} patches; it has to give a vector each, (n, d)")
+            raise InputError(f"the backbone {name} cannot take patches of {patches.shape[-1]} pixels ({str(e).splitlines()[0]}); give them another size, or a transform that does") from None
+        if not isinstance(y, torch.Tensor) or y.ndim != 2 or len(y) != len(patches): raise InputError(f"the backbone {name} gives {tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__} for {len(patches)} patches; it has to give a vector each, (n, d)")
         return y.float(), None
 
     def sealed(self): # dict

@@ -70,23 +70,24 @@ def export_model(checkpoint, # file of `sp_train`, such as run/checkpoints/best.
     card = checked_card(state.get('settings', {}), checkpoint)
     state['model'] = with_encoder(card, state['model'], checkpoint)
     load_weights(described(card), state, checkpoint)
-    weights = {k: v.contiguous() for k, v in state['model'].items()}
+    weights = state['model']
     last = (state.get('history') or [{}])[(state.get('epoch') or 0)-1]
     tuning = {} if 'stage' in last or 'optimizer' in state else {k: v for k, v in last.items() if k.startswith('tuning') and v == v} # an average of weights was not evaluated
     card |= dict(format='streaming_pathology 1', sha256=model_hash(weights, card), epoch=state.get('epoch'), seed=state.get('seed', state.get('fit', {}).get('seed')), tuning=tuning,
                  versions=state['versions'], exported=datetime.date.today().isoformat(), **json.loads(json.dumps(plain(more))))
-    text = json.dumps(card, indent=1, ensure_ascii=False)
-    data = safetensors.torch.save(weights, dict(card=text, sha256=_sealed(text, weights)))
-    with whole_file(out) as f: f.write(data)
+    _write_sealed(out, card, weights)
     return card
+
+def _write_sealed(path, card, weights):
+    text, weights = json.dumps(card, indent=1, ensure_ascii=False), {k: v.contiguous() for k, v in weights.items()}
+    data = safetensors.torch.save(weights, dict(card=text, sha256=_sealed(text, weights)))
+    with whole_file(path) as f: f.write(data)
 
 ENCODER = 'encoder.safetensors' # beside the checkpoints of an aggregator
 
 def save_encoder(path, encoder):
     "The backbone of a run on features, once."
-    text, weights = json.dumps(encoder.card), {k: v.contiguous() for k, v in encoder.state_dict().items()}
-    data = safetensors.torch.save(weights, dict(card=text, sha256=_sealed(text, weights)))
-    with whole_file(path) as f: f.write(data)
+    _write_sealed(path, encoder.card, encoder.state_dict())
 
 def encoder_of(backbone, weights=None, sha256=None): # `Encoder`
     "The trunk of a trained network, named by its run folder, its checkpoint or what sp_export made of it; or as `make_encoder` has it."

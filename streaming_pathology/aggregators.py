@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .geometry import InputError
+from .geometry import InputError, at_least_one
 from .models import GatedAttention, attention_pool
 
 # %% ../nbs/12_aggregators.ipynb #a0000006
@@ -23,8 +23,7 @@ class Aggregator(nn.Module):
                  k=None,       # patches that count; None: as many as the method says
                  dropout=0.):  # share of the hidden units, or of the features where there are none, that are left out in training
         super().__init__()
-        for n, v in dict(d=d, n_out=n_out, k=1 if k is None else k).items():
-            if v != int(v) or v < 1: raise InputError(f'{n} is {v}; it has to be a whole number, at least 1')
+        at_least_one(d=d, n_out=n_out, k=1 if k is None else k)
         if not 0 <= dropout < 1: raise InputError(f'dropout is {dropout}; it is a share, from 0 to below 1')
         if n_out > 1 and not self.several: raise InputError(f"the aggregator {self.name!r} is about two classes and gives one logit, not {n_out}; of more know {', '.join(n for n, a in aggregators.items() if a.several)}")
         if k is not None and self.k is None: raise InputError(f"the aggregator {self.name!r} chooses no patches, so k={k} means nothing to it; those that do are {', '.join(n for n, a in aggregators.items() if a.k)}")
@@ -83,9 +82,9 @@ class TopK(Max):
 # %% ../nbs/12_aggregators.ipynb #a0000010
 def noisy_or(z): # ()
     "The logit of 1-prod(1-sigmoid(z)), of logits (n,); exact, and of finite gradient, however small or large they are."
-    low, high = z.clamp(max=-18.), z.clamp(min=-18.)
+    low, high = z.clamp(max=-17.), z.clamp(min=-19.)
     total, small = -F.logsigmoid(-z).sum(), torch.where(z < -18, low-low.exp()/2, (-F.logsigmoid(-high)).log()).logsumexp(0)
-    t, s = total.clamp(max=1e-4), total.clamp(min=1e-4)                                     # each formula sees only what it is good for, so that no gradient is 0*inf
+    t, s = total.clamp(max=2e-4), total.clamp(min=5e-5)                                     # each formula sees what it is good for, and a little more, so that no gradient is 0*inf or lost at a bound
     return torch.where(total < 1e-4, small+t/2+t**2/24, s+(-torch.expm1(-s)).log())
 
 class NoisyOr(Max):
@@ -146,6 +145,7 @@ class CLAM(ABMIL):
         h, s = self.attend(x)
         if self.training: k, order = min(self.k, len(h)//2), _ranked(s); self.evidence = h[order[:k]], h[order[len(h)-k:]]
         return self.classifier(attention_pool(_column(h), _column(s[:, None])))
+    def __getstate__(self): return vars(self)|dict(evidence=None) # a copy has seen no slide
     def loss(self, task, logits, label): # a scalar
         "Of the slide that was seen last; outside training its first part alone."
         if getattr(task, 'classes', None) != 2: raise InputError(f"the aggregator 'clam' is about two classes, and {task} is not")

@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch.nn import functional as F
 from .geometry import InputError
 from .augment import Augmentation, STEP, keyed_rng, origins
-from .slides import class_mask
+from .slides import class_numbers
 from .data import SlideDataset
 
 # %% ../nbs/12_bags.ipynb #b0000007
@@ -107,8 +107,10 @@ class BagDataset(SlideDataset):
         if c.annotation is None and c.label != 0: raise InputError(f'slide {c.slide_id!r} has no annotation, and only that of a negative slide can be missing; give it one, or leave it out')
         if c.slide_id not in self.annotated:
             (rows, columns), whole = where[1:], where[0].shape
-            self.annotated[c.slide_id] = np.zeros(whole, bool) if c.annotation is None else class_mask(c.annotation, self.classes, self.spacing*max(len(i)/(i[-1]-i[0]+1) for i in (rows, columns)), whole)
-        if c.label and not self.annotated[c.slide_id].any(): raise InputError(f"slide {c.slide_id!r} is positive, and nothing in {c.annotation} is of {', '.join(map(str, self.classes))}; give the numbers that mark it, mend its label, or leave it out")
+            numbers = np.zeros(whole) if c.annotation is None else class_numbers(c.annotation, self.spacing*max(len(i)/(i[-1]-i[0]+1) for i in (rows, columns)), whole)
+            marked = np.isin(numbers, self.classes)
+            if marked.any() != bool(c.label): raise InputError(f"slide {c.slide_id!r} is {'positive' if c.label else 'negative'}, and {'nothing' if c.label else 'something'} in {c.annotation} is of {', '.join(map(str, self.classes))} (it holds {', '.join(f'{v:g}' for v in np.unique(numbers)[:12])}); give the numbers that mark what makes a slide positive, mend its label, or leave it out")
+            self.annotated[c.slide_id] = marked
         marked = tissue_after((self.annotated[c.slide_id], *where[1:]), old, shape, record) & tissue
         share, near = self.grid.share(places, marked)/np.maximum(self.grid.share(places, tissue), 1e-9), self.grid.share(places, ndimage.binary_dilation(marked, np.ones((3, 3))))
         rng = keyed_rng(self.seed, epoch, c.slide_id, 'patches')

@@ -249,33 +249,33 @@ def _clear(folder, *but):
     for p in folder.iterdir():
         if p.name not in (*but, *SYSTEM): shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
 
-def _move_all(source, target, order): # `order` puts the names in order
+def _move_all(source, target, order, but=()): # `order` puts the names in order
     for p in sorted(source.iterdir(), key=lambda p: (order(p.name), p.name)):
-        if p.name not in (FORMER, NEW, *SYSTEM): p.rename(target/p.name)
+        if p.name not in (FORMER, NEW, *SYSTEM, *but): p.rename(target/p.name)
 
-def _set_aside(folder, kind):
-    "Empty `folder`, but for `.new`; the last whole run that it held is then in `.former`."
+def _set_aside(folder, kind, stays=()):
+    "Empty `folder`, but for `.new` and what `stays`; the last whole run that it held is then in `.former`."
     former = folder/FORMER
     if not (former/kind.mark).exists() and (folder/kind.mark).exists():
-        former.mkdir(exist_ok=True); _move_all(folder, former, lambda n: n == kind.mark)
-    _clear(folder, FORMER, NEW)
+        former.mkdir(exist_ok=True); _move_all(folder, former, lambda n: n == kind.mark, stays)
+    _clear(folder, FORMER, NEW, *stays)
 
 def _put_back(folder, kind):
     former = folder/FORMER
     if former.exists(): _move_all(former, folder, lambda n: n != kind.mark); _clear(former); former.rmdir()
 
 @contextmanager
-def replacing(folder, kind=RUN, worth=None):
-    "A claimed folder, empty for new work. If the work fails, and none of its files is `worth` (a pattern) going on with, what was there before comes back."
+def replacing(folder, kind=RUN, worth=(), stays=()):
+    "A claimed folder, empty for new work but for subfolders that it can use and so `stays`. If the work fails, and none of its files is `worth` (patterns) going on with, what was there before comes back."
     made, begun, former = not folder.exists(), False, folder/FORMER
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         try:
-            with uninterrupted(): shutil.rmtree(folder/NEW, ignore_errors=True); _set_aside(folder, kind); begun = True
+            with uninterrupted(): shutil.rmtree(folder/NEW, ignore_errors=True); _set_aside(folder, kind, stays); _sweep(folder, kind); begun = True
             yield folder
         except BaseException:
             with uninterrupted():
-                if not (worth and any(folder.glob(worth))) and not foreign(folder, kind):
+                if not any(True for w in worth for _ in folder.glob(w)) and not foreign(folder, kind):
                     if begun: _clear(folder, FORMER)
                     if begun or not (former/kind.mark).exists(): _put_back(folder, kind)
                 if made and not any(folder.iterdir()): folder.rmdir()
@@ -283,12 +283,15 @@ def replacing(folder, kind=RUN, worth=None):
             raise
         _forget(folder)
 
+def _sweep(folder, kind): # what a process that was killed has left half-written
+    for f in map(Path, (kind.mark, *kind.files)):
+        for p in folder.glob(str(f.parent/f".{'*' if '*' in f.name else f.name}.????????.partial")): p.unlink()
+
 @contextmanager
 def continuing(folder, kind=RUN):
     "A folder in which work goes on. When it is done, what the folder held before it goes."
     with locked(folder):
-        for f in map(Path, (kind.mark, *kind.files)):
-            for p in folder.glob(str(f.parent/f".{'*' if '*' in f.name else f.name}.????????.partial")): p.unlink() # of a process that was killed
+        _sweep(folder, kind)
         yield folder
         _forget(folder)
 

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from .geometry import InputError
 from .plan import budget, lean_memory
 from .models import StreamingClassifier, pools
-from .files import SUFFIXES, sample_slide, write_csv, write_whole
+from .files import SUFFIXES, sample_slide, slide_files, write_csv, write_whole
 from .slides import Slide
 from .synthetic import write_cohort
 from .augment import STEP, Augmentation
@@ -43,7 +43,7 @@ from .recipes import paper_mil, paper_streaming, run_recipe, scaled
 from .distributed import joined
 from .aggregators import aggregators, make_aggregator
 from .features import Encoder, FeatureMIL
-from .inference import ENCODER, TTA, checked_card, dataset, described, encoder_of, export_model, load_encoder, save_encoder, label_columns, load_model, model_hash, predict_table, prediction_columns, write_predictions
+from .inference import ENCODER, TTA, backbone_known, checked_card, dataset, described, encoder_of, export_model, load_encoder, save_encoder, label_columns, load_model, model_hash, predict_table, prediction_columns, write_predictions
 from .evaluation import evaluate_file
 from .mil import InstanceMIL, TwoPhases
 from .heatmaps import fit_map, patch_heatmap, save_heatmap, smoothgrad
@@ -204,7 +204,7 @@ def cohort_sha256(cases): # text
     rows = [[c.slide_id, c.label, c.patient_id, c.split, c.spacing, c.grade, file_size(c.path), c.mask and file_size(c.mask), *([file_size(c.annotation)] if c.annotation else [])] for c in cases]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
-def file_size(path): return sum(f.stat().st_size for f in (Path(path).iterdir() if Path(path).is_dir() else [Path(path)])) # bytes; of a folder, of what is in it
+def file_size(path): return sum(f.stat().st_size for f in slide_files(path)) # bytes, of all files of a slide
 
 def identity(c): # of a case: what tells its slide and its patient apart; a file may be moved
     return c.slide_id, c.patient_id, f'{Path(c.path).name} of {file_size(c.path)} bytes'
@@ -239,19 +239,21 @@ def positive_classes(text): return whole_numbers(text, '--classes', 'the numbers
 def _network(s, task): # what a checkpoint says of its network
     return dict(arch=s['arch'], n_out=task.n_out, pool=s['pool'], strip=s.get('strip', 256), memory=s.get('memory', 'auto'), **{k: s[k] for k in ('mean', 'std') if k in s})
 
-def build_model(s, task=Binary()): # `StreamingClassifier`, `InstanceMIL` or `FeatureMIL`
-    "The network that the settings describe."
+def build_model(s, task=Binary(), kept=None): # `StreamingClassifier`, `InstanceMIL` or `FeatureMIL`
+    "The network that the settings describe; `kept`: the file of the backbone of a run that goes on, where that of the settings is gone."
     torch.manual_seed(s['seed'])
-    if s.get('aggregator'): return feature_model(s, task)
+    if s.get('aggregator'): return feature_model(s, task, kept)
     return described(shown_as(s) | dict(model=_network(s, task)), weights=s['weights'], sha256=s['weights_sha256']).freeze_until(s['freeze_until'])
 
-def feature_model(s, task): # `FeatureMIL`, with what its aggregator is made of as `made`
-    own = _network(s, task) | dict(n_out=1)
-    encoder = encoder_of(s['backbone'], s['weights'], s['weights_sha256']) if s['backbone'] else Encoder(StreamingClassifier(**own, weights=s['weights'], sha256=s['weights_sha256']), card=dict(model={k: v for k, v in own.items() if k not in ('strip', 'memory')}))
+def feature_model(s, task, kept=None): # `FeatureMIL`, with what its aggregator is made of as `made`
+    own, gone = _network(s, task) | dict(n_out=1), kept and kept.is_file() and s['backbone'] and not backbone_known(s['backbone'])
+    if gone: warnings.warn(f"--backbone {s['backbone']} is gone; the run's own copy is used, {kept}")
+    encoder = encoder_of(kept) if gone else encoder_of(s['backbone'], s['weights'], s['weights_sha256']) if s['backbone'] else Encoder(StreamingClassifier(**own, weights=s['weights'], sha256=s['weights_sha256']), card=dict(model={k: v for k, v in own.items() if k not in ('strip', 'memory')}))
     if (learnt := encoder.card.get('spacing', s['spacing'])) != s['spacing']: warnings.warn(f"the backbone has learnt at {learnt:g} microns per pixel, and is shown {s['spacing']:g}")
     x, scores = encoder(torch.zeros(1, 3, *[s['patch']]*2, dtype=torch.uint8))
+    if not x.isfinite().all(): raise InputError(f"the backbone {s['backbone'] or s['arch']} gives features that are not finite for a black patch; look whether its weights are damaged")
     made = dict(name=s['aggregator'], d=x.shape[1], n_out=task.n_out, k=s['top'], dropout=s['dropout'])
-    model = FeatureMIL(encoder, make_aggregator(**made), s['patch_batch'], s['top'] or 1)
+    model = FeatureMIL(encoder, make_aggregator(**made), s['patch_batch'])
     with torch.no_grad(): model.eval().aggregator(x, scores) # what does not fit is refused before slides are read
     model.made = made
     return model.train()
@@ -329,12 +331,13 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
 def with_features(model, data, folder, point, ranks, device, backbone): # of a `FeatureMIL`, what a checkpoint says of it
     "Make one backbone known to all ranks, to the dataset and, once, to the folder of the run."
     at, known = folder/'checkpoints'/ENCODER, point and point['settings']['features']['encoder']['sha256']
-    if point and backbone and model.encoder.sealed()['sha256'] != known: raise InputError(f'--backbone {backbone} is another one than that which {folder} has begun with; give that, or another folder')
+    now = model.encoder.card.get('code', model.encoder.sealed()['sha256']) # of somebody's own code, whose weights may be random
+    if point and backbone and now != point['settings']['features']['encoder'].get('code', known): raise InputError(f'--backbone {backbone} is another one than that which {folder} has begun with; give that, or another folder')
     if point and at.exists(): load_encoder(at, model.encoder)
     for _, v in sorted(model.encoder.to(device).state_dict().items()): ranks.same(v)
     card = model.encoder.sealed(); data.encoder = card['sha256']
     if point and card['sha256'] != known: raise InputError(f'the backbone is another one than that which {folder} has begun with; put back {at.name}, or give another folder')
-    if ranks.rank == 0 and point is None and 'code' not in card: save_encoder(at, model.encoder)
+    if ranks.rank == 0 and point is None: save_encoder(at, model.encoder)
     return dict(encoder=card, aggregator=model.made)
 
 def save_weights(model, path, settings, seed, history): save_checkpoint(path, model=dict(model.state_dict()), settings=settings, epoch=len(history), seed=seed, history=history)
@@ -472,14 +475,15 @@ def _train(command, given): # given: the arguments of the command
     if resume and overwrite: raise InputError('--resume goes on with a former run and --overwrite replaces it; leave out one of them')
     out = Path(out).expanduser()
     with joined(device) as (ranks, here):
-        model = build_model(s) # what it refuses is refused before slides are read
+        kept = absolute(out)/'checkpoints'/ENCODER if resume else None
+        model = build_model(s, kept=kept) # what it refuses is refused before slides are read
         found = ranks.first(lambda: prepare_training(s, out, overwrite, resume, accept_changes))
         if found is None: print(f"{out} is finished: {out/'report.html'}"*(ranks.rank == 0)); return
         data, s, task, point, changed = found
-        if 'mean' in s and not s.get('backbone') or task.n_out > 1: model = build_model(s, task)
+        if 'mean' in s and not s.get('backbone') or task.n_out > 1: model = build_model(s, task, kept)
         if weights is None and not s.get('backbone') and point is None and ranks.rank == 0: calibrate(model, data, s['seed'])
         folder = absolute(out)
-        with nullcontext() if ranks.rank else continuing(folder) if point else replacing(folder, worth='checkpoints/point_*.pt'):
+        with nullcontext() if ranks.rank else continuing(folder) if point else replacing(folder, worth=('checkpoints/point_*.pt', 'features/*.safetensors'), stays=['features']*(resume and bool(s.get('aggregator')))):
             with HaltOnSignal() as halt: said = run_training(data, model, folder, s, [halt], point, changed, ranks, here, task)
             if ranks.rank == 0: finish(out, said)
 
@@ -495,7 +499,8 @@ def settle(s):
     else: refuse(('freeze_until', 'recipe'), 'is a matter of networks that learn from patches, and the backbone of an aggregator does not')
     if by and aggregators[by].k is None: refuse(('top',), f"is a matter of {', '.join(n for n, a in aggregators.items() if a.k)}")
     if s['backbone']: refuse(('arch', 'pool', 'normalise'), 'is a matter of the --backbone itself')
-    if s['backbone'] and Path(s['backbone']).expanduser().exists(): s['backbone'] = str(absolute(s['backbone']))
+    if s['backbone']: path, colon, f = (s['backbone'], '', '') if Path(s['backbone']).expanduser().exists() else s['backbone'].rpartition(':'); s['backbone'] = f'{absolute(path)}{colon}{f}' if path and Path(path).expanduser().exists() else s['backbone']
+    if s['features']: s['features'] = str(absolute(s['features']))
     for k, v in dict(augment='none' if by else 'flips', top=None if by else 1, **({} if s['recipe'] else dict(lr=2e-4 if by else 1e-5, optimizer='adamw' if by else 'sgd'))).items():
         if s[k] is None: s[k] = v
 

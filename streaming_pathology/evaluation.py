@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'check_scores', 'roc', 'auc', 'class_weights', 'weighted_auc', 'draw_weights', 'bootstrap_aucs', 'Interval',
            'bootstrap_ci', 'roc_band', 'plot_roc', 'OperatingPoint', 'operating_point', 'Metrics', 'evaluate',
-           'Prediction', 'read_predictions', 'evaluate_file', 'placements', 'DeLong', 'delong_test', 'paired_bootstrap',
-           'permutation_test']
+           'Prediction', 'read_predictions', 'evaluate_file', 'placements', 'auc_error', 'DeLong', 'delong_test',
+           'paired_bootstrap', 'permutation_test', 'accuracy_test']
 
 # %% ../nbs/13_evaluation.ipynb #8c7f937c
 import json
@@ -84,10 +84,16 @@ def bootstrap_aucs(labels, # 0 or 1 for each slide
                    scores, # higher means more likely positive
                    n=10_000, # draws
                    seed=0, # of the draws
+                   groups=None, # patient of each slide: they are drawn, with all of their slides; None: slides are
                   ):
     "AUCs of `n` resamples of the slides (n,), and the number of one-class resamples that were drawn again"
     y, s = check_scores(labels, scores)
-    return _resampled(lambda w: weighted_auc(y, s, w), np.arange(len(y)), n, seed)
+    return _resampled(lambda w: weighted_auc(y, s, w), _groups(groups, len(y)), n, seed)
+
+def _groups(groups, n): # a number for each slide, from 0 on
+    i = np.arange(n) if groups is None else np.unique(list(groups), return_inverse=True)[1]
+    if len(i) != n: raise InputError(f'{len(i)} patients for {n} slides: give one for each slide')
+    return i
 
 def _resampled(f, of, n, seed): # of: the unit that each slide belongs to, 0 to k-1, of which k are drawn
     "What `f` gives for `n` draws of weights (draws, slides), and how many draws it gave nan for, which were drawn again"
@@ -117,10 +123,11 @@ def bootstrap_ci(labels, # 0 or 1 for each slide
                  n=10_000, # draws
                  seed=0, # of the draws
                  level=.95, # share of the draws inside the interval
+                 groups=None, # patient of each slide; see `bootstrap_aucs`
                 )->Interval:
     "Percentile bootstrap interval of the AUC, as in section IV-C of the paper"
     if not 0 < level < 1: raise InputError(f'level {level} of the interval: it has to lie between 0 and 1, as .95')
-    aucs, redrawn = bootstrap_aucs(labels, scores, n, seed)
+    aucs, redrawn = bootstrap_aucs(labels, scores, n, seed, groups)
     low, high = np.quantile(aucs, [(1-level)/2, (1+level)/2])
     return Interval(float(low), float(high), n, redrawn, seed, level)
 
@@ -131,12 +138,13 @@ def roc_band(labels, # 0 or 1 for each slide
              seed=0, # of the draws
              level=.95, # share of the curves inside the band
              grid=None, # false positive rates (m,), None: 201 even steps
+             groups=None, # patient of each slide; see `bootstrap_aucs`
             ):
     "Pointwise bootstrap band of the ROC curve: `(grid, low, high)`, each (m,)"
     y, s = check_scores(labels, scores)
-    grid, rng, rows = np.linspace(0, 1, 201) if grid is None else np.asarray(grid), np.random.default_rng(seed), []
+    grid, rng, rows, of = np.linspace(0, 1, 201) if grid is None else np.asarray(grid), np.random.default_rng(seed), [], _groups(groups, len(y))
     while len(rows) < n:
-        curves = [np.pad(v[:, ::-1].cumsum(1), ((0, 0), (1, 0))) for v in class_weights(y, s, draw_weights(len(y), min(100, n-len(rows)), rng))]
+        curves = [np.pad(v[:, ::-1].cumsum(1), ((0, 0), (1, 0))) for v in class_weights(y, s, draw_weights(of.max()+1, min(100, n-len(rows)), rng)[:, of])]
         for pos, neg in zip(*curves):
             if not (pos[-1] and neg[-1]): continue                    # one class only: drawn again
             tpr, fpr = pos/pos[-1], neg/neg[-1]
@@ -153,11 +161,12 @@ def plot_roc(labels, # 0 or 1 for each slide
              colour='#2f6690', # of curve and band
              band=True, # draw the bootstrap band
              interval=None, # an `Interval` already computed; None: 10,000 draws
+             groups=None, # patient of each slide; see `bootstrap_aucs`
             ):
     "Draw the ROC curve into `ax`, with its AUC, interval and bootstrap band; returns `ax`"
     fpr, tpr, _ = roc(labels, scores)
-    ci = interval or bootstrap_ci(labels, scores)
-    if band: g, low, high = roc_band(labels, scores, level=ci.level, seed=ci.seed)
+    ci = interval or bootstrap_ci(labels, scores, groups=groups)
+    if band: g, low, high = roc_band(labels, scores, level=ci.level, seed=ci.seed, groups=groups)
     if band: ax.fill_between(g, low, high, color=colour, alpha=.15, lw=0)
     ax.plot([0, 1], [0, 1], color='.75', lw=.8, ls=(0, (4, 4)))
     ax.plot(fpr, tpr, color=colour, lw=1.8, label=f'{label+": " if label else ""}AUC {auc(labels, scores):.3f} ({ci})', solid_joinstyle='round', clip_on=False)
@@ -287,6 +296,17 @@ def placements(y, s): # of the positive slides (m,), of the negative ones (n,)
     pos, neg, every = s[y], s[~y], rankdata(s)
     return (every[y]-rankdata(pos))/len(neg), 1-(every[~y]-rankdata(neg))/len(pos)
 
+def auc_error(v, # what each positive slide adds to an AUC or to a difference of AUCs, as `placements` (m,)
+              w, # each negative slide (n,)
+              pos, # patient of each positive slide (m,), a number
+              neg, # of each negative one (n,)
+             )->float:
+    "Standard error of the mean of `v`, which is that of `w`: DeLong et al. (1988), and Obuchowski (1997) for patients with several slides"
+    every = np.concatenate([pos, neg])
+    a, b = (np.bincount(of, x-x.mean(), every.max()+1)/len(x) for of, x in ((pos, v), (neg, w)))
+    ka, kb, both = (k/(k-1) for k in (len(np.unique(of)) for of in (pos, neg, every)))
+    return float(np.sqrt(max(0, ka*(a@a)+kb*(b@b)+2*both*(a@b))))
+
 @dataclass(frozen=True)
 class DeLong:
     "The AUCs of two models on the same slides, `difference` the first less the second, with its interval"
@@ -304,24 +324,20 @@ def delong_test(labels, # 0 or 1 for each slide
                 a, # scores of the first model
                 b, # of the second, on the same slides
                 level=.95, # of the interval
+                groups=None, # patient of each slide; None: each is another's
                )->DeLong:
-    "Test for the difference of two AUCs on the same slides (DeLong et al. 1988)"
+    "Test for the difference of two AUCs on the same slides (DeLong et al. 1988; with `groups`, Obuchowski 1997)"
     from scipy.stats import norm
-    y, *scores = _paired(labels, a, b)
-    if min(y.sum(), (~y).sum()) < 2: raise InputError(f'{y.sum()} positive and {(~y).sum()} negative slides: the test needs two of each at least')
+    y, *scores = _paired(labels, a, b); of = _groups(groups, len(y))
+    if min(n := [len(np.unique(of[c])) for c in (y, ~y)]) < 2: raise InputError(f"{'slides' if groups is None else 'patients with slides'} that are positive: {n[0]}, negative: {n[1]}; the test needs two of each at least")
     if not 0 < level < 1: raise InputError(f'level {level} of the interval: it has to lie between 0 and 1, as .95')
     (va, wa), (vb, wb) = (placements(y, s) for s in scores)
-    d, error = float((va-vb).mean()), float(np.sqrt(np.var(va-vb, ddof=1)/len(va)+np.var(wa-wb, ddof=1)/len(wa)))
+    d, error = float((va-vb).mean()), auc_error(va-vb, wa-wb, of[y], of[~y])
     half = norm.ppf((1+level)/2)*error
     p = 2*norm.sf(abs(d)/error) if error else 1. if d == 0 else np.nan
     return DeLong(float(va.mean()), float(vb.mean()), d, error, d-half, d+half, float(p), level)
 
 # %% ../nbs/13_evaluation.ipynb #pair0005
-def _groups(groups, n): # a number for each slide, from 0 on
-    i = np.arange(n) if groups is None else np.unique(list(groups), return_inverse=True)[1]
-    if len(i) != n: raise InputError(f'{len(i)} patients for {n} slides: give one for each slide')
-    return i
-
 def paired_bootstrap(labels, # 0 or 1 for each slide
                      a, # scores of the first model
                      b, # of the second, on the same slides
@@ -354,3 +370,18 @@ def permutation_test(labels, # 0 or 1 for each slide
         swap = rng.integers(0, 2, (min(chunk, n-start), of.max()+1), dtype=bool)[:, of]
         count += int((abs(area(np.where(swap, b, a))-area(np.where(swap, a, b))) >= seen-1e-12).sum())
     return (1+count)/(1+n)
+
+def accuracy_test(a, # whether the first model has each slide right (n,)
+                  b, # the second
+                  n=10_000, # permutations
+                  seed=0, # of them
+                  groups=None, # patient of each slide; None: each is another's
+                 )->float:
+    "Two-sided p-value for the difference of two accuracies: McNemar's exact test (1947) or, with `groups`, by swapping the models patient by patient"
+    from scipy.stats import binomtest
+    a, b = (np.asarray(v, bool) for v in (a, b)); only = a.astype(int)-b
+    if a.shape != b.shape or a.ndim != 1: raise InputError(f'{a.shape} and {b.shape}: give whether each model has each of the same slides right')
+    if groups is None: return float(binomtest(int((only > 0).sum()), k).pvalue) if (k := int(abs(only).sum())) else 1.
+    sums = np.bincount(_groups(groups, len(a)), only).astype(int); sums = sums[sums != 0]
+    signs = np.random.default_rng(seed).integers(0, 2, (n, len(sums)), dtype=np.int8)*2-1
+    return (1+int((abs(signs@sums) >= abs(sums.sum())).sum()))/(1+n)

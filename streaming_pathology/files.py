@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_SHA256', 'FINEST', 'COARSEST', 'SUFFIXES', 'sample_slide', 'transparent', 'slide_key', 'dicom_files',
-           'resolve_spacing', 'open_reader', 'reason', 'whole_file', 'write_whole', 'write_csv', 'locked', 'write_tiff']
+           'slide_files', 'resolve_spacing', 'open_reader', 'reason', 'whole_file', 'write_whole', 'write_csv',
+           'locked', 'write_tiff']
 
 # %% ../nbs/05_files.ipynb #f0000003
 import csv, fcntl, functools, hashlib, io, math, os, shutil, struct, tempfile, uuid
@@ -138,6 +139,14 @@ def _is_dicom(path):
 def dicom_files(folder): # whatever their names
     "The DICOM files in a folder."
     return [p for p in sorted(Path(folder).iterdir()) if not p.name.startswith('.') and _is_dicom(p)]
+
+def slide_files(path): # sorted
+    "All files of one slide: those in a folder, those of a DICOM series, a MIRAX file and those in the folder beside it; otherwise the file itself."
+    path = Path(path)
+    if path.is_dir(): files = path.iterdir()
+    elif (key := slide_key(path))[1]: files = (p for p in dicom_files(path.parent) if slide_key(p) == key) # a level each
+    else: files = path.with_suffix('').glob('*') if path.suffix.lower() == '.mrxs' else ()
+    return sorted({p for p in files if p.is_file()} | ({path} if not path.is_dir() else set()))
 
 def _whole_series(path):
     "Refuse a slide in DICOM of which any file is cut short."

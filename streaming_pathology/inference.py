@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENCODER', 'TTA', 'model_hash', 'described', 'dataset', 'checked_card', 'export_model', 'save_encoder', 'encoder_of',
-           'load_encoder', 'with_encoder', 'load_model', 'turned', 'Turned', 'Journal', 'label_columns',
-           'prediction_columns', 'write_predictions', 'predict_table']
+           'load_encoder', 'backbone_known', 'with_encoder', 'load_model', 'turned', 'Turned', 'Journal',
+           'label_columns', 'prediction_columns', 'write_predictions', 'predict_table']
 
 # %% ../nbs/13_inference.ipynb #i0000003
 import datetime, fcntl, hashlib, json, os, warnings
@@ -24,7 +24,7 @@ from .training import Alone, predict
 from .checkpoints import load_checkpoint, load_weights, plain
 from .aggregators import make_aggregator
 from .bags import Bag, BagDataset, PatchGrid
-from .features import Encoder, FeatureDataset, FeatureMIL, built, encoder_hash, make_encoder, weights_hash
+from .features import LIBRARIES, Encoder, FeatureDataset, FeatureMIL, built, encoder_hash, make_encoder, weights_hash
 from .mil import InstanceMIL
 
 # %% ../nbs/13_inference.ipynb #i0000006
@@ -41,7 +41,7 @@ def model_hash(weights, # a state dict
 def described(card, **model): # the network that a card describes, with random weights
     "A streamed one of images; where the card has `bags` one of patches, and where it has `features` too an aggregator with its backbone."
     bags, features = card.get('bags'), card.get('features')
-    if features: return FeatureMIL(built(features['encoder']), make_aggregator(**features['aggregator']), bags['batch'], bags['k'], whole=True)
+    if features: return FeatureMIL(built(features['encoder']), make_aggregator(**features['aggregator']), bags['batch'], whole=True)
     network = StreamingClassifier(**card['model'] | model)
     return InstanceMIL(network, bags['k'], bags['batch']) if bags else network
 
@@ -90,10 +90,11 @@ def save_encoder(path, encoder):
     _write_sealed(path, encoder.card, encoder.state_dict())
 
 def encoder_of(backbone, weights=None, sha256=None): # `Encoder`
-    "The trunk of a trained network, named by its run folder, its checkpoint or what sp_export made of it; or as `make_encoder` has it."
+    "The trunk of a trained network, named by its run folder, its checkpoint or what sp_export made of it; what `save_encoder` wrote; or as `make_encoder` has it."
     path = Path(backbone).expanduser(); path = path/'checkpoints/best.pt' if path.is_dir() else path
     if not path.is_file(): return make_encoder(backbone, weights, sha256)
     if weights: raise InputError(f'{path} has weights of its own; leave out others')
+    if path.name == ENCODER: card, state = _from_export(path); return load_weights(built(card), dict(model=state), path)
     model, card = load_model(path)
     if isinstance(model, FeatureMIL): raise InputError(f'{path} is an aggregator of features, and no network of patches; give its backbone')
     return Encoder(model.network if isinstance(model, InstanceMIL) else model, card=dict(model={k: v for k, v in card['model'].items() if k not in ('strip', 'memory')}, classifies=True, spacing=card['spacing']))
@@ -101,12 +102,16 @@ def encoder_of(backbone, weights=None, sha256=None): # `Encoder`
 def load_encoder(path, encoder): # the same, with the weights of a file that `save_encoder` wrote
     return load_weights(encoder, dict(model=_from_export(Path(path))[1]), path)
 
+def backbone_known(backbone): # bool
+    "Whether there is what somebody has named as a backbone, so far as it is a file."
+    path, _, name = str(backbone).rpartition(':')
+    return path in LIBRARIES or any(Path(p).expanduser().exists() for p in (backbone, path) if p)
+
 def with_encoder(card, weights, path): # weights
-    "Those of a checkpoint together with those of its backbone, which lies beside it or, where it is somebody's own code, is built again."
+    "Those of a checkpoint together with those of its backbone, which lies beside it."
     if 'features' not in card or any(k.startswith('encoder.') for k in weights): return weights
     path, of = Path(path).parent/ENCODER, card['features']['encoder']
-    if 'code' in of: path, state = of['backbone'], built(of).state_dict()
-    else: _, state = _from_export(path)
+    _, state = _from_export(path)
     if encoder_hash(state, of) != of['sha256']: raise InputError(f'{path} is another backbone than that whose features were learnt from')
     return weights | {f'encoder.{k}': v for k, v in state.items()}
 

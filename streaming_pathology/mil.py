@@ -8,7 +8,7 @@ __all__ = ['InstanceMIL', 'TwoPhases']
 # %% ../nbs/12_mil.ipynb #m0000003
 import torch
 from torch import nn
-from .geometry import InputError
+from .geometry import InputError, at_least_one
 from .losses import Binary
 from .data import slide_loader
 from .training import predict
@@ -21,8 +21,7 @@ class InstanceMIL(nn.Module):
                  k=1,           # patches of a slide that learn its label
                  batch=64):     # patches at a time
         super().__init__()
-        for n, v in dict(k=k, batch=batch).items():
-            if v != int(v) or v < 1: raise InputError(f'{n} is {v}; it has to be a whole number, at least 1')
+        at_least_one(k=k, batch=batch)
         self.network, self.k, self.batch, self.labels, self.chosen = network, k, batch, None, {} # chosen: by slide, the places that a first phase found
 
     def classify(self, patches): # (N, 1)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['area_average', 'Slide', 'PixelRows', 'read_in_worker', 'worker_pool', 'optical_density', 'glass_colour',
            'stain_signal', 'otsu', 'checked_number', 'checked_flag', 'checked_pixels', 'checked_colour', 'checked_size',
-           'pen_marks', 'class_mask', 'network_mask', 'tissue_mask', 'tissue_box', 'Biopsy', 'biopsies', 'draw_tissue']
+           'pen_marks', 'class_numbers', 'network_mask', 'tissue_mask', 'tissue_box', 'Biopsy', 'biopsies',
+           'draw_tissue']
 
 # %% ../nbs/05_slides.ipynb #09f2da53
 import base64, functools, html, itertools, math, numbers, operator, os, signal, struct, threading, warnings, zlib
@@ -328,16 +329,15 @@ def _nearest(found, shape):
     rows, columns = (((np.arange(n)+.5)*m/n).astype(int) for n, m in zip(shape, found.shape))
     return found[rows[:, None], columns]
 
-def class_mask(
-    source,  # the path of a mask of a whole slide, whose pixels are numbers of classes
-    classes, # those wanted
+def class_numbers(
+    source,  # the path of a mask of a whole slide
     spacing:float, # microns per pixel of the result
     shape, # (height, width) of the slide at that spacing
-): # bool of `shape`
-    "Where a slide is of some classes."
+): # float32 of `shape`
+    "What class each pixel of a slide is of, as a mask says by numbers."
     values, image = _mask_values(source, spacing, shape)
     if image.bands > 1 or image.get('vips-loader') == 'jpegload': raise InputError(f"{source} {'is a JPEG' if image.bands == 1 else f'has {image.bands} channels'}: numbers of classes are kept in a PNG or TIFF of one channel")
-    return _nearest(np.isin(values[..., 0], classes), shape)
+    return _nearest(values[..., 0], shape)
 
 def network_mask(
     slide, # a `Slide`

@@ -24,7 +24,7 @@ from .augment import keyed_rng
 from .cohorts import several
 from .data import EpochSampler, one_line, slide_loader
 from .losses import Binary, Task, joint_gradient
-from .geometry import InputError
+from .geometry import InputError, at_least_one
 from .files import write_csv
 
 # %% ../nbs/09_training.ipynb #e0bc5098
@@ -367,8 +367,7 @@ def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm fr
         ranks=Alone(),   # `Ranks` where several processes train together
         progress=True):
     "Train on the labels of slides, one slide at a time, by default with SGD and momentum; returns one dict an epoch, those of `history` before them. Only parameters that require a gradient are touched. Raises `Halted` where a callback has asked for a halt."
-    for name, v in dict(epochs=epochs, batch=batch).items():
-        if v != int(v) or v < 1: raise InputError(f'{name} is {v}; it has to be a whole number, at least 1')
+    at_least_one(epochs=epochs, batch=batch)
     for name, v in dict(lr=lr, clip=1 if clip is None else clip).items():
         if not (v > 0 and math.isfinite(v)): raise InputError(f'{name} is {v}; it has to be above 0')
     autocast(device, amp); params = {n: p for n, p in model.to(device).named_parameters() if p.requires_grad}

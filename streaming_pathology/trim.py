@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 from tqdm.auto import tqdm
 from .geometry import InputError
-from .files import COARSEST, FINEST, dicom_files, locked, reason, slide_key, write_csv, write_tiff, write_whole
+from .files import COARSEST, FINEST, locked, reason, slide_files, slide_key, write_csv, write_tiff, write_whole
 from .slides import Biopsy, PixelRows, Slide, biopsies, checked_colour, checked_flag, checked_number, draw_tissue, worker_pool
 from .cohorts import Case, check_files, check_ids, leaks, read_table, safe_id, several
 
@@ -124,10 +124,7 @@ class Trim:
 
 def _stamp(path):
     "What tells one state of a slide's files from another."
-    if path.is_dir(): files = path.iterdir()
-    elif (key := slide_key(path))[1]: files = (p for p in dicom_files(path.parent) if slide_key(p) == key) # a level each
-    else: files = [path, *(path.with_suffix('').glob('*') if path.suffix.lower() == '.mrxs' else ())]
-    return [[p.name, (s := p.stat()).st_size, s.st_mtime_ns] for p in sorted(files) if p.is_file()]
+    return [[p.name, (s := p.stat()).st_size, s.st_mtime_ns] for p in slide_files(path)]
 
 def _written(out, path): return dict(path=path, bytes=(out/path).stat().st_size)
 

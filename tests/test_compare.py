@@ -49,4 +49,11 @@ def test_refused(whole, tmp_path, capsys):
     refused(run, run/'predictions.csv', out, says='are one'); refused(run, whole/'mil.toml', run, says='folder of a run'); refused(run, whole/'mil.toml', whole/'cohort', says='holds')
     (tmp_path/'bad.toml').write_text('command = "sp_mil"\npatches = 3\n'); refused(run, tmp_path/'bad.toml', out, says='no setting'); assert not out.exists()
     (other/'settings.toml').write_text((other/'settings.toml').read_text().replace('task = "binary"', 'task = "survival"')); refused(run, other, out, says='task survival')
+    for split, says in ('train', 'in only one of'), ('test', 'with another label'): # known before anything is trained
+        table = rows(whole/'cohort/manifest.csv'); cohort = {r['slide_id']: r['split'] for r in rows(run/'cohort.csv')}
+        for r in table: r.update(path=whole/'cohort'/r['path'], split=cohort[r['slide_id']])
+        two = [next(r for r in table if r['split'] == 'test' and r['label'] == l) for l in '01']
+        for r in two[:1] if split == 'train' else two: r.update(split=split, label=str(1-int(r['label'])) if split == 'test' else r['label'])
+        write_csv(tmp_path/'cohort.csv', table); (tmp_path/'mil.toml').write_text((whole/'mil.toml').read_text().replace(str(whole/'cohort/manifest.csv'), str(tmp_path/'cohort.csv')))
+        refused(run, tmp_path/'mil.toml', out, says=says); assert not out.exists()
     shutil.rmtree(other/'checkpoints'); (other/'report.html').unlink(); (other/'settings.toml').write_text('command = 3\n'); refused(run, other, out, says='command')

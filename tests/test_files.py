@@ -5,7 +5,7 @@ import numpy as np, openslide, pytest, pyvips, tifffile
 from PIL import Image
 from streaming_pathology.cohorts import Case, read_manifest
 from streaming_pathology.data import SlideDataset, check_cohort
-from streaming_pathology.files import open_reader, sample_slide, slide_key, write_tiff
+from streaming_pathology.files import open_reader, sample_slide, slide_files, slide_key, write_tiff
 from streaming_pathology.geometry import InputError
 from streaming_pathology.slides import Slide
 from streaming_pathology.trim import each_apart
@@ -100,6 +100,8 @@ def test_dicom_folders(tmp_path, formats):
     shutil.copytree(formats['dicom'], tmp_path/'names')
     for p in sorted((tmp_path/'names').iterdir()): p.rename(p.with_suffix('.DCM') if p.stem == 'level0' else p.with_suffix(''))
     assert len({slide_key(p) for p in (tmp_path/'names', *(tmp_path/'names').iterdir())}) == 1
+    assert all(slide_files(p) == sorted((tmp_path/'names').iterdir()) for p in (tmp_path/'names', *(tmp_path/'names').iterdir()))
+    assert len(slide_files(tmp_path/'two/level1.dcm'))*2 == len([*(tmp_path/'two').iterdir()]) and slide_files(tmp_path/'m.csv') == [tmp_path/'m.csv']
     (tmp_path/'names/level1').write_bytes((tmp_path/'names/level1').read_bytes()[:9000])
     with pytest.raises(InputError, match='truncated'): Slide(tmp_path/'names/level0.DCM')
 

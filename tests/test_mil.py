@@ -76,8 +76,8 @@ def test_features_stopped(whole, features, tmp_path, monkeypatch):
 def test_features_killed(whole, features, tmp_path):
     "While features are made, and between epochs; no file of them is ever half there, and none is made again."
     run, seen = tmp_path/'run', {}
-    for n in (2, 17): # files that are there when it is killed
-        p = subprocess.Popen([*COMMAND, *map(str, ['mil', whole/'cohort/manifest.csv', run, *FEATURES, '--resume'])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for n, minutes in (2, 10), (4, 10), (17, 0): # files that are there when it is killed, at first before there is a point
+        p = subprocess.Popen([*COMMAND, *map(str, ['mil', whole/'cohort/manifest.csv', run, *FEATURES, '--resume', '--save-minutes', minutes])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while p.poll() is None and len([*run.glob('features/*.safetensors')]) < n: time.sleep(.002)
         p.kill(); p.wait(); now = {f.name: f.stat().st_mtime_ns for f in run.glob('features/s*')}
         assert len(now) >= n and all(now[k] == v for k, v in seen.items()); seen = now
@@ -111,7 +111,7 @@ def test_on_a_trained_backbone(whole, tmp_path, aggregator, more):
     assert cli.main(['predict', tmp_path/'run/checkpoints/best.pt', whole/'cohort/slides', tmp_path/'p.csv']) == 0
 
 @pytest.mark.parametrize('options, says', [(['--aggregator', 'rnn'], 'how suspicious'), (['--aggregator', 'mil'], '--aggregator'), (['--aggregator', 'abmil', '--top', 3], '--top is a matter of topk'), (['--backbone', 'x.pt'], '--backbone is a matter of --aggregator'),
-                                           (['--aggregator', 'max', '--backbone', 'x.pt'], 'is not known'), (['--aggregator', 'max', '--views', 0], '--views'), (['--aggregator', 'max', '--dropout', 1], '--dropout'), (['--aggregator', 'max', '--freeze-until', 'layer4'], '--freeze-until'),
+                                           (['--aggregator', 'max', '--backbone', 'x.pt'], 'that is there'), (['--aggregator', 'max', '--views', 0], '--views'), (['--aggregator', 'max', '--dropout', 1], '--dropout'), (['--aggregator', 'max', '--freeze-until', 'layer4'], '--freeze-until'),
                                            (['--aggregator', 'clam', '--task', 'ordinal'], 'two classes'), (['--aggregator', 'max', '--backbone', 'torchvision:alexnet2'], 'has no network'), (['--annotation', 'truth', '--aggregator', 'max'], '--aggregator is a matter of labels'), (['--annotation', 'outlines'], 'outlines'), (['--classes', '2'], '--classes is a matter of --annotation')])
 def test_settings_of_features(whole, tmp_path, capsys, options, says): refused(capsys, ['mil', whole/'cohort/manifest.csv', tmp_path/'run', '--spacing', 4, '--patch', 64, *options], says); assert not [*tmp_path.iterdir()]
 
@@ -123,7 +123,22 @@ def test_annotations(tmp_path, capsys):
     assert float(rows(tmp_path/'run/log.csv')[-1]['train_loss']) < .6
     text = painted.read_text(); bare = tmp_path/'cohort/bare.csv'; learnt = {r['slide_id'] for r in rows(tmp_path/'run/cohort.csv') if r['split'] == 'train'}; first = next(r for r in csv.DictReader(text.splitlines()) if r['label'] == '1' and r['slide_id'] in learnt); bare.write_text(text.replace(first['truth'], ''))
     refused(capsys, ['mil', bare, tmp_path/'x', *argv], 'without an annotation', first['slide_id'])
-    refused(capsys, ['mil', painted, tmp_path/'x', *argv, '--classes', '9'], 'is positive, and nothing'); assert not (tmp_path/'x').exists()
+    refused(capsys, ['mil', painted, tmp_path/'x', *argv, '--classes', '9'], 'is positive, and nothing', 'it holds 0, 1, '); assert not (tmp_path/'x').exists()
+    refused(capsys, ['mil', painted, tmp_path/'x', *argv, '--classes', '1'], 'is negative, and something', 'it holds 0, 1'); assert not (tmp_path/'x').exists()
+
+def test_own_backbone(whole, tmp_path, monkeypatch, capsys):
+    "A network of one's own whose weights are others each time it is built, named from another folder; a trained one that is gone when the run goes on."
+    monkeypatch.chdir(tmp_path); (tmp_path/'mine.py').write_text("import torch\ndef net():\n    torch.seed()\n    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 6)), lambda x: x.float()/255\n")
+    shutil.copytree(whole/'run', tmp_path/'trained'); argv = ['--spacing', 4, '--patch', 64, '--heatmaps', 0, '--lr', 1e-3, '--aggregator', 'max']
+    for run, backbone in ('own', 'mine.py:net'), ('other', 'trained'):
+        command = ['mil', whole/'cohort/manifest.csv', tmp_path/run, *argv, '--backbone', backbone, '--features', 'kept']
+        monkeypatch.chdir(tmp_path); assert cli.main([*command, '--epochs', 1]) == 0
+        assert cli.main(['predict', f'{run}/checkpoints/best.pt', whole/'cohort/manifest.csv', 'p.csv']) == 0 and rows('p.csv', 'seconds') == rows(f'{run}/predictions.csv', 'seconds')
+        monkeypatch.chdir(whole)
+        if run == 'own': assert cli.main(['mil', tmp_path/run/'settings.toml', tmp_path/'again']) == 0 and cli.main(['mil', tmp_path/run/'settings.toml', tmp_path/run, '--epochs', 2, '--resume', '--accept-changes']) == 0; continue
+        shutil.rmtree(tmp_path/'trained'); capsys.readouterr(); monkeypatch.chdir(tmp_path)
+        assert cli.main([*command, '--epochs', 2, '--resume', '--accept-changes']) == 0 and "the run's own copy is used" in capsys.readouterr().err
+        refused(capsys, [*command, '--epochs', 2, '--overwrite'], 'that is there')
 
 def test_timm():
     pytest.importorskip('timm'); import torch

@@ -8,12 +8,12 @@ __all__ = ['NOT_SET', 'COMMANDS', 'RECIPES', 'AUGMENTATIONS', 'NO_SETTINGS', 'HA
            'TINY_COHORT', 'sp_demo', 'strip_rows', 'hw', 'make_parser', 'parsed', 'counted', 'status_of',
            'plain_warnings', 'terminable', 'command', 'environment', 'as_toml', 'cohort_sha256', 'file_size',
            'identity', 'write_cases', 'recipe_of', 'shown_as', 'whole_numbers', 'magnifications', 'positive_classes',
-           'build_model', 'feature_model', 'calibrate', 'save_images', 'save_heatmaps', 'chosen', 'run_training',
-           'with_features', 'save_weights', 'best_weights', 'Record', 'label_names', 'largest', 'write_record',
-           'predict_rows', 'check_settings', 'check_device', 'train_cohort', 'settle', 'prepare_training',
-           'former_settings', 'flag', 'changes', 'sentences', 'shown', 'check_learnt', 'finish', 'mil_cohort',
-           'find_slides', 'predict_slides', 'export_run', 'evaluate_predictions', 'report_run', 'colour',
-           'trim_biopsies', 'synthesise', 'demo', 'main']
+           'build_model', 'kept_encoder', 'feature_model', 'calibrate', 'save_images', 'save_heatmaps', 'chosen',
+           'run_training', 'with_features', 'save_weights', 'best_weights', 'Record', 'label_names', 'largest',
+           'write_record', 'predict_rows', 'check_settings', 'check_device', 'train_cohort', 'settings_of', 'settle',
+           'prepare_training', 'check_annotations', 'check_backbone', 'former_settings', 'flag', 'changes', 'sentences',
+           'shown', 'check_learnt', 'finish', 'mil_cohort', 'find_slides', 'predict_slides', 'export_run',
+           'evaluate_predictions', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
 import argparse, datetime, difflib, hashlib, inspect, json, math, os, platform, re, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
@@ -33,7 +33,7 @@ from .files import SUFFIXES, sample_slide, slide_files, write_csv, write_whole
 from .slides import Slide
 from .synthetic import write_cohort
 from .augment import STEP, Augmentation
-from .cohorts import Case, check_files, read_manifest, resolve_splits, safe_id, several
+from .cohorts import Case, check_files, read_manifest, read_table, resolve_splits, safe_id, several
 from .data import STOPS, channel_statistics, check_cohort, one_line, sample_patches, slide_loader, turned_out, worker_died
 from .losses import TASKS, Binary, make_task
 from .trim import Trim, trim_slides
@@ -42,7 +42,8 @@ from .checkpoints import RUN, Checkpoints, HaltOnSignal, Output, absolute, claim
 from .recipes import paper_mil, paper_streaming, run_recipe, scaled
 from .distributed import joined
 from .aggregators import aggregators, make_aggregator
-from .features import Encoder, FeatureMIL
+from .bags import PatchGrid, check_annotation
+from .features import LIBRARIES, Encoder, FeatureMIL
 from .inference import ENCODER, TTA, backbone_known, checked_card, dataset, described, encoder_of, export_model, load_encoder, save_encoder, label_columns, load_model, model_hash, predict_table, prediction_columns, write_predictions
 from .evaluation import evaluate_file
 from .mil import InstanceMIL, TwoPhases
@@ -153,8 +154,8 @@ def terminable():
         if again is None: return # all is done
         again.append(t := threading.Timer(1, signal.pthread_kill, (main.ident, n))); t.daemon = True; t.start()
         raise KeyboardInterrupt
-    def ignored(e): # what is raised while an object goes, or in a callback, is lost: so the signal comes again
-        if not issubclass(e.exc_type, KeyboardInterrupt): unraisable(e)
+    def ignored(e): # what is raised while an object goes, or in a callback, is lost: so the signal comes again; a reading process may go before it is sent away
+        if not (issubclass(e.exc_type, KeyboardInterrupt) or worker_died(e.exc_value)): unraisable(e)
     for s, f in former.items():
         if f is not signal.SIG_IGN: signal.signal(s, stop)
     sys.unraisablehook = ignored
@@ -240,18 +241,27 @@ def _network(s, task): # what a checkpoint says of its network
     return dict(arch=s['arch'], n_out=task.n_out, pool=s['pool'], strip=s.get('strip', 256), memory=s.get('memory', 'auto'), **{k: s[k] for k in ('mean', 'std') if k in s})
 
 def build_model(s, task=Binary(), kept=None): # `StreamingClassifier`, `InstanceMIL` or `FeatureMIL`
-    "The network that the settings describe; `kept`: the file of the backbone of a run that goes on, where that of the settings is gone."
+    "The network that the settings describe; `kept`: see `kept_encoder`."
     torch.manual_seed(s['seed'])
     if s.get('aggregator'): return feature_model(s, task, kept)
     return described(shown_as(s) | dict(model=_network(s, task)), weights=s['weights'], sha256=s['weights_sha256']).freeze_until(s['freeze_until'])
 
+def kept_encoder(folder, s): # path, or None
+    "The copy that a run has of its backbone, where it goes on and what it was made of is gone."
+    path = folder/'checkpoints'/ENCODER
+    if not s.get('backbone') or backbone_known(s['backbone']) or not path.is_file() or not points(path.parent): return None
+    try: then = tomllib.loads((folder/'settings.toml').read_text()).get('backbone')
+    except (OSError, ValueError): return None
+    if then != s['backbone'] or s['backbone'].rpartition(':')[0]: return None # of code there is no copy
+    warnings.warn(f"--backbone {s['backbone']} is gone; the run's own copy is used, {path}")
+    return path
+
 def feature_model(s, task, kept=None): # `FeatureMIL`, with what its aggregator is made of as `made`
-    own, gone = _network(s, task) | dict(n_out=1), kept and kept.is_file() and s['backbone'] and not backbone_known(s['backbone'])
-    if gone: warnings.warn(f"--backbone {s['backbone']} is gone; the run's own copy is used, {kept}")
-    encoder = encoder_of(kept) if gone else encoder_of(s['backbone'], s['weights'], s['weights_sha256']) if s['backbone'] else Encoder(StreamingClassifier(**own, weights=s['weights'], sha256=s['weights_sha256']), card=dict(model={k: v for k, v in own.items() if k not in ('strip', 'memory')}))
+    own = _network(s, task) | dict(n_out=1)
+    encoder = encoder_of(kept) if kept else encoder_of(s['backbone'], s['weights'], s['weights_sha256']) if s['backbone'] else Encoder(StreamingClassifier(**own, weights=s['weights'], sha256=s['weights_sha256']), card=dict(model={k: v for k, v in own.items() if k not in ('strip', 'memory')}))
     if (learnt := encoder.card.get('spacing', s['spacing'])) != s['spacing']: warnings.warn(f"the backbone has learnt at {learnt:g} microns per pixel, and is shown {s['spacing']:g}")
-    x, scores = encoder(torch.zeros(1, 3, *[s['patch']]*2, dtype=torch.uint8))
-    if not x.isfinite().all(): raise InputError(f"the backbone {s['backbone'] or s['arch']} gives features that are not finite for a black patch; look whether its weights are damaged")
+    x, scores = encoder(torch.randint(0, 256, (1, 3, *[s['patch']]*2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8))
+    if not x.isfinite().all(): raise InputError(f"the backbone {s['backbone'] or s['arch']} gives features that are not finite for a patch of noise; look whether its weights are damaged")
     made = dict(name=s['aggregator'], d=x.shape[1], n_out=task.n_out, k=s['top'], dropout=s['dropout'])
     model = FeatureMIL(encoder, make_aggregator(**made), s['patch_batch'])
     with torch.no_grad(): model.eval().aggregator(x, scores) # what does not fit is refused before slides are read
@@ -459,12 +469,11 @@ def train_cohort(manifest,                # CSV with slide_id, label and, where 
     "Train a streaming network on the labels of whole slides, evaluate it on the test split, and write a run folder with its report. A signal to stop is heard after the slide at work: then there is a point to go on from, and the exit status is 75."
     _train('sp_train', locals())
 
-def _train(command, given): # given: the arguments of the command
-    "Train as the command says: `sp_train` or `sp_mil`."
-    manifest, out, overwrite, resume, accept_changes = (given[k] for k in ('manifest', 'out', *NO_SETTINGS))
-    s = check_settings(dict(command=command, manifest=str(absolute(manifest))) | {k: v for k, v in given.items() if k not in ('manifest', 'out', *NO_SETTINGS)})
+def settings_of(command, given): # of the arguments of `sp_train` or `sp_mil`
+    "What they ask for, settled; refuses what makes no sense."
+    s = check_settings(dict(command=command, manifest=str(absolute(given['manifest']))) | {k: v for k, v in given.items() if k not in ('manifest', 'out', *NO_SETTINGS)})
     if command == 'sp_mil': settle(s)
-    recipe, weights, device = (s[k] for k in ('recipe', 'weights', 'device'))
+    recipe, weights = s['recipe'], s['weights']
     if s['epochs'] is None: s['epochs'] = sum(stage.epochs for stage in recipe_of(s)) if recipe else 50
     if recipe:
         own = ('freeze_until', 'lr', 'optimizer', 'momentum', 'batch')
@@ -472,16 +481,24 @@ def _train(command, given): # given: the arguments of the command
         s.update(dict.fromkeys(own)); scaled(recipe_of(s), s['epochs'])
     if weights and Path(weights).is_file():
         with open(weights, 'rb') as f: s['weights'], s['weights_sha256'] = str(absolute(weights)), s['weights_sha256'] or hashlib.file_digest(f, 'sha256').hexdigest()
+    at, mine = absolute(given['out']), s.get('features')
+    if mine and Path(mine) == at/'features': s['features'] = None
+    elif mine and (Path(mine).is_relative_to(at)): raise InputError(f'--features {mine} lies in the folder of the run; leave it out, or give another place')
+    return s
+
+def _train(command, given): # given: the arguments of the command
+    "Train as the command says: `sp_train` or `sp_mil`."
+    s, (overwrite, resume, accept_changes) = settings_of(command, given), (given[k] for k in NO_SETTINGS)
     if resume and overwrite: raise InputError('--resume goes on with a former run and --overwrite replaces it; leave out one of them')
-    out = Path(out).expanduser()
-    with joined(device) as (ranks, here):
-        kept = absolute(out)/'checkpoints'/ENCODER if resume else None
+    out = Path(given['out']).expanduser()
+    with joined(s['device']) as (ranks, here):
+        kept = kept_encoder(absolute(out), s) if resume else None
         model = build_model(s, kept=kept) # what it refuses is refused before slides are read
         found = ranks.first(lambda: prepare_training(s, out, overwrite, resume, accept_changes))
         if found is None: print(f"{out} is finished: {out/'report.html'}"*(ranks.rank == 0)); return
         data, s, task, point, changed = found
         if 'mean' in s and not s.get('backbone') or task.n_out > 1: model = build_model(s, task, kept)
-        if weights is None and not s.get('backbone') and point is None and ranks.rank == 0: calibrate(model, data, s['seed'])
+        if s['weights'] is None and not s.get('backbone') and point is None and ranks.rank == 0: calibrate(model, data, s['seed'])
         folder = absolute(out)
         with nullcontext() if ranks.rank else continuing(folder) if point else replacing(folder, worth=('checkpoints/point_*.pt', 'features/*.safetensors'), stays=['features']*(resume and bool(s.get('aggregator')))):
             with HaltOnSignal() as halt: said = run_training(data, model, folder, s, [halt], point, changed, ranks, here, task)
@@ -499,8 +516,9 @@ def settle(s):
     else: refuse(('freeze_until', 'recipe'), 'is a matter of networks that learn from patches, and the backbone of an aggregator does not')
     if by and aggregators[by].k is None: refuse(('top',), f"is a matter of {', '.join(n for n, a in aggregators.items() if a.k)}")
     if s['backbone']: refuse(('arch', 'pool', 'normalise'), 'is a matter of the --backbone itself')
-    if s['backbone']: path, colon, f = (s['backbone'], '', '') if Path(s['backbone']).expanduser().exists() else s['backbone'].rpartition(':'); s['backbone'] = f'{absolute(path)}{colon}{f}' if path and Path(path).expanduser().exists() else s['backbone']
+    if s['backbone'] and (path := s['backbone'].rpartition(':'))[0] not in LIBRARIES: s['backbone'] = f'{absolute(path[0])}:{path[2]}' if path[0].endswith('.py') else str(absolute(s['backbone']))
     if s['features']: s['features'] = str(absolute(s['features']))
+    PatchGrid(s['patch'], s['stride'], s['tissue'], magnifications(s['magnify']))
     for k, v in dict(augment='none' if by else 'flips', top=None if by else 1, **({} if s['recipe'] else dict(lr=2e-4 if by else 1e-5, optimizer='adamw' if by else 'sgd'))).items():
         if s[k] is None: s[k] = v
 
@@ -537,10 +555,12 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
         elif finished: return None
         if point and not (learnt := dict(point['callbacks']).get('Record')): raise InputError(f'{out} was begun by a former version of this package, whose points do not say which slides they learnt from; give another folder')
         if changed: check_learnt(learnt, cases)
-    if point is None: claim(out, overwrite or resume, inputs=[manifest, *([weights] if weights and Path(weights).exists() else []), *(c.path for c in cases)])
+    used, backbone = [manifest, *(p for c in cases for p in (c.path, c.mask, c.annotation))], s.get('backbone') or ''
+    if point is None: claim(out, overwrite or resume, inputs=[p for p in (*used, weights, s.get('features'), backbone, backbone.rpartition(':')[0]) if p and Path(p).exists()])
     if s['recipe'] and not weights and s['command'] == 'sp_train': warnings.warn('the recipe trains the last block alone at first, on what the others have learnt before, and this network starts from random weights: give --weights')
     kept = dict(folder=Path(s['features'] or at/'features').expanduser(), views=s['views']) if s.get('aggregator') else {}
-    if s.get('annotation') and (bare := [c.slide_id for c in cases if c.split == 'train' and c.label != 0 and not c.annotation]): raise InputError(several(f"{manifest}: {counted(len(bare), 'positive slide')} to train on without an annotation in {s['annotation']!r}; give them one, or leave them out", bare))
+    if s.get('annotation'): check_annotations(cases, s, manifest)
+    if s.get('backbone'): check_backbone(Path(s['backbone']), cases)
     if s.get('aggregator') and not s['backbone'] and not weights: warnings.warn('the backbone has random weights, of which little can be learnt; give --weights or --backbone')
     data = check_cohort(dataset(shown_as(s), cases, cache=int(s['cache_gb']*1e9), seed=s['seed'], **kept), workers=s['workers'])
     if kept: data.hashed()
@@ -549,6 +569,22 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
     if s['task'] == 'binary' and {c.label for c in cases if c.split == 'test'} < {0, 1}: warnings.warn('the test split does not have both classes, so there will be no AUC')
     claim(out, overwrite or resume, others=going_on) # somebody may have written there in the meantime
     return data, s, task, point, changed
+
+def check_annotations(cases, s, manifest):
+    "Refuse annotations, of the slides to train on, that say something else than the labels."
+    wrong = []
+    for c in tqdm([c for c in cases if c.split == 'train'], desc='annotations', unit='slide', leave=False):
+        try: check_annotation(c, positive_classes(s['classes']))
+        except InputError as e: wrong.append(str(e))
+    if wrong: raise InputError(several(f"{manifest}: {counted(len(wrong), 'annotation')} in {s['annotation']!r} cannot be used", wrong))
+
+def check_backbone(path, cases):
+    "Refuse to test on slides that the run of a backbone has learnt from, or was chosen by, or on others of their patients."
+    table = (path if path.is_dir() else path.parent.parent)/'cohort.csv'
+    if not (table.parent/RUN.mark).exists() or not table.exists(): return
+    learnt = [r for r in read_table(table, ('slide_id', 'split'), ('patient_id',)) if r['split'] in ('train', 'tuning')]
+    slides, patients = ({r[k] for r in learnt if r.get(k)} for k in ('slide_id', 'patient_id'))
+    if wrong := [repr(c.slide_id) for c in cases if c.split == 'test' and (c.slide_id in slides or c.patient_id in patients)]: raise InputError(several(f"{counted(len(wrong), 'slide')} to test on that the backbone's run {table.parent} has learnt from, or was chosen by, or of such patients; name the splits in the manifest as they were there", wrong))
 
 def former_settings(folder, point):
     "What a run was asked for, as its point says; the file in its folder may have been edited, and is looked at only where there is no point."

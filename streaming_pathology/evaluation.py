@@ -305,7 +305,8 @@ def auc_error(v, # what each positive slide adds to an AUC or to a difference of
     every = np.concatenate([pos, neg])
     a, b = (np.bincount(of, x-x.mean(), every.max()+1)/len(x) for of, x in ((pos, v), (neg, w)))
     ka, kb, both = (k/(k-1) for k in (len(np.unique(of)) for of in (pos, neg, every)))
-    return float(np.sqrt(max(0, ka*(a@a)+kb*(b@b)+2*both*(a@b))))
+    error = np.sqrt(max(0, ka*(a@a)+kb*(b@b)+2*both*(a@b)))
+    return float(error) if error > 1e-12 else 0. # the rest is rounding
 
 @dataclass(frozen=True)
 class DeLong:

@@ -157,7 +157,12 @@ def write_features(path, f, of): # f: `Features`
     tensors = dict(x=f.x, places=f.places) | ({} if f.scores is None else dict(scores=f.scores))
     about = json.dumps(dict(format=FORMAT, of=of, size=f.size, shape=f.shape, slide_id=f.slide_id))
     data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, dict(about=weights_hash(tensors, about)+about))
-    with whole_file(path) as out: out.write(data)
+    for again in (True, False):
+        try:
+            with whole_file(path) as out: out.write(data)
+            return
+        except InputError: # a run that begins, and shares the folder, sweeps up what is half-written there
+            if not again: raise
 
 def read_features(path, of): # `Features`, or None where there are none of just this
     path = Path(path)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_SHA256', 'FINEST', 'COARSEST', 'SUFFIXES', 'sample_slide', 'transparent', 'slide_key', 'dicom_files',
-           'slide_files', 'resolve_spacing', 'open_reader', 'reason', 'whole_file', 'write_whole', 'write_csv',
-           'locked', 'write_tiff']
+           'slide_files', 'file_stamp', 'resolve_spacing', 'open_reader', 'reason', 'whole_file', 'write_whole',
+           'write_csv', 'locked', 'write_tiff']
 
 # %% ../nbs/05_files.ipynb #f0000003
 import csv, fcntl, functools, hashlib, io, math, os, shutil, struct, tempfile, uuid
@@ -141,12 +141,21 @@ def dicom_files(folder): # whatever their names
     return [p for p in sorted(Path(folder).iterdir()) if not p.name.startswith('.') and _is_dicom(p)]
 
 def slide_files(path): # sorted
-    "All files of one slide: those in a folder, those of a DICOM series, a MIRAX file and those in the folder beside it; otherwise the file itself."
+    "All files of one slide: the DICOM files in a folder, those of a DICOM series, a MIRAX file and those in the folder beside it; otherwise the file itself."
     path = Path(path)
-    if path.is_dir(): files = path.iterdir()
-    elif (key := slide_key(path))[1]: files = (p for p in dicom_files(path.parent) if slide_key(p) == key) # a level each
-    else: files = path.with_suffix('').glob('*') if path.suffix.lower() == '.mrxs' else ()
-    return sorted({p for p in files if p.is_file()} | ({path} if not path.is_dir() else set()))
+    if path.is_dir(): return dicom_files(path)
+    if (key := slide_key(path))[1]: return _by_series(path.parent, path.parent.stat().st_mtime_ns)[key] # a level each
+    return sorted([path, *(p for p in path.with_suffix('').glob('*') if path.suffix.lower() == '.mrxs' and p.is_file())])
+
+@functools.lru_cache(64)
+def _by_series(folder, changed): # of DICOM, {key: its files}
+    found = {}
+    for p in dicom_files(folder): found.setdefault(slide_key(p), []).append(p)
+    return found
+
+def file_stamp(path): # to compare
+    "What tells one state of a slide's files from another, without reading them."
+    return [[p.name, (s := p.stat()).st_size, s.st_mtime_ns] for p in slide_files(path)]
 
 def _whole_series(path):
     "Refuse a slide in DICOM of which any file is cut short."

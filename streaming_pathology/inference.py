@@ -17,7 +17,7 @@ import streaming_pathology
 from .geometry import InputError
 from .background import Canvas
 from .models import StreamingClassifier, imagenet_mean, imagenet_std
-from .files import whole_file, write_csv
+from .files import file_stamp, whole_file, write_csv
 from .data import SlideDataset, cropped, slide_loader
 from .losses import Binary, task_of
 from .training import Alone, predict
@@ -79,7 +79,7 @@ def export_model(checkpoint, # file of `sp_train`, such as run/checkpoints/best.
     return card
 
 def _write_sealed(path, card, weights):
-    text, weights = json.dumps(card, indent=1, ensure_ascii=False), {k: v.contiguous() for k, v in weights.items()}
+    text, weights = json.dumps(card, indent=1, ensure_ascii=False), {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in weights.items()} # tensors that share memory are written twice
     data = safetensors.torch.save(weights, dict(card=text, sha256=_sealed(text, weights)))
     with whole_file(path) as f: f.write(data)
 
@@ -105,7 +105,8 @@ def load_encoder(path, encoder): # the same, with the weights of a file that `sa
 def backbone_known(backbone): # bool
     "Whether there is what somebody has named as a backbone, so far as it is a file."
     path, _, name = str(backbone).rpartition(':')
-    return path in LIBRARIES or any(Path(p).expanduser().exists() for p in (backbone, path) if p)
+    at = Path(path if path.endswith('.py') else backbone).expanduser()
+    return path in LIBRARIES or (at/'checkpoints/best.pt' if at.is_dir() else at).is_file()
 
 def with_encoder(card, weights, path): # weights
     "Those of a checkpoint together with those of its backbone, which lies beside it."
@@ -238,8 +239,7 @@ def write_predictions(path, rows, task=Binary(), labels=('label',), model=''): #
     return write_csv(path, map(table, rows), prediction_columns(task, labels))
 
 def _key(case): # changes where the slide does
-    def stat(p): return None if p is None else [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
-    return hashlib.sha256(repr([case.slide_id, str(Path(case.path).absolute()), stat(Path(case.path)), case.spacing, case.mask and (str(case.mask), stat(case.mask))]).encode()).hexdigest()
+    return hashlib.sha256(repr([case.slide_id, str(Path(case.path).absolute()), file_stamp(case.path), case.spacing, case.mask and (str(case.mask), file_stamp(case.mask))]).encode()).hexdigest()
 
 def predict_table(
     model, card,   # as `load_model` gives them

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['area_average', 'Slide', 'PixelRows', 'read_in_worker', 'worker_pool', 'optical_density', 'glass_colour',
            'stain_signal', 'otsu', 'checked_number', 'checked_flag', 'checked_pixels', 'checked_colour', 'checked_size',
-           'pen_marks', 'class_numbers', 'network_mask', 'tissue_mask', 'tissue_box', 'Biopsy', 'biopsies',
-           'draw_tissue']
+           'pen_marks', 'numbers_in', 'class_numbers', 'network_mask', 'tissue_mask', 'tissue_box', 'Biopsy',
+           'biopsies', 'draw_tissue']
 
 # %% ../nbs/05_slides.ipynb #09f2da53
 import base64, functools, html, itertools, math, numbers, operator, os, signal, struct, threading, warnings, zlib
@@ -329,6 +329,18 @@ def _nearest(found, shape):
     rows, columns = (((np.arange(n)+.5)*m/n).astype(int) for n, m in zip(shape, found.shape))
     return found[rows[:, None], columns]
 
+def numbers_in(source): # list
+    "The numbers of classes in all of a mask."
+    try:
+        image = pyvips.Image.new_from_file(str(source), access='sequential', fail_on='truncated')
+        _check_classes(source, image)
+        return np.flatnonzero(np.frombuffer(image.hist_find().cast('double').write_to_memory())).tolist()
+    except pyvips.Error as e: raise InputError(f'{source} is not an image of a mask ({reason(e)})') from None
+
+def _check_classes(source, image):
+    if image.bands > 1 or image.get('vips-loader') == 'jpegload': raise InputError(f"{source} {'is a JPEG' if image.bands == 1 else f'has {image.bands} channels'}: numbers of classes are kept in a PNG or TIFF of one channel")
+    if image.format not in ('uchar', 'ushort'): raise InputError(f'{source} holds pixels of the type {image.format}: numbers of classes are kept in 8 or 16 bits')
+
 def class_numbers(
     source,  # the path of a mask of a whole slide
     spacing:float, # microns per pixel of the result
@@ -336,7 +348,7 @@ def class_numbers(
 ): # float32 of `shape`
     "What class each pixel of a slide is of, as a mask says by numbers."
     values, image = _mask_values(source, spacing, shape)
-    if image.bands > 1 or image.get('vips-loader') == 'jpegload': raise InputError(f"{source} {'is a JPEG' if image.bands == 1 else f'has {image.bands} channels'}: numbers of classes are kept in a PNG or TIFF of one channel")
+    _check_classes(source, image)
     return _nearest(values[..., 0], shape)
 
 def network_mask(

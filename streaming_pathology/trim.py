@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 from tqdm.auto import tqdm
 from .geometry import InputError
-from .files import COARSEST, FINEST, locked, reason, slide_files, slide_key, write_csv, write_tiff, write_whole
+from .files import COARSEST, FINEST, file_stamp, locked, reason, slide_key, write_csv, write_tiff, write_whole
 from .slides import Biopsy, PixelRows, Slide, biopsies, checked_colour, checked_flag, checked_number, draw_tissue, worker_pool
 from .cohorts import Case, check_files, check_ids, leaks, read_table, safe_id, several
 
@@ -122,10 +122,6 @@ class Trim:
         plain |= dict(quality=int(plain['quality']), background=None if self.background is None else checked_colour(self.background))
         for n, v in plain.items(): object.__setattr__(self, n, v) # numbers that a file can hold
 
-def _stamp(path):
-    "What tells one state of a slide's files from another."
-    return [[p.name, (s := p.stat()).st_size, s.st_mtime_ns] for p in slide_files(path)]
-
 def _written(out, path): return dict(path=path, bytes=(out/path).stat().st_size)
 
 def _done(note, out, stamp):
@@ -141,7 +137,7 @@ def _known(task):
     "The note on a slide that is done, or None; and what tells its present state."
     path, mask, note = Path(task['path']), task['mask'] and Path(task['mask']), Path(task['out'])/'notes'/f"{task['slide_id']}.json"
     if not path.exists(): return None, None
-    stamp = [_stamp(path), task['path'], task['spacing'], task['mask'], _stamp(mask) if mask and mask.exists() else None, task['version']]
+    stamp = [file_stamp(path), task['path'], task['spacing'], task['mask'], file_stamp(mask) if mask and mask.exists() else None, task['version']]
     said = _done(note, Path(task['out']), stamp)
     return said and {**said, 'seconds': None}, stamp
 

@@ -12,6 +12,7 @@ from streaming_pathology.models import StreamingClassifier
 from streaming_pathology.synthetic import paint_biopsy
 from streaming_pathology.training import fit
 from streaming_pathology.trim import Trim, trim_slides
+from small import Small
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from([None, 0., 0., 1., 1., 2.]), st.sampled_from(['', '3', '4'])), min_size=1, max_size=60),
@@ -76,8 +77,9 @@ def test_workers_end_with_their_parent(tmp_path):
     assert not psutil.wait_procs(children, timeout=20)[1]
 
 @pytest.mark.parametrize('augment', [None, Augmentation(stain=.05)])
-def test_canvases_train_as_images_do(tmp_path, augment):
+def test_canvases_train_as_images_do(tmp_path, augment, monkeypatch):
     "Losses and weights of a training on canvases are those on the same pixels as tensors, also from workers."
+    monkeypatch.setattr('torchvision.models.resnet18', Small)
     cases = read_manifest(tiny_cohort(tmp_path/'cohort', n=4, splits=False))
     results = []
     for canvas, workers in ((False, 0), (True, 0), (True, 1)):

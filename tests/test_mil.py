@@ -122,13 +122,14 @@ def test_annotations(tmp_path, capsys):
     assert cli.main(['mil', painted, tmp_path/'run', *argv]) == 0 and cli.main(['mil', tmp_path/'run/settings.toml', tmp_path/'again']) == 0; as_if_never_stopped(tmp_path/'again', tmp_path/'run')
     assert float(rows(tmp_path/'run/log.csv')[-1]['train_loss']) < .6
     text = painted.read_text(); bare = tmp_path/'cohort/bare.csv'; learnt = {r['slide_id'] for r in rows(tmp_path/'run/cohort.csv') if r['split'] == 'train'}; first = next(r for r in csv.DictReader(text.splitlines()) if r['label'] == '1' and r['slide_id'] in learnt); bare.write_text(text.replace(first['truth'], ''))
-    refused(capsys, ['mil', bare, tmp_path/'x', *argv], 'without an annotation', first['slide_id'])
+    refused(capsys, ['mil', bare, tmp_path/'x', *argv], 'has no annotation', first['slide_id'])
     refused(capsys, ['mil', painted, tmp_path/'x', *argv, '--classes', '9'], 'is positive, and nothing', 'it holds 0, 1, '); assert not (tmp_path/'x').exists()
+    before = tree(tmp_path/'run'); refused(capsys, ['mil', painted, tmp_path/'run', *argv, '--classes', '1', '--epochs', 5, '--resume', '--accept-changes'], 'is negative, and something'); assert tree(tmp_path/'run') == before
     refused(capsys, ['mil', painted, tmp_path/'x', *argv, '--classes', '1'], 'is negative, and something', 'it holds 0, 1'); assert not (tmp_path/'x').exists()
 
 def test_own_backbone(whole, tmp_path, monkeypatch, capsys):
     "A network of one's own whose weights are others each time it is built, named from another folder; a trained one that is gone when the run goes on."
-    monkeypatch.chdir(tmp_path); (tmp_path/'mine.py').write_text("import torch\ndef net():\n    torch.seed()\n    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 6)), lambda x: x.float()/255\n")
+    monkeypatch.chdir(tmp_path); (tmp_path/'torchvision').mkdir(); (tmp_path/'mine.py').write_text("import torch\ndef net():\n    torch.seed(); net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 6))\n    net[2].also = net[2].weight # one tensor under two names\n    return net, lambda x: x.float()/255\n")
     shutil.copytree(whole/'run', tmp_path/'trained'); argv = ['--spacing', 4, '--patch', 64, '--heatmaps', 0, '--lr', 1e-3, '--aggregator', 'max']
     for run, backbone in ('own', 'mine.py:net'), ('other', 'trained'):
         command = ['mil', whole/'cohort/manifest.csv', tmp_path/run, *argv, '--backbone', backbone, '--features', 'kept']
@@ -136,6 +137,11 @@ def test_own_backbone(whole, tmp_path, monkeypatch, capsys):
         assert cli.main(['predict', f'{run}/checkpoints/best.pt', whole/'cohort/manifest.csv', 'p.csv']) == 0 and rows('p.csv', 'seconds') == rows(f'{run}/predictions.csv', 'seconds')
         monkeypatch.chdir(whole)
         if run == 'own': assert cli.main(['mil', tmp_path/run/'settings.toml', tmp_path/'again']) == 0 and cli.main(['mil', tmp_path/run/'settings.toml', tmp_path/run, '--epochs', 2, '--resume', '--accept-changes']) == 0; continue
+        refused(capsys, ['mil', whole/'cohort/manifest.csv', tmp_path/'trained', *argv, '--backbone', tmp_path/'trained', '--overwrite'], 'which would be replaced')
+        (tmp_path/'leak/checkpoints').mkdir(parents=True); shutil.copy(tmp_path/'trained/checkpoints/best.pt', tmp_path/'leak/checkpoints'); shutil.copy(tmp_path/'trained/environment.json', tmp_path/'leak')
+        (tmp_path/'leak/cohort.csv').write_text((tmp_path/'trained/cohort.csv').read_text().replace(',test,', ',train,')); refused(capsys, ['mil', whole/'cohort/manifest.csv', tmp_path/'new', *argv, '--backbone', tmp_path/'leak'], 'to test on that the backbone')
+        refused(capsys, ['mil', whole/'cohort/manifest.csv', tmp_path/'new', *argv, '--features', tmp_path/'new/kept'], 'in the folder of the run')
+        refused(capsys, [*command, '--epochs', 2, '--resume', '--accept-changes', '--backbone', 'traned'], 'that is there')
         shutil.rmtree(tmp_path/'trained'); capsys.readouterr(); monkeypatch.chdir(tmp_path)
         assert cli.main([*command, '--epochs', 2, '--resume', '--accept-changes']) == 0 and "the run's own copy is used" in capsys.readouterr().err
         refused(capsys, [*command, '--epochs', 2, '--overwrite'], 'that is there')

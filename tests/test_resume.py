@@ -11,7 +11,7 @@ from streaming_pathology.training import EarlyStopping, TinyNet, fit, synth_lear
 from small import COMMAND, small_resnet
 from test_cli import heard, refused, tree
 
-KILLS = int(os.environ.get('STREAMING_KILLS', 10))
+KILLS = int(os.environ.get('STREAMING_KILLS', 5))
 TRAIN = ['--spacing', 4, '--epochs', 3, '--batch', 3, '--strip', 64, '--heatmaps', 0, '--lr', 1e-2, '--cosine', '--save-minutes', .003, '--augment', 'paper']
 
 @pytest.fixture(scope='module')
@@ -65,7 +65,7 @@ def test_killed_at_any_moment(cohort, whole, tmp_path):
 def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
     "As a cluster does it: a signal, to the process or to all of its group, exit status 75, and the same command again, until it says that all is done."
     run, argv = tmp_path/'run', [cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--resume', '--workers', workers, '--save-minutes', 0] # the stops are early in a short run
-    for k in range(3):
+    for k in range(2):
         p = process(*argv, start_new_session=True); before = set(points(run/'checkpoints'))
         while p.poll() is None and not set(points(run/'checkpoints'))-before: time.sleep(.002)
         (os.killpg, os.kill)[k % 2](p.pid, signal.SIGTERM); _, err = p.communicate(timeout=100)
@@ -100,7 +100,7 @@ def test_a_worker_is_killed_while_it_hands_over(capsys):
     assert cli.status_of(reset) == 2 and 'a process that reads slides was killed' in capsys.readouterr().err
 
 def test_workers_change_nothing(cohort, whole, tmp_path):
-    assert cli.main(['train', cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--workers', 4]) == 0
+    assert cli.main(['train', cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--workers', 3]) == 0
     as_if_never_stopped(tmp_path/'run', whole)
 
 def test_a_second_signal_ends_it_at_once(cohort, tmp_path):

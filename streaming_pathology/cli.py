@@ -13,15 +13,16 @@ __all__ = ['NOT_SET', 'COMMANDS', 'RECIPES', 'AUGMENTATIONS', 'NO_SETTINGS', 'HA
            'write_record', 'predict_rows', 'check_settings', 'check_device', 'train_cohort', 'settings_of', 'settle',
            'prepare_training', 'check_annotations', 'check_backbone', 'former_settings', 'flag', 'changes', 'sentences',
            'shown', 'check_learnt', 'finish', 'mil_cohort', 'find_slides', 'predict_slides', 'export_run',
-           'evaluate_predictions', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
+           'evaluate_predictions', 'draw_results', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo',
+           'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
-import argparse, datetime, difflib, hashlib, inspect, json, math, os, platform, re, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
+import argparse, datetime, difflib, hashlib, inspect, io, json, math, os, platform, re, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-import torch
+import matplotlib.figure, numpy as np, torch
 from fastcore.docments import docments
 from fastcore.meta import delegates
 from PIL import Image
@@ -45,7 +46,12 @@ from .aggregators import aggregators, make_aggregator
 from .bags import PatchGrid, check_annotation
 from .features import LIBRARIES, Encoder, FeatureMIL
 from .inference import ENCODER, TTA, backbone_known, checked_card, dataset, described, encoder_of, export_model, load_encoder, save_encoder, label_columns, load_model, model_hash, predict_table, prediction_columns, write_predictions
-from .evaluation import evaluate_file
+from .evaluation import evaluate_file, plot_pr, plot_roc, read_patients
+from .auc import INTERVALS
+from .calibration import plot_reliability
+from .groups import plot_groups
+from .outcomes import plot_confusion, plot_survival
+from .results import read_outcomes, results, sentences_of
 from .mil import InstanceMIL, TwoPhases
 from .heatmaps import fit_map, patch_heatmap, save_heatmap, smoothgrad
 from .report import PAGE, write_report
@@ -414,7 +420,7 @@ def check_settings(s): # the same
     for k in ('lr', 'clip', 'spacing', 'slide_spacing'):
         if s.get(k) is not None and not (math.isfinite(s[k]) and s[k] > 0): raise InputError(f"--{k.replace('_', '-')} is {s[k]}; it has to be above 0")
     if s.get('dropout') is not None and not 0 <= s['dropout'] < 1: raise InputError(f"--dropout is {s['dropout']}; it has to be from 0 to below 1")
-    for k, allowed in dict(aggregator=(None, *aggregators), amp=(None, 'bf16', 'fp16'), pool=tuple(pools), optimizer=(None, 'sgd', 'adamw'), augment=(*[None]*(s.get('command') == 'sp_mil'), *AUGMENTATIONS), recipe=(None, 'paper'), task=tuple(TASKS), balance=('oversample', 'weights', 'none'), tta=tuple(TTA), normalise=('imagenet', 'training')).items():
+    for k, allowed in dict(interval=tuple(INTERVALS), aggregator=(None, *aggregators), amp=(None, 'bf16', 'fp16'), pool=tuple(pools), optimizer=(None, 'sgd', 'adamw'), augment=(*[None]*(s.get('command') == 'sp_mil'), *AUGMENTATIONS), recipe=(None, 'paper'), task=tuple(TASKS), balance=('oversample', 'weights', 'none'), tta=tuple(TTA), normalise=('imagenet', 'training')).items():
         if k in s and s[k] not in allowed: raise InputError(f"--{k} is {s[k]!r}; use {' or '.join(filter(None, allowed))}")
     if 'device' in s: check_device(s['device'])
     if s.get('memory', 'auto') not in ('auto', 'least'): budget(s['memory'])
@@ -723,20 +729,41 @@ def export_run(run,   # folder that sp_train wrote, or one of its checkpoints
 sp_predict, sp_export = command('predict', predict_slides), command('export', export_run)
 
 # %% ../nbs/16_cli.ipynb #cf9a7fee
-def evaluate_predictions(predictions,           # CSV that sp_predict or sp_train wrote: slide_id, label, split, probability
+def evaluate_predictions(predictions,           # CSV that sp_predict, sp_train or sp_mil wrote
                          *, split:str='test',   # slides to evaluate
                          out:str|None=None,     # JSON file to write the figures to
-                         threshold_split:str|None=None, # choose the threshold for accuracy on this split; without it on the slides evaluated
+                         figures:str|None=None, # folder to draw the curves into, as SVG
+                         threshold_split:str|None=None, # choose thresholds and the temperature on this split, e.g. tuning; without it thresholds on the slides evaluated
+                         sensitivity:float|None=None, # a sensitivity that is wanted, for a threshold of its own
+                         cohort:str|None=None,  # manifest with patient_id, whose slides are taken together, and the columns of --by; without it the cohort.csv beside the predictions, if there is one
+                         by:str|None=None,      # columns of it, with commas, whose groups are shown each, e.g. site,grade
+                         interval:str='logit',  # of the AUC: logit, delong, bootstrap, stratified or bca; the paper's bootstrap is shown beside it
                          draws:int=10_000,      # bootstrap draws; the paper: 10,000
-                         level:float=.95,       # of the interval
+                         level:float=.95,       # of the intervals
                          seed:int=0):           # of the draws
-    "The area under the ROC curve with its bootstrap interval, and accuracy at one threshold."
-    check_settings(dict(draws=draws, seed=seed))
-    if out is not None: out = output_file(out, '.json', [predictions], r'\{\n "auc"')
-    metrics = evaluate_file(predictions, split, threshold_split, n=draws, level=level, seed=seed)
-    if out is not None: metrics.save(out)
-    print(metrics)
-    print(f'accuracy {metrics.accuracy:.3f}, sensitivity {metrics.sensitivity:.3f}, specificity {metrics.specificity:.3f} at {metrics.threshold:.3f}, chosen on {metrics.threshold_from}')
+    "All figures of a table of predictions, each with its interval: the area under the ROC curve, accuracy at a threshold, precision, calibration, groups of slides; of other tasks kappa, concordance and so on."
+    check_settings(dict(draws=draws, seed=seed, interval=interval))
+    if out is not None: out = output_file(out, '.json', [p for p in (predictions, cohort) if p], r'\{\n "(auc|task)"')
+    if figures is not None and (at := absolute(figures)).exists() and not at.is_dir(): raise InputError(f'{figures} is a file; give the name of a folder')
+    found = results(predictions, split, threshold_split, sensitivity, cohort, [c.strip() for c in by.split(',')] if by else (), draws, seed, level, interval)
+    for note in found['notes']: warnings.warn(note)
+    if out is not None: write_whole(out, json.dumps(found, indent=1)+'\n')
+    if figures is not None: drawn = draw_results(found, predictions, split, at, cohort)
+    print('\n'.join(sentences_of(found)))
+    if figures is not None: print(f"drew {', '.join(drawn)} into {figures}")
+
+def draw_results(found, predictions, split, folder, cohort=None): # names of the files
+    "The figures of `results`, as SVG."
+    kind, labels, predicted, rows = read_outcomes(predictions)
+    rows = [r for r in rows if r['split'] == split and all(r[l] is not None for l in labels)]
+    y, p = (np.array([[r[k] for k in names] for r in rows]) for names in (labels, predicted))
+    patients = read_patients(cohort or Path(predictions).parent/'cohort.csv', False); groups = [patients.get(r['slide_id'], f"slide {r['slide_id']}") for r in rows]
+    draw = dict(binary=dict(roc=lambda ax: plot_roc(y[:, 0], p[:, 0], ax, groups=groups), precision_recall=lambda ax: plot_pr(y[:, 0], p[:, 0], ax, groups=groups), reliability=lambda ax: plot_reliability(y[:, 0], p[:, 0], ax, groups=groups), **{f'groups_{safe_id(c)}': lambda ax, rows=rows: plot_groups(rows, ax, found['auc']) for c, rows in found.get('groups', {}).items()}),
+                classes=dict(confusion=lambda ax: plot_confusion(y[:, 0].astype(int), p.argmax(1), ax, classes=p.shape[1])), survival=dict(survival=lambda ax: plot_survival(*y.T, p[:, 0] > found['threshold'], ax))).get(kind, {})
+    for name, f in draw.items():
+        figure = matplotlib.figure.Figure(figsize=(4.4, 4), layout='constrained'); f(figure.add_subplot())
+        picture = io.BytesIO(); figure.savefig(picture, format='svg', metadata={'Date': None}); write_whole(folder/f'{name}.svg', picture.getvalue())
+    return [f'{name}.svg' for name in draw]
 
 def report_run(run,                 # folder that sp_train or sp_demo wrote
            *, out:str|None=None): # HTML file; without it report.html in the run folder

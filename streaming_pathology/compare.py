@@ -18,7 +18,7 @@ from .geometry import InputError
 from .files import write_csv, write_whole
 from .cohorts import read_manifest, read_table, resolve_splits, several
 from .checkpoints import RUN, SYSTEM, absolute, uninterrupted
-from .evaluation import DeLong, Interval, Prediction, accuracy_test, bootstrap_ci, delong_test, operating_point, paired_bootstrap, permutation_test, plot_roc, read_predictions
+from .evaluation import DeLong, Interval, Prediction, accuracy_test, auc_interval, delong_test, operating_point, paired_bootstrap, permutation_test, plot_roc, read_predictions
 from .report import ACCENT, figure_uri, html_page, table
 from .cli import build_model, check_settings, command, counted, environment, kept_encoder, label_names, mil_cohort, parsed, settings_of, train_cohort
 
@@ -153,7 +153,7 @@ def hold_against(a, b, split='test', shared=False, draws=10_000, seed=0, level=.
     groups = patients if len({*patients}) < len(ids) else None
     try: test, paired, p = delong_test(y, *x, level, groups), paired_bootstrap(y, *x, draws, seed, level, groups), permutation_test(y, *x, draws, seed, groups)
     except InputError as e: raise InputError(f'{a.name} and {b.name}, split {split!r}: {e}') from None
-    return Comparison((a.name, b.name), split, ids, y, x, groups, tuple(bootstrap_ci(y, s, draws, seed, level, groups) for s in x), test, paired, p, at_thresholds((a, b), y, x, draws, seed, groups))
+    return Comparison((a.name, b.name), split, ids, y, x, groups, tuple(auc_interval(y, s, level=level, groups=groups) for s in x), test, paired, p, at_thresholds((a, b), y, x, draws, seed, groups))
 
 def at_thresholds(sides, y, scores, draws, seed, groups): # dict, or None where a side has no tuning slides of both classes
     "Accuracy of each side, and the test of the slides that only one of them has right."

@@ -16,6 +16,7 @@ from fastcore.xml import *
 from PIL import Image, ImageFilter
 from .geometry import InputError
 from .aggregators import aggregators
+from .auc import INTERVALS
 from .evaluation import Metrics, evaluate_file, plot_roc, read_predictions
 from .cohorts import read_table
 from .heatmaps import colour_map, load_heatmap, save_heatmap
@@ -112,7 +113,7 @@ def _metrics(folder):
     if path.exists():
         m = _parse(path, json.loads)
         if lost := [k for k in ('auc', 'draws', 'seed', 'level', 'split') if k not in m]: raise InputError(f'{path} has no {", ".join(lost)}: run sp_evaluate again')
-        kwargs = dict(n=m['draws'], seed=m['seed'], level=m['level'], split=m['split'])
+        kwargs = dict(n=m['draws'], seed=m['seed'], level=m['level'], split=m['split'], method=m.get('method', 'logit'))
         if 'threshold' in m and m.get('threshold_from') != m['split']: kwargs.update(threshold=m['threshold'], threshold_from=m.get('threshold_from'))
     try: got = evaluate_file(folder/'predictions.csv', **kwargs)
     except InputError: raise
@@ -215,21 +216,21 @@ def _summary(run):
     if run.settings.get('synthetic') is True: tail = (P(Strong('Synthetic cohort.'), ' The labelled slides were painted by a program. The figures show that the software works; they say nothing about patients.', cls='note'),)
     if not m: return Div(P('No AUC' if run.two else run.settings['task'], cls='figure'), P(run.notes['metrics']), *tail)
     if m.low <= .5: tail += (P('The interval reaches down to 0.5: on these slides the network cannot be told from guessing.', cls='note'),)
-    if m.low == m.high: tail += (P('Every resample gives the same AUC, because the two classes do not overlap on these slides. The interval has no width then and says nothing about other slides: only more slides can.', cls='note'),)
+    if m.bootstrap_low == m.bootstrap_high: tail += (P('Every resample gives the same AUC, because the two classes do not overlap on these slides: the paper’s interval has no width then, and says nothing about other slides.', cls='note'),)
     return Div(P(Span('Area under the ROC curve', cls='eyebrow'), Span(f'{m.auc:.3f}', cls='figure')),
         P(f'{m.level:.0%} interval ', Strong(str(m.interval))),
         Div(Span(cls='span', style=f'left:{m.low:.1%};width:{m.high-m.low:.1%}'), Span(cls='dot', style=f'left:{m.auc:.1%}'), cls='line', role='img', aria_label=f'AUC {m.auc:.3f} and its interval {m.low:.3f} to {m.high:.3f} on a line from 0 to 1'),
         Div(Span('0'), Span('0.5, guessing'), Span('1'), cls='scale', aria_hidden='true'),
-        P(f'{_plural(m.n, "slide")} of the {m.split} split, {m.positives} positive and {m.n-m.positives} negative. The interval is the middle {m.level:.0%} of {m.draws:,} bootstrap draws (seed {m.seed}, {m.redrawn:,} with one class only drawn again).', cls='small'), *tail)
+        P(f'{_plural(m.n, "slide")} of the {m.split} split, {m.positives} positive and {m.n-m.positives} negative{f", of {m.patients} patients, who count as one each" if m.patients else ""}. The interval is by {INTERVALS[m.method]}; the paper’s, the middle {m.level:.0%} of {m.draws:,} bootstrap draws, is {m.bootstrap} (seed {m.seed}, {m.redrawn:,} with one class only drawn again).', cls='small'), *tail)
 
 def _facts(run):
     m, facts = run.metrics, []
-    if m: facts = [('sensitivity', f'{m.sensitivity:.0%}'), ('specificity', f'{m.specificity:.0%}'), ('accuracy', f'{m.accuracy:.0%}')]
+    if m: facts = [(k, f'{getattr(m, k):.0%}', f'{m.intervals[k][0]:.0%} to {m.intervals[k][1]:.0%}') for k in ('sensitivity', 'specificity', 'accuracy')]
     if seconds := [r['seconds'] for r in run.log if math.isfinite(r.get('seconds', math.nan))]: facts.append(('training', _time(sum(seconds))))
     if peak := [r['peak_mb'] for r in run.log if math.isfinite(r.get('peak_mb', math.nan))]: facts.append(('peak memory', f'{max(peak)/1000:.2f} GB' if max(peak) >= 1000 else f'{max(peak):.0f} MB'))
     if each := [p.seconds for p in run.predictions if p.seconds is not None]: facts.append(('network, one slide', _time(median(each))))
     chosen = m and {m.split: f'the one with the highest accuracy on these same slides, as in the paper, and so a little flattering', 'given': 'given beforehand'}.get(m.threshold_from, f'chosen on the {m.threshold_from} split')
-    return (Dl(*(Div(Dt(k), Dd(v)) for k, v in facts), cls='facts'), P(f'A slide is called positive where its probability is at least {m.threshold:.3f}: {chosen}.', cls='small') if m else None)
+    return (Dl(*(Div(Dt(k), Dd(v, *(Span(i, cls='eyebrow') for i in interval))) for k, v, *interval in facts), cls='facts'), P(f'A slide is called positive where its probability is at least {m.threshold:.3f}: {chosen}.', cls='small') if m else None)
 
 # %% ../nbs/15_report.ipynb #ef1b2944
 def _verdict(p, threshold):

@@ -208,6 +208,11 @@ def test_evaluate(trained, tmp_path, capsys):
     for seed in (-1, 10**20): refused(capsys, ['evaluate', p, '--seed', seed], '--seed')
     assert not (tmp_path/'m.json').exists()
     assert cli.main(['evaluate', p, '--out', tmp_path/'m.json', '--draws', 100]) == 0 and json.loads((tmp_path/'m.json').read_text())['n'] == 2
+    for option, value, says in (('--interval', 'wald', '--interval'), ('--sensitivity', 2, 'above 0, up to 1'), ('--by', 'grade', 'give the manifest'), ('--level', 1, 'level 1'), ('--figures', p, 'is a file'), ('--cohort', tmp_path/'no.csv', 'no.csv')): refused(capsys, ['evaluate', p, option, value], says)
+    (tmp_path/'all.csv').write_text('slide_id,label,split,probability\n'+''.join(f's{i},{i % 2},{"tuning" if i < 20 else "test"},{.3*(i % 2)+.01*(i*7 % 50):.3f}\n' for i in range(60))); (tmp_path/'cohort.csv').write_text('slide_id,patient_id,site\n'+''.join(f's{i},p{i//4},{"ab"[i % 3 == 0]}\n' for i in range(60)))
+    capsys.readouterr(); assert cli.main(['evaluate', tmp_path/'all.csv', '--threshold-split', 'tuning', '--sensitivity', .9, '--cohort', tmp_path/'cohort.csv', '--by', 'site', '--figures', tmp_path/'figures', '--out', tmp_path/'all.json', '--draws', 200]) == 0
+    said, found = capsys.readouterr().out, json.loads((tmp_path/'all.json').read_text()); assert 'of 10 patients' in said and 'site a' in said and 'temperature' in said and found['groups']['site'][0]['n'] == 27 and found['method'] == 'logit' and found['seed'] == 0
+    assert {f.name for f in (tmp_path/'figures').iterdir()} == {'roc.svg', 'precision_recall.svg', 'reliability.svg', 'groups_site.svg'}
 
 def test_report(trained, tmp_path, capsys):
     refused(capsys, ['report', tmp_path/'none'], 'none'); refused(capsys, ['report', trained, '--out', trained/'log.csv/r.html'], 'cannot be written')

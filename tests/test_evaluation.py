@@ -1,8 +1,9 @@
 "Properties of the evaluation over random labels and scores, ties included"
-import numpy as np
+import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import roc_auc_score
-from streaming_pathology.evaluation import auc, bootstrap_aucs, bootstrap_ci, draw_weights, evaluate, operating_point, roc, roc_band, weighted_auc
+from streaming_pathology.auc import INTERVALS, auc, auc_interval, bootstrap_aucs, bootstrap_ci, delong_test, draw_weights, roc, weighted_auc
+from streaming_pathology.evaluation import evaluate, operating_point, point_intervals, roc_band
 
 def cohort(seed, n, levels):
     rng = np.random.default_rng(seed)
@@ -50,7 +51,7 @@ def test_interval(c, seed):
     assert wide.low <= ci.low and ci.high <= wide.high
     aucs, redrawn = bootstrap_aucs(y, s, 300, seed)
     assert len(aucs) == 300 and redrawn == ci.redrawn and not np.isnan(aucs).any()
-    assert evaluate(y, s, n=300, seed=seed).interval == ci
+    assert evaluate(y, s, n=300, seed=seed).bootstrap == ci
 
 @settings(max_examples=20, deadline=None)
 @given(cohorts)
@@ -64,3 +65,28 @@ def test_ten_thousand_draws_are_one_sequence():
     "The first draws do not depend on how many follow"
     y, s = cohort(3, 535, 10**6)
     assert np.array_equal(bootstrap_aucs(y, s, 500)[0], bootstrap_aucs(y, s, 5000)[0][:500])
+
+def test_delong_beside_another():
+    "The difference and its error of MLstatkit, whose own code it is."
+    other, rng = pytest.importorskip('MLstatkit').Delong_test, np.random.default_rng(0)
+    for n, places in ((30, 1), (80, 9), (535, 2)):
+        y = np.arange(n) % 3 == 0; a, b = (rng.normal(y*k, 1).round(places) for k in (1.6, 1.2))
+        z, p, (*_,), (*_,), auc_a, auc_b, more = other(y.astype(int), a, b); t = delong_test(y, a, b)
+        assert abs(t.a-auc_a) < 1e-10 and abs(t.b-auc_b) < 1e-10 and abs(t.difference/t.error+z) < 1e-10 and abs(t.p-p) < 1e-10 and abs(t.error**2-more['var_diff']) < 1e-10
+
+@settings(max_examples=30, deadline=None)
+@given(cohorts, st.sampled_from(sorted(INTERVALS)), st.integers(0, 99))
+def test_every_interval_is_one(c, method, seed):
+    y, s = c; of = np.random.default_rng(seed).integers(0, max(2, len(y)//3), len(y))
+    for groups in (None, of):
+        if groups is not None and len(set(of[y == 1])|set(of[y == 0])) < 2: continue
+        ci = auc_interval(y, s, method, n=100, seed=seed, groups=groups)
+        assert 0 <= ci.low <= ci.high <= 1 and ci == auc_interval(y, s, method, n=100, seed=seed, groups=groups), ci
+        if method in ('logit', 'delong'): assert ci.low <= auc(y, s) <= ci.high or abs(auc(y, s)-ci.low) < 1e-9 or abs(auc(y, s)-ci.high) < 1e-9
+
+@settings(max_examples=30, deadline=None)
+@given(cohorts, st.floats(.01, 1))
+def test_threshold_of_a_wanted_sensitivity(c, least):
+    y, s = c; point = operating_point(y, s, least=least)
+    assert point.sensitivity >= least-1e-9 and all(((s >= t)[y == 1]).mean() < least for t in set(s) if t > point.threshold)
+    for low, high in point_intervals(y, s, point.threshold).values(): assert 0 <= low <= high <= 1

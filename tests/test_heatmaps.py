@@ -2,7 +2,9 @@
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from streaming_pathology.heatmaps import add_noise_, colour_map, fit_map, overlay, pool_map, smoothgrad
+from streaming_pathology.gradients import Noise, integrated_gradients
+from streaming_pathology.heatmaps import colour_map, fit_map, overlay, pool_map, smoothgrad
+from streaming_pathology.streaming import stream
 
 def net(seed, width=4):
     torch.manual_seed(seed)
@@ -14,9 +16,8 @@ sizes = st.integers(9, 40)
 @given(st.integers(0, 10**6), sizes, sizes, st.integers(1, 4), st.sampled_from(['absolute', 'squared', 'signed']))
 def test_equals_a_loop(seed, h, w, n, average):
     model, x, g = net(seed), torch.rand(1, 3, h, w, dtype=torch.float64)*255, []
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(n):
-        copy = add_noise_(x.clone(), .05*x.std(correction=0), generator).requires_grad_()
+    for k in range(n):
+        copy = Noise(w, .05*x.std(correction=0).item(), seed, k, x.dtype).add(x.clone(), 0).requires_grad_()
         g.append(torch.autograd.grad(model(copy)[0, 0], copy)[0][0].numpy())
     want = {'absolute': np.abs(g).mean(0).sum(0), 'squared': np.square(g).mean(0).sum(0), 'signed': np.abs(np.mean(g, 0)).sum(0)}[average]
     got = smoothgrad(model, x[0], n=n, seed=seed, average=average)
@@ -45,8 +46,8 @@ def test_overlay_changes_only_where_the_map_is_not_zero(seed, h, w):
 
 @pytest.mark.parametrize('strip', [1, 16, 1000])
 def test_through_the_stream_equals_the_plain_network(strip):
-    stream = pytest.importorskip('streaming_pathology.streaming', reason='the streaming engine is not exported yet').stream
     model, x = net(0), torch.rand(3, 61, 47, dtype=torch.float64)*255
     plain, streamed = smoothgrad(model, x, n=3), smoothgrad(stream(model, strip=strip), x, n=3)
     assert np.abs(streamed-plain).max() <= 1e-7*plain.max()
+    plain, streamed = (integrated_gradients(m, x, steps=3, signed=True) for m in (model, stream(model, strip=strip))); assert np.abs(streamed-plain).max() <= 1e-7*np.abs(plain).max()
     assert all(p.requires_grad and p.grad is None for p in model.parameters())

@@ -180,6 +180,7 @@ def _by_error(y, s, of, method, level): # low, high
     from scipy.stats import norm # slow to import, so only where it is used
     (v, w), units, z = placements(y, s), [len(np.unique(of[c])) for c in (y, ~y)], norm.ppf((1+level)/2)
     area, error = v.mean(), auc_error(v, w, of[y], of[~y]) if min(units) > 1 else 0.
+    if method == 'delong' and min(units) < 2: raise InputError(f"{'slides' if (np.diff(np.sort(of)) > 0).all() else 'patients with slides'} that are positive: {units[0]}, negative: {units[1]}; this interval needs two of each at least")
     if method == 'delong': return np.clip([area-z*error, area+z*error], 0, 1)
     if not error: return _score_interval(area, *units, z)
     return expit(logit(area)+np.array([-z, z])*error/(area*(1-area)))

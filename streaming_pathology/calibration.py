@@ -57,9 +57,10 @@ def plot_reliability(labels, # 0 or 1 for each slide
                      colour='#2f6690', # of its points
                      bins=10, # of equal width
                      groups=None, # patient of each slide; None: each is another's
+                     level=.95, # of the intervals
                     ):
     "Draw a reliability diagram into `ax`, with the expected calibration error of its bins; returns `ax`"
-    c = calibration(labels, probabilities, bins, n=200, groups=groups)
+    c = calibration(labels, probabilities, bins, n=1, level=level, groups=groups)
     x, y, low, high, n = (np.array([r[k] for r in c.bins]) for k in ('predicted', 'observed', 'low', 'high', 'n'))
     ax.plot([0, 1], [0, 1], color='.75', lw=.8, ls=(0, (4, 4)))
     ax.vlines(x, low, high, color=colour, lw=1.2, alpha=.45)
@@ -83,7 +84,7 @@ def fit_temperature(labels, # 0 or 1 for each tuning slide
     from scipy.optimize import minimize_scalar # slow to import, so only where it is used
     y, p = check_probabilities(labels, probabilities); z = np.where(y, 1, -1)*_logits(p)
     if (z >= 0).all(): raise InputError(f'all {len(y)} tuning slides are on the right side of one half, so that no temperature is the best: give more slides')
-    if (z <= 0).all(): raise InputError(f'all {len(y)} tuning slides are on the wrong side of one half, so that no temperature is the best: are the labels the right way round?')
+    if z.mean() <= 0: raise InputError(f'on the {len(y)} tuning slides the probabilities are wrong more than they are right, so that no temperature is the best: are the labels the right way round?')
     found = minimize_scalar(lambda t: np.logaddexp(0, -z*np.exp(-t)).mean(), bounds=(-7, 7), method='bounded', options=dict(xatol=1e-6))
     return float(np.exp(found.x))
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'roc_band', 'plot_roc', 'average_precision', 'pr_band', 'plot_pr', 'OperatingPoint', 'operating_point',
-           'point_intervals', 'Metrics', 'evaluate', 'Prediction', 'read_predictions', 'read_patients', 'evaluate_file']
+           'point_intervals', 'Metrics', 'evaluate', 'Prediction', 'read_predictions', 'column_of', 'read_patients',
+           'evaluate_file']
 
 # %% ../nbs/13_evaluation.ipynb #8c7f937c
 import json
@@ -99,13 +100,13 @@ def plot_pr(labels, # 0 or 1 for each slide
             colour='#2f6690', # of curve and band
             band=True, # draw the bootstrap band
             groups=None, # patient of each slide; see `bootstrap_aucs`
-           ):
+            **kwargs): # n, seed, level: see `average_precision`
     "Draw precision against recall into `ax`, with the average precision, its interval and a bootstrap band; returns `ax`"
     from sklearn.metrics import precision_recall_curve
     y, s = check_scores(labels, scores)
     precision, recall, _ = precision_recall_curve(y, s)
-    area, ci = average_precision(y, s, groups=groups)
-    if band: g, low, high = pr_band(y, s, groups=groups); ax.fill_between(g, low, high, color=colour, alpha=.15, lw=0)
+    area, ci = average_precision(y, s, groups=groups, **kwargs)
+    if band: g, low, high = pr_band(y, s, level=ci.level, seed=ci.seed, groups=groups); ax.fill_between(g, low, high, color=colour, alpha=.15, lw=0)
     ax.axhline(y.mean(), color='.75', lw=.8, ls=(0, (4, 4)))
     ax.step(recall, precision, where='post', color=colour, lw=1.8, label=f'{label+": " if label else ""}AP {area:.3f} ({ci})', clip_on=False)
     return _square(ax, 'recall', 'precision', 'lower left')
@@ -128,7 +129,7 @@ def operating_point(labels, # 0 or 1 for each slide
     y, s = check_scores(labels, scores)
     if least is not None:
         if threshold is not None or not 0 < least <= 1: raise InputError(f'a sensitivity of at least {least}: it has to be above 0, up to 1, and no threshold given beside it')
-        threshold = np.sort(s[y])[::-1][int(np.ceil(least*y.sum()-1e-9))-1]
+        threshold = np.sort(s[y])[::-1][max(1, int(np.ceil(least*y.sum()-1e-9)))-1]
     elif threshold is None:
         fpr, tpr, thresholds = roc(y, s)
         thresholds[0] = np.nextafter(s.max(), np.inf)                 # finite, and above every slide
@@ -187,7 +188,7 @@ def evaluate(labels, # 0 or 1 for each slide
              method='logit', # of the AUC's interval: see `auc_interval`
             )->Metrics:
     "AUC with its interval and the paper's, and accuracy, sensitivity and specificity at one threshold"
-    y, s = check_scores(labels, scores); patients = len({*groups}) if groups is not None else len(y)
+    y, s = check_scores(labels, scores); patients = len(np.unique(group_numbers(groups, len(y))))
     groups = groups if patients < len(y) else None
     ci, paper, point = auc_interval(y, s, method, level, groups, n, seed), bootstrap_ci(y, s, n, seed, level, groups), operating_point(y, s, threshold)
     source = split if threshold is None else threshold_from or 'given'
@@ -225,11 +226,18 @@ def _prediction(r, where):
     return Prediction(r['slide_id'], label, r['split'], p, number('seconds') if r.get('seconds') else None)
 
 # %% ../nbs/13_evaluation.ipynb #0e4196a7
+def column_of(path, column, needed=True)->dict:
+    "{slide_id: what a column says of it} of a table, where it says something; a slide has one row, or says the same in all"
+    found = {}
+    for r in read_table(path, ('slide_id', *[column]*needed), (column,), f'give a manifest with slide_id and {column}'):
+        if r.get(column) and found.setdefault(r['slide_id'], r[column]) != r[column]: raise InputError(f"{path}, line {r.line}: slide {r['slide_id']!r} has the {column} {r[column]!r} here and {found[r['slide_id']]!r} before; keep one")
+    return found
+
 def read_patients(path, needed=True)->dict:
     "{slide_id: patient_id} of a CSV that has both; where it is not `needed`, none of one that is not there, or names no patients"
     path = Path(path)
     if not needed and not path.exists(): return {}
-    return {r['slide_id']: r['patient_id'] for r in read_table(path, ('slide_id', *['patient_id']*needed), ('patient_id',), 'give a manifest with slide_id and patient_id') if r.get('patient_id')}
+    return column_of(path, 'patient_id', needed)
 
 def evaluate_file(path, # predictions.csv
                   split='test', # slides to evaluate
@@ -244,6 +252,8 @@ def evaluate_file(path, # predictions.csv
         if not of: raise InputError(f'{path} has no labelled slide with split {name!r}: its splits are {", ".join(sorted({repr(r.split) for r in rows}))}')
         return zip(*of)
     try:
-        if threshold_split: kwargs.update(threshold=operating_point(*labelled(threshold_split)).threshold, threshold_from=threshold_split)
+        if threshold_split:
+            try: kwargs.update(threshold=operating_point(*labelled(threshold_split)).threshold, threshold_from=threshold_split)
+            except InputError as e: raise InputError(str(e) if str(path) in str(e) else f'{path}, split {threshold_split!r}: {e}') from None
         return evaluate(*labelled(split), split=split, groups=[known.get(r.slide_id, f'slide {r.slide_id}') for r in rows if r.split == split and r.label is not None], **kwargs)
     except InputError as e: raise InputError(str(e) if str(path) in str(e) else f'{path}, split {split!r}: {e}') from None

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'AVERAGES', 'as_image', 'rows_of', 'image_std', 'ChangedRows', 'GradientRows', 'Noise',
-           'only_input_gradients', 'reads_rows', 'output_of', 'smoothgrad', 'integrated_gradients']
+           'only_input_gradients', 'first_streamed', 'reads_rows', 'output_of', 'smoothgrad', 'glass_of',
+           'integrated_gradients']
 
 # %% ../nbs/14_gradients.ipynb #grd00003
 from contextlib import contextmanager
+import threading
 import numpy as np, torch
 from torch import nn
 from .geometry import InputError, at_least_one
@@ -19,7 +21,8 @@ def as_image(image): # a tensor (1, 3, H, W), or what reads one by rows
     "One image: a tensor or array (3, H, W) or (1, 3, H, W), or with `shape` (1, 3, H, W) and `read(top, bottom)`, as `Slide.rows` gives it."
     if callable(getattr(image, 'read', None)): x = image
     else:
-        x = torch.as_tensor(image)
+        try: x = torch.as_tensor(image.dense() if callable(getattr(image, 'dense', None)) else image)
+        except (TypeError, ValueError, RuntimeError) as e: raise InputError(f'{type(image).__name__} is no image: give a tensor or an array (3, H, W) ({str(e).splitlines()[0]})') from None
         if x.ndim == 3: x = x[None]
     if len(x.shape) != 4 or tuple(x.shape[:2]) != (1, 3) or 0 in x.shape: raise InputError(f'image of shape {tuple(x.shape)}: a heatmap is made of one image (3, H, W)')
     return x
@@ -39,9 +42,9 @@ class ChangedRows:
     "An image (1, 3, H, W) as floats, read by rows that are changed on the way"
     def __init__(self, image, change=None): # change: a function of floats (1, 3, h, W) and their first row, which may change them in place, that gives them
         self.image, self.change, self.shape = image, change, tuple(image.shape)
-        first = rows_of(image, 0, 1); self.dtype, self.device = first.dtype if first.is_floating_point() else torch.float32, first.device
+        first = rows_of(image, 0, 1); self.dtype, self.device, self.lock = torch.float64 if first.dtype == torch.float64 else torch.float32, first.device, threading.Lock() # strips are read ahead by another thread
     def read(self, top, bottom):
-        x = rows_of(self.image, top, bottom).detach().to(self.dtype, copy=True)
+        with self.lock: x = rows_of(self.image, top, bottom).detach().to(self.dtype, copy=True)
         return self.change(x, top) if self.change else x
 
 class GradientRows(ChangedRows):
@@ -60,6 +63,7 @@ class Noise:
             self.last = dict([*self.last.items()][-3:]) | {b: torch.randn((1, 3, BLOCK, self.width), generator=generator, dtype=self.dtype).mul_(self.std)}
         return self.last[b]
     def add(self, x, top): # x, changed in place
+        if x.dtype != self.dtype: return x.copy_(self.add(x.to(self.dtype), top)) # where a network computes in half precision
         bottom = top+x.shape[2]
         for b in range(top//BLOCK, -(-bottom//BLOCK)):
             a, z = max(top, b*BLOCK), min(bottom, (b+1)*BLOCK)
@@ -79,18 +83,27 @@ def only_input_gradients(model # any nn.Module
         for m, t in training: m.training = t
         for p, r in wants: p.requires_grad_(r)
 
-def reads_rows(model): # bool
-    "Whether the first layers of a network are streamed, so that it can read its image by rows."
-    return isinstance(model, (Streamed, StreamingClassifier)) or isinstance(model, nn.Sequential) and len(model) > 0 and reads_rows(model[0])
+def first_streamed(model): # `Streamed`, or None
+    "The first layers of a network, where they are streamed and so can read the image by rows."
+    if isinstance(model, Streamed): return model
+    if isinstance(model, StreamingClassifier): return model.trunk
+    return first_streamed(model[0]) if isinstance(model, nn.Sequential) and len(model) else None
+
+def reads_rows(model, image): # bool
+    "Whether an image goes through a network by rows: not one in memory that is wider than high, which is better cut by columns."
+    first = first_streamed(model)
+    return first is not None and not (isinstance(image, torch.Tensor) and (first.direction == 'columns' or first.direction == 'auto' and image.shape[3] > image.shape[2]))
 
 def output_of(model, # gives (1, n_out) for an image (1, 3, H, W) of 0..255
               rows, # `ChangedRows`, or `GradientRows`, which are then handed their gradients
               target=0, # output
              )->float:
     "One output for an image that is read by rows; the model is as it was afterwards"
-    device, wants = next((p.device for p in model.parameters()), rows.device), isinstance(rows, GradientRows)
+    p, wants = next(model.parameters(), None), isinstance(rows, GradientRows)
+    device = rows.device if p is None else p.device
+    if p is not None and p.dtype != rows.dtype: rows.dtype = p.dtype
     with only_input_gradients(model), torch.set_grad_enabled(wants):
-        x = rows if (by_rows := reads_rows(model)) else rows.read(0, rows.shape[2]).to(device).requires_grad_(wants)
+        x = rows if (by_rows := reads_rows(model, rows.image)) else rows.read(0, rows.shape[2]).to(device).requires_grad_(wants)
         out = model(x)
         if out.ndim != 2 or not -out.shape[1] <= target < out.shape[1]: raise InputError(f'target={target}: the model gives outputs of shape {tuple(out.shape)}, wanted is (1, n_out) with n_out > target')
         if wants and by_rows and out.requires_grad: out[0, target].backward()
@@ -113,16 +126,22 @@ def smoothgrad(model, # gives (1, n_out) for a float image (1, 3, H, W) of 0..25
               )->np.ndarray:
     "Mean sensitivity of the logit to each pixel over `n` noisy copies (H, W) float32, never negative (Smilkov et al. 2017)"
     x = as_image(image); at_least_one(n=n)
-    if noise < 0: raise InputError(f'noise={noise}: the noise is a share of the standard deviation and cannot be negative')
+    if not 0 <= noise < np.inf: raise InputError(f'noise={noise}: the noise is a share of the standard deviation and cannot be negative')
     if average not in AVERAGES: raise InputError(f"average={average!r}: choose 'absolute', 'squared' or 'signed'")
     std, like = noise*image_std(x), ChangedRows(x)
     total = torch.zeros(*[3]*(average == 'signed'), *x.shape[2:], dtype=like.dtype)
-    def take(g, top): total.narrow(-2, top, g.shape[2]).add_(AVERAGES[average](g).to(total.device))
+    def take(g, top): total.narrow(-2, top, g.shape[2]).add_(AVERAGES[average](g.to(like.dtype)).to(total.device))
     for copy in range(n): output_of(model, GradientRows(x, Noise(x.shape[3], std, seed, copy, like.dtype).add if std else None, take), target)
     if average == 'signed': total = total.abs_().sum(0)
     return total.div_(n).float().numpy()
 
 # %% ../nbs/14_gradients.ipynb #grd00014
+def glass_of(glass, rows): # tensor (1, 1 or 3, 1, 1)
+    "A grey level, or three, as a pixel of an image"
+    found = torch.as_tensor(glass, dtype=rows.dtype).reshape(1, -1, 1, 1).to(rows.device)
+    if found.shape[1] not in (1, 3): raise InputError(f'glass={glass}: give a grey level, or red, green and blue')
+    return found
+
 def integrated_gradients(model, # gives (1, n_out) for a float image (1, 3, H, W) of 0..255; a streamed one for large images
                          image, # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
                          glass=255., # grey level, or three, of the image to start from
@@ -132,9 +151,12 @@ def integrated_gradients(model, # gives (1, n_out) for a float image (1, 3, H, W
                         )->np.ndarray:
     "What each pixel adds to the logit on the way from glass to the image (H, W) float32 (Sundararajan et al. 2017)"
     x = as_image(image); at_least_one(steps=steps); like = ChangedRows(x)
-    start = torch.as_tensor(glass, dtype=like.dtype).reshape(1, -1, 1, 1).to(like.device); total = torch.zeros(x.shape[2:], dtype=like.dtype)
-    if start.shape[1] not in (1, 3): raise InputError(f'glass={glass}: give a grey level, or red, green and blue')
-    def take(g, top): total[top:top+g.shape[2]] += (g.to(like.device)*(like.read(top, top+g.shape[2])-start))[0].sum(0).to(total.device)
-    for k in range(steps): output_of(model, GradientRows(x, lambda rows, top: torch.lerp(start.expand_as(rows), rows, (k+.5)/steps), take), target)
+    start, total = glass_of(glass, like), torch.zeros(x.shape[2:], dtype=like.dtype)
+    def take(g, top):
+        with rows.lock: far = rows_of(x, top, top+g.shape[2]).to(like.dtype)-start
+        total[top:top+g.shape[2]] += (g.to(like.device, like.dtype)*far)[0].sum(0).to(total.device)
+    for k in range(steps):
+        rows = GradientRows(x, lambda r, top: torch.lerp(start.to(r.dtype).expand_as(r), r, (k+.5)/steps), take)
+        output_of(model, rows, target)
     total.div_(steps)
     return (total if signed else total.abs_()).float().numpy()

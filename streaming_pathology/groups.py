@@ -14,7 +14,7 @@ from .auc import auc, auc_interval, check_scores, share_interval
 # %% ../nbs/13_groups.ipynb #sub000005
 def as_groups(values,  # a text or a number for each slide; None, nan or '' where it is not known
               few=6,   # so many different numbers are groups each; more are cut into thirds
-             ): # name of the group of each slide, or None; names in order
+             ): # name of the group of each slide, or None; names in order, all different
     "Slides sorted by the values of a column"
     def number(v):
         try: return float(v)
@@ -23,9 +23,12 @@ def as_groups(values,  # a text or a number for each slide; None, nan or '' wher
     numbers = [None if v is None else number(v) for v in known]
     if any(v is not None and (x is None or not math.isfinite(x)) for v, x in zip(known, numbers)): return [None if v is None else str(v) for v in known], sorted({str(v) for v in known if v is not None})
     there = np.array([x for x in numbers if x is not None])
-    if len(different := np.unique(there)) <= few: return [None if x is None else f'{x:g}' for x in numbers], [f'{x:g}' for x in different]
-    edges = np.unique(np.quantile(there, [0, 1/3, 2/3, 1]))
-    names = [f'{a:.3g} to {b:.3g}' for a, b in zip(edges, edges[1:])]
+    def named(values, name): return next(found for digits in range(3, 18) for found in [[name(*v, digits) for v in values]] if len({*found}) == len(found)) # as short as tells them apart
+    if len(different := np.unique(there)) <= few:
+        names = dict(zip(different, named([(v,) for v in different], lambda v, d: f'{v:.{d}g}' if v != int(v) else f'{v:.0f}')))
+        return [None if x is None else names[x] for x in numbers], [*names.values()]
+    edges = np.unique(np.quantile(there, [0, 1/3, 2/3, 1], method='nearest' if (there == there.round()).all() else 'linear'))
+    names = named([*zip(edges, edges[1:])], lambda a, b, d: f'{a:.{d}g} to {b:.{d}g}' if not (a == int(a) and b == int(b)) else f'{a:.0f} to {b:.0f}')
     return [None if x is None else names[min(np.searchsorted(edges, x, 'right')-1, len(names)-1)] for x in numbers], names
 
 def by_group(labels,   # 0 or 1 for each slide
@@ -37,6 +40,7 @@ def by_group(labels,   # 0 or 1 for each slide
             )->list: # a dict each
     "Of each group: its name, n, positives, auc with low and high (None where it has one class), sensitivity and specificity with their intervals (None where it has no such slides), and against: what its positive slides are held against"
     y, s = check_scores(labels, scores); patients = np.arange(len(y)) if groups is None else np.asarray(groups)
+    if len(patients) != len(y): raise InputError(f'{len(patients)} patients for {len(y)} slides: give one for each slide')
     if len(values) != len(y): raise InputError(f'{len(values)} values for {len(y)} slides: give one for each')
     of, names = as_groups(values); of = np.array(of, object); rows = []
     alone = all(g is None for g in of[~y]) and any(g is not None for g in of[y]) # known of positive slides only

@@ -14,7 +14,7 @@ from matplotlib import colormaps
 from PIL import Image
 from .geometry import InputError, at_least_one
 from .files import write_whole
-from .gradients import ChangedRows, as_image, integrated_gradients, only_input_gradients, output_of, smoothgrad
+from .gradients import ChangedRows, as_image, first_streamed, glass_of, integrated_gradients, only_input_gradients, output_of, smoothgrad
 
 # %% ../nbs/14_heatmaps.ipynb #hmp00002
 def class_activation(model, # `StreamingClassifier`, or with `features(x)` and `head(f)`
@@ -24,9 +24,11 @@ def class_activation(model, # `StreamingClassifier`, or with `features(x)` and `
                     )->np.ndarray:
     "What each place of the feature map adds to the logit (ceil(H/32), ceil(W/32)) float32: Grad-CAM, which after a mean is the class activation map"
     if not (hasattr(model, 'features') and hasattr(model, 'head')): raise InputError(f'{type(model).__name__} has no features and head, of which a class activation map is made')
-    rows = ChangedRows(as_image(image))
+    rows, p = ChangedRows(as_image(image)), next(model.parameters(), None)
+    if p is not None: rows.dtype = p.dtype
+    x = rows if first_streamed(model) is not None else rows.read(0, rows.shape[2]).to(rows.device if p is None else p.device)
     with only_input_gradients(model):
-        with torch.no_grad(): f = model.features(rows)
+        with torch.no_grad(): f = model.features(x)
         with torch.enable_grad():
             out = model.head(f.requires_grad_())
             if not -out.shape[1] <= target < out.shape[1]: raise InputError(f'target={target}: the model has {out.shape[1]} outputs')
@@ -46,7 +48,7 @@ def occlusion(model, # gives (1, n_out) for a float image (1, 3, H, W) of 0..255
     "How far the logit falls where a square of glass lies, the mean over all squares on a place: a place for each `stride` pixels, float32"
     x, stride = as_image(image), size//2 or 1 if stride is None else stride; at_least_one(size=size, stride=stride)
     if stride > size: raise InputError(f'stride={stride} of squares of {size} pixels leaves gaps; give {size} at most')
-    like = ChangedRows(x); cover = torch.as_tensor(glass, dtype=like.dtype).reshape(1, -1, 1, 1).to(like.device); whole = output_of(model, like, target)
+    like = ChangedRows(x); cover = glass_of(glass, like); whole = output_of(model, like, target)
     sums, counts = np.zeros((2, *(-(-n//stride) for n in x.shape[2:])))
     def covered(at, left): # a function that covers rows
         def change(rows, top):

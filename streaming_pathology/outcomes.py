@@ -7,6 +7,7 @@ __all__ = ['KAPPAS', 'check_classes', 'confusion_matrix', 'kappa', 'plot_confusi
            'concordance', 'logrank', 'plot_survival']
 
 # %% ../nbs/13_outcomes.ipynb #out000002
+import warnings
 import numpy as np
 from .geometry import InputError
 from .auc import Interval, auc, auc_interval, check_level, group_numbers, resampled
@@ -105,7 +106,7 @@ def logrank(times, events, high): # p
     from scipy.stats import CensoredData, logrank # slow to import, so only where it is used
     t, e, high = *check_survival(times, events, np.zeros(len(times)))[:2], np.asarray(high, bool)
     if high.all() or not high.any() or not e.any(): return float('nan')
-    return float(logrank(*(CensoredData.right_censored(t[g], ~e[g]) for g in (high, ~high))).pvalue)
+    with np.errstate(all='ignore'): return float(logrank(*(CensoredData.right_censored(t[g], ~e[g]) for g in (high, ~high))).pvalue)
 
 def plot_survival(times, events, high, # bool (n,): whether each is of the group of high risk
                   ax, # matplotlib axis to draw into
@@ -118,7 +119,7 @@ def plot_survival(times, events, high, # bool (n,): whether each is of the group
         sf = ecdf(CensoredData.right_censored(t[g], ~e[g])).sf; x = np.r_[0, sf.quantiles]
         ax.step(x, np.r_[1, sf.probabilities], where='post', color=colour, lw=1.8, label=f'{name}, {g.sum()} of whom {(e & g).sum()} had the event')
         if e[g].any():
-            with np.errstate(all='ignore'): ci = sf.confidence_interval(level, method='log-log')
+            with warnings.catch_warnings(), np.errstate(all='ignore'): warnings.simplefilter('ignore'); ci = sf.confidence_interval(level, method='log-log')
             low, high_ = (np.r_[1, np.nan_to_num(v.probabilities, nan=b)] for v, b in ((ci.low, 0), (ci.high, 1))); ax.fill_between(x, low, high_, step='post', color=colour, alpha=.13, lw=0)
         lost = t[g & ~e]; ax.plot(lost, sf.evaluate(lost), '|', color=colour, ms=6, mew=.9)
     p = logrank(t, e, high)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from .geometry import InputError
 from .cohorts import finite_number, read_table
-from .evaluation import average_precision, evaluate, operating_point, point_intervals, read_patients, read_predictions
+from .evaluation import average_precision, column_of, evaluate, operating_point, point_intervals, read_patients, read_predictions
 from .calibration import calibration, fit_temperature, scaled_probabilities
 from .groups import by_group
 from .outcomes import class_aucs, concordance, confusion_matrix, kappa, logrank
@@ -36,14 +36,19 @@ def results(path,   # predictions.csv of `sp_predict`, `sp_train` or `sp_mil`
         there = [r for r in rows if r['split'] == name and all(r[l] is not None for l in labels[:None if kind != 'multilabel' else 0])]
         if not there: raise InputError(f'{path} has no labelled slide with split {name!r}: its splits are {", ".join(sorted({repr(r["split"]) for r in rows}))}')
         return np.array([[np.nan if r[l] is None else r[l] for l in labels] for r in there]), np.array([[r[p] for p in predicted] for r in there]), [patients.get(r['slide_id'], f"slide {r['slide_id']}") for r in there], [r['slide_id'] for r in there]
+    if kind != 'binary' and (given := [k for k, v in dict(sensitivity=sensitivity, by=by, threshold_split=threshold_split if kind != 'survival' else None).items() if v]): raise InputError(f'{path}: {given[0]} is a matter of two classes, and this table is not of those; leave it out')
+    if cohort and (lost := [r['slide_id'] for r in rows if r['slide_id'] not in {t['slide_id'] for t in read_table(cohort, ('slide_id',))}]): raise InputError(f'{cohort} has no row of {len(lost)} of the slides of {path}, the first is {lost[0]!r}; give the manifest that they are of')
     options = dict(n=n, seed=seed, level=level)
+    if by: cohort = cohort or Path(path).parent/'cohort.csv'
     try: return KINDS[kind](of, split, threshold_split, sensitivity, cohort, by, method, options, labels)
     except InputError as e: raise InputError(str(e) if str(path) in str(e) else f'{path}, split {split!r}: {e}') from None
 
 def _two(of, split, threshold_split, sensitivity, cohort, by, method, options, labels):
     y, p, patients, ids = of(split); y, p = y[:, 0], p[:, 0]; groups = patients if len({*patients}) < len(y) else None
     chosen = of(threshold_split) if threshold_split else None; ty, tp = (chosen[0][:, 0], chosen[1][:, 0]) if chosen else (y, p)
-    m = evaluate(y, p, split=split, threshold=operating_point(ty, tp).threshold if chosen else None, threshold_from=threshold_split, groups=groups, method=method, **options)
+    try: threshold = operating_point(ty, tp).threshold if chosen else None
+    except InputError as e: raise InputError(f'the split {threshold_split!r} to choose thresholds on: {e}') from None
+    m = evaluate(y, p, split=split, threshold=threshold, threshold_from=threshold_split, groups=groups, method=method, **options)
     area, ci = average_precision(y, p, groups=groups, **options)
     found, notes = asdict(m) | dict(task='binary', average_precision=dict(value=area, low=ci.low, high=ci.high), calibration=_calibrated(y, p, groups, options)), []
     if chosen:
@@ -53,10 +58,9 @@ def _two(of, split, threshold_split, sensitivity, cohort, by, method, options, l
         point = operating_point(y, p, operating_point(ty, tp, least=sensitivity).threshold)
         found['at_sensitivity'] = dict(wanted=sensitivity, threshold_from=threshold_split or split, **asdict(point), intervals={k: [*v] for k, v in point_intervals(y, p, point.threshold, options['level'], groups).items()})
     for column in by:
-        if cohort is None: raise InputError(f'groups of {column!r} need a table that has it; give the manifest')
-        values = {r['slide_id']: r[column] for r in read_table(cohort, ('slide_id', column), ('patient_id',))}
-        if lost := [i for i in ids if i not in values]: raise InputError(f'{cohort} has no row of {len(lost)} of the slides, the first is {lost[0]!r}; give the manifest that they are of')
-        found.setdefault('groups', {})[column] = by_group(y, p, [values[i] for i in ids], m.threshold, options['level'], groups)
+        values = column_of(cohort, column)
+        if not any(i in values for i in ids): raise InputError(f'{cohort} says nothing in {column!r} of any of the {len(ids)} slides; give a column that does')
+        found.setdefault('groups', {})[column] = by_group(y, p, [values.get(i) for i in ids], m.threshold, options['level'], groups)
     return found | dict(notes=notes)
 
 def _calibrated(y, p, groups, options): c = calibration(y, p, groups=groups, **options); return dict(brier=c.brier, low=c.interval.low, high=c.interval.high, reference=c.reference, ece=c.ece, bins=c.bins)
@@ -71,20 +75,24 @@ def read_outcomes(path): # kind, names of the columns of labels and of predictio
         labels, rest = names[1:names.index('split')], names[names.index('split')+1:]
         predicted = [k for k in rest if k.startswith(('probability_', 'predicted_')) or k == 'log_risk']
         kind = 'survival' if predicted == ['log_risk'] else 'classes' if predicted and predicted == [f'probability_{i}' for i in range(len(predicted))] else 'multilabel' if predicted == [f'probability_{l}' for l in labels] else 'measure' if predicted == [f'predicted_{l}' for l in labels] else None
-        if kind is None: raise InputError(f"{path} has none of the columns of predictions (probability, probability_0 and so on, log_risk, predicted_...): give a table that sp_predict wrote")
+        if names[0] != 'slide_id' or not labels or not predicted or (kind == 'survival') != (len(labels) == 2 and predicted == ['log_risk']) and kind != 'multilabel' or kind in ('classes', 'measure') and len(labels) != 1: kind = None
+        if kind is None: raise InputError(f"{path} is no table of predictions: give one that sp_predict wrote, with slide_id, the labels, split, and probability, or probability_0 and so on, log_risk, or predicted_...")
     if kind == 'binary': return kind, labels, predicted, [dict(slide_id=r.slide_id, split=r.split, label=r.label, probability=r.probability) for r in read_predictions(path)]
     def number(r, k):
         try: return finite_number(r[k], k) if r[k] or k in predicted else None
         except ValueError as e: raise InputError(f'{path}, slide {r["slide_id"]!r}: {e}') from None
-    rows = [dict(slide_id=r['slide_id'], split=r['split'], **{k: number(r, k) for k in (*labels, *predicted)}) for r in read_table(path, ('slide_id', *labels, 'split', *predicted))]
+    def checked(r):
+        if wrong := [k for k in predicted if k.startswith('probability_') and not 0 <= r[k] <= 1]: raise InputError(f'{path}, slide {r["slide_id"]!r}: {wrong[0]} {r[wrong[0]]:g} has to lie between 0 and 1')
+        return r
+    rows = [checked(dict(slide_id=r['slide_id'], split=r['split'], **{k: number(r, k) for k in (*labels, *predicted)})) for r in read_table(path, ('slide_id', *labels, 'split', *predicted))]
     if len({r['slide_id'] for r in rows}) < len(rows): raise InputError(f'{path} has a slide more than once: keep one row a slide')
     return kind, labels, predicted, rows
 
 # %% ../nbs/13_results.ipynb #res000007
 def _classes(of, split, threshold_split, sensitivity, cohort, by, method, options, labels):
-    y, p, patients, _ = of(split); y, called = y[:, 0].astype(int), p.argmax(1); groups = patients if len({*patients}) < len(y) else None
+    y, p, patients, _ = of(split); y, called = y[:, 0], p.argmax(1); groups = patients if len({*patients}) < len(y) else None
     value, ci = kappa(y, called, classes=p.shape[1], groups=groups, **options)
-    return dict(task='classes', kappa=value, low=ci.low, high=ci.high, weights='quadratic', accuracy=float((y == called).mean()), n=len(y), draws=options['n'], seed=options['seed'], level=options['level'], split=split,
+    return dict(task='classes', kappa=value, low=ci.low, high=ci.high, redrawn=ci.redrawn, weights='quadratic', accuracy=float((y == called).mean()), n=len(y), draws=options['n'], seed=options['seed'], level=options['level'], split=split,
                 confusion=confusion_matrix(y, called, p.shape[1]).tolist(), classes=[None if a is None else dict(auc=a[0], low=a[1].low, high=a[1].high) for a in class_aucs(y, p, groups, method=method, level=options['level'])], notes=[])
 
 def _multilabel(of, split, threshold_split, sensitivity, cohort, by, method, options, labels):

@@ -1,13 +1,14 @@
 "What the commands do with bad input: one `error:` line that names the thing, exit status 2, no traceback, nothing half-written."
-import json, os, re, resource, shutil, signal, subprocess, sys, time
+import csv, json, os, re, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import numpy as np, pytest, pyvips, torch
+import geojson, numpy as np, pytest, pyvips, torch
 from PIL import Image
 from safetensors import safe_open
 from streaming_pathology import cli
 from streaming_pathology.checkpoints import save_checkpoint
 from streaming_pathology.cohorts import read_table, tiny_cohort
 from streaming_pathology.files import sample_slide, write_tiff
+from streaming_pathology.slides import Slide
 from streaming_pathology.synthetic import write_cohort
 from small import COMMAND, small_resnet
 
@@ -208,7 +209,7 @@ def test_evaluate(trained, tmp_path, capsys):
     for seed in (-1, 10**20): refused(capsys, ['evaluate', p, '--seed', seed], '--seed')
     assert not (tmp_path/'m.json').exists()
     assert cli.main(['evaluate', p, '--out', tmp_path/'m.json', '--draws', 100]) == 0 and json.loads((tmp_path/'m.json').read_text())['n'] == 2
-    for option, value, says in (('--interval', 'wald', '--interval'), ('--sensitivity', 2, 'above 0, up to 1'), ('--by', 'grade', 'give the manifest'), ('--level', 1, 'level 1'), ('--figures', p, 'is a file'), ('--cohort', tmp_path/'no.csv', 'no.csv')): refused(capsys, ['evaluate', p, option, value], says)
+    for option, value, says in (('--interval', 'wald', '--interval'), ('--sensitivity', 2, 'above 0, up to 1'), ('--by', 'grade', 'cohort.csv'), ('--level', 1, 'level 1'), ('--figures', p, 'is a file'), ('--cohort', tmp_path/'no.csv', 'no.csv')): refused(capsys, ['evaluate', p, option, value], says)
     (tmp_path/'all.csv').write_text('slide_id,label,split,probability\n'+''.join(f's{i},{i % 2},{"tuning" if i < 20 else "test"},{.3*(i % 2)+.01*(i*7 % 50):.3f}\n' for i in range(60))); (tmp_path/'cohort.csv').write_text('slide_id,patient_id,site\n'+''.join(f's{i},p{i//4},{"ab"[i % 3 == 0]}\n' for i in range(60)))
     capsys.readouterr(); assert cli.main(['evaluate', tmp_path/'all.csv', '--threshold-split', 'tuning', '--sensitivity', .9, '--cohort', tmp_path/'cohort.csv', '--by', 'site', '--figures', tmp_path/'figures', '--out', tmp_path/'all.json', '--draws', 200]) == 0
     said, found = capsys.readouterr().out, json.loads((tmp_path/'all.json').read_text()); assert 'of 10 patients' in said and 'site a' in said and 'temperature' in said and found['groups']['site'][0]['n'] == 27 and found['method'] == 'logit' and found['seed'] == 0
@@ -217,6 +218,25 @@ def test_evaluate(trained, tmp_path, capsys):
 def test_report(trained, tmp_path, capsys):
     refused(capsys, ['report', tmp_path/'none'], 'none'); refused(capsys, ['report', trained, '--out', trained/'log.csv/r.html'], 'cannot be written')
     assert cli.main(['report', trained, '--out', tmp_path/'r.html']) == 0
+
+@pytest.mark.parametrize('method, more', [('smoothgrad', ['--copies', 2]), ('integrated', ['--steps', 2]), ('activation', []), ('occlusion', ['--square', 32])])
+def test_heatmaps(trained, bad, tmp_path, capsys, method, more):
+    "Maps lie on their slides; what is there is not drawn again; what cannot be drawn is named, and the others are drawn."
+    out, argv = tmp_path/'maps', ['heatmap', trained/'checkpoints/best.pt', bad/'manifest.csv', tmp_path/'maps', '--method', method, *more, '--place', 8]
+    rows = (bad/'manifest.csv').read_text().splitlines(); (bad/'manifest.csv').write_text('\n'.join(rows[:4])+'\n'); first = bad/'slides/s00.tiff'; good = first.read_bytes(); first.write_bytes(good[:300])
+    refused(capsys, argv, "'s00'"); assert sorted(p.stem for p in (out/'maps').glob('*.npy')) == ['s01', 's02']
+    first.write_bytes(good); before = tree(out/'maps'); assert cli.main(argv) == 0 and {k: v for k, v in tree(out/'maps').items() if k in before} == before
+    found = list(csv.DictReader((out/'regions.csv').open())); assert {r['slide_id'] for r in found} <= {'s00', 's01', 's02'} and not list(out.rglob('.*'))
+    for k in range(3):
+        with Slide(bad/f'slides/s0{k}.tiff') as slide, Slide(out/f'tiff/s0{k}.tiff') as over: assert all(abs(a*slide.spacing-b*over.spacing) <= over.spacing for a, b in zip(slide.size, over.size))
+        collection = geojson.loads((out/f'geojson/s0{k}.geojson').read_text()); assert collection.is_valid and len(collection.features) == sum(r['slide_id'] == f's0{k}' for r in found)
+        for f in collection.features: x, y = zip(*f.geometry.coordinates[0]); assert f.properties['objectType'] == 'annotation' and max(x) > 0 and max(y) > 0 and min(x) < 10**4
+    refused(capsys, [*argv, '--threshold', .7], 'other settings')
+
+def test_heatmaps_refused(trained, cohort, tmp_path, capsys):
+    for more, says in ((['--method', 'patches'], 'sp_mil'), (['--method', 'shap'], '--method'), (['--copies', 0], '--copies'), (['--threshold', 0], '--threshold'), (['--place', 0], '--place'), (['--target', 3], 'target=3'), (['--noise', -1], '--noise')):
+        refused(capsys, ['heatmap', trained/'checkpoints/best.pt', cohort/'slides/s00.tiff', tmp_path/'x', *more], says)
+    (tmp_path/'mine').mkdir(); (tmp_path/'mine/a.txt').write_text('a'); refused(capsys, ['heatmap', trained/'checkpoints/best.pt', cohort/'slides', tmp_path/'mine'], 'a.txt'); refused(capsys, ['heatmap', trained/'checkpoints/best.pt', cohort/'slides', cohort], 'holds')
 
 def test_outputs_never_replace_what_is_read(trained, bad, tmp_path, capsys):
     model, p = trained/'checkpoints/best.pt', tmp_path/'p.csv'

@@ -80,6 +80,10 @@ def test_every_interval_is_one(c, method, seed):
     y, s = c; of = np.random.default_rng(seed).integers(0, max(2, len(y)//3), len(y))
     for groups in (None, of):
         if groups is not None and len(set(of[y == 1])|set(of[y == 0])) < 2: continue
+        units = np.arange(len(y)) if groups is None else groups
+        if method == 'delong' and min(len(set(units[y == k])) for k in (0, 1)) < 2:
+            with pytest.raises(InputError, match='two of each'): auc_interval(y, s, method, groups=groups)
+            continue
         ci = auc_interval(y, s, method, n=100, seed=seed, groups=groups)
         assert 0 <= ci.low <= ci.high <= 1 and ci == auc_interval(y, s, method, n=100, seed=seed, groups=groups), ci
         if method in ('logit', 'delong'): assert ci.low <= auc(y, s) <= ci.high or abs(auc(y, s)-ci.low) < 1e-9 or abs(auc(y, s)-ci.high) < 1e-9

@@ -94,6 +94,13 @@ def test_features_predicted(whole, features, tmp_path):
     assert cli.main(['mil', features/'settings.toml', tmp_path/'again', '--features', features/'features']) == 0; as_if_never_stopped(tmp_path/'again', features)
     assert not (tmp_path/'again/features').exists()
 
+def test_heatmaps(whole, features, tmp_path, capsys):
+    "Of patches, by probability or attention."
+    for run in (whole/'run', features):
+        assert cli.main(['heatmap', run/'checkpoints/best.pt', whole/'cohort/slides/s00.tiff', out := tmp_path/run.parent.name]) == 0
+        heat = np.load(out/'maps/s00.npy'); assert 0 <= heat.min() <= heat.max() <= 1 and (out/'geojson/s00.geojson').exists() and (out/'overlay/s00.png').exists()
+        refused(capsys, ['heatmap', run/'checkpoints/best.pt', whole/'cohort/slides', tmp_path/'x', '--method', 'gradient'], 'looks at patches')
+
 def test_other_backbone(whole, features, tmp_path, capsys):
     "Weights of another backbone beside the run are refused, at resume and when predicting; so are none."
     shutil.copytree(features, run := tmp_path/'run'); (run/'report.html').unlink()

@@ -27,8 +27,8 @@ def as_groups(values,  # a text or a number for each slide; None, nan or '' wher
     if len(different := np.unique(there)) <= few:
         names = dict(zip(different, named([(v,) for v in different], lambda v, d: f'{v:.{d}g}' if v != int(v) else f'{v:.0f}')))
         return [None if x is None else names[x] for x in numbers], [*names.values()]
-    edges = np.unique(np.quantile(there, [0, 1/3, 2/3, 1], method='nearest' if (there == there.round()).all() else 'linear'))
-    names = named([*zip(edges, edges[1:])], lambda a, b, d: f'{a:.{d}g} to {b:.{d}g}' if not (a == int(a) and b == int(b)) else f'{a:.0f} to {b:.0f}')
+    whole = (there == there.round()).all(); edges = np.unique(np.quantile(there, [0, 1/3, 2/3, 1], method='higher' if whole else 'linear'))
+    names = named([(a, max(there[there < b]) if whole and b < edges[-1] else b) for a, b in zip(edges, edges[1:])], lambda a, b, d: f'{a:.{d}g} to {b:.{d}g}' if not (a == int(a) and b == int(b)) else f'{a:.0f}' if a == b else f'{a:.0f} to {b:.0f}')
     return [None if x is None else names[min(np.searchsorted(edges, x, 'right')-1, len(names)-1)] for x in numbers], names
 
 def by_group(labels,   # 0 or 1 for each slide

@@ -2,7 +2,7 @@
 
     python tools/build_site.py               # ends with an error for a broken link or a warning
 """
-import hashlib, io, os, re, shutil, subprocess, sys, tarfile, tempfile
+import os, re, shutil, sys
 from pathlib import Path
 
 from nbdev.serve import proc_nbs
@@ -10,11 +10,10 @@ from smalldocs import layout
 from smalldocs.config import load
 from smalldocs.site import Site
 
+from npm import PACKAGES, package
+
 ROOT = Path(__file__).resolve().parent.parent
 CDN = layout.KATEX                                         # where smalldocs would have the reader's browser fetch KaTeX from
-VERSION = re.search(r'katex@([\d.]+)', CDN)[1]
-SHA256 = {'0.16.11': '8c5494c5f7d8e8bf73ff3fe64d4bd09a340e4878b7eec9bbd9ef8d8f3e24193f'}
-CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'streaming_pathology'
 
 class NbdevSite(Site):
     "smalldocs' site, with pages where nbdev says they are: 00_geometry.ipynb is geometry.html."
@@ -37,32 +36,19 @@ class NbdevSite(Site):
         super().render_page(page)
         page.html = re.sub(r'<a href="[^"]*\.html#_[^"]*"[^>]*>(.*?)</a>', r'\1', page.html)
 
-def katex():
-    "The folder of KaTeX's files, from the npm registry once and from the cache ever after."
-    if VERSION not in SHA256: raise SystemExit(f'error: smalldocs asks for KaTeX {VERSION}; tools/build_site.py knows the hash of {", ".join(SHA256)} only')
-    archive = CACHE/f'katex-{VERSION}.tgz'
-    if not archive.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            try: subprocess.run(['npm', 'pack', '--silent', f'katex@{VERSION}'], cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True, timeout=300)
-            except (OSError, subprocess.SubprocessError) as e: raise SystemExit(f'error: KaTeX could not be fetched ({e}); install npm, or put the file of `npm pack katex@{VERSION}` at {archive}')
-            CACHE.mkdir(parents=True, exist_ok=True)
-            shutil.copy(Path(folder)/archive.name, part := archive.with_name(f'{archive.name}.{os.getpid()}'))
-            part.rename(archive)
-    data = archive.read_bytes()
-    if (found := hashlib.sha256(data).hexdigest()) != SHA256[VERSION]: raise SystemExit(f'error: {archive} is not KaTeX {VERSION} (sha256 {found}); delete it')
-    return data
-
 def own_katex(out):
     "Put KaTeX into the site, and have the pages fetch it from there."
-    keep = re.compile(r'package/(LICENSE|dist/(katex\.min\.(css|js)|contrib/auto-render\.min\.js|fonts/[\w-]+\.woff2))')
+    keep = re.compile(r'(LICENSE|dist/(katex\.min\.(css|js)|contrib/auto-render\.min\.js|fonts/[\w-]+\.woff2))')
     pages = [p for p in out.rglob('*.html') if CDN in p.read_text(encoding='utf-8')]
     if not pages: return
-    with tarfile.open(fileobj=io.BytesIO(katex())) as files:
-        for member in files:
-            if not keep.fullmatch(member.name): continue
-            target = out/'site_libs'/'katex'/re.sub('^package/(dist/)?', '', member.name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(files.extractfile(member).read())
+    if (asked := CDN.partition('katex@')[2].partition('/')[0]) != PACKAGES['katex'][0]: raise SystemExit(f"error: smalldocs asks for KaTeX {asked}; tools/npm.py knows that of {PACKAGES['katex'][0]}")
+    try: files = package('katex')
+    except OSError as e: raise SystemExit(f'error: {e}')
+    for name, data in files.items():
+        if not keep.fullmatch(name): continue
+        target = out/'site_libs'/'katex'/name.removeprefix('dist/')
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
     for page in pages:
         here = os.path.relpath(out/'site_libs'/'katex', page.parent).replace(os.sep, '/')
         page.write_text(page.read_text(encoding='utf-8').replace(CDN, here), encoding='utf-8')

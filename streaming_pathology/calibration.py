@@ -55,7 +55,7 @@ def plot_reliability(labels, # 0 or 1 for each slide
                      ax, # matplotlib axis to draw into
                      label=None, # name of the model in the legend
                      colour='#2f6690', # of its points
-                     bins=10, # of equal width
+                     bins=15, # of equal width, as `calibration` has them
                      groups=None, # patient of each slide; None: each is another's
                      level=.95, # of the intervals
                     ):

@@ -9,15 +9,16 @@ __all__ = ['NOT_SET', 'COMMANDS', 'MAPS', 'RECIPES', 'AUGMENTATIONS', 'NO_SETTIN
            'make_parser', 'parsed', 'counted', 'status_of', 'plain_warnings', 'terminable', 'command', 'environment',
            'as_toml', 'cohort_sha256', 'file_size', 'identity', 'write_cases', 'recipe_of', 'shown_as', 'whole_numbers',
            'magnifications', 'positive_classes', 'build_model', 'kept_encoder', 'feature_model', 'calibrate',
-           'save_images', 'save_heatmaps', 'chosen', 'run_training', 'with_features', 'save_weights', 'best_weights',
-           'Record', 'label_names', 'largest', 'write_record', 'predict_rows', 'check_settings', 'check_device',
-           'train_cohort', 'settings_of', 'settle', 'prepare_training', 'check_annotations', 'check_backbone',
-           'former_settings', 'flag', 'changes', 'sentences', 'shown', 'check_learnt', 'finish', 'mil_cohort',
-           'find_slides', 'predict_slides', 'export_run', 'draw_slides', 'draw_slide', 'evaluate_predictions',
-           'draw_results', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
+           'save_images', 'save_heatmaps', 'chosen', 'run_training', 'test_results', 'with_features', 'save_weights',
+           'best_weights', 'Record', 'label_names', 'largest', 'write_record', 'predict_rows', 'check_settings',
+           'check_device', 'train_cohort', 'settings_of', 'settle', 'prepare_training', 'check_annotations',
+           'check_backbone', 'former_settings', 'flag', 'changes', 'sentences', 'shown', 'check_learnt', 'finish',
+           'mil_cohort', 'find_slides', 'predict_slides', 'export_run', 'draw_slides', 'draw_slide',
+           'evaluate_predictions', 'draw_results', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo',
+           'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
-import argparse, datetime, difflib, hashlib, inspect, io, json, math, os, platform, re, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
+import argparse, datetime, difflib, hashlib, inspect, io, json, math, os, platform, re, shutil, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -39,24 +40,21 @@ from .data import STOPS, channel_statistics, check_cohort, one_line, sample_patc
 from .losses import TASKS, Binary, make_task
 from .trim import Trim, trim_slides
 from .training import EMA, Alone, Cosine, CSVLog, DryRun, EarlyStopping, Halted, TensorBoardLog, fit, predict, summary
-from .checkpoints import RUN, Checkpoints, HaltOnSignal, Output, absolute, claim, continuing, last_point, load_checkpoint, load_weights, output_file, plain, points, replacing, save_checkpoint, staged, versions
+from .checkpoints import DONE, RUN, Checkpoints, HaltOnSignal, Output, absolute, claim, continuing, last_point, load_checkpoint, load_weights, output_file, plain, points, replacing, save_checkpoint, staged, versions
 from .recipes import paper_mil, paper_streaming, run_recipe, scaled
 from .distributed import joined
 from .aggregators import aggregators, make_aggregator
 from .bags import PatchGrid, check_annotation
 from .features import LIBRARIES, Encoder, FeatureMIL
 from .inference import ENCODER, TTA, backbone_known, checked_card, dataset, described, encoder_of, export_model, load_encoder, save_encoder, label_columns, load_model, model_hash, predict_table, prediction_columns, write_predictions
-from .evaluation import evaluate_file, plot_pr, plot_roc, read_patients
-from .auc import INTERVALS, Interval
-from .calibration import plot_reliability
-from .groups import plot_groups
-from .outcomes import plot_confusion, plot_survival
-from .results import read_outcomes, results, sentences_of
+from .auc import INTERVALS
+from .results import figures_of, results, sentences_of
 from .mil import InstanceMIL, TwoPhases
 from .gradients import integrated_gradients, smoothgrad
 from .heatmaps import class_activation, fit_map, occlusion, patch_heatmap, pool_map, save_heatmap
 from .regions import field_of, write_exports
-from .report import PAGE, write_report
+from .viewer import save_picture, viewer_files
+from .report import write_report
 
 # %% ../nbs/16_cli.ipynb #aa0a7209
 class _Parser(argparse.ArgumentParser):
@@ -282,13 +280,9 @@ def calibrate(model, data, seed):
     side = min(128, *map(min, data.boxes.values()), *(data.size or ()))
     model.calibrate(sample_patches(data.part('train'), n=32, size=side, seed=seed))
 
-def save_images(data, folder, max_side=1024):
-    "What the network sees, as JPEG files of at most `max_side` pixels."
-    folder.mkdir(exist_ok=True)
-    for i, c in enumerate(data.cases):
-        im = Image.fromarray(data.image(i).permute(1, 2, 0).numpy())
-        im.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-        im.save(folder/f'{c.slide_id}.jpg', quality=88)
+def save_images(data, folder):
+    "What the network sees, as JPEG files that know their scale."
+    for i, c in enumerate(data.cases): save_picture(folder/f'{c.slide_id}.jpg', data.image(i).permute(1, 2, 0).numpy(), data.spacing)
 
 def save_heatmaps(model, data, ids, folder, copies, seed, device, progress=True):
     "SmoothGrad maps of the slides named in `ids`, or those of the probabilities of their patches."
@@ -296,7 +290,7 @@ def save_heatmaps(model, data, ids, folder, copies, seed, device, progress=True)
         if c.slide_id not in ids: continue
         if isinstance(model, (InstanceMIL, FeatureMIL)): heat = patch_heatmap(model.eval(), data[i]['image'], STEP)
         else: heat = smoothgrad(model, data.image(i).to(device), n=copies, seed=seed)
-        save_heatmap(folder/f'{c.slide_id}.npy', fit_map(heat, max_side=256))
+        save_heatmap(folder/f'{c.slide_id}.npy', fit_map(heat, max_side=512))
 
 def chosen(rows, n):
     "Slides for heatmaps: unlabelled ones first, then test slides, positive and negative in turn."
@@ -336,16 +330,21 @@ def run_training(data,       # checked `SlideDataset` of the whole cohort, split
     if ranks.rank: return None
     write_predictions(folder/'predictions.csv', rows, task, label_columns(task.name, labels), model_hash(model.state_dict(), checked_card(keep, folder)))
     save_images(data.part('test', ''), folder/'images')
-    test = [r for r in rows if r['split'] == 'test' and r['label'] is not None]
-    if not isinstance(task, Binary): return f"test loss {summary(test, task)['loss']:.3f} ({counted(len(test), 'slide')})" if test else 'no slides to test on'
-    if {r['label'] for r in test} >= {0, 1}:
-        metrics = evaluate_file(folder/'predictions.csv', threshold_split='tuning' if {r['label'] for r in rows if r['split'] == 'tuning'} >= {0, 1} else None)
-        metrics.save(folder/'metrics.json')
-        found = f'test {metrics}'
-    else: found = 'no AUC: the test split does not have both classes'
+    found = test_results(folder, rows, task)
     ids = chosen(rows, s['heatmaps'])
     save_heatmaps(model, data, set(ids), folder/'heatmaps', s.get('copies'), s['seed'], device)
     return found
+
+def test_results(folder, rows, task): # what to say
+    "Write metrics.json, where there is something to say of the test slides."
+    if not (test := [r for r in rows if r['split'] == 'test' and r['label'] is not None]): return 'no slides to test on'
+    if isinstance(task, Binary) and not {r['label'] for r in test} >= {0, 1}: return 'no AUC: the test split does not have both classes'
+    chosen = 'tuning' if isinstance(task, Binary) and {r['label'] for r in rows if r['split'] == 'tuning'} >= {0, 1} else None
+    loss = '' if isinstance(task, Binary) else f"test loss {summary(test, task)['loss']:.3f}; "
+    try: found = results(folder/'predictions.csv', threshold_split=chosen)
+    except InputError as e: return f'{loss}no figure: {e}'
+    write_whole(folder/'metrics.json', json.dumps(found, indent=1)+'\n')
+    return f"test: {loss}{'; '.join(sentences_of(found)[:2])}"
 
 def with_features(model, data, folder, point, ranks, device, backbone): # of a `FeatureMIL`, what a checkpoint says of it
     "Make one backbone known to all ranks, to the dataset and, once, to the folder of the run."
@@ -399,7 +398,8 @@ def write_record(folder, cases, settings, again=()):
     "What a run was made of; of one that goes on, when it did and `again`: from where, and what was changed."
     path, now = folder/RUN.mark, environment()
     if again:
-        for p in [p for k in ('report.html', 'metrics.json', 'predictions.csv', 'images/*.jpg', 'heatmaps/*.npy') for p in folder.glob(k)]: p.unlink() # it is no longer finished, and these are of other weights
+        for p in [p for k in (DONE, 'metrics.json', 'predictions.csv', 'images/*.jpg', 'heatmaps/*.npy') for p in folder.glob(k)]: p.unlink() # it is no longer finished, and these are of other weights
+        shutil.rmtree(folder/'report', ignore_errors=True)
         try: first = json.loads(path.read_text())
         except (OSError, ValueError): first = {}
         if not isinstance(first, dict): first = {}
@@ -504,7 +504,7 @@ def _train(command, given): # given: the arguments of the command
         kept = kept_encoder(absolute(out), s) if resume else None
         model = build_model(s, kept=kept) # what it refuses is refused before slides are read
         found = ranks.first(lambda: prepare_training(s, out, overwrite, resume, accept_changes))
-        if found is None: print(f"{out} is finished: {out/'report.html'}"*(ranks.rank == 0)); return
+        if found is None: print(f"{out} is finished: {out/DONE}"*(ranks.rank == 0)); return
         data, s, task, point, changed = found
         if 'mean' in s and not s.get('backbone') or task.n_out > 1: model = build_model(s, task, kept)
         if s['weights'] is None and not s.get('backbone') and point is None and ranks.rank == 0: calibrate(model, data, s['seed'])
@@ -538,7 +538,7 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
     "All that can be refused before anything is written."
     manifest, weights = Path(s['manifest']), s['weights']
     at = absolute(out)
-    going_on = resume and (points(at/'checkpoints') or (at/'report.html').exists())
+    going_on = resume and (points(at/'checkpoints') or (at/DONE).exists())
     claim(out, overwrite or resume, others=going_on)
     labels = label_names(s)
     cases = resolve_splits(read_manifest(manifest, labels=(0, 1) if s['task'] in ('binary', 'multilabel') else None, columns=labels, annotation=s.get('annotation')), seed=s['seed'], where=manifest)
@@ -550,7 +550,7 @@ def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `Sli
     if wrong := [f'slide {c.slide_id!r}: {w}' for c in cases if c.label is not None and (w := task.wrong(c.label))]: raise InputError(several(f'{manifest}: labels do not fit the task {task.name}', wrong))
     s['cohort_sha256'], former, point, changed = cohort_sha256(cases), {}, None, {}
     if going_on:
-        finished = (at/'report.html').exists()
+        finished = (at/DONE).exists()
         try: point = last_point(at/'checkpoints')
         except InputError as e:
             if not finished: raise
@@ -771,7 +771,7 @@ def draw_slides(checkpoint,          # file that sp_train or sp_mil wrote, e.g. 
             try: said = json.loads(note.read_text()) if note.exists() else None
             except (OSError, ValueError): said = None
             if not said or said.get('slide') != file_stamp(c.path):
-                try: said = dict(slide=file_stamp(c.path), regions=draw_slide(model, data, i, folder, o))
+                try: said = dict(slide=file_stamp(c.path)) | draw_slide(model, data, i, folder, o)
                 except InputError as e: failed.append(str(e)); continue
                 write_whole(note, json.dumps(said)+'\n')
             rows += said['regions']
@@ -779,7 +779,7 @@ def draw_slides(checkpoint,          # file that sp_train or sp_mil wrote, e.g. 
     print(f"wrote {Path(out)}: {counted(len(cases)-len(failed), 'slide')}, {counted(len(rows), 'region')}")
     if failed: raise InputError(several(f'{len(failed)} of {len(cases)} slides cannot be used', failed))
 
-def draw_slide(model, data, i, folder, o): # rows of the table of regions
+def draw_slide(model, data, i, folder, o): # what is written of it: size of the image, pixels of a place, value of full colour, rows of the table of regions
     "The map of one case, and what becomes of it."
     c = data.cases[i]
     if o['method'] == 'patches': bag = data[i]['image']; image, pooled, top = bag.image[:, :bag.shape[0], :bag.shape[1]], patch_heatmap(model.eval(), bag, o['place']), 1.
@@ -794,7 +794,7 @@ def draw_slide(model, data, i, folder, o): # rows of the table of regions
     field = field_of(data, i, tuple(image.shape[1:]), tuple(n/step for n in image.shape[1:])) # its last places may reach beyond the image
     shown = Image.fromarray(image.permute(1, 2, 0).numpy()); shown.thumbnail((4096, 4096), Image.Resampling.LANCZOS)
     save_heatmap(folder/f'maps/{c.slide_id}.npy', pooled)
-    return write_exports(folder, c.slide_id, np.asarray(shown), pooled, field, o['threshold']*top, top, o['name'], o['least'])
+    return dict(seen=[*image.shape[1:]], step=step, top=top, regions=write_exports(folder, c.slide_id, np.asarray(shown), pooled, field, o['threshold']*top, top, o['name'], o['least']))
 
 sp_heatmap = command('heatmap', draw_slides)
 
@@ -818,28 +818,32 @@ def evaluate_predictions(predictions,           # CSV that sp_predict, sp_train 
     found = results(predictions, split, threshold_split, sensitivity, cohort, [c.strip() for c in by.split(',')] if by else (), draws, seed, level, interval)
     for note in found['notes']: warnings.warn(note)
     if out is not None: write_whole(out, json.dumps(found, indent=1)+'\n')
-    if figures is not None: drawn = draw_results(found, predictions, split, at, cohort, n=draws, seed=seed, level=level)
+    if figures is not None: drawn = draw_results(found, predictions, at, cohort)
     print('\n'.join(sentences_of(found)))
     if figures is not None: print(f"drew {', '.join(drawn)} into {figures}" if drawn else 'there is nothing to draw of such a table')
 
-def draw_results(found, predictions, split, folder, cohort=None, **options): # names of the files; options: n, seed, level
+def draw_results(found, predictions, folder, cohort=None): # names of the files
     "The figures of `results`, as SVG."
-    kind, labels, predicted, rows = read_outcomes(predictions)
-    rows = [r for r in rows if r['split'] == split and all(r[l] is not None for l in labels)]
-    y, p = (np.array([[r[k] for k in names] for r in rows]) for names in (labels, predicted))
-    patients = read_patients(cohort or Path(predictions).parent/'cohort.csv', False); groups = [patients.get(r['slide_id'], f"slide {r['slide_id']}") for r in rows]
-    draw = dict(binary=dict(roc=lambda ax: plot_roc(y[:, 0], p[:, 0], ax, groups=groups, interval=Interval(found['low'], found['high'], 0, 0, options['seed'], options['level'], found['method'])), precision_recall=lambda ax: plot_pr(y[:, 0], p[:, 0], ax, groups=groups, **options), reliability=lambda ax: plot_reliability(y[:, 0], p[:, 0], ax, groups=groups, level=options['level']), **{'groups_'+re.sub(r'\W+', '_', c): lambda ax, rows=rows: plot_groups(rows, ax, found['auc']) for c, rows in found.get('groups', {}).items()}),
-                classes=dict(confusion=lambda ax: plot_confusion(y[:, 0].astype(int), p.argmax(1), ax, classes=p.shape[1])), survival=dict(survival=lambda ax: plot_survival(*y.T, p[:, 0] > found['threshold'], ax, level=options['level']))).get(kind, {})
+    draw = {re.sub(r'\W+', '_', name): f for name, f in figures_of(found, predictions, cohort).items()}
     for name, f in draw.items():
         figure = matplotlib.figure.Figure(figsize=(4.4, 4), layout='constrained'); f(figure.add_subplot())
         picture = io.BytesIO(); figure.savefig(picture, format='svg', metadata={'Date': None}); write_whole(folder/f'{name}.svg', picture.getvalue())
     return [f'{name}.svg' for name in draw]
 
 def report_run(run,                 # folder that sp_train or sp_demo wrote
-           *, out:str|None=None): # HTML file; without it report.html in the run folder
-    "Write the report of a run: one HTML file that holds everything it shows."
-    if out is not None: out = output_file(out, '.html', begins=re.escape(PAGE))
-    print(f'wrote {write_report(run, out)}')
+           *, out:str|None=None, # folder to write; without it report/ in the run folder
+           anonymous:bool=False, # leave out the names of slides and where things lay: slides are called by numbers
+           most:int=200,         # slides that get a page of their own, those with the largest error
+           by:str|None=None,     # columns of --cohort, with commas, whose groups are shown each, e.g. site,grade
+           cohort:str|None=None, # manifest with these columns; without it the cohort.csv of the run
+           maps:str|None=None,   # folders that sp_heatmap wrote of the same network, with commas: further layers
+           comparison:str|None=None, # folder that sp_compare wrote of this run and another
+           categories:str|None=None): # table of errors that was saved in a report
+    "Write the report of a run: a folder to hand over, whose index.html opens by double-click. Each slide has a page on which it zooms."
+    if most < 0: raise InputError(f'--most is {most}; it is a number of slides, 0 or more')
+    def several_of(text): return [t.strip() for t in text.split(',') if t.strip()] if text else ()
+    print(f'wrote {write_report(run, out, most, anonymous, several_of(by), cohort, several_of(maps), comparison, categories)}')
+    if not viewer_files(): print('Its slides do not zoom: the viewer was not fetched when this package was installed. Install it again where the npm registry can be reached.')
 
 sp_evaluate, sp_report = command('evaluate', evaluate_predictions), command('report', report_run)
 

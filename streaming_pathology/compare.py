@@ -17,9 +17,11 @@ from scipy.sparse.csgraph import connected_components
 from .geometry import InputError
 from .files import write_csv, write_whole
 from .cohorts import read_manifest, read_table, resolve_splits, several
-from .checkpoints import RUN, SYSTEM, absolute, uninterrupted
+from .checkpoints import DONE, RUN, SYSTEM, absolute, uninterrupted
 from .evaluation import DeLong, Interval, Prediction, accuracy_test, auc_interval, delong_test, operating_point, paired_bootstrap, permutation_test, plot_roc, read_predictions
-from .report import ACCENT, figure_uri, html_page, table
+from .pages import ACCENT, SECOND, figure_uri, html_page, table
+from .review import CATEGORIES, errors_of, numbered, read_categories
+from .report import category_tables
 from .cli import build_model, check_settings, command, counted, environment, kept_encoder, label_names, mil_cohort, parsed, settings_of, train_cohort
 
 # %% ../nbs/16_compare.ipynb #cmp00006
@@ -76,7 +78,7 @@ def find_side(given, out, name): # the table of predictions; folder and settings
     if not path.exists(): raise InputError(f'{given}: there is no such run folder, settings.toml or table of predictions')
     if path.is_dir():
         if not (path/RUN.mark).exists(): raise InputError(f'{given} is no run folder; give one that sp_train or sp_mil wrote, its settings.toml, or a predictions.csv')
-        return path/'predictions.csv', None if (path/'report.html').exists() else (path, path/'settings.toml')
+        return path/'predictions.csv', None if (path/DONE).exists() else (path, path/'settings.toml')
     if path.suffix == '.toml': return out/name/'predictions.csv', (out/name, path)
     if path.suffix != '.csv': raise InputError(f'{given} is neither a run folder, nor a settings.toml, nor a table of predictions (.csv)')
     return path, None
@@ -178,26 +180,28 @@ def _rows(c): # of the table, those first on which the sides differ most
 
 def _roc_figure(c):
     def draw(ax):
-        for s, n, i, colour in zip(c.scores, c.names, c.intervals, (ACCENT, '#c2723b')): plot_roc(c.labels, s, ax, n, colour, interval=i, groups=c.patients)
+        for s, n, i, colour in zip(c.scores, c.names, c.intervals, (ACCENT, SECOND)): plot_roc(c.labels, s, ax, n, colour, interval=i, groups=c.patients)
     return figure_uri(draw)
 
-def _page(c, sides, out):
+def _page(c, sides, out, given=(None, None)): # given: tables of categories
     a, b = c.names; d = c.paired
-    def link(s): return A(s.name, href=os.path.relpath(s.table.parent/'report.html', out)) if (s.table.parent/'report.html').exists() else s.name
+    def link(s): return A(s.name, href=os.path.relpath(s.table.parent/DONE, out)) if (s.table.parent/DONE).exists() else s.name
     answer = Div(P(Span(f'AUC of {a} less that of {b}', cls='eyebrow'), Span(f'{c.test.difference:+.3f}', cls='figure')), P(f'{d.level:.0%} interval ', Strong(f'{d.low:+.3f} to {d.high:+.3f}')), P(c.shown, cls='note'),
                  P(f"{counted(len(c.slides), 'slide')} of the {c.split} split, {int(sum(c.labels))} positive" + (f", of {len({*c.patients})} patients" if c.patients else '') + f". The interval is the middle {d.level:.0%} of {d.draws:,} bootstrap draws of {'patients' if c.patients else 'slides'}, on each of which both are judged (seed {d.seed}).", cls='small'))
     head, auc = ('', a, b), [('AUC', f'{c.test.a:.3f}', f'{c.test.b:.3f}'), ('interval', *map(str, c.intervals))]
     if t := c.accuracy: auc += [('threshold, chosen on tuning', *(f'{v:.3f}' for v in t['thresholds'])), ('accuracy', *(f'{v:.1%}' for v in t['accuracy'])), ('right where the other is wrong', *map(str, t['only_right']))]
     tests = [('DeLong'+', with Obuchowski’s variance for patients'*bool(c.patients), f'{c.test.low:+.3f} to {c.test.high:+.3f}', f'{c.test.p:.3g}'), ('paired bootstrap', f'{d.low:+.3f} to {d.high:+.3f}', None), ('permutation', None, f'{c.p:.3g}')]
     if t: tests.append(('accuracy, '+('permutation' if c.patients else 'McNemar'), None, f"{t['p']:.3g}"))
+    errors = {s.name: (e, read_categories(f, e, numbered(s.rows.values(), c.split)) if f else {}) for s, f in zip(sides, given) for e in [errors_of([*s.rows.values()], c.split)[0]]}
     sections = [('result', 'Result', (Div(answer, Figure(Img(src=_roc_figure(c), cls='plot', alt=f'ROC curves of {a} and {b} with their bootstrap bands')), cls='answer'), P('The runs: ', link(sides[0]), ' and ', link(sides[1]), '.', *(f' What {s.name} has learnt from is not known, as it lies in no run folder.' for s in sides if not s.splits)))),
                 ('figures', 'Figures', (Div(table('Each', head, auc), table('The difference', ('', 'interval', 'p'), tests), cls='pair'),)),
+                ('errors', 'Errors', (P('False positives and false negatives of each, at its own point of maximum accuracy on its slides of the split'+(', and what a reviewer wrote of them.' if any(given) else '; --categories takes what a reviewer wrote of them, as saved in the reports.')), Div(*category_tables(errors), cls='pair'))),
                 ('slides', 'Slides', (P('Those first on which the two differ most.'), table('Slides', ('slide', 'label', a, b), [(r['slide_id'], f"{r['label']:g}", f"{r['probability_a']:.3f}", f"{r['probability_b']:.3f}") for r in _rows(c)[:200]], hide=True, cls='numbers')))]
     return html_page(f'{a} and {b}', 'Two runs compared', sections, 'Written by streaming_pathology. This file holds everything it shows and requests nothing.')
 
-def write_comparison(c, sides, out, **more): # more: what the figures were made of
+def write_comparison(c, sides, out, given=(None, None), **more): # given: tables of categories; more: what the figures were made of
     out.mkdir(parents=True, exist_ok=True)
-    page, said = _page(c, sides, out), json.dumps(_figures(c) | more | dict(environment=environment()), indent=1)+'\n'
+    page, said = _page(c, sides, out, given), json.dumps(_figures(c) | more | dict(environment=environment()), indent=1)+'\n'
     with uninterrupted(): write_whole(out/'comparison.json', said); write_csv(out/'comparison.csv', _rows(c)); write_whole(out/'comparison.html', page)
 
 # %% ../nbs/16_compare.ipynb #cmp00014
@@ -208,11 +212,14 @@ def compare_runs(settings_a,              # a run folder, a settings.toml of a r
                  shared:bool=False,       # compare the slides that both have, where some are missing in one
                  draws:int=10_000,        # bootstrap draws, and permutations
                  level:float=.95,         # of the intervals
-                 seed:int=0):             # of the draws
+                 seed:int=0,              # of the draws
+                 categories:str|None=None): # tables of errors that were saved in the reports of the two, with a comma; one may be empty
     "Hold two runs against each other on the same slides: the difference of their AUCs with its interval. A run that is not finished is trained first, as by sp_train or sp_mil --resume; stopped, the same command goes on."
     check_settings(dict(draws=draws, seed=seed))
     if not 0 < level < 1: raise InputError(f'--level is {level}; it has to be between 0 and 1, as .95')
     given, at = (settings_a, settings_b), absolute(out)
+    if len(reviewed := [t.strip() or None for t in categories.split(',')] if categories else [None, None]) != 2: raise InputError(f'--categories {categories}: give two tables with a comma between them, one for each; one may be empty')
+    for f in reviewed: f and read_table(f, CATEGORIES) # before anything is trained
     names = [_name(g) for g in given]
     if names[0] == names[1]: names = [f'{n}_{k}' for n, k in zip(names, 'ab')]
     if at.exists() and not at.is_dir(): raise InputError(f'{out} is a file; give the name of a folder')
@@ -230,7 +237,7 @@ def compare_runs(settings_a,              # a run folder, a settings.toml of a r
     if os.environ.get('RANK', '0') != '0': return # of several processes that have trained, one compares
     sides = [Side(n, table).read() for n, (table, _) in zip(names, found)]
     c = hold_against(*sides, split, shared, draws, seed, level)
-    write_comparison(c, sides, at, tables=tables)
+    write_comparison(c, sides, at, reviewed, tables=tables)
     print(f"wrote {Path(out)/'comparison.html'}\n{c}")
     for s in sides:
         if not s.splits: print(f'What {s.name} has learnt from is not known: {s.table} lies in no run folder.')

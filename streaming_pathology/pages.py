@@ -9,7 +9,6 @@ __all__ = ['ACCENT', 'SECOND', 'STYLE', 'PAGE', 'data_uri', 'figure_uri', 'table
 import base64, hashlib, io, math
 import matplotlib.figure
 from fastcore.xml import *
-from .geometry import InputError
 
 # %% ../nbs/14_pages.ipynb #pag000005
 ACCENT, SECOND = '#6b3f94', '#c2723b' # colours of figures
@@ -28,7 +27,7 @@ def figure_uri(draw, # called with a matplotlib axis
 
 def table(caption, head, rows, hide=False, **kwargs):
     "A table with its caption, which may be hidden, that scrolls on a narrow screen"
-    return Div(Table(Caption(caption, cls='hidden' if hide else None), Thead(Tr(*(Th(h, scope='col') for h in head))) if head else None,
+    return Div(Table(Caption(caption, cls='hidden' if hide else None), Thead(Tr(*(Th(h, scope='col') if h else Td() for h in head))) if head else None,
         Tbody(*(Tr(Th(str(r[0]), scope='row'), *(Td('–' if c is None else str(c)) for c in r[1:])) for r in rows)), **kwargs), cls='scroll', tabindex='0', role='region', aria_label=caption)
 
 def plural(n, what): return f'{n:,} {what}{"" if n == 1 else "s"}'
@@ -63,6 +62,20 @@ a { color: var(--accent); text-underline-offset: .2em; text-decoration-thickness
 .answer > div { padding-top: 1rem; }
 figure { margin: 0; }
 img.plot { width: 100%; max-width: 34rem; height: auto; display: block; }
+.line { position: relative; height: .5rem; border-radius: .25rem; background: var(--rule); margin: .6rem 0 .35rem; max-width: 42rem; }
+.line .span { position: absolute; top: 0; bottom: 0; background: var(--accent); opacity: .45; border-radius: .25rem; min-width: 2px; }
+.line .dot { position: absolute; top: 50%; width: .9rem; height: .9rem; margin: -.45rem; border-radius: 50%; background: var(--accent); }
+.line .tick { position: absolute; top: -.25rem; bottom: -.25rem; width: 2px; margin-left: -1px; background: var(--ink); }
+.tags { display: flex; flex-wrap: wrap; gap: 0 .8rem; font-size: .875rem; color: var(--soft); }
+.verdict { font-weight: 600; color: var(--ink); } .verdict.right { color: var(--good); } .verdict.wrong { color: var(--bad); }
+.verdict.right::before { content: '✓ '; } .verdict.wrong::before { content: '✗ '; }
+fieldset { border: 0; padding: 0; margin: 0; display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; align-items: center; }
+legend { font-weight: 600; font-size: .875rem; padding: 0; }
+label { display: inline-flex; gap: .4em; align-items: center; min-height: 1.9rem; }
+input { accent-color: var(--accent); }
+button { font: inherit; font-size: .9rem; color: inherit; background: var(--wash); border: 1px solid var(--rule); border-radius: .4rem; padding: .2rem .8rem; min-height: 1.9rem; cursor: pointer; }
+.controls { display: none; flex-wrap: wrap; gap: .8rem 2.5rem; margin: 1.2rem 0 .5rem; }
+.js .controls { display: flex; }
 .scroll { overflow-x: auto; margin: 0 0 2rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
@@ -71,7 +84,7 @@ thead th { color: var(--soft); } tbody th { color: var(--soft); } .numbers th, .
 summary { cursor: pointer; margin-bottom: 1rem; }
 footer { padding-bottom: 3rem; }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
-@media print { :root { color-scheme: light; font-size: 11px; --paper: #fff; --ink: #000; --soft: #444; --rule: #ccc; } nav { display: none; }
+@media print { :root { color-scheme: light; font-size: 11px; --paper: #fff; --ink: #000; --soft: #444; --rule: #ccc; } nav, .js .controls { display: none; }
   header { padding-bottom: 1rem; } body { print-color-adjust: exact; -webkit-print-color-adjust: exact; } section { padding: 1.2rem 0; } figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
   img.plot { filter: none; } }
 '''

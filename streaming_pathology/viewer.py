@@ -130,19 +130,19 @@ def slide_page(title,   # name of the slide
     stage = Div(Img(src=picture, alt=alt, cls='tissue'),
         *(Img(src=l.picture, alt='', cls='over', data_layer=i, data_height=f'{l.extent[0]:.6f}', data_width=f'{l.extent[1]:.6f}', style=place(l), hidden=not l.shown) for i, l in over),
         *(ft('svg', ft('path', d=l.outline, vector_effect='non-scaling-stroke'), viewBox='0 0 1000 1000', preserveAspectRatio='none', aria_hidden='true', cls='over outline', data_layer=i, data_height='1', data_width='1', hidden=True) for i, l in over if l.outline),
-        id='stage', style=f'--r:{size[1]/size[0]:.4f}')
+        id='stage')
     def box(name, text, on): return Label(Input(type='checkbox', name=name, checked=on), f' {text}')
     controls = Form(Fieldset(Legend('View'), *(Button(t, type='button', data_do=d, aria_label=a) for d, t, a in (('in', '+', 'Zoom in'), ('out', '−', 'Zoom out'), ('whole', 'Whole slide', None), ('full', 'Full screen', None))), cls='zooms'),
         *(Fieldset(Legend(l.name), box('shown', 'shown', l.shown), Label('opacity ', Input(type='range', name='fade', min='0', max='100', value='75', aria_label=f'Opacity of {l.name}')), box('outline', 'outline', False) if l.outline else None, cls='layer', data_layer=i) for i, l in over), cls='controls', autocomplete='off')
     keys = P('Keys, when the picture has the focus: arrows move, + and − zoom, 0 shows the whole slide.', cls='small zooms') if tiles else P('This report was written without the slide viewer, so the picture does not zoom: install the package where the npm registry can be reached, and write the report again.', cls='note') if not viewer_files() else None
     said = json.dumps(dict(tiles=tiles, spacing=spacing, size=size)).replace('<', '\\u003c')
-    sections = [('slide', '', (Div(stage, P('', id='bar', cls='small', hidden=True), id='frame'), controls, keys, P('', id='wrong', cls='note', role='alert', hidden=True), *facts))]
+    sections = [('slide', '', (Div(stage, P('', id='bar', cls='small', hidden=True), id='frame', style=f'--r:{size[1]/size[0]:.4f}'), controls, keys, P('', id='wrong', cls='note', role='alert', hidden=True), *facts))]
     return html_page(title, above, sections, below, nav, NotStr(f'<script type="application/json" id="said">{said}</script>'), VIEWER_STYLE, VIEWER_SCRIPT, [script] if tiles else [], True)
 
 # %% ../nbs/14_viewer.ipynb #view0016
 VIEWER_STYLE = '''
 #frame { position: relative; background: #f6f4f6; border: 1px solid var(--rule); border-radius: .5rem; overflow: hidden; color: #241f2b; }
-#frame.zooming { height: clamp(18rem, 68vh, 60rem); } #frame:fullscreen { height: 100vh; border-radius: 0; }
+#frame.zooming { height: clamp(16rem, 92vw/var(--r), 68vh); } #frame:fullscreen { height: 100vh; border-radius: 0; }
 #stage { position: relative; aspect-ratio: var(--r); width: min(100%, 68vh*var(--r)); margin: 0 auto; }
 #stage .tissue { position: absolute; inset: 0; width: 100%; height: 100%; }
 #stage > .over { position: absolute; left: 0; top: 0; opacity: .75; } #stage > svg.over { width: 100%; height: 100%; }
@@ -151,11 +151,8 @@ VIEWER_STYLE = '''
 .outline path { fill: none; stroke: #c2185b; stroke-width: 2px; }
 #bar { position: absolute; left: .8rem; bottom: .6rem; margin: 0; padding: .1rem .5rem; background: #fffd; color: #241f2b; border-radius: .3rem; pointer-events: none; line-height: 1.4; }
 #bar[hidden] { display: none; } #bar::after { content: ''; display: block; width: var(--length, 0); border: 2px solid #241f2b; border-top: 0; height: .4rem; margin-bottom: .2rem; }
-.controls { display: none; flex-wrap: wrap; gap: .8rem 2.5rem; margin: 1rem 0 .8rem; } .js .controls { display: flex; } .zooms { display: none; } .zoomable .zooms { display: flex; } p.zooms { margin-bottom: 1.5rem; }
-fieldset { border: 0; padding: 0; margin: 0; display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; align-items: center; }
-legend { font-weight: 600; font-size: .875rem; padding: 0; } label { display: inline-flex; gap: .4em; align-items: center; min-height: 1.9rem; } input { accent-color: var(--accent); }
-.controls button { font: inherit; font-size: .9rem; color: inherit; background: var(--wash); border: 1px solid var(--rule); border-radius: .4rem; padding: .2rem .8rem; min-height: 1.9rem; cursor: pointer; }
-@media print { .js .controls, .zooms, .zoomable .zooms { display: none; } }
+.zooms { display: none; } .zoomable .zooms { display: flex; } p.zooms { margin-bottom: 1.5rem; }
+@media print { .zooms, .zoomable .zooms { display: none; } }
 '''
 
 VIEWER_SCRIPT = '''
@@ -165,12 +162,11 @@ const said = JSON.parse(one('#said').textContent), frame = one('#frame'), stage 
 function arrange() {
   for (const f of all('.layer', form)) for (const e of over.filter(e => e.dataset.layer == f.dataset.layer)) {
     const outline = e.classList.contains('outline');
-    e.hidden = !one(outline ? '[name=outline]' : '[name=shown]', f).checked;
-    if (outline) e.removeAttribute(e.hidden ? '' : 'hidden'); else e.style.opacity = one('[name=fade]', f).value / 100;
-    e.toggleAttribute('hidden', e.hidden);
+    e.toggleAttribute('hidden', !one(outline ? '[name=outline]' : '[name=shown]', f).checked);
+    if (!outline) e.style.opacity = one('[name=fade]', f).value / 100;
   }
 }
-form.addEventListener('input', e => { if (e.target.name == 'fade') one('[name=shown]', e.target.form.elements.length && e.target.closest('.layer')).checked = true; arrange(); });
+form.addEventListener('input', e => { if (e.target.name == 'fade') one('[name=shown]', e.target.closest('.layer')).checked = true; arrange(); });
 form.addEventListener('submit', e => e.preventDefault());
 function measure(perMicron) { // pixels of the screen for a micron
   const wanted = Math.min(160, stage.clientWidth / 3) / perMicron, ten = 10 ** Math.floor(Math.log10(wanted)), length = [5, 2, 1].find(k => k * ten <= wanted) * ten;

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from streaming_pathology import cli
 from streaming_pathology.checkpoints import save_checkpoint
 from streaming_pathology.cohorts import read_table, tiny_cohort
-from streaming_pathology.files import sample_slide, write_tiff
+from streaming_pathology.files import sample_slide, write_csv, write_tiff
 from streaming_pathology.slides import Slide
 from streaming_pathology.synthetic import write_cohort
 from small import COMMAND, small_resnet
@@ -103,7 +103,7 @@ def test_larger_and_smaller_than_the_canvas(cohort, tmp_path, capsys, size, crop
     assert cli.main(['train', cohort/'manifest.csv', tmp_path/'run', *QUICK, '--size', size]) == 0
     err = capsys.readouterr().err
     assert ('larger than the canvas' in err) == crops and err.count('larger than the canvas') <= 1
-    assert (tmp_path/'run/report.html').stat().st_size > 10_000
+    assert (tmp_path/'run/report/index.html').stat().st_size > 10_000
 
 # where to
 
@@ -196,7 +196,7 @@ def test_tasks(cohort, tmp_path, capsys, task, header, label):
     if task in ('ordinal', 'multiclass'): assert all(abs(sum(map(float, r[3:-3]))-1) < 1e-6 for r in table[1:])
     assert cli.main(['export', run, tmp_path/'m.safetensors']) == 0 and cli.main(['predict', tmp_path/'m.safetensors', tmp_path/'m.csv', tmp_path/'p.csv']) == 0
     assert [l.split(',')[:-3] for l in (tmp_path/'p.csv').read_text().splitlines()] == [r[:-3] for r in table]
-    assert cli.main([*train, '--task', task, '--label', header, '--resume']) == 0 and task in (run/'report.html').read_text()
+    assert cli.main([*train, '--task', task, '--label', header, '--resume']) == 0 and task in (run/'report/index.html').read_text()
 
 def test_evaluate(trained, tmp_path, capsys):
     rows = (trained/'predictions.csv').read_text().splitlines()
@@ -215,9 +215,16 @@ def test_evaluate(trained, tmp_path, capsys):
     said, found = capsys.readouterr().out, json.loads((tmp_path/'all.json').read_text()); assert 'of 10 patients' in said and 'site a' in said and 'temperature' in said and found['groups']['site'][0]['n'] == 27 and found['method'] == 'logit' and found['seed'] == 0
     assert {f.name for f in (tmp_path/'figures').iterdir()} == {'roc.svg', 'precision_recall.svg', 'reliability.svg', 'groups_site.svg'}
 
-def test_report(trained, tmp_path, capsys):
-    refused(capsys, ['report', tmp_path/'none'], 'none'); refused(capsys, ['report', trained, '--out', trained/'log.csv/r.html'], 'cannot be written')
-    assert cli.main(['report', trained, '--out', tmp_path/'r.html']) == 0
+def test_report(trained, cohort, tmp_path, capsys):
+    out, before = tmp_path/'r', tree(trained)
+    refused(capsys, ['report', tmp_path/'none'], 'none'); refused(capsys, ['report', trained, '--out', trained/'log.csv/r'], 'in the run'); refused(capsys, ['report', trained, '--out', cohort/'manifest.csv/r'], 'cannot be written'); refused(capsys, ['report', trained, '--out', trained/'mine'], 'in the run'); refused(capsys, ['report', trained, '--most', -1], '--most')
+    assert cli.main(['report', trained, '--out', out]) == 0 and tree(trained) == before and {p.relative_to(out): p.read_bytes() for p in out.rglob('*') if p.is_file()} == {p.relative_to(at): p.read_bytes() for at in [trained/'report'] for p in at.rglob('*') if p.is_file()}
+    manifest = list(csv.DictReader((cohort/'manifest.csv').open())); write_csv(tmp_path/'m.csv', [dict(slide_id=r['slide_id'], site='ab'[k//2 % 2]) for k, r in enumerate(manifest)])
+    assert cli.main(['heatmap', trained/'checkpoints/best.pt', cohort/'manifest.csv', tmp_path/'maps', '--method', 'activation']) == 0
+    assert cli.main(['report', trained, '--out', out, '--by', 'site', '--cohort', tmp_path/'m.csv', '--maps', tmp_path/'maps', '--anonymous', '--most', 2]) == 0
+    pages = {p.relative_to(out): p.read_text() for p in out.rglob('*.html')}; said = ' '.join(pages.values()); assert 'By site' in said and 'class activation' in said and not any(r['slide_id'] in said for r in manifest)
+    refused(capsys, ['report', trained, '--maps', cohort], 'heatmaps.json'); refused(capsys, ['report', trained, '--comparison', cohort], 'comparison.json'); refused(capsys, ['report', trained, '--by', 'grade'], 'grade'); refused(capsys, ['report', trained, '--categories', tmp_path/'m.csv'], 'error')
+    assert tree(trained) == before
 
 @pytest.mark.parametrize('method, more', [('smoothgrad', ['--copies', 2]), ('integrated', ['--steps', 2]), ('activation', []), ('occlusion', ['--square', 32])])
 def test_heatmaps(trained, bad, tmp_path, capsys, method, more):
@@ -246,10 +253,10 @@ def test_outputs_never_replace_what_is_read(trained, bad, tmp_path, capsys):
     refused(capsys, ['predict', model, bad/'slides', bad/'manifest.csv'], 'something else')
     refused(capsys, ['predict', model, bad/'slides', bad/'none/x/../../manifest.csv/p.csv'], 'cannot be written')
     refused(capsys, ['evaluate', p, '--out', p], '.json'); refused(capsys, ['evaluate', p, '--out', '.'], 'is a folder')
-    refused(capsys, ['report', trained, '--out', trained/'predictions.csv'], '.html')
+    refused(capsys, ['report', trained, '--out', trained/'predictions.csv'], 'in the run'); refused(capsys, ['report', trained, '--out', p], 'is a file')
     refused(capsys, ['predict', model, bad/'slides', trained/'predictions.csv'], 'belongs to the run'); refused(capsys, ['evaluate', p, '--out', ''], 'is empty')
-    page = tmp_path/'index.html'; page.write_text('<!doctype html>\n<html lang="en">\n<head><title>My lab</title></head></html>\n')
-    refused(capsys, ['report', trained, '--out', page], 'something else'); assert 'My lab' in page.read_text()
+    page = tmp_path/'site/index.html'; page.parent.mkdir(); page.write_text('<!doctype html>\n<html lang="en">\n<head><title>My lab</title></head></html>\n')
+    refused(capsys, ['report', trained, '--out', page.parent], 'no former run wrote'); assert 'My lab' in page.read_text()
     assert (tree(bad), p.read_bytes(), tree(trained)) == before
 
 def test_numbers_that_are_damaged(cohort, trained, tmp_path, capsys):
@@ -280,7 +287,7 @@ def heard():
 def started(folder, *argv):
     "sp_train in a process of its own, once it has emptied `folder` for its work."
     p = subprocess.Popen([*COMMAND, 'train', *map(str, argv)], stderr=subprocess.PIPE, text=True, preexec_fn=heard)
-    while not (folder/'environment.json').exists() or (folder/'report.html').exists():
+    while not (folder/'environment.json').exists() or (folder/'report/index.html').exists():
         assert p.poll() is None, p.stderr.read()
         time.sleep(.01)
     return p
@@ -310,13 +317,13 @@ def test_an_interrupt_that_is_lost_comes_again(cohort, tmp_path):
     assert done.returncode == 130 and done.stderr.splitlines()[-1] == 'error: interrupted' and 'Traceback' not in done.stderr, done.stderr
 
 def test_a_killed_training_loses_nothing(cohort, trained, tmp_path, capsys):
-    run = tmp_path/'run'; shutil.copytree(trained, run); report = (run/'report.html').read_bytes()
+    run = tmp_path/'run'; shutil.copytree(trained, run); report = (run/'report/index.html').read_bytes()
     p = started(run, cohort/'manifest.csv', run, *QUICK, '--epochs', 1000, '--overwrite')
     refused(capsys, ['train', cohort/'manifest.csv', run, *QUICK, '--overwrite'], 'another process')
     p.kill(); p.communicate()
-    assert (run/'.former/report.html').read_bytes() == report
+    assert (run/'.former/report/index.html').read_bytes() == report
     assert cli.main(['train', cohort/'manifest.csv', run, *QUICK, '--overwrite']) == 0
-    assert (run/'report.html').exists() and not list(run.glob('.*'))
+    assert (run/'report/index.html').exists() and not list(run.glob('.*'))
 
 def test_a_demo_never_replaces_a_training(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path/'run'); f = tmp_path/'run/settings.toml'; f.write_text(f.read_text()+'note = "as sp_demo"\n')

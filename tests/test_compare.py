@@ -1,6 +1,7 @@
 "Two runs, made or reused by one command, and held against each other."
 import json, shutil, signal
 import pytest
+from streaming_pathology.review import errors_of
 from streaming_pathology import cli, compare
 from streaming_pathology.cohorts import tiny_cohort
 from streaming_pathology.files import write_csv
@@ -25,12 +26,20 @@ def figures(folder): return {k: v for k, v in json.loads((folder/'comparison.jso
 
 def test_one_reused_and_one_made(whole, capsys):
     found, folder = figures(whole/'compared'), whole/'compared'
-    assert found['names'] == ['streaming', 'mil'] and found['slides'] == 4 and (folder/'mil/report.html').exists() and {p.name for p in folder.iterdir()} == {*compare.FILES, 'mil'}
+    assert found['names'] == ['streaming', 'mil'] and found['slides'] == 4 and (folder/'mil/report/index.html').exists() and {p.name for p in folder.iterdir()} == {*compare.FILES, 'mil'}
     slides = rows(folder/'comparison.csv'); assert {r['slide_id'] for r in slides} == {r['slide_id'] for r in rows(whole/'streaming/predictions.csv') if r['split'] == 'test'}
     before = (folder/'mil/predictions.csv').stat().st_mtime_ns
     assert compared(whole/'streaming', whole/'mil.toml', folder) == 0 and figures(folder) == found and (folder/'mil/predictions.csv').stat().st_mtime_ns == before # what is there is reused
     assert compared(whole/'streaming/settings.toml', folder/'mil/predictions.csv', folder) == 0 and figures(folder) == found # the same two, named otherwise
     assert compared(whole/'streaming', folder/'mil', folder, '--split', 'tuning') == 2 and figures(folder) == found
+
+def test_categories_side_by_side(whole, tmp_path, capsys):
+    "The paper's Table III: what a reviewer wrote of the errors of both."
+    run, other, out = whole/'streaming', whole/'compared/mil', tmp_path/'out'
+    for name, of in (('a', run), ('b', other)): write_csv(tmp_path/f'{name}.csv', [dict(slide_id=e.slide_id, error=e.kind, category='a fold of the tissue') for e in errors_of(of/'predictions.csv')[0]], ['slide_id', 'error', 'category'])
+    assert compared(run, other, out, '--draws', 50, '--categories', f"{tmp_path/'a.csv'},{tmp_path/'b.csv'}") == 0
+    said = (out/'comparison.html').read_text(); n = sum(len(errors_of(r/'predictions.csv')[0]) for r in (run, other)); assert ('a fold of the tissue' in said) == bool(n) and 'maximum accuracy' in said
+    for given, says in ((tmp_path/'a.csv', 'two tables'), (f"{tmp_path/'none.csv'},", 'none.csv'), (f"{run/'predictions.csv'},", 'error')): assert compared(run, other, out, '--categories', given) == 2 and says in capsys.readouterr().err
 
 def test_stopped_and_gone_on(whole, tmp_path, monkeypatch):
     save, seen = cli.Checkpoints.save, []
@@ -57,4 +66,4 @@ def test_refused(whole, tmp_path, capsys):
         write_csv(tmp_path/'cohort.csv', table); (tmp_path/'mil.toml').write_text((whole/'mil.toml').read_text().replace(str(whole/'cohort/manifest.csv'), str(tmp_path/'cohort.csv')))
         refused(run, tmp_path/'mil.toml', out, says=says); assert not out.exists()
     (tmp_path/'mil.toml').write_text((whole/'mil.toml').read_text()+'stride = 99\n'); refused(run, tmp_path/'mil.toml', out, says='99 pixels apart'); assert not out.exists()
-    shutil.rmtree(other/'checkpoints'); (other/'report.html').unlink(); (other/'settings.toml').write_text('command = 3\n'); refused(run, other, out, says='command')
+    shutil.rmtree(other/'checkpoints'); (other/'report/index.html').unlink(); (other/'settings.toml').write_text('command = 3\n'); refused(run, other, out, says='command')

@@ -32,7 +32,7 @@ def test_stopped_in_either_phase(whole, tmp_path, monkeypatch):
 def test_what_it_writes(whole, tmp_path, capsys):
     "What sp_train writes: the same predictions, and a report that tells what was done."
     run, table = whole/'run', lambda p: rows(p, 'seconds')
-    for name in ('report.html', 'metrics.json', 'log.csv', 'environment.json'): assert (run/name).exists()
+    for name in ('report/index.html', 'metrics.json', 'log.csv', 'environment.json'): assert (run/name).exists()
     assert len(table(run/'predictions.csv')) == 12 and len([*run.glob('heatmaps/*.npy')]) == 2 and all(0 < np.load(p).max() < 1 for p in run.glob('heatmaps/*.npy'))
     assert cli.main(['predict', run/'checkpoints/best.pt', whole/'cohort/manifest.csv', tmp_path/'p.csv']) == 0 and table(tmp_path/'p.csv') == table(run/'predictions.csv')
     assert cli.main(['export', run, tmp_path/'m.safetensors']) == 0 and cli.main(['predict', tmp_path/'m.safetensors', whole/'cohort/manifest.csv', tmp_path/'q.csv', '--workers', 1]) == 0 and table(tmp_path/'q.csv') == table(run/'predictions.csv')
@@ -48,7 +48,7 @@ def test_settings(whole, tmp_path, capsys, options, says): refused(capsys, ['mil
 
 def test_going_on(whole, tmp_path, capsys):
     "What is cut into patches, and how, cannot change; the other command does not go on with it."
-    shutil.copytree(whole/'run', run := tmp_path/'run'); (run/'report.html').unlink(); before = tree(run)
+    shutil.copytree(whole/'run', run := tmp_path/'run'); (run/'report/index.html').unlink(); before = tree(run)
     for options in (['--patch', 64], ['--tissue', .5], ['--magnify', '1,2']): refused(capsys, ['mil', whole/'cohort/manifest.csv', run, *TRAIN, *options, '--resume', '--accept-changes'], 'sees slides otherwise', options[0][2:])
     refused(capsys, ['train', whole/'cohort/manifest.csv', run, '--spacing', 4, '--epochs', 2, '--resume', '--accept-changes'], 'command sp_mil'); assert tree(run) == before
 
@@ -103,7 +103,7 @@ def test_heatmaps(whole, features, tmp_path, capsys):
 
 def test_other_backbone(whole, features, tmp_path, capsys):
     "Weights of another backbone beside the run are refused, at resume and when predicting; so are none."
-    shutil.copytree(features, run := tmp_path/'run'); (run/'report.html').unlink()
+    shutil.copytree(features, run := tmp_path/'run'); (run/'report/index.html').unlink()
     assert cli.main(['mil', whole/'cohort/manifest.csv', tmp_path/'other', *FEATURES, '--epochs', 1, '--seed', 7]) == 0
     shutil.copy(tmp_path/'other/checkpoints/encoder.safetensors', run/'checkpoints/encoder.safetensors')
     assert not {p.name for p in (tmp_path/'other/features').iterdir()} & {p.name for p in (features/'features').iterdir()}

@@ -123,14 +123,14 @@ def on_two(once):
         tiny_cohort(folder/'cohort', size=(64, 64))
         assert cli.main(['train', folder/'cohort/manifest.csv', folder/'one', *TRAIN]) == 0
         p = torchrun('train', folder/'cohort/manifest.csv', folder/'two', *TRAIN); said, _ = p.communicate(timeout=200); assert p.returncode == 0, said
-        assert said.count('report.html') == 1, said
+        assert said.count('report/index.html') == 1, said
     return once('on_two', make)
 
 def test_the_command_on_ranks(on_two, tmp_path):
     one, two = (rows(on_two/n/'log.csv') for n in ('one', 'two')); assert len(one) == len(two) == 3
     for a, b in zip(one, two): assert all(abs(float(a[k])-float(b[k])) <= 1e-3*abs(float(a[k])) for k in a), (a, b)
     one, two = (rows(on_two/n/'predictions.csv') for n in ('one', 'two')); assert [r['slide_id'] for r in one] == [r['slide_id'] for r in two] and len(two) == 12
-    assert all(abs(float(a['probability'])-float(b['probability'])) < 1e-3 for a, b in zip(one, two)) and (on_two/'two/report.html').exists() and (on_two/'two/metrics.json').exists()
+    assert all(abs(float(a['probability'])-float(b['probability'])) < 1e-3 for a, b in zip(one, two)) and (on_two/'two/report/index.html').exists() and (on_two/'two/metrics.json').exists()
     model = on_two/'two/checkpoints/best.pt'
     p = torchrun('predict', model, on_two/'cohort/manifest.csv', tmp_path/'p.csv'); said, _ = p.communicate(timeout=100); assert p.returncode == 0 and said.count('wrote') == 1, said
     assert rows(tmp_path/'p.csv') == rows(on_two/'two/predictions.csv')

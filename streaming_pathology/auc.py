@@ -11,7 +11,7 @@ __all__ = ['INTERVALS', 'check_scores', 'roc', 'auc', 'class_weights', 'weighted
 # %% ../nbs/13_auc.ipynb #auc00003
 from dataclasses import dataclass
 import numpy as np
-from .geometry import InputError
+from .geometry import InputError, at_least_one
 
 # %% ../nbs/13_auc.ipynb #19084f02
 def check_scores(labels, # 0 or 1 for each slide
@@ -289,7 +289,7 @@ def permutation_test(labels, # 0 or 1 for each slide
                     )->float:
     "Two-sided p-value for the difference of two AUCs: how often it is as large when scores, as ranks, are swapped between the models at random (Phipson and Smyth 2010: never 0)"
     from scipy.stats import rankdata
-    y, a, b = _paired(labels, a, b); a, b = rankdata(a), rankdata(b)
+    at_least_one(n=n); y, a, b = _paired(labels, a, b); a, b = rankdata(a), rankdata(b)
     of, rng, pairs = group_numbers(groups, len(y)), np.random.default_rng(seed), y.sum()*(~y).sum()
     def area(s): return (rankdata(s, axis=-1)[..., y].sum(-1)-y.sum()*(y.sum()+1)/2)/pairs
     seen, chunk, count = abs(area(a)-area(b)), max(1, 2**19//len(y)), 0

@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from .geometry import InputError
 from .plan import budget, lean_memory
-from .models import StreamingClassifier, pools
+from .models import GatedAttention, StreamingClassifier, pools
 from .files import SUFFIXES, file_stamp, locked, sample_slide, slide_files, write_csv, write_whole
 from .slides import Slide
 from .synthetic import write_cohort
@@ -40,7 +40,7 @@ from .data import STOPS, channel_statistics, check_cohort, one_line, sample_patc
 from .losses import TASKS, Binary, make_task
 from .trim import Trim, trim_slides
 from .training import EMA, Alone, Cosine, CSVLog, DryRun, EarlyStopping, Halted, TensorBoardLog, fit, predict, summary
-from .checkpoints import DONE, RUN, Checkpoints, HaltOnSignal, Output, absolute, claim, continuing, last_point, load_checkpoint, load_weights, output_file, plain, points, replacing, save_checkpoint, staged, versions
+from .checkpoints import DONE, REPORT, RUN, Checkpoints, HaltOnSignal, Output, absolute, claim, continuing, last_point, load_checkpoint, load_weights, output_file, plain, points, replacing, save_checkpoint, staged, versions
 from .recipes import paper_mil, paper_streaming, run_recipe, scaled
 from .distributed import joined
 from .aggregators import aggregators, make_aggregator
@@ -51,7 +51,7 @@ from .auc import INTERVALS
 from .results import figures_of, results, sentences_of
 from .mil import InstanceMIL, TwoPhases
 from .gradients import integrated_gradients, smoothgrad
-from .heatmaps import class_activation, fit_map, occlusion, patch_heatmap, pool_map, save_heatmap
+from .heatmaps import attention_map, class_activation, fit_map, occlusion, patch_heatmap, pool_map, save_heatmap
 from .regions import field_of, write_exports
 from .viewer import save_picture, viewer_files
 from .report import write_report
@@ -225,7 +225,7 @@ def write_cases(path, cases, labels=('label',), annotation=None):
     return write_csv(path, rows)
 
 # %% ../nbs/16_cli.ipynb #82acd59c
-MAPS = ('smoothgrad', 'gradient', 'integrated', 'activation', 'occlusion', 'patches')
+MAPS = ('smoothgrad', 'gradient', 'integrated', 'activation', 'attention', 'occlusion', 'patches')
 RECIPES = dict(sp_train=dict(paper=paper_streaming), sp_mil=dict(paper=paper_mil)) # by command
 AUGMENTATIONS = dict(none=None, flips=Augmentation(rotate=0, elastic=0, hue=0, saturation=0, brightness=0), paper=Augmentation(), strong=Augmentation(scale=.05, stain=.05))
 
@@ -398,8 +398,8 @@ def write_record(folder, cases, settings, again=()):
     "What a run was made of; of one that goes on, when it did and `again`: from where, and what was changed."
     path, now = folder/RUN.mark, environment()
     if again:
-        for p in [p for k in (DONE, 'metrics.json', 'predictions.csv', 'images/*.jpg', 'heatmaps/*.npy') for p in folder.glob(k)]: p.unlink() # it is no longer finished, and these are of other weights
-        shutil.rmtree(folder/'report', ignore_errors=True)
+        shutil.rmtree(claim(folder/'report', True, REPORT), ignore_errors=True) # it is no longer finished, and these are of other weights
+        for p in [p for k in ('metrics.json', 'predictions.csv', 'images/*.jpg', 'heatmaps/*.npy') for p in folder.glob(k)]: p.unlink()
         try: first = json.loads(path.read_text())
         except (OSError, ValueError): first = {}
         if not isinstance(first, dict): first = {}
@@ -732,13 +732,13 @@ def export_run(run,   # folder that sp_train wrote, or one of its checkpoints
 sp_predict, sp_export = command('predict', predict_slides), command('export', export_run)
 
 # %% ../nbs/16_cli.ipynb #hmap0002
-GRADIENTS = dict(smoothgrad=lambda m, x, o: smoothgrad(m, x, o['copies'], o['noise'], o['seed'], o['target']), gradient=lambda m, x, o: smoothgrad(m, x, 1, 0, target=o['target']), integrated=lambda m, x, o: integrated_gradients(m, x, steps=o['steps'], target=o['target']))
+GRADIENTS = dict(smoothgrad=lambda m, x, o: smoothgrad(m, x, o['copies'], o['noise'], o['seed'], o['target'], place=o['place']), gradient=lambda m, x, o: smoothgrad(m, x, 1, 0, target=o['target'], place=o['place']), integrated=lambda m, x, o: pool_map(integrated_gradients(m, x, steps=o['steps'], target=o['target']), o['place']))
 DRAWN = Output('heatmaps.json', '"streaming_pathology heatmaps 1"', ('maps/*.npy', 'maps/*.json', 'overlay/*.png', 'tiff/*.tiff', 'geojson/*.geojson', 'regions.csv')) # a folder of maps
 
 def draw_slides(checkpoint,          # file that sp_train or sp_mil wrote, e.g. run/checkpoints/best.pt, or that sp_export made of it
                 slides,              # manifest (CSV), folder of slides, or one slide
                 out,                 # folder to write: overlay/*.png, tiff/*.tiff, geojson/*.geojson for QuPath, maps/*.npy, regions.csv
-                *, method:str|None=None, # smoothgrad, gradient, integrated, activation or occlusion; patches is that of sp_mil (default: smoothgrad, or patches)
+                *, method:str|None=None, # smoothgrad, gradient, integrated, activation, occlusion, or attention, where a network pools by it; patches is that of sp_mil (default: smoothgrad, or patches)
                 copies:int=25,       # noisy copies of smoothgrad; the paper: 25
                 noise:float=.05,     # their noise, as a share of the standard deviation of the image; the paper: 0.05
                 steps:int=32,        # of integrated
@@ -757,6 +757,7 @@ def draw_slides(checkpoint,          # file that sp_train or sp_mil wrote, e.g. 
     model, card = load_model(checkpoint, device, strip)
     patches = isinstance(model, (InstanceMIL, FeatureMIL)); o['method'] = method = method or ('patches' if patches else 'smoothgrad')
     if patches != (method == 'patches'): raise InputError(f"--method {method}: {'this network looks at patches, whose map is --method patches' if patches else 'patches are a matter of networks of sp_mil; leave it out'}")
+    if method == 'attention' and not isinstance(model.head.pool, GatedAttention): raise InputError('--method attention: this network does not pool by attention; give another')
     cases = find_slides(slides, slide_spacing, None, columns=card['labels']); data = dataset(card, cases)
     about = dict(format='streaming_pathology heatmaps 1', model=card['sha256'], **{k: v for k, v in o.items() if k not in ('strip', 'device')})
     folder = claim(out, True, DRAWN, [checkpoint, *(c.path for c in cases)])
@@ -786,11 +787,12 @@ def draw_slide(model, data, i, folder, o): # what is written of it: size of the 
     else:
         image = data.image(i)
         if o['method'] == 'activation': pooled = class_activation(model, image, o['target'])
+        elif o['method'] == 'attention': pooled = attention_map(model, image)
         elif o['method'] == 'occlusion': pooled = occlusion(model, image, min(o['square'], *image.shape[1:]), target=o['target'])
-        else: pooled = pool_map(GRADIENTS[o['method']](model, image, o), o['place'])
-        top = float(np.percentile(pooled, 99.5)) or float(pooled.max())
+        else: pooled = GRADIENTS[o['method']](model, image, o)
+        top = 1. if o['method'] == 'attention' else float(np.percentile(pooled, 99.5)) or float(pooled.max())
     if not top: warnings.warn(f'slide {c.slide_id!r}: the map is zero everywhere'); top = 1.
-    step = {'activation': 32, 'occlusion': max(1, min(o['square'], *image.shape[1:])//2)}.get(o['method'], o['place'])
+    step = {'activation': 32, 'attention': 32, 'occlusion': max(1, min(o['square'], *image.shape[1:])//2)}.get(o['method'], o['place'])
     field = field_of(data, i, tuple(image.shape[1:]), tuple(n/step for n in image.shape[1:])) # its last places may reach beyond the image
     shown = Image.fromarray(image.permute(1, 2, 0).numpy()); shown.thumbnail((4096, 4096), Image.Resampling.LANCZOS)
     save_heatmap(folder/f'maps/{c.slide_id}.npy', pooled)

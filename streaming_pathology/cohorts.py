@@ -39,7 +39,7 @@ class Case:
             if isinstance(v := getattr(self, k), str): object.__setattr__(self, k, Path(v))
 
 # %% ../nbs/08_cohorts.ipynb #fc901b5d
-def _table(path, way_out='give the path of a CSV manifest'):
+def _table(path, way_out='give the path of a CSV manifest', between=','):
     "The header and the rows of a CSV file, each row with its line number."
     path = Path(path)
     if not path.exists(): raise InputError(f'{path} does not exist; {way_out}')
@@ -47,7 +47,7 @@ def _table(path, way_out='give the path of a CSV manifest'):
     try: text = path.read_text(encoding='utf-8-sig')
     except OSError as e: raise InputError(f'{path} cannot be read ({e.strerror})') from None
     except UnicodeDecodeError: raise InputError(f'{path} is not UTF-8 text; save the table as CSV (UTF-8)') from None
-    reader = csv.reader(io.StringIO(text, newline=''), strict=True)
+    first = text.partition('\n')[0]; reader = csv.reader(io.StringIO(text, newline=''), strict=True, delimiter=max(between, key=first.count))
     try: rows = [(reader.line_num, [c.strip() for c in r]) for r in reader if any(c.strip() for c in r)]
     except csv.Error as e: raise InputError(f'{path}, line {reader.line_num}: not a CSV table ({e})') from None
     if not rows: raise InputError(f'{path} is empty; its first line has to name the columns')
@@ -69,9 +69,10 @@ def read_table(path,       # a CSV file
                needed,     # columns that it must have
                optional=(),# columns that it may have; others are left alone
                way_out='give the path of an existing file', # what to do where there is none
+               between=',', # what may stand between values
               ) -> list:   # one dict a row, of text without blanks around it, with its `line`
     "The rows of a table with a header; an `InputError` names the file, the line and what is wrong with it."
-    header, rows = _table(path, way_out)
+    header, rows = _table(path, way_out, between)
     _check_header(path, header, needed, (*needed, *optional))
     for n, r in rows:
         if len(r) != len(header): raise InputError(f'{path}, line {n}: {len(r)} values for {len(header)} columns; decimals are written with a point')

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np
-from .geometry import InputError
+from .geometry import InputError, at_least_one
 from .files import write_whole
 from .cohorts import finite_number, read_table
 from .auc import (DeLong, Interval, auc, auc_error, auc_interval, bootstrap_aucs, bootstrap_ci, check_level, check_scores, class_weights, delong_test,
@@ -29,7 +29,7 @@ def roc_band(labels, # 0 or 1 for each slide
              groups=None, # patient of each slide; see `bootstrap_aucs`
             ):
     "Pointwise bootstrap band of the ROC curve: `(grid, low, high)`, each (m,)"
-    grid = np.linspace(0, 1, 201) if grid is None else np.asarray(grid)
+    at_least_one(n=n); grid = np.linspace(0, 1, 201) if grid is None else np.asarray(grid)
     def at(pos, neg):
         tpr, fpr = pos/pos[-1], neg/neg[-1]
         k = np.searchsorted(fpr, grid, side='right')-1                # the top of a vertical step, where the rate is reached
@@ -249,7 +249,7 @@ def evaluate_file(path, # predictions.csv
     rows, known = read_predictions(path), read_patients(patients or Path(path).parent/'cohort.csv', patients is not None)
     def labelled(name):
         of = [(r.label, r.probability) for r in rows if r.split == name and r.label is not None]
-        if not of: raise InputError(f'{path} has no labelled slide with split {name!r}: its splits are {", ".join(sorted({repr(r.split) for r in rows}))}')
+        if not of: raise InputError(f'{path} has no labelled slide with split {name!r}: the splits of its slides, labelled or not, are {", ".join(sorted({repr(r.split) for r in rows}))}')
         return zip(*of)
     try:
         if threshold_split:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'AVERAGES', 'as_image', 'rows_of', 'image_std', 'ChangedRows', 'GradientRows', 'Noise',
-           'only_input_gradients', 'first_streamed', 'reads_rows', 'output_of', 'smoothgrad', 'glass_of',
+           'only_input_gradients', 'first_streamed', 'reads_rows', 'output_of', 'add_rows', 'smoothgrad', 'glass_of',
            'integrated_gradients']
 
 # %% ../nbs/14_gradients.ipynb #grd00003
@@ -116,6 +116,12 @@ def output_of(model, # gives (1, n_out) for an image (1, 3, H, W) of 0..255
 # %% ../nbs/14_gradients.ipynb #grd00011
 AVERAGES = dict(absolute=lambda g: g[0].abs().sum(0), squared=lambda g: g[0].square().sum(0), signed=lambda g: g[0])
 
+def add_rows(total, pixels, top, place): # pixels (..., h, W), from the row `top` on
+    "Add pixels to the places (..., ceil(H/place), ceil(W/place)) that they lie in."
+    if place == 1: total.narrow(-2, top, pixels.shape[-2]).add_(pixels); return
+    columns = nn.functional.pad(pixels, (0, -pixels.shape[-1] % place)).unflatten(-1, (-1, place)).sum(-1)
+    total.index_add_(-2, torch.arange(top, top+pixels.shape[-2], device=total.device)//place, columns)
+
 def smoothgrad(model, # gives (1, n_out) for a float image (1, 3, H, W) of 0..255; a streamed one for large images
                image, # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
                n=25, # noisy copies
@@ -123,16 +129,18 @@ def smoothgrad(model, # gives (1, n_out) for a float image (1, 3, H, W) of 0..25
                seed=0, # of the noise
                target=0, # output to explain
                average='absolute', # 'absolute', 'squared' or 'signed'
+               place=1, # pixels a side of a place of the map, which has the mean over them
               )->np.ndarray:
-    "Mean sensitivity of the logit to each pixel over `n` noisy copies (H, W) float32, never negative (Smilkov et al. 2017)"
-    x = as_image(image); at_least_one(n=n)
+    "Mean sensitivity of the logit to each pixel over `n` noisy copies (ceil(H/place), ceil(W/place)) float32, never negative (Smilkov et al. 2017)"
+    x = as_image(image); at_least_one(n=n, place=place); signed = average == 'signed'
     if not 0 <= noise < np.inf: raise InputError(f'noise={noise}: the noise is a share of the standard deviation and cannot be negative')
     if average not in AVERAGES: raise InputError(f"average={average!r}: choose 'absolute', 'squared' or 'signed'")
     std, like = noise*image_std(x), ChangedRows(x)
-    total = torch.zeros(*[3]*(average == 'signed'), *x.shape[2:], dtype=like.dtype)
-    def take(g, top): total.narrow(-2, top, g.shape[2]).add_(AVERAGES[average](g.to(like.dtype)).to(total.device))
+    total = torch.zeros(*[3]*signed, *(x.shape[2:] if signed else [-(-v//place) for v in x.shape[2:]]), dtype=like.dtype) # the sign is lost after the mean over copies, pixel by pixel
+    def take(g, top): add_rows(total, AVERAGES[average](g.to(like.dtype)).to(total.device), top, 1 if signed else place)
     for copy in range(n): output_of(model, GradientRows(x, Noise(x.shape[3], std, seed, copy, like.dtype).add if std else None, take), target)
-    if average == 'signed': total = total.abs_().sum(0)
+    if signed: pixels, total = total.abs_().sum(0), torch.zeros([-(-v//place) for v in x.shape[2:]], dtype=like.dtype); add_rows(total, pixels, 0, place)
+    for k, v in enumerate(x.shape[2:]): total.div_((v-torch.arange(total.shape[k])*place).clamp(max=place).view(-1, *[1]*(1-k)))
     return total.div_(n).float().numpy()
 
 # %% ../nbs/14_gradients.ipynb #grd00014

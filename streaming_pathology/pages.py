@@ -84,7 +84,7 @@ thead th { color: var(--soft); } tbody th { color: var(--soft); } .numbers th, .
 summary { cursor: pointer; margin-bottom: 1rem; }
 footer { padding-bottom: 3rem; }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
-@media print { :root { color-scheme: light; font-size: 11px; --paper: #fff; --ink: #000; --soft: #444; --rule: #ccc; } nav, .js .controls { display: none; }
+@media print { :root { color-scheme: light; font-size: 11px; --paper: #fff; --ink: #000; --soft: #444; --rule: #ccc; --card: #fff; --wash: #f4eff8; --accent: #6b3f94; --bad: #a8322a; --good: #2d6a4a; } nav, .js .controls { display: none; }
   header { padding-bottom: 1rem; } body { print-color-adjust: exact; -webkit-print-color-adjust: exact; } section { padding: 1.2rem 0; } figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
   img.plot { filter: none; } }
 '''

@@ -63,10 +63,10 @@ def regions(heat,   # (h, w)
     "The regions of a slide in which a map is above a threshold"
     heat = check_map(heat)
     if not np.isfinite(threshold) or threshold <= 0: raise InputError(f'threshold {threshold} of a map: it has to be above 0')
-    labels, n = ndimage.label(np.pad(heat, 1) > threshold); found = []
+    around = np.pad(heat, 1); labels, n = ndimage.label(around > threshold); found = []
     for k, where in enumerate(ndimage.find_objects(labels), 1):
         (r, c), mine = (slice(max(s.start-1, 0), s.stop+1) for s in where), None
-        mine = labels[r, c] == k; values = np.where(mine, np.pad(heat, 1)[r, c], np.minimum(np.pad(heat, 1)[r, c], threshold*(1-1e-6)))
+        mine = labels[r, c] == k; values = np.where(mine, around[r, c], np.minimum(around[r, c], threshold*(1-1e-6)))
         polygons, offsets = contourpy.contour_generator(z=values.astype(float), fill_type='OuterOffset').filled(threshold, np.inf)
         rings = []
         for points, at in zip(polygons, offsets): # columns and rows of the padded part, whose first place's middle is at 0

@@ -35,7 +35,7 @@ def results(path,   # predictions.csv of `sp_predict`, `sp_train` or `sp_mil`
     patients = read_patients(cohort or Path(path).parent/'cohort.csv', cohort is not None and not by)
     def of(name): # known labels (n, columns), predictions (n, k), patients, of a split
         there = [r for r in rows if r['split'] == name and all(r[l] is not None for l in labels[:None if kind != 'multilabel' else 0])]
-        if not there: raise InputError(f'{path} has no labelled slide with split {name!r}: its splits are {", ".join(sorted({repr(r["split"]) for r in rows}))}')
+        if not there: raise InputError(f'{path} has no labelled slide with split {name!r}: the splits of its slides, labelled or not, are {", ".join(sorted({repr(r["split"]) for r in rows}))}')
         return np.array([[np.nan if r[l] is None else r[l] for l in labels] for r in there]), np.array([[r[p] for p in predicted] for r in there]), [patients.get(r['slide_id'], f"slide {r['slide_id']}") for r in there], [r['slide_id'] for r in there]
     if kind != 'binary' and (given := [k for k, v in dict(sensitivity=sensitivity, by=by, threshold_split=threshold_split if kind != 'survival' else None).items() if v]): raise InputError(f'{path}: {given[0]} is a matter of two classes, and this table is not of those; leave it out')
     if cohort and (lost := [r['slide_id'] for r in rows if r['slide_id'] not in {t['slide_id'] for t in read_table(cohort, ('slide_id',))}]): raise InputError(f'{cohort} has no row of {len(lost)} of the slides of {path}, the first is {lost[0]!r}; give the manifest that they are of')

@@ -46,12 +46,12 @@ def read_categories(path,  # CSV with slide_id, error and category, which may be
                    )->dict: # {slide_id: category}
     "The categories that a reviewer gave to errors; `InputError` where they are not of these"
     kinds, found, names = {e.slide_id: e.kind for e in wrong}, {}, {called(k): i for i, k in (numbers or {}).items()}
-    for r in read_table(path, CATEGORIES, (), 'save it in the report of a run'):
+    for r in read_table(path, CATEGORIES, (), 'save it in the report of a run', ',;'):
         i = r['slide_id'] if r['slide_id'] in kinds else names.get(r['slide_id'], r['slide_id'])
         if i not in kinds: raise InputError(f'{path}: slide {r["slide_id"]!r} is no error of this model at the threshold of its report; give the categories of the same run')
         if r['error'] != kinds[i]: raise InputError(f'{path}: slide {r["slide_id"]!r} is a {kinds[i]} of this model, and the table says {r["error"]!r}; give the categories of the same run')
         if i in found: raise InputError(f'{path} has slide {r["slide_id"]!r} twice; keep one row a slide')
-        found[i] = ' '.join(r['category'].split())
+        found[i] = ' '.join(r['category'].removeprefix("'").split()) # which keeps spreadsheets from computing it
     return {i: c for i, c in found.items() if c}
 
 # %% ../nbs/13_review.ipynb #rev000011

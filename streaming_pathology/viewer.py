@@ -17,21 +17,21 @@ from fastcore.xml import *
 from PIL import Image
 from .geometry import InputError
 from .files import reason, whole_file, write_whole
-from .heatmaps import check_map, colour_map
+from .heatmaps import colour_map, fit_map
 from .pages import html_page
 from .regions import Field, regions
 
 # %% ../nbs/14_viewer.ipynb #view0005
 def save_picture(path,    # .jpg file
                  image,   # uint8 (H, W, 3), what a network saw
-                 spacing, # microns per pixel
+                 spacing, # microns per pixel; None: not known, or not to be told
                  max_side=4096, # pixels of the longest side of the file
                  quality=88,
                 )->Path:
     "Write a picture that knows its scale, all of it or nothing"
     im = Image.fromarray(np.asarray(image)); h, w = im.height, im.width
     im.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    with whole_file(path) as f: im.save(f, 'JPEG', quality=quality, comment=json.dumps(dict(spacing=spacing*w/im.width, seen=[h, w])))
+    with whole_file(path) as f: im.save(f, 'JPEG', quality=quality, **dict(comment=json.dumps(dict(spacing=spacing*w/im.width, seen=[h, w]))) if spacing else {})
     return Path(path)
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def write_tiles(picture, # file of an image
     "Cut a picture into the tiles of a pyramid, whose coarsest level is one tile"
     folder = Path(folder)
     try:
-        image = pyvips.Image.new_from_file(str(picture), access='sequential')
+        image = pyvips.Image.new_from_file(str(picture), access='sequential').colourspace('srgb')
         image.dzsave(str(folder), suffix='.jpg[Q=82,keep=none]', tile_size=TILE, overlap=1, depth='onetile')
     except pyvips.Error as e: raise InputError(f'{picture} cannot be cut into tiles: {reason(e)}') from None
     made = folder.with_name(f'{folder.name}_files')
@@ -94,9 +94,9 @@ def outline_of(heat, # (h, w)
                threshold, # in its units
                extent=(1., 1.), # see `Layer`
               )->str:
-    "Where a map is above a threshold, as the path of an SVG: x and y in thousandths of the slide's picture"
-    heat = check_map(heat); place = [1000*e/n for e, n in zip(extent, heat.shape)]
-    return ''.join('M'+'L'.join(f'{x:.1f} {y:.1f}' for x, y in ring[:-1])+'Z' for g in regions(heat, Field((1000, 1000), 1., (0, 0), tuple(place)), threshold) for ring in g.rings)
+    "Where a map is above a threshold, as the path of an SVG: x and y in thousandths of the slide's picture; of at most 256 places a side, without specks of a place or two"
+    heat = fit_map(heat, 256); place = [1000*e/n for e, n in zip(extent, heat.shape)]
+    return ''.join('M'+'L'.join(f'{x:.1f} {y:.1f}' for x, y in ring[:-1])+'Z' for g in regions(heat, Field((1000, 1000), 1., (0, 0), tuple(place)), threshold, 2*place[0]*place[1]) for ring in g.rings)
 
 # %% ../nbs/14_viewer.ipynb #view0015
 VIEWER = ('openseadragon.min.js', 'LICENSE.txt')
@@ -110,6 +110,9 @@ def copy_viewer(folder)->bool: # whether it is installed
     "Put the viewer and its licence into a folder"
     for f in (found := viewer_files()): write_whole(Path(folder)/f.name, f.read_bytes())
     return bool(found)
+
+def _round(wanted): ten = 10**np.floor(np.log10(wanted)); return float(next(k for k in (5, 2, 1) if k*ten <= wanted*(1+1e-9))*ten)
+def _microns(v): return f'{v/1000:g} mm' if v >= 1000 else f'{v:g} µm'
 
 def slide_page(title,   # name of the slide
                above,   # whose it is
@@ -127,38 +130,38 @@ def slide_page(title,   # name of the slide
     "The page of one slide"
     over = [(i, l) for i, l in enumerate(layers)]
     def place(l): return f'height:{l.extent[0]:.4%};width:{l.extent[1]:.4%}'
+    length = _round(spacing*size[1]/4) if spacing else None # microns, of the bar of the picture as a whole
     stage = Div(Img(src=picture, alt=alt, cls='tissue'),
         *(Img(src=l.picture, alt='', cls='over', data_layer=i, data_height=f'{l.extent[0]:.6f}', data_width=f'{l.extent[1]:.6f}', style=place(l), hidden=not l.shown) for i, l in over),
         *(ft('svg', ft('path', d=l.outline, vector_effect='non-scaling-stroke'), viewBox='0 0 1000 1000', preserveAspectRatio='none', aria_hidden='true', cls='over outline', data_layer=i, data_height='1', data_width='1', hidden=True) for i, l in over if l.outline),
-        id='stage')
+        Div(_microns(length), cls='bar', style=f'--length:{length/spacing/size[1]:.4%}') if length else None, id='stage')
     def box(name, text, on): return Label(Input(type='checkbox', name=name, checked=on), f' {text}')
     controls = Form(Fieldset(Legend('View'), *(Button(t, type='button', data_do=d, aria_label=a) for d, t, a in (('in', '+', 'Zoom in'), ('out', '−', 'Zoom out'), ('whole', 'Whole slide', None), ('full', 'Full screen', None))), cls='zooms'),
         *(Fieldset(Legend(l.name), box('shown', 'shown', l.shown), Label('opacity ', Input(type='range', name='fade', min='0', max='100', value='75', aria_label=f'Opacity of {l.name}')), box('outline', 'outline', False) if l.outline else None, cls='layer', data_layer=i) for i, l in over), cls='controls', autocomplete='off')
     keys = P('Keys, when the picture has the focus: arrows move, + and − zoom, 0 shows the whole slide.', cls='small zooms') if tiles else P('This report was written without the slide viewer, so the picture does not zoom: install the package where the npm registry can be reached, and write the report again.', cls='note') if not viewer_files() else None
-    said = json.dumps(dict(tiles=tiles, spacing=spacing, size=size)).replace('<', '\\u003c')
-    sections = [('slide', '', (Div(stage, P('', id='bar', cls='small', hidden=True), id='frame', style=f'--r:{size[1]/size[0]:.4f}'), controls, keys, P('', id='wrong', cls='note', role='alert', hidden=True), *facts))]
+    said = json.dumps(dict(tiles=tiles, spacing=spacing)).replace('<', '\\u003c')
+    sections = [('slide', '', (Div(Div(stage, Div(id='bar', cls='bar', hidden=True), id='frame', style=f'--r:{size[1]/size[0]:.4f}'), controls, id='viewer'), keys, P('', id='wrong', cls='note', role='alert', hidden=True), *facts))]
     return html_page(title, above, sections, below, nav, NotStr(f'<script type="application/json" id="said">{said}</script>'), VIEWER_STYLE, VIEWER_SCRIPT, [script] if tiles else [], True)
 
 # %% ../nbs/14_viewer.ipynb #view0016
 VIEWER_STYLE = '''
 #frame { position: relative; background: #f6f4f6; border: 1px solid var(--rule); border-radius: .5rem; overflow: hidden; color: #241f2b; }
-#frame.zooming { height: clamp(16rem, 92vw/var(--r), 68vh); } #frame:fullscreen { height: 100vh; border-radius: 0; }
-#stage { position: relative; aspect-ratio: var(--r); width: min(100%, 68vh*var(--r)); margin: 0 auto; }
-#stage .tissue { position: absolute; inset: 0; width: 100%; height: 100%; }
-#stage > .over { position: absolute; left: 0; top: 0; opacity: .75; } #stage > svg.over { width: 100%; height: 100%; }
-.zooming #stage { position: static; width: 100%; height: 100%; aspect-ratio: auto; margin: 0; } #zoom { width: 100%; height: 100%; }
+#frame.zooming { height: clamp(16rem, 92vw/var(--r), 68vh); } #viewer:fullscreen { background: var(--paper); padding: 1rem; overflow: auto; } #viewer:fullscreen #frame.zooming { height: 80vh; }
+#stage { position: relative; aspect-ratio: var(--r); width: min(100%, 68vh*var(--r)); margin: 0 auto; } .zooming #stage { display: none; } #zoom { width: 100%; height: 100%; }
+#stage .tissue { position: absolute; inset: 0; width: 100%; height: 100%; } .over { opacity: .75; }
+#stage > .over { position: absolute; left: 0; top: 0; } #stage > svg.over { width: 100%; height: 100%; } svg.over { opacity: 1; }
 .over { pointer-events: none; } .over[hidden] { display: none !important; }
 .outline path { fill: none; stroke: #c2185b; stroke-width: 2px; }
-#bar { position: absolute; left: .8rem; bottom: .6rem; margin: 0; padding: .1rem .5rem; background: #fffd; color: #241f2b; border-radius: .3rem; pointer-events: none; line-height: 1.4; }
-#bar[hidden] { display: none; } #bar::after { content: ''; display: block; width: var(--length, 0); border: 2px solid #241f2b; border-top: 0; height: .4rem; margin-bottom: .2rem; }
+.bar { position: absolute; left: 0; bottom: 0; width: 100%; padding: 0 0 .6rem .8rem; pointer-events: none; font-size: .875rem; line-height: 1.4; text-shadow: 0 0 3px #fff, 0 0 3px #fff, 0 0 3px #fff; } .bar[hidden] { display: none; }
+.bar::after { content: ''; display: block; width: var(--length, 0); border: 2px solid #241f2b; border-top: 0; height: .4rem; box-shadow: 0 1px 0 #fffc; } #stage .bar { padding-left: 0; }
 .zooms { display: none; } .zoomable .zooms { display: flex; } p.zooms { margin-bottom: 1.5rem; }
-@media print { .zooms, .zoomable .zooms { display: none; } }
+@media print { .zooms, .zoomable .zooms, #zoom, #bar { display: none; } #frame.zooming { height: auto; } .zooming #stage { display: block; width: min(100%, 20cm*var(--r)); } }
 '''
 
 VIEWER_SCRIPT = '''
 const all = (s, e = document) => [...e.querySelectorAll(s)], one = (s, e = document) => e.querySelector(s), root = document.documentElement;
 root.classList.add('js');
-const said = JSON.parse(one('#said').textContent), frame = one('#frame'), stage = one('#stage'), over = all('.over', stage), form = one('.controls'), bar = one('#bar');
+const said = JSON.parse(one('#said').textContent), frame = one('#frame'), stage = one('#stage'), over = all('.over', stage), form = one('.controls');
 function arrange() {
   for (const f of all('.layer', form)) for (const e of over.filter(e => e.dataset.layer == f.dataset.layer)) {
     const outline = e.classList.contains('outline');
@@ -168,28 +171,29 @@ function arrange() {
 }
 form.addEventListener('input', e => { if (e.target.name == 'fade') one('[name=shown]', e.target.closest('.layer')).checked = true; arrange(); });
 form.addEventListener('submit', e => e.preventDefault());
-function measure(perMicron) { // pixels of the screen for a micron
-  const wanted = Math.min(160, stage.clientWidth / 3) / perMicron, ten = 10 ** Math.floor(Math.log10(wanted)), length = [5, 2, 1].find(k => k * ten <= wanted) * ten;
-  bar.hidden = false; bar.style.setProperty('--length', `${length * perMicron}px`);
-  bar.textContent = length >= 1000 ? `${length / 1000} mm` : `${length} µm`;
-}
 if (said.tiles && window.OpenSeadragon) {
-  const t = said.tiles, host = document.createElement('div'); host.id = 'zoom';
-  root.classList.add('zoomable'); frame.classList.add('zooming'); stage.replaceChildren(host);
+  const t = said.tiles, host = document.createElement('div'), bar = one('#bar'); host.id = 'zoom';
+  const near = over.map(e => { const c = e.cloneNode(true); c.style.width = c.style.height = ''; return c; }); over.push(...near); // what lies on the picture that zooms; the whole one stays for paper
+  root.classList.add('zoomable'); frame.classList.add('zooming'); frame.prepend(host);
   const quick = matchMedia('(prefers-reduced-motion: reduce)').matches;
   const viewer = window.viewer = OpenSeadragon({element: host, drawer: 'canvas', showNavigationControl: false, animationTime: quick ? 0 : .5, maxZoomPixelRatio: 4, minZoomImageRatio: .8, visibilityRatio: .3,
     gestureSettingsMouse: {clickToZoom: false, dblClickToZoom: true}, crossOriginPolicy: false,
     tileSources: {width: t.width, height: t.height, tileSize: t.tile, tileOverlap: 1, minLevel: 0, maxLevel: t.levels - 1, getTileUrl: (level, x, y) => `${t.path}/${level}/${x}_${y}.jpg`}});
   viewer.canvas.setAttribute('role', 'application'); viewer.canvas.setAttribute('aria-label', 'Picture of the slide, which zooms');
-  const scale = () => said.spacing && measure(viewer.viewport.viewportToImageZoom(viewer.viewport.getZoom(true)) / said.spacing);
+  const scale = () => {
+    if (!said.spacing) return;
+    const perMicron = viewer.viewport.viewportToImageZoom(viewer.viewport.getZoom(true)) / said.spacing; // pixels of the screen
+    const wanted = Math.min(160, host.clientWidth / 3) / perMicron, ten = 10 ** Math.floor(Math.log10(wanted)), length = [5, 2, 1].find(k => k * ten <= wanted) * ten;
+    bar.hidden = false; bar.style.setProperty('--length', `${length * perMicron}px`); bar.textContent = length >= 1000 ? `${length / 1000} mm` : `${length} µm`;
+  };
   viewer.addHandler('open', () => {
-    for (const e of over) viewer.addOverlay({element: e, location: new OpenSeadragon.Rect(0, 0, +e.dataset.width, +e.dataset.height * t.height / t.width)});
+    for (const e of near) viewer.addOverlay({element: e, location: new OpenSeadragon.Rect(0, 0, +e.dataset.width, +e.dataset.height * t.height / t.width)});
     arrange(); scale();
   });
   for (const name of ['animation', 'zoom', 'resize']) viewer.addHandler(name, scale);
   for (const name of ['open-failed', 'tile-load-failed']) viewer.addHandler(name, () => { const p = one('#wrong'); p.hidden = false; p.textContent = 'A part of the picture cannot be read: the folder tiles has to lie beside the pages, as it was written.'; });
-  const act = {in: () => viewer.viewport.zoomBy(1.6), out: () => viewer.viewport.zoomBy(1 / 1.6), whole: () => viewer.viewport.goHome(), full: () => document.fullscreenElement ? document.exitFullscreen() : frame.requestFullscreen()};
+  const act = {in: () => viewer.viewport.zoomBy(1.6), out: () => viewer.viewport.zoomBy(1 / 1.6), whole: () => viewer.viewport.goHome(), full: () => document.fullscreenElement ? document.exitFullscreen() : one('#viewer').requestFullscreen()};
   form.addEventListener('click', e => { const a = act[e.target.dataset.do]; if (a) { a(); viewer.viewport.applyConstraints(); } });
-} else if (said.spacing) new ResizeObserver(() => measure(stage.clientWidth / said.size[1] / said.spacing)).observe(stage);
+}
 arrange();
 '''

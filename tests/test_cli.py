@@ -241,7 +241,7 @@ def test_heatmaps(trained, bad, tmp_path, capsys, method, more):
     refused(capsys, [*argv, '--threshold', .7], 'other settings')
 
 def test_heatmaps_refused(trained, cohort, tmp_path, capsys):
-    for more, says in ((['--method', 'patches'], 'sp_mil'), (['--method', 'shap'], '--method'), (['--copies', 0], '--copies'), (['--threshold', 0], '--threshold'), (['--place', 0], '--place'), (['--target', 3], 'target=3'), (['--noise', -1], '--noise')):
+    for more, says in ((['--method', 'patches'], 'sp_mil'), (['--method', 'shap'], '--method'), (['--method', 'attention'], 'by attention'), (['--copies', 0], '--copies'), (['--threshold', 0], '--threshold'), (['--place', 0], '--place'), (['--target', 3], 'target=3'), (['--noise', -1], '--noise')):
         refused(capsys, ['heatmap', trained/'checkpoints/best.pt', cohort/'slides/s00.tiff', tmp_path/'x', *more], says)
     (tmp_path/'mine').mkdir(); (tmp_path/'mine/a.txt').write_text('a'); refused(capsys, ['heatmap', trained/'checkpoints/best.pt', cohort/'slides', tmp_path/'mine'], 'a.txt'); refused(capsys, ['heatmap', trained/'checkpoints/best.pt', cohort/'slides', cohort], 'holds')
 

@@ -66,4 +66,4 @@ def test_refused(whole, tmp_path, capsys):
         write_csv(tmp_path/'cohort.csv', table); (tmp_path/'mil.toml').write_text((whole/'mil.toml').read_text().replace(str(whole/'cohort/manifest.csv'), str(tmp_path/'cohort.csv')))
         refused(run, tmp_path/'mil.toml', out, says=says); assert not out.exists()
     (tmp_path/'mil.toml').write_text((whole/'mil.toml').read_text()+'stride = 99\n'); refused(run, tmp_path/'mil.toml', out, says='99 pixels apart'); assert not out.exists()
-    shutil.rmtree(other/'checkpoints'); (other/'report/index.html').unlink(); (other/'settings.toml').write_text('command = 3\n'); refused(run, other, out, says='command')
+    shutil.rmtree(other/'checkpoints'); shutil.rmtree(other/'report'); (other/'settings.toml').write_text('command = 3\n'); refused(run, other, out, says='command')

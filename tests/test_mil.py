@@ -48,7 +48,7 @@ def test_settings(whole, tmp_path, capsys, options, says): refused(capsys, ['mil
 
 def test_going_on(whole, tmp_path, capsys):
     "What is cut into patches, and how, cannot change; the other command does not go on with it."
-    shutil.copytree(whole/'run', run := tmp_path/'run'); (run/'report/index.html').unlink(); before = tree(run)
+    shutil.copytree(whole/'run', run := tmp_path/'run'); shutil.rmtree(run/'report'); before = tree(run)
     for options in (['--patch', 64], ['--tissue', .5], ['--magnify', '1,2']): refused(capsys, ['mil', whole/'cohort/manifest.csv', run, *TRAIN, *options, '--resume', '--accept-changes'], 'sees slides otherwise', options[0][2:])
     refused(capsys, ['train', whole/'cohort/manifest.csv', run, '--spacing', 4, '--epochs', 2, '--resume', '--accept-changes'], 'command sp_mil'); assert tree(run) == before
 
@@ -103,7 +103,7 @@ def test_heatmaps(whole, features, tmp_path, capsys):
 
 def test_other_backbone(whole, features, tmp_path, capsys):
     "Weights of another backbone beside the run are refused, at resume and when predicting; so are none."
-    shutil.copytree(features, run := tmp_path/'run'); (run/'report/index.html').unlink()
+    shutil.copytree(features, run := tmp_path/'run'); shutil.rmtree(run/'report')
     assert cli.main(['mil', whole/'cohort/manifest.csv', tmp_path/'other', *FEATURES, '--epochs', 1, '--seed', 7]) == 0
     shutil.copy(tmp_path/'other/checkpoints/encoder.safetensors', run/'checkpoints/encoder.safetensors')
     assert not {p.name for p in (tmp_path/'other/features').iterdir()} & {p.name for p in (features/'features').iterdir()}

@@ -73,7 +73,7 @@ def test_order_and_errors_only(page):
     assert names(page) == sorted(names(page)) and len(names(page)) == 39
     page.locator('input[name=show][value=wrong]').check()
     wrong = page.locator('#labelled .card.wrong').count()
-    assert len(names(page)) == wrong < 39 and page.locator('#count').inner_text() == f'{wrong} of 39 slides shown'
+    assert len(names(page)) == wrong < 39 and page.locator('#count').inner_text() == f'{wrong} of the 39 slides of this page shown'
 
 def test_heatmap_fades_and_changes_its_scale(page):
     opacity = lambda: float(page.eval_on_selector('#labelled .heat.common', 'e => { e.style.transition = "none"; return getComputedStyle(e).opacity }'))
@@ -103,13 +103,13 @@ def test_scale_bar_tells_the_truth(page):
     assert length/micron == pytest.approx(whole/(6144*.5), rel=.02)
 
 def test_layers_of_a_slide(page):
-    of_slide(page); shown = lambda s: page.locator(f'.over{s}').is_visible()
+    of_slide(page); shown = lambda s: page.locator(f'#zoom .over{s}').is_visible()
     assert shown('[data-layer="0"]:not(.outline)') and not shown('[data-layer="1"]:not(.outline)') and not shown('.outline[data-layer="0"]')
     one = page.locator('.layer').first; one.get_by_label('outline').check(); assert shown('.outline[data-layer="0"]')
-    one.get_by_role('slider').fill('20'); assert float(page.eval_on_selector('.over[data-layer="0"]', 'e => getComputedStyle(e).opacity')) == pytest.approx(.2)
+    one.get_by_role('slider').fill('20'); assert float(page.eval_on_selector('#zoom .over[data-layer="0"]', 'e => getComputedStyle(e).opacity')) == pytest.approx(.2)
     one.get_by_label('shown').uncheck(); assert not shown('[data-layer="0"]:not(.outline)')
     page.locator('.layer').nth(1).get_by_label('shown').check(); assert shown('[data-layer="1"]:not(.outline)')
-    at = page.evaluate('(() => { const r = document.querySelector(".over[data-layer=\'1\']").getBoundingClientRect(), p = viewer.viewport.viewportToViewerElementRectangle(new OpenSeadragon.Rect(0, 0, 1, 2/3)), h = document.querySelector("#zoom").getBoundingClientRect(); return [r.left-h.left-p.x, r.top-h.top-p.y, r.width-p.width, r.height-p.height] })()')
+    at = page.evaluate('(() => { const r = document.querySelector("#zoom .over[data-layer=\'1\']").getBoundingClientRect(), p = viewer.viewport.viewportToViewerElementRectangle(new OpenSeadragon.Rect(0, 0, 1, 2/3)), h = document.querySelector("#zoom").getBoundingClientRect(); return [r.left-h.left-p.x, r.top-h.top-p.y, r.width-p.width, r.height-p.height] })()')
     assert max(map(abs, at)) < 1.5 # it lies on the picture
 
 def test_from_slide_to_slide(page):
@@ -130,10 +130,11 @@ def test_every_link_leads_somewhere(browser, report):
 
 def test_categories_are_written_kept_and_saved(page, tmp_path):
     fields = page.locator('.category'); n = fields.count(); assert n and page.locator('datalist option').count() == 10
-    fields.first.fill('inflammation, "dense"'); page.reload(); assert fields.first.input_value() == 'inflammation, "dense"'
+    fields.first.fill('inflammation, "dense"'); page.reload(); assert fields.first.input_value() == 'inflammation, "dense"'; fields.nth(1).fill('=1+1') if n > 1 else None
     with page.expect_download() as found: page.get_by_role('button', name='Save the categories').click()
-    found.value.save_as(tmp_path/'c.csv'); rows = list(csv.DictReader((tmp_path/'c.csv').open(newline=''))); assert len(rows) == n and '1 of' in page.locator('#saved').inner_text()
-    wrong, _ = errors_of(page.folder.parent/'predictions.csv'); assert read_categories(tmp_path/'c.csv', wrong) == {rows[0]['slide_id']: 'inflammation, "dense"'}
+    found.value.save_as(tmp_path/'c.csv'); rows = list(csv.DictReader((tmp_path/'c.csv').open(newline='', encoding='utf-8-sig'))); assert len(rows) == n and 'have a category' in page.locator('#saved').inner_text() and not any(r['category'].startswith('=') for r in rows)
+    wrong, _ = errors_of(page.folder.parent/'predictions.csv'); assert read_categories(tmp_path/'c.csv', wrong) == {rows[0]['slide_id']: 'inflammation, "dense"'} | ({rows[1]['slide_id']: '=1+1'} if n > 1 else {})
+    page.get_by_role('button', name='Forget').click(); assert fields.first.input_value() == ''; page.reload(); assert fields.first.input_value() == ''
 
 def test_nothing_serious_for_those_who_cannot_see_it(page):
     assert not violations(page); of_slide(page); assert not violations(page)
@@ -152,6 +153,9 @@ def test_prints(page):
     page.emulate_media(media='print')
     assert not page.locator('.controls').is_visible() and page.locator('#labelled .card').first.is_visible() and page.pdf()[:4] == b'%PDF'
     page.emulate_media(media='screen'); of_slide(page); page.emulate_media(media='print'); assert not page.locator('.controls').is_visible() and page.pdf()[:4] == b'%PDF'
+    inside = page.evaluate('[...document.querySelectorAll("#stage .tissue, #stage > .over:not([hidden])")].map(e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.width, r.height] })') # on paper too a map lies on its picture
+    assert len(inside) == 2 and max(abs(a-b) for a, b in zip(*inside)) < 1 and not page.locator('#zoom').is_visible()
+    bar, length = page.evaluate('[parseFloat(getComputedStyle(document.querySelector("#stage .bar"), "::after").width), document.querySelector("#stage .bar").innerText]'); said = length.split(); assert bar/(float(said[0])*{'µm': 1, 'mm': 1000}[said[1]]) == pytest.approx(inside[0][2]/(6144*.5), rel=.02)
 
 def test_a_tile_that_is_lost_is_told(browser, report, tmp_path):
     at = shutil.copytree(report.parent, tmp_path/'report'); shutil.rmtree(at/'tiles/001'); page = browser.new_page(); page.goto((at/'slides/001.html').as_uri())

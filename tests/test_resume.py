@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import psutil, pytest, torch, torchvision
 from streaming_pathology import cli
-from streaming_pathology.checkpoints import last_point, load_checkpoint, points, save_checkpoint
+from streaming_pathology.checkpoints import REPORT, last_point, load_checkpoint, points, save_checkpoint
 from streaming_pathology.cohorts import tiny_cohort
 from streaming_pathology.files import write_csv
 from streaming_pathology.training import EarlyStopping, TinyNet, fit, synth_learner
@@ -112,7 +112,7 @@ def test_a_second_signal_ends_it_at_once(cohort, tmp_path):
 @pytest.fixture
 def halfway(whole, tmp_path):
     "A run that was broken off in its second epoch: its points are those of a run that ended there."
-    shutil.copytree(whole, tmp_path/'run'); (tmp_path/'run/report/index.html').unlink()
+    shutil.copytree(whole, tmp_path/'run'); shutil.rmtree(tmp_path/'run/report')
     for p in points(tmp_path/'run/checkpoints')[1:]: p.unlink()
     return tmp_path/'run'
 
@@ -129,7 +129,7 @@ def test_what_was_changed_is_named(cohort, whole, halfway, capsys):
     for options in (['--lr', .1], ['--epochs', 2]): refused(capsys, [*longer[:-3], *options, '--resume', '--accept-changes'], 'has 3 epochs', '--epochs 4 or more')
     assert cli.main([*longer, '--accept-changes']) == 0 and len(rows(halfway/'log.csv')) == 4
     assert json.loads((halfway/'environment.json').read_text())['resumed'][-1].endswith('; epoch 4; --epochs was 3 and is 4')
-    for n in ('report/index.html', 'predictions.csv'): (halfway/n).unlink() # as where memory did not suffice for them
+    shutil.rmtree(halfway/'report'); (halfway/'predictions.csv').unlink() # as where memory did not suffice for them
     assert cli.main([*longer, '--strip', 32, '--accept-changes']) == 0; longer += ['--strip', 32]
     assert load_checkpoint(halfway/'checkpoints/best.pt')['settings']['settings']['epochs'] == 4 # what was accepted counts for it, whichever epoch it is of
     assert cli.main(longer) == 0 and 'is finished' in capsys.readouterr().out; refused(capsys, ['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume'], '--epochs was 4 and is 3')
@@ -155,7 +155,7 @@ def test_what_was_learnt_is_never_tested_on(cohort, halfway, capsys):
 def test_a_damaged_point(cohort, halfway, capsys):
     for p in points(halfway/'checkpoints'): data = bytearray(p.read_bytes()); data[len(data)//3] ^= 4; p.write_bytes(data)
     argv = ['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume']; refused(capsys, argv, 'no point that is whole', 'checksum')
-    (halfway/'report/index.html').write_text('') # of a run that is finished
+    (halfway/'report').mkdir(exist_ok=True); (halfway/'report/index.html').write_text(f'<meta {REPORT.says}>') # of a run that is finished
     assert cli.main(argv) == 0 and all(t in said for said in [''.join(capsys.readouterr())] for t in ('no point that is whole', 'is finished'))
     refused(capsys, [*argv, '--lr', .1, '--accept-changes'], 'without a point to go on from')
     (halfway/'settings.toml').write_text('lr = = 1'); refused(capsys, argv, 'settings.toml cannot be read')
@@ -168,10 +168,10 @@ def test_what_the_point_remembers(cohort, whole, halfway, capsys):
     as_if_never_stopped(halfway, whole)
 
 def test_the_best_epoch_is_lost(cohort, whole, halfway, capsys):
-    shutil.copytree(whole, halfway, dirs_exist_ok=True); (halfway/'report/index.html').unlink() # stopped after the last epoch
+    shutil.copytree(whole, halfway, dirs_exist_ok=True); shutil.rmtree(halfway/'report') # stopped after the last epoch
     best, argv = halfway/'checkpoints/best.pt', ['train', cohort/'manifest.csv', halfway, *TRAIN, '--resume']
     data = bytearray(best.read_bytes()); data[len(data)//3] ^= 4; best.write_bytes(data)
-    (halfway/'report/index.html').touch(); before = tree(halfway); refused(capsys, [*argv, '--epochs', 4, '--accept-changes'], 'best.pt is damaged'); assert tree(halfway) == before; (halfway/'report/index.html').unlink()
+    (halfway/'report').mkdir(); (halfway/'report/index.html').touch(); before = tree(halfway); refused(capsys, [*argv, '--epochs', 4, '--accept-changes'], 'best.pt is damaged'); assert tree(halfway) == before; shutil.rmtree(halfway/'report')
     refused(capsys, argv, 'best.pt is damaged', 'delete it'); best.unlink()
     assert cli.main(argv) == 0 and 'the weights of the last one are used' in capsys.readouterr().err
     a, b = load_checkpoint(best)['model'], last_point(halfway/'checkpoints')['model']; assert all(torch.equal(a[k], b[k]) for k in a)
@@ -203,7 +203,7 @@ def test_other_weights(cohort, whole, tmp_path, capsys):
     run, argv = tmp_path/'run', ['train', cohort/'manifest.csv', tmp_path/'run', *TRAIN, '--epochs', 2, '--resume']
     assert cli.main([*argv, '--weights', tmp_path/'1.pt']) == 0
     for p in points(run/'checkpoints')[1:]: p.unlink()
-    (run/'report/index.html').unlink(); before = tree(run); shutil.copy(tmp_path/'1.pt', tmp_path/'3.pt')
+    shutil.rmtree(run/'report'); before = tree(run); shutil.copy(tmp_path/'1.pt', tmp_path/'3.pt')
     for options in (['--weights', tmp_path/'2.pt'], []): refused(capsys, [*argv, *options], '--weights-sha256 was'); refused(capsys, [*argv, *options, '--accept-changes'], 'began or sees', 'weights'); assert tree(run) == before
     assert cli.main([*argv, '--weights', tmp_path/'3.pt']) == 0
 

@@ -30,7 +30,7 @@ def package(name): # {path in the package: bytes}
 def fetch_viewer():
     "Put OpenSeadragon and its licence into the library; nothing is fetched where they are already."
     folder = Path(__file__).resolve().parent.parent/'streaming_pathology/data/openseadragon'; version = folder/'version'
-    if version.exists() and version.read_text() == PACKAGES['openseadragon'][0]: return
+    if version.exists() and version.read_text() == PACKAGES['openseadragon'][0] and all((folder/f).exists() for f in VIEWER.values()): return
     files = package('openseadragon'); folder.mkdir(parents=True, exist_ok=True)
     for name, to in VIEWER.items(): (folder/to).write_bytes(files[name])
     version.write_text(PACKAGES['openseadragon'][0])

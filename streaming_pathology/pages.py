@@ -13,7 +13,9 @@ from fastcore.xml import *
 # %% ../nbs/14_pages.ipynb #pag000005
 ACCENT, SECOND = '#6b3f94', '#c2723b' # colours of figures
 
-def data_uri(data, kind): return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
+def data_uri(data, kind): # bytes, jpeg or svg+xml or another: text
+    "An image inside a page"
+    return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
 
 def figure_uri(draw, # called with a matplotlib axis
                size=(4.6, 4.2), # inches
@@ -30,8 +32,11 @@ def table(caption, head, rows, hide=False, **kwargs):
     return Div(Table(Caption(caption, cls='hidden' if hide else None), Thead(Tr(*(Th(h, scope='col') if h else Td() for h in head))) if head else None,
         Tbody(*(Tr(Th(str(r[0]), scope='row'), *(Td('–' if c is None else str(c)) for c in r[1:])) for r in rows)), **kwargs), cls='scroll', tabindex='0', role='region', aria_label=caption)
 
-def plural(n, what): return f'{n:,} {what}{"" if n == 1 else "s"}'
-def spent(s): return '–' if not math.isfinite(s) else f'{s:.2g} s' if s < 10 else f'{s:.0f} s' if s < 60 else f'{int(s//60)} min {int(s%60)} s' if s < 3600 else f'{int(s//3600)} h {int(s%3600//60)} min'
+def plural(n, what): return f'{n:,} {what}{"" if n == 1 else "s"}' # text
+
+def spent(s): # seconds; text
+    "A time as a person would say it"
+    return '–' if not math.isfinite(s) else f'{s:.2g} s' if s < 10 else f'{s:.0f} s' if s < 60 else f'{int(s//60)} min {int(s%60)} s' if s < 3600 else f'{int(s//3600)} h {int(s%3600//60)} min'
 
 # %% ../nbs/14_pages.ipynb #pag000008
 STYLE = '''

@@ -228,15 +228,15 @@ class Shown:
     "A slide in a report"
     number: int
     name: str
-    of: object              # its `Prediction`
+    prediction: object      # its `Prediction`
     picture: object = None  # its `Picture`, or None
     heat: bool = False      # whether there is a heatmap of the run itself
-    more: list = field(default_factory=list) # of `Layer`, all its maps
+    layers: list = field(default_factory=list) # of `Layer`, all its maps
     tiles: dict|None = None
     @property
     def called(self): return self.name if self.name.startswith('Slide ') else f'Slide {self.name}'
     @property
-    def label(self): return 'unlabelled' if self.of.label is None else 'label positive' if self.of.label else 'label negative'
+    def label(self): return 'unlabelled' if self.prediction.label is None else 'label positive' if self.prediction.label else 'label negative'
 
 def _piece(run, kind, slide_id, suffix):
     "Path of a slide's image or heatmap, or None; never outside the run folder"
@@ -253,18 +253,18 @@ def _common_top(run, slides):
 
 def _show(run, s, folder, top, maps): # the same, with its files
     "Write pictures, maps and tiles of a slide into a report."
-    if not (path := _piece(run, 'images', s.of.slide_id, '.jpg')): return s
+    if not (path := _piece(run, 'images', s.prediction.slide_id, '.jpg')): return s
     s.picture = read_picture(path); at = folder/f'pictures/{s.number:03}'
     with Image.open(path) as im: im.draft('RGB', (1024, 1024)); save_picture(at.with_suffix('.jpg'), im.convert('RGB'), None, 512, 80)
     if viewer_files(): (folder/'tiles').mkdir(exist_ok=True); s.tiles = write_tiles(path, folder/f'tiles/{s.number:03}') | dict(path=f'../tiles/{s.number:03}')
-    if (f := _piece(run, 'heatmaps', s.of.slide_id, '.npy')):
+    if (f := _piece(run, 'heatmaps', s.prediction.slide_id, '.npy')):
         heat, (h, w), s.heat = load_heatmap(f), s.picture.size, True
         if abs(heat.shape[0]*w-heat.shape[1]*h) > 1.5*(w+h): raise InputError(f'{f} has the shape {heat.shape}, its image has {(h, w)}: a heatmap has to cover the same field of view')
         for kind, t in (('common', top), ('own', None)): write_layer(f'{at}-{kind}.webp', heat, t)
-        own = float(np.percentile(heat, 99.5)) or float(heat.max()); s.more = [Layer(f'{run.method}, one scale for all slides', f'../pictures/{s.number:03}-common.webp', outline=outline_of(heat, top/2) if top else ''),
+        own = float(np.percentile(heat, 99.5)) or float(heat.max()); s.layers = [Layer(f'{run.method}, one scale for all slides', f'../pictures/{s.number:03}-common.webp', outline=outline_of(heat, top/2) if top else ''),
                                                                             Layer(f'{run.method}, on its own scale', f'../pictures/{s.number:03}-own.webp', outline=outline_of(heat, own/2) if own else '', shown=False)]
     for k, m in enumerate(maps):
-        if (l := m.layer(s, f'{at}-{k}.webp')): s.more.append(replace(l, picture=f'../pictures/{s.number:03}-{k}.webp', shown=not s.more))
+        if (l := m.layer(s, f'{at}-{k}.webp')): s.layers.append(replace(l, picture=f'../pictures/{s.number:03}-{k}.webp', shown=not s.layers))
     return s
 
 # %% ../nbs/15_report.ipynb #rpt00020
@@ -278,7 +278,7 @@ class Maps:
     threshold: float # of its outline, as a share of full colour
     def layer(self, s, path): # a `Layer`, or None where there is no map of the slide
         "Write the map of a slide as a picture."
-        i = s.of.slide_id
+        i = s.prediction.slide_id
         if not (f := self.folder/f'maps/{i}.npy').resolve().is_relative_to(self.folder.resolve()) or not f.is_file(): return None
         heat, about = load_heatmap(f), _parse(f.with_suffix('.json'), json.loads, 'let sp_heatmap draw it again')
         try: seen, step, top = tuple(map(int, about['seen'])), float(about['step']), float(about['top'])
@@ -311,34 +311,34 @@ def _line(run, p, threshold=None): # the probability on a line
 def _view(s): # what a card shows of a slide
     if not s.picture: return P('no picture', cls='view none')
     h, w = s.picture.size; at = f'pictures/{s.number:03}'
-    heats = [(c, f'{at}-{c}.webp') for c in ('common', 'own')] if s.heat else [('', s.more[0].picture.removeprefix('../'))] if s.more else []
+    heats = [(c, f'{at}-{c}.webp') for c in ('common', 'own')] if s.heat else [('', s.layers[0].picture.removeprefix('../'))] if s.layers else []
     return A(Img(src=f'{at}.jpg', alt=f'{s.called}, {s.label}', cls='tissue'), *(Img(src=f, alt='', cls=f'heat {c}') for c, f in heats),
              cls='view', href=f'slides/{s.number:03}.html', style=f'--r:{w/h:.4f}')
 
 def _card(run, s, *more): # more: components below
-    (verdict, kind), p = _verdict(s.of, run.metrics and run.metrics.threshold), s.of
-    return Li(Div(_view(s), cls='frame'), H3(s.name), P(Span(verdict, cls=f'verdict {kind}') if verdict else None, Span(s.label), None if s.more or not s.picture else Span('no heatmap'), cls='tags'), *_line(run, p), *more,
+    (verdict, kind), p = _verdict(s.prediction, run.metrics and run.metrics.threshold), s.prediction
+    return Li(Div(_view(s), cls='frame'), H3(s.name), P(Span(verdict, cls=f'verdict {kind}') if verdict else None, Span(s.label), None if s.layers or not s.picture else Span('no heatmap'), cls='tags'), *_line(run, p), *more,
         cls=f'card {kind}', data_name=s.name, data_p=f'{p.probability:.6f}', data_error=f'{abs(p.probability-(p.label or 0)):.6f}')
 
 def _page_of(run, s, shown, best): # HTML; best: threshold of maximum accuracy
     "The page of one slide."
-    k = shown.index(s); (verdict, kind), p = _verdict(s.of, run.metrics and run.metrics.threshold), s.of
+    k = shown.index(s); (verdict, kind), p = _verdict(s.prediction, run.metrics and run.metrics.threshold), s.prediction
     nav = [A('All slides', href='../index.html#slides'), *(A(f'{word}: {t.name}', href=f'{t.number:03}.html') for word, t in zip(('Previous', 'Next'), (shown[k-1] if k else None, shown[k+1] if k+1 < len(shown) else None)) if t)]
     h, w = s.picture.size; mm = f', {w*s.picture.spacing/1000:.3g} x {h*s.picture.spacing/1000:.3g} mm' if s.picture.spacing else ''; other = _verdict(p, best)[0] if best is not None and p.label is not None else verdict
     facts = (Div(P(Span(verdict, cls=f'verdict {kind}') if verdict else None, Span(s.label), Span(f'split {p.split or "none"}'), cls='tags'), *_line(run, p)), P(f'At {best:.3f}, the point of maximum accuracy, it is {other}.', cls='small') if other != verdict else None,
              P(f'What the network saw, width by height: {s.picture.seen[1]:,} x {s.picture.seen[0]:,} pixels{mm}; the picture has {w:,} x {h:,}.', cls='small'),
-             P(f"Over it {'lies' if len(s.more) == 1 else 'lie'}: {'; '.join(l.name for l in s.more)}."+f' The first shows {run.mapped}.'*s.heat+' Outlines are where a map is above half of its full colour, or the threshold that sp_heatmap was given.' if s.more else 'There is no map of this slide.', cls='small'))
-    return slide_page(s.name, f'{run.title} · slide {k+1} of {len(shown)}', f'../pictures/{s.number:03}.jpg', s.picture.size, s.more, s.tiles, s.picture.spacing, facts, nav, 'This page requests nothing; its pictures lie beside it.', '../openseadragon.min.js', f'{s.called}, {s.label}')
+             P(f"Over it {'lies' if len(s.layers) == 1 else 'lie'}: {'; '.join(l.name for l in s.layers)}."+f' The first shows {run.mapped}.'*s.heat+' Outlines are where a map is above half of its full colour, or the threshold that sp_heatmap was given.' if s.layers else 'There is no map of this slide.', cls='small'))
+    return slide_page(s.name, f'{run.title} · slide {k+1} of {len(shown)}', f'../pictures/{s.number:03}.jpg', s.picture.size, s.layers, s.tiles, s.picture.spacing, facts, nav, 'This page requests nothing; its pictures lie beside it.', '../openseadragon.min.js', f'{s.called}, {s.label}')
 
 # %% ../nbs/15_report.ipynb #rpt00023
 def category_tables(models): # components: the paper's Table III
     return [table(f'{kind.capitalize()}s', ('category', *(f'{name} ({n})' for name, n in zip(models, totals))), [(c, *ns) for c, ns in rows], cls='numbers') for kind, totals, rows in category_table(models) if rows]
 
 def _error(run, s, kind, threshold, given): # a card
-    return Li(Div(_view(s), cls='frame'), H3(s.name), *_line(run, s.of, threshold), Label('Category', Span(f' of {s.name}', cls='hidden'), Input(type='text', value=given or None, cls='category', list=f'reasons-{FALSE.index(kind)}', data_slide=s.name, data_number=s.number, data_error=kind, autocomplete='off'), cls='why'), cls='card')
+    return Li(Div(_view(s), cls='frame'), H3(s.name), *_line(run, s.prediction, threshold), Label('Category', Span(f' of {s.name}', cls='hidden'), Input(type='text', value=given or None, cls='category', list=f'reasons-{FALSE.index(kind)}', data_slide=s.name, data_number=s.number, data_error=kind, autocomplete='off'), cls='why'), cls='card')
 
 def _errors(run, shown, wrong, threshold, given):
-    of = {s.of.slide_id: s for s in shown}; cards = {k: [_error(run, of[e.slide_id], k, threshold, given.get(e.slide_id)) for e in wrong if e.kind == k and e.slide_id in of] for k in FALSE}
+    of = {s.prediction.slide_id: s for s in shown}; cards = {k: [_error(run, of[e.slide_id], k, threshold, given.get(e.slide_id)) for e in wrong if e.kind == k and e.slide_id in of] for k in FALSE}
     counts = [plural(sum(e.kind == k for e in wrong), k) for k in FALSE]; others = sum(_verdict(p, run.metrics.threshold)[1] == 'wrong' for p in run.of_split()); missing = len(wrong)-sum(map(len, cards.values()))
     return (P(f'At {threshold:.3f}, the point of maximum accuracy on these slides, there are {" and ".join(counts)}.'+f' Verdicts elsewhere are at {run.metrics.threshold:.3f}, chosen on the {run.metrics.threshold_from} split, where {others} of {plural(len(run.of_split()), "slide")} are wrong.'*(abs(threshold-run.metrics.threshold) > 1e-9)+' Look at each, write what may be the reason, and save the table; sp_report and sp_compare count the categories, as in the paper (section V, Table III).'*bool(wrong)),
         P(f'{plural(missing, "error")} beyond the slides that this page shows.', cls='small') if missing else None, Div(*category_tables({run.title: (wrong, given)}), cls='pair') if given else None,
@@ -356,12 +356,12 @@ def _controls(heats, scales): # whether there are maps, and whether on two scale
 
 def _gallery(run, shown, most):
     "Cards of the labelled slides, largest error first, and of the unlabelled ones"
-    cards, others = ([_card(run, s) for s in shown if (s.of.label is None) == none] for none in (False, True))
+    cards, others = ([_card(run, s) for s in shown if (s.prediction.label is None) == none] for none in (False, True))
     if not shown: return P('There are no labelled slides.' if most else 'No slide was asked for (--most 0).', cls='note'),
     notes = [f'{len(run.of_split()):,} slides are too many for one page: these are the {plural(most, "slide")} with the largest error.'] if len(run.of_split()) > most else []
-    for what, there, where in (('Pictures', 'picture', 'images'), ('Heatmaps', 'more', 'heatmaps')):
+    for what, there, where in (('Pictures', 'picture', 'images'), ('Heatmaps', 'layers', 'heatmaps')):
         if (n := sum(bool(getattr(s, there)) for s in shown)) < len(shown): notes.append(f'{what} were made of {n} of {plural(len(shown), "slide")}; the others have no file in {where}/.')
-    over = run.mapped if any(s.heat for s in shown) else next((f'the map of {s.more[0].name}' for s in shown if s.more), None)
+    over = run.mapped if any(s.heat for s in shown) else next((f'the map of {s.layers[0].name}' for s in shown if s.layers), None)
     return (P('What the network saw'+f', and over it {over}, from '*bool(over), (Span('little', cls='ramp'), ' to much') if over else None, '. The line under a slide is its probability, the tick the threshold.'+' Select a slide to see it in full.'*any(s.picture for s in shown)),
         *(P(n, cls='small') for n in notes), _controls(bool(over), any(s.heat for s in shown)), P('', id='count', cls='small', role='status'), Ul(*cards, cls='gallery', id='labelled') if cards else P('There are no labelled slides.', cls='note'),
         (H3('Unlabelled slides'), P('Nobody has told the network or this report what they show, so they count in no figure.'), Ul(*others, cls='gallery')) if others else None)
@@ -523,7 +523,7 @@ arrange();
 # %% ../nbs/15_report.ipynb #rpt00034
 PUBLIC = {'command', 'task', 'arch', 'pool', 'augment', 'optimizer', 'balance', 'recipe', 'aggregator', 'amp', 'normalise', 'size', 'strip', 'memory', 'magnify', 'tta', 'device'} # settings whose words name nobody
 
-def _index(run, shown, names, most, wrong, given, against, anonymous):
+def _index(run, shown, names, most, wrong, best, given, against, anonymous): # HTML
     where = f'Written by streaming_pathology{"" if anonymous else f" from {run.folder.resolve().name}/"}. It requests nothing: what it shows lies in its folder.'
     roc = run.figures.get('roc') if run.found else None; other = next(iter(run.figures.items()), None) if run.found and not run.metrics else None
     figure = Figure(Img(src=figure_uri(roc), cls='plot', alt=f'ROC curve with bootstrap band: {run.metrics}')) if roc else Figure(Img(src=figure_uri(other[1]), cls='plot', alt=f'{other[0]}: {"; ".join(sentences_of(run.found))}')) if other else None
@@ -531,7 +531,7 @@ def _index(run, shown, names, most, wrong, given, against, anonymous):
     if against: sections.append(('comparison', 'Comparison', _against(against)))
     if run.metrics:
         if run.found.get('groups'): sections.append(('groups', 'Groups', _groups(run)))
-        sections += [('calibration', 'Calibration', _calibration(run)), ('errors', 'Errors', _errors(run, shown, *wrong, given))]
+        sections += [('calibration', 'Calibration', _calibration(run)), ('errors', 'Errors', _errors(run, shown, wrong, best, given))]
     if run.two: sections.append(('slides', 'Slides', _gallery(run, shown, most)))
     sections.append(('training', 'Training', _training(run)))
     if run.two: sections.append(('predictions', 'Predictions', (_predictions(run, names),)))
@@ -557,14 +557,14 @@ def write_report(run_folder, # as sp_train or sp_demo wrote it
     maps, against = [read_maps(m, run) for m in maps], read_comparison(comparison, run, anonymous) if comparison else None
     if anonymous: run.settings, run.environment = {k: v for k, v in run.settings.items() if k in PUBLIC or not isinstance(v, (str, list))} | dict(title='A run'), {k: v for k, v in run.environment.items() if k in ('date', 'python', 'packages', 'machine', 'git_commit')}
     number = numbered(run.predictions, run.split); names = {i: called(k) if anonymous else i for i, k in number.items()}
-    wrong = errors_of(run.predictions, run.split) if run.metrics else ([], None)
+    wrong, best = errors_of(run.predictions, run.split) if run.metrics else ([], None) # and the threshold of maximum accuracy
     if categories and not run.metrics: raise InputError(f'{categories}: this run has no errors of two classes; leave it out')
-    given = read_categories(categories, wrong[0], number) if categories else {}
+    given = read_categories(categories, wrong, number) if categories else {}
     seen = run.of_split()[:most]+run.unlabelled()[:most] if run.two else []
     with whole_folder(out) as folder:
         if seen: copy_viewer(folder)
         top = _common_top(run, seen); shown = [_show(run, Shown(number[p.slide_id], names[p.slide_id], p), folder, top, maps) for p in seen]
         pages = [s for s in shown if s.picture]
-        for s in pages: write_whole(folder/f'slides/{s.number:03}.html', _page_of(run, s, pages, wrong[1]))
-        write_whole(folder/'index.html', _index(run, shown, names, most, wrong, given, against, anonymous))
+        for s in pages: write_whole(folder/f'slides/{s.number:03}.html', _page_of(run, s, pages, best))
+        write_whole(folder/'index.html', _index(run, shown, names, most, wrong, best, given, against, anonymous))
     return out/'index.html'

@@ -155,7 +155,7 @@ VIEWER_STYLE = '''
 .bar { position: absolute; left: 0; bottom: 0; width: 100%; padding: 0 0 .6rem .8rem; pointer-events: none; font-size: .875rem; line-height: 1.4; text-shadow: 0 0 3px #fff, 0 0 3px #fff, 0 0 3px #fff; } .bar[hidden] { display: none; }
 .bar::after { content: ''; display: block; width: var(--length, 0); border: 2px solid #241f2b; border-top: 0; height: .4rem; box-shadow: 0 1px 0 #fffc; } #stage .bar { padding-left: 0; }
 .zooms { display: none; } .zoomable .zooms { display: flex; } p.zooms { margin-bottom: 1.5rem; }
-@media print { .zooms, .zoomable .zooms, #zoom, #bar { display: none; } #frame.zooming { height: auto; } .zooming #stage { display: block; width: min(100%, 20cm*var(--r)); } }
+@media print { #viewer { margin-bottom: 1rem; } .zooms, .zoomable .zooms, #zoom, #bar { display: none; } #frame.zooming { height: auto; } .zooming #stage { display: block; width: min(100%, 20cm*var(--r)); } }
 '''
 
 VIEWER_SCRIPT = '''

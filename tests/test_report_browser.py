@@ -163,7 +163,7 @@ def test_a_tile_that_is_lost_is_told(browser, report, tmp_path):
 
 @pytest.mark.parametrize('width', [1280, 375])
 def test_a_comparison(browser, tmp_path, width):
-    for k in 'ab': toy_run(tmp_path/k, seed=ord(k), n=40); write_report(tmp_path/k)
+    for k in 'ab': toy_run(tmp_path/k, seed=ord(k), n=16); write_report(tmp_path/k, most=2)
     assert sp_compare([str(tmp_path/k/'predictions.csv') for k in 'ab']+[str(tmp_path/'compared'), '--draws', '200', '--shared']) == 0
     context = browser.new_context(viewport=dict(width=width, height=800)); page, errors, requests = context.new_page(), [], []
     page.on('console', lambda m: errors.append(m.text)); page.on('request', lambda r: requests.append(r.url) if not r.url.startswith('data:') else None)

@@ -200,6 +200,7 @@ def _facts(run):
     if each := [p.seconds for p in run.predictions if p.seconds is not None]: facts.append(('network, one slide', spent(median(each))))
     chosen = m and {m.split: 'the one with the highest accuracy on these same slides, as in the paper, and so a little flattering'}.get(m.threshold_from, f'chosen on the {m.threshold_from} split')
     return (Dl(*(Div(Dt(k), Dd(v, *(Span(i, cls='eyebrow') for i in interval))) for k, v, *interval in facts), cls='facts'), P(f'A slide is called positive where its probability is at least {m.threshold:.3f}: {chosen}.', cls='small') if m else None)
+
 MAIN = dict(classes=('Quadratic kappa', 'kappa'), survival=('Concordance index', 'concordance'), measure=('Mean absolute error', 'mean_absolute_error')) # of tasks that have no two classes
 def _other(found): # components
     name, key = MAIN.get(found['task'], ('', None))
@@ -238,9 +239,9 @@ class Shown:
     @property
     def label(self): return 'unlabelled' if self.prediction.label is None else 'label positive' if self.prediction.label else 'label negative'
 
-def _piece(run, kind, slide_id, suffix):
-    "Path of a slide's image or heatmap, or None; never outside the run folder"
-    base = (run.folder/kind).resolve()
+def _piece(folder, kind, slide_id, suffix):
+    "Path of a slide's image or map in a folder of its kind, or None; never outside of that"
+    base = (folder/kind).resolve()
     try: path = (base/f'{slide_id}{suffix}').resolve()
     except (OSError, ValueError): return None
     try: return path if path.is_relative_to(base) and path.is_file() else None
@@ -248,16 +249,16 @@ def _piece(run, kind, slide_id, suffix):
 
 def _common_top(run, slides):
     "Value of full colour for all slides together, None without heatmaps; probabilities have a scale of their own"
-    maps = [load_heatmap(f).ravel() for p in slides if (f := _piece(run, 'heatmaps', p.slide_id, '.npy'))]
+    maps = [load_heatmap(f).ravel() for p in slides if (f := _piece(run.folder, 'heatmaps', p.slide_id, '.npy'))]
     return None if not maps else 1. if run.patches else float(np.percentile(np.concatenate(maps), 99.5))
 
 def _show(run, s, folder, top, maps): # the same, with its files
     "Write pictures, maps and tiles of a slide into a report."
-    if not (path := _piece(run, 'images', s.prediction.slide_id, '.jpg')): return s
+    if not (path := _piece(run.folder, 'images', s.prediction.slide_id, '.jpg')): return s
     s.picture = read_picture(path); at = folder/f'pictures/{s.number:03}'
     with Image.open(path) as im: im.draft('RGB', (1024, 1024)); save_picture(at.with_suffix('.jpg'), im.convert('RGB'), None, 512, 80)
     if viewer_files(): (folder/'tiles').mkdir(exist_ok=True); s.tiles = write_tiles(path, folder/f'tiles/{s.number:03}') | dict(path=f'../tiles/{s.number:03}')
-    if (f := _piece(run, 'heatmaps', s.prediction.slide_id, '.npy')):
+    if (f := _piece(run.folder, 'heatmaps', s.prediction.slide_id, '.npy')):
         heat, (h, w), s.heat = load_heatmap(f), s.picture.size, True
         if abs(heat.shape[0]*w-heat.shape[1]*h) > 1.5*(w+h): raise InputError(f'{f} has the shape {heat.shape}, its image has {(h, w)}: a heatmap has to cover the same field of view')
         for kind, t in (('common', top), ('own', None)): write_layer(f'{at}-{kind}.webp', heat, t)
@@ -278,8 +279,7 @@ class Maps:
     threshold: float # of its outline, as a share of full colour
     def layer(self, s, path): # a `Layer`, or None where there is no map of the slide
         "Write the map of a slide as a picture."
-        i = s.prediction.slide_id
-        if not (f := self.folder/f'maps/{i}.npy').resolve().is_relative_to(self.folder.resolve()) or not f.is_file(): return None
+        if not (f := _piece(self.folder, 'maps', s.prediction.slide_id, '.npy')): return None
         heat, about = load_heatmap(f), _parse(f.with_suffix('.json'), json.loads, 'let sp_heatmap draw it again')
         try: seen, step, top = tuple(map(int, about['seen'])), float(about['step']), float(about['top'])
         except (KeyError, TypeError, ValueError) as e: raise InputError(f"{f.with_suffix('.json')} does not say where its map lies ({type(e).__name__}: {e}); let sp_heatmap draw it again") from None
@@ -315,9 +315,9 @@ def _view(s): # what a card shows of a slide
     return A(Img(src=f'{at}.jpg', alt=f'{s.called}, {s.label}', cls='tissue'), *(Img(src=f, alt='', cls=f'heat {c}') for c, f in heats),
              cls='view', href=f'slides/{s.number:03}.html', style=f'--r:{w/h:.4f}')
 
-def _card(run, s, *more): # more: components below
+def _card(run, s):
     (verdict, kind), p = _verdict(s.prediction, run.metrics and run.metrics.threshold), s.prediction
-    return Li(Div(_view(s), cls='frame'), H3(s.name), P(Span(verdict, cls=f'verdict {kind}') if verdict else None, Span(s.label), None if s.layers or not s.picture else Span('no heatmap'), cls='tags'), *_line(run, p), *more,
+    return Li(Div(_view(s), cls='frame'), H3(s.name), P(Span(verdict, cls=f'verdict {kind}') if verdict else None, Span(s.label), None if s.layers or not s.picture else Span('no heatmap'), cls='tags'), *_line(run, p),
         cls=f'card {kind}', data_name=s.name, data_p=f'{p.probability:.6f}', data_error=f'{abs(p.probability-(p.label or 0)):.6f}')
 
 def _page_of(run, s, shown, best): # HTML; best: threshold of maximum accuracy

@@ -219,7 +219,7 @@ def compare_runs(settings_a,              # a run folder, a settings.toml of a r
     if not 0 < level < 1: raise InputError(f'--level is {level}; it has to be between 0 and 1, as .95')
     given, at = (settings_a, settings_b), absolute(out)
     if len(reviewed := [t.strip() or None for t in categories.split(',')] if categories else [None, None]) != 2: raise InputError(f'--categories {categories}: give two tables with a comma between them, one for each; one may be empty')
-    for f in reviewed: f and read_table(f, CATEGORIES) # before anything is trained
+    for f in reviewed: f and read_table(f, CATEGORIES, between=',;') # before anything is trained
     names = [_name(g) for g in given]
     if names[0] == names[1]: names = [f'{n}_{k}' for n, k in zip(names, 'ab')]
     if at.exists() and not at.is_dir(): raise InputError(f'{out} is a file; give the name of a folder')

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['REPORT', 'DONE', 'RUN', 'FORMER', 'NEW', 'SYSTEM', 'plain', 'versions', 'save_checkpoint', 'load_checkpoint',
            'describe_checkpoint', 'Checkpoints', 'points', 'last_point', 'HaltOnSignal', 'load_weights', 'Output',
-           'absolute', 'foreign', 'claim', 'uninterrupted', 'whole_folder', 'replacing', 'continuing', 'staged',
-           'output_file']
+           'absolute', 'foreign', 'claim', 'uninterrupted', 'replacing', 'continuing', 'staged', 'output_file']
 
 # %% ../nbs/10_checkpoints.ipynb #efba865e
-import glob, hashlib, json, math, os, platform, re, shutil, signal, struct, threading, time, uuid, warnings
+import hashlib, json, math, os, platform, re, shutil, signal, struct, threading, time, uuid, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -184,7 +183,7 @@ REPORT = Output('index.html', 'name="generator" content="streaming_pathology"', 
 DONE = f'report/{REPORT.mark}' # written last
 RUN = Output('environment.json', '"streaming_pathology"', ('settings.toml', 'cohort.csv', 'log.csv', 'predictions.csv', 'metrics.json', DONE, *(f'report/{p}' for p in REPORT.files), 'checkpoints/*.pt', 'checkpoints/*.safetensors', 'features/*.safetensors', 'checkpoints/stage_*/*.pt', 'images/*.jpg', 'heatmaps/*.npy',
              'tensorboard/events.*', 'cohort/*.json', 'cohort/*.csv', 'cohort/*/*.tiff')) # a run folder
-FORMER, NEW = '.former', '.new' # in such a folder: what was there before, and what is not finished
+FORMER, NEW = '.former', '.new' # in such a folder, or in one of its own: what was there before, and what is not finished
 SYSTEM = ('lost+found', '.DS_Store', 'Thumbs.db')
 
 def absolute(path):
@@ -209,8 +208,7 @@ def foreign(folder, kind): # its path relative to the folder, or None
     files = [Path(f) for f in (kind.mark, *kind.files)]
     folders = {g for f in files for g in f.parents if g.name}
     for p in _walk(folder):
-        aside = p.parts[0] in (FORMER, NEW)
-        q = Path(*p.parts[1:]) if aside else p
+        q = Path(*(n for n in p.parts if n not in (FORMER, NEW))); aside = q != p
         is_folder = (folder/p).is_dir() and not (folder/p).is_symlink()
         known = not q.parts or any(len(q.parts) == len(g.parts) and q.match(str(g)) for g in (folders if is_folder else files))
         if not _is_temporary(p) and not (known and (aside or marked)): return p
@@ -247,32 +245,6 @@ def uninterrupted():
     finally:
         for s, f in former.items(): signal.signal(s, f or signal.SIG_DFL)
     for n in heard[:1]: signal.raise_signal(n)
-
-def _ends(pid): # whether there is such a process no more
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return True
-    except OSError: pass
-    return False
-
-@contextmanager
-def whole_folder(path): # a new folder to write into
-    "What is written takes the place of a folder once it is whole; until then, and if it fails, that stays as it was. What killed processes left behind goes."
-    path = absolute(path); kind = f'.{path.name}.{platform.node()}.'; mine = f'{kind}{os.getpid()}.{uuid.uuid4().hex}'; new = path.parent/f'{mine}.partial'
-    try: new.mkdir(parents=True)
-    except OSError as e: raise InputError(f'{path} cannot be written ({e.strerror}); give a place that can be') from None
-    for p in path.parent.glob(f'{glob.escape(kind)}*.partial'):
-        if p.name.split('.')[-3].isdigit() and _ends(int(p.name.split('.')[-3])): shutil.rmtree(p, ignore_errors=True)
-    try:
-        yield new
-        with uninterrupted():
-            for k in range(10): # another process may write it too, and be faster
-                try:
-                    if path.exists(): path.rename(path.parent/f'{mine}{k}.partial')
-                    new.rename(path); break
-                except OSError:
-                    if k == 9: raise
-    finally:
-        for p in path.parent.glob(f'{glob.escape(mine)}*'): shutil.rmtree(p, ignore_errors=True)
 
 def _clear(folder, *but):
     for p in folder.iterdir():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAIN', 'FILES', 'sp_compare', 'Side', 'find_side', 'run_of', 'Comparison', 'same_patient', 'in_common',
-           'hold_against', 'at_thresholds', 'write_comparison', 'compare_runs']
+           'hold_against', 'at_thresholds', 'errors_in', 'write_comparison', 'compare_runs']
 
 # %% ../nbs/16_compare.ipynb #cmp00003
 import json, math, os, tomllib
@@ -20,7 +20,7 @@ from .cohorts import read_manifest, read_table, resolve_splits, several
 from .checkpoints import DONE, RUN, SYSTEM, absolute, uninterrupted
 from .evaluation import DeLong, Interval, Prediction, accuracy_test, auc_interval, delong_test, operating_point, paired_bootstrap, permutation_test, plot_roc, read_predictions
 from .pages import ACCENT, SECOND, figure_uri, html_page, table
-from .review import CATEGORIES, errors_of, numbered, read_categories
+from .review import errors_of, numbered, read_categories
 from .report import category_tables
 from .cli import build_model, check_settings, command, counted, environment, kept_encoder, label_names, mil_cohort, parsed, settings_of, train_cohort
 
@@ -183,6 +183,11 @@ def _roc_figure(c):
         for s, n, i, colour in zip(c.scores, c.names, c.intervals, (ACCENT, SECOND)): plot_roc(c.labels, s, ax, n, colour, interval=i, groups=c.patients)
     return figure_uri(draw)
 
+def errors_in(side, split, table=None): # list of `Wrong`, {slide: category}
+    "What a side gets wrong in a split, and what a table says of it."
+    wrong, _ = errors_of([*side.rows.values()], split)
+    return wrong, read_categories(table, wrong, numbered(side.rows.values(), split)) if table else {}
+
 def _page(c, sides, out, given=(None, None)): # given: tables of categories
     a, b = c.names; d = c.paired
     def link(s): return A(s.name, href=os.path.relpath(s.table.parent/DONE, out)) if (s.table.parent/DONE).exists() else s.name
@@ -192,7 +197,7 @@ def _page(c, sides, out, given=(None, None)): # given: tables of categories
     if t := c.accuracy: auc += [('threshold, chosen on tuning', *(f'{v:.3f}' for v in t['thresholds'])), ('accuracy', *(f'{v:.1%}' for v in t['accuracy'])), ('right where the other is wrong', *map(str, t['only_right']))]
     tests = [('DeLong'+', with Obuchowski’s variance for patients'*bool(c.patients), f'{c.test.low:+.3f} to {c.test.high:+.3f}', f'{c.test.p:.3g}'), ('paired bootstrap', f'{d.low:+.3f} to {d.high:+.3f}', None), ('permutation', None, f'{c.p:.3g}')]
     if t: tests.append(('accuracy, '+('permutation' if c.patients else 'McNemar'), None, f"{t['p']:.3g}"))
-    errors = {s.name: (e, read_categories(f, e, numbered(s.rows.values(), c.split)) if f else {}) for s, f in zip(sides, given) for e in [errors_of([*s.rows.values()], c.split)[0]]}
+    errors = {s.name: errors_in(s, c.split, t) for s, t in zip(sides, given)}
     sections = [('result', 'Result', (Div(answer, Figure(Img(src=_roc_figure(c), cls='plot', alt=f'ROC curves of {a} and {b} with their bootstrap bands')), cls='answer'), P('The runs: ', link(sides[0]), ' and ', link(sides[1]), '.', *(f' What {s.name} has learnt from is not known, as it lies in no run folder.' for s in sides if not s.splits)))),
                 ('figures', 'Figures', (Div(table('Each', head, auc), table('The difference', ('', 'interval', 'p'), tests), cls='pair'),)),
                 ('errors', 'Errors', (P('False positives and false negatives of each, at its own point of maximum accuracy on its slides of the split'+(', and what a reviewer wrote of them.' if any(given) else '; --categories takes what a reviewer wrote of them, as saved in the reports.')), Div(*category_tables(errors), cls='pair'))),
@@ -219,7 +224,6 @@ def compare_runs(settings_a,              # a run folder, a settings.toml of a r
     if not 0 < level < 1: raise InputError(f'--level is {level}; it has to be between 0 and 1, as .95')
     given, at = (settings_a, settings_b), absolute(out)
     if len(reviewed := [t.strip() or None for t in categories.split(',')] if categories else [None, None]) != 2: raise InputError(f'--categories {categories}: give two tables with a comma between them, one for each; one may be empty')
-    for f in reviewed: f and read_table(f, CATEGORIES, between=',;') # before anything is trained
     names = [_name(g) for g in given]
     if names[0] == names[1]: names = [f'{n}_{k}' for n, k in zip(names, 'ab')]
     if at.exists() and not at.is_dir(): raise InputError(f'{out} is a file; give the name of a folder')
@@ -232,7 +236,10 @@ def compare_runs(settings_a,              # a run folder, a settings.toml of a r
     if (at/FILES[0]).exists() and (former := _asked(at/FILES[0])) != dict(tables=tables, split=split): raise InputError(f"{out} holds the comparison of {' and '.join(former['tables'])} on the split {former['split']!r}; give the name of another folder")
     todo = {n: run_of(*t) for n, (_, t) in zip(names, found) if t}
     for kind, args in todo.values(): s = settings_of(kind, args); build_model(s, kept=kept_encoder(absolute(args['out']), s))
-    in_common(*(Side(n, table).plan(todo[n][1], given[i]) if n in todo else Side(n, table).read() for i, (n, (table, _)) in enumerate(zip(names, found))), split, shared) # told before anything is trained
+    if unseen := [f'{t}: {n}' for n, t in zip(names, reviewed) if t and n in todo]: raise InputError(f'{unseen[0]} is not finished, so that nobody can have looked at its errors; leave it out')
+    planned = [Side(n, table).plan(todo[n][1], given[i]) if n in todo else Side(n, table).read() for i, (n, (table, _)) in enumerate(zip(names, found))]
+    in_common(*planned, split, shared) # what is wrong is told before anything is trained
+    for s, t in zip(planned, reviewed): t and errors_in(s, split, t)
     for kind, args in todo.values(): TRAIN[kind](**args)
     if os.environ.get('RANK', '0') != '0': return # of several processes that have trained, one compares
     sides = [Side(n, table).read() for n, (table, _) in zip(names, found)]

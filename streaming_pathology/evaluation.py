@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'roc_band', 'plot_roc', 'average_precision', 'pr_band', 'plot_pr', 'OperatingPoint', 'operating_point',
            'point_intervals', 'Metrics', 'evaluate', 'Prediction', 'read_predictions', 'column_of', 'read_patients',
-           'evaluate_file']
+           'patients_of']
 
 # %% ../nbs/13_evaluation.ipynb #8c7f937c
-import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 from .geometry import InputError, at_least_one
-from .files import write_whole
 from .cohorts import finite_number, read_table
 from .auc import (DeLong, Interval, auc, auc_error, auc_interval, bootstrap_aucs, bootstrap_ci, check_level, check_scores, class_weights, delong_test,
     draw_weights, group_numbers, paired_bootstrap, permutation_test, placements, resampled, roc, share_interval, weighted_auc, accuracy_test)
@@ -173,7 +171,6 @@ class Metrics:
     @property
     def bootstrap(self): return Interval(self.bootstrap_low, self.bootstrap_high, self.draws, self.redrawn, self.seed, self.level)
     def __str__(self): return f"AUC {self.auc:.3f} ({self.level:.0%} interval {self.interval}, by the paper's bootstrap {self.bootstrap}, {self.n} slides{f' of {self.patients} patients' if self.patients else ''}, {self.positives} positive)"
-    def save(self, path): return write_whole(path, json.dumps(asdict(self), indent=1)+'\n')
 
 # %% ../nbs/13_evaluation.ipynb #6c074f0e
 def evaluate(labels, # 0 or 1 for each slide
@@ -239,21 +236,9 @@ def read_patients(path, needed=True)->dict:
     if not needed and not path.exists(): return {}
     return column_of(path, 'patient_id', needed)
 
-def evaluate_file(path, # predictions.csv
-                  split='test', # slides to evaluate
-                  threshold_split=None, # slides to choose the threshold on; None: `split` itself, as in the paper
-                  patients=None, # CSV with slide_id and patient_id; None: cohort.csv beside `path`, if there is one
-                  **kwargs, # n, seed, level, method: see `evaluate`
-                 )->Metrics:
-    "`evaluate` the labelled slides of one split of a `predictions.csv`; slides of one patient are taken together"
-    rows, known = read_predictions(path), read_patients(patients or Path(path).parent/'cohort.csv', patients is not None)
-    def labelled(name):
-        of = [(r.label, r.probability) for r in rows if r.split == name and r.label is not None]
-        if not of: raise InputError(f'{path} has no labelled slide with split {name!r}: the splits of its slides, labelled or not, are {", ".join(sorted({repr(r.split) for r in rows}))}')
-        return zip(*of)
-    try:
-        if threshold_split:
-            try: kwargs.update(threshold=operating_point(*labelled(threshold_split)).threshold, threshold_from=threshold_split)
-            except InputError as e: raise InputError(str(e) if str(path) in str(e) else f'{path}, split {threshold_split!r}: {e}') from None
-        return evaluate(*labelled(split), split=split, groups=[known.get(r.slide_id, f'slide {r.slide_id}') for r in rows if r.split == split and r.label is not None], **kwargs)
-    except InputError as e: raise InputError(str(e) if str(path) in str(e) else f'{path}, split {split!r}: {e}') from None
+def patients_of(ids, # of slides
+                known, # as `read_patients` gives it
+               )->list|None:
+    "The patient of each slide, a slide of whom nothing is known as one of its own; None where nobody has several of these"
+    of = [known.get(i, f'slide {i}') for i in ids]
+    return of if len({*of}) < len(of) else None

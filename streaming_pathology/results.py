@@ -13,7 +13,7 @@ import numpy as np
 from .geometry import InputError
 from .cohorts import finite_number, read_table
 from .auc import Interval
-from .evaluation import average_precision, column_of, evaluate, operating_point, plot_pr, plot_roc, point_intervals, read_patients, read_predictions
+from .evaluation import average_precision, column_of, evaluate, operating_point, patients_of, plot_pr, plot_roc, point_intervals, read_patients, read_predictions
 from .calibration import calibration, fit_temperature, plot_reliability, scaled_probabilities
 from .groups import by_group, plot_groups
 from .outcomes import class_aucs, concordance, confusion_matrix, kappa, logrank, plot_confusion, plot_survival
@@ -33,10 +33,10 @@ def results(path,   # predictions.csv of `sp_predict`, `sp_train` or `sp_mil`
     "All figures of one split of a table of predictions; `InputError` names the file and what is wrong with it"
     kind, labels, predicted, rows = read_outcomes(path)
     patients = read_patients(cohort or Path(path).parent/'cohort.csv', cohort is not None and not by)
-    def of(name): # known labels (n, columns), predictions (n, k), patients, of a split
+    def of(name): # known labels (n, columns), predictions (n, k), patients as `patients_of` gives them, ids, of a split
         there = [r for r in rows if r['split'] == name and all(r[l] is not None for l in labels[:None if kind != 'multilabel' else 0])]
         if not there: raise InputError(f'{path} has no labelled slide with split {name!r}: the splits of its slides, labelled or not, are {", ".join(sorted({repr(r["split"]) for r in rows}))}')
-        return np.array([[np.nan if r[l] is None else r[l] for l in labels] for r in there]), np.array([[r[p] for p in predicted] for r in there]), [patients.get(r['slide_id'], f"slide {r['slide_id']}") for r in there], [r['slide_id'] for r in there]
+        return np.array([[np.nan if r[l] is None else r[l] for l in labels] for r in there]), np.array([[r[p] for p in predicted] for r in there]), patients_of(ids := [r['slide_id'] for r in there], patients), ids
     if kind != 'binary' and (given := [k for k, v in dict(sensitivity=sensitivity, by=by, threshold_split=threshold_split if kind != 'survival' else None).items() if v]): raise InputError(f'{path}: {given[0]} is a matter of two classes, and this table is not of those; leave it out')
     if cohort and (lost := [r['slide_id'] for r in rows if r['slide_id'] not in {t['slide_id'] for t in read_table(cohort, ('slide_id',))}]): raise InputError(f'{cohort} has no row of {len(lost)} of the slides of {path}, the first is {lost[0]!r}; give the manifest that they are of')
     options = dict(n=n, seed=seed, level=level)
@@ -45,7 +45,7 @@ def results(path,   # predictions.csv of `sp_predict`, `sp_train` or `sp_mil`
     except InputError as e: raise InputError(str(e) if str(path) in str(e) else f'{path}, split {split!r}: {e}') from None
 
 def _two(of, split, threshold_split, sensitivity, cohort, by, method, options, labels):
-    y, p, patients, ids = of(split); y, p = y[:, 0], p[:, 0]; groups = patients if len({*patients}) < len(y) else None
+    y, p, groups, ids = of(split); y, p = y[:, 0], p[:, 0]
     chosen = of(threshold_split) if threshold_split else None; ty, tp = (chosen[0][:, 0], chosen[1][:, 0]) if chosen else (y, p)
     try: threshold = operating_point(ty, tp).threshold if chosen else None
     except InputError as e: raise InputError(f'the split {threshold_split!r} to choose thresholds on: {e}') from None
@@ -91,22 +91,22 @@ def read_outcomes(path): # kind, names of the columns of labels and of predictio
 
 # %% ../nbs/13_results.ipynb #res000007
 def _classes(of, split, threshold_split, sensitivity, cohort, by, method, options, labels):
-    y, p, patients, _ = of(split); y, called = y[:, 0], p.argmax(1); groups = patients if len({*patients}) < len(y) else None
+    y, p, groups, _ = of(split); y, called = y[:, 0], p.argmax(1)
     value, ci = kappa(y, called, classes=p.shape[1], groups=groups, **options)
     return dict(task='classes', kappa=value, low=ci.low, high=ci.high, redrawn=ci.redrawn, weights='quadratic', accuracy=float((y == called).mean()), n=len(y), draws=options['n'], seed=options['seed'], level=options['level'], split=split,
                 confusion=confusion_matrix(y, called, p.shape[1]).tolist(), classes=[None if a is None else dict(auc=a[0], low=a[1].low, high=a[1].high) for a in class_aucs(y, p, groups, method=method, level=options['level'])], notes=[])
 
 def _multilabel(of, split, threshold_split, sensitivity, cohort, by, method, options, labels):
-    y, p, patients, _ = of(split); found, notes = {}, []
+    y, p, groups, _ = of(split); found, notes = {}, []
     for k, label in enumerate(labels):
         known = np.isfinite(y[:, k])
-        try: found[label] = asdict(evaluate(y[known, k], p[known, k], split=split, groups=[g for g, i in zip(patients, known) if i], method=method, **options))
+        try: found[label] = asdict(evaluate(y[known, k], p[known, k], split=split, groups=groups and [g for g, i in zip(groups, known) if i], method=method, **options))
         except InputError as e: notes.append(f'{label}: {e}.')
     if not found: raise InputError('; '.join(notes))
     return dict(task='multilabel', labels=found, notes=notes)
 
 def _survival(of, split, threshold_split, sensitivity, cohort, by, method, options, labels):
-    (y, risk, patients, _), (_, before, *_) = of(split), of(threshold_split or split); t, e, risk = *y.T, risk[:, 0]; groups = patients if len({*patients}) < len(t) else None
+    (y, risk, groups, _), (_, before, *_) = of(split), of(threshold_split or split); t, e, risk = *y.T, risk[:, 0]
     value, ci = concordance(t, e, risk, groups=groups, **options); threshold = float(np.median(before)); high = risk > threshold
     return dict(task='survival', concordance=value, low=ci.low, high=ci.high, n=len(t), events=int(e.sum()), draws=options['n'], redrawn=ci.redrawn, seed=options['seed'], level=options['level'], split=split,
                 threshold=threshold, threshold_from=threshold_split or split, high_risk=int(high.sum()), logrank_p=None if math.isnan(q := logrank(t, e, high)) else q, notes=[])
@@ -144,7 +144,7 @@ def figures_of(found, # of `results`
     kind, labels, predicted, rows = read_outcomes(path)
     rows = [r for r in rows if r['split'] == found.get('split') and all(r[l] is not None for l in labels)]
     y, p = (np.array([[r[k] for k in names] for r in rows]) for names in (labels, predicted))
-    patients = read_patients(cohort or Path(path).parent/'cohort.csv', False); of = [patients.get(r['slide_id'], f"slide {r['slide_id']}") for r in rows]; groups = of if len({*of}) < len(of) else None
+    groups = patients_of([r['slide_id'] for r in rows], read_patients(cohort or Path(path).parent/'cohort.csv', False))
     if kind == 'binary':
         y, p, options = y[:, 0], p[:, 0], dict(n=found['draws'], seed=found['seed'], level=found['level'])
         return dict(roc=lambda ax: plot_roc(y, p, ax, colour=colour, groups=groups, interval=Interval(found['low'], found['high'], 0, 0, found['seed'], found['level'], found['method'])),

@@ -37,8 +37,10 @@ def test_categories_side_by_side(whole, tmp_path, capsys):
     "The paper's Table III: what a reviewer wrote of the errors of both."
     run, other, out = whole/'streaming', whole/'compared/mil', tmp_path/'out'
     for name, of in (('a', run), ('b', other)): write_csv(tmp_path/f'{name}.csv', [dict(slide_id=e.slide_id, error=e.kind, category='a fold of the tissue') for e in errors_of(of/'predictions.csv')[0]], ['slide_id', 'error', 'category'])
+    b = tmp_path/'b.csv'; b.write_text('\ufeff'+b.read_text().replace(',', ';')) # as Excel has it in much of the world
     assert compared(run, other, out, '--draws', 50, '--categories', f"{tmp_path/'a.csv'},{tmp_path/'b.csv'}") == 0
     said = (out/'comparison.html').read_text(); n = sum(len(errors_of(r/'predictions.csv')[0]) for r in (run, other)); assert ('a fold of the tissue' in said) == bool(n) and 'maximum accuracy' in said
+    assert compared(run, whole/'mil.toml', tmp_path/'new', '--categories', f",{b}") == 2 and 'mil is not finished' in capsys.readouterr().err and not (tmp_path/'new').exists()
     for given, says in ((tmp_path/'a.csv', 'two tables'), (f"{tmp_path/'none.csv'},", 'none.csv'), (f"{run/'predictions.csv'},", 'error')): assert compared(run, other, out, '--categories', given) == 2 and says in capsys.readouterr().err
 
 def test_stopped_and_gone_on(whole, tmp_path, monkeypatch):

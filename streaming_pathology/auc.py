@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['INTERVALS', 'check_scores', 'roc', 'auc', 'class_weights', 'weighted_auc', 'draw_weights', 'bootstrap_aucs',
-           'group_numbers', 'resampled', 'placements', 'auc_error', 'Interval', 'check_level', 'auc_interval',
-           'bootstrap_ci', 'aucs_without_each', 'share_interval', 'DeLong', 'delong_test', 'paired_bootstrap',
-           'permutation_test', 'accuracy_test']
+           'group_numbers', 'resampled', 'placements', 'auc_error', 'Interval', 'percent', 'check_level',
+           'auc_interval', 'bootstrap_ci', 'aucs_without_each', 'share_interval', 'DeLong', 'delong_test',
+           'paired_bootstrap', 'difference_shown', 'permutation_test', 'accuracy_test']
 
 # %% ../nbs/13_auc.ipynb #auc00003
 from dataclasses import dataclass
@@ -151,6 +151,8 @@ class Interval:
 
 INTERVALS = dict(logit='DeLong on the logit scale', delong='DeLong', bootstrap='percentile bootstrap', stratified='stratified bootstrap', bca='BCa bootstrap')
 
+def percent(level): return f'{100*level:g}%' # text: 95%, and 99.9%
+
 def check_level(level):
     if not 0 < level < 1: raise InputError(f'level {level} of the interval: it has to lie between 0 and 1, as .95')
 
@@ -245,7 +247,7 @@ class DeLong:
     high: float
     p: float             # two-sided; of as large a difference where there is none. nan where nothing varies that it could be told by
     level: float
-    def __str__(self): return f'{self.difference:+.3f} ({self.level:.0%} interval {self.low:+.3f} to {self.high:+.3f}, p = {self.p:.3g})'
+    def __str__(self): return f'{self.difference:+.3f} ({percent(self.level)} interval {self.low:+.3f} to {self.high:+.3f}, p = {self.p:.3g})'
 
 def delong_test(labels, # 0 or 1 for each slide
                 a, # scores of the first model
@@ -280,6 +282,15 @@ def paired_bootstrap(labels, # 0 or 1 for each slide
     low, high = np.quantile(found, [(1-level)/2, (1+level)/2])
     return Interval(float(low), float(high), n, redrawn, seed, level)
 
+def difference_shown(names, # of the two models
+                     ci, # (low, high) of the first less the second
+                    )->str:
+    "What such an interval says, as a sentence"
+    (a, b), (low, high) = names, ci
+    if low == high != 0: return 'Every resample gives the same difference, so its interval has no width and says nothing about other slides: only more slides can.'
+    if low > 0 or high < 0: return f'On these slides {a if low > 0 else b} has the higher AUC; the interval of the difference does not hold zero.'
+    return 'No difference is shown: its interval holds zero. That is not to say that there is none.'
+
 def permutation_test(labels, # 0 or 1 for each slide
                      a, # scores of the first model
                      b, # of the second, on the same slides
@@ -306,8 +317,9 @@ def accuracy_test(a, # whether the first model has each slide right (n,)
                  )->float:
     "Two-sided p-value for the difference of two accuracies: McNemar's exact test (1947) or, with `groups`, by swapping the models patient by patient"
     from scipy.stats import binomtest
-    a, b = (np.asarray(v, bool) for v in (a, b)); only = a.astype(int)-b
+    at_least_one(n=n); a, b = (np.asarray(v, bool) for v in (a, b))
     if a.shape != b.shape or a.ndim != 1: raise InputError(f'{a.shape} and {b.shape}: give whether each model has each of the same slides right')
+    only = a.astype(int)-b
     if groups is None: return float(binomtest(int((only > 0).sum()), k).pvalue) if (k := int(abs(only).sum())) else 1.
     sums = np.bincount(group_numbers(groups, len(a)), only).astype(int); sums = sums[sums != 0]
     signs = np.random.default_rng(seed).integers(0, 2, (n, len(sums)), dtype=np.int8)*2-1

@@ -9,7 +9,7 @@ __all__ = ['Calibration', 'check_probabilities', 'calibration', 'plot_reliabilit
 from dataclasses import dataclass
 import numpy as np
 from .geometry import InputError
-from .auc import Interval, check_level, check_scores, group_numbers, resampled, share_interval
+from .auc import Interval, check_level, check_scores, group_numbers, percent, resampled, share_interval
 
 # %% ../nbs/13_calibration.ipynb #cal000005
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Calibration:
     reference: float    # Brier's score of the share of positive slides, said of each
     ece: float          # expected calibration error
     bins: list          # of those with slides: predicted (mean), observed (share of positives), low and high (its interval), n
-    def __str__(self): return f'Brier {self.brier:.3f} ({self.interval.level:.0%} interval {self.interval}; {self.reference:.3f} by the share of positives alone), expected calibration error {self.ece:.3f}'
+    def __str__(self): return f'Brier {self.brier:.3f} ({percent(self.interval.level)} interval {self.interval}; {self.reference:.3f} by the share of positives alone), expected calibration error {self.ece:.3f}'
 
 def check_probabilities(labels, probabilities):
     "`labels` as bool and `probabilities` as float64 (n,), each from 0 to 1"

@@ -179,7 +179,7 @@ class Output(NamedTuple):
     says: str    # what is in that file
     files: tuple # patterns of all the others
 
-REPORT = Output('index.html', 'name="generator" content="streaming_pathology"', ('openseadragon.min.js', 'LICENSE.txt', 'slides/*.html', 'pictures/*', 'tiles/*/*/*.jpg')) # of a run, in its folder
+REPORT = Output('index.html', 'name="generator" content="streaming_pathology"', ('openseadragon.min.js', 'LICENSE.txt', *(f.replace('N', '[0-9][0-9][0-9]*') for f in ('slides/N.html', 'pictures/N.jpg', 'pictures/N-*.webp', 'tiles/N/[0-9]*/[0-9]*_[0-9]*.jpg')))) # of a run, in its folder
 DONE = f'report/{REPORT.mark}' # written last
 RUN = Output('environment.json', '"streaming_pathology"', ('settings.toml', 'cohort.csv', 'log.csv', 'predictions.csv', 'metrics.json', DONE, *(f'report/{p}' for p in REPORT.files), 'checkpoints/*.pt', 'checkpoints/*.safetensors', 'features/*.safetensors', 'checkpoints/stage_*/*.pt', 'images/*.jpg', 'heatmaps/*.npy',
              'tensorboard/events.*', 'cohort/*.json', 'cohort/*.csv', 'cohort/*/*.tiff')) # a run folder

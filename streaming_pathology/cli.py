@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['NOT_SET', 'COMMANDS', 'RECIPES', 'AUGMENTATIONS', 'NO_SETTINGS', 'HARMLESS', 'sp_train', 'sp_mil', 'sp_predict',
-           'sp_export', 'GRADIENTS', 'DRAWN', 'sp_heatmap', 'sp_evaluate', 'sp_report', 'sp_trim', 'COHORT', 'sp_synth',
-           'DEMO', 'DEMO_COHORT', 'TINY', 'TINY_COHORT', 'sp_demo', 'strip_rows', 'hw', 'make_parser', 'parsed',
-           'counted', 'status_of', 'plain_warnings', 'terminable', 'command', 'environment', 'as_toml', 'cohort_sha256',
-           'file_size', 'identity', 'write_cases', 'recipe_of', 'shown_as', 'whole_numbers', 'magnifications',
-           'positive_classes', 'build_model', 'kept_encoder', 'feature_model', 'calibrate', 'save_images',
-           'save_heatmaps', 'chosen', 'run_training', 'test_results', 'with_features', 'save_weights', 'best_weights',
-           'Record', 'label_names', 'largest', 'write_record', 'predict_rows', 'check_settings', 'check_device',
-           'train_cohort', 'settings_of', 'settle', 'prepare_training', 'check_annotations', 'check_backbone',
-           'former_settings', 'flag', 'changes', 'sentences', 'shown', 'check_learnt', 'finish', 'mil_cohort',
-           'find_slides', 'predict_slides', 'export_run', 'draw_slides', 'draw_slide', 'evaluate_predictions',
-           'draw_results', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo', 'main']
+           'sp_export', 'GRADIENTS', 'USES', 'DRAWN', 'sp_heatmap', 'sp_evaluate', 'sp_report', 'sp_trim', 'COHORT',
+           'sp_synth', 'DEMO', 'DEMO_COHORT', 'TINY', 'TINY_COHORT', 'sp_demo', 'strip_rows', 'hw', 'make_parser',
+           'parsed', 'counted', 'status_of', 'plain_warnings', 'terminable', 'command', 'environment', 'as_toml',
+           'cohort_sha256', 'file_size', 'identity', 'write_cases', 'recipe_of', 'shown_as', 'whole_numbers',
+           'magnifications', 'positive_classes', 'build_model', 'kept_encoder', 'feature_model', 'calibrate',
+           'save_images', 'save_heatmaps', 'chosen', 'run_training', 'test_results', 'with_features', 'save_weights',
+           'best_weights', 'Record', 'label_names', 'largest', 'write_record', 'predict_rows', 'check_settings',
+           'check_device', 'train_cohort', 'settings_of', 'settle', 'prepare_training', 'check_annotations',
+           'check_backbone', 'former_settings', 'flag', 'changes', 'sentences', 'shown', 'check_learnt', 'finish',
+           'mil_cohort', 'find_slides', 'predict_slides', 'export_run', 'draw_slides', 'draw_slide', 'listed',
+           'evaluate_predictions', 'draw_results', 'report_run', 'colour', 'trim_biopsies', 'synthesise', 'demo',
+           'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
 import argparse, datetime, difflib, hashlib, inspect, io, json, math, os, platform, re, shutil, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
@@ -731,6 +732,7 @@ sp_predict, sp_export = command('predict', predict_slides), command('export', ex
 
 # %% ../nbs/16_cli.ipynb #hmap0002
 GRADIENTS = dict(smoothgrad=lambda m, x, o: smoothgrad(m, x, o['copies'], o['noise'], o['seed'], o['target'], place=o['place']), gradient=lambda m, x, o: smoothgrad(m, x, 1, 0, target=o['target'], place=o['place']), integrated=lambda m, x, o: pool_map(integrated_gradients(m, x, steps=o['steps'], target=o['target']), o['place']))
+USES = dict(smoothgrad=('copies', 'noise', 'seed', 'target', 'place'), gradient=('target', 'place'), integrated=('steps', 'target', 'place'), activation=('target',), attention=(), occlusion=('square', 'target'), patches=('place',)) # options that are a matter of some methods
 DRAWN = Output('heatmaps.json', f'"{FORMAT}"', ('maps/*.npy', 'maps/*.json', 'overlay/*.png', 'tiff/*.tiff', 'geojson/*.geojson', 'regions.csv')) # a folder of maps
 
 def draw_slides(checkpoint,          # file that sp_train or sp_mil wrote, e.g. run/checkpoints/best.pt, or that sp_export made of it
@@ -757,7 +759,9 @@ def draw_slides(checkpoint,          # file that sp_train or sp_mil wrote, e.g. 
     if patches != (method == 'patches'): raise InputError(f"--method {method}: {'this network looks at patches, whose map is --method patches' if patches else 'patches are a matter of networks of sp_mil; leave it out'}")
     if method == 'attention' and not isinstance(model.head.pool, GatedAttention): raise InputError('--method attention: this network does not pool by attention; give another')
     cases = find_slides(slides, slide_spacing, None, columns=card['labels']); data = dataset(card, cases)
-    about = dict(format=FORMAT, model=card['sha256'], **{k: v for k, v in o.items() if k not in ('strip', 'device')})
+    idle = {k for ks in USES.values() for k in ks}-{*USES[method]}; default = {k: p.default for k, p in inspect.signature(draw_slides).parameters.items()}
+    if given := sorted(k for k in idle if o[k] != default[k]): raise InputError(f'--{given[0]} is no matter of --method {method}; leave it out')
+    about = dict(format=FORMAT, model=card['sha256'], **{k: v for k, v in o.items() if k not in ('strip', 'device', *idle)})
     folder = claim(out, True, DRAWN, [checkpoint, *(c.path for c in cases)])
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -766,11 +770,11 @@ def draw_slides(checkpoint,          # file that sp_train or sp_mil wrote, e.g. 
         if former != about: raise InputError(f'{out} holds maps of another network, or with other settings; give the name of a new folder')
         write_whole(folder/DRAWN.mark, json.dumps(about, indent=1)+'\n'); failed, rows = [], []
         for i, c in enumerate(tqdm(cases, desc='heatmaps', unit='slide', leave=False)):
-            note = folder/f'maps/{c.slide_id}.json'
+            note, stamp = folder/f'maps/{c.slide_id}.json', dict(slide=file_stamp(c.path), mask=c.mask and file_stamp(c.mask), spacing=c.spacing)
             try: said = json.loads(note.read_text()) if note.exists() else None
             except (OSError, ValueError): said = None
-            if not said or said.get('slide') != file_stamp(c.path):
-                try: said = dict(slide=file_stamp(c.path)) | draw_slide(model, data, i, folder, o)
+            if not said or any(said.get(k) != v for k, v in stamp.items()) or not all((folder/at.replace('*', c.slide_id)).exists() for at in DRAWN.files if '*' in at):
+                try: said = stamp | draw_slide(model, data, i, folder, o)
                 except InputError as e: failed.append(str(e)); continue
                 write_whole(note, json.dumps(said)+'\n')
             rows += said['regions']
@@ -799,6 +803,8 @@ def draw_slide(model, data, i, folder, o): # what is written of it: size of the 
 sp_heatmap = command('heatmap', draw_slides)
 
 # %% ../nbs/16_cli.ipynb #cf9a7fee
+def listed(text): return [t.strip() for t in (text or '').split(',') if t.strip()]
+
 def evaluate_predictions(predictions,           # CSV that sp_predict, sp_train or sp_mil wrote
                          *, split:str='test',   # slides to evaluate
                          out:str|None=None,     # JSON file to write the figures to
@@ -806,7 +812,7 @@ def evaluate_predictions(predictions,           # CSV that sp_predict, sp_train 
                          threshold_split:str|None=None, # choose thresholds and the temperature on this split, e.g. tuning; without it thresholds on the slides evaluated
                          sensitivity:float|None=None, # a sensitivity that is wanted, for a threshold of its own
                          cohort:str|None=None,  # manifest with patient_id, whose slides are taken together, and the columns of --by; without it the cohort.csv beside the predictions, if there is one
-                         by:str|None=None,      # columns of it, with commas, whose groups are shown each, e.g. site,grade
+                         by:str|None=None,      # columns of it, with commas, whose groups are shown each, e.g. site,grade; more than six different numbers are cut into thirds
                          interval:str='logit',  # of the AUC: logit, delong, bootstrap, stratified or bca; the paper's bootstrap is shown beside it
                          draws:int=10_000,      # bootstrap draws; the paper: 10,000
                          level:float=.95,       # of the intervals
@@ -815,7 +821,8 @@ def evaluate_predictions(predictions,           # CSV that sp_predict, sp_train 
     check_settings(dict(draws=draws, seed=seed, interval=interval))
     if out is not None: out = output_file(out, '.json', [p for p in (predictions, cohort) if p], r'\{\n "(auc|task)"')
     if figures is not None and (at := absolute(figures)).exists() and not at.is_dir(): raise InputError(f'{figures} is a file; give the name of a folder')
-    found = results(predictions, split, threshold_split, sensitivity, cohort, [c.strip() for c in by.split(',')] if by else (), draws, seed, level, interval)
+    if figures is not None and any((p/RUN.mark).exists() for p in (at, *at.parents)): raise InputError(f'{figures} lies in a run; give the name of a folder elsewhere')
+    found = results(predictions, split, threshold_split, sensitivity, cohort, listed(by), draws, seed, level, interval)
     for note in found['notes']: warnings.warn(note)
     if out is not None: write_whole(out, json.dumps(found, indent=1)+'\n')
     if figures is not None: drawn = draw_results(found, predictions, at, cohort)
@@ -824,7 +831,10 @@ def evaluate_predictions(predictions,           # CSV that sp_predict, sp_train 
 
 def draw_results(found, predictions, folder, cohort=None): # names of the files
     "The figures of `results`, as SVG."
-    draw = {re.sub(r'\W+', '_', name): f for name, f in figures_of(found, predictions, cohort).items()}
+    draw = {}
+    for name, f in figures_of(found, predictions, cohort).items():
+        stem = re.sub(r'\W+', '_', name); draw[stem if stem not in draw else f'{stem}_{len(draw)}'] = f
+    for name in draw: output_file(folder/f'{name}.svg', '.svg', begins='(?s).*Matplotlib')
     for name, f in draw.items():
         figure = matplotlib.figure.Figure(figsize=(4.4, 4), layout='constrained'); f(figure.add_subplot())
         picture = io.BytesIO(); figure.savefig(picture, format='svg', metadata={'Date': None}); write_whole(folder/f'{name}.svg', picture.getvalue())
@@ -833,16 +843,15 @@ def draw_results(found, predictions, folder, cohort=None): # names of the files
 def report_run(run,                 # folder that sp_train or sp_demo wrote
            *, out:str|None=None, # folder to write; without it report/ in the run folder
            anonymous:bool=False, # leave out the names of slides and where things lay: slides are called by numbers
-           most:int=200,         # slides that get a page of their own, those with the largest error
-           by:str|None=None,     # columns of --cohort, with commas, whose groups are shown each, e.g. site,grade
+           most:int=200,         # labelled slides that get a page of their own, those with the largest error, and so many unlabelled ones
+           by:str|None=None,     # columns of --cohort, with commas, whose groups are shown each, e.g. site,grade; more than six different numbers are cut into thirds
            cohort:str|None=None, # manifest with these columns; without it the cohort.csv of the run
-           maps:str|None=None,   # folders that sp_heatmap wrote of the same network, with commas: further layers
+           maps:str|None=None,   # folders that sp_heatmap wrote of the same network, with commas: further layers; those of one method are numbered
            comparison:str|None=None, # folder that sp_compare wrote of this run and another
            categories:str|None=None): # table of errors that was saved in a report
     "Write the report of a run: a folder to hand over, whose index.html opens by double-click. Each slide has a page on which it zooms."
     if most < 0: raise InputError(f'--most is {most}; it is a number of slides, 0 or more')
-    def several_of(text): return [t.strip() for t in text.split(',') if t.strip()] if text else ()
-    print(f'wrote {write_report(run, out, most, anonymous, several_of(by), cohort, several_of(maps), comparison, categories)}')
+    print(f'wrote {write_report(run, out, most, anonymous, listed(by), cohort, listed(maps), comparison, categories)}')
     if not viewer_files(): print('Its slides do not zoom: the viewer was not fetched when this package was installed. Install it again where the npm registry can be reached.')
 
 sp_evaluate, sp_report = command('evaluate', evaluate_predictions), command('report', report_run)

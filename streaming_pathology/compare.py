@@ -10,6 +10,7 @@ __all__ = ['TRAIN', 'FILES', 'sp_compare', 'Side', 'find_side', 'run_of', 'Compa
 import json, math, os, tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 import numpy as np
 from fastcore.xml import *
 from scipy import sparse
@@ -18,7 +19,8 @@ from .geometry import InputError
 from .files import write_csv, write_whole
 from .cohorts import read_manifest, read_table, resolve_splits, several
 from .checkpoints import DONE, RUN, SYSTEM, absolute, uninterrupted
-from .evaluation import DeLong, Interval, Prediction, accuracy_test, auc_interval, delong_test, operating_point, paired_bootstrap, permutation_test, plot_roc, read_predictions
+from .auc import DeLong, Interval, accuracy_test, auc_interval, delong_test, difference_shown, paired_bootstrap, percent, permutation_test
+from .evaluation import Prediction, operating_point, plot_roc, read_predictions
 from .pages import ACCENT, SECOND, figure_uri, html_page, table
 from .review import errors_of, numbered, read_categories
 from .report import category_tables
@@ -115,15 +117,12 @@ class Comparison:
 
     @property
     def shown(self): # a sentence
-        a, b = self.names
-        if self.paired.low == self.paired.high != 0: return 'Every resample gives the same difference, so its interval has no width and says nothing about other slides: only more slides can.'
-        if self.paired.low > 0 or self.paired.high < 0: return f"On these slides {a if self.paired.low > 0 else b} has the higher AUC; the interval of the difference does not hold zero."
-        return 'No difference is shown: its interval holds zero. That is not to say that there is none.'
+        return difference_shown(self.names, self.paired)
 
     def __str__(self):
         a, b = self.names; w = max(map(len, (a, b, 'difference')))
-        lines = [f'{n:{w}}  AUC {v:.3f} ({i.level:.0%} interval {i})' for n, v, i in zip(self.names, (self.test.a, self.test.b), self.intervals)]
-        return '\n'.join([*lines, f"{'difference':{w}}  {self.test.difference:+.3f} ({self.paired.level:.0%} interval {self.paired.low:+.3f} to {self.paired.high:+.3f}), p {self.test.p:.3g} (DeLong), {self.p:.3g} (permutation); {counted(len(self.slides), 'slide')} of the split {self.split}, {int(sum(self.labels))} positive", self.shown])
+        lines = [f'{n:{w}}  AUC {v:.3f} ({percent(i.level)} interval {i})' for n, v, i in zip(self.names, (self.test.a, self.test.b), self.intervals)]
+        return '\n'.join([*lines, f"{'difference':{w}}  {self.test.difference:+.3f} ({percent(self.paired.level)} interval {self.paired.low:+.3f} to {self.paired.high:+.3f}), p {self.test.p:.3g} (DeLong), {self.p:.3g} (permutation); {counted(len(self.slides), 'slide')} of the split {self.split}, {int(sum(self.labels))} positive", self.shown])
 
 def same_patient(*sides): # {('slide' or 'patient', name): a number}
     "Slides of one patient by the cohort of any side, as one unit; also where only all of them together say so."
@@ -190,9 +189,9 @@ def errors_in(side, split, table=None): # list of `Wrong`, {slide: category}
 
 def _page(c, sides, out, given=(None, None)): # given: tables of categories
     a, b = c.names; d = c.paired
-    def link(s): return A(s.name, href=os.path.relpath(s.table.parent/DONE, out)) if (s.table.parent/DONE).exists() else s.name
-    answer = Div(P(Span(f'AUC of {a} less that of {b}', cls='eyebrow'), Span(f'{c.test.difference:+.3f}', cls='figure')), P(f'{d.level:.0%} interval ', Strong(f'{d.low:+.3f} to {d.high:+.3f}')), P(c.shown, cls='note'),
-                 P(f"{counted(len(c.slides), 'slide')} of the {c.split} split, {int(sum(c.labels))} positive" + (f", of {len({*c.patients})} patients" if c.patients else '') + f". The interval is the middle {d.level:.0%} of {d.draws:,} bootstrap draws of {'patients' if c.patients else 'slides'}, on each of which both are judged (seed {d.seed}).", cls='small'))
+    def link(s): return A(s.name, href=quote(os.path.relpath(s.table.parent/DONE, out))) if (s.table.parent/DONE).exists() else s.name
+    answer = Div(P(Span(f'AUC of {a} less that of {b}', cls='eyebrow'), Span(f'{c.test.difference:+.3f}', cls='figure')), P(f'{percent(d.level)} interval ', Strong(f'{d.low:+.3f} to {d.high:+.3f}')), P(c.shown, cls='note'),
+                 P(f"{counted(len(c.slides), 'slide')} of the {c.split} split, {int(sum(c.labels))} positive" + (f", of {len({*c.patients})} patients" if c.patients else '') + f". The interval is the middle {percent(d.level)} of {d.draws:,} bootstrap draws of {'patients' if c.patients else 'slides'}, on each of which both are judged (seed {d.seed}).", cls='small'))
     head, auc = ('', a, b), [('AUC', f'{c.test.a:.3f}', f'{c.test.b:.3f}'), ('interval', *map(str, c.intervals))]
     if t := c.accuracy: auc += [('threshold, chosen on tuning', *(f'{v:.3f}' for v in t['thresholds'])), ('accuracy', *(f'{v:.1%}' for v in t['accuracy'])), ('right where the other is wrong', *map(str, t['only_right']))]
     tests = [('DeLong'+', with Obuchowski’s variance for patients'*bool(c.patients), f'{c.test.low:+.3f} to {c.test.high:+.3f}', f'{c.test.p:.3g}'), ('paired bootstrap', f'{d.low:+.3f} to {d.high:+.3f}', None), ('permutation', None, f'{c.p:.3g}')]

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from .geometry import InputError, at_least_one
 from .cohorts import finite_number, read_table
-from .auc import (DeLong, Interval, auc, auc_error, auc_interval, bootstrap_aucs, bootstrap_ci, check_level, check_scores, class_weights, delong_test,
-    draw_weights, group_numbers, paired_bootstrap, permutation_test, placements, resampled, roc, share_interval, weighted_auc, accuracy_test)
+from .auc import Interval, auc, auc_interval, bootstrap_ci, check_level, check_scores, class_weights, delong_test, draw_weights, group_numbers, percent, resampled, roc, share_interval
 
 # %% ../nbs/13_evaluation.ipynb #c9d09050
 def roc_band(labels, # 0 or 1 for each slide
@@ -132,7 +131,7 @@ def operating_point(labels, # 0 or 1 for each slide
         fpr, tpr, thresholds = roc(y, s)
         thresholds[0] = np.nextafter(s.max(), np.inf)                 # finite, and above every slide
         accuracy = (tpr*y.sum() + (1-fpr)*(~y).sum()).round(6)
-        threshold = thresholds[np.lexsort((tpr-fpr, accuracy))[-1]]
+        threshold = thresholds[np.lexsort(((tpr-fpr).round(9), accuracy))[-1]]
     called = s >= threshold
     return OperatingPoint(float(threshold), float((called == y).mean()), float(called[y].mean()), float((~called[~y]).mean()))
 
@@ -170,7 +169,7 @@ class Metrics:
     def interval(self): return Interval(self.low, self.high, 0, 0, self.seed, self.level, self.method)
     @property
     def bootstrap(self): return Interval(self.bootstrap_low, self.bootstrap_high, self.draws, self.redrawn, self.seed, self.level)
-    def __str__(self): return f"AUC {self.auc:.3f} ({self.level:.0%} interval {self.interval}, by the paper's bootstrap {self.bootstrap}, {self.n} slides{f' of {self.patients} patients' if self.patients else ''}, {self.positives} positive)"
+    def __str__(self): return f"AUC {self.auc:.3f} ({percent(self.level)} interval {self.interval}, by the paper's bootstrap {self.bootstrap}, {self.n} slides{f' of {self.patients} patients' if self.patients else ''}, {self.positives} positive)"
 
 # %% ../nbs/13_evaluation.ipynb #6c074f0e
 def evaluate(labels, # 0 or 1 for each slide

@@ -6,7 +6,7 @@
 __all__ = ['as_groups', 'by_group', 'plot_groups']
 
 # %% ../nbs/13_groups.ipynb #sub000002
-import math
+import math, re
 import numpy as np
 from .geometry import InputError
 from .auc import auc, auc_interval, check_scores, share_interval
@@ -21,7 +21,7 @@ def as_groups(values,  # a text or a number for each slide; None, nan or '' wher
         except (TypeError, ValueError): return None
     known = [None if v is None or v == '' or (isinstance(v, float) and math.isnan(v)) else v for v in values]
     numbers = [None if v is None else number(v) for v in known]
-    if any(v is not None and (x is None or not math.isfinite(x)) for v, x in zip(known, numbers)): return [None if v is None else str(v) for v in known], sorted({str(v) for v in known if v is not None})
+    if any(v is not None and (x is None or not math.isfinite(x) or re.match(r'[-+]?0\d', str(v))) for v, x in zip(known, numbers)): return [None if v is None else str(v) for v in known], sorted({str(v) for v in known if v is not None}) # 007 is a name
     there = np.array([x for x in numbers if x is not None])
     def named(values, name): return next(found for digits in range(3, 18) for found in [[name(*v, digits) for v in values]] if len({*found}) == len(found)) # as short as tells them apart
     if len(different := np.unique(there)) <= few:

@@ -101,10 +101,15 @@ def concordance(times, # until the event, or until the patient was seen last
     found, redrawn = resampled(of, group_numbers(groups, len(t)), n, seed)
     return float(right.sum(dtype=float)/first.sum(dtype=float)), Interval(*map(float, np.quantile(found, [(1-level)/2, (1+level)/2])), n, redrawn, seed, level)
 
+def _two_groups(times, events, high): # times, events as bool, whether each is of high risk
+    t, e, _ = check_survival(times, events, np.zeros(len(times))); high = np.asarray(high, bool)
+    if high.shape != t.shape: raise InputError(f'{len(t)} times and {high.shape} groups of risk: give one for each')
+    return t, e, high
+
 def logrank(times, events, high): # p
     "The two-sided p-value of the log-rank test between two groups; nan where one is empty or nobody has an event"
     from scipy.stats import CensoredData, logrank # slow to import, so only where it is used
-    t, e, high = *check_survival(times, events, np.zeros(len(times)))[:2], np.asarray(high, bool)
+    t, e, high = _two_groups(times, events, high)
     if high.all() or not high.any() or not e.any(): return float('nan')
     with np.errstate(all='ignore'): return float(logrank(*(CensoredData.right_censored(t[g], ~e[g]) for g in (high, ~high))).pvalue)
 
@@ -113,7 +118,7 @@ def plot_survival(times, events, high, # bool (n,): whether each is of the group
                   names=('high risk', 'low risk'), colours=('#a8322a', '#2f6690'), level=.95):
     "Draw Kaplan-Meier curves of two groups into `ax`, with their bands and the log-rank test; returns `ax`"
     from scipy.stats import CensoredData, ecdf
-    t, e, high = *check_survival(times, events, np.zeros(len(times)))[:2], np.asarray(high, bool)
+    t, e, high = _two_groups(times, events, high)
     for g, name, colour in zip((high, ~high), names, colours):
         if not g.any(): continue
         sf = ecdf(CensoredData.right_censored(t[g], ~e[g])).sf; x = np.r_[0, sf.quantiles]

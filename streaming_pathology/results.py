@@ -19,11 +19,15 @@ from .groups import by_group, plot_groups
 from .outcomes import class_aucs, concordance, confusion_matrix, kappa, logrank, plot_confusion, plot_survival
 
 # %% ../nbs/13_results.ipynb #res000005
+def _patients(path, cohort, needed=False): # see `read_patients`
+    beside = Path(path).parent/'cohort.csv'
+    return read_patients(cohort or beside, needed) or read_patients(beside, False) # a manifest with sites may leave them to the run
+
 def results(path,   # predictions.csv of `sp_predict`, `sp_train` or `sp_mil`
             split='test', # slides to evaluate
             threshold_split=None, # slides to choose thresholds and the temperature on; None: `split` itself, and no temperature
             sensitivity=None, # wanted, for a point of its own
-            cohort=None, # CSV with slide_id, and patient_id and the columns of `by` where it has them; None: cohort.csv beside `path`, if there is one
+            cohort=None, # CSV with slide_id, patient_id and the columns of `by`; None, and for patients that it does not name: cohort.csv beside `path`, if there is one
             by=(), # its columns to show groups of
             n=10_000, # bootstrap draws
             seed=0, # of the draws
@@ -32,12 +36,12 @@ def results(path,   # predictions.csv of `sp_predict`, `sp_train` or `sp_mil`
            )->dict: # what JSON can hold; its `task` says of what kind
     "All figures of one split of a table of predictions; `InputError` names the file and what is wrong with it"
     kind, labels, predicted, rows = read_outcomes(path)
-    patients = read_patients(cohort or Path(path).parent/'cohort.csv', cohort is not None and not by)
+    patients = _patients(path, cohort, cohort is not None and not by)
     def of(name): # known labels (n, columns), predictions (n, k), patients as `patients_of` gives them, ids, of a split
         there = [r for r in rows if r['split'] == name and all(r[l] is not None for l in labels[:None if kind != 'multilabel' else 0])]
         if not there: raise InputError(f'{path} has no labelled slide with split {name!r}: the splits of its slides, labelled or not, are {", ".join(sorted({repr(r["split"]) for r in rows}))}')
         return np.array([[np.nan if r[l] is None else r[l] for l in labels] for r in there]), np.array([[r[p] for p in predicted] for r in there]), patients_of(ids := [r['slide_id'] for r in there], patients), ids
-    if kind != 'binary' and (given := [k for k, v in dict(sensitivity=sensitivity, by=by, threshold_split=threshold_split if kind != 'survival' else None).items() if v]): raise InputError(f'{path}: {given[0]} is a matter of two classes, and this table is not of those; leave it out')
+    if kind != 'binary' and (given := [k for k, v in dict(sensitivity=sensitivity, by=by, threshold_split=threshold_split if kind != 'survival' else None, method=method if kind in ('survival', 'measure') and method != 'logit' else None).items() if v]): raise InputError(f'{path}: {given[0]} is a matter of two classes, and this table is not of those; leave it out')
     if cohort and (lost := [r['slide_id'] for r in rows if r['slide_id'] not in {t['slide_id'] for t in read_table(cohort, ('slide_id',))}]): raise InputError(f'{cohort} has no row of {len(lost)} of the slides of {path}, the first is {lost[0]!r}; give the manifest that they are of')
     options = dict(n=n, seed=seed, level=level)
     if by: cohort = cohort or Path(path).parent/'cohort.csv'
@@ -144,12 +148,12 @@ def figures_of(found, # of `results`
     kind, labels, predicted, rows = read_outcomes(path)
     rows = [r for r in rows if r['split'] == found.get('split') and all(r[l] is not None for l in labels)]
     y, p = (np.array([[r[k] for k in names] for r in rows]) for names in (labels, predicted))
-    groups = patients_of([r['slide_id'] for r in rows], read_patients(cohort or Path(path).parent/'cohort.csv', False))
+    groups = patients_of([r['slide_id'] for r in rows], _patients(path, cohort))
     if kind == 'binary':
         y, p, options = y[:, 0], p[:, 0], dict(n=found['draws'], seed=found['seed'], level=found['level'])
         return dict(roc=lambda ax: plot_roc(y, p, ax, colour=colour, groups=groups, interval=Interval(found['low'], found['high'], 0, 0, found['seed'], found['level'], found['method'])),
                     precision_recall=lambda ax: plot_pr(y, p, ax, colour=colour, groups=groups, **options), reliability=lambda ax: plot_reliability(y, p, ax, colour=colour, groups=groups, level=found['level']),
-                    **{f'groups_{c}': lambda ax, rows=rows: plot_groups(rows, ax, found['auc'], colour) for c, rows in found.get('groups', {}).items()})
+                    **{f'groups_{c}': lambda ax, rows=rows: plot_groups(rows, ax, found['auc'], colour) for c, rows in found.get('groups', {}).items() if any(r['auc'] is not None for r in rows)})
     if kind == 'classes': return dict(confusion=lambda ax: plot_confusion(y[:, 0].astype(int), p.argmax(1), ax, classes=p.shape[1]))
     if kind == 'survival': return dict(survival=lambda ax: plot_survival(*y.T, p[:, 0] > found['threshold'], ax, level=found['level']))
     return {}

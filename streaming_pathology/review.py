@@ -38,19 +38,20 @@ def errors_of(rows,           # as `read_predictions` gives them, or the path of
 # %% ../nbs/13_review.ipynb #rev000010
 SUGGESTED = {FALSE[0]: ('normal mimicking tumour', 'inflammation', 'tissue artefact', 'bladder epithelium', 'colon epithelium'),
              FALSE[1]: ('little tumour', 'tissue artefact', 'low-grade tumour', 'inflammation-like', 'unclear')} # the paper, Table III
-CATEGORIES = ('slide_id', 'error', 'category') # columns of the table that the report saves
+CATEGORIES = ('slide_id', 'error', 'category') # columns of the table that the report saves; without names it has `number` for `slide_id`
 
-def read_categories(path,  # CSV with slide_id, error and category, which may be empty
+def read_categories(path,  # CSV of `CATEGORIES`; a category may be empty
                     wrong, # list of `Wrong`
                     numbers=None, # as `numbered` gives them, where the report may have been one without names
                    )->dict: # {slide_id: category}
     "The categories that a reviewer gave to errors; `InputError` where they are not of these"
-    kinds, found, names = {e.slide_id: e.kind for e in wrong}, {}, {called(k): i for i, k in (numbers or {}).items()}
-    for r in read_table(path, CATEGORIES, (), 'save it in the report of a run', ',;'):
-        i = r['slide_id'] if r['slide_id'] in kinds else names.get(r['slide_id'], r['slide_id'])
-        if i not in kinds: raise InputError(f'{path}: slide {r["slide_id"]!r} is no error of this model at the threshold of its report; give the categories of the same run')
-        if r['error'] != kinds[i]: raise InputError(f'{path}: slide {r["slide_id"]!r} is a {kinds[i]} of this model, and the table says {r["error"]!r}; give the categories of the same run')
-        if i in found: raise InputError(f'{path} has slide {r["slide_id"]!r} twice; keep one row a slide')
+    kinds, found, names = {e.slide_id: e.kind for e in wrong}, {}, {str(k): i for i, k in (numbers or {}).items()}
+    for r in read_table(path, CATEGORIES[1:], ('slide_id', 'number'), 'save it in the report of a run', ',;'):
+        if ('slide_id' in r) == ('number' in r): raise InputError(f'{path} has to have one of the columns slide_id and number; save it in the report of a run')
+        said = r.get('slide_id', r.get('number')); i = names.get(said, '') if 'number' in r else said
+        if i not in kinds: raise InputError(f'{path}: slide {said!r} is no error of this model at the threshold of its report; give the categories of the same run')
+        if r['error'] != kinds[i]: raise InputError(f'{path}: slide {said!r} is a {kinds[i]} of this model, and the table says {r["error"]!r}; give the categories of the same run')
+        if i in found: raise InputError(f'{path} has slide {said!r} twice; keep one row a slide')
         found[i] = ' '.join(r['category'].removeprefix("'").split()) # which keeps spreadsheets from computing it
     return {i: c for i, c in found.items() if c}
 

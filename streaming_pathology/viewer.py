@@ -128,7 +128,7 @@ def slide_page(title,   # name of the slide
                alt='Slide', # text of the picture
               )->str:
     "The page of one slide"
-    over = [(i, l) for i, l in enumerate(layers)]
+    over = list(enumerate(layers))
     def place(l): return f'height:{l.extent[0]:.4%};width:{l.extent[1]:.4%}'
     length = _round(spacing*size[1]/4) if spacing else None # microns, of the bar of the picture as a whole
     stage = Div(Img(src=picture, alt=alt, cls='tissue'),
@@ -190,6 +190,7 @@ if (said.tiles && window.OpenSeadragon) {
     for (const e of near) viewer.addOverlay({element: e, location: new OpenSeadragon.Rect(0, 0, +e.dataset.width, +e.dataset.height * t.height / t.width)});
     arrange(); scale();
   });
+  viewer.addHandler('canvas-key', e => { if ([70, 82].includes(e.originalEvent.keyCode)) e.preventDefaultAction = true; }); // F mirrors the tissue and not what lies over it, R turns it
   for (const name of ['animation', 'zoom', 'resize']) viewer.addHandler(name, scale);
   for (const name of ['open-failed', 'tile-load-failed']) viewer.addHandler(name, () => { const p = one('#wrong'); p.hidden = false; p.textContent = 'A part of the picture cannot be read: the folder tiles has to lie beside the pages, as it was written.'; });
   const act = {in: () => viewer.viewport.zoomBy(1.6), out: () => viewer.viewport.zoomBy(1 / 1.6), whole: () => viewer.viewport.goHome(), full: () => document.fullscreenElement ? document.exitFullscreen() : one('#viewer').requestFullscreen()};

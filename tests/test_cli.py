@@ -214,6 +214,9 @@ def test_evaluate(trained, tmp_path, capsys):
     capsys.readouterr(); assert cli.main(['evaluate', tmp_path/'all.csv', '--threshold-split', 'tuning', '--sensitivity', .9, '--cohort', tmp_path/'cohort.csv', '--by', 'site', '--figures', tmp_path/'figures', '--out', tmp_path/'all.json', '--draws', 200]) == 0
     said, found = capsys.readouterr().out, json.loads((tmp_path/'all.json').read_text()); assert 'of 10 patients' in said and 'site a' in said and 'temperature' in said and found['groups']['site'][0]['n'] == 27 and found['method'] == 'logit' and found['seed'] == 0
     assert {f.name for f in (tmp_path/'figures').iterdir()} == {'roc.svg', 'precision_recall.svg', 'reliability.svg', 'groups_site.svg'}
+    def drawn(folder): return ['evaluate', tmp_path/'all.csv', '--draws', 20, '--figures', folder]
+    assert cli.main(drawn(tmp_path/'figures')) == 0; (tmp_path/'figures/roc.svg').write_text('<svg>mine</svg>'); refused(capsys, drawn(tmp_path/'figures'), 'roc.svg'); assert 'mine' in (tmp_path/'figures/roc.svg').read_text()
+    (tmp_path/'run').mkdir(); (tmp_path/'run/environment.json').touch(); refused(capsys, drawn(tmp_path/'run/report'), 'lies in a run')
 
 def test_report(trained, cohort, tmp_path, capsys):
     out, before = tmp_path/'r', tree(trained)
@@ -226,10 +229,10 @@ def test_report(trained, cohort, tmp_path, capsys):
     refused(capsys, ['report', trained, '--maps', cohort], 'heatmaps.json'); refused(capsys, ['report', trained, '--comparison', cohort], 'comparison.json'); refused(capsys, ['report', trained, '--by', 'grade'], 'grade'); refused(capsys, ['report', trained, '--categories', tmp_path/'m.csv'], 'error')
     assert all(v == before[k] for k, v in tree(trained).items() if k.is_file())
 
-@pytest.mark.parametrize('method, more', [('smoothgrad', ['--copies', 2]), ('integrated', ['--steps', 2]), ('activation', []), ('occlusion', ['--square', 32])])
+@pytest.mark.parametrize('method, more', [('smoothgrad', ['--copies', 2, '--place', 8]), ('integrated', ['--steps', 2, '--place', 8]), ('activation', []), ('occlusion', ['--square', 32])])
 def test_heatmaps(trained, bad, tmp_path, capsys, method, more):
     "Maps lie on their slides; what is there is not drawn again; what cannot be drawn is named, and the others are drawn."
-    out, argv = tmp_path/'maps', ['heatmap', trained/'checkpoints/best.pt', bad/'manifest.csv', tmp_path/'maps', '--method', method, *more, '--place', 8]
+    out, argv = tmp_path/'maps', ['heatmap', trained/'checkpoints/best.pt', bad/'manifest.csv', tmp_path/'maps', '--method', method, *more]
     rows = (bad/'manifest.csv').read_text().splitlines(); (bad/'manifest.csv').write_text('\n'.join(rows[:4])+'\n'); first = bad/'slides/s00.tiff'; good = first.read_bytes(); first.write_bytes(good[:300])
     refused(capsys, argv, "'s00'"); assert sorted(p.stem for p in (out/'maps').glob('*.npy')) == ['s01', 's02']
     first.write_bytes(good); before = tree(out/'maps'); assert cli.main(argv) == 0 and {k: v for k, v in tree(out/'maps').items() if k in before} == before
@@ -240,8 +243,19 @@ def test_heatmaps(trained, bad, tmp_path, capsys, method, more):
         for f in collection.features: x, y = zip(*f.geometry.coordinates[0]); assert f.properties['objectType'] == 'annotation' and max(x) > 0 and max(y) > 0 and min(x) < 10**4
     refused(capsys, [*argv, '--threshold', .7], 'other settings')
 
+def test_a_map_follows_its_mask(trained, bad, tmp_path):
+    "What a map was made of has changed, or what was written of it is gone: it is drawn again."
+    slide, argv = bad/'slides/s00.tiff', ['heatmap', trained/'checkpoints/best.pt', tmp_path/'m.csv', tmp_path/'maps', '--method', 'gradient', '--place', 8]
+    with Slide(slide) as s: w, h = s.size[::-1]
+    def drawn(left, to='maps'):
+        mask = np.zeros((h, w), np.uint8); mask[:, :w//2 if left else w] = 255; Image.fromarray(mask).save(tmp_path/f'{left}.png')
+        (tmp_path/'m.csv').write_text(f'slide_id,label,path,mask\ns00,1,{slide},{tmp_path/f"{left}.png"}\n'); assert cli.main([*argv[:3], tmp_path/to, *argv[4:]]) == 0
+        return (tmp_path/to/'maps/s00.npy').read_bytes(), (tmp_path/to/'regions.csv').read_text()
+    first = drawn(False); assert drawn(True) != first and drawn(True) == drawn(True, 'new')
+    (tmp_path/'maps/overlay/s00.png').unlink(); drawn(True); assert (tmp_path/'maps/overlay/s00.png').exists()
+
 def test_heatmaps_refused(trained, cohort, tmp_path, capsys):
-    for more, says in ((['--method', 'patches'], 'sp_mil'), (['--method', 'shap'], '--method'), (['--method', 'attention'], 'by attention'), (['--copies', 0], '--copies'), (['--threshold', 0], '--threshold'), (['--place', 0], '--place'), (['--target', 3], 'target=3'), (['--noise', -1], '--noise')):
+    for more, says in ((['--method', 'patches'], 'sp_mil'), (['--method', 'shap'], '--method'), (['--method', 'attention'], 'by attention'), (['--copies', 0], '--copies'), (['--threshold', 0], '--threshold'), (['--place', 0], '--place'), (['--target', 3], 'target=3'), (['--noise', -1], '--noise'), (['--steps', 3], '--steps is no matter'), (['--method', 'activation', '--place', 8], '--place is no matter')):
         refused(capsys, ['heatmap', trained/'checkpoints/best.pt', cohort/'slides/s00.tiff', tmp_path/'x', *more], says)
     (tmp_path/'mine').mkdir(); (tmp_path/'mine/a.txt').write_text('a'); refused(capsys, ['heatmap', trained/'checkpoints/best.pt', cohort/'slides', tmp_path/'mine'], 'a.txt'); refused(capsys, ['heatmap', trained/'checkpoints/best.pt', cohort/'slides', cohort], 'holds')
 

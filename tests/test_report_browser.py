@@ -96,6 +96,11 @@ def test_slide_zooms_by_buttons_and_keys(page):
     page.locator('.openseadragon-canvas').focus(); page.keyboard.press('+'); until(page, f'viewer.viewport.getZoom() > {first}*1.05')
     assert max(int(u.split('/')[-2]) for u in page.requests if '/tiles/' in u) > min(int(u.split('/')[-2]) for u in page.requests if '/tiles/' in u) # finer tiles came
 
+def test_no_key_parts_the_tissue_from_its_maps(page):
+    of_slide(page); page.locator('.openseadragon-canvas').focus()
+    for key in ('f', 'r', 'Shift+R', 'F'): page.keyboard.press(key)
+    page.wait_for_timeout(300); assert page.evaluate('[viewer.viewport.getFlip(), viewer.viewport.getRotation()]') == [False, 0]
+
 def test_scale_bar_tells_the_truth(page):
     of_slide(page); page.wait_for_timeout(700); said = page.locator('#bar').inner_text().split(); micron = float(said[0])*{'µm': 1, 'mm': 1000}[said[1]]
     length = float(page.evaluate('getComputedStyle(document.querySelector("#bar"), "::after").width')[:-2])

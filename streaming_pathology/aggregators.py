@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .geometry import InputError, at_least_one
+from .errors import InputError, at_least_one
 from .models import GatedAttention, attention_pool
 
 # %% ../nbs/12_aggregators.ipynb #a0000006

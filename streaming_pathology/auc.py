@@ -11,7 +11,7 @@ __all__ = ['INTERVALS', 'check_scores', 'roc', 'auc', 'class_weights', 'weighted
 # %% ../nbs/13_auc.ipynb #auc00003
 from dataclasses import dataclass
 import numpy as np
-from .geometry import InputError, at_least_one
+from .errors import InputError, at_least_one
 
 # %% ../nbs/13_auc.ipynb #19084f02
 def check_scores(labels, # 0 or 1 for each slide

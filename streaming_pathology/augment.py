@@ -11,7 +11,7 @@ import itertools, math, operator, zlib
 from dataclasses import dataclass
 import numpy as np, pyvips
 from scipy import ndimage
-from .geometry import InputError
+from .errors import InputError
 from .files import reason
 from .slides import checked_colour, checked_flag, checked_number, checked_pixels, checked_size
 from .synthetic import RUIFROK_JOHNSTON

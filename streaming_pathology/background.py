@@ -12,7 +12,8 @@ from fractions import Fraction
 import torch
 from torch import fx
 from torch.nn import functional as F
-from .geometry import InputError, StreamingError, Spread, _wide, layer_name
+from .errors import InputError
+from .geometry import StreamingError, Spread, _wide, layer_name
 from .streaming import _Pass
 
 # %% ../nbs/03_background.ipynb #e09bdd1d

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np, torch
 from scipy import ndimage
 from torch.nn import functional as F
-from .geometry import InputError
+from .errors import InputError
 from .augment import Augmentation, STEP, keyed_rng, origins
 from .slides import class_numbers, numbers_in
 from .data import SlideDataset

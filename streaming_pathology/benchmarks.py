@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock, ResNet
-from .geometry import InputError, StreamingError
+from .errors import InputError
+from .geometry import StreamingError
 from .streaming import stream
 from .background import Canvas
 from .plan import budget, lean_memory, measure, plan, size as text_size

@@ -8,7 +8,7 @@ __all__ = ['Calibration', 'check_probabilities', 'calibration', 'plot_reliabilit
 # %% ../nbs/13_calibration.ipynb #cal000002
 from dataclasses import dataclass
 import numpy as np
-from .geometry import InputError
+from .errors import InputError
 from .auc import Interval, check_level, check_scores, group_numbers, percent, resampled, share_interval
 
 # %% ../nbs/13_calibration.ipynb #cal000005

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch, torchvision
 import streaming_pathology
-from .geometry import InputError
+from .errors import InputError
 from .models import load_tensors
 from .data import STOPS, worker_died
 from .files import locked, whole_file

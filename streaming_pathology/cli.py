@@ -28,7 +28,7 @@ from fastcore.docments import docments
 from fastcore.meta import delegates
 from PIL import Image
 from tqdm.auto import tqdm
-from .geometry import InputError
+from .errors import InputError
 from .plan import budget, lean_memory
 from .models import GatedAttention, StreamingClassifier, pools
 from .files import SUFFIXES, file_stamp, locked, sample_slide, slide_files, write_csv, write_whole

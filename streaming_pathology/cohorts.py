@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pyvips
-from .geometry import InputError
+from .errors import InputError
 from .files import SUFFIXES, slide_key
 from .augment import keyed_rng
 

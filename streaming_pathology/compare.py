@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.xml import *
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
-from .geometry import InputError
+from .errors import InputError
 from .files import write_csv, write_whole
 from .cohorts import read_manifest, read_table, resolve_splits, several
 from .checkpoints import DONE, RUN, SYSTEM, absolute, uninterrupted

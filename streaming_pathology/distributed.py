@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-from .geometry import InputError, StreamingError, Piece, layer_name
+from .errors import InputError
+from .geometry import StreamingError, Piece, layer_name
 from .streaming import Streamed, _device, _rng
 from .data import one_line
 from .training import Alone

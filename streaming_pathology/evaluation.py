@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
-from .geometry import InputError, at_least_one
+from .errors import InputError, at_least_one
 from .cohorts import finite_number, read_table
 from .auc import Interval, auc, auc_interval, bootstrap_ci, check_level, check_scores, class_weights, delong_test, draw_weights, group_numbers, percent, resampled, roc, share_interval
 

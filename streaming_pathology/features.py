@@ -13,7 +13,7 @@ from pathlib import Path
 import safetensors, safetensors.torch, torch, torchvision
 from torch import nn
 from tqdm.auto import tqdm
-from .geometry import InputError, at_least_one
+from .errors import InputError, at_least_one
 from .models import Normalise, StreamingClassifier, imagenet_mean, imagenet_std, weights_of
 from .files import slide_files, whole_file
 from .bags import Bag, BagDataset, PatchGrid

@@ -16,7 +16,7 @@ import numpy as np, openslide, pyvips
 from fastcore.basics import patch
 from PIL import Image
 import streaming_pathology
-from .geometry import InputError
+from .errors import InputError
 
 # %% ../nbs/05_files.ipynb #f26fc15d
 SAMPLE_SHA256 = 'ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7'

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import threading
 import numpy as np, torch
 from torch import nn
-from .geometry import InputError, at_least_one
+from .errors import InputError, at_least_one
 from .streaming import Streamed
 from .models import StreamingClassifier
 

@@ -8,7 +8,7 @@ __all__ = ['as_groups', 'by_group', 'plot_groups']
 # %% ../nbs/13_groups.ipynb #sub000002
 import math, re
 import numpy as np
-from .geometry import InputError
+from .errors import InputError
 from .auc import auc, auc_interval, check_scores, share_interval
 
 # %% ../nbs/13_groups.ipynb #sub000005

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, torch
 from matplotlib import colormaps
 from PIL import Image
-from .geometry import InputError, at_least_one
+from .errors import InputError, at_least_one
 from .files import write_whole
 from .models import StreamingClassifier
 from .gradients import ChangedRows, as_image, first_streamed, glass_of, integrated_gradients, only_input_gradients, output_of, reads_rows, smoothgrad

@@ -14,7 +14,7 @@ from pathlib import Path
 import safetensors, safetensors.torch, torch
 from torch import nn
 import streaming_pathology
-from .geometry import InputError
+from .errors import InputError
 from .background import Canvas
 from .models import StreamingClassifier, imagenet_mean, imagenet_std
 from .files import file_stamp, whole_file, write_csv

@@ -10,7 +10,7 @@ __all__ = ['TASKS', 'Task', 'balanced_weights', 'Binary', 'Multiclass', 'Multila
 import inspect, math
 import numpy as np, torch
 from torch.nn import functional as F
-from .geometry import InputError
+from .errors import InputError
 
 # %% ../nbs/09_losses.ipynb #l0000006
 class Task:

@@ -8,7 +8,7 @@ __all__ = ['InstanceMIL', 'TwoPhases']
 # %% ../nbs/12_mil.ipynb #m0000003
 import torch
 from torch import nn
-from .geometry import InputError, at_least_one
+from .errors import InputError, at_least_one
 from .losses import Binary
 from .data import slide_loader
 from .training import predict

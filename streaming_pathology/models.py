@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from torch import nn
 from torch.overrides import handle_torch_function, has_torch_function
 from torchvision.models import WeightsEnum
-from .geometry import InputError, Reduction, rule
+from .errors import InputError
+from .geometry import Reduction, rule
 from .streaming import stream
 
 # %% ../nbs/04_models.ipynb #f45a3578

@@ -9,7 +9,7 @@ __all__ = ['KAPPAS', 'check_classes', 'confusion_matrix', 'kappa', 'plot_confusi
 # %% ../nbs/13_outcomes.ipynb #out000002
 import warnings
 import numpy as np
-from .geometry import InputError
+from .errors import InputError
 from .auc import Interval, auc, auc_interval, check_level, group_numbers, resampled
 
 # %% ../nbs/13_outcomes.ipynb #out000005

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from .geometry import InputError, StreamingError, played
+from .errors import InputError
+from .geometry import StreamingError, played
 from .streaming import LONGEST, Streamed, _device, _source
 
 # %% ../nbs/02_plan.ipynb #bb315af5

@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
-from .geometry import InputError
+from .errors import InputError
 from .cohorts import apportion
 from .training import Alone, fit
 from .checkpoints import load_checkpoint, load_weights, save_checkpoint

@@ -12,7 +12,7 @@ from pathlib import Path
 import contourpy, numpy as np
 from PIL import Image
 from scipy import ndimage
-from .geometry import InputError
+from .errors import InputError
 from .files import COARSEST, whole_file, write_tiff, write_whole
 from .slides import Slide, tissue_box, tissue_mask
 from .heatmaps import check_map, overlay

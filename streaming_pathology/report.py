@@ -16,7 +16,7 @@ from statistics import median
 import numpy as np
 from fastcore.xml import *
 from PIL import Image, ImageFilter
-from .geometry import InputError
+from .errors import InputError
 from .files import write_csv, write_whole
 from .cohorts import read_table
 from .checkpoints import REPORT, absolute, claim, staged

@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
-from .geometry import InputError
+from .errors import InputError
 from .cohorts import finite_number, read_table
 from .auc import Interval
 from .evaluation import average_precision, column_of, evaluate, operating_point, patients_of, plot_pr, plot_roc, point_intervals, read_patients, read_predictions

@@ -10,7 +10,7 @@ __all__ = ['FALSE', 'SUGGESTED', 'CATEGORIES', 'Wrong', 'errors_of', 'read_categ
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from .geometry import InputError
+from .errors import InputError
 from .cohorts import read_table
 from .evaluation import operating_point, read_predictions
 

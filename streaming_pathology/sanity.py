@@ -10,7 +10,7 @@ import copy
 import numpy as np, torch
 from scipy import ndimage, stats
 from torch import nn
-from .geometry import InputError, at_least_one
+from .errors import InputError, at_least_one
 from .features import Encoder, FeatureMIL
 from .heatmaps import pool_map
 

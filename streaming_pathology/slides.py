@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from io import BytesIO
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-import numpy as np, openslide, pyvips, torch
+import numpy as np, openslide, pyvips
 from fastcore.basics import patch
 from PIL import Image
 from matplotlib import pyplot as plt
 from scipy import ndimage, sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
-from torch import nn
-from .geometry import InputError
-from .streaming import Streamed, stream
+from .errors import InputError
 from .files import _Tiff, open_reader, reason, resolve_spacing, sample_slide, transparent
 
 # %% ../nbs/05_slides.ipynb #5b10c766
@@ -300,7 +298,7 @@ def pen_marks(
 
 def _given_mask(slide, source, spacing, shape):
     "A mask from a file or a network instead of from colour, bool of `shape`."
-    if isinstance(source, nn.Module):
+    if callable(source):
         if not isinstance(slide, Slide): raise InputError('a network needs a Slide to find the tissue of, not pixels')
         found = network_mask(slide, source, spacing)
     else:
@@ -357,13 +355,14 @@ def network_mask(
     spacing:float, # microns per pixel that the network sees
 ): # bool (h, w)
     "Tissue by a trained network, streamed over the slide."
-    streamed = network if isinstance(network, Streamed) else stream(nn.Sequential(_Unit(), network).eval())
+    import torch # here, as without it a process that reads slides starts in a quarter of the time
+    from streaming_pathology.streaming import Streamed, stream
+    class Unit(torch.nn.Module):
+        def forward(self, x): return x.float()/255
+    streamed = network if isinstance(network, Streamed) else stream(torch.nn.Sequential(Unit(), network).eval())
     with torch.no_grad(): y = streamed(slide.rows(spacing))
     if y.ndim != 4 or len(y) != 1: raise InputError(f'the network gives {tuple(y.shape)}, not a map (1, k, h, w) of logits')
     return (y[0, 0] > 0 if y.shape[1] == 1 else y[0].argmax(0) > 0).cpu().numpy()
-
-class _Unit(nn.Module):
-    def forward(self, x): return x.float()/255
 
 def tissue_mask(
     slide, # a `Slide`, or RGB pixels uint8 (height, width, 3)

@@ -14,7 +14,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn, fx
 from torch.autograd.function import once_differentiable
-from .geometry import InputError, StreamingError, Program, Reduction, Piece, Region, _Diced, evaluate, layer_name
+from .errors import InputError
+from .geometry import StreamingError, Program, Reduction, Piece, Region, _Diced, evaluate, layer_name
 
 # %% ../nbs/01_streaming.ipynb #b8703ab2
 class _Tensor:

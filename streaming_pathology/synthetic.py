@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage, sparse
 from tqdm.auto import tqdm
-from .geometry import InputError
+from .errors import InputError
 from .files import write_csv, write_tiff, write_whole
 from .slides import optical_density, worker_pool
 

@@ -24,7 +24,7 @@ from .augment import keyed_rng
 from .cohorts import several
 from .data import EpochSampler, one_line, slide_loader
 from .losses import Binary, Task, joint_gradient
-from .geometry import InputError, at_least_one
+from .errors import InputError, at_least_one
 from .files import write_csv
 
 # %% ../nbs/09_training.ipynb #e0bc5098

@@ -13,11 +13,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pyvips, torch
+import numpy as np, pyvips
 from matplotlib.figure import Figure
 from scipy import ndimage
 from tqdm.auto import tqdm
-from .geometry import InputError
+from .errors import InputError
 from .files import COARSEST, FINEST, file_stamp, locked, reason, slide_key, write_csv, write_tiff, write_whole
 from .slides import Biopsy, PixelRows, Slide, biopsies, checked_colour, checked_flag, checked_number, draw_tissue, worker_pool
 from .cohorts import Case, check_files, check_ids, leaks, read_table, safe_id, several
@@ -231,7 +231,9 @@ def trim_slides(
     with _claimed(out, settings): return _trim_slides(cases, out, settings, workers, progress, network)
 
 def _weights_version(network): # a checksum
-    return None if network is None else zlib.crc32(b''.join([repr(network).encode(), *(v.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for v in network.state_dict().values())]))
+    if network is None: return None
+    import torch
+    return zlib.crc32(b''.join([repr(network).encode(), *(v.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for v in network.state_dict().values())]))
 
 def _former(out, name, columns):
     "The rows of a table of a former run."

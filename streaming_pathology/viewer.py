@@ -15,7 +15,7 @@ import numpy as np, pyvips
 from fastcore.basics import NotStr
 from fastcore.xml import *
 from PIL import Image
-from .geometry import InputError
+from .errors import InputError
 from .files import reason, whole_file, write_whole
 from .heatmaps import colour_map, fit_map
 from .pages import html_page

@@ -5,7 +5,8 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
 from torchvision.ops import StochasticDepth
 from streaming_pathology.background import Canvas
-from streaming_pathology.geometry import InputError, StreamingError
+from streaming_pathology.errors import InputError
+from streaming_pathology.geometry import StreamingError
 from streaming_pathology.models import StreamingClassifier
 from streaming_pathology.streaming import stream
 from test_streaming import Apply, close, frozen_norm, networks, small, waiting, waits

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
 from streaming_pathology.background import Canvas
 from streaming_pathology.distributed import stream_bands
-from streaming_pathology.geometry import InputError, StreamingError, evaluate
+from streaming_pathology.errors import InputError
+from streaming_pathology.geometry import StreamingError, evaluate
 from streaming_pathology.models import StreamingClassifier
 from test_background import canvases
 from test_streaming import UNet, close, frozen_norm, networks, small

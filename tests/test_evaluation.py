@@ -2,7 +2,7 @@
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import roc_auc_score
-from streaming_pathology.geometry import InputError
+from streaming_pathology.errors import InputError
 from streaming_pathology.auc import INTERVALS, auc, auc_interval, bootstrap_aucs, bootstrap_ci, delong_test, draw_weights, roc, weighted_auc
 from streaming_pathology.evaluation import evaluate, operating_point, point_intervals, roc_band
 

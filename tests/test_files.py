@@ -6,7 +6,7 @@ from PIL import Image
 from streaming_pathology.cohorts import Case, read_manifest
 from streaming_pathology.data import SlideDataset, check_cohort
 from streaming_pathology.files import open_reader, sample_slide, slide_files, slide_key, write_tiff
-from streaming_pathology.geometry import InputError
+from streaming_pathology.errors import InputError
 from streaming_pathology.slides import Slide
 from streaming_pathology.trim import each_apart
 import made

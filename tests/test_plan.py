@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
 from torchvision.models import resnet18
 from streaming_pathology.background import Canvas
-from streaming_pathology.geometry import InputError, Program, StreamingError, _lacks
+from streaming_pathology.errors import InputError
+from streaming_pathology.geometry import Program, StreamingError, _lacks
 from streaming_pathology.models import StreamingClassifier
 from streaming_pathology.plan import Costs, Ledger, budget, plan
 from streaming_pathology.streaming import _source, stream

@@ -4,7 +4,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import nn
 from streaming_pathology.files import sample_slide, write_tiff
-from streaming_pathology.geometry import InputError
+from streaming_pathology.errors import InputError
 from streaming_pathology.slides import Slide, biopsies, pen_marks, tissue_mask
 from streaming_pathology.synthetic import paint_biopsy
 

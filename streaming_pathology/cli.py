@@ -174,10 +174,16 @@ def terminable():
 
 COMMANDS = {}
 
+def _let_processes_be(program):
+    "Processes that a command starts import what they need: multiprocessing would have each import the program as well, and with it all of this."
+    main = sys.modules['__main__']
+    if Path(getattr(main, '__file__', None) or '').stem == program: main.__file__ = None
+
 def command(name, f, lean=True, again=True): # a function of (argv=None) that returns an exit status
     "Make the command `sp_name` of a function, which runs with `lean_memory`; `again`: a `.toml` file in place of its first argument has its settings."
     def run(argv=None):
         def go():
+            if argv is None: _let_processes_be(f'sp_{name}')
             if lean: lean_memory()
             with plain_warnings(), terminable(): f(**parsed(f, f'sp_{name}', argv, again))
         return status_of(go)

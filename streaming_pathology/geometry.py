@@ -7,7 +7,7 @@ __all__ = ['rules', 'played', 'StreamingError', 'Window', 'Spread', 'Piece', 'Re
            'Reduction', 'rule', 'Program', 'evaluate', 'receptive_field']
 
 # %% ../nbs/00_geometry.ipynb #2bbee537
-import inspect, operator, random, threading
+import inspect, operator, random, sys, threading
 from contextvars import ContextVar
 from fractions import Fraction
 from unittest import mock
@@ -18,8 +18,6 @@ from fastcore.basics import patch
 from torch import nn, fx
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models import shufflenetv2
-from torchvision.ops import StochasticDepth, stochastic_depth
 from .errors import InputError
 
 # %% ../nbs/00_geometry.ipynb #4498a228
@@ -151,10 +149,25 @@ class Region:
 
 # %% ../nbs/00_geometry.ipynb #481f7071
 _through = {f'torch.nn.modules.{f}' for f in 'conv linear pooling activation dropout flatten padding normalization upsampling pixelshuffle channelshuffle'.split()}
-_opaque = (nn.MultiheadAttention, nn.Softmax2d, nn.CircularPad2d, StochasticDepth, nn.modules.batchnorm._NormBase, nn.modules.conv._ConvTransposeNd)     # their forward looks at shapes
+_opaque = [nn.MultiheadAttention, nn.Softmax2d, nn.CircularPad2d, nn.modules.batchnorm._NormBase, nn.modules.conv._ConvTransposeNd]     # their forward looks at shapes
 _own_forward = {c.forward for c in (*_opaque, nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, nn.modules.instancenorm._InstanceNorm, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
 
-def _is_opaque(m): return isinstance(m, _opaque) and type(m).forward in _own_forward and 'forward' not in m.__dict__
+_wrapped = []     # functions that do
+_as_functions = {}     # class of an opaque layer: of such a layer and its input, the function and its arguments
+
+_waiting = []
+def _with_torchvision(f):
+    "Have `f` called once a network can hold what torchvision has of its own: importing it takes two seconds, of which whoever only reads slides is spared."
+    _waiting.append(f); return f
+
+@_with_torchvision
+def _():
+    from torchvision.models.shufflenetv2 import channel_shuffle
+    from torchvision.ops import StochasticDepth, stochastic_depth
+    _wrapped.append(channel_shuffle); _opaque.append(StochasticDepth); _own_forward.add(StochasticDepth.forward)
+    _as_functions[StochasticDepth] = lambda m, x: (stochastic_depth, (x, m.p, m.mode, m.training))
+
+def _is_opaque(m): return isinstance(m, (*_opaque,)) and type(m).forward in _own_forward and 'forward' not in m.__dict__
 
 class _Proxy(fx.Proxy): "A traced value for which `x += y` stays what it is: a change of `x`."
 def _recorded(f): return lambda self, other: self.tracer.create_proxy('call_function', f, (self, other), {})
@@ -165,10 +178,10 @@ def _modes(): return torch.is_grad_enabled(), torch.is_autocast_enabled('cpu'), 
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True      # or what is computed from buffers would be computed once, now
 
-    def __init__(self): super().__init__(autowrap_functions=(shufflenetv2.channel_shuffle,)); self.thread = threading.get_ident()      # it looks at shapes
+    def __init__(self): super().__init__(autowrap_functions=(*_wrapped,)); self.thread = threading.get_ident()
 
     def is_leaf_module(self, m, name):
-        if isinstance(m, _opaque): return _is_opaque(m)
+        if isinstance(m, (*_opaque,)): return _is_opaque(m)
         return super().is_leaf_module(m, name) and not any(c.__module__ in _through for c in type(m).__mro__)
 
     def proxy(self, node): return _Proxy(node, self)
@@ -251,6 +264,7 @@ def trace(module):
         if _hooked(m): raise StreamingError(f"{name or 'the network'} ({type(m).__name__}) has hooks, which would see strips instead of the whole: remove them, or use torch.nn.utils.parametrizations.")
     try:
         with _tracing:
+            while 'torchvision' in sys.modules and _waiting: _waiting.pop()()
             for last in (False, False, False, True):       # another thread may have drawn the numbers
                 try: graph = _trace_watched(module); break
                 except _Diced:
@@ -499,17 +513,22 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
     return Op(_native(F.batch_norm), input, across=_beside(input, [1]), light=True)
 
 # %% ../nbs/00_geometry.ipynb #93983c5e
-def _drop(f):
+def _drop(f, kept=2, training_at=0): # kept: dimensions of its mask
     def rule(input, p=.5, *args, **kwargs):
-        training = kwargs.get('training', args[-1 if f is stochastic_depth else 0] if args else True)
+        training = kwargs.get('training', args[training_at] if args else True)
         if not training or p == 0: return Op(lambda at, input, *_, **__: input, input, alias=True)
-        if f is not stochastic_depth: _image(input)
+        if kept == 2: _image(input)
         def mask(at, input, *a, **k):
-            ones = torch.ones([n if i < (1 if f is stochastic_depth else 2) else 1 for i, n in enumerate(input.shape)], device=input.device, dtype=input.dtype)
+            ones = torch.ones([n if i < kept else 1 for i, n in enumerate(input.shape)], device=input.device, dtype=input.dtype)
             return f(ones, *a, **{**k, **({'inplace': False} if 'inplace' in k else {})})
         return Op(mask, input, random=True, shared=True)
     return rule
-for f in (F.dropout1d, F.dropout2d, F.dropout3d, stochastic_depth): rules[f] = _drop(f)
+for f in (F.dropout1d, F.dropout2d, F.dropout3d): rules[f] = _drop(f)
+
+@_with_torchvision
+def _():
+    from torchvision.ops import stochastic_depth
+    rules[stochastic_depth] = _drop(stochastic_depth, 1, -1)
 
 # %% ../nbs/00_geometry.ipynb #c00697c7
 def _dims(x, dim):
@@ -540,7 +559,12 @@ def _shuffle(f):
         _image(input)
         return Op(_native(f), input, alias=True)
     return rule
-for f in (F.channel_shuffle, shufflenetv2.channel_shuffle): rules[f] = _shuffle(f)
+rules[F.channel_shuffle] = _shuffle(F.channel_shuffle)
+
+@_with_torchvision
+def _():
+    from torchvision.models.shufflenetv2 import channel_shuffle
+    rules[channel_shuffle] = _shuffle(channel_shuffle)
 
 @rule(F.layer_norm)
 def _layer_norm(input, normalized_shape, *_, **__):
@@ -697,7 +721,7 @@ def _functional(graph, module):
                     late = StreamingError(f"{layer_name(n)} uses batch statistics, which need all rows of the image: freeze them (.eval() on the layer), or stream the part of the network before it.")
                 tensors = [graph.get_attr(f'{n.target}.{k}'.lstrip('.')) if getattr(m, k) is not None else None for k in ('running_mean', 'running_var', 'weight', 'bias')]
                 new = call(F.batch_norm, (x, *tensors, False, 0., m.eps))
-            elif isinstance(m, StochasticDepth): new = call(stochastic_depth, (x, m.p, m.mode, m.training))
+            elif how := next((f for c, f in _as_functions.items() if isinstance(m, c)), None): new = call(*how(m, x))
             elif isinstance(m, nn.ConvTranspose2d):
                 if len(n.args)+len(n.kwargs) > 1: continue      # an output size of its own
                 weight, bias = graph.get_attr(f'{n.target}.weight'.lstrip('.')), graph.get_attr(f'{n.target}.bias'.lstrip('.')) if m.bias is not None else None

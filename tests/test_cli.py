@@ -428,6 +428,13 @@ def test_a_trimming_that_is_killed_goes_on(tmp_path):
     a, b = trimmed_tree(tmp_path/'whole'), trimmed_tree(tmp_path/'killed')
     assert a.keys() == b.keys() and [k for k in a if a[k] != b[k]] == []
 
+@pytest.mark.parametrize('program, of, more, spared', [([Path(sys.executable).with_name('sp_trim')], 'slides', ['--spacing', 8, '--least', .001], ['torch', 'streaming_pathology.cli']), ([COMMAND[1], 'train'], 'manifest.csv', QUICK, ['torchvision', 'streaming_pathology.cli'])], ids=['trim', 'train'])
+def test_processes_import_what_they_need(cohort, tmp_path, program, of, more, spared):
+    argv = [sys.executable, '-X', 'importtime', *program, cohort/of, tmp_path/'out', *more, '--workers', 1]
+    done = subprocess.run([*map(str, argv)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120); assert done.returncode == 0, done.stderr[-2000:]
+    imported = [l.split('|')[-1].strip() for l in done.stderr.splitlines() if l.startswith('import time:')]
+    assert imported.count('streaming_pathology.slides') > 1 and all(imported.count(m) == 1 for m in spared), {m: imported.count(m) for m in ('streaming_pathology.slides', *spared)}
+
 def test_trimming_onto_a_full_disk(tmp_path):
     "Every slide that could not be written is named, nothing half-written is there, and with room again it goes on."
     manifest = write_cohort(tmp_path/'cohort', n=3, size=(256, 384), spacing=2., progress=False)

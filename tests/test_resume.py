@@ -11,7 +11,7 @@ from streaming_pathology.training import EarlyStopping, TinyNet, fit, synth_lear
 from small import COMMAND, small_resnet
 from test_cli import heard, refused, tree
 
-KILLS = int(os.environ.get('STREAMING_KILLS', 5))
+KILLS = int(os.environ.get('STREAMING_KILLS', 3))
 TRAIN = ['--spacing', 4, '--epochs', 3, '--batch', 3, '--strip', 64, '--heatmaps', 0, '--lr', 1e-2, '--cosine', '--save-minutes', .003, '--augment', 'paper']
 
 @pytest.fixture(scope='module')

@@ -32,10 +32,10 @@ class Check:
 
     def say(self, where, what): self.wrong.append(f'{where}: {what}')
 
-    def open(self, path, size):
+    def open(self, path):
         "A page of the site that reports what goes wrong on it."
         page = self.context.new_page()
-        page.set_viewport_size(SIZES[size])
+        page.set_viewport_size(SIZES['wide'])
         page.on('console', lambda m: m.type in ('error', 'warning') and self.say(path, f'console {m.type}: {m.text}'))
         page.on('pageerror', lambda e: self.say(path, f'error: {e}'))
         page.on('requestfailed', lambda r: self.say(path, f'request failed: {r.url}'))
@@ -45,18 +45,18 @@ class Check:
         return page
 
     def look(self, path):
-        "Open a page wide and narrow; gather its links and anchors."
-        for size in SIZES:
-            page = self.open(path, size)
+        "Open a page wide, and make it narrow; gather its links and anchors."
+        page = self.open(path)
+        if n := page.locator('.math:not(:has(.katex))').count(): self.say(path, f'{n} formulas are not set')
+        if n := page.locator('.katex-error').count(): self.say(path, f'{n} formulas have errors')
+        self.ids[path] = set(page.evaluate('[...document.querySelectorAll("[id],a[name]")].map(e => e.id || e.name)'))
+        self.links[path] = page.evaluate('[...document.querySelectorAll("a[href]")].map(a => a.getAttribute("href"))')
+        for size, shape in SIZES.items():
+            page.set_viewport_size(shape); page.evaluate('new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))')
             if page.evaluate('document.documentElement.scrollWidth > innerWidth + 1'): self.say(path, f'wider than the {size} screen')
-            if n := page.locator('.math:not(:has(.katex))').count(): self.say(path, f'{n} formulas are not set')
-            if n := page.locator('.katex-error').count(): self.say(path, f'{n} formulas have errors')
-            if n := page.evaluate('[...document.images].filter(i => !i.complete || !i.naturalWidth).length'): self.say(path, f'{n} pictures do not show')
+            if n := page.evaluate('[...document.images].filter(i => !i.complete || !i.naturalWidth).length'): self.say(path, f'{n} pictures do not show on the {size} screen')
             if self.shots: page.screenshot(path=self.shots/f'{Path(path).stem}_{size}.png', full_page=True)
-            if size == 'wide':
-                self.ids[path] = set(page.evaluate('[...document.querySelectorAll("[id],a[name]")].map(e => e.id || e.name)'))
-                self.links[path] = page.evaluate('[...document.querySelectorAll("a[href]")].map(a => a.getAttribute("href"))')
-            page.close()
+        page.close()
 
     def follow(self, folder):
         "Every link within the site leads to a file, and its anchor to a place in it; links elsewhere are not followed."
@@ -73,7 +73,7 @@ class Check:
 
     def search(self, word):
         "Type a word into the search: the place of that name is among what it finds, and a click leads there."
-        page = self.open('index.html', 'wide')
+        page = self.open('index.html')
         page.locator('.smalldocs-search input').first.fill(word)
         found = page.locator('a.search-result')
         try: found.first.wait_for(timeout=5000)

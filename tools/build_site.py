@@ -32,8 +32,9 @@ class NbdevSite(Site):
         return super().find_page(target)
 
     def render_page(self, page):
-        "nbdev links the name of a private function too, whose documentation it does not show: those names stay plain."
+        "nbdev links the name of a private function too, whose documentation it does not show, and names in the comments of signatures, where a link is only its text: those names stay plain."
         super().render_page(page)
+        page.html = re.sub(r'\[(`[^`<]+`)\]\(/[^)<\s]*\)', r'\1', page.html)
         page.html = re.sub(r'<a href="[^"]*\.html#_[^"]*"[^>]*>(.*?)</a>', r'\1', page.html)
 
 def own_katex(out):

@@ -55,7 +55,7 @@ class Check:
             page.set_viewport_size(shape); page.evaluate('new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))')
             if page.evaluate('document.documentElement.scrollWidth > innerWidth + 1'): self.say(path, f'wider than the {size} screen')
             if n := page.evaluate('[...document.images].filter(i => !i.complete || !i.naturalWidth).length'): self.say(path, f'{n} pictures do not show on the {size} screen')
-            if self.shots: page.screenshot(path=self.shots/f'{Path(path).stem}_{size}.png', full_page=True)
+            if self.shots: page.screenshot(path=self.shots/f'{Path(path).stem}_{size}.png', full_page=True, animations='disabled')
         page.close()
 
     def follow(self, folder):

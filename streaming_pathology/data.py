@@ -75,7 +75,7 @@ def tissue_pixels(
     return rgb, (tissue, *place)
 
 class SlideDataset(Dataset):
-    """Slides as items `dict(image=uint8 (3, H, W) or `Canvas`, label=float32 (nan if unknown), slide_id=str, box=(height, width) of the tissue)`, with the `record` of an `Augmentation` and the `colour` of the background where there is one.
+    """Slides as items `dict(image=uint8 (3, H, W) or Canvas, label=float32 (nan if unknown), slide_id=str, box=(height, width) of the tissue)`, with the `record` of an `Augmentation` and the `colour` of the background where there is one.
     An unreadable slide raises `InputError` with its name."""
     def __init__(self,
                  cases,        # list of `Case`

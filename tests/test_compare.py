@@ -43,6 +43,10 @@ def test_categories_side_by_side(whole, tmp_path, capsys):
     assert compared(run, whole/'mil.toml', tmp_path/'new', '--categories', f",{b}") == 2 and 'mil is not finished' in capsys.readouterr().err and not (tmp_path/'new').exists()
     for given, says in ((tmp_path/'a.csv', 'two tables'), (f"{tmp_path/'none.csv'},", 'none.csv'), (f"{run/'predictions.csv'},", 'error')): assert compared(run, other, out, '--categories', given) == 2 and says in capsys.readouterr().err
 
+def test_links_to_runs_of_any_name(whole, tmp_path):
+    shutil.copytree(whole/'streaming', tmp_path/'run #1 of 50%'); assert compared(tmp_path/'run #1 of 50%', whole/'compared/mil', tmp_path/'out', '--draws', 50, '--level', .999) == 0
+    said = (tmp_path/'out/comparison.html').read_text(); assert 'href="../run%20%231%20of%2050%25/report/index.html"' in said and '99.9% interval' in said
+
 def test_stopped_and_gone_on(whole, tmp_path, monkeypatch):
     save, seen = cli.Checkpoints.save, []
     def stopped(self, s): save(self, s); seen.append(1); len(seen) % 9 == 4 and signal.raise_signal(signal.SIGTERM)

@@ -152,7 +152,7 @@ _through = {f'torch.nn.modules.{f}' for f in 'conv linear pooling activation dro
 _opaque = [nn.MultiheadAttention, nn.Softmax2d, nn.CircularPad2d, nn.modules.batchnorm._NormBase, nn.modules.conv._ConvTransposeNd]     # their forward looks at shapes
 _own_forward = {c.forward for c in (*_opaque, nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, nn.modules.instancenorm._InstanceNorm, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
 
-_wrapped = []     # functions that do
+_wrapped = []     # functions that look at shapes, and so are not traced into
 _as_functions = {}     # class of an opaque layer: of such a layer and its input, the function and its arguments
 
 _waiting = []

@@ -78,12 +78,7 @@ def test_constraints():
 
 def test_sidebar():
     "The sidebar lists every notebook once, and nothing that is not there."
-    def files(contents):
-        for entry in contents:
-            if isinstance(entry, str): yield entry
-            elif 'contents' in entry: yield from files(entry['contents'])
-            else: yield entry['href']
-    listed = list(files(yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']))
+    listed = SIDEBAR
     there = [p.relative_to(NBS).as_posix() for p in notebooks()]
     assert sorted(listed) == sorted(there), f'listed but missing: {sorted(set(listed)-set(there))}; not listed: {sorted(set(there)-set(listed))}'
     assert (NBS/'_quarto.yml').resolve() == ROOT/'_quarto.yml'   # one configuration, where nbdev and where Quarto look for it
@@ -108,8 +103,7 @@ def test_beginning(path):
     "It begins with its title and one line that says what it is for; a room's module has the room's name."
     top = cells(path, 'markdown')[0]['source']
     assert re.match(r'# [^\s#].*\n+> \S', top), top
-    if room := re.match(r'\d\d_(\w+)$', path.stem):
-        assert any(re.search(rf'^#\s*\|\s*default_exp {room[1]}$', c['source'], re.M) for c in cells(path)), f'no default_exp {room[1]}'
+    if re.match(r'\d\d_\w+$', path.stem): assert module_of(path) == named_module(path), f'no default_exp {named_module(path)}'
 
 @each_notebook
 def test_imports(path):
@@ -132,23 +126,44 @@ def test_executed(path):
     failed = [o['evalue'] for c in cells(path) for o in c['outputs'] if o['output_type'] == 'error']
     assert not failed, f'outputs that are errors: {failed}'
 
-# ---- the order of the rooms
+# ---- the order of the modules
 
-ROOMS = {p.stem[3:]: i for i, p in enumerate(p for p in notebooks() if re.match(r'\d\d_\w+$', p.stem))}     # in reading order: by number, then by name
+def named_module(path):
+    "The module that a notebook exports by its name: 02_graph.ipynb in engine/ is engine.graph."
+    return '.'.join([*path.relative_to(NBS).parts[:-1], path.stem[3:]])
 
-def imported(source):
-    "The modules of this package that Python source imports; nbdev writes them as relative imports."
-    package = CONFIG['lib_name']
+def module_of(path):
+    "The module that a notebook says that it exports."
+    found = [m[1] for c in cells(path) if (m := re.search(r'^#\s*\|\s*default_exp ([\w.]+)$', c['source'], re.M))]
+    return found[0] if found else None
+
+def files(contents):
+    "The notebooks of the sidebar, in order."
+    for entry in contents:
+        if isinstance(entry, str): yield entry
+        elif 'contents' in entry: yield from files(entry['contents'])
+        else: yield entry['href']
+
+SIDEBAR = list(files(yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']))
+MODULES = {module: i for i, module in enumerate(module_of(NBS/f) for f in SIDEBAR) if module}     # in reading order
+
+def imported(source, module):
+    "The modules of this package that the Python source of `module` imports; nbdev writes them as relative imports."
+    package, folder = CONFIG['lib_name'], [CONFIG['lib_name'], *module.split('.')[:-1]]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = '.'.join(filter(None, [package if node.level else '', node.module or '']))
+            base = '.'.join(filter(None, [*folder[:len(folder)-node.level+1], node.module or ''])) if node.level else node.module
             names = [f'{base}.{a.name}' for a in node.names] if base == package else [base]
         else: names = []
-        yield from (n.split('.')[1] for n in names if n.startswith(package+'.'))
+        yield from (n.removeprefix(package+'.') for n in names if n.startswith(package+'.'))
 
-@pytest.mark.parametrize('room', ROOMS)
-def test_order(room):
-    "A module imports only from notebooks before its own."
-    wrong = [m for m in imported((LIBRARY/f'{room}.py').read_text(encoding='utf-8')) if ROOMS.get(m, 99) >= ROOMS[room]]
-    assert not wrong, f'{room} imports {wrong}'
+@pytest.mark.parametrize('module', MODULES)
+def test_order(module):
+    "A module imports only from notebooks before its own, in the order of the sidebar."
+    source = (LIBRARY/f'{module.replace(".", "/")}.py').read_text(encoding='utf-8')
+    wrong = [m for m in imported(source, module) if MODULES.get(m, 99) >= MODULES[module]]
+    assert not wrong, f'{module} imports {wrong}'
+
+def test_order_sees_imports():
+    assert [*imported('from ..errors import a\nfrom .graph import b\nfrom .. import slides\nimport streaming_pathology.plan, torch', 'engine.rules')] == ['errors', 'engine.graph', 'slides', 'plan']

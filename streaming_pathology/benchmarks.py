@@ -19,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock, ResNet
 from .errors import InputError
-from .geometry import StreamingError
-from .streaming import stream
-from .background import Canvas
-from .plan import budget, lean_memory, measure, plan, size as text_size
+from .engine.windows import StreamingError
+from .engine.storage import source_of
+from .engine.streaming import stream
+from .engine.canvas import Canvas
+from .engine.plan import budget, lean_memory, measure, plan, size as text_size
 from .files import whole_file
 from .cli import check_settings, command, environment, hw, output_file
 from .pipeline import beside_chain, beside_one, first_phase, fresh_process, loading, long_run, process_status, trimming
@@ -91,7 +92,7 @@ def work(way, arch, until, size):
     net, x = trunk(arch, until).to(dev), torch.empty(1, 3, *size, device=dev)
     with FlopCounterMode(display=False) as once, torch.no_grad(): net(x)
     step = Step(net, **{k: v for k, v in way.items() if k != 'states'})
-    if way['method'] == 'streaming': step.f.strips(x)     # finds the shapes of whole maps, which the counter would count too
+    if way['method'] == 'streaming': step.f.strips(source_of(x, net))     # traces the network, which the counter would count too
     with FlopCounterMode(display=False) as counted: step(x)
     return counted.get_flop_counts()['Global'][torch.ops.aten.convolution]/once.get_total_flops()
 
@@ -264,9 +265,10 @@ def streams(arch, size=(211, 173), strip=64, device='cpu', seed=0, directions=('
     torch.manual_seed(seed)
     net = torchvision.models.get_model(arch, weights=None, num_classes=2, **_asked.get(arch, {})).eval()
     found = {'family': type(net).__name__, 'parameters': round(sum(p.numel() for p in net.parameters())/1e6, 1)}
-    try: stream(net, strip)
+    net, x = shake(net).double().to(device), torch.randn(1, 3, *size, dtype=torch.double, device=device)
+    try: stream(net, strip)(x)
     except StreamingError as e: return {**found, 'refused': str(e)}
-    return {**found, **exactness(shake(net).double().to(device), torch.randn(1, 3, *size, dtype=torch.double, device=device), strip, directions)}
+    return {**found, **exactness(net, x, strip, directions)}
 
 def run_networks(archs=None, size=(211, 173), strip=64, device='cpu', log=print):
     "`streams` for each of `archs`, by default all that torchvision has for classification; a dictionary that `json` can write."

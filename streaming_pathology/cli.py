@@ -29,7 +29,7 @@ from fastcore.meta import delegates
 from PIL import Image
 from tqdm.auto import tqdm
 from .errors import InputError
-from .plan import budget, lean_memory
+from .engine.plan import budget, lean_memory
 from .models import GatedAttention, StreamingClassifier, pools
 from .files import SUFFIXES, file_stamp, locked, sample_slide, slide_files, write_csv, write_whole
 from .slides import Slide

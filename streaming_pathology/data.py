@@ -15,7 +15,7 @@ from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from .errors import InputError
-from .background import Canvas
+from .engine.canvas import Canvas
 from .slides import Slide, checked_colour, checked_number, checked_pixels, checked_size, tissue_box, tissue_mask
 from .augment import Augmentation, augment as augmented, augmented_size, background, keyed_rng, pixels, slide_rng
 from .cohorts import check_ids, several

@@ -13,7 +13,7 @@ import threading
 import numpy as np, torch
 from torch import nn
 from .errors import InputError, at_least_one
-from .streaming import Streamed
+from .engine.streaming import Streamed
 from .models import StreamingClassifier
 
 # %% ../nbs/14_gradients.ipynb #grd00006

@@ -15,7 +15,7 @@ import safetensors, safetensors.torch, torch
 from torch import nn
 import streaming_pathology
 from .errors import InputError
-from .background import Canvas
+from .engine.canvas import Canvas
 from .models import StreamingClassifier, imagenet_mean, imagenet_std
 from .files import file_stamp, whole_file, write_csv
 from .data import SlideDataset, cropped, slide_loader
@@ -159,7 +159,7 @@ def turned(x,   # tensor (..., H, W), `Canvas` or `Bag`
         for t, l, p in x.patches:
             t, l = (H-t-p.shape[1] if way & 1 else t), (W-l-p.shape[2] if way & 2 else l)
             patches.append((*((l, t) if way & 4 else (t, l)), turned(p, way)))
-        return Canvas((W, H) if way & 4 else (H, W), x.colour, patches, x.dtype)
+        return Canvas((W, H) if way & 4 else (H, W), x.color, patches, x.dtype)
     x = x.flip([d for d, bit in ((-2, 1), (-1, 2)) if way & bit])
     return x.transpose(-2, -1) if way & 4 else x
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch.overrides import handle_torch_function, has_torch_function
 from torchvision.models import WeightsEnum
 from .errors import InputError
-from .geometry import Reduction, rule
-from .streaming import stream
+from .engine.rules import Reduction, rule
+from .engine.streaming import stream
 
 # %% ../nbs/04_models.ipynb #f45a3578
 imagenet_mean, imagenet_std = (.485, .456, .406), (.229, .224, .225)
@@ -125,14 +125,14 @@ def attention_pool(
 
 @rule(attention_pool)
 def _attention_pool(features, scores):
-    def add(total, rows, first, height):
-        h, s = map(_flat, rows)
+    def add(total, part, features, scores):
+        h, s = _flat(features), _flat(scores)
         top = s.detach().amax(2, keepdim=True).clamp(min=torch.finfo(s.dtype).min)      # (N, 1, 1); any number will do, the largest keeps exp in range
         if total is not None: top = torch.maximum(top, total[:, :1].detach())
         w = (s-top).exp()
-        part = torch.cat([w.sum(2, keepdim=True), (h*w).sum(2, keepdim=True)], 1)
-        return torch.cat([top, part if total is None else part+total[:, 1:]*(total[:, :1].detach()-top).exp()], 1)
-    return Reduction(add, finish=lambda total: total[:, 2:, 0]/total[:, 1:2, 0])
+        new = torch.cat([w.sum(2, keepdim=True), (h*w).sum(2, keepdim=True)], 1)
+        return torch.cat([top, new if total is None else new+total[:, 1:]*(total[:, :1].detach()-top).exp()], 1)
+    return Reduction(add, [features, scores], finish=lambda total: total[:, 2:, 0]/total[:, 1:2, 0])
 
 class GatedAttention(nn.Module):
     "Pooling by gated attention over all positions: (N, C, H, W) -> (N, C) (Ilse et al. 2018, equation 9)."

@@ -22,7 +22,7 @@ from .augment import Augmentation, augment, pixels
 from .cohorts import Case, read_manifest
 from .data import SlideDataset, slide_loader
 from .trim import Trim, trim_slides
-from .plan import lean_memory
+from .engine.plan import lean_memory
 from .models import StreamingClassifier, imagenet_mean, imagenet_std
 from .slides import Slide, tissue_box
 from .bags import BagDataset, PatchGrid

@@ -4,11 +4,12 @@ import pytest, torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
 from torchvision.ops import StochasticDepth
-from streaming_pathology.background import Canvas
+from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.errors import InputError
-from streaming_pathology.geometry import StreamingError
+from streaming_pathology.engine.storage import source_of
+from streaming_pathology.engine.streaming import stream
+from streaming_pathology.engine.windows import StreamingError
 from streaming_pathology.models import StreamingClassifier
-from streaming_pathology.streaming import stream
 from test_streaming import Apply, close, frozen_norm, networks, small, waiting, waits
 
 examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
@@ -78,7 +79,7 @@ def test_masks_hold_for_the_whole_canvas(drop):
     net, canvas = nn.Sequential(body(), Apply(lambda m, x: x+m.layers[0](x), drop.train()), nn.Conv2d(8, 4, 3, padding=1)).double(), painted(wanted=True)
     for seed in range(6):
         torch.manual_seed(seed); s = stream(net, 32)
-        run, _ = s.strips(canvas); state = torch.get_rng_state(); begun = run.begin(True); mask, = [m for n, m in begun.items() if n[1] == 'mask']
+        state = torch.get_rng_state(); run, _, _ = s.strips(source_of(canvas, net)); mask, = [t for v, t in zip(run.program.operands, run.operands) if t.ndim == 4 and not t.requires_grad]
         torch.set_rng_state(state); y = s(canvas); got = torch.autograd.grad(y.square().sum(), [*net.parameters(), *(p for *_, p in canvas.patches)])
         z = net[0](canvas.dense()); w = net[2](z+z*mask); want = torch.autograd.grad(w.square().sum(), [*net.parameters(), *(p for *_, p in canvas.patches)])
         assert close(y, w) and all(close(a, b, 1e-12) for a, b in zip(got, want))
@@ -110,7 +111,7 @@ def test_autocast_is_as_near_to_the_truth_as_the_dense_image(dtype):
 
 def test_weights_of_few_bits():
     "bf16 weights, under autocast and alone: as near to float64 as the plain network is, however many strips there are."
-    torch.manual_seed(0); net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).bfloat16(); canvas = painted(dtype=torch.bfloat16); canvas.colour = tuple(torch.tensor(canvas.colour).bfloat16().tolist())
+    torch.manual_seed(0); net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).bfloat16(); canvas = painted(dtype=torch.bfloat16); canvas.color = tuple(torch.tensor(canvas.color).bfloat16().tolist())
     exact = copy.deepcopy(net).double(); want = torch.autograd.grad(exact(canvas.dense().double()).square().mean(), list(exact.parameters()))
     def error(f, x, amp):
         with torch.autocast('cpu', torch.bfloat16, enabled=amp): y = f(x)
@@ -126,7 +127,7 @@ def test_work_is_that_of_the_tissue():
     for name, x in (('canvas', canvas), ('dense', canvas.dense())):
         s = stream(net, 64)
         with torch.no_grad():
-            s.strips(x)     # finds the shapes of whole maps, which would be counted too
+            s.strips(source_of(x, net))     # traces the network, which would be counted too
             with FlopCounterMode(display=False) as counted: s(x)
         found[name] = counted.get_total_flops()
     assert found['canvas'] < .03*found['dense'], found       # 1% is tissue
@@ -136,7 +137,7 @@ def test_work_is_that_of_the_tissue():
 def test_canvases_in_images():
     torch.manual_seed(0)
     x = torch.full((3, 300, 200), 7, dtype=torch.uint8); x[:, 100:130, 50:90] = 9; x[1, 299, 199] = 0
-    c = Canvas.from_image(x); assert c.colour == (7, 7, 7) and torch.equal(c.dense()[0], x) and len(c.patches) == 2 and c.dtype == torch.uint8
+    c = Canvas.from_image(x); assert c.color == (7, 7, 7) and torch.equal(c.dense()[0], x) and len(c.patches) == 2 and c.dtype == torch.uint8
     assert Canvas.from_image(torch.ones(1, 1, 50, 1)).patches == [] and torch.equal(Canvas.from_image(torch.ones(1, 1, 50, 1), (0,)).dense(), torch.ones(1, 1, 50, 1))
     noise = torch.rand(3, 77, 91, requires_grad=True); c = Canvas.from_image(noise, (2, 2, 2)); assert len(c.patches) == 1
     y = stream(nn.Conv2d(3, 2, 3), 16)(c); y.sum().backward(); assert noise.grad is not None and torch.equal(c.dense()[0], noise)
@@ -145,12 +146,12 @@ def test_canvases_in_images():
         with pytest.raises(InputError, match=says): Canvas.from_image(bad)
     with pytest.raises(InputError, match='channels'): Canvas.from_image(torch.rand(3, 9, 9), (1, 1))
 
-@pytest.mark.parametrize('shape, colour, patches, says', [
-    ((0, 5), (1,), [], 'size of a canvas'), (10, (1,), [], 'size of a canvas'), ((True, 5), (1,), [], 'size of a canvas'), ((5, 5), (float('nan'),), [], 'cannot be had'), ((5, 5), (float('inf'),), [(0, 0, torch.zeros(1, 2, 2, dtype=torch.uint8))], 'cannot be had'), ((5, 5), '1', [], 'no channels'), ((5, 5), (1,), [5], 'Patch 0'), ((5, 5), (1,), [(0, 0, torch.zeros(1, 2, 2, dtype=torch.bool))], 'torch.bool'), ((5,), (1,), [], 'size of a canvas'), ((5, 5.), (1,), [], 'size of a canvas'), ((5, 5), (), [], 'no channels'), ((5, 5), 3, [], 'no colour'), ((5, 5), (1,), [(0, 0)], 'Patch 0'),
+@pytest.mark.parametrize('shape, color, patches, says', [
+    ((0, 5), (1,), [], 'size of a canvas'), (10, (1,), [], 'size of a canvas'), ((True, 5), (1,), [], 'size of a canvas'), ((5, 5), (float('nan'),), [], 'cannot be had'), ((5, 5), (float('inf'),), [(0, 0, torch.zeros(1, 2, 2, dtype=torch.uint8))], 'cannot be had'), ((5, 5), '1', [], 'no channels'), ((5, 5), (1,), [5], 'Patch 0'), ((5, 5), (1,), [(0, 0, torch.zeros(1, 2, 2, dtype=torch.bool))], 'torch.bool'), ((5,), (1,), [], 'size of a canvas'), ((5, 5.), (1,), [], 'size of a canvas'), ((5, 5), (), [], 'no channels'), ((5, 5), 3, [], 'no color'), ((5, 5), (1,), [(0, 0)], 'Patch 0'),
     ((5, 5), (1,), [(0, 0, torch.zeros(1, 6, 5))], 'reaches beyond'), ((5, 5), (1,), [(-1, 0, torch.zeros(1, 2, 2))], 'reaches beyond'), ((5, 5), (1,), [(0., 0, torch.zeros(1, 2, 2))], 'whole pixels'), ((5, 5), (1,), [(0, 0, torch.zeros(2, 2))], 'tensor'),
     ((5, 5), (1,), [(0, 0, torch.zeros(2, 2, 2))], '2 channels'), ((5, 5), (1,), [(0, 0, torch.zeros(1, 2, 0))], 'pixels'), ((5, 5), (1,), [(0, 0, torch.zeros(1, 2, 2)), (0, 0, torch.zeros(1, 2, 2).double())], 'float64'), ((5, 5), (300,), [(0, 0, torch.zeros(1, 2, 2, dtype=torch.uint8))], 'cannot be had'), ((5, 5), (.5,), [(0, 0, torch.zeros(1, 2, 2, dtype=torch.uint8))], 'cannot be had')])
-def test_bad_canvases(shape, colour, patches, says):
-    with pytest.raises(InputError, match=says) as e: Canvas(shape, colour, patches)
+def test_bad_canvases(shape, color, patches, says):
+    with pytest.raises(InputError, match=says) as e: Canvas(shape, color, patches)
     assert '\n' not in str(e.value)
 
 @pytest.mark.parametrize('pad', [(-10, -10), (-10, 3), (4, -2)])

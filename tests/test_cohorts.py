@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, psutil, pytest, torch
 from hypothesis import given, settings, strategies as st
 from streaming_pathology.augment import Augmentation
-from streaming_pathology.background import Canvas
+from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.cohorts import Case, leaks, read_camelyon16, read_camelyon17, read_manifest, read_panda, resolve_splits, split_cohort, tiny_cohort
 from streaming_pathology.data import SlideDataset, check_cohort, slide_loader
 from streaming_pathology.files import write_tiff

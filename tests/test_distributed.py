@@ -5,10 +5,12 @@ import pytest, torch
 import torch.distributed as dist, torch.multiprocessing as mp
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
-from streaming_pathology.background import Canvas
-from streaming_pathology.distributed import stream_bands
+from streaming_pathology.engine.bands import shares, stream_bands
+from streaming_pathology.engine.canvas import Canvas
+from streaming_pathology.engine.program import evaluate
+from streaming_pathology.engine.storage import source_of
+from streaming_pathology.engine.windows import StreamingError
 from streaming_pathology.errors import InputError
-from streaming_pathology.geometry import StreamingError, evaluate
 from streaming_pathology.models import StreamingClassifier
 from test_background import canvases
 from test_streaming import UNet, close, frozen_norm, networks, small
@@ -37,38 +39,33 @@ def test_bands_of_random_networks(data, network, painted, height, width, strip, 
     g = torch.randn_like(y)
     try: want = torch.autograd.grad(y, wanted, g, allow_unused=True)
     except RuntimeError: return
-    total = None
+    played = []
     for rank in range(ranks):
-        with Played(rank, ranks):
+        with Played(rank, ranks), torch.enable_grad():
             s = stream_bands(net, strip, keep=keep, every=every, direction=direction)
-            try: run, env = s.strips(x)
+            try: run, known, _ = s.strips(source_of(x, net))
             except StreamingError as e: assert 'fewer ranks' in str(e) or 'canvas.dense()' in str(e); return
-            nodes = [n for n in run.program.operands if isinstance(env[n], torch.Tensor)]
-            with torch.no_grad(): outs = run.forward()
+            graphs = list(run.operands); s.know_image(run.program, known, x)
+            with torch.no_grad(): outs = run.forward(); again = run.forward(True, keep, 'device', every)
             if rank == 0: whole = [o.clone() for o in outs]
-            for n, o, w in zip(run.program.outputs, outs, whole):
-                rows = slice(*run.bands[n][rank:rank+2]); w.movedim(run.program.rows[n].axis, 0)[rows] = o.movedim(run.program.rows[n].axis, 0)[rows]
-            run, _ = s.strips(x)
-            with torch.enable_grad(): run.forward({n: env[n] for n in nodes}, keep, 'device', every)
-            shares = (run, nodes, env)
-        total = [*(total or []), shares]
+            for o, y_rank, y_again, w in zip(run.program.outputs, outs, again, whole):
+                rows = slice(*shares(y_rank.shape[o.axis], ranks)[rank:rank+2]); w.movedim(o.axis, 0)[rows] = y_rank.movedim(o.axis, 0)[rows]
+                assert close(y_again.movedim(o.axis, 0)[rows], y_rank.movedim(o.axis, 0)[rows])
+            played.append((run, known, graphs))
     # behind the bands: the whole outputs, to the loss, and back
-    leaves = [w.requires_grad_(n in total[0][0].want) for n, w in zip(total[0][0].program.outputs, whole)]
-    run, nodes, env = total[0]
-    after = {**env, **dict(zip(run.program.outputs, leaves)), run.program.image: image()}
-    for n in run.program.after: after[n] = evaluate(n, net, after)
-    ys = after[run.program.output.args[0]]
+    run, known, _ = played[0]; program = run.program
+    leaves = [w.requires_grad_(o.number in run.wanted) for o, w in zip(program.outputs, whole)]
+    known.update({**dict(zip((o.value for o in program.outputs), leaves)), **({program.graph.image: image()} if program.graph.image in known else {})})
+    evaluate(program.after, net, known); ys = s.tensor(program.graph.output, known)
     assert close(ys, y)
-    direct = [env[n] for n in run.program.before if isinstance(env[n], torch.Tensor) and env[n].requires_grad]
-    params = list(net.parameters())
-    tops = [w for w in leaves if w.requires_grad]
+    params, tops = list(net.parameters()), [w for w in leaves if w.requires_grad]
     gs = [torch.zeros_like(t) if q is None else q for t, q in zip([*tops, *inputs, *params], torch.autograd.grad(ys, [*tops, *inputs, *params], g, allow_unused=True, retain_graph=True))]
     gouts, images, got = iter(gs[:len(tops)]), [q.clone() for q in gs[len(tops):len(tops)+len(inputs)]], gs[len(tops)+len(inputs):]
     gouts = [next(gouts) if w.requires_grad else None for w in leaves]
-    for rank, (run, nodes, env) in enumerate(total if gouts else []):     # nothing comes back through a network that only reduces the image
+    for rank, (run, known, graphs) in enumerate(played if gouts else []):     # nothing comes back through a network that only reduces the image
         with Played(rank, ranks): grads = run.backward(gouts)
-        outs = [env[n] for n in grads if env[n].requires_grad]
-        for i, q in enumerate(torch.autograd.grad(outs, params, [grads[n] for n in grads if env[n].requires_grad], allow_unused=True, retain_graph=True) if outs else []):
+        outs = [graphs[n] for n in grads if graphs[n].requires_grad]
+        for i, q in enumerate(torch.autograd.grad(outs, params, [grads[n].to(graphs[n].dtype) for n in grads if graphs[n].requires_grad], allow_unused=True, retain_graph=True) if outs else []):
             if q is not None: got[i] = got[i]+q
         for i, q in enumerate([q for q, t in zip(run.source.gradients, run.source.tensors) if t.requires_grad]): images[i] += q
     floor = 1e-13*(1+max([t.abs().max().item() for t in want if t is not None]))

@@ -98,9 +98,10 @@ class BandPass(Pass):
     def backward(self, gradients: list) -> dict:
         "The whole gradients, on every rank."
         self.agree(gradients)
-        found, source = super().backward(gradients), self.source
+        own, source = super().backward(gradients), self.source
+        found = {}      # in the same order on every rank
         for number in sorted(self.leaves):
-            total = found.get(number, torch.zeros_like(self.operands[number]))
+            total = own.get(number, torch.zeros_like(self.operands[number]))
             found[number] = total.contiguous()
         for i, (gradient, tensor) in enumerate(zip(source.gradients, source.tensors)):
             if gradient is None and tensor.requires_grad:
@@ -138,11 +139,12 @@ class Banded(Streamed):
         return out
 
     def planned(self, source):
-        "The plan of the first rank, for all; so is its error."
+        "The plan of the first rank, for all; so is its error. None: the image fits on each rank."
         found = [None]
         if dist.get_rank(self.group) == 0:
             try:
-                found = [super().planned(source).options]
+                planned = super().planned(source)
+                found = [planned and planned.options]
             except InputError as e:
                 found = [e]
             except Exception as e:      # or the others would wait for ever
@@ -151,7 +153,7 @@ class Banded(Streamed):
         dist.broadcast_object_list(found, root, self.group, device_of(self.module))
         if isinstance(found[0], Exception):
             raise found[0]
-        return self.like(**found[0])
+        return None if found[0] is None else self.like(**found[0])
 
     def new_schedule(self, program: Program, source) -> Schedule:
         "The strips of this rank's band."

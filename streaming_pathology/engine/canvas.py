@@ -10,12 +10,14 @@ __all__ = ['GRID', 'whole_number', 'Canvas', 'checked_color', 'runs_of', 'joined
 # %% ../../nbs/engine/08_canvas.ipynb #de66bc77
 import math
 import operator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
 from torch.nn import functional as F
 
+from .graph import autocasts
 from .program import Program
 from .rules import wide
 from .schedule import (Border, Cut, Kind, Schedule, Step, Strip, Totals,
@@ -420,16 +422,16 @@ class Background:
 
     def maps(self, source: CanvasSource, operands: list) -> list:
         "The rows and columns that stand for all, of each map; in float32 at least."
-        device = source.device.type
-        low = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        low = low or any(wide(t.dtype) != t.dtype for t in operands)
+        low = autocasts(source.device) or any(wide(t.dtype) != t.dtype for t in operands)
         found = {0: source.blank}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not low):
             self.compute(found, operands, lambda t: t)
         self.types = {number: tensor.dtype for number, tensor in found.items()}
         if low:
             found = {0: source.blank}
-            with torch.autocast(device, enabled=False):
+            kind = source.device.type
+            available = torch.amp.is_autocast_available(kind)
+            with torch.autocast(kind, enabled=False) if available else nullcontext():
                 self.compute(found, operands, widened)
         self.shapes = {number: tensor.shape for number, tensor in found.items()}
         return [found.get(o.number, source.blank) for o in self.program.operations]

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['harmless', 'modes', 'values_asked', 'answers', 'low_precision', 'wide_on_cuda', 'Value', 'Call', 'Graph', 'values_in',
-           'replaced', 'raw_name', 'plain_name', 'type_name', 'as_under_autocast', 'precision_modes', 'tensors_in',
-           'is_users', 'caller', 'line_of', 'function_applied', 'Recorder', 'Same', 'comparable', 'fingerprint',
-           'on_meta', 'empty_like', 'check_network', 'check_signature', 'random_state', 'Drawn', 'no_numbers_drawn',
-           'ImageSpec', 'trace', 'traced', 'follow_layers', 'recorded_forward', 'too_small', 'check_unchanged',
-           'check_functions', 'check_output']
+           'replaced', 'raw_name', 'plain_name', 'type_name', 'autocasts', 'as_under_autocast', 'precision_modes',
+           'tensors_in', 'is_users', 'caller', 'line_of', 'function_applied', 'Recorder', 'Same', 'comparable',
+           'fingerprint', 'on_meta', 'empty_like', 'check_network', 'check_signature', 'random_state', 'Drawn',
+           'no_numbers_drawn', 'ImageSpec', 'trace', 'traced', 'follow_layers', 'recorded_forward', 'too_small',
+           'check_unchanged', 'check_functions', 'check_output']
 
 # %% ../../nbs/engine/02_graph.ipynb #40c57aba
 import copy
@@ -173,9 +173,14 @@ wide_on_cuda = set('exp expm1 log log2 log10 log1p pow reciprocal rsqrt acos asi
                    'cumprod prod sum cosine_similarity'.split())
 
 
+def autocasts(device: torch.device) -> bool:
+    "Whether autocast is on for a device."
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def as_under_autocast(name: str, args, kwargs, device: torch.device):
     "The arguments with the types that autocast gives them."
-    if not torch.is_autocast_enabled(device.type):
+    if not autocasts(device):
         return args, kwargs
     if name in low_precision:
         dtype = torch.get_autocast_dtype(device.type)
@@ -234,8 +239,10 @@ def function_applied() -> str | None:
     "The name of the autograd.Function whose forward is running, if one is."
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == 'apply' and 'autograd' in frame.f_code.co_filename:
-            return getattr(frame.f_locals.get('cls'), '__name__', 'a function')
+        names = frame.f_code.co_varnames
+        context = frame.f_locals.get(names[0]) if names else None
+        if isinstance(context, torch.autograd.function.FunctionCtx):
+            return type(context).__name__.removesuffix('Backward')
         frame = frame.f_back
     return None
 

@@ -46,9 +46,6 @@ class Operation:
 # %% ../../nbs/engine/04_program.ipynb #b9f53848
 def folded(weight, bias, mean, var, scale, shift, eps) -> tuple:
     "Weight and bias of a convolution with the BatchNorm behind it."
-    if len(weight) != len(mean):
-        raise StreamingError(f'A BatchNorm of {len(mean)} channels follows a convolution that gives '
-                             f'{len(weight)}: make them equal.')
     gain = (var + eps).rsqrt()
     if scale is not None:
         gain = scale*gain
@@ -191,7 +188,8 @@ class Program:
         try:
             op = self.rule(call)
         except Refused as e:
-            raise StreamingError(f'{call.where()} {e}, and cannot be streamed: '
+            why = f'attends across rows ({e})' if 'Attention' in call.kind else e
+            raise StreamingError(f'{call.where()} {why}, and cannot be streamed: '
                                  f'{advice(call, self)}.') from None
         if isinstance(op, Reduction) and not self.reduce:
             self.late.update(call.outputs)

@@ -12,9 +12,9 @@ __all__ = ['rules', 'each_position', 'why_not', 'Rows', 'Map', 'Op', 'Adjoint', 
            'named', 'roll', 'without', 'reducing', 'cat', 'stack', 'parts', 'unbind', 'channel_shuffle',
            'local_response_norm', 'prelu', 'batch_norm', 'instance_norm', 'layer_norm', 'linear', 'permute', 'movedim',
            'transpose', 'matrix_transpose', 'unsqueeze', 'squeeze', 'flatten', 'unflatten', 'reshape', 'view_as',
-           'whole_shape', 'kept_dimension', 'reshaped', 'expand', 'expand_as', 'repeat', 'repeat_interleave', 'wide',
-           'sum_or_mean', 'adaptive_avg_pool2d', 'adaptive_max_pool2d', 'adaptive', 'add_means', 'add_maxima',
-           'rule_for', 'apply_rule']
+           'whole_shape', 'kept_dimension', 'split_dimension', 'merged_dimension', 'moved_dimension', 'reshaped',
+           'expand', 'expand_as', 'repeat', 'repeat_interleave', 'wide', 'sum_or_mean', 'adaptive_avg_pool2d',
+           'adaptive_max_pool2d', 'adaptive', 'add_means', 'add_maxima', 'rule_for', 'apply_rule']
 
 # %% ../../nbs/engine/03_rules.ipynb #97497d81
 from collections.abc import Callable, Iterable
@@ -185,7 +185,8 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     need_image(input)
     need(isinstance(weight, Value), 'has a weight that depends on the image')
     stride, dilation = pair(stride), pair(dilation)
-    how = stride, dilation, groups, input.device.type
+    device = input.device.type if torch.amp.is_autocast_available(input.device.type) else 'cpu'
+    how = stride, dilation, groups, device
     tensors = [input, weight] if bias is None else [input, weight, bias]
     adjoint = Adjoint(lambda *given: convolve(*given, how=how), convolve_back, fresh=True)
     along, across = windows(input, weight.shape[2:], stride, dilation,
@@ -198,8 +199,12 @@ def convolve(region, x, weight, bias=None, how=()) -> tuple:
     "A convolution, and what its gradient needs."
     stride, dilation, groups, device = how
     dtype, wide = convolution_types(x, device)
-    shape, x = x.shape, region.pad(x).to(dtype)
+    shape, x = x.shape, region.pad(x)
     types = weight.dtype, None if bias is None else bias.dtype
+    if wide == dtype == x.dtype == weight.dtype:
+        y = F.conv2d(x, weight, bias, stride, region.padding, dilation, groups)
+        return y, (region, shape, x, weight, types, how)
+    x = x.to(dtype)
     given = [t if t is None else t.to(dtype).to(wide) for t in (x, weight, bias)]
     with torch.autocast(device, enabled=False):
         y = F.conv2d(*given, stride, region.padding, dilation, groups)
@@ -210,7 +215,7 @@ def convolve_back(gradient, saved, wanted) -> tuple:
     "The gradients of the input, the weight and the bias."
     region, shape, x, weight, types, (stride, dilation, groups, _) = saved
     masks = [wanted[0], wanted[1], len(wanted) > 2 and wanted[2]]
-    found = torch.ops.aten.convolution_backward(
+    found = torch.ops.aten.convolution_backward.default(
         gradient.to(weight.dtype), x.to(weight.dtype), weight, [len(weight)], stride, region.padding,
         dilation, False, [0, 0], groups, masks)
     gradients = [None if g is None else g.to(kind) for g, kind in zip(found, (x.dtype, *types))]
@@ -403,6 +408,7 @@ def getitem(input, index):
     kept = tuple(kept)
 
     def run(region, x):
+        x = region.pad(x)       # which cuts off columns
         for side in region.sides:
             if strides[side.axis] > 1:
                 x = x[(slice(None),)*side.axis + (slice(None, None, strides[side.axis]),)]
@@ -456,11 +462,11 @@ def pointwise(random: Callable | None = None, alias: bool = False):
 
 
 def relu_back(gradient, saved, wanted):
-    return torch.ops.aten.threshold_backward(gradient, saved, 0),
+    return torch.ops.aten.threshold_backward.default(gradient, saved, 0),
 
 
 def hardtanh_back(low, high):
-    return lambda gradient, saved, wanted: (torch.ops.aten.hardtanh_backward(gradient, saved, low, high),)
+    return lambda gradient, saved, wanted: (torch.ops.aten.hardtanh_backward.default(gradient, saved, low, high),)
 
 
 def add_back(gradient, saved, wanted):
@@ -739,9 +745,8 @@ def permute(input, *dims, **kwargs):
 
 @rule('movedim', 'moveaxis')
 def movedim(input, source, destination):
-    shape = torch.empty([0]*input.ndim, device='meta')
-    order = shape.new_empty(range(input.ndim)).movedim(source, destination).shape
-    return permute(input, *order)
+    numbers = torch.empty(tuple(range(input.ndim)), device='meta')      # each size says which it was
+    return permute(input, *numbers.movedim(source, destination).shape)
 
 
 @rule('transpose', 'swapaxes', 'swapdims')
@@ -816,22 +821,51 @@ def kept_dimension(shape, target, d: int) -> int | None:
     return min(found, key=lambda e: abs((len(target) - e) - (len(shape) - d)), default=None)
 
 
+def split_dimension(shape, target, d: int) -> tuple | None:
+    "As space-to-depth by views: dimension `d` becomes two, of which the second is small."
+    for e, (size, block) in enumerate(zip(target, target[1:])):
+        if size*block == shape[d] and block > 1 and prod(target[:e]) == prod(shape[:d]):
+            return e, Window(block, block), 1, block
+    return None
+
+
+def merged_dimension(shape, target, d: int) -> tuple | None:
+    "As depth-to-space by views: dimension `d` takes in the one behind it."
+    block = shape[d + 1] if d + 1 < len(shape) else 1
+    for e, size in enumerate(target):
+        if size == shape[d]*block and block > 1 and prod(target[:e]) == prod(shape[:d]):
+            return e, Spread(block, block), block, 1
+    return None
+
+
+def moved_dimension(shape, target, d: int) -> tuple | None:
+    "Where dimension `d` is after a reshape, the window of its rows, and by how much they are more or fewer."
+    kept = kept_dimension(shape, target, d)
+    if kept is not None:
+        return kept, Window(), 1, 1
+    return split_dimension(shape, target, d) or merged_dimension(shape, target, d)
+
+
 def reshaped(input: Map, target) -> Op:
     "The reshape of a map to the shape `target` of the whole."
-    axis = kept_dimension(input.shape, target, input.axis)
-    need(axis is not None, 'reshapes a map whose rows come in strips, and mixes rows with others')
-    across = None if input.across is None else kept_dimension(input.shape, target, input.across)
-    if across == axis:
-        across = None
+    along = moved_dimension(input.shape, target, input.axis)
+    need(along is not None, 'reshapes a map whose rows come in strips, and mixes rows with others')
+    beside = None if input.across is None else moved_dimension(input.shape, target, input.across)
+    if beside is not None and beside[0] == along[0]:
+        beside = None
+    moved = [(input.axis, along)] + ([(input.across, beside)] if beside else [])
 
     def run(region, x):
         sizes = list(target)
-        sizes[axis] = x.shape[input.axis]
-        if across is not None:
-            sizes[across] = x.shape[input.across]
-        return x.reshape(sizes)
-    beside = None if across is None else Window()
-    return Op(run, [input], Rows(len(target), axis, across), across=beside, alias=True)
+        for d, (e, _, more, fewer) in moved:
+            sizes[e] = x.shape[d]*more//fewer
+        y = x.reshape(sizes)
+        for (d, (e, window, _, _)), side in zip(moved, region.sides):
+            if isinstance(window, Spread):
+                y = y.narrow(e, side.skip, side.count)
+        return y
+    out = Rows(len(target), along[0], beside[0] if beside else None)
+    return Op(run, [input], out, along[1], beside[1] if beside else None, alias=True)
 
 
 @rule('expand')

@@ -10,14 +10,15 @@ __all__ = ['directions', 'wait_positions', 'wait_strips', 'KEPT_TRACES', 'KEPT_S
 # %% ../../nbs/engine/07_streaming.ipynb #16c9e7a9
 from collections import OrderedDict
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .graph import (Drawn, ImageSpec, Value, fingerprint, precision_modes,
-                                               replaced, trace, values_in)
+from .graph import (Drawn, ImageSpec, Value, check_network, fingerprint,
+                                               precision_modes, replaced, trace, values_in)
 from .program import Operation, Program, evaluate, tensor_at
 from .schedule import Kind, Schedule, Step, Totals
 from .storage import Layout, OnDevice, source_of, stores
@@ -570,11 +571,12 @@ KEPT_TRACES, KEPT_SCHEDULES = 64, 16
 
 @dataclass
 class Traced:
-    "A network as it was traced for images of one shape: its programs by axis, and their schedules."
-    made_for: list
-    graph: object
-    programs: dict
-    schedules: OrderedDict
+    "A network as it was traced for images of one shape, and by axis what was made of the trace."
+    made_for: list              # the fingerprint of the network
+    graph: object               # a `Graph`, or why there is none
+    programs: dict = field(default_factory=dict)
+    schedules: OrderedDict = field(default_factory=OrderedDict)
+    costs: dict = field(default_factory=dict)       # what the planner found out
 
 
 class Streamed(nn.Module):
@@ -607,8 +609,16 @@ class Streamed(nn.Module):
 
     def forward(self, x):
         source = source_of(x, self.module)
-        streamed = self.planned(source) if self.strip == 'auto' else self
-        return streamed.run(x, source)
+        if self.strip != 'auto':
+            return self.run(x, source)
+        streamed = self.planned(source)
+        return self.module(x) if streamed is None else streamed.run(x, source)
+
+    def planned(self, source) -> 'Streamed | None':
+        "This network with the options of a plan for an image; None if the plain network fits."
+        planner = import_module('streaming_pathology.engine.plan')      # it runs this engine, so it stands behind it
+        options = planner.options_for(self, source)
+        return None if options is None else self.like(**options)
 
     def run(self, x, source):
         "What the network gives for the image `x`, whose strips `source` reads."
@@ -710,7 +720,7 @@ class Streamed(nn.Module):
                 raise       # may be another thread's doing, and is asked again
             except StreamingError as e:
                 graph = str(e)
-            found = self._traced[key] = Traced(now, graph, {}, OrderedDict())
+            found = self._traced[key] = Traced(now, graph)
             while len(self._traced) > KEPT_TRACES:
                 self._traced.popitem(last=False)
         self.add_program(found, axis, image.device)
@@ -768,6 +778,7 @@ def check_options(module, strip, keep, states, every, direction):
     "Refuse options of `stream` that make no sense."
     if not isinstance(module, nn.Module):
         raise StreamingError(f'stream takes an nn.Module, not {type(module).__name__}.')
+    check_network(module)
     for name, layer in module.named_modules():
         if isinstance(layer, Streamed):
             raise StreamingError(f"layer '{name}' is streamed already, and strips of strips cannot be "

@@ -329,14 +329,15 @@ class Pass:
         for k in range(count):
             if training and self.program.random:
                 self.rng[k] = random_numbers(self.source.device)
+            layout, blocks = self.packed(k, state)
+            state = outputs = None      # views of the buffers of the strip above
             if k >= first_kept:
-                self.graphs[k] = record = self.record(k, state, k + 1)
+                self.graphs[k] = record = self.record(k, layout.unpack(blocks), k + 1)
                 outputs, state = record.outputs, record.handed
             else:
-                packed = self.packed(k, state)
                 if training and (k % every == 0 or k >= last_group):
-                    self.states[k] = self.store, self.store.put(packed[1]), packed[0]
-                outputs, state = self.advance(k, packed[0].unpack(packed[1]))
+                    self.states[k] = self.store, self.store.put(blocks), layout
+                outputs, state = self.advance(k, layout.unpack(blocks))
             self.place(k, outputs)
         return [*self.outputs, *(self.finished(o, state[o.number]).detach()
                                  for o in self.program.reductions)]

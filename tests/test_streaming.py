@@ -878,3 +878,51 @@ def test_no_pass_outlives_its_step(image, strip, size):
             del x
         assert passes() == before, pool
     gc.unfreeze()
+
+# --- found by a review of the engine of schedules: each was silently wrong
+
+@pytest.mark.parametrize('flip', [lambda y: y.flip(2, 3), lambda y: y.flip(-2, -1), lambda y: y.flip(2, 1), lambda y: torch.flip(y, (1, 2))])
+def test_rows_turned_upside_down_are_refused(flip):
+    with pytest.raises(StreamingError, match='upside down'): stream(Fn(lambda m, x: flip(m.c(x)), c=conv), 8, direction='rows')(torch.randn(1, 3, 30, 20))
+
+def test_columns_turned_around():
+    net = Fn(lambda m, x: m.c(x).flip(3, 1), c=nn.Conv2d(3, 4, 3)).double(); compare(net, torch.randn(1, 3, 30, 20, dtype=torch.double, requires_grad=True), 8, direction='rows')
+
+class Counts(nn.Module):
+    def __init__(self, f): super().__init__(); self.f, self.c = f, nn.Conv2d(3, 4, 3); self.register_buffer('buf', torch.ones(4, 1, 1))
+    def forward(self, x): return self.f(self, self.c(x))
+
+def after_it_was_read(m, y): y = y+m.buf; m.buf.add_(1); return y
+def through_a_view(m, y): y = y+m.buf.view(4, 1, 1); m.buf.add_(1); return y
+def of_its_own(m, y): b = m.buf*1; y = y+b; b.add_(5); return y
+def after_pooling(m, y): y = y.mean((2, 3))+m.buf.flatten(); m.buf.add_(1); return y
+
+@pytest.mark.parametrize('f', [after_it_was_read, through_a_view, of_its_own, after_pooling])
+def test_tensors_changed_after_they_were_read_are_refused(f):
+    with pytest.raises(StreamingError, match='met before'): stream(Counts(f), 8)(torch.randn(1, 3, 30, 20))
+
+def test_tensors_changed_before_they_are_read():
+    def before(m, y): m.buf.add_(1); return y*m.buf
+    net = Counts(before).double(); s, plain, x = stream(copy.deepcopy(net), 8), net, torch.randn(1, 3, 30, 20, dtype=torch.double)
+    for _ in range(3): assert close(s(x), plain(x)) and torch.equal(s.module.buf, plain.buf)
+
+def test_outputs_may_be_written_into():
+    torch.manual_seed(0); net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).double(); x = torch.randn(1, 3, 30, 20, dtype=torch.double); want = gradients(net, net, x)[1]
+    for strip in (8, 64):
+        net.zero_grad(); y = stream(net, strip)(x); z = y.sum(); y.detach().mul_(0); z.backward(); assert all(close(p.grad, g) for p, g in zip(net.parameters(), want))
+
+class Settings: scale = 1.
+
+def test_settings_in_objects_and_arrays():
+    net = Fn(lambda m, x: m.c(x)*m.settings.scale*float(m.factors[0]), c=nn.Conv2d(3, 4, 3)); net.settings, net.factors = Settings(), np.ones(2); x = torch.randn(1, 3, 30, 20); s = stream(net, 8); s(x)
+    net.settings.scale = 3.; assert torch.allclose(s(x), net(x), atol=1e-5)
+    net.factors[0] = 5.; assert torch.allclose(s(x), net(x), atol=1e-5)
+    def counts(m, x): m.settings.scale += 1; return m.c(x)*m.settings.scale
+    with pytest.raises(StreamingError, match='settings'): net.f = counts; s(x)
+
+@pytest.mark.parametrize('f', [lambda y: y.var(False), lambda y: torch._C._nn.hardtanh(y, -.3), lambda y: y[:, :, 3:4].squeeze()])
+def test_calls_in_odd_ways_are_exact_or_refused(f):
+    net = Fn(lambda m, x: f(m.c(x)), c=nn.Conv2d(3, 4, 3)).double(); x = torch.randn(1, 3, 30, 20, dtype=torch.double, requires_grad=True)
+    try: stream(net, 8)(x)
+    except StreamingError: return
+    compare(net, x, 8)

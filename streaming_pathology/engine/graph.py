@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['harmless', 'modes', 'values_asked', 'answers', 'low_precision', 'wide_on_cuda', 'Value', 'Call', 'Graph', 'values_in',
            'replaced', 'raw_name', 'plain_name', 'type_name', 'autocasts', 'as_under_autocast', 'precision_modes',
-           'tensors_in', 'is_users', 'caller', 'line_of', 'function_applied', 'Recorder', 'Same', 'comparable',
-           'fingerprint', 'on_meta', 'empty_like', 'check_network', 'check_signature', 'random_state', 'Drawn',
-           'no_numbers_drawn', 'ImageSpec', 'trace', 'traced', 'follow_layers', 'recorded_forward', 'too_small',
-           'check_unchanged', 'check_functions', 'check_output']
+           'tensors_in', 'memory_of', 'is_users', 'caller', 'line_of', 'function_applied', 'Recorder', 'Same',
+           'comparable', 'has_settings', 'fingerprint', 'on_meta', 'empty_like', 'check_network', 'check_signature',
+           'random_state', 'Drawn', 'no_numbers_drawn', 'ImageSpec', 'trace', 'traced', 'follow_layers',
+           'recorded_forward', 'too_small', 'check_unchanged', 'check_functions', 'check_output']
 
 # %% ../../nbs/engine/02_graph.ipynb #40c57aba
 import copy
@@ -37,6 +37,7 @@ class Value:
     shape: tuple
     dtype: torch.dtype
     path: str | None = None     # of a parameter or a buffer: its name in the network
+    memory: int = 0             # values that share memory have the same number
 
     @property
     def ndim(self) -> int:
@@ -60,7 +61,7 @@ class Call:
     outputs: tuple = ()
     several: bool = False       # the function returns a tuple or list
     inplace: bool = False       # it writes into its first argument and returns it
-    writes: bool = False        # it writes into one of its arguments
+    writes: tuple = ()          # the memory of the arguments into which it writes
     grad: bool = True           # gradients were enabled
     layer: str = ''             # path of the layer in the network
     kind: str = ''              # class of the layer
@@ -214,6 +215,11 @@ def tensors_in(structure) -> list:
     return [tensor for part in structure for tensor in tensors_in(part)]
 
 
+def memory_of(tensor: torch.Tensor) -> int:
+    "A number that tensors have in common if they are views of the same memory."
+    return tensor.untyped_storage()._cdata
+
+
 def is_users(file: str) -> bool:
     "Whether a source file is neither PyTorch's nor this module's."
     return file != is_users.__code__.co_filename and not file.startswith(str(Path(torch.__file__).parent))
@@ -320,7 +326,7 @@ class Recorder(TorchFunctionMode):
         path, kind = self.layers[-1]
         returned = any(t is r for t in changed for r in results)
         call = Call(function, name, *values, several=not isinstance(out, torch.Tensor), layer=path,
-                    kind=kind, inplace=returned, writes=bool(changed), grad=self.grad_mode(),
+                    kind=kind, inplace=returned, writes=tuple(map(memory_of, changed)), grad=self.grad_mode(),
                     line='' if path else caller())
         for tensor in changed:          # written on the side, as running statistics are
             self.note(tensor, self.known[id(tensor)][1])
@@ -332,7 +338,8 @@ class Recorder(TorchFunctionMode):
         "A new value for `tensor`, called after its function and its layer."
         name = f'{path}.{name}' if path else name
         self.names[name] = number = self.names.get(name, 0) + 1
-        return Value(name if number == 1 else f'{name}:{number}', tuple(tensor.shape), tensor.dtype)
+        name = name if number == 1 else f'{name}:{number}'
+        return Value(name, tuple(tensor.shape), tensor.dtype, memory=memory_of(tensor))
 
     def grad_mode(self) -> bool:
         "Whether gradients are on. What a trace would lose by a change of modes is refused."
@@ -371,17 +378,28 @@ class Same:
         return isinstance(other, Same) and self.held is other.held
 
 
-def comparable(value):
-    "`value` as something that `==` compares by content where it is plain, else by identity."
+def comparable(value, depth: int = 3):
+    """`value` as something that `==` compares by content where it is plain, else by identity; of
+    objects the attributes, to some `depth`."""
     if isinstance(value, (bool, int, float, str, type(None))):
         return type(value), value
     if isinstance(value, (tuple, list)):
-        return [comparable(part) for part in value]
+        return [comparable(part, depth) for part in value]
     if isinstance(value, dict):
-        return {key: comparable(part) for key, part in value.items()}
+        return {key: comparable(part, depth) for key, part in value.items()}
     if isinstance(value, torch.Tensor):
         return Same(value), value.shape, value.dtype, value.requires_grad
+    if isinstance(value, np.ndarray):
+        return Same(value), value.tobytes()
+    if depth and has_settings(value):
+        return Same(value), comparable(vars(value), depth - 1)
     return Same(value)
+
+
+def has_settings(value) -> bool:
+    "Whether `value` is an object of a user's class, whose attributes a forward may read."
+    plain = not isinstance(value, (nn.Module, type)) and not callable(value)
+    return plain and hasattr(value, '__dict__') and not type(value).__module__.startswith('torch')
 
 
 def fingerprint(module: nn.Module) -> list:
@@ -507,7 +525,7 @@ def traced(module: nn.Module, image: ImageSpec, seconds: float) -> Graph:
         recorder = Recorder(image.device, seconds)
         tensors = {}
         for path, tensor in (*network.named_parameters(), *network.named_buffers()):
-            value = Value(path, tuple(tensor.shape), tensor.dtype, path)
+            value = Value(path, tuple(tensor.shape), tensor.dtype, path, memory_of(tensor))
             tensors[path] = recorder.note(tensor, value)
         before = fingerprint(network)
         follow_layers(network, recorder)

@@ -198,7 +198,7 @@ def sizes_of(program, kind: Kind) -> Sizes:
     "The `Sizes` of a kind."
     steps = [None, *kind.steps]
     parts = [step_sizes(program, operation, steps, kind) for operation in program.operations[1:]]
-    return Sizes(*(sum(numbers) for numbers in zip(*parts)))
+    return Sizes(*(sum(numbers) for numbers in zip(NO_SIZE, *parts)))
 
 
 def runs(step) -> bool:
@@ -252,7 +252,8 @@ def strip_costs(program, schedule: Schedule, cost: Callable) -> list:
     if others:
         largest = max(others, key=others.get)
         found[largest] = cost(first[largest], True)
-        graphs = {kind: cost(first[kind], False).graph for kind in spread(schedule.counts(), others)}
+        graphs = {kind: cost(first[kind], False).graph
+                  for kind in spread(schedule.counts(), others)}
         sizes, saved = zip(*sorted((others[kind].saved, graph) for kind, graph in graphs.items()))
         graphs[strips[0].kind] = cost(0, False).graph       # padded above
         for kind, size in others.items():
@@ -462,7 +463,8 @@ class Loads:
 
     def heights(self) -> list:
         "Heights of strips that come into question, the highest first."
-        stride = math.ceil(max(stride for *_, stride in receptive_fields(self.program)))
+        strides = [stride for *_, stride in receptive_fields(self.program)]
+        stride = math.ceil(max(strides, default=1))
         lowest = stride*-(-MIN_ROWS//stride)
         doubled = [lowest*2**i for i in range(30) if lowest*2**i < self.length]
         return [self.length, *reversed(doubled)]
@@ -558,7 +560,7 @@ class Plan:
         if not self.streamed:
             return begin + 'the plain network fits and is not streamed'
         strips = -(-self.length()//self.strip)
-        text = f'{strips} strips of {self.strip} {self.direction}, {self.kept(strips)}'
+        text = f'{strips} strips of {self.strip} {self.direction}{self.kept(strips)}'
         if self.states != 'device':
             text += f', states on the {self.states}'
         if self.every > 1:
@@ -572,10 +574,10 @@ class Plan:
     def kept(self, strips: int) -> str:
         "How many strips keep their graph."
         if self.keep >= strips:
-            return 'all keep their graphs'
-        if self.keep == 1:
-            return 'the last keeps its graph'
-        return f'the last {self.keep} keep their graphs'
+            return ', all keep their graphs'
+        if self.keep > 1:
+            return f', the last {self.keep} keep their graphs'
+        return ', the last keeps its graph' if self.keep else ''
 
     def explained(self) -> list:
         "What it takes."

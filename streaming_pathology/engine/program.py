@@ -167,6 +167,7 @@ class Program:
         self.maps = {graph.image: (image, Map(graph.image, image.rows, device))}
         self.late = set()           # values that are known only after the last strip
         self.operands = []          # other tensors that the strips need
+        self.read_later, self.written_later = set(), set()      # memory, in and after the strips
         for call in fold_norms(graph, fold == 'apart') if fold else graph.calls:
             self.add(call)
         self.drop_unused()
@@ -175,6 +176,7 @@ class Program:
     def add(self, call: Call):
         "Find the part to which a call belongs."
         inputs = call.inputs
+        self.check_order(call)
         if any(value in self.maps for value in inputs):
             self.add_operation(call)
         elif any(value in self.late for value in inputs):
@@ -183,10 +185,25 @@ class Program:
         else:
             self.before.append(call)
 
+    def check_order(self, call: Call):
+        """Refuse what would see other values if the parts ran one after the other: a tensor that is
+        changed after maps were computed with it, or read before the strips and changed after them."""
+        first = not any(value in self.maps or value in self.late for value in call.inputs)
+        memory = {value.memory for value in call.inputs if value not in self.maps} - {0}
+        if (first and self.read_later.intersection(call.writes)) or (
+                first and self.written_later.intersection(memory)):
+            raise StreamingError(f'{call.where()} changes or reads in place a tensor that the image has '
+                                 'met before, which strips cannot keep apart: change it outside of '
+                                 'the network, or use a copy of it.')
+        if not first:
+            self.read_later |= memory
+            self.written_later.update(call.writes)
+
     def add_operation(self, call: Call):
         "Apply the rule of a call on maps, or refuse it with the name of its layer."
         try:
             op = self.rule(call)
+            self.check_shapes(call, op)
         except Refused as e:
             why = f'attends across rows ({e})' if 'Attention' in call.kind else e
             raise StreamingError(f'{call.where()} {why}, and cannot be streamed: '
@@ -197,6 +214,12 @@ class Program:
             return
         for number, value in enumerate(call.outputs):
             self.operations.append(self.operation(call, op, value, number))
+
+    def check_shapes(self, call: Call, op: Op | Reduction):
+        "Refuse where a rule has misunderstood a call."
+        for value in () if isinstance(op, Reduction) else call.outputs:
+            if value.ndim != op.out.ndim:
+                raise Refused(f'calls {call.name} in a way that is not understood')
 
     def rule(self, call: Call) -> Op | Reduction:
         "What the rule of `call` says."

@@ -9,7 +9,7 @@ __all__ = ['rules', 'each_position', 'why_not', 'Rows', 'Map', 'Op', 'Adjoint', 
            'conv_transpose2d', 'interpolate', 'interpolation_factors', 'pixel_shuffle', 'pixel_unshuffle', 'pad',
            'getitem', 'full_index', 'slice_window', 'narrow', 'pointwise', 'relu_back', 'hardtanh_back', 'add_back',
            'adjoint_of', 'with_result', 'joined', 'drops', 'is_training', 'channel_dropout', 'dims_of', 'along',
-           'named', 'roll', 'without', 'reducing', 'cat', 'stack', 'parts', 'unbind', 'channel_shuffle',
+           'named', 'flip', 'roll', 'without', 'reducing', 'cat', 'stack', 'parts', 'unbind', 'channel_shuffle',
            'local_response_norm', 'prelu', 'batch_norm', 'instance_norm', 'layer_norm', 'linear', 'permute', 'movedim',
            'transpose', 'matrix_transpose', 'unsqueeze', 'squeeze', 'flatten', 'unflatten', 'reshape', 'view_as',
            'whole_shape', 'kept_dimension', 'split_dimension', 'merged_dimension', 'moved_dimension', 'reshaped',
@@ -476,6 +476,8 @@ def add_back(gradient, saved, wanted):
 def adjoint_of(name: str, args, kwargs, tensors, run) -> Adjoint | None:
     "The gradient by hand of the functions that networks use most."
     backs = {'relu': relu_back, 'relu6': hardtanh_back(0., 6.), 'hardtanh': hardtanh_back(-1., 1.)}
+    if name == 'hardtanh' and len(args) == 2:
+        return None
     if name == 'hardtanh' and len(args) > 2:
         backs[name] = hardtanh_back(*args[1:3])
     if name in backs and len(tensors) == 1 and not {*kwargs} - {'inplace'}:
@@ -585,10 +587,17 @@ def named(args, kwargs, names) -> dict:
     return {**dict(zip(names, args)), **kwargs}
 
 
-for name in ('softmax', 'log_softmax', 'softmin', 'cumsum', 'flip', 'cumprod', 'sort', 'argsort'):
+for name in ('softmax', 'log_softmax', 'softmin', 'cumsum', 'cumprod', 'sort', 'argsort'):
     rules[name] = along()
 rules['glu'] = along(-1)
 rules['normalize'] = along(1, first='p')
+
+
+@rule('flip')
+def flip(input, *dims, **kwargs):
+    dims = dims_of(input, kwargs['dims'] if kwargs else dims[0] if len(dims) == 1 else dims)
+    need(input.axis not in dims, 'turns rows upside down')
+    return Op(lambda region, x: torch.flip(x, dims), [input], input.rows, across=beside(input, dims))
 
 
 @rule('roll')

@@ -389,7 +389,8 @@ class Pass:
         axis, shape = operation.axis, operation.value.shape
         if out is None:
             if tuple(rows.shape) == shape and not self.is_image(rows):
-                return rows
+                # a tape has it, too, and whoever gets the output may write into it
+                return rows.clone() if self.graphs else rows
             last = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last)
             layout = torch.channels_last if last and not rows.is_contiguous() else torch.contiguous_format
             out = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=layout)

@@ -203,7 +203,7 @@ def best_box(growing, now, r, first, stop, price) -> list | None:
 
 
 def canvas_of(x: torch.Tensor, color, cell: int, price: float) -> Canvas:
-    "See `Canvas.from_image`."
+    "What Canvas.from_image gives."
     if not whole_number(cell) or cell < 1:
         raise InputError(f'cell={cell!r} is no size of a cell: give pixels, from 1 on.')
     image = isinstance(x, torch.Tensor) and x.ndim in (3, 4) and x.numel()

@@ -167,7 +167,7 @@ def from_below(run: Pass, k: int) -> tuple:
 
 
 def backward_strip(run: Pass, k: int, record: Record, gradients, below, totals):
-    "The gradient of a strip, as in `Pass.backward`."
+    "The gradient of a strip, as in Pass.backward."
     if below is None:
         below = run.reduction_gradients(record, gradients)
     record.outputs = record.handed = None

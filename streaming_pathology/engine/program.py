@@ -7,8 +7,7 @@ __all__ = ['Operation', 'folded', 'add_shift', 'add_shift_', 'shift_back', 'shif
            'fold_pair', 'picked', 'once_for_image', 'Program', 'advice', 'strided', 'receptive_fields', 'tensor_at',
            'evaluate']
 
-# %% ../../nbs/engine/04_program.ipynb #bf4c9fca
-import operator
+# %% ../../nbs/engine/04_program.ipynb #b19149b2
 from collections.abc import Callable
 
 import torch

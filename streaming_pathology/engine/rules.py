@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['rules', 'each_position', 'why_not', 'Rows', 'Map', 'Op', 'Adjoint', 'Reduction', 'Refused', 'rule', 'need',
-           'need_image', 'pair', 'windows', 'beside', 'tensors_of', 'as_run', 'lacks', 'convolution_types', 'conv2d',
-           'convolve', 'convolve_back', 'conv_padding', 'max_pool2d', 'avg_pool2d', 'counted_anew', 'crop', 'spreads',
+           'need_image', 'pair', 'windows', 'beside', 'as_run', 'lacks', 'convolution_types', 'conv2d', 'convolve',
+           'convolve_back', 'conv_padding', 'max_pool2d', 'avg_pool2d', 'counted_anew', 'crop', 'spreads',
            'conv_transpose2d', 'interpolate', 'interpolation_factors', 'pixel_shuffle', 'pixel_unshuffle', 'pad',
            'getitem', 'full_index', 'slice_window', 'narrow', 'pointwise', 'relu_back', 'hardtanh_back', 'add_back',
            'adjoint_of', 'with_result', 'joined', 'drops', 'is_training', 'channel_dropout', 'dims_of', 'along',
@@ -25,7 +25,7 @@ from math import prod
 import torch
 from torch.nn import functional as F
 
-from .graph import Value, plain_name, replaced
+from .graph import Value, found_in, plain_name, replaced
 from .windows import Region, Spread, Window
 
 # %% ../../nbs/engine/03_rules.ipynb #5b1601f7
@@ -136,20 +136,9 @@ def beside(x: Map, dims) -> Window | None:
     return None if x.across is None or x.across in dims else Window()
 
 
-def tensors_of(structure) -> list:
-    "The maps and other tensors in nested tuples, lists and dicts, as often as they occur."
-    if isinstance(structure, (Map, Value)):
-        return [structure]
-    if isinstance(structure, dict):
-        structure = structure.values()
-    elif not isinstance(structure, (tuple, list)):
-        return []
-    return [tensor for part in structure for tensor in tensors_of(part)]
-
-
 def as_run(function: Callable, args: tuple, kwargs: dict) -> tuple:
     "A call as `run(region, *tensors)`, and its tensors."
-    tensors = tensors_of((args, kwargs))
+    tensors = found_in((args, kwargs), (Map, Value))    # as often as they occur
     leading = 0
     while leading < len(args) and isinstance(args[leading], (Map, Value)):
         leading += 1

@@ -124,7 +124,6 @@ class Side:
     skip: int = 0              # of a `Spread`: outputs of the first input before the first one wanted
     mirrored: tuple = ()       # the inputs at hand, by number, that stand for the needed ones
     trim: tuple = ()           # (first, number) of the inputs at hand that are needed; empty: all
-    loose: bool = False        # computed as if the inputs at hand were all: see the canvas
 
     @property
     def padded(self) -> bool:

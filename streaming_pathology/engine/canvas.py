@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRID', 'whole_number', 'Canvas', 'checked_color', 'runs_of', 'joined_runs', 'boxes_of', 'best_box', 'canvas_of',
-           'border_color', 'tight', 'CanvasSource', 'Profile', 'profile_of', 'sight_of', 'Background', 'widened',
-           'Fill', 'Piece', 'Ends', 'width_of', 'keeps_columns', 'CanvasSchedule']
+           'border_color', 'tight', 'CanvasSource', 'Profile', 'profile_of', 'Sight', 'sight_of', 'reach_of',
+           'Background', 'widened', 'Fill', 'Piece', 'CanvasBuffer', 'CanvasSchedule']
 
 # %% ../../nbs/engine/08_canvas.ipynb #de66bc77
 import math
@@ -20,10 +20,9 @@ from torch.nn import functional as F
 from .graph import autocasts
 from .program import Program
 from .rules import wide
-from .schedule import (Border, Cut, Kind, Schedule, Step, Strip, Totals,
-                                                  one_step)
-from .windows import (Region, Side, Spread, StreamingError, side_of,
-                                                 whole_side)
+from .schedule import (Buffer, Cut, Schedule, Step, Strip, Totals,
+                                                  total_step, what_is_read)
+from .windows import (Region, Spread, StreamingError, side_of, whole_side)
 from ..errors import InputError
 
 # %% ../../nbs/engine/08_canvas.ipynb #17524fdf
@@ -348,37 +347,52 @@ class Profile:
 
 
 def profile_of(window, size: int, inputs: list) -> Profile:
-    "The profile of what `window` makes of maps with the profiles `inputs`."
-    head, tail, period = 0, 0, 1
-    for p in inputs:
-        if not p.period:
-            return Profile(size, size)
-        if isinstance(window, Spread):
-            head = max(head, window.factor*p.head + window.reach - window.before)
-            tail = max(tail, size - (window.factor*(p.size - p.tail) - window.before))
-            period = math.lcm(period, p.period*window.factor)
-        else:
-            head = max(head, -(-(p.head + window.pad[0])//window.stride))
-            last = (p.size - p.tail - window.span + window.pad[0])//window.stride
-            tail = max(tail, size - 1 - last)
-            period = math.lcm(period, p.period//math.gcd(p.period, window.stride))
-    return Profile(size, head, max(tail, 0), period)
+    """The profile of what `window` makes of maps with the profiles `inputs`. A row that reads a row of
+    a head, or padding, belongs to the head; so with the tail."""
+    if not all(p.period for p in inputs):
+        return Profile(size, size)
+    head = max(0, *(window.after(p.head) for p in inputs))
+    tail = min(window.complete(p.size - p.tail, math.inf, size) for p in inputs)
+    period = math.lcm(*((p.period/Fraction(window.stride)).numerator for p in inputs))
+    return Profile(size, head, size - tail, period)
 
 
-def sight_of(window, inputs: list) -> list:
-    """(s, a, b) of what `window` makes of maps with those `inputs`: its row i sees the rows from
-    s*i - a to s*i + b of the image."""
-    seen = []
-    for s, a, b in inputs:
-        if isinstance(window, Spread):
-            before = Fraction(window.reach - 1 - window.before, window.factor)
-            seen.append((s*window.stride, a + s*before, b + s*Fraction(window.before, window.factor)))
-        else:   # mirroring padding shows rows from further inside
-            again = {'constant': 0, 'replicate': 1, 'reflect': 2}[window.mode]
-            above = window.pad[0] + again*max(window.pad[1], 0)
-            below = window.span - 1 - window.pad[0] + again*max(window.pad[0], 0)
-            seen.append((s*window.stride, a + s*above, b + s*below))
-    return [seen[0][0], max(a for _, a, _ in seen), max(b for *_, b in seen)]
+@dataclass(frozen=True)
+class Sight:
+    """Row i of a map sees the rows of the image from `stride*i - above` to `stride*i + below`: whole
+    numbers, or fractions behind upsampling. The same for columns."""
+    stride: Fraction = Fraction(1)
+    above: Fraction = Fraction(0)
+    below: Fraction = Fraction(0)
+
+    def seen(self, first: int, stop: int) -> tuple:
+        "The first and the last row of the image that rows `first` to `stop` see."
+        low = math.floor(self.stride*first - self.above)
+        return low, math.ceil(self.stride*(stop - 1) + self.below)
+
+    def seeing(self, first: int, stop: int) -> tuple:
+        "The rows, from the first to the one after the last, that see rows `first` to `stop` of the image."
+        low = math.ceil((first - self.below)/self.stride)
+        return low, math.floor((stop - 1 + self.above)/self.stride) + 1
+
+
+def sight_of(window, inputs: list) -> Sight:
+    "What rows that `window` makes of maps with the sights `inputs` see."
+    above, below = reach_of(window)
+    stride = inputs[0].stride
+    return Sight(stride*window.stride, max(i.above for i in inputs) + stride*above,
+                 max(i.below for i in inputs) + stride*below)
+
+
+def reach_of(window) -> tuple:
+    "How many input rows an output row reads above the one at its place, and below it."
+    if isinstance(window, Spread):
+        above = Fraction(window.reach - 1 - window.before, window.factor)
+        return above, Fraction(window.before, window.factor)
+    above, below = window.pad[0], window.span - 1 - window.pad[0]
+    # padding that repeats rows shows those from further inside
+    further = {'constant': 0, 'replicate': 1, 'reflect': 2}[window.mode]
+    return above + further*max(window.pad[1], 0), below + further*max(window.pad[0], 0)
 
 # %% ../../nbs/engine/08_canvas.ipynb #2d6ccb47
 class Background:
@@ -396,7 +410,7 @@ class Background:
         "Find the profile and the sight of a map."
         if number == 0:
             self.profiles[0] = Profile(self.rows[0]), Profile(self.columns[0])
-            self.sight[0] = [[Fraction(1), 0, 0]]*2
+            self.sight[0] = Sight(), Sight()
             return
         if why := self.differs(operation):
             raise StreamingError(f'{operation.call.where()} {why}, so the background of a canvas is '
@@ -407,7 +421,7 @@ class Background:
         for side, (window, size) in enumerate(zip(windows, sizes)):
             profiles.append(profile_of(window, size, [self.profiles[a][side] for a in operation.inputs]))
             sight.append(sight_of(window, [self.sight[a][side] for a in operation.inputs]))
-        self.profiles[number], self.sight[number] = tuple(profiles), sight
+        self.profiles[number], self.sight[number] = tuple(profiles), tuple(sight)
 
     def differs(self, operation) -> str | None:
         "Why a map of a constant image is not the same everywhere, if it is not."
@@ -416,7 +430,7 @@ class Background:
         if operation.across is None or operation.rows.across is None:
             return 'depends on where a column lies, or mixes all of them'
         for side in (0, 1):
-            if len({self.sight[a][side][0] for a in operation.inputs}) > 1:
+            if len({self.sight[a][side].stride for a in operation.inputs}) > 1:
                 return 'joins maps of different strides'
         return None
 
@@ -486,6 +500,10 @@ class Fill:
     rows: tuple
     columns: tuple
 
+    @property
+    def width(self) -> int:
+        return self.columns[1] - self.columns[0]
+
     def pick_from(self, tensor: torch.Tensor) -> torch.Tensor:
         operation = self.background.program.operations[self.number]
         picked = self.background.pick(tensor, operation, self.rows, self.columns)
@@ -541,50 +559,24 @@ class Piece:
         for fill, at in ((self.left, 'left'), (self.right, 'right')):
             if fill is None:
                 continue
-            count = fill.columns[1] - fill.columns[0]
+            count = fill.width
             start = 0 if at == 'left' else gradient.shape[self.across] - count
             fill.give(gradient.narrow(self.across, start, count), totals)
             first = count if at == 'left' else first
         return None if self.columns is None else gradient.narrow(self.across, first, self.columns)
 
-
-@dataclass(frozen=True)
-class Ends:
-    """Columns at the ends of a convolution's output that see no tissue. They were computed as if there
-    were padding beside them, and are replaced by background."""
-    across: int
-    parts: tuple                # (first column, Fill) each
-
-    def put(self, rows: torch.Tensor, operands: list):
-        for first, fill in self.parts:
-            rows.narrow(self.across, first, width_of(fill)).copy_(fill.pick(operands))
-
-    def give(self, gradient: torch.Tensor, totals: Totals) -> torch.Tensor:
-        gradient = gradient.clone()
-        for first, fill in self.parts:
-            part = gradient.narrow(self.across, first, width_of(fill))
-            fill.give(part, totals)
-            part.zero_()
-        return gradient
-
-
-def width_of(fill: Fill) -> int:
-    "Columns of a fill."
-    return fill.columns[1] - fill.columns[0]
-
 # %% ../../nbs/engine/08_canvas.ipynb #e1b176e6
 GRID = 16
 
 
-def keeps_columns(window) -> bool:
-    "Whether a window has stride 1 and a padding that keeps the number of columns."
-    if isinstance(window, Spread) or window.stride != 1 or window.mode != 'constant':
-        return False
-    return window.pad[0] == window.pad[1] and window.span == 2*window.pad[0] + 1
+@dataclass(frozen=True)
+class CanvasBuffer(Buffer):
+    "The rows of a map that a strip has, and the columns (first, after the last); (0, 0): none."
+    columns: tuple
 
 
 class CanvasSchedule(Schedule):
-    "A schedule that computes only the columns that see the `extents` (first row, stop, first column, stop)."
+    "A schedule of the columns that see the `extents` (first row, stop, first column, stop)."
     def __init__(self, program: Program, strip: int, wait: dict | None = None, heights=None, rows=None,
                  extents=()):
         self.extents = list(extents)
@@ -592,137 +584,93 @@ class CanvasSchedule(Schedule):
 
     def all_strips(self) -> list:
         self.background = Background(self.program, self)
-        self.find_grid()
-        at = [self.at(cut) for cut in self.cuts]
-        spans = [self.spans(*pair) for pair in zip(at, at[1:])]
-        spans.append([(0, 0)]*len(self.program.operations))
-        return [self.canvas_strip(*each) for each in zip(at, at[1:], spans, spans[1:])]
+        buffers = [self.buffers(k) for k in range(len(self.cuts) - 1)]
+        columns = [tuple(buffer.columns for buffer in each) for each in buffers]
+        columns.append(((0, 0),)*len(self.program.operations))
+        return [self.canvas_strip(*each) for each in zip(buffers, columns, columns[1:])]
 
-    def find_grid(self):
-        "For each map, of how many columns the grid is, how wide the rim, and what it sees, in integers."
-        self.sight, self.grid = {}, {}
-        for number, sides in self.background.sight.items():
-            found = []
-            for seen in sides:
-                d = math.lcm(*(Fraction(v).denominator for v in seen))
-                found.append((d, *(int(v*d) for v in seen)))
-            self.sight[number] = found
-            d, s, *_ = found[1]
-            self.grid[number] = max(1, GRID*d//s)
-        windows = [o.across for o in self.program.operations[1:] if not o.reduces]
-        pads = [w.pad[0] for w in windows if keeps_columns(w)]
-        self.rim = {number: max((p for p in pads if p <= g), default=0) if g > 1 else 0
-                    for number, g in self.grid.items()}
-
-    def spans(self, above: Border, below: Border) -> list:
-        "The columns (first, after the last) of each map that a strip computes; (0, 0): none."
+    def buffers(self, k: int) -> list:
+        "The buffer of each operation between cut `k` and the next, with its columns."
         found = []
-        for operation in self.program.operations:
-            number = operation.number
-            if operation.reduces or below.have[number] <= above.first[number]:
-                found.append((0, 0))
-                continue
-            (d, s, a, b), _ = self.sight[number]
-            low = (s*above.first[number] - a)//d
-            high = -(-(s*(below.have[number] - 1) + b)//d)
-            found.append(self.span(number, low, high))
+        for operation, b in zip(self.program.operations, super().buffers(k)):
+            columns = 0, 0
+            if b.first < b.stop and not operation.reduces:
+                columns = self.columns_computed(operation.number, b.first, b.stop)
+            found.append(CanvasBuffer(b.first, b.start, b.stop, b.kept, columns))
         return found
 
-    def span(self, number: int, low: int, high: int) -> tuple:
-        "The columns of a map that see tissue in the rows `low` to `high` of the image."
-        _, (d, s, a, b) = self.sight[number]
-        rim, grid, width = self.rim[number], self.grid[number], self.heights.columns[number]
-        first, stop = width, 0
-        for top, bottom, left, right in self.extents:
-            if top <= high and bottom > low:
-                first = min(first, -((b - left*d)//s) - rim)
-                stop = max(stop, ((right - 1)*d + a)//s + 1 + rim)
-        if first >= stop:
+    def columns_computed(self, number: int, first: int, stop: int) -> tuple:
+        "The columns of a map that see tissue in its rows `first` to `stop`."
+        along, across = self.background.sight[number]
+        low, high = along.seen(first, stop)
+        seen = [extent[2:] for extent in self.extents if extent[0] <= high and low < extent[1]]
+        if not seen:
             return 0, 0
-        first, stop = max(first//grid*grid, 0), min(-(-stop//grid)*grid, width)
-        return (first, stop) if first < stop else (0, 0)
+        begin, end = across.seeing(min(left for left, _ in seen), max(right for _, right in seen))
+        grid, width = max(1, int(GRID/across.stride)), self.heights.columns[number]
+        begin, end = max(begin//grid*grid, 0), min(-(-end//grid)*grid, width)
+        return (begin, end) if begin < end else (0, 0)
 
-    def canvas_strip(self, above: Border, below: Border, spans: list, following: list) -> Strip:
-        "The strip between two borders, with the columns that it and the next one compute."
-        steps = tuple(self.canvas_step(o, above, below, spans, following)
-                      for o in self.program.operations[1:])
-        kind = Kind(below.have[0] - above.first[0], steps, tuple(spans))
-        kind = self.kinds.setdefault(kind, kind)
-        outputs = tuple(above.have[o.number] for o in self.program.outputs)
-        return Strip(kind, (above.first[0], below.have[0]), outputs, above.have[0])
+    def canvas_strip(self, buffers: list, columns: tuple, following: tuple) -> Strip:
+        "The strip with these `buffers`; `following`: the columns that the next one has of each."
+        steps = tuple(self.canvas_step(operation, buffers, following[operation.number])
+                      for operation in self.program.operations[1:])
+        return self.new_strip(buffers, steps, columns)
 
-    def canvas_step(self, operation, above, below, spans, following) -> Step | None:
-        "What an operation does in a strip, with columns."
-        number = operation.number
-        dense = one_step(operation, self.heights, above, below, None)
-        if dense is None:
-            return None
+    def canvas_step(self, operation, buffers: list, following: tuple) -> Step | None:
+        "What an operation does in a strip, of whose rows the next one has the columns `following`."
+        number, buffer = operation.number, buffers[operation.number]
         if operation.reduces:
-            reads = tuple(self.piece(a, spans[a], above.first[a], below.have[a],
-                                     (above.have[number], below.have[number]),
-                                     (0, self.heights.columns[a])) for a in operation.inputs)
-            return replace(dense, reads=reads) if dense.makes else dense
-        start = above.first[number]
-        step = replace(dense, keep=self.kept(operation, below, start, spans, following))
-        first, stop = spans[number]
-        step = replace(step, empty=first >= stop)
-        if not step.makes:
+            return self.canvas_total(operation, buffers)
+        if buffer.first == buffer.stop:
+            return None
+        keep = self.kept(operation, buffer, following)
+        empty = buffer.columns == (0, 0)
+        step = Step(buffer.old, buffer.makes, keep=keep, empty=empty)
+        if not buffer.makes:
             return step
         if operation.output:
-            rows = below.have[number] - step.makes, below.have[number]
-            whole = self.piece(number, spans[number], rows[0], rows[1], rows,
-                               (0, self.heights.columns[number]))
-            step = replace(step, whole=whole)
-        return step if step.empty else self.reading(operation, step, above, below, spans)
+            made = replace(buffer, first=buffer.start)
+            rows = made.start, made.stop
+            step = replace(step, whole=self.piece(number, made, rows, self.all_columns(number)))
+        return step if empty else self.reading(operation, step, buffers)
 
-    def kept(self, operation, below, start, spans, following):
+    def canvas_total(self, operation, buffers: list) -> Step | None:
+        "A reduction takes in all columns of the new rows."
+        step, buffer = total_step(operation, buffers, self.heights), buffers[operation.number]
+        if step is None or not step.makes:
+            return step
+        rows = buffer.start, buffer.stop
+        return replace(step, reads=tuple(self.piece(a, buffers[a], rows, self.all_columns(a))
+                                         for a in operation.inputs))
+
+    def kept(self, operation, buffer: CanvasBuffer, following: tuple):
         "The rows for the next strip, in its columns."
-        number = operation.number
-        rows = below.first[number], below.have[number]
-        first, stop = following[number]
-        if not operation.carried or rows[0] >= rows[1] or first >= stop:
+        rows = buffer.kept, buffer.stop
+        if rows[0] == rows[1] or following == (0, 0):
             return None
-        piece = self.piece(number, spans[number], start, rows[1], rows, (first, stop))
+        piece = self.piece(operation.number, buffer, rows, following)
         return piece or Cut(operation.axis, 0, rows[1] - rows[0])
 
-    def reading(self, operation, step, above, below, spans) -> Step:
+    def reading(self, operation, step: Step, buffers: list) -> Step:
         "A step with the pieces that it reads."
-        number, (first, stop) = operation.number, spans[operation.number]
-        rows = below.have[number] - step.makes, below.have[number]
-        loose, reads, across = self.is_loose(operation, first, stop), [], None
-        for a, cut in zip(operation.inputs, step.reads):
-            begin = above.first[a]
-            taken = (begin, below.have[a]) if cut is None else (begin + cut.first,
-                                                                 begin + cut.first + cut.count)
-            low, high, side = self.columns_read(operation, a, first, stop, loose)
-            across = across or side
-            reads.append(self.piece(a, spans[a], begin, below.have[a], taken, (low, high)))
-        ends = (self.ends(operation, rows, first, stop),) if loose else ()
-        return replace(step, reads=tuple(reads), region=Region(step.region.along, across), ends=ends)
+        rows, along = what_is_read(operation, buffers, self.heights)
+        reads, columns = [], buffers[operation.number].columns
+        for a, each in zip(operation.inputs, rows):
+            *seen, across = self.columns_read(operation, a, *columns)
+            reads.append(self.piece(a, buffers[a], each, tuple(seen)))
+        return replace(step, reads=tuple(reads), region=Region(along, across))
 
-    def is_loose(self, operation, first: int, stop: int) -> bool:
-        "Whether columns are computed from the same columns of the input alone, and their ends replaced."
-        window, whole = operation.across, (0, self.heights.columns[operation.number])
-        if not keeps_columns(window) or (first, stop) == whole:
-            return False
-        return 0 < window.pad[0] <= min(self.rim[operation.number], stop - first)
-
-    def columns_read(self, operation, a: int, first: int, stop: int, loose: bool) -> tuple:
+    def columns_read(self, operation, a: int, first: int, stop: int) -> tuple:
         "The columns of map `a` that columns `first` to `stop` of an operation read, and the `Side`."
-        window, size = operation.across, self.heights.columns[a]
-        axis = self.program.operations[a].rows.across
-        if loose:
-            return first, stop, whole_side(window, stop - first, stop - first, axis)
-        if (first, stop) == (0, self.heights.columns[operation.number]):
-            return 0, size, whole_side(window, stop, size, axis)
-        return side_of(window, first, stop, size, axis)
+        width, axis = self.heights.columns[a], self.program.operations[a].rows.across
+        if (first, stop) == self.all_columns(operation.number):
+            return 0, width, whole_side(operation.across, stop, width, axis)
+        return side_of(operation.across, first, stop, width, axis)
 
-    def ends(self, operation, rows: tuple, first: int, stop: int) -> Ends:
-        "The columns at the ends of what was computed loosely."
-        number, pad = operation.number, operation.across.pad[0]
-        at = [0]*(first > 0) + [stop - first - pad]*(stop < self.heights.columns[number])
-        parts = tuple((i, self.fill(number, rows, (first + i, first + i + pad))) for i in at)
-        return Ends(operation.rows.across, parts)
+    def all_columns(self, number: int) -> tuple:
+        "All columns of a map."
+        return 0, self.heights.columns[number]
 
     def fill(self, number: int, rows: tuple, columns: tuple) -> Fill | None:
         "Background of a map; None if there are no columns."
@@ -731,21 +679,21 @@ class CanvasSchedule(Schedule):
         along, across = self.background.profiles[number]
         return Fill(self.background, number, along.normal(*rows), across.normal(*columns))
 
-    def piece(self, number: int, span: tuple, first: int, stop: int, rows: tuple, columns: tuple):
-        """`rows` and `columns` of a map of which a strip has the rows `first` to `stop` and the columns
-        `span`; None: just these."""
-        if (rows, columns) == ((first, stop), span):
+    def piece(self, number: int, buffer: CanvasBuffer, rows: tuple, columns: tuple):
+        """`rows` and `columns` of a map out of its buffer, and background beside it; None: all of the
+        buffer and no more."""
+        if (rows, columns) == ((buffer.first, buffer.stop), buffer.columns):
             return None
         operation = self.program.operations[number]
-        across = operation.rows.across
-        low, high = max(columns[0], span[0]), min(columns[1], span[1])
+        across, (begin, end) = operation.rows.across, buffer.columns
+        low, high = max(columns[0], begin), min(columns[1], end)
         if low >= high:
             return Piece((), across, None, self.fill(number, rows, columns))
         narrows = []
-        if rows != (first, stop):
-            narrows.append((operation.axis, rows[0] - first, rows[1] - rows[0]))
-        if (low, high) != span:
-            narrows.append((across, low - span[0], high - low))
-        left, right = (self.fill(number, rows, (columns[0], low)),
-                       self.fill(number, rows, (high, columns[1])))
+        if rows != (buffer.first, buffer.stop):
+            narrows.append((operation.axis, rows[0] - buffer.first, rows[1] - rows[0]))
+        if (low, high) != (begin, end):
+            narrows.append((across, low - begin, high - low))
+        left = self.fill(number, rows, (columns[0], low))
+        right = self.fill(number, rows, (high, columns[1]))
         return Piece(tuple(narrows), across, high - low, left, right)

@@ -188,28 +188,28 @@ def convolve(region, x, weight, bias=None, how=()) -> tuple:
     "A convolution, and what its gradient needs."
     stride, dilation, groups, device = how
     dtype, wide = convolution_types(x, device)
-    shape, x = x.shape, region.pad(x)
+    x = region.pad(x)
     types = weight.dtype, None if bias is None else bias.dtype
     if wide == dtype == x.dtype == weight.dtype:
         y = F.conv2d(x, weight, bias, stride, region.padding, dilation, groups)
-        return y, (region, shape, x, weight, types, how)
+        return y, (region, x, weight, types, how)
     x = x.to(dtype)
     given = [t if t is None else t.to(dtype).to(wide) for t in (x, weight, bias)]
     with torch.autocast(device, enabled=False):
         y = F.conv2d(*given, stride, region.padding, dilation, groups)
-    return y.to(dtype), (region, shape, x, given[1], types, how)
+    return y.to(dtype), (region, x, given[1], types, how)
 
 
 def convolve_back(gradient, saved, wanted) -> tuple:
     "The gradients of the input, the weight and the bias."
-    region, shape, x, weight, types, (stride, dilation, groups, _) = saved
+    region, x, weight, types, (stride, dilation, groups, _) = saved
     masks = [wanted[0], wanted[1], len(wanted) > 2 and wanted[2]]
     found = torch.ops.aten.convolution_backward.default(
         gradient.to(weight.dtype), x.to(weight.dtype), weight, [len(weight)], stride, region.padding,
         dilation, False, [0, 0], groups, masks)
     gradients = [None if g is None else g.to(kind) for g, kind in zip(found, (x.dtype, *types))]
     if gradients[0] is not None:
-        gradients[0] = region.unpad(gradients[0], shape)
+        gradients[0] = region.unpad(gradients[0])
     return gradients
 
 
@@ -261,8 +261,9 @@ def avg_pool2d(input, kernel_size, stride=None, padding=0, ceil_mode=False, coun
 def counted_anew(y, side, kernel, stride, edge):
     "Averages `y` over `kernel` positions, as averages over those that are not beyond `edge`."
     first = torch.arange(side.count, device=y.device)*stride
-    low = max(side.above - edge, 0)
-    high = side.length - max(side.below - edge, 0)
+    before, after = side.filled
+    length = (side.count - 1)*stride + kernel
+    low, high = max(before - edge, 0), length - max(after - edge, 0)
     counted = (first + kernel).clamp(max=high) - first.clamp(min=low)
     shape = [-1] + [1]*(y.ndim - 1 - side.axis)
     return y*(kernel/counted.view(shape).double()).to(y.dtype)

@@ -99,8 +99,6 @@ class StripFunction:
             new = each.call(*given)
         else:
             new = tape.record(each, given)
-        for end in each.step.ends:
-            end.put(new, operands)
         return new
 
     def keep(self, each, new, buffers, state, operands, outputs, handed):
@@ -244,8 +242,6 @@ class StripGradient:
                 self.above[number] = self.above[number].clone()
                 gradient = gradient.narrow(axis, step.old, step.makes)
         if each.given and number in self.tape.wanted:
-            for end in step.ends:
-                gradient = end.give(gradient, self.totals)
             self.hand_on(each, self.tape.backward(each, gradient))
 
     def add_output(self, each: Instruction):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Operation', 'folded', 'add_shift', 'add_shift_', 'shift_back', 'shift_rule', 'arguments', 'fold_norms', 'foldable',
-           'fold_pair', 'picked', 'once_for_image', 'Program', 'advice', 'strided', 'receptive_fields', 'tensor_at',
-           'evaluate']
+           'fold_pair', 'picked', 'once_for_image', 'Program', 'may_be_overwritten', 'advice', 'strided',
+           'receptive_fields', 'tensor_at', 'evaluate']
 
 # %% ../../nbs/engine/04_program.ipynb #b19149b2
 from collections.abc import Callable
@@ -32,8 +32,8 @@ class Operation:
         self.readers = []           # operations that read this map
         self.output = False         # it is given back as a whole, or read after the strips
         self.carried = True         # its rows are carried to the next strip where they are needed
-        self.inplace = False        # `run` writes into its first map
-        self.overwritten = False    # its only reader writes into it
+        self.inplace = False        # `run` writes into its first tensor
+        self.overwritten = False    # its only reader may write into it: see below
         self.done = ()              # maps that nobody reads after this operation
         if not self.reduces:
             self.window, self.across, self.rows = op.window, op.across, op.out
@@ -296,7 +296,7 @@ class Program:
         self.before = kept[::-1]
 
     def link(self):
-        "Who reads what, and what need not be carried or may be overwritten."
+        "Find for each operation who reads it, and what follows from that."
         for operation in self.operations:
             for number in operation.inputs:
                 self.operations[number].readers.append(operation)
@@ -306,15 +306,21 @@ class Program:
         for operation in self.operations[1:]:
             pointwise = getattr(operation.op, 'pointwise', False)
             operation.carried = not (pointwise and len(operation.inputs) == 1 and not operation.output)
-            if operation.inplace:
-                first = self.operations[operation.slots[0][1]]
-                alone = len(first.readers) == 1 and not first.output and first.number > 0
-                saved = first.adjoint is not None and first.adjoint.saves_result
-                first.overwritten = alone and not saved and not first.op.alias
+            operation.overwritten = may_be_overwritten(operation)
         last = {number: o for o in self.operations for number in (o.number, *o.inputs)}
         for operation in self.operations:
             operation.done = tuple(n for n, o in last.items() if o is operation)
         self.strided = strided(self)
+
+
+def may_be_overwritten(operation: Operation) -> bool:
+    """Whether the only reader of a map works in place and may write into its rows: nobody else needs
+    them, neither the user nor the map's own gradient, and they are memory of no other map."""
+    if operation.output or len(operation.readers) != 1 or operation.op.alias:
+        return False
+    reader, own = operation.readers[0], operation.adjoint
+    writes = reader.inplace and reader.slots[0] == (True, operation.number)
+    return writes and not (own is not None and own.saves_result)
 
 
 def advice(call: Call, program: Program) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rules', 'each_position', 'why_not', 'Rows', 'Map', 'Op', 'Adjoint', 'Reduction', 'Refused', 'rule', 'need',
            'need_image', 'pair', 'windows', 'beside', 'as_run', 'lacks', 'convolution_types', 'conv2d', 'convolve',
-           'convolve_back', 'conv_padding', 'max_pool2d', 'avg_pool2d', 'counted_anew', 'crop', 'spreads',
+           'convolve_back', 'as_type', 'conv_padding', 'max_pool2d', 'avg_pool2d', 'counted_anew', 'crop', 'spreads',
            'conv_transpose2d', 'interpolate', 'interpolation_factors', 'pixel_shuffle', 'pixel_unshuffle', 'pad',
            'getitem', 'full_index', 'slice_window', 'narrow', 'pointwise', 'relu_back', 'hardtanh_back', 'add_back',
            'adjoint_of', 'with_result', 'joined', 'drops', 'is_training', 'channel_dropout', 'dims_of', 'along',
@@ -70,11 +70,10 @@ class Op:
 class Adjoint:
     """An operation and its gradient, where these are called so often that autograd's records cost
     more than they do: `forward(region, *tensors) -> result, saved`, and
-    `backward(gradient, saved, wanted) -> gradients of the tensors`, None where not `wanted`.
-    `fresh`: these are tensors of their own, into which may be written."""
+    `backward(gradient, saved, wanted) -> gradients of the tensors`, None where not `wanted`."""
     forward: Callable
     backward: Callable
-    fresh: bool = False
+    own: bool = False               # the gradients are new tensors, into which may be written
     saves_result: bool = False      # so nobody may write into the result
 
 
@@ -177,7 +176,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     device = input.device.type if torch.amp.is_autocast_available(input.device.type) else 'cpu'
     how = stride, dilation, groups, device
     tensors = [input, weight] if bias is None else [input, weight, bias]
-    adjoint = Adjoint(lambda *given: convolve(*given, how=how), convolve_back, fresh=True)
+    adjoint = Adjoint(lambda *given: convolve(*given, how=how), convolve_back, own=True)
     along, across = windows(input, weight.shape[2:], stride, dilation,
                             conv_padding(weight, padding, dilation))
     run = lambda *given: convolve(*given, how=how)[0]
@@ -188,13 +187,12 @@ def convolve(region, x, weight, bias=None, how=()) -> tuple:
     "A convolution, and what its gradient needs."
     stride, dilation, groups, device = how
     dtype, wide = convolution_types(x, device)
-    x = region.pad(x)
     types = weight.dtype, None if bias is None else bias.dtype
     if wide == dtype == x.dtype == weight.dtype:
-        y = F.conv2d(x, weight, bias, stride, region.padding, dilation, groups)
+        y = F.conv2d(region.pad(x), weight, bias, stride, region.padding, dilation, groups)
         return y, (region, x, weight, types, how)
     x = x.to(dtype)
-    given = [t if t is None else t.to(dtype).to(wide) for t in (x, weight, bias)]
+    given = [t if t is None else t.to(dtype).to(wide) for t in (region.pad(x), weight, bias)]
     with torch.autocast(device, enabled=False):
         y = F.conv2d(*given, stride, region.padding, dilation, groups)
     return y.to(dtype), (region, x, given[1], types, how)
@@ -203,14 +201,20 @@ def convolve(region, x, weight, bias=None, how=()) -> tuple:
 def convolve_back(gradient, saved, wanted) -> tuple:
     "The gradients of the input, the weight and the bias."
     region, x, weight, types, (stride, dilation, groups, _) = saved
+    types = x.dtype, *types
     masks = [wanted[0], wanted[1], len(wanted) > 2 and wanted[2]]
     found = torch.ops.aten.convolution_backward.default(
-        gradient.to(weight.dtype), x.to(weight.dtype), weight, [len(weight)], stride, region.padding,
-        dilation, False, [0, 0], groups, masks)
-    gradients = [None if g is None else g.to(kind) for g, kind in zip(found, (x.dtype, *types))]
-    if gradients[0] is not None:
-        gradients[0] = region.unpad(gradients[0])
-    return gradients
+        as_type(gradient, weight.dtype), as_type(region.pad(x), weight.dtype), weight, [len(weight)],
+        stride, region.padding, dilation, False, [0, 0], groups, masks)
+    found = [as_type(gradient, dtype) for gradient, dtype in zip(found, types)]
+    if found[0] is not None:
+        found[0] = region.unpad(found[0])
+    return found
+
+
+def as_type(tensor, dtype):
+    "`tensor.to(dtype)`, without a call where it is of that type already."
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def conv_padding(weight: Value, padding, dilation) -> list:
@@ -472,7 +476,7 @@ def adjoint_of(name: str, args, kwargs, tensors, run) -> Adjoint | None:
         backs[name] = hardtanh_back(*args[1:3])
     if name in backs and len(tensors) == 1 and not {*kwargs} - {'inplace'}:
         back = backs[name]
-        return Adjoint(lambda *given: with_result(run(*given)), back, fresh=True, saves_result=True)
+        return Adjoint(lambda *given: with_result(run(*given)), back, own=True, saves_result=True)
     plain = len(args) == len(tensors) == 2 and not kwargs and all(isinstance(t, Map) for t in tensors)
     if name in ('add', 'iadd') and plain and tensors[0].shape == tensors[1].shape:
         if tensors[0].dtype == tensors[1].dtype:

@@ -32,7 +32,7 @@ class Instruction:
     operation: Operation
     step: Step
     given: list         # of each tensor: (is a map, its number, the `Cut` of it or None: all)
-    clones: bool        # the first tensor is copied, as the operation writes into it
+    copies: bool        # it works in place, and on a copy, as others need the rows
     done: tuple         # maps that nobody reads afterwards
 
     def call(self, *tensors):
@@ -64,23 +64,40 @@ class StripFunction:
         if step.makes and not step.empty:
             reads = dict(zip(operation.inputs, step.reads))
             given = [(is_map, n, reads[n] if is_map else None) for is_map, n in operation.slots]
-        clones = operation.inplace and bool(given) and not self.may_overwrite(given[0])
-        return Instruction(operation.number, operation, step, given, clones, operation.done)
+        copies = operation.inplace and bool(given) and not self.may_overwrite(given[0])
+        return Instruction(operation.number, operation, step, given, copies, operation.done)
 
     def may_overwrite(self, first: tuple) -> bool:
-        "Whether nobody else has the rows into which an in-place operation writes."
+        """Whether the tensor into which an in-place operation writes is its own: all of a map that
+        is `overwritten`, and of which this strip has made rows (else they are the state's)."""
         is_map, number, read = first
-        alone = is_map and self.program.operations[number].overwritten
-        return alone and self.made[number] > 0 and read is None
+        return (is_map and read is None and self.program.operations[number].overwritten
+                and self.made[number] > 0)
 
-    def __call__(self, rows: torch.Tensor, state: dict, operands: list, tape=None) -> tuple:
+    def sizes(self, number: int) -> dict:
+        "Rows (and for a canvas, columns) of the buffer of a map: dimension -> size."
+        operation = self.program.operations[number]
+        found = {operation.axis: self.rows[number]}
+        if self.columns is not None:
+            first, stop = self.columns[number]
+            found[operation.rows.across] = stop - first
+        return found
+
+    def __call__(self, rows: torch.Tensor, state: dict, operands: list, tape=None,
+                 again=False) -> tuple:
+        "With `again`, neither outputs nor state are wanted, but for totals."
         buffers, outputs, handed = {0: rows}, {}, {}
         for each in self.instructions:
+            number = each.number
             new = self.compute(each, buffers, state, operands, tape) if each.given else None
             if each.operation.reduces:
-                handed[each.number] = state[each.number] if new is None else new
+                handed[number] = state[number] if new is None else new
             else:
-                self.keep(each, new, buffers, state, operands, outputs, handed)
+                if not again:
+                    self.put_out(each, new, operands, outputs)
+                buffers[number] = self.joined(each, new, state)
+                if not again:
+                    self.hand_down(each, buffers[number], operands, handed)
             for done in each.done:
                 buffers.pop(done, None)
         return outputs, handed
@@ -91,28 +108,33 @@ class StripFunction:
         for is_map, number, read in each.given:
             tensor = buffers[number] if is_map else operands[number]
             given.append(tensor if read is None else read.take(tensor, operands))
-        if each.clones:
+        if each.copies:
             given[0] = given[0].clone()
         if each.operation.reduces:
             given.insert(0, state.get(each.number))
         if tape is None or each.number not in tape.wanted:
-            new = each.call(*given)
-        else:
-            new = tape.record(each, given)
-        return new
+            return each.call(*given)
+        return tape.record(each, given)
 
-    def keep(self, each, new, buffers, state, operands, outputs, handed):
-        "Put new rows to those that were carried; hand on what the outputs and the strip below need."
-        number, operation, step = each.number, each.operation, each.step
-        if operation.output and step.makes:
-            outputs[number] = new if step.whole is None else step.whole.take(new, operands)
-        old = state.get(number)
-        if old is not None:
-            new = old if new is None else torch.cat([old, new], operation.axis)
-        buffers[number] = new
-        if step.keep is not None:
-            kept = step.keep.take(new, operands)
-            handed[number] = kept.clone() if operation.overwritten else kept
+    def joined(self, each, new, state):
+        "The rows that were handed down and those that were made."
+        old = state.get(each.number)
+        if old is None:
+            return new
+        return old if new is None else torch.cat([old, new], each.operation.axis)
+
+    def put_out(self, each, new, operands, outputs):
+        "New rows of an output, as wide as the image."
+        if each.operation.output and each.step.makes:
+            whole = each.step.whole
+            outputs[each.number] = new if whole is None else whole.take(new, operands)
+
+    def hand_down(self, each, buffer, operands, handed):
+        "What the strip below needs of a map."
+        keep = each.step.keep
+        if keep is not None:
+            kept = keep.take(buffer, operands)
+            handed[each.number] = kept.clone() if each.operation.overwritten else kept
 
 # %% ../../nbs/engine/07_streaming.ipynb #c1dc7f7d
 class Tape:
@@ -159,41 +181,41 @@ def leaf(tensor, wanted: bool):
 
 class Sum:
     "A gradient that comes in parts: of all of a buffer, or of some rows and columns of it."
-    def __init__(self, sizes: dict):
-        self.sizes, self.parts = sizes, []      # dimension -> size
+    def __init__(self, function: StripFunction, number: int):
+        self.function, self.number = function, number
+        self.whole, self.own, self.parts = None, False, []
 
-    def add(self, gradient: torch.Tensor, narrows: tuple = (), fresh: bool = False):
-        "Add the gradient of a part; into a `fresh` one others may be added."
-        narrows = tuple(n for n in narrows if n[1:] != (0, self.sizes.get(n[0])))
-        self.parts.append((gradient, narrows, fresh))
+    def add(self, gradient: torch.Tensor, narrows: tuple = (), own: bool = False):
+        "Add the gradient of a part; `own`: nobody else has it, so it may be written into."
+        if narrows:
+            self.parts.append((gradient, narrows))
+        elif self.whole is None:
+            self.whole, self.own = gradient, own
+        elif self.own:
+            self.whole.add_(gradient)
+        else:
+            self.whole = gradient.add_(self.whole) if own else gradient + self.whole
+            self.own = True
 
-    def total(self) -> torch.Tensor | None:
+    def total(self) -> torch.Tensor:
         "The sum of all parts."
         if not self.parts:
-            return None
-        first = self.first_whole()
-        if first is None:
-            total = self.zeros()
-        else:
-            total, _, fresh = self.parts.pop(first)
-            if self.parts and not fresh:
-                total = total.clone()
-        for gradient, narrows, _ in self.parts:
-            target = total
+            return self.whole
+        if self.whole is None:
+            self.whole = self.zeros()
+        elif not self.own:
+            self.whole = self.whole.clone()
+        for gradient, narrows in self.parts:
+            target = self.whole
             for narrow in narrows:
                 target = target.narrow(*narrow)
             target.add_(gradient)
-        return total
-
-    def first_whole(self) -> int | None:
-        "The number of a part that has all rows, one that may be written into if there is one."
-        whole = [i for i, (_, narrows, _) in enumerate(self.parts) if not narrows]
-        return next((i for i in whole if self.parts[i][2]), whole[0] if whole else None)
+        return self.whole
 
     def zeros(self) -> torch.Tensor:
         "Zeros for all of the buffer, laid out in memory as the parts are."
-        like = self.parts[0][0]
-        shape = [self.sizes.get(d, size) for d, size in enumerate(like.shape)]
+        like, sizes = self.parts[0][0], self.function.sizes(self.number)
+        shape = [sizes.get(d, size) for d, size in enumerate(like.shape)]
         layout = torch.contiguous_format
         if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
             layout = torch.channels_last
@@ -218,12 +240,7 @@ class StripGradient:
     def sum_of(self, number: int) -> Sum:
         "The gradient of a buffer, as far as it is known."
         if number not in self.sums:
-            operation = self.function.program.operations[number]
-            sizes = {operation.axis: self.function.rows[number]}
-            if self.function.columns is not None:
-                first, stop = self.function.columns[number]
-                sizes[operation.rows.across] = stop - first
-            self.sums[number] = Sum(sizes)
+            self.sums[number] = Sum(self.function, number)
         return self.sums[number]
 
     def operation(self, each: Instruction):
@@ -267,22 +284,23 @@ class StripGradient:
 
     def hand_on(self, each: Instruction, gradients):
         "Give the gradients of what an operation read to the maps and to the operands."
-        fresh = each.operation.adjoint is not None and each.operation.adjoint.fresh
+        adjoint = each.operation.adjoint
+        own = adjoint is not None and adjoint.own
         for (is_map, number, read), gradient in zip(each.given, gradients):
             if gradient is None:
                 continue
             if not is_map:
                 self.totals.add(number, gradient)
             elif read is None:
-                self.sum_of(number).add(gradient, (), fresh)
+                self.sum_of(number).add(gradient, (), own)
             else:
-                self.give(read, number, gradient, fresh)
+                self.give(read, number, gradient, own)
 
-    def give(self, cut, number: int, gradient: torch.Tensor, fresh: bool):
+    def give(self, cut, number: int, gradient: torch.Tensor, own: bool):
         "Give the gradient of what was cut out of a buffer to that buffer."
         gradient = cut.give(gradient, self.totals)
         if gradient is not None:
-            self.sum_of(number).add(gradient, cut.narrows, fresh)
+            self.sum_of(number).add(gradient, cut.narrows, own)
 
 # %% ../../nbs/engine/07_streaming.ipynb #89dce8ed
 class Pass:
@@ -407,11 +425,11 @@ class Pass:
 
     # ---- up
 
-    def record(self, k: int, state: dict, ahead: int) -> 'Record':
-        "Strip `k` with its tape. Strip `ahead` will be read next."
+    def record(self, k: int, state: dict, ahead: int, again: bool = False) -> 'Record':
+        "Strip `k` with its tape. Strip `ahead` will be read next; `again`: only the tape is needed."
         tape = Tape(self.wanted)
         with torch.no_grad(), self.context():
-            outputs, handed = self.function(k)(self.read(k, ahead), state, self.operands, tape)
+            outputs, handed = self.function(k)(self.read(k, ahead), state, self.operands, tape, again)
         return Record(tape, outputs, handed)
 
     def start(self, k: int) -> dict:
@@ -458,7 +476,7 @@ class Pass:
         record = self.graphs.pop(k, None)
         if record is None:
             with same_numbers(self.rng.get(k), self.source.device):
-                record = self.record(k, self.start(k), k - 1)
+                record = self.record(k, self.start(k), k - 1, again=True)
         self.states.pop(k, None)
         return record
 

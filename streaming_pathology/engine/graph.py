@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['harmless', 'modes', 'values_asked', 'answers', 'low_precision', 'wide_on_cuda', 'Value', 'Call', 'Graph', 'found_in',
            'values_in', 'tensors_in', 'replaced', 'raw_name', 'plain_name', 'type_name', 'autocasts',
-           'as_under_autocast', 'precision_modes', 'memory_of', 'is_users', 'caller', 'line_of', 'function_applied',
-           'Recorder', 'Same', 'comparable', 'has_settings', 'fingerprint', 'on_meta', 'empty_like', 'check_network',
-           'check_signature', 'random_state', 'Drawn', 'no_numbers_drawn', 'ImageSpec', 'trace', 'traced',
-           'follow_layers', 'recorded_forward', 'too_small', 'check_unchanged', 'check_functions', 'check_output']
+           'as_under_autocast', 'precision_modes', 'memory_of', 'is_users', 'is_torchs', 'caller', 'line_of',
+           'function_applied', 'Recorder', 'Same', 'comparable', 'has_settings', 'fingerprint', 'on_meta', 'empty_like',
+           'check_network', 'check_signature', 'random_state', 'Drawn', 'no_numbers_drawn', 'ImageSpec', 'trace',
+           'traced', 'follow_layers', 'recorded_forward', 'too_small', 'check_unchanged', 'check_functions',
+           'check_output']
 
 # %% ../../nbs/engine/02_graph.ipynb #40c57aba
 import copy
@@ -224,6 +225,11 @@ def is_users(file: str) -> bool:
     return file != is_users.__code__.co_filename and not file.startswith(str(Path(torch.__file__).parent))
 
 
+def is_torchs(function) -> bool:
+    "Whether a function is PyTorch's, not one that calls `handle_torch_function` itself."
+    return (getattr(function, '__module__', None) or 'torch').partition('.')[0] == 'torch'
+
+
 def caller() -> str:
     "File and line of the innermost frame that is the user's."
     frame = sys._getframe(1)
@@ -261,6 +267,7 @@ class Recorder(TorchFunctionMode):
         self.modes = precision_modes()
         self.calls, self.known, self.layers, self.names = [], {}, [('', 'the network')], {}
         self.running = 'nothing'
+        self.ends = set()       # where the gradient of a function of the user's own begins
 
     def note(self, tensor: torch.Tensor, value: Value) -> Value:
         "From now on `tensor` stands for `value`."
@@ -331,6 +338,8 @@ class Recorder(TorchFunctionMode):
             self.note(tensor, self.known[id(tensor)][1])
         call.outputs = tuple(self.note(t, self.named(name, path, t)) for t in results)
         self.calls.append(call)
+        if not is_torchs(function):
+            self.ends.update(t.grad_fn for t in results)
         return out
 
     def named(self, name, path, tensor) -> Value:
@@ -532,7 +541,7 @@ def traced(module: nn.Module, image: ImageSpec, seconds: float) -> Graph:
         value = recorder.note(x, Value('image', tuple(x.shape), x.dtype))
         out = recorded_forward(network, x, recorder, module, image)
     check_unchanged(network, before, recorder)
-    check_functions(out)
+    check_functions(out, recorder)
     output = replaced(out, torch.Tensor, recorder.value)
     check_output(output, module)
     return Graph(value, recorder.calls, output, tensors, enabled)
@@ -593,9 +602,9 @@ def check_unchanged(network, before, recorder):
                                      'trace only: return it, or do it outside of the network.')
 
 
-def check_functions(out):
-    "Refuse a backward of one's own that left no other sign."
-    seen, left = set(), [t.grad_fn for t in tensors_in(out)]
+def check_functions(out, recorder):
+    "Refuse a backward of one's own that left no other sign. A function that is one call keeps its."
+    seen, left = set(recorder.ends), [t.grad_fn for t in tensors_in(out)]
     while left:
         node = left.pop()
         if node is None or node in seen:

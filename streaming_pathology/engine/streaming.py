@@ -469,9 +469,7 @@ class Pass:
             if self.source.wanted:
                 self.give(k, gradient.image)
             del gradient
-        types = [tensor.dtype for tensor in self.operands]
-        self.operands = None        # whoever keeps the graph need not keep these
-        return {n: total.to(types[n]) for n, total in totals.sums.items()}
+        return {n: total.to(self.operands[n].dtype) for n, total in totals.sums.items()}
 
     def recorded(self, k: int) -> 'Record':
         "Strip `k` with its tape, which was kept or is made now."
@@ -558,7 +556,6 @@ class StreamFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, streamed, made_for, *tensors):
         ctx.run, ctx.streamed, ctx.made_for = run, streamed, made_for
-        ctx.operands = len(run.operands)
         outputs = run.forward(True, streamed.keep, streamed.states, streamed.every)
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
@@ -579,9 +576,9 @@ class StreamFunction(torch.autograd.Function):
             raise StreamingError('The network was changed (.train(), .eval() or a new layer) between '
                                  'forward and backward: call backward first.')
         totals = run.backward(gradients)
-        gradients, run.source.gradients = run.source.gradients, None
-        operands = [totals.get(n) for n in range(ctx.operands)]
-        return None, None, None, *gradients, *operands
+        image, operands = run.source.gradients, [totals.get(n) for n in range(len(run.operands))]
+        run.source.gradients = run.operands = None  # whoever keeps the graph need not keep these
+        return None, None, None, *image, *operands
 
 # %% ../../nbs/engine/07_streaming.ipynb #35a16ec1
 directions = 'auto', 'rows', 'columns'

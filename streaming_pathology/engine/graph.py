@@ -8,7 +8,7 @@ __all__ = ['harmless', 'modes', 'values_asked', 'answers', 'low_precision', 'wid
            'as_under_autocast', 'precision_modes', 'memory_of', 'is_users', 'is_torchs', 'caller', 'line_of',
            'function_applied', 'Recorder', 'Same', 'comparable', 'has_settings', 'fingerprint', 'on_meta', 'empty_like',
            'check_network', 'check_signature', 'random_state', 'Drawn', 'no_numbers_drawn', 'ImageSpec', 'trace',
-           'traced', 'follow_layers', 'recorded_forward', 'too_small', 'check_unchanged', 'check_functions',
+           'traced', 'copied', 'follow_layers', 'recorded_forward', 'too_small', 'check_unchanged', 'check_functions',
            'check_output']
 
 # %% ../../nbs/engine/02_graph.ipynb #40c57aba
@@ -529,14 +529,8 @@ def traced(module: nn.Module, image: ImageSpec, seconds: float) -> Graph:
     "As `trace`, once."
     enabled = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(enabled):
-        network = on_meta(module)
-        recorder = Recorder(image.device, seconds)
-        tensors = {}
-        for path, tensor in (*network.named_parameters(), *network.named_buffers()):
-            value = Value(path, tuple(tensor.shape), tensor.dtype, path, memory_of(tensor))
-            tensors[path] = recorder.note(tensor, value)
+        network, recorder, tensors = copied(module, Recorder(image.device, seconds))
         before = fingerprint(network)
-        follow_layers(network, recorder)
         x = image.empty()
         value = recorder.note(x, Value('image', tuple(x.shape), x.dtype))
         out = recorded_forward(network, x, recorder, module, image)
@@ -545,6 +539,16 @@ def traced(module: nn.Module, image: ImageSpec, seconds: float) -> Graph:
     output = replaced(out, torch.Tensor, recorder.value)
     check_output(output, module)
     return Graph(value, recorder.calls, output, tensors, enabled)
+
+
+def copied(module: nn.Module, recorder: Recorder) -> tuple:
+    "A copy of a network on the meta device, the recorder that follows it, and its values by path."
+    network, tensors = on_meta(module), {}
+    for path, tensor in (*network.named_parameters(), *network.named_buffers()):
+        value = Value(path, tuple(tensor.shape), tensor.dtype, path, memory_of(tensor))
+        tensors[path] = recorder.note(tensor, value)
+    follow_layers(network, recorder)
+    return network, recorder, tensors
 
 
 def follow_layers(network: nn.Module, recorder: Recorder):
@@ -576,12 +580,8 @@ def recorded_forward(network, x, recorder, module, image):
 def too_small(module, image, recorder) -> bool:
     "Whether a larger image passes the layer at which forward failed."
     n, channels, height, width = image.shape
-    larger = Recorder(image.device, recorder.seconds)
-    network = on_meta(module)
-    follow_layers(network, larger)
+    network, larger, _ = copied(module, Recorder(image.device, recorder.seconds))
     x = torch.empty((n, channels, height + 8192, width + 8192), dtype=image.dtype, device='meta')
-    for path, tensor in (*network.named_parameters(), *network.named_buffers()):
-        larger.note(tensor, Value(path, tuple(tensor.shape), tensor.dtype, path))
     larger.note(x, Value('image', tuple(x.shape), x.dtype))
     try:
         with torch.device('meta'), larger:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NO_SIZE', 'SAMPLES', 'MIN_ROWS', 'units', 'SHARE', 'LEAST', 'KEPT_OPTIONS', 'M_MMAP_THRESHOLD', 'EmptyImage',
            'is_canvas', 'empty_source', 'empty_state', 'empty_rows', 'rows_shape', 'empty_total', 'StripCost',
-           'cost_down', 'cost_up', 'counted_twice', 'from_below', 'backward_strip', 'Sizes', 'sizes_of', 'runs',
-           'step_sizes', 'saved_rows', 'strip_costs', 'spread', 'estimated', 'state_bytes', 'Load', 'before_each',
-           'Loads', 'budget', 'free_on_gpu', 'free_on_host', 'Way', 'Plan', 'Costs', 'options_for', 'coarse_shape',
-           'costs_of', 'plan', 'image_of', 'check_plan', 'lean_memory']
+           'cost_down', 'cost_up', 'counted_twice', 'from_below', 'Sizes', 'sizes_of', 'runs', 'step_sizes',
+           'saved_rows', 'strip_costs', 'spread', 'estimated', 'state_bytes', 'Load', 'before_each', 'Loads', 'budget',
+           'free_on_gpu', 'free_on_host', 'Way', 'Plan', 'Costs', 'options_for', 'coarse_shape', 'costs_of', 'plan',
+           'image_of', 'check_plan', 'lean_memory']
 
 # %% ../../nbs/engine/09_plan.ipynb #567a9167
 import copy
@@ -33,7 +33,7 @@ from .ledger import (Ledger, Speed, Step, as_if, measure, note_network,
 from .program import Operation, evaluate, receptive_fields, tensor_at
 from .schedule import Kind, Schedule, Totals
 from .storage import TensorSource, device_of, source_of
-from .streaming import Pass, Record, Streamed, StripGradient
+from .streaming import Pass, Streamed
 from .windows import StreamingError
 from ..errors import InputError
 
@@ -138,13 +138,13 @@ def cost_up(run: Pass, k: int, gradients: dict, whole: bool = True) -> StripCost
         ledger.note_all((below or {}).values(), totals.sums.values())
         with_others, state = ledger.now, empty_state(run, k)
         ledger.note_all(state.values())
-        record = run.record(k, state, k)
+        record = run.record(k, state, k, again=k < len(run.strips) - 1)
         del state       # what is needed of it, the record has
         graph, down = ledger.now - with_others, ledger.work
         outputs = record.outputs if len(run.strips) == 1 else {}
         twice = counted_twice(run, outputs)
         if whole:
-            backward_strip(run, k, record, gradients, below, totals)
+            run.back_through(k, record, below, gradients, totals)
     return StripCost(ledger.peak - before - twice, graph - twice, down, ledger.work - down)
 
 
@@ -164,17 +164,6 @@ def from_below(run: Pass, k: int) -> tuple:
         totals.sums[number] = torch.empty_like(leaf, dtype=kind)
     state = empty_state(run, k + 1)
     return {number: t for number, t in state.items() if number in run.wanted}, totals
-
-
-def backward_strip(run: Pass, k: int, record: Record, gradients, below, totals):
-    "The gradient of a strip, as in Pass.backward."
-    if below is None:
-        below = run.reduction_gradients(record, gradients)
-    record.outputs = record.handed = None
-    outputs = run.output_gradients(k, gradients)
-    gradient = StripGradient(run.function(k), record.tape, below, outputs, totals)
-    if run.source.wanted:
-        run.give(k, gradient.image)
 
 # %% ../../nbs/engine/09_plan.ipynb #2bf48ce8
 class Sizes(NamedTuple):

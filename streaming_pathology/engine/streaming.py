@@ -459,17 +459,21 @@ class Pass:
         gradients = {o.number: g for o, g in zip(operations, gradients) if g is not None}
         totals, below, self.spent = Totals(self.leaves), None, True
         for k in reversed(range(len(self.strips))):
-            record = self.recorded(k)
-            if below is None:
-                below = self.reduction_gradients(record, gradients)
-            record.outputs = record.handed = None
-            outputs = self.output_gradients(k, gradients)
-            gradient = StripGradient(self.function(k), record.tape, below, outputs, totals)
-            below = gradient.above
-            if self.source.wanted:
-                self.give(k, gradient.image)
-            del gradient
+            below = self.back_through(k, self.recorded(k), below, gradients, totals)
         return {n: total.to(self.operands[n].dtype) for n, total in totals.sums.items()}
+
+    def back_through(self, k: int, record: 'Record', below: dict | None, gradients: dict,
+                     totals: Totals) -> dict:
+        """The gradients of the state before strip `k` from those of the state that it handed down
+        (`below`; None: it is the last); those of its rows of the image go to the source."""
+        if below is None:
+            below = self.reduction_gradients(record, gradients)
+        record.outputs = record.handed = None
+        outputs = self.output_gradients(k, gradients)
+        gradient = StripGradient(self.function(k), record.tape, below, outputs, totals)
+        if self.source.wanted:
+            self.give(k, gradient.image)
+        return gradient.above
 
     def recorded(self, k: int) -> 'Record':
         "Strip `k` with its tape, which was kept or is made now."

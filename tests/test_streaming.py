@@ -14,6 +14,9 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.shufflenetv2 import channel_shuffle
 from torchvision.ops import Permute
 from streaming_pathology.engine.canvas import Canvas
+from streaming_pathology.engine.graph import ImageSpec, trace
+from streaming_pathology.engine.program import Program
+from streaming_pathology.engine.schedule import Schedule
 from streaming_pathology.engine.storage import TensorSource, source_of
 from streaming_pathology.engine.streaming import Pass, stream
 from streaming_pathology.engine.windows import StreamingError
@@ -102,7 +105,7 @@ def halves(m, x):
 @st.composite
 def blocks(draw, c):
     "One part of a network and the number of channels behind it."
-    kind = draw(pick('conv conv conv norm act act pool residual residual inplace gate cat twice layernorm layernorm2d scale pad downsample channels shuffle up transposed unet'.split()))
+    kind = draw(pick('conv conv conv norm act act pool residual residual inplace gate cat twice layernorm layernorm2d scale pad downsample channels shuffle up resize transposed unet'.split()))
     if kind == 'conv': return draw(convs(c))
     if kind == 'norm': return frozen_norm(c), c
     if kind == 'act': return draw(activations(c)), c
@@ -119,6 +122,10 @@ def blocks(draw, c):
     if kind == 'up':
         f = draw(pick([2, 3, (1, 2), (2, 1), (3, 2)])); mode = draw(pick(['nearest', 'bilinear', 'bilinear', 'bicubic', 'nearest-exact']))
         return draw(pick([nn.Upsample(scale_factor=f, mode=mode), Apply(lambda m, x: F.interpolate(x, scale_factor=f, mode=mode))]+[nn.PixelUnshuffle(1)]*(c % 4 > 0)+[nn.Sequential(nn.Conv2d(c, 4*c, 1), nn.PixelShuffle(2))])), c
+    if kind == 'resize':
+        mode, corners = draw(pick([('nearest', None), ('bilinear', False), ('bilinear', True), ('bicubic', False), ('bicubic', True)]))
+        how = draw(pick([{'scale_factor': .5}, {'scale_factor': (1.5, .7)}, {'scale_factor': 2.3, 'recompute_scale_factor': True}, {'scale_factor': 2}, {'size': (31, 17)}, {'size': (7, 40)}]))
+        return Apply(lambda m, x: F.interpolate(x, **how, mode=mode, align_corners=corners)), c
     if kind == 'transposed': return draw(transposed(c))
     if kind == 'unet': return UNet(c, draw(pick(['nearest', 'bilinear', 'transposed']))), 2*c
     if kind == 'shuffle': return nn.Sequential(nn.Conv2d(c, 6, 1), draw(pick([nn.ChannelShuffle(2), nn.ChannelShuffle(1), Apply(lambda m, x: channel_shuffle(x, 3)), Apply(halves)]))), 6
@@ -220,11 +227,10 @@ refusals = {
     'control flow': (lambda: Fn(lambda m, x: x if x.sum() > 0 else -x), 'traced'), 'softmax over rows': (lambda: Fn(lambda m, x: x.softmax(2)), 'softmax'), 'cat of rows': (lambda: Fn(lambda m, x: torch.cat([x, x], 2)), 'cat'),
     'flip': (lambda: Fn(lambda m, x: x.flip(2)), 'flip'), 'matmul': (lambda: Fn(lambda m, x: x.transpose(2, 3) @ x), 'matmul'), 'transposed join': (lambda: Fn(lambda m, x: x+x.transpose(2, 3)), 'add'),
     'circular height': (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode='circular')), 'circular'), 'indices': (lambda: nn.MaxPool2d(2, return_indices=True), 'max_pool2d'),
-    'upsampling to a size that is no multiple': (lambda: nn.Sequential(nn.Upsample(size=50)), 'whole number'), 'upsampling by a fraction': (lambda: nn.Sequential(nn.Upsample(scale_factor=1.5)), 'whole number'),
-    'aligned corners': (lambda: nn.Sequential(nn.Upsample(scale_factor=2, mode='bilinear', align_corners=True)), 'size of the whole image'), 'reduced by interpolation': (lambda: Fn(lambda m, x: F.interpolate(x, scale_factor=.5)), 'whole number'),
+    'antialiasing': (lambda: Fn(lambda m, x: F.interpolate(x, (30, 30), mode='bilinear', antialias=True)), 'antialias'), 'area': (lambda: Fn(lambda m, x: F.interpolate(x, (30, 30), mode='area')), 'area'),
     'parts below each other': (lambda: Fn(lambda m, x: x.chunk(2, 2)[0]), "'chunk' in the forward of Fn (test_streaming.py, line"), 'windowed attention': (lambda: torchvision.models.swin_t().eval(), '(ShiftedWindowAttention) attends'), 'transformer': (lambda: torchvision.models.vit_b_16(image_size=32).eval(), 'VisionTransformer'),
     'one row picked': (lambda: Fn(lambda m, x: x[:, :, 2]), 'picks out a single row'), 'mask': (lambda: Fn(lambda m, x: x[x > 0]), 'getitem'), 'maximum': (lambda: Fn(lambda m, x: x.max()), 'max'),
-    'position embedding': (lambda: Apply(lambda m, x: x+m.p, p=torch.randn(1, 3, 20, 20)), 'row to row'), 'two inputs': (Two, 'one input'), 'recurrent': (lambda: nn.Sequential(nn.LSTM(20, 4)), 'LSTM'),
+    'two inputs': (Two, 'one input'), 'recurrent': (lambda: nn.Sequential(nn.LSTM(20, 4)), 'LSTM'),
     'hooks': (hooked, 'hooks'), 'spectral norm by hooks': (lambda: nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)), 'hooks'), 'feature alpha dropout': (lambda: nn.Sequential(nn.FeatureAlphaDropout(.5)), 'FeatureAlphaDropout'),
     'in-place on a view': (lambda: Fn(lambda m, x: (lambda y, z: torch.relu_(y).sum((2, 3))+z.sum((2, 3)))(*(lambda y: (y, y.permute(0, 1, 3, 2)))(x*2))), 'in place'), 'out=': (lambda: Fn(lambda m, x: torch.add(x, 1, out=x)), 'out'),
 }
@@ -692,6 +698,126 @@ asked = {'ndim and dtype': lambda m, x: m.c(x.to(x.dtype)) if x.ndim == 4 and x.
 def test_what_a_forward_may_ask(what, direction):
     torch.manual_seed(0); net = Fn(asked[what], c=nn.Conv2d(3, 3, 3, padding=1)).double()
     for size in ((40, 22), (22, 40)): compare(net, torch.randn(1, 3, *size, dtype=torch.double, requires_grad=True), 6, direction=direction)
+
+resized = [{'size': (77, 40)}, {'size': (48, 12)}, {'size': (1, 9)}, {'size': (8, 80)}, {'size': (99, 81)}, {'size': (75, 41)}, {'scale_factor': .5}, {'scale_factor': (1.6, .3)}, {'scale_factor': (.7, 2)}, {'scale_factor': 1.02}, {'scale_factor': 2.3, 'recompute_scale_factor': True}]
+
+@pytest.mark.parametrize('mode,corners', [('nearest', None), ('nearest-exact', None), ('bilinear', None), ('bilinear', True), ('bicubic', False), ('bicubic', True)])
+@pytest.mark.parametrize('how', resized, ids=str)
+def test_interpolation_by_fractions(how, mode, corners):
+    torch.manual_seed(0); net = Fn(lambda m, x: m.d(F.interpolate(torch.relu(m.c(x)), **how, mode=mode, align_corners=corners)), c=nn.Conv2d(3, 4, 3, 2, 1), d=nn.Conv2d(4, 2, 3, padding=1)).double()
+    for size, strip in (((100, 81), 7), ((81, 100), 7), ((100, 81), 200)):
+        if mode == 'nearest-exact' and how == {'size': (99, 81)} and size == (100, 81):       # PyTorch's own gradient is not that of its values
+            with pytest.raises(StreamingError, match='gradient of PyTorch'): stream(net, strip)(torch.randn(2, 3, *size, dtype=torch.double))
+            continue
+        compare(net, torch.randn(2, 3, *size, dtype=torch.double, requires_grad=True), strip)
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_interpolation_is_rounded_as_the_plain_one(dtype):
+    "Positions far down are rounded to the same rows and weights."
+    torch.manual_seed(0); x = torch.randn(1, 2, 20000, 3).to(dtype)
+    for how in ({'scale_factor': 1.5}, {'size': (12345, 7)}, {'size': (33333, 2), 'align_corners': True}):
+        net = Fn(lambda m, x: F.interpolate(x, **how, mode='bilinear')); assert torch.allclose(stream(net, 512)(x), net(x), rtol=0, atol=2e-6 if dtype == torch.float32 else .04)
+    net = Fn(lambda m, x: F.interpolate(x, (12345, 7))); assert torch.equal(stream(net, 512)(x), net(x))
+
+def test_interpolation_of_integers():
+    x = torch.randint(255, (1, 3, 50, 40), dtype=torch.uint8); net = Fn(lambda m, x: F.interpolate(x, (33, 77))); assert torch.equal(stream(net, 8)(x), net(x))
+    with pytest.raises(StreamingError, match='rounds'): stream(Fn(lambda m, x: F.interpolate(x, (33, 77), mode='bilinear')), 8)(x)
+
+@pytest.mark.parametrize('f', [lambda y: F.avg_pool2d(y, (40, 30)).flatten(1), lambda y: (torch.ones(4, 4, dtype=y.dtype) @ y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), lambda y: torch.einsum('nchw,cd->ndhw', y, torch.eye(4, dtype=y.dtype)), lambda y: F.lp_pool2d(y, 2, 3, 2),
+    lambda y: y.unfold(2, 3, 2).unfold(3, 2, 1).flatten(4).amax(-1), lambda y: y[:, [2, 0]], lambda y: torch.cat([y.data, torch.zeros_like(y), y.new_ones(1, 1, *y.shape[2:])], 1)+y[:, :1], lambda y: F.interpolate(y, (20, 15), mode='area')])
+def test_on_a_canvas(f):
+    torch.manual_seed(0); net = Fn(lambda m, x: torch.tanh(f(m.c(x))), c=nn.Conv2d(3, 4, 3, 2, 1)).double(); pixels = [torch.rand(3, 20, 12, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    canvas = Canvas((80, 60), (1., .9, .8), [(9, 9, pixels[0]), (50, 30, pixels[1])]); y = net(canvas.dense()); ys = stream(net, 8)(canvas); g = torch.randn_like(y); assert close(ys, y)
+    for a, b in zip(torch.autograd.grad(ys, [*pixels, *net.parameters()], g), torch.autograd.grad(y, [*pixels, *net.parameters()], g)): assert close(a, b)
+
+def strips_are_as_worked_out(net, height, strip):
+    "How many strips were worked out, as the others must be the same."
+    cpu, kinds = torch.device('cpu'), 0
+    program = Program(trace(net, ImageSpec((1, 3, height, 40), torch.float32, cpu)), cpu)
+    for wait in ({}, {n: 12 for n in program.strided}):
+        schedule = Schedule(program, strip, wait)
+        kinds = max(kinds, len(schedule.kinds))
+        assert all(s == schedule.between(k) for k, s in enumerate(schedule.strips))
+    return kinds
+
+@pytest.mark.parametrize('how,few', [({'scale_factor': .5}, True), ({'scale_factor': .25}, True), ({'scale_factor': 1.6}, True), ({'size': (800, 30)}, True), ({'size': (1999, 79), 'align_corners': True}, True), ({'scale_factor': 1.5}, False), ({'size': (750, 30)}, False)], ids=str)
+def test_strips_that_repeat_behind_a_fraction(how, few):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Fn(lambda m, x: F.interpolate(x, **how, mode='bilinear')), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU())
+    for strip in (16, 37): assert (strips_are_as_worked_out(net, 1000, strip) <= 1000/strip*.7) == few or strip == 37
+
+def test_interpolation_by_a_fraction_on_a_canvas_is_refused():
+    net = Fn(lambda m, x: F.interpolate(m.c(x), (90, 70)), c=nn.Conv2d(3, 4, 3)); canvas = Canvas((80, 60), (1., 1., 1.), [(9, 9, torch.rand(3, 20, 20))])
+    with pytest.raises(StreamingError, match='canvas.dense'): stream(net, 8)(canvas)
+
+# --- maps that are cut off from gradients, and tensors of one number
+
+def shortcut(m, x): y = F.avg_pool2d(m.c(x), 1, 2); return torch.cat([y.data, torch.zeros(len(x), 2, *y.shape[2:], dtype=y.dtype, device=y.device)], 1)+m.d(x)
+
+@pytest.mark.parametrize('f', [shortcut, lambda m, x: torch.cat([x.new_ones(len(x), 1, *x.shape[2:]), x, torch.zeros_like(x)], 1)*m.c(x).mean(1, True), lambda m, x: m.c(x)*m.c(x).data.sigmoid(), lambda m, x: m.c(x)*m.d.weight.mean((1, 2, 3))[None, :3, None, None].expand_as(x)])
+@pytest.mark.parametrize('direction', ['rows', 'auto'])
+def test_severed_maps_and_tensors_of_one_number(f, direction):
+    torch.manual_seed(0); net = Fn(f, c=nn.Conv2d(3, 3, 3, padding=1), d=nn.Conv2d(3, 5, 3, 2, 1)).double()
+    for size in ((40, 22), (22, 40)): compare(net, torch.randn(2, 3, *size, dtype=torch.double, requires_grad=True), 6, direction=direction)
+
+def one_more_row(m, x): z = torch.zeros(1, 1, *x.shape[2:], dtype=x.dtype); z[:, :, 3] = 1; return torch.cat([m.c(x), z], 1)
+def coordinates(m, x): down, right = (torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) for n in x.shape[2:]); return m.c(torch.cat([x, torch.stack(torch.meshgrid(down, right, indexing='ij'))[None, :1].expand(len(x), -1, -1, -1)], 1)[:, 1:])
+
+tensors_with_rows = {'a row written': one_more_row, 'coordinates': coordinates, 'positions': lambda m, x: m.d(m.c(x)+m.place), 'positions in place': lambda m, x: m.d(m.c(x).add_(m.place)*2), 'a mask': lambda m, x: m.c(x).masked_fill(m.place > 1, 0.), 'rows alone': lambda m, x: m.c(x)*m.place[:1, :, :1], 'columns alone': lambda m, x: m.c(x)*m.place[:1, :1], 'picked': lambda m, x: torch.where(m.place > 0, x, m.c(x)),
+    'behind a pool': lambda m, x: torch.relu(F.max_pool2d(m.c(x), 2)-m.place[:, ::2, ::2])}
+
+@pytest.mark.parametrize('what', tensors_with_rows)
+@pytest.mark.parametrize('direction', ['rows', 'auto'])
+def test_tensors_that_have_rows(what, direction):
+    for size in ((40, 22), (22, 40)):
+        torch.manual_seed(0); net = Fn(tensors_with_rows[what], c=nn.Conv2d(3, 3, 3, padding=1), d=nn.Conv2d(3, 2, 3, 2, 1)); net.place = nn.Parameter(torch.randn(3, *size))
+        compare(net.double(), torch.randn(2, 3, *size, dtype=torch.double, requires_grad=True), 6, direction=direction)
+
+one_row = {'flatten': lambda y: y.flatten(1), 'view': lambda y: y.view(len(y), -1), 'squeeze': lambda y: y.squeeze(-1).squeeze(-1), 'index': lambda y: y[:, :, 0, 0], 'slice': lambda y: y[:, :, 0].mean(2), 'in place': lambda y: y.flatten(1).relu_()*2}
+
+@pytest.mark.parametrize('what', one_row)
+def test_maps_of_one_row(what):
+    "A pool as large as the map, and then a flatten, as in networks for small images."
+    torch.manual_seed(0); net = Fn(lambda m, x: m.end(one_row[what](F.avg_pool2d(torch.relu(m.c(x)), (20, 11)))), c=nn.Conv2d(3, 4, 3, 2, 1), end=nn.Linear(4, 2)).double()
+    for n in (1, 2): compare(net, torch.randn(n, 3, 40, 22, dtype=torch.double, requires_grad=True), 6)
+
+products = {'einsum': lambda m, y: torch.einsum('nchw,cd->ndhw', y, m.w), 'einsum of maps': lambda m, y: torch.einsum('nchw, nchv -> nchwv', y, y)[..., 3], 'einsum along columns': lambda m, y: torch.einsum('nchw,ndhw->nchd', y, y), 'right': lambda m, y: (y.permute(0, 2, 3, 1) @ m.w).permute(0, 3, 1, 2), 'left': lambda m, y: (m.w @ y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
+    'rows by themselves': lambda m, y: (y.transpose(1, 2) @ y.permute(0, 2, 3, 1)).softmax(-1), 'attention in rows': lambda m, y: F.scaled_dot_product_attention(*[y.permute(0, 2, 3, 1)]*3, attn_mask=torch.ones(22, 22, dtype=y.dtype)).permute(0, 3, 1, 2), 'bmm': lambda m, y: torch.bmm(*[y[:1].permute(2, 3, 0, 1).flatten(2)]*2) if y.shape[3] == 4 else y,
+    'pieces': lambda m, y: y.unfold(2, 3, 2).unfold(3, 2, 1).flatten(4).median(-1)[0], 'powers': lambda m, y: F.lp_pool2d(y, 2, 3, 2), 'areas': lambda m, y: F.interpolate(y, (8, 11), mode='area') if y.shape[2] == 40 else y, 'a list': lambda m, y: y[:, [2, 0, 1, 1]], 'columns of a list': lambda m, y: y[..., [2, 0, 1, 1]]}
+
+@pytest.mark.parametrize('what', products)
+@pytest.mark.parametrize('n', [1, 2])
+def test_products_and_pieces(what, n):
+    torch.manual_seed(0); net = Fn(lambda m, x: torch.tanh(products[what](m, m.c(x))), c=nn.Conv2d(3, 4, 3, padding=1)); net.w = nn.Parameter(torch.randn(4, 4))
+    compare(net.double(), torch.randn(n, 3, 40, 22, dtype=torch.double, requires_grad=True), 7, direction='rows')
+
+mixing = {'rows': lambda y: y.transpose(2, 3) @ y, 'einsum': lambda y: torch.einsum('nchw,nchv->ncwv', y, y), 'einsum of two rows': lambda y: torch.einsum('nchw,ncgw->nchg', y, y), 'attention': lambda y: F.scaled_dot_product_attention(y, y, y), 'pieces of all': lambda y: F.unfold(y, 3), 'a row': lambda y: y[:, :, 3], 'a list of rows': lambda y: y[:, :, [3, 4]], 'flatten': lambda y: y.flatten(2)}
+
+@pytest.mark.parametrize('what', mixing)
+def test_what_mixes_rows_is_refused(what):
+    with pytest.raises(StreamingError): stream(Fn(lambda m, x: mixing[what](m.c(x)), c=nn.Conv2d(3, 3, 3)), 8)(torch.randn(1, 3, 30, 20))
+
+def changed_through_data(m, x): y = m.c(x); y.data.mul_(2); return y
+def written_later(m, x): z = torch.zeros(1, 1, *x.shape[2:]); y = torch.cat([m.c(x), z], 1); z[:, :, 3] = 1; return y+z
+
+@pytest.mark.parametrize('f', [changed_through_data, written_later])
+def test_what_only_looks_severed_or_constant_is_refused(f):
+    with pytest.raises(StreamingError): stream(Fn(f, c=nn.Conv2d(3, 3, 3, padding=1)), 8)(torch.randn(1, 3, 30, 20))
+
+class Keeps(nn.Module):
+    "Keeps what `f` gives in a dict, as attention of timm keeps its biases."
+    def __init__(self, f): super().__init__(); self.c, self.bias, self.kept, self.f = nn.Conv2d(3, 3, 3), nn.Parameter(torch.randn(3, 1, 1)), {}, f
+    def forward(self, x):
+        y = self.c(x)
+        if 'bias' not in self.kept: self.kept['bias'] = self.f(self, y)
+        return y*self.kept['bias']
+
+def test_what_is_kept_in_a_dict():
+    torch.manual_seed(0); x = torch.randn(1, 3, 30, 20, dtype=torch.double, requires_grad=True); net = Keeps(lambda m, y: m.bias.exp()).double(); params = [x, *net.parameters()]
+    s = stream(copy.deepcopy(net), 8); y, ys = net(x), s(x); assert close(ys, y) and not s.module.kept
+    for a, b in zip(torch.autograd.grad(ys.sum(), [x, *s.parameters()]), torch.autograd.grad(y.sum(), params)): assert close(a, b)
+    with pytest.raises(StreamingError, match='neither a parameter'): stream(net, 8)(x)      # now it is a tensor of the first call
+    for f in (lambda m, y: y.mean((2, 3), True), lambda m, y: torch.randn(1, dtype=y.dtype), lambda m, y: 2.):
+        with pytest.raises(StreamingError, match='kept'): stream(Keeps(f).double(), 8)(x)
 
 def test_transposed_convolution_to_a_size():
     torch.manual_seed(0); net = Fn(lambda m, x: m.up(x, output_size=[41, 31]), up=nn.ConvTranspose2d(3, 8, 2, 2)).double()

@@ -39,6 +39,7 @@ class Value:
     dtype: torch.dtype
     path: str | None = None     # of a parameter or a buffer: its name in the network
     memory: int = 0             # values that share memory have the same number
+    fill: float | None = None   # the number that all of it is, if that is known
 
     @property
     def ndim(self) -> int:
@@ -306,6 +307,8 @@ class Recorder(TorchFunctionMode):
                                  'or an option instead.')
         if name == '__iter__':
             return iter(self.recorded(torch.Tensor.unbind, args, kwargs))
+        if name == 'data' and len(args) == 1 and self.value(args[0]).path is None:
+            function = torch.Tensor.detach      # which counts what is written into the result
         if name in ('new_empty', 'new_zeros', 'new_ones', 'new_full'):
             return self.new_like(name, *args, **kwargs)
         return self.recorded(function, args, kwargs)
@@ -335,8 +338,10 @@ class Recorder(TorchFunctionMode):
                     kind=kind, inplace=returned, writes=tuple(map(memory_of, changed)), grad=self.grad_mode(),
                     line='' if path else caller())
         for tensor in changed:          # written on the side, as running statistics are
-            self.note(tensor, self.known[id(tensor)][1])
+            self.note(tensor, self.known[id(tensor)][1]).fill = None
         call.outputs = tuple(self.note(t, self.named(name, path, t)) for t in results)
+        if name in ('zeros', 'ones') and 'out' not in kwargs:
+            call.outputs[0].fill = float(name == 'ones')
         self.calls.append(call)
         if not is_torchs(function):
             self.ends.update(t.grad_fn for t in results)
@@ -361,6 +366,20 @@ class Recorder(TorchFunctionMode):
             raise StreamingError(f'{self.where()} switches gradients or autocast on or off, which a '
                                  'trace does not keep: switch them outside of the network.')
         return False
+
+    def fixed(self) -> set:
+        "The values that are computed from parameters and buffers alone."
+        found = {value for _, value, _ in self.known.values() if value.path}
+        for call in self.calls:
+            if call.inputs and found.issuperset(call.inputs):
+                found.update(call.outputs)
+        return found
+
+    def is_cache(self, held, fixed: set) -> bool:
+        "Whether a dict holds only tensors with `fixed` values, which are computed anew each time."
+        if not isinstance(held, dict) or not all(id(t) in self.known for t in held.values()):
+            return False
+        return all(self.value(t) in fixed for t in held.values())
 
     def run(self, function, args, kwargs):
         "The results of a call on the meta device."
@@ -425,10 +444,9 @@ def on_meta(module: nn.Module) -> nn.Module:
     "A copy of `module` on the meta device; of its tensors nothing is copied but shape and type."
     memo = {}
     for layer in module.modules():
-        for holder in (layer.__dict__, layer.__dict__['_parameters'], layer.__dict__['_buffers']):
-            for tensor in holder.values():
-                if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
-                    memo[id(tensor)] = empty_like(tensor)
+        for tensor in tensors_in(layer.__dict__):
+            if id(tensor) not in memo:
+                memo[id(tensor)] = empty_like(tensor)
     return copy.deepcopy(module, memo)
 
 
@@ -594,8 +612,12 @@ def too_small(module, image, recorder) -> bool:
 def check_unchanged(network, before, recorder):
     "Refuse a forward that changes attributes of its layers, which happens in a copy here."
     hooks = ('_forward_hooks', '_forward_pre_hooks')
+    fixed = recorder.fixed()
     for (_, old), (path, layer), (_, new) in zip(before, network.named_modules(), fingerprint(network)):
         for key in dict.fromkeys((*old, *new)):
+            was_empty = old.get(key) == {} and key not in ('_parameters', '_buffers')
+            if was_empty and recorder.is_cache(layer.__dict__.get(key), fixed):
+                continue
             if not key.startswith(hooks) and old.get(key) != new.get(key):
                 name = f"layer '{path}' ({type(layer).__name__})" if path else type(layer).__name__
                 raise StreamingError(f'{name} changes its {key} in forward, which would happen in a '

@@ -348,6 +348,8 @@ class Pass:
             if k >= first_kept:
                 self.graphs[k] = record = self.record(k, layout.unpack(blocks), k + 1)
                 outputs, state = record.outputs, record.handed
+                if k < count - 1:       # they are views of all that the strip has made
+                    record.outputs = record.handed = None
             else:
                 if training and (k % every == 0 or k >= last_group):
                     self.states[k] = self.store, self.store.put(blocks), layout

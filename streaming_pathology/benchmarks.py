@@ -17,6 +17,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -41,6 +42,7 @@ from .engine.streaming import stream
 from .engine.canvas import Canvas
 from .engine.ledger import Ledger, size as text_size
 from .engine.plan import LEAST, budget, lean_memory, plan
+from .engine.exactness import difference, outputs_and_gradients
 from .files import whole_file
 from .cli import check_settings, command, environment, hw, output_file
 from .pipeline import beside_chain, beside_one, first_phase, fresh_process
@@ -149,18 +151,22 @@ def shake(net):
     return net
 
 def gradient_error(way, arch, until, size, device='cpu', seed=0):
-    "The largest relative error of a gradient in float64: of a convolution's weight, and of any other parameter."
+    """The largest `difference` of a gradient in float64: of a convolution's weight, and of any other
+    parameter."""
     torch.manual_seed(seed)
-    net, x = shake(trunk(arch, until)).double().to(device), torch.randn(1, 3, *size, dtype=torch.double).to(device)
-    plain = Step(copy.deepcopy(net)); plain(x); want = {n: p.grad for n, p in plain.parameters()}
-    kinds = {n: isinstance(m, nn.Conv2d) for n, m in net.named_modules()}
-    step = Step(net, **way); step(x)
-    worst = {True: 0., False: 0.}
-    for n, p in step.parameters():
-        conv = kinds[n.rpartition('.')[0]]
-        error = float('inf') if p.grad is None else ((p.grad-want[n]).abs().max()/want[n].abs().max()).item()
-        worst[conv] = max(worst[conv], error)
-    return {'convolutions': worst[True], 'others': worst[False]}
+    net = shake(trunk(arch, until)).double().to(device)
+    x = torch.randn(1, 3, *size, dtype=torch.double).to(device)
+    plain = Step(copy.deepcopy(net))
+    plain(x)
+    expected = {name: p.grad for name, p in plain.parameters()}
+    convolutions = {name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d)}
+    step = Step(net, **way)
+    step(x)
+    worst = {'convolutions': 0., 'others': 0.}
+    for name, p in step.parameters():
+        kind = 'convolutions' if name.rpartition('.')[0] in convolutions else 'others'
+        worst[kind] = max(worst[kind], difference(p.grad, expected[name]))
+    return worst
 
 # %% ../nbs/17_benchmarks.ipynb #wd5rowsnd
 class Rows:
@@ -418,17 +424,16 @@ def within(case, above, log=print):
 _asked = {'googlenet': dict(init_weights=False, transform_input=True), 'inception_v3': dict(init_weights=False, transform_input=True)}     # as with torchvision's weights, which bring their own start
 
 def exactness(net, x, strip=64, directions=('rows', 'columns')):
-    "The largest relative errors of the streamed `net` on images `x` against the plain one: of its output, and of any gradient, the image's included."
-    def gradients(y): return torch.autograd.grad(y, inputs, g, allow_unused=True)
-    def error(a, b):
-        a, b = (torch.zeros(()) if t is None else t for t in (a, b))
-        return ((a-b).abs().max()/b.abs().max().clamp(min=torch.finfo(b.dtype).tiny)).item()
-    inputs = [x.requires_grad_(), *net.parameters()]
-    y = net(x); g = torch.randn_like(y); want = gradients(y)
+    """The largest `difference` of the streamed `net` on images `x` from the plain one: of its output,
+    and of any gradient, the image's included."""
+    leaves = [x.requires_grad_(), *net.parameters()]
+    outputs, gradients = outputs_and_gradients(net, x, leaves)
     worst = {'output': 0., 'gradients': 0.}
-    for d in directions:
-        ys = stream(net, strip, direction=d)(x)
-        for k, e in (('output', error(ys, y)), *(('gradients', error(a, b)) for a, b in zip(gradients(ys), want))): worst[k] = max(worst[k], e)
+    for direction in directions:
+        streamed = stream(net, strip, direction=direction)
+        found, found_gradients = outputs_and_gradients(streamed, x, leaves)
+        worst['output'] = max(worst['output'], *map(difference, found, outputs))
+        worst['gradients'] = max(worst['gradients'], *map(difference, found_gradients, gradients))
     return worst
 
 def streams(arch, size=(211, 173), strip=64, device='cpu', seed=0, directions=('rows', 'columns')):

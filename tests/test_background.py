@@ -184,3 +184,10 @@ def test_canvases_can_be_sent(wanted):
     for again in (pickle.loads(pickle.dumps(canvas)), copy.deepcopy(canvas)):
         assert torch.equal(again.dense(), canvas.dense()) and [p.requires_grad for *_, p in again.patches] == [wanted]*2 and repr(again) == repr(canvas)
     empty = pickle.loads(pickle.dumps(Canvas((5, 5), (1, 1, 1)))); assert empty.patches == [] and empty.dtype == torch.float32
+
+def test_columns_that_read_only_padding():
+    "A convolution whose padding is as wide as its kernel: at the edge of its map it sees no column at all."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 2, 2, padding=3), nn.Conv2d(4, 4, 3, padding=4, dilation=3), nn.ReLU(), nn.Conv2d(4, 4, 2, padding=2)).double()
+    for left in (0, 30, 58):
+        for width in (1, 2): agree(net, Canvas((40, 60), (.2, .5, .9), [(9, left, torch.randn(3, 3, width, dtype=torch.double, requires_grad=True))]), 8, direction='rows')

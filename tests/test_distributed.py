@@ -130,3 +130,19 @@ def test_what_cannot_be_shared():
             def forward(self, x): return x.mean((2, 3))
         x = torch.randn(1, 3, 40, 24); assert torch.equal(stream_bands(Sums(), 8)(x), x.mean((2, 3)))       # of the image alone
         with pytest.raises(StreamingError, match='random'): stream_bands(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout()), 8)(torch.randn(1, 3, 40, 24))
+
+@pytest.mark.parametrize('height', [4, 5, 7, 9])
+@pytest.mark.parametrize('pads', [(3, 0), (0, 3), (3, 2), (2, 3)])
+def test_bands_that_lie_in_reflecting_padding(height, pads):
+    "Few rows for each rank, some of which are made of padding alone."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReflectionPad2d((0, 0, *pads)), nn.Conv2d(2, 2, 3, padding=1)).double()
+    x = torch.randn(1, 1, height, 4, dtype=torch.double)
+    for ranks in (2, 3, 4):
+        for strip in (1, 3, 16):
+            for rank in range(ranks):
+                with Played(rank, ranks), torch.no_grad():
+                    s = stream_bands(net, strip, direction='rows')
+                    y = s(x)
+                first, stop = shares(height+sum(pads), ranks)[rank:rank+2]
+                assert close(y[:, :, first:stop], net(x)[:, :, first:stop])

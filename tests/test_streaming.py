@@ -2,7 +2,7 @@
 
 `STREAMING_EXAMPLES=1000 pytest tests/test_streaming.py` tries more of them.
 """
-import copy, gc, itertools, os, pickle, random, threading, time
+import copy, gc, itertools, os, pickle, random, threading, time, weakref
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 import numpy as np
@@ -10,10 +10,12 @@ import pytest, torch, torchvision
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.shufflenetv2 import channel_shuffle
 from torchvision.ops import Permute
 from streaming_pathology.engine.canvas import Canvas
+from streaming_pathology.engine.exactness import check_exact, difference
 from streaming_pathology.engine.graph import ImageSpec, trace
 from streaming_pathology.engine.program import Program
 from streaming_pathology.engine.schedule import Schedule
@@ -1052,3 +1054,87 @@ def test_calls_in_odd_ways_are_exact_or_refused(f):
     try: stream(net, 8)(x)
     except StreamingError: return
     compare(net, x, 8)
+
+# --- what a review found
+
+@pytest.mark.parametrize('f', [lambda m, x: hooked(m.c(x)), lambda m, x: m.c(x).detach_()*m.d(x), lambda m, x: with_data(m.c(x)), lambda m, x: F.conv2d(x, hooked(m.c.weight*1))])
+def test_calls_that_a_trace_would_lose(f):
+    "They return no new tensor, and change what gradients are, or the tensor behind its back."
+    net = Fn(f, c=nn.Conv2d(3, 4, 3), d=nn.Conv2d(3, 4, 3))
+    with pytest.raises(StreamingError, match='a trace does not keep'):
+        stream(net, 8)(torch.rand(1, 3, 20, 20))
+
+def hooked(y):
+    y.register_hook(lambda gradient: gradient*2)
+    return y
+
+def with_data(y):
+    y.data = y*5
+    return y
+
+@pytest.mark.parametrize('f', [lambda y: y.sort(2, True)[0], lambda y: torch.sort(y, -2, True)[0], lambda y: y.argsort(2, True)*1., lambda y: y.sort(1, True).values, lambda y: torch.softmax(y, 1, torch.double), lambda y: y.max(1).values.unsqueeze(1), lambda y: torch.median(y, 1, True).values, lambda y: y.mean(axis=1, keepdims=True), lambda y: y.sum((2, 3), keepdims=True), lambda y: F.threshold(y, .1, .2)])
+def test_arguments_by_place(f):
+    torch.manual_seed(0)
+    net = Fn(lambda m, x: f(m.c(x)), c=nn.Conv2d(3, 4, 3, padding=1))
+    try: found = check_exact(net, (1, 3, 20, 18), canvas=False)
+    except StreamingError as e: assert 'works along the rows' in str(e)
+    else: assert max(found.values()) < 1e-12
+
+def test_a_function_called_like_one_of_pytorchs():
+    "It has the rule that was written for it, or none."
+    def relu(x):
+        if has_torch_function((x,)): return handle_torch_function(relu, (x,), x)
+        return x - x.mean(2, keepdim=True)
+    with pytest.raises(StreamingError, match='relu, which has no rule'):
+        stream(Fn(lambda m, x: relu(m.c(x)), c=nn.Conv2d(3, 4, 3)), 8)(torch.rand(1, 3, 20, 20))
+
+class Slope:
+    slope = 1.
+    def __call__(self, x): return x*self.slope
+
+class Gained(nn.Module):
+    gain = 2.
+    def __init__(self): super().__init__(); self.c, self.act = nn.Conv2d(3, 4, 3), Slope()
+    def forward(self, x): return self.act(self.c(x))*self.gain
+
+def test_attributes_of_classes_and_of_callable_objects_are_read_anew(monkeypatch):
+    net, x = Gained(), torch.rand(1, 3, 20, 20)
+    streamed = stream(net, 8); streamed(x)
+    net.act.slope = 3.; assert torch.allclose(streamed(x), net(x))
+    monkeypatch.setattr(Gained, 'gain', 5.); assert torch.allclose(streamed(x), net(x))
+
+@pytest.mark.parametrize('states', ['device', 'disk'])
+def test_nothing_stays_once_the_output_is_gone(states):
+    "Without Python's collector of cycles."
+    net = nn.Conv2d(3, 4, 3); x = torch.rand(1, 3, 40, 20)
+    streamed = stream(net, 8, states=states); gc.collect(); gc.disable()
+    try:
+        for backward in (True, False):
+            image = (x*1).requires_grad_(); gone = weakref.ref(image)
+            y = streamed(image)
+            if backward: y.sum().backward()
+            del image, y
+            assert gone() is None
+    finally: gc.enable()
+
+def test_maps_with_nothing_in_them():
+    net = Fn(lambda m, x: F.pad(m.c(x), (-1, -2, 0, 0)), c=nn.Conv2d(3, 4, 1))
+    for direction in ('rows', 'columns'):
+        with pytest.raises(StreamingError, match='nothing in it'): stream(net, 4, direction=direction)(torch.rand(1, 3, 8, 3))
+
+def test_images_that_are_not_dense():
+    with pytest.raises(StreamingError, match='dense tensor'): stream(nn.Conv2d(3, 4, 3), 8)(torch.rand(1, 3, 20, 20).to_sparse())
+
+def test_an_output_cut_off_from_gradients_wants_none():
+    net = Fn(lambda m, x: (m.c(x), m.c(x).detach()), c=nn.Conv2d(3, 4, 3))
+    assert [y.requires_grad for y in stream(net, 8)(torch.rand(1, 3, 20, 20))] == [True, False]
+
+@pytest.mark.parametrize('f', [lambda m, x: m.p(m.c(x)), lambda m, x: F.pad(m.c(x), (1, 1, 1, 1), 'reflect')])
+def test_types_under_autocast(f):
+    torch.manual_seed(0); net, x = Fn(f, c=nn.Conv2d(3, 4, 3), p=nn.PReLU(4)), torch.rand(1, 3, 20, 20)
+    with torch.autocast('cpu', torch.bfloat16): y, ys = net(x), stream(net, 8)(x)
+    assert y.dtype == ys.dtype and torch.allclose(y, ys, atol=1e-2)
+
+def test_differences_of_infinities():
+    a, b = torch.tensor([1., 2., torch.inf]), torch.tensor([5., 2., torch.inf])
+    assert difference(a, b) == pytest.approx(.8) and difference(-a, a) == difference(a*torch.nan, a) == torch.inf and difference(a, a) == 0

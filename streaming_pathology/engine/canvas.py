@@ -672,10 +672,8 @@ class CanvasSchedule(Schedule):
         "All columns of a map."
         return 0, self.heights.columns[number]
 
-    def fill(self, number: int, rows: tuple, columns: tuple) -> Fill | None:
-        "Background of a map; None if there are no columns."
-        if columns[0] >= columns[1]:
-            return None
+    def fill(self, number: int, rows: tuple, columns: tuple) -> Fill:
+        "Background of a map."
         along, across = self.background.profiles[number]
         return Fill(self.background, number, along.normal(*rows), across.normal(*columns))
 
@@ -694,6 +692,6 @@ class CanvasSchedule(Schedule):
             narrows.append((operation.axis, rows[0] - buffer.first, rows[1] - rows[0]))
         if (low, high) != (begin, end):
             narrows.append((across, low - begin, high - low))
-        left = self.fill(number, rows, (columns[0], low))
-        right = self.fill(number, rows, (high, columns[1]))
+        left = self.fill(number, rows, (columns[0], low)) if columns[0] < low else None
+        right = self.fill(number, rows, (high, columns[1])) if high < columns[1] else None
         return Piece(tuple(narrows), across, high - low, left, right)

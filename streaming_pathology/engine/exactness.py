@@ -18,17 +18,22 @@ from .streaming import stream
 
 # %% ../../nbs/engine/11_exactness.ipynb #8b3c9c93
 def difference(found, expected) -> float:
-    "The largest difference of two tensors, relative to the largest number `expected`; None is zero."
+    """The largest difference of two tensors, relative to the largest finite number `expected`; None is
+    zero. Infinite where only one has a NaN, or another infinity."""
     if found is None or expected is None:
         given = expected if found is None else found
         return 0. if given is None or not given.any() else math.inf
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return math.inf
-    known = ~expected.isnan()
-    if not torch.equal(known, ~found.isnan()):
+    if not expected.is_floating_point():
+        return 0. if torch.equal(found, expected) else math.inf
+    finite = expected.isfinite()
+    if not torch.equal(found[~finite].nan_to_num(nan=0.), expected[~finite].nan_to_num(nan=0.)):
         return math.inf
-    found, expected = found[known], expected[known]
-    apart = torch.where(found == expected, 0., (found - expected).abs())    # equal infinities
+    if not (finite.equal(found.isfinite()) and found.isnan().equal(expected.isnan())):
+        return math.inf
+    found, expected = found[finite], expected[finite]
+    apart = (found - expected).abs()
     if not apart.any():
         return 0.
     return (apart.max()/expected.abs().max().clamp(min=torch.finfo(apart.dtype).tiny)).item()

@@ -219,6 +219,8 @@ class Program:
         for value in () if isinstance(op, Reduction) else call.outputs:
             if value.ndim != op.out.ndim:
                 raise Refused(f'calls {call.name} in a way that is not understood')
+            if 0 in value.shape:
+                raise Refused(f'gives a map of shape {value.shape}, which has nothing in it')
 
     def rule(self, call: Call) -> Op | Reduction:
         "What the rule of `call` says."

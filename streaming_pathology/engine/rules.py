@@ -28,7 +28,7 @@ from math import gcd, prod
 import torch
 from torch.nn import functional as F
 
-from .graph import Value, found_in, plain_name, replaced
+from .graph import Value, autocasts, found_in, plain_name, replaced
 from .windows import Picks, Region, Spread, Window
 
 # %% ../../nbs/engine/03_rules.ipynb #5b1601f7
@@ -65,6 +65,7 @@ class Op:
     pointwise: bool = False                 # cheap, so it is done again on rows that are carried
     random: bool = False                    # draws random numbers for each position
     alias: bool = False                     # the output may share memory with the input
+    severs: bool = False                    # no gradient passes through it
     adjoint: 'Adjoint | None' = None        # its gradient by hand; else autograd finds it
     drawn: Callable | None = None           # drawn(): a mask for the whole image, the last tensor
 
@@ -481,11 +482,14 @@ def pad(input, pad, mode='constant', value=None):
         need(sides[0] == (0, 0), 'pads circularly along the height, where the first rows need the '
                                  'last (along the width it can)')
         return Op(lambda region, x: F.pad(x, pad, mode), [input], input.rows, across=None)
+    dtype = input.dtype
     if mode != 'constant':
         need_image(input)
+        if input.device.type == 'cpu' and autocasts(input.device) and dtype != torch.double:
+            dtype = torch.float32       # as PyTorch does it there
 
     def run(region, x):
-        x = region.pad(x, value or 0.)
+        x = region.pad(x, value or 0.).to(dtype)
         left = [*pad] + [0, 0]*(input.ndim - len(pad)//2)
         for side in region.sides:
             if not side.native:
@@ -567,9 +571,10 @@ def narrow(input, dim, start, length):
     index[dim % input.ndim] = slice(start, start + length)
     return getitem(input, tuple(index))
 
-# %% ../../nbs/engine/03_rules.ipynb #68772689
-def pointwise(random: Callable | None = None, alias: bool = False):
-    "The rule of a function of each position; `random(*args)` says whether it draws numbers."
+# %% ../../nbs/engine/03_rules.ipynb #9a047383
+def pointwise(random: Callable | None = None, alias: bool = False, severs: bool = False):
+    """The rule of a function of each position; `random(*args)` says whether it draws numbers. For
+    `alias` and `severs` see `Op`."""
     def rule(function, *args, **kwargs):
         need('out' not in kwargs, 'writes into a tensor given as out')
         run, tensors = as_run(function, args, kwargs)
@@ -579,7 +584,7 @@ def pointwise(random: Callable | None = None, alias: bool = False):
         out, across = joined(tensors)
         adjoint = adjoint_of(plain_name(function), args, kwargs, tensors, run)
         return Op(run, tensors, out, across=across, random=drawn, alias=alias, pointwise=not drawn,
-                  adjoint=adjoint)
+                  severs=severs, adjoint=adjoint)
     rule.gets_function = True
     return rule
 
@@ -665,7 +670,7 @@ def joined(tensors) -> tuple:
 
 each_position = (
     'relu relu6 leaky_relu elu selu celu gelu silu mish hardtanh hardswish hardsigmoid hardshrink '
-    'softshrink tanhshrink softplus softsign sigmoid logsigmoid log_sigmoid tanh threshold abs neg '
+    'softshrink tanhshrink softplus _threshold softsign sigmoid logsigmoid log_sigmoid tanh threshold abs neg '
     'negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan sinh cosh asinh '
     'acosh atanh asin acos atan erf erfc clamp clip clamp_min clamp_max round floor ceil trunc frac '
     'sign pow rpow add radd sub rsub mul rmul div divide truediv rtruediv true_divide multiply '
@@ -675,8 +680,9 @@ each_position = (
     'or xor bitwise_and bitwise_or bitwise_not softmax2d').split()
 for name in each_position:
     rules[name] = pointwise()
-for name in 'float double half bfloat16 to type type_as contiguous clone detach'.split():
+for name in 'float double half bfloat16 to type type_as contiguous clone'.split():
     rules[name] = pointwise(alias=True)
+rules['detach'] = pointwise(alias=True, severs=True)
 
 
 def drops(x, p=.5, training=True, inplace=False):
@@ -718,8 +724,10 @@ def dims_of(x: Map, dim) -> list:
 
 def along(default=None, first='dim'):
     "The rule of a function along a dimension that it keeps; `first` names its first parameter."
+    names = ('dim',) if first == 'dim' else (first, 'dim')
+
     def rule(function, input, *args, **kwargs):
-        dim = named(args, kwargs, (first, 'dim')).get('dim', default)
+        dim = named(args, kwargs, names).get('dim', default)
         dim = kwargs.get('dims', dim)
         need(dim is not None and input.axis not in dims_of(input, dim), 'works along the rows')
         run, tensors = as_run(function, (input, *args), kwargs)
@@ -895,7 +903,7 @@ def layer_norm(function, input, normalized_shape, *args, **kwargs):
     need(input.axis < first, 'normalises over the rows')
     run, tensors = as_run(function, (input, normalized_shape, *args), kwargs)
     return Op(run, tensors, input.rows, across=beside(input, range(first, input.ndim)))
-layer_norm.gets_function = rules['layer_norm'].gets_function = True
+layer_norm.gets_function = True
 rules['rms_norm'] = layer_norm
 
 
@@ -1098,7 +1106,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def sum_or_mean(mean: bool):
     "The rule of a sum or a mean over some dimensions."
-    def rule(function, input, dim=None, keepdim=False, dtype=None):
+    def rule(function, input, dim=None, keepdim=False, dtype=None, axis=None, keepdims=False):
+        dim, keepdim = axis if dim is None else dim, keepdim or keepdims
         dims = dims_of(input, dim)
         if input.axis not in dims:
             run, tensors = as_run(function, (input, dim, keepdim), {'dtype': dtype})
@@ -1262,7 +1271,7 @@ why_not = {
 def rule_for(call) -> Callable:
     "The rule of a call; refuses where there is none."
     found = rules.get(call.function) if call.function.__hash__ else None
-    return found or rules.get(call.name)
+    return found or rules.get(call.name)        # which is not the name of a user's function
 
 
 def apply_rule(call, args: tuple, kwargs: dict) -> Op | Reduction:

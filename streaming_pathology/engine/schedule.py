@@ -145,7 +145,7 @@ class Heights:
             number = operation.number
             if not operation.reduces:
                 rows = [self.needed_by(reader, number, have, first) for reader in operation.readers]
-                first[number] = min([have[number], *rows])
+                first[number] = max(self.first[number], min([have[number], *rows]))
         return first
 
     def needed_by(self, reader: Operation, number: int, have: list, first: list) -> int:

@@ -23,6 +23,9 @@ class TensorSource:
     axes = 2, 3     # dimensions that may be cut into strips
 
     def __init__(self, x: torch.Tensor):
+        if x.layout != torch.strided or x.is_quantized:
+            raise StreamingError(f'An image is a dense tensor, not one of {x.layout} and {x.dtype}: '
+                                 'convert it first.')
         if x.ndim != 4 or not x.numel():
             raise StreamingError('An image is a tensor (N, C, H, W) with at least one pixel, not '
                                  f'{tuple(x.shape)}.')

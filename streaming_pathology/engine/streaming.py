@@ -355,8 +355,9 @@ class Pass:
                     self.states[k] = self.store, self.store.put(blocks), layout
                 outputs, state = self.advance(k, layout.unpack(blocks))
             self.place(k, outputs)
-        return [*self.outputs, *(self.finished(o, state[o.number]).detach()
-                                 for o in self.program.reductions)]
+        outputs, self.outputs = self.outputs, None      # else the graph would hold itself
+        return [*outputs, *(self.finished(o, state[o.number]).detach()
+                            for o in self.program.reductions)]
 
     def prepare(self):
         "Find which tensors of each operation want a gradient."
@@ -366,7 +367,7 @@ class Pass:
         self.wanted = {}
         for operation in self.program.operations[1:]:
             wanted = [n in (maps if is_map else leaves) for is_map, n in operation.slots]
-            if any(wanted):
+            if any(wanted) and not getattr(operation.op, 'severs', False):
                 maps.add(operation.number)
                 total = [True] if operation.reduces else []
                 self.wanted[operation.number] = total + wanted

@@ -84,7 +84,7 @@ class Canvas:
         return None
 
     def check_type(self):
-        "Refuse a type, or a color that cannot be had in it."
+        "Refuse a type, or a color that it cannot hold."
         if self.dtype == torch.bool or self.dtype.is_complex:
             raise InputError(f'A canvas of {self.dtype} cannot be streamed: give floats, or integers '
                              'such as uint8.')
@@ -92,7 +92,7 @@ class Canvas:
         limits = torch.finfo(self.dtype) if floating else torch.iinfo(self.dtype)
         in_range = all(limits.min <= c <= limits.max for c in self.color)
         if not in_range or not (floating or all(c == int(c) for c in self.color)):
-            raise InputError(f'color={self.color} cannot be had in {self.dtype}: give numbers in its '
+            raise InputError(f'color={self.color} does not fit {self.dtype}: give numbers in its '
                              'range, whole ones for integers.')
 
     def blank(self, height: int, width: int, device=None) -> torch.Tensor:
@@ -305,7 +305,7 @@ class Profile:
     """Of the `size` rows (or columns) of a map over a constant image, `head` at the beginning and
     `tail` at the end stand alone, and the others repeat every `period`."""
     def __init__(self, size: int, head: int = 0, tail: int = 0, period: int = 1):
-        if head + period + tail >= size:        # no middle worth the name
+        if head + period + tail >= size:        # there is no middle
             head, tail, period = size, 0, 0
         self.size, self.head, self.tail, self.period = size, head, tail, period
 

@@ -6,9 +6,9 @@
 __all__ = ['NO_SIZE', 'SAMPLES', 'MIN_ROWS', 'units', 'SHARE', 'LEAST', 'KEPT_OPTIONS', 'M_MMAP_THRESHOLD', 'EmptyImage',
            'is_canvas', 'empty_source', 'empty_state', 'empty_rows', 'rows_shape', 'empty_total', 'StripCost',
            'cost_down', 'cost_up', 'counted_twice', 'from_below', 'Sizes', 'sizes_of', 'runs', 'step_sizes',
-           'saved_rows', 'strip_costs', 'spread', 'estimated', 'state_bytes', 'Load', 'before_each', 'Loads', 'budget',
-           'free_on_gpu', 'free_on_host', 'Way', 'Plan', 'Costs', 'options_for', 'coarse_shape', 'costs_of', 'plan',
-           'image_of', 'check_plan', 'lean_memory']
+           'saved_rows', 'strip_costs', 'typical_kinds', 'estimated', 'state_bytes', 'Load', 'before_each', 'Loads',
+           'budget', 'free_on_gpu', 'free_on_host', 'Way', 'Plan', 'Costs', 'options_for', 'coarse_shape', 'costs_of',
+           'plan', 'image_of', 'check_plan', 'lean_memory']
 
 # %% ../../nbs/engine/09_plan.ipynb #567a9167
 import copy
@@ -113,7 +113,7 @@ def empty_total(run: Pass, operation: Operation) -> torch.Tensor:
 class StripCost:
     "What a strip takes: bytes, and work (floating point operations, bytes moved, launches)."
     peak: float         # bytes at its peak, with its own state
-    graph: float        # bytes of what it saves for its gradient
+    saved: float        # bytes of what it saves for its gradient
     down: np.ndarray    # work of computing it
     up: np.ndarray      # work of its gradient
 
@@ -140,12 +140,12 @@ def cost_up(run: Pass, k: int, gradients: dict, whole: bool = True) -> StripCost
         ledger.note_all(state.values())
         record = run.record(k, state, k, again=k < len(run.strips) - 1)
         del state       # what is needed of it, the record has
-        graph, down = ledger.now - with_others, ledger.work
+        saved, down = ledger.now - with_others, ledger.work
         outputs = record.outputs if len(run.strips) == 1 else {}
         twice = counted_twice(run, outputs)
         if whole:
             run.back_through(k, record, below, gradients, totals)
-    return StripCost(ledger.peak - before - twice, graph - twice, down, ledger.work - down)
+    return StripCost(ledger.peak - before - twice, saved - twice, down, ledger.work - down)
 
 
 def counted_twice(run: Pass, outputs: dict) -> int:
@@ -241,17 +241,17 @@ def strip_costs(program, schedule: Schedule, cost: Callable) -> list:
     if others:
         largest = max(others, key=others.get)
         found[largest] = cost(first[largest], True)
-        graphs = {kind: cost(first[kind], False).graph
-                  for kind in spread(schedule.counts(), others)}
-        sizes, saved = zip(*sorted((others[kind].saved, graph) for kind, graph in graphs.items()))
-        graphs[strips[0].kind] = cost(0, False).graph       # padded above
+        saved = {kind: cost(first[kind], False).saved
+                 for kind in typical_kinds(schedule.counts(), others)}
+        sizes, known = zip(*sorted((others[kind].saved, n) for kind, n in saved.items()))
+        saved[strips[0].kind] = cost(0, False).saved        # padded above
         for kind, size in others.items():
-            graph = graphs.get(kind, np.interp(size.saved, sizes, saved))
-            found.setdefault(kind, estimated(found[largest], others[largest], size, graph))
+            here = saved.get(kind, np.interp(size.saved, sizes, known))
+            found.setdefault(kind, estimated(found[largest], others[largest], size, here))
     return [found[strip.kind] for strip in strips]
 
 
-def spread(counts: dict, sizes: dict) -> list:
+def typical_kinds(counts: dict, sizes: dict) -> list:
     "Some of the kinds with these sizes that are not rare, from small to large."
     often = max(counts[kind] for kind in sizes)
     common = sorted((kind for kind in sizes if 2*counts[kind] >= often),
@@ -260,11 +260,11 @@ def spread(counts: dict, sizes: dict) -> list:
     return [common[i] for i in numbers]
 
 
-def estimated(cost: StripCost, of: Sizes, sizes: Sizes, graph: float) -> StripCost:
-    "The cost of a strip of some `sizes` that saves `graph`, from the `cost` of one of sizes `of`."
+def estimated(cost: StripCost, of: Sizes, sizes: Sizes, saved: float) -> StripCost:
+    "The cost of a strip of some `sizes` that saves so much, from the `cost` of one of sizes `of`."
     share = sizes.share_of(of)
-    beside = (cost.peak - cost.graph)*min(1., sizes.rows/max(1, of.rows))
-    return StripCost(graph + beside, graph, cost.down*share, cost.up*share)
+    beside = (cost.peak - cost.saved)*min(1., sizes.rows/max(1, of.rows))
+    return StripCost(saved + beside, saved, cost.down*share, cost.up*share)
 
 
 def state_bytes(run: Pass) -> list:
@@ -281,7 +281,7 @@ class Load:
     "What all strips of one height take. Arrays have an entry for each strip: bytes, or work."
     there: int              # bytes that are there all the time
     peaks: np.ndarray       # at the peak of each strip, beside that
-    graphs: np.ndarray      # what each saves for its gradient
+    saved: np.ndarray       # what each saves for its gradient
     states: np.ndarray      # the state before each
     down: np.ndarray        # work of computing each
     up: np.ndarray          # work of its gradient
@@ -307,7 +307,7 @@ class Load:
 
     def peak(self, keep: int = 1, every: int = 1, states: str = 'device') -> int:
         "Bytes alive at once at most, if the last `keep` strips keep what their gradient needs."
-        kept = self.graphs*(np.arange(len(self.peaks)) >= self.not_kept(keep))
+        kept = self.saved*(np.arange(len(self.peaks)) >= self.not_kept(keep))
         waiting = self.waiting(keep, every, states)
         strips = max(self.peaks + before_each(kept) + waiting)
         tail = self.tail.peak + kept.sum() + waiting[-1]
@@ -341,8 +341,8 @@ def before_each(sizes: np.ndarray) -> np.ndarray:
     "For each strip the sum of those before it."
     return np.cumsum(sizes) - sizes
 
-# %% ../../nbs/engine/09_plan.ipynb #316f59e9
-MIN_ROWS = 16       # lower strips are for nobody
+# %% ../../nbs/engine/09_plan.ipynb #a3a14492
+MIN_ROWS = 16       # lower strips take more memory, for their states
 
 
 class Loads:
@@ -428,9 +428,9 @@ class Loads:
         there = self.parameters + self.before + background + self.outputs
         there += sum(g.nbytes for g in gradients.values())
         arrays = (np.array([getattr(cost, name) for cost in costs])
-                  for name in ('peak', 'graph', 'down', 'up'))
-        peaks, graphs, down, up = arrays
-        return Load(there, peaks, graphs, np.array(states), down, up, self.tail, self.train)
+                  for name in ('peak', 'saved', 'down', 'up'))
+        peaks, saved, down, up = arrays
+        return Load(there, peaks, saved, np.array(states), down, up, self.tail, self.train)
 
     def empty_pass(self, height: int, source) -> tuple:
         "A pass on the meta device, and the bytes of a canvas's background."
@@ -561,12 +561,12 @@ class Plan:
         return self.shape[2 if self.direction == 'rows' else 3]
 
     def kept(self, strips: int) -> str:
-        "How many strips keep their graph."
+        "How many strips keep what their gradient needs."
         if self.keep >= strips:
-            return ', all keep their graphs'
+            return ', all are kept'
         if self.keep > 1:
-            return f', the last {self.keep} keep their graphs'
-        return ', the last keeps its graph' if self.keep else ''
+            return f', the last {self.keep} are kept'
+        return ', the last is kept' if self.keep else ''
 
     def explained(self) -> list:
         "What it takes."

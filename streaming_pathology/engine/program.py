@@ -219,8 +219,6 @@ class Program:
         for value in () if isinstance(op, Reduction) else call.outputs:
             if value.ndim != op.out.ndim:
                 raise Refused(f'calls {call.name} in a way that is not understood')
-            if 0 in value.shape:
-                raise Refused(f'gives a map of shape {value.shape}, which has nothing in it')
 
     def rule(self, call: Call) -> Op | Reduction:
         "What the rule of `call` says."
@@ -231,6 +229,9 @@ class Program:
             raise Refused('computes a map with gradients switched off')
         if not call.outputs:
             raise Refused(f'writes into a map ({call.name})')
+        for value in call.outputs:
+            if 0 in value.shape:
+                raise Refused(f'gives a map of shape {value.shape}, which has nothing in it')
         known = lambda value: self.maps[value][1] if value in self.maps else value
         return apply_rule(call, *replaced((call.args, call.kwargs), Value, known))
 

@@ -28,7 +28,7 @@ class Step:
     down, and those that it `makes` now. Rows are counted from the first row of each buffer."""
     old: int
     makes: int
-    reads: tuple = ()               # of each map: the `Rows` that are read; None: all of its buffer
+    reads: tuple = ()               # of each map: the `Cut` that is read; None: all of its buffer
     region: Region | None = None    # the padding that belongs to what is read
     keep: 'Cut | None' = None       # what is handed to the strip below
     part: tuple = ()                # of a reduction: which rows these are

@@ -333,7 +333,7 @@ class Pass:
         "The outputs and the results of reductions; with `training` also what `backward` needs."
         count = len(self.strips)
         self.outputs = [None]*len(self.program.outputs)
-        self.states, self.rng, self.graphs = {}, {}, {}
+        self.states, self.rng, self.records = {}, {}, {}
         self.every, self.store, self.spent = every, stores[states](self.source.device), False
         if training:
             self.prepare()
@@ -346,7 +346,7 @@ class Pass:
             layout, blocks = self.packed(k, state)
             state = outputs = None      # views of the buffers of the strip above
             if k >= first_kept:
-                self.graphs[k] = record = self.record(k, layout.unpack(blocks), k + 1)
+                self.records[k] = record = self.record(k, layout.unpack(blocks), k + 1)
                 outputs, state = record.outputs, record.handed
                 if k < count - 1:       # they are views of all that the strip has made
                     record.outputs = record.handed = None
@@ -389,7 +389,7 @@ class Pass:
         return self.source.read(self.axis, *strip.image, then)
 
     def advance(self, k: int, state: dict) -> tuple:
-        "Strip `k` without graph: new rows of the outputs and the next state."
+        "Strip `k` without a tape: new rows of the outputs and the next state."
         with torch.no_grad(), self.context():
             return self.function(k)(self.read(k, k + 1), state, self.operands)
 
@@ -407,7 +407,7 @@ class Pass:
         if out is None:
             if tuple(rows.shape) == shape and not self.is_image(rows):
                 # a tape has it, too, and whoever gets the output may write into it
-                return rows.clone() if self.graphs else rows
+                return rows.clone() if self.records else rows
             last = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last)
             layout = torch.channels_last if last and not rows.is_contiguous() else torch.contiguous_format
             out = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=layout)
@@ -480,7 +480,7 @@ class Pass:
 
     def recorded(self, k: int) -> 'Record':
         "Strip `k` with its tape, which was kept or is made now."
-        record = self.graphs.pop(k, None)
+        record = self.records.pop(k, None)
         if record is None:
             with same_numbers(self.rng.get(k), self.source.device):
                 record = self.record(k, self.start(k), k - 1, again=True)
@@ -559,7 +559,8 @@ class same_numbers:
 # %% ../../nbs/engine/07_streaming.ipynb #94f6784a
 class StreamFunction(torch.autograd.Function):
     """A `Pass` as one function of the image and the other tensors. These are saved, so that PyTorch
-    notices when one was changed in between."""
+    notices when one was changed in between. (What was folded into one keeps its old values: the
+    gradient is that of the forward pass.)"""
     @staticmethod
     def forward(ctx, run, streamed, made_for, *tensors):
         ctx.run, ctx.streamed, ctx.made_for = run, streamed, made_for
@@ -784,8 +785,8 @@ class Streamed(nn.Module):
 
 
 def waiting(program: Program, strip: int) -> dict:
-    """For how many rows the maps behind strides wait: to begin with a layer's weights costs the same,
-    however few rows there are."""
+    """For how many rows the maps behind strides wait, as a call has a cost that does not depend on how
+    few rows it computes."""
     found = {}
     for number, stride in program.strided.items():
         across = program.operations[number].rows.across
@@ -826,7 +827,7 @@ def check_options(module, strip, keep, states, every, direction):
 def stream(
     module: nn.Module,          # the network, or its first part
     strip: int | str = 512,     # rows of the image at a time, or 'auto': planned for each shape of image; memory grows with it, results do not depend on it
-    keep: int = 1,              # how many of the last strips keep their graph instead of being computed again; the first costs no memory at the peak
+    keep: int = 1,              # how many of the last strips keep what their gradient needs instead of being computed again; the first costs no memory at the peak
     states: str = 'device',     # where the states between strips wait for the backward pass: 'device', 'host' (memory of the CPU) or 'disk' (a temporary file)
     every: int = 1,             # keep the state before each n-th strip only, and compute those between once more
     direction: str = 'auto',    # 'rows': strips lie below each other; 'columns': beside each other; 'auto': whichever makes them shorter

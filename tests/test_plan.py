@@ -174,7 +174,7 @@ def test_plan_knows_how_bf16_is_computed_without_instructions_for_it(keep):
                         nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
                         nn.Conv2d(64, 64, 3, padding=1)).float()
     x = torch.randn(1, 3, 256, 128)
-    with mock.patch('streaming_pathology.engine.rules.lacks', lambda dtype: True):
+    with mock.patch('streaming_pathology.engine.layers.lacks', lambda dtype: True):
         at = plan(net, x.shape, 1e12, strip=32, autocast=torch.bfloat16).at(32)
         with torch.autocast('cpu', torch.bfloat16):
             found = taken(stream(net, 32, keep), x)

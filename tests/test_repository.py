@@ -154,7 +154,7 @@ def imported(source, module):
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = '.'.join(filter(None, [*folder[:len(folder)-node.level+1], node.module or ''])) if node.level else node.module
-            names = [f'{base}.{a.name}' for a in node.names] if base == package else [base]
+            names = [base] if base.removeprefix(package+'.') in MODULES else [f'{base}.{a.name}' for a in node.names]
         else: names = []
         yield from (n.removeprefix(package+'.') for n in names if n.startswith(package+'.'))
 
@@ -166,4 +166,4 @@ def test_order(module):
     assert not wrong, f'{module} imports {wrong}'
 
 def test_order_sees_imports():
-    assert [*imported('from ..errors import a\nfrom .graph import b\nfrom .. import slides\nimport streaming_pathology.plan, torch', 'engine.rules')] == ['errors', 'engine.graph', 'slides', 'plan']
+    assert [*imported('from ..errors import a\nfrom .graph import b\nfrom .. import slides\nfrom . import layers\nimport streaming_pathology.plan, torch', 'engine.rules')] == ['errors', 'engine.graph', 'slides', 'engine.layers', 'plan']

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .graph import autocasts
 from .program import Program
-from .rules import wide
+from .functions import wide
 from .schedule import (Buffer, Cut, Schedule, Step, Strip, Totals,
                                                   total_step, what_is_read)
 from .windows import (Region, Spread, StreamingError, side_of, whole_side)

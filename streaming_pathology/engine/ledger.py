@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .graph import Recorder, answers, on_meta, raw_name, tensors_in
-from .rules import lacks
+from .layers import lacks
 from .storage import device_of, stores
 from .streaming import Streamed
 from .windows import StreamingError

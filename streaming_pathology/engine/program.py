@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .graph import Call, Graph, Value, replaced, values_in
+from . import functions, layers    # noqa: F401: their rules are registered
 from .rules import (Adjoint, Map, Op, Reduction, Refused, Rows, apply_rule,
                                                need_image, rule)
 from .windows import StreamingError

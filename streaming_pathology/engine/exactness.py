@@ -28,9 +28,8 @@ def difference(found, expected) -> float:
     if not expected.is_floating_point():
         return 0. if torch.equal(found, expected) else math.inf
     finite = expected.isfinite()
-    if not torch.equal(found[~finite].nan_to_num(nan=0.), expected[~finite].nan_to_num(nan=0.)):
-        return math.inf
-    if not (finite.equal(found.isfinite()) and found.isnan().equal(expected.isnan())):
+    same = torch.isclose(found, expected, rtol=0, atol=0, equal_nan=True)
+    if not (same[~finite].all() and found[finite].isfinite().all()):
         return math.inf
     found, expected = found[finite], expected[finite]
     apart = (found - expected).abs()

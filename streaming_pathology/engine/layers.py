@@ -18,9 +18,9 @@ import torch
 from torch.nn import functional as F
 
 from .graph import Value, autocasts
-from .rules import (Adjoint, Map, Op, Refused, Rows, need, need_image,
-                                               of_one_row, pair, rule, windows, beside)
-from .windows import Picks, Region, Spread, Window
+from .rules import (Adjoint, Map, Op, Rows, beside, need, need_image,
+                                               of_one_row, pair, rule, windows)
+from .windows import Picks, Region, Spread, Window, pad_ends
 
 # %% ../../nbs/engine/03_layers.ipynb #eb772dad
 @cache
@@ -170,7 +170,7 @@ def crop(region: Region, y: torch.Tensor, lead=(0, 0)) -> torch.Tensor:
         skip = side.skip + lead[side.axis - 2]
         ends = -skip, side.count + skip - y.shape[side.axis]
         if max(ends) > 0:
-            y = F.pad(y, [0, 0]*(y.ndim - 1 - side.axis) + [max(end, 0) for end in ends])
+            y = pad_ends(y, side.axis, *(max(end, 0) for end in ends))
         if min(ends) < 0:
             y = y.narrow(side.axis, max(skip, 0), side.count)
     return y
@@ -396,8 +396,6 @@ def getitem(input, index):
             if strides[side.axis] > 1:
                 x = x[(slice(None),)*side.axis + (slice(None, None, strides[side.axis]),)]
         return x[kept]
-    if axis_out is None:
-        raise Refused('picks out a single row')
     return Op(run, [input], Rows(at, axis_out, across_out), along, across, alias=True)
 
 

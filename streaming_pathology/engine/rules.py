@@ -154,8 +154,8 @@ why_not = {
     'setitem': 'writes into a part of a map'}
 
 
-def rule_for(call) -> Callable:
-    "The rule of a call; refuses where there is none."
+def rule_for(call) -> Callable | None:
+    "The rule of a call; None where there is none."
     found = rules.get(call.function) if call.function.__hash__ else None
     return found or rules.get(call.name)        # which is not the name of a user's function
 

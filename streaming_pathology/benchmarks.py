@@ -38,7 +38,7 @@ import streaming_pathology.engine.streaming as engine
 from .errors import InputError
 from .engine.windows import StreamingError
 from .engine.storage import source_of
-from .engine.streaming import stream
+from .engine.stream import stream
 from .engine.canvas import Canvas
 from .engine.ledger import Ledger, size as text_size
 from .engine.plan import LEAST, budget, lean_memory, plan

@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torchvision.models import WeightsEnum
 from .errors import InputError
 from .engine.rules import Reduction, rule
-from .engine.streaming import stream
+from .engine.stream import stream
 
 # %% ../nbs/04_models.ipynb #f45a3578
 imagenet_mean, imagenet_std = (.485, .456, .406), (.229, .224, .225)

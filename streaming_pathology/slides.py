@@ -356,7 +356,8 @@ def network_mask(
 ): # bool (h, w)
     "Tissue by a trained network, streamed over the slide."
     import torch # here, as without it a process that reads slides starts in a quarter of the time
-    from streaming_pathology.engine.streaming import Streamed, stream
+    from streaming_pathology.engine.stream import stream
+    from streaming_pathology.engine.streaming import Streamed
     class Unit(torch.nn.Module):
         def forward(self, x): return x.float()/255
     streamed = network if isinstance(network, Streamed) else stream(torch.nn.Sequential(Unit(), network).eval())

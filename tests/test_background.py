@@ -7,7 +7,7 @@ from torchvision.ops import StochasticDepth
 from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.errors import InputError
 from streaming_pathology.engine.storage import source_of
-from streaming_pathology.engine.streaming import stream
+from streaming_pathology.engine.stream import stream
 from streaming_pathology.engine.windows import StreamingError
 from streaming_pathology.models import StreamingClassifier
 from test_streaming import Apply, close, frozen_norm, networks, small, waiting, waits

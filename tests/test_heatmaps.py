@@ -4,7 +4,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from streaming_pathology.gradients import Noise, integrated_gradients
 from streaming_pathology.heatmaps import colour_map, fit_map, overlay, pool_map, smoothgrad
-from streaming_pathology.engine.streaming import stream
+from streaming_pathology.engine.stream import stream
 
 def net(seed, width=4):
     torch.manual_seed(seed)

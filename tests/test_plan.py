@@ -22,7 +22,8 @@ from streaming_pathology.engine.ledger import Ledger, Speed, measure, speed_of
 from streaming_pathology.engine.plan import Costs, EmptyImage, Loads, budget, options_for, plan
 from streaming_pathology.engine.program import Program
 from streaming_pathology.engine.storage import source_of
-from streaming_pathology.engine.streaming import Pass, Streamed, stream
+from streaming_pathology.engine.stream import stream
+from streaming_pathology.engine.streaming import Pass, Streamed
 from streaming_pathology.engine.windows import StreamingError
 from streaming_pathology.errors import InputError
 from test_streaming import close, compare, frozen_norm, networks, small

@@ -20,7 +20,8 @@ from streaming_pathology.engine.graph import ImageSpec, trace
 from streaming_pathology.engine.program import Program
 from streaming_pathology.engine.schedule import Schedule
 from streaming_pathology.engine.storage import TensorSource, source_of
-from streaming_pathology.engine.streaming import Pass, stream
+from streaming_pathology.engine.stream import stream
+from streaming_pathology.engine.streaming import Pass
 from streaming_pathology.engine.windows import StreamingError
 from streaming_pathology.models import GatedAttention
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .plan import options_for
 from .program import Operation, Program
 from .schedule import Heights, Schedule
 from .storage import device_of
@@ -189,4 +190,4 @@ def stream_bands(
     All ranks call it with the same image (N, C, H, W), of which each reads its own rows, and go on to
     the same loss; gradients of the output with other sums raise `StreamingError`, and so do random
     layers and more ranks than rows of the output."""
-    return Banded(module, strip, group=group, **options)
+    return Banded(module, strip, group=group, planner=options_for, **options)

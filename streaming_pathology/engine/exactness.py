@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as trees
 
 from .canvas import Canvas
-from .streaming import stream
+from .streaming import Streamed
 
 # %% ../../nbs/engine/11_exactness.ipynb #8b3c9c93
 def difference(found, expected) -> float:
@@ -61,7 +61,7 @@ def largest_difference(module: nn.Module, x: torch.Tensor | Canvas, strip: int =
     leaves += [p for p in module.parameters() if p.requires_grad]
     whole = x.dense() if isinstance(x, Canvas) else x
     expected, gradients = outputs_and_gradients(module, whole, leaves, seed)
-    streamed = stream(module, strip, direction=direction)
+    streamed = Streamed(module, strip, direction=direction)
     found, found_gradients = outputs_and_gradients(streamed, x, leaves, seed)
     if len(found) != len(expected):
         return math.inf

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['directions', 'wait_positions', 'wait_strips', 'KEPT_TRACES', 'KEPT_SCHEDULES', 'Instruction', 'StripFunction', 'Tape',
            'leaf', 'Sum', 'StripGradient', 'Pass', 'Record', 'random_numbers', 'same_numbers', 'StreamFunction',
-           'Traced', 'Streamed', 'waiting', 'check_options', 'stream']
+           'Traced', 'Streamed', 'waiting', 'check_options']
 
 # %% ../../nbs/engine/07_streaming.ipynb #16c9e7a9
 from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from importlib import import_module
 
 import torch
 from torch import nn
@@ -606,20 +605,26 @@ class Traced:
 
 class Streamed(nn.Module):
     """`module` on an image (N, C, H, W), computed in strips of `strip` rows. Its parameters, and
-    their names, are those of `module`. See `stream`."""
+    their names, are those of `module`. The options are those of `stream`.
+
+    `planner(streamed, source)` gives options for an image, where strip='auto', or None if the plain
+    network fits. `traced`: what was traced already, for another one of the same network."""
     reduce = True       # pool strip by strip
 
     def __init__(self, module: nn.Module, strip=512, keep: int = 1, states: str = 'device',
-                 every: int = 1, direction: str = 'auto', memory='auto', traced=None):
+                 every: int = 1, direction: str = 'auto', memory='auto', planner=None, traced=None):
         super().__init__()
         if isinstance(module, Streamed):
             module = module.module
         check_options(module, strip, keep, states, every, direction)
+        if strip == 'auto' and planner is None:
+            raise StreamingError("strip='auto' needs a planner: use stream, or give the rows of a strip.")
         for name in ('_parameters', '_buffers', '_modules', '_non_persistent_buffers_set'):
             self.__dict__[name] = module.__dict__[name]
         # not by setattr: a layer of the network may have one of these names
         self.__dict__.update(module=module, strip=strip, keep=keep, states=states, every=every,
-                             direction=direction, memory=memory, training=module.training,
+                             direction=direction, memory=memory, planner=planner,
+                             training=module.training,
                              _traced=OrderedDict() if traced is None else traced)
 
     @property
@@ -641,8 +646,7 @@ class Streamed(nn.Module):
 
     def planned(self, source) -> 'Streamed | None':
         "This network with the options of a plan for an image; None if the plain network fits."
-        planner = import_module('streaming_pathology.engine.plan')      # it runs this engine, so it stands behind it
-        options = planner.options_for(self, source)
+        options = self.planner(self, source)
         return None if options is None else self.like(**options)
 
     def run(self, x, source):
@@ -822,16 +826,3 @@ def check_options(module, strip, keep, states, every, direction):
     if strip == 'auto' and (keep, states, every) != (1, 'device', 1):
         raise StreamingError(f"keep={keep}, states={states!r} and every={every} are planned where "
                              "strip='auto': leave them out, or give the rows of a strip.")
-
-
-def stream(
-    module: nn.Module,          # the network, or its first part
-    strip: int | str = 512,     # rows of the image at a time, or 'auto': planned for each shape of image; memory grows with it, results do not depend on it
-    keep: int = 1,              # how many of the last strips keep what their gradient needs instead of being computed again; the first costs no memory at the peak
-    states: str = 'device',     # where the states between strips wait for the backward pass: 'device', 'host' (memory of the CPU) or 'disk' (a temporary file)
-    every: int = 1,             # keep the state before each n-th strip only, and compute those between once more
-    direction: str = 'auto',    # 'rows': strips lie below each other; 'columns': beside each other; 'auto': whichever makes them shorter
-    memory: str | float = 'auto',   # for strip='auto': bytes, text such as '8GB', 'auto': what the device has free, or 'least'
-) -> Streamed:
-    "`module`, computed strip by strip: same parameters, same values, same gradients, memory of a strip and the states."
-    return Streamed(module, strip, keep, states, every, direction, memory)

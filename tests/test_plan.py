@@ -570,3 +570,10 @@ def test_planning_is_quick():
         p = plan(net, (1, 3, 16384, 16384), '8GB')
         best = min(best, time.process_time() - began)
     assert best < 2 and p.peak_bytes < 8e9 and p.strip >= 128
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('memory', ['1GB', 'least'])
+def test_a_network_that_computes_nothing(memory):
+    "Its time is no part of nothing."
+    found = plan(nn.Identity(), (1, 3, 256, 256), memory)
+    assert 0 <= found.time < 1e6

@@ -10,14 +10,13 @@ __all__ = ['GRID', 'whole_number', 'Canvas', 'checked_color', 'runs_of', 'joined
 # %% ../../nbs/engine/08_canvas.ipynb #de66bc77
 import math
 import operator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
 from torch.nn import functional as F
 
-from .graph import autocasts
+from .graph import autocast_to, autocast_type
 from .program import Program
 from .functions import wide
 from .schedule import (Buffer, Cut, Schedule, Step, Strip, Totals,
@@ -436,16 +435,14 @@ class Background:
 
     def maps(self, source: CanvasSource, operands: list) -> list:
         "The rows and columns that stand for all, of each map; in float32 at least."
-        low = autocasts(source.device) or any(wide(t.dtype) != t.dtype for t in operands)
+        low = autocast_type(source.device) or any(wide(t.dtype) != t.dtype for t in operands)
         found = {0: source.blank}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not low):
             self.compute(found, operands, lambda t: t)
         self.types = {number: tensor.dtype for number, tensor in found.items()}
         if low:
             found = {0: source.blank}
-            kind = source.device.type
-            available = torch.amp.is_autocast_available(kind)
-            with torch.autocast(kind, enabled=False) if available else nullcontext():
+            with autocast_to(source.device, None):
                 self.compute(found, operands, widened)
         self.shapes = {number: tensor.shape for number, tensor in found.items()}
         return [found.get(o.number, source.blank) for o in self.program.operations]
@@ -596,7 +593,7 @@ class CanvasSchedule(Schedule):
             columns = 0, 0
             if b.first < b.stop and not operation.reduces:
                 columns = self.columns_computed(operation.number, b.first, b.stop)
-            found.append(CanvasBuffer(b.first, b.start, b.stop, b.kept, columns))
+            found.append(CanvasBuffer(b.first, b.start, b.stop, b.needed, columns))
         return found
 
     def columns_computed(self, number: int, first: int, stop: int) -> tuple:
@@ -624,9 +621,9 @@ class CanvasSchedule(Schedule):
             return self.canvas_total(operation, buffers)
         if buffer.first == buffer.stop:
             return None
-        keep = self.kept(operation, buffer, following)
+        hands_down = self.handed_down(operation, buffer, following)
         empty = buffer.columns == (0, 0)
-        step = Step(buffer.old, buffer.makes, keep=keep, empty=empty)
+        step = Step(buffer.old, buffer.makes, hands_down=hands_down, empty=empty)
         if not buffer.makes:
             return step
         if operation.output:
@@ -644,9 +641,9 @@ class CanvasSchedule(Schedule):
         return replace(step, reads=tuple(self.piece(a, buffers[a], rows, self.all_columns(a))
                                          for a in operation.inputs))
 
-    def kept(self, operation, buffer: CanvasBuffer, following: tuple):
+    def handed_down(self, operation, buffer: CanvasBuffer, following: tuple):
         "The rows for the next strip, in its columns."
-        rows = buffer.kept, buffer.stop
+        rows = buffer.needed, buffer.stop
         if rows[0] == rows[1] or following == (0, 0):
             return None
         piece = self.piece(operation.number, buffer, rows, following)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .graph import Value, plain_name
 from .rules import (Adjoint, Map, Op, Reduction, Rows, as_run, beside, need,
                                                need_image, of_one_row, pair, rule, rules)
-from .windows import Picks, Region, Spread, Window
+from .windows import Picks, Spread, Window
 
 # %% ../../nbs/engine/03_functions.ipynb #d7536eae
 def pointwise(random: Callable | None = None, alias: bool = False, severs: bool = False):

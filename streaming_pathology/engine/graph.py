@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['harmless', 'modes', 'values_asked', 'answers', 'low_precision', 'wide_on_cuda', 'PLAIN', 'Value', 'Call', 'Graph',
            'found_in', 'values_in', 'tensors_in', 'replaced', 'raw_name', 'is_torchs', 'plain_name', 'type_name',
-           'autocasts', 'pads_by_copies', 'as_under_autocast', 'precision_modes', 'memory_of', 'is_users', 'caller',
-           'line_of', 'function_applied', 'Recorder', 'Same', 'comparable', 'has_settings', 'class_settings',
-           'fingerprint', 'on_meta', 'empty_like', 'check_network', 'check_signature', 'random_state', 'Drawn',
-           'no_numbers_drawn', 'ImageSpec', 'trace', 'traced', 'copied', 'follow_layers', 'recorded_forward',
+           'autocast_type', 'autocast_to', 'pads_by_copies', 'as_under_autocast', 'precision_modes', 'memory_of',
+           'is_users', 'caller', 'line_of', 'function_applied', 'Recorder', 'Same', 'comparable', 'has_settings',
+           'class_settings', 'fingerprint', 'on_meta', 'empty_like', 'check_network', 'check_signature', 'random_state',
+           'Drawn', 'no_numbers_drawn', 'ImageSpec', 'trace', 'traced', 'copied', 'follow_layers', 'recorded_forward',
            'too_small', 'check_unchanged', 'check_functions', 'check_output']
 
 # %% ../../nbs/engine/02_graph.ipynb #40c57aba
@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -195,9 +195,17 @@ wide_on_cuda = set('exp expm1 log log2 log10 log1p pow reciprocal rsqrt acos asi
                    'cumprod prod sum cosine_similarity'.split())
 
 
-def autocasts(device: torch.device) -> bool:
-    "Whether autocast is on for a device."
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    "The type to which autocast casts on a device; None where it is off."
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+def autocast_to(device: torch.device, dtype: torch.dtype | None, cache_enabled: bool = True):
+    "A context with autocast to a type, or with None without it."
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, dtype, dtype is not None, cache_enabled)
 
 
 def pads_by_copies(input, pad, mode='constant', value=None) -> bool:
@@ -207,15 +215,16 @@ def pads_by_copies(input, pad, mode='constant', value=None) -> bool:
 
 def as_under_autocast(name: str, args, kwargs, device: torch.device):
     "The arguments with the types that autocast gives them."
-    if not autocasts(device):
+    dtype = autocast_type(device)
+    if dtype is None:
         return args, kwargs
-    if name in low_precision:
-        dtype = torch.get_autocast_dtype(device.type)
-    elif device.type == 'cuda' and name in wide_on_cuda:
-        dtype = torch.float32
-    elif device.type == 'cpu' and name == 'pad' and pads_by_copies(*args, **kwargs):
-        dtype = torch.float32
+    if device.type == 'cuda':
+        in_float32 = name in wide_on_cuda
     else:
+        in_float32 = name == 'pad' and pads_by_copies(*args, **kwargs)
+    if in_float32:
+        dtype = torch.float32
+    elif name not in low_precision:
         return args, kwargs
 
     def cast(tensor):

@@ -17,7 +17,7 @@ from math import gcd
 import torch
 from torch.nn import functional as F
 
-from .graph import Value, autocasts
+from .graph import Value, autocast_to, autocast_type
 from .rules import (Adjoint, Map, Op, Rows, beside, need, need_image,
                                                of_one_row, pair, rule, windows)
 from .windows import Picks, Region, Spread, Window, pad_ends
@@ -31,12 +31,12 @@ def lacks(dtype: torch.dtype) -> bool:
     return supported is not None and not supported()
 
 
-def convolution_types(x: torch.Tensor, device: str) -> tuple:
-    "The type in which `x` is convolved and saved on a type of device, and that of the products."
+def convolution_types(x: torch.Tensor, device: torch.device) -> tuple:
+    "The type in which `x` is convolved and saved on a device, and that of the products."
     dtype = x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.double:
-        dtype = torch.get_autocast_dtype(device)
-    return dtype, torch.float32 if device == 'cpu' and lacks(dtype) else dtype
+    if dtype != torch.double:
+        dtype = autocast_type(device) or dtype
+    return dtype, torch.float32 if device.type == 'cpu' and lacks(dtype) else dtype
 
 
 @rule('conv2d')
@@ -44,8 +44,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     need_image(input)
     need(isinstance(weight, Value), 'has a weight that depends on the image')
     stride, dilation = pair(stride), pair(dilation)
-    device = input.device.type if torch.amp.is_autocast_available(input.device.type) else 'cpu'
-    how = stride, dilation, groups, device
+    how = stride, dilation, groups, input.device
     tensors = [input, weight] if bias is None else [input, weight, bias]
     adjoint = Adjoint(lambda *given: convolve(*given, how=how), convolve_back, own=True)
     along, across = windows(input, weight.shape[2:], stride, dilation,
@@ -64,7 +63,7 @@ def convolve(region, x, weight, bias=None, how=()) -> tuple:
         return y, (region, x, weight, types, how)
     x = x.to(dtype)
     given = [t if t is None else t.to(dtype).to(wide) for t in (region.pad(x), weight, bias)]
-    with torch.autocast(device, enabled=False):
+    with autocast_to(device, None):
         y = F.conv2d(*given, stride, region.padding, dilation, groups)
     return y.to(dtype), (region, x, given[1], types, how)
 
@@ -352,7 +351,7 @@ def pad(input, pad, mode='constant', value=None):
     dtype = input.dtype
     if mode != 'constant':
         need_image(input)
-        if input.device.type == 'cpu' and autocasts(input.device) and dtype != torch.double:
+        if input.device.type == 'cpu' and autocast_type(input.device) and dtype != torch.double:
             dtype = torch.float32       # as PyTorch does it there
 
     def run(region, x):

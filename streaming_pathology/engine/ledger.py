@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['aten', 'without_kernel', 'like_first', 'LARGE', 'ENOUGH', 'PATIENCE', 'speeds', 'measuring', 'Ledger', 'StandIn',
-           'as_if', 'Step', 'measure', 'note_network', 'backward_plain', 'Speed', 'size', 'seconds_of', 'fastest',
+           'as_if', 'Usage', 'measure', 'note_network', 'backward_plain', 'Speed', 'size', 'seconds_of', 'fastest',
            'time_of_operation', 'time_of_byte', 'time_of_launch', 'tiny_network', 'time_of_state', 'measured_speed',
            'speed_of', 'device_name', 'speed_file', 'known_speeds', 'read_speed', 'write_speed']
 
@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .graph import Recorder, answers, on_meta, raw_name, tensors_in
+from .graph import (Recorder, answers, autocast_to, autocast_type,
+                                               on_meta, raw_name, tensors_in)
 from .layers import lacks
 from .storage import device_of, stores
 from .streaming import Streamed
@@ -107,7 +108,7 @@ class StandIn(TorchFunctionMode):
         if name in answers and len(args) == 1 and not kwargs:
             return answers[name](args[0], self.device)
         moves = name == 'to' or 'device' in kwargs
-        if moves or torch.is_autocast_enabled(self.device.type):
+        if moves or autocast_type(self.device):
             return self.recorder.run(function, args, kwargs)
         return function(*args, **kwargs)
 
@@ -116,13 +117,13 @@ class StandIn(TorchFunctionMode):
 def as_if(device: torch.device, autocast: torch.dtype | None, train: bool):
     "What runs on the meta device inside is as on `device`, under autocast to a type or None."
     with (torch.inference_mode(False), torch.set_grad_enabled(train),
-          torch.autocast(device.type, autocast, enabled=autocast is not None),
+          autocast_to(device, autocast),
           torch.device('meta'), StandIn(device)):
         yield
 
 # %% ../../nbs/engine/09_ledger.ipynb #13627a21
 @dataclass
-class Step:
+class Usage:
     "What a training step (or a prediction) would take."
     peak: int           # bytes alive at once
     work: np.ndarray    # floating point operations, bytes moved, launches
@@ -140,7 +141,7 @@ def measure(
     autocast: torch.dtype | None = None,    # torch.bfloat16 or torch.float16: under autocast to it
     train: bool = True,                     # with the backward pass
     wanted: bool = False,                   # whether the image wants its gradient
-) -> Step:
+) -> Usage:
     """What a step of the plain network takes, found by running it on the meta device.
 
     All is counted: parameters and the gradients that they have from an image before, the image,
@@ -157,7 +158,7 @@ def measure(
     if train and outputs:
         with ledger:
             backward_plain(outputs)
-    return Step(ledger.peak, ledger.work, sum(y.nbytes for y in outputs))
+    return Usage(ledger.peak, ledger.work, sum(y.nbytes for y in outputs))
 
 
 def note_network(ledger: Ledger, module: nn.Module, train: bool):
@@ -286,8 +287,7 @@ def time_of_state(device: torch.device, states: str) -> float:
 
 def measured_speed(device: torch.device, dtype: torch.dtype) -> Speed:
     "The `Speed` of a device that computes in `dtype`."
-    with (torch.inference_mode(False), torch.enable_grad(),
-          torch.autocast(device.type, enabled=False)):
+    with torch.inference_mode(False), torch.enable_grad(), autocast_to(device, None):
         return Speed(time_of_operation(device, dtype), time_of_byte(device), time_of_launch(device),
                      time_of_state(device, 'host'), time_of_state(device, 'disk'),
                      overlaps=device.type == 'cuda')

@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .graph import ImageSpec, on_meta, values_in
-from .ledger import (Ledger, Speed, Step, as_if, measure, note_network,
+from .graph import (ImageSpec, autocast_to, autocast_type,
+                                               on_meta, values_in)
+from .ledger import (Ledger, Speed, Usage, as_if, measure, note_network,
                                                 size, speed_of)
 from .program import Operation, evaluate, receptive_fields, tensor_at
 from .schedule import Kind, Schedule, Totals
@@ -223,10 +224,10 @@ def saved_rows(operation: Operation, steps: list) -> int:
                for reader in operation.readers)
     if read or (result and step.makes):
         return step.old + step.makes
-    if step.keep is None:
+    if step.hands_down is None:
         return 0
     # a copy of what is kept; else a view, which keeps all
-    return getattr(step.keep, 'count', step.old) if operation.overwritten else step.old + step.makes
+    return getattr(step.hands_down, 'count', step.old) if operation.overwritten else step.old + step.makes
 
 
 SAMPLES = 5
@@ -285,7 +286,7 @@ class Load:
     states: np.ndarray      # the state before each
     down: np.ndarray        # work of computing each
     up: np.ndarray          # work of its gradient
-    tail: Step              # what follows the strips, beside what is there
+    tail: Usage             # what follows the strips, beside what is there
     train: bool
 
     def not_kept(self, keep: int) -> int:
@@ -351,9 +352,8 @@ class Loads:
     It is made for the modes of this moment: whether gradients are on, and autocast. `axes` are the
     dimensions of the image that may be cut into strips."""
     def __init__(self, streamed: Streamed, image: ImageSpec, axes: tuple = (2, 3)):
-        self.streamed, self.image, device = streamed, image, image.device.type
-        on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        self.autocast = torch.get_autocast_dtype(device) if on else None
+        self.streamed, self.image = streamed, image
+        self.autocast = autocast_type(image.device)
         self.train = torch.is_grad_enabled()
         source = EmptyImage(image, axes)
         self.axis, traced = streamed.traced_for(source)
@@ -389,10 +389,10 @@ class Loads:
         self.outputs = sum(t.nbytes for t in made.values())
         known.update(made)
 
-    def tail_of(self, module: nn.Module, known: dict, source) -> Step:
+    def tail_of(self, module: nn.Module, known: dict, source) -> Usage:
         "What follows the strips."
         if not self.program.after:
-            return Step(0, np.zeros(3), 0)
+            return Usage(0, np.zeros(3), 0)
         known[self.program.graph.image] = source.tensors[0]
         with Ledger() as ledger:
             gradients = (parameter.grad for parameter in module.parameters())
@@ -403,7 +403,7 @@ class Loads:
             ends = [t for t in ends if t.requires_grad]
             if ends:
                 torch.autograd.backward(ends, [torch.empty_like(t) for t in ends])
-        return Step(ledger.peak - before, ledger.work, 0)
+        return Usage(ledger.peak - before, ledger.work, 0)
 
     def of(self, height: int, source) -> Load:
         "What strips of `height` take, of an image that `source` reads."
@@ -526,7 +526,7 @@ class Plan:
     seconds: float          # predicted
     time: float             # predicted, as a multiple of the plain network's
     budget: int             # bytes
-    plain: Step             # what the plain network would take
+    plain: Usage            # what the plain network would take
     speed: Speed            # of the device
     parts: dict = field(repr=False)     # of the peak: name -> bytes
     others: list = field(repr=False)    # the best `Way` for each height, with those that do not fit
@@ -621,7 +621,8 @@ class Costs:
         self.plain = measure(streamed.module, image.shape, image.dtype, self.loads.autocast,
                              torch.is_grad_enabled(), image.wanted)
         self.speed = speed_of(image.device, self.computed_in())
-        self.plain_seconds = self.speed.seconds(self.plain.work)
+        # at least that of a launch: a network may do nothing
+        self.plain_seconds = max(self.speed.seconds(self.plain.work), self.speed.launch)
         self.made, self.liked, self.free = {}, {}, None
 
     def computed_in(self) -> torch.dtype:
@@ -844,8 +845,7 @@ def plan(
     check_plan(module, shape, strip, autocast)
     image, source = image_of(module, shape, dtype)
     streamed = Streamed(module, 1, direction=direction)
-    with (torch.set_grad_enabled(train),
-          torch.autocast(image.device.type, autocast, enabled=autocast is not None)):
+    with torch.set_grad_enabled(train), autocast_to(image.device, autocast):
         costs = Costs(streamed, image, source.axes)
     return costs.plan(memory, strip, source)
 

@@ -30,7 +30,7 @@ class Step:
     makes: int
     reads: tuple = ()               # of each map: the `Cut` that is read; None: all of its buffer
     region: Region | None = None    # the padding that belongs to what is read
-    keep: 'Cut | None' = None       # what is handed to the strip below
+    hands_down: 'Cut | None' = None     # what the strip below needs
     part: tuple = ()                # of a reduction: which rows these are
     whole: 'Cut | None' = None      # how the rows of an output become as wide as the image
     empty: bool = False             # no columns are computed
@@ -157,18 +157,18 @@ class Heights:
             return first[reader.number]
         if made == self.last[reader.number]:
             return have[number]
-        return reader.window.keep(made, have[number], self.rows[number], self.rows[reader.number])
+        return reader.window.still_needed(made, have[number], self.rows[number], self.rows[reader.number])
 
 # %% ../../nbs/engine/05_schedule.ipynb #81e5caed
 @dataclass(frozen=True)
 class Buffer:
     """The rows of a map that a strip has, counted from the top of the map: those from `first` to
-    `start` were handed down, those up to `stop` are made, those from `kept` on are handed on.
+    `start` were handed down, those up to `stop` are made, those from `needed` on are handed down.
     Of a reduction: the rows that it takes in."""
     first: int
     start: int
     stop: int
-    kept: int
+    needed: int
 
     @property
     def old(self) -> int:
@@ -203,14 +203,14 @@ def step_of(operation: Operation, buffers: list, heights: Heights, columns) -> S
     buffer = buffers[operation.number]
     if buffer.first == buffer.stop:
         return None
-    stays, keep = buffer.stop - buffer.kept, None
+    stays, hands_down = buffer.stop - buffer.needed, None
     if stays:
-        keep = Cut(operation.axis, buffer.kept - buffer.first, stays)
+        hands_down = Cut(operation.axis, buffer.needed - buffer.first, stays)
     if not buffer.makes:
-        return Step(buffer.old, 0, keep=keep)
+        return Step(buffer.old, 0, hands_down=hands_down)
     rows, along = what_is_read(operation, buffers, heights)
     reads = parts_of(operation, buffers, heights, rows)
-    return Step(buffer.old, buffer.makes, reads, Region(along, columns), keep)
+    return Step(buffer.old, buffer.makes, reads, Region(along, columns), hands_down)
 
 
 def what_is_read(operation: Operation, buffers: list, heights: Heights) -> tuple:
@@ -401,4 +401,4 @@ def draw_buffer(ax, operation: Operation, buffer: Buffer, stride: float, color: 
     number = operation.number
     ax.barh(number, buffer.makes*stride, left=buffer.start*stride, color=color, alpha=.6)
     if not operation.reduces:
-        ax.plot([buffer.kept*stride, buffer.stop*stride], [number + .3]*2, color='k', lw=2)
+        ax.plot([buffer.needed*stride, buffer.stop*stride], [number + .3]*2, color='k', lw=2)

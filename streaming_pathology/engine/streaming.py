@@ -9,15 +9,15 @@ __all__ = ['directions', 'wait_positions', 'wait_strips', 'KEPT_TRACES', 'KEPT_S
 
 # %% ../../nbs/engine/07_streaming.ipynb #16c9e7a9
 from collections import OrderedDict
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .graph import (Drawn, ImageSpec, Value, check_network, fingerprint,
-                                               precision_modes, replaced, trace, values_in)
+from .graph import (Drawn, ImageSpec, Value, autocast_to, autocast_type,
+                                               check_network, fingerprint, precision_modes,
+                                               replaced, trace, values_in)
 from .program import Operation, Program, evaluate, tensor_at
 from .schedule import Kind, Schedule, Step, Totals
 from .storage import Layout, OnDevice, source_of, stores
@@ -130,10 +130,10 @@ class StripFunction:
 
     def hand_down(self, each, buffer, operands, handed):
         "What the strip below needs of a map."
-        keep = each.step.keep
-        if keep is not None:
-            kept = keep.take(buffer, operands)
-            handed[each.number] = kept.clone() if each.operation.overwritten else kept
+        cut = each.step.hands_down
+        if cut is not None:
+            rows = cut.take(buffer, operands)
+            handed[each.number] = rows.clone() if each.operation.overwritten else rows
 
 # %% ../../nbs/engine/07_streaming.ipynb #c1dc7f7d
 class Tape:
@@ -247,8 +247,8 @@ class StripGradient:
         number, step, axis = each.number, each.step, each.operation.axis
         if number in self.outputs:
             self.add_output(each)
-        if number in self.below and step.keep is not None:
-            self.give(step.keep, number, self.below[number], False)
+        if number in self.below and step.hands_down is not None:
+            self.give(step.hands_down, number, self.below[number], False)
         gradient = self.sums.pop(number).total() if number in self.sums else None
         if gradient is None:
             return
@@ -307,17 +307,11 @@ class Pass:
     def __init__(self, program: Program, schedule: Schedule, source, operands: list):
         self.program, self.schedule, self.source, self.operands = program, schedule, source, operands
         self.strips, self.axis, self.layouts = schedule.strips, program.axis, {}
-        device = source.device.type
-        self.autocast = None
-        if torch.amp.is_autocast_available(device):
-            self.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self.autocast = autocast_type(source.device)
 
     def context(self):
         "Autocast as it was in the forward pass. A weight that was cast without its graph is not reused."
-        if self.autocast is None:
-            return nullcontext()
-        device, dtype, enabled = self.autocast
-        return torch.autocast(device, dtype, enabled, cache_enabled=False)
+        return autocast_to(self.source.device, self.autocast, cache_enabled=False)
 
     def function(self, k: int):
         "The function of strip `k`."

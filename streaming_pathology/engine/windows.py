@@ -59,7 +59,7 @@ class Window:
             return 0
         return min(height_out, max(0, (arrived + self.pad[0] - self.span)//self.stride + 1))
 
-    def keep(self, row: int, arrived: int, height: int, height_out: int) -> int:
+    def still_needed(self, row: int, arrived: int, height: int, height_out: int) -> int:
         "The first of the `arrived` input rows that output rows from `row` on still read."
         if row >= height_out:
             return arrived
@@ -110,7 +110,7 @@ class Spread:
             return height_out
         return min(height_out, max(0, arrived*self.factor - self.before))
 
-    def keep(self, row: int, arrived: int, height: int, height_out: int) -> int:
+    def still_needed(self, row: int, arrived: int, height: int, height_out: int) -> int:
         "The first of the `arrived` input rows that output rows from `row` on still read."
         if row >= height_out:
             return arrived
@@ -162,7 +162,7 @@ class Picks:
         "How many output rows can be made once `arrived` of `height` input rows are there."
         return height_out if arrived >= height else bisect_left(self.highs, arrived)
 
-    def keep(self, row: int, arrived: int, height: int, height_out: int) -> int:
+    def still_needed(self, row: int, arrived: int, height: int, height_out: int) -> int:
         "The first of the `arrived` input rows that output rows from `row` on still read."
         return arrived if row >= height_out else min(self.lows[row], arrived)
 

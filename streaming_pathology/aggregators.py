@@ -18,10 +18,15 @@ from .models import GatedAttention, attention_pool
 class Aggregator(nn.Module):
     "Features (n, d) of one slide's patches, and `scores` (n,), logits that the patches have from elsewhere, or None -> logits (1, n_out); in training (k, n_out) where each of k rows learns the slide's label."
     name, source, k, several, relevance_is = '', '', None, False, 'probability' # several: n_out may be above 1
-    def __init__(self, d,      # features of a patch
-                 n_out=1,      # logits of a slide
-                 k=None,       # patches that count; None: as many as the method says
-                 dropout=0.):  # share of the hidden units, or of the features where there are none, that are left out in training
+    def __init__(
+        self,
+        d,  # features of a patch
+        n_out=1,  # logits of a slide
+        k=None,  # patches that count; None: as many as the method says
+        # share of the hidden units, or of the features where there are none, that are left out in
+        # training
+        dropout=0.,
+    ):  
         super().__init__()
         at_least_one(d=d, n_out=n_out, k=1 if k is None else k)
         if not 0 <= dropout < 1: raise InputError(f'dropout is {dropout}; it is a share, from 0 to below 1')
@@ -230,8 +235,13 @@ class DSMIL(Aggregator):
 # %% ../nbs/12_aggregators.ipynb #a0000024
 aggregators = {a.name: a for a in (Mean, Max, TopK, NoisyOr, RNN, ABMIL, CLAM, TransMIL, DSMIL)}
 
-def make_aggregator(name, # one of `aggregators`
-                    d, n_out=1, k=None, dropout=0.): # `Aggregator`
+def make_aggregator(
+    name,  # one of `aggregators`
+    d,
+    n_out=1,
+    k=None,
+    dropout=0.,
+): # `Aggregator`
     "With the defaults of its paper: see `Aggregator`."
     if name not in aggregators: raise InputError(f"aggregator {name!r} is not known: use one of {', '.join(aggregators)}")
     return aggregators[name](d, n_out, k, dropout)

@@ -14,9 +14,10 @@ import numpy as np
 from .errors import InputError, at_least_one
 
 # %% ../nbs/13_auc.ipynb #19084f02
-def check_scores(labels, # 0 or 1 for each slide
-                 scores, # one finite number for each slide, higher means more likely positive
-                ):
+def check_scores(
+    labels,  # 0 or 1 for each slide
+    scores,  # one finite number for each slide, higher means more likely positive
+):
     "`labels` (n,) as bool and `scores` (n,) as float64; `InputError` where no ROC curve can be drawn of them"
     try: y, s = (np.asarray(v, dtype=float) for v in (labels, scores))
     except (TypeError, ValueError) as e: raise InputError(f'labels and scores have to be numbers: {e}') from None
@@ -30,25 +31,28 @@ def check_scores(labels, # 0 or 1 for each slide
     return y == 1, s
 
 # %% ../nbs/13_auc.ipynb #5a12acb8
-def roc(labels, # 0 or 1 for each slide
-        scores, # higher means more likely positive
-       ):
+def roc(
+    labels,  # 0 or 1 for each slide
+    scores,  # higher means more likely positive
+):
     "Points of the ROC curve `(fpr, tpr, thresholds)`, one for each distinct score and the origin; a slide is called positive where its score is at least the threshold"
     from sklearn.metrics import roc_curve # slow to import, so only where it is used
     return roc_curve(*check_scores(labels, scores), drop_intermediate=False)
 
-def auc(labels, # 0 or 1 for each slide
-        scores, # higher means more likely positive
-       )->float:
+def auc(
+    labels,  # 0 or 1 for each slide
+    scores,  # higher means more likely positive
+)->float:
     "Area under the ROC curve: the chance that a positive slide scores above a negative one, ties counting half"
     from sklearn.metrics import roc_auc_score
     return float(roc_auc_score(*check_scores(labels, scores)))
 
 # %% ../nbs/13_auc.ipynb #82898e4e
-def class_weights(y, # bool (n,)
-                  s, # scores (n,)
-                  weights, # how often each slide counts, a row for each draw (draws, n)
-                 ):
+def class_weights(
+    y,  # bool (n,)
+    s,  # scores (n,)
+    weights,  # how often each slide counts, a row for each draw (draws, n)
+):
     "Weight of the positive and of the negative slides at each distinct score, from the lowest up: two arrays (draws, distinct)"
     order = np.argsort(s, kind='stable')
     starts = np.flatnonzero(np.diff(s[order], prepend=-np.inf))       # first slide of each distinct score
@@ -56,10 +60,11 @@ def class_weights(y, # bool (n,)
     pos, neg = w*y[order], w*~y[order]
     return (pos, neg) if len(starts) == len(s) else tuple(np.add.reduceat(v, starts, axis=1) for v in (pos, neg))
 
-def weighted_auc(labels, # 0 or 1 for each slide (n,)
-                 scores, # higher means more likely positive (n,)
-                 weights, # how often each slide counts, a row for each draw (draws, n)
-                ):
+def weighted_auc(
+    labels,  # 0 or 1 for each slide (n,)
+    scores,  # higher means more likely positive (n,)
+    weights,  # how often each slide counts, a row for each draw (draws, n)
+):
     "AUC of every row of `weights` (draws,); nan where a row has only one class"
     pos, neg = class_weights(*check_scores(labels, scores), weights)
     below = neg.cumsum(1)
@@ -68,21 +73,24 @@ def weighted_auc(labels, # 0 or 1 for each slide (n,)
     with np.errstate(invalid='ignore', divide='ignore'): return np.where(pairs > 0, np.einsum('ij,ij->i', pos, below)/pairs, np.nan)
 
 # %% ../nbs/13_auc.ipynb #7de7fd2e
-def draw_weights(n_slides, # slides to draw, out of as many
-                 draws, # how many times
-                 rng, # a numpy Generator
-                ):
+def draw_weights(
+    n_slides,  # slides to draw, out of as many
+    draws,  # how many times
+    rng,  # a numpy Generator
+):
     "How often each slide was drawn (draws, n_slides), each row one resample with replacement"
     i = rng.integers(0, n_slides, (draws, n_slides)) + n_slides*np.arange(draws)[:, None]
     return np.bincount(i.ravel(), minlength=draws*n_slides).reshape(draws, n_slides)
 
-def bootstrap_aucs(labels, # 0 or 1 for each slide
-                   scores, # higher means more likely positive
-                   n=10_000, # draws
-                   seed=0, # of the draws
-                   groups=None, # patient of each slide: they are drawn, with all of their slides; None: slides are
-                   stratified=False, # draw as many of each class as there are
-                  ):
+def bootstrap_aucs(
+    labels,  # 0 or 1 for each slide
+    scores,  # higher means more likely positive
+    n=10_000,  # draws
+    seed=0,  # of the draws
+    # patient of each slide: they are drawn, with all of their slides; None: slides are
+    groups=None,
+    stratified=False,  # draw as many of each class as there are
+):
     "AUCs of `n` resamples of the slides (n,), and the number of one-class resamples that were drawn again"
     y, s = check_scores(labels, scores); i = np.argsort(s, kind='stable'); y, s = y[i], s[i]
     of = np.arange(len(y)) if groups is None else group_numbers(groups, len(y))[i]
@@ -97,12 +105,15 @@ def group_numbers(groups, n): # (n,), from 0 on
     if len(i) != n: raise InputError(f'{len(i)} patients for {n} slides: give one for each slide')
     return i
 
-def resampled(f, # of weights (draws, slides), what is wanted of each draw (draws,); nan where there is no such thing
-              of, # number of each slide's patient, from 0 to k-1; as many as there are are drawn
-              n, # draws
-              seed, # of the draws
-              strata=None, # kind of each patient (k,): as many of each kind are drawn as there are
-             ): # (n,), and how many draws were nan, and so drawn again
+def resampled(
+    # of weights (draws, slides), what is wanted of each draw (draws,); nan where there is no such
+    # thing
+    f,
+    of,  # number of each slide's patient, from 0 to k-1; as many as there are are drawn
+    n,  # draws
+    seed,  # of the draws
+    strata=None,  # kind of each patient (k,): as many of each kind are drawn as there are
+): # (n,), and how many draws were nan, and so drawn again
     "A statistic of many resamples of the patients."
     if n < 1: raise InputError(f'{n} bootstrap draws: n has to be at least 1')
     rng, found, redrawn, chunk, k = np.random.default_rng(seed), [], 0, max(1, 2**19//len(of)), of.max()+1
@@ -123,11 +134,12 @@ def placements(y, s): # of the positive slides (m,), of the negative ones (n,)
     pos, neg, every = s[y], s[~y], rankdata(s)
     return (every[y]-rankdata(pos))/len(neg), 1-(every[~y]-rankdata(neg))/len(pos)
 
-def auc_error(v, # what each positive slide adds to an AUC or to a difference of AUCs, as `placements` (m,)
-              w, # each negative slide (n,)
-              pos, # patient of each positive slide (m,), a number
-              neg, # of each negative one (n,)
-             )->float:
+def auc_error(
+    v,  # what each positive slide adds to an AUC or to a difference of AUCs, as `placements` (m,)
+    w,  # each negative slide (n,)
+    pos,  # patient of each positive slide (m,), a number
+    neg,  # of each negative one (n,)
+)->float:
     "Standard error of the mean of `v`, which is that of `w`: DeLong et al. (1988), and Obuchowski (1997) for patients with several slides"
     every = np.concatenate([pos, neg])
     a, b = (np.bincount(of, x-x.mean(), every.max()+1)/len(x) for of, x in ((pos, v), (neg, w)))
@@ -156,14 +168,15 @@ def percent(level): return f'{100*level:g}%' # text: 95%, and 99.9%
 def check_level(level):
     if not 0 < level < 1: raise InputError(f'level {level} of the interval: it has to lie between 0 and 1, as .95')
 
-def auc_interval(labels, # 0 or 1 for each slide
-                 scores, # higher means more likely positive
-                 method='logit', # one of `INTERVALS`
-                 level=.95, # how often it should hold the truth
-                 groups=None, # patient of each slide; None: each is another's
-                 n=10_000, # draws of a bootstrap
-                 seed=0, # of the draws
-                )->Interval:
+def auc_interval(
+    labels,  # 0 or 1 for each slide
+    scores,  # higher means more likely positive
+    method='logit',  # one of `INTERVALS`
+    level=.95,  # how often it should hold the truth
+    groups=None,  # patient of each slide; None: each is another's
+    n=10_000,  # draws of a bootstrap
+    seed=0,  # of the draws
+)->Interval:
     "A confidence interval of the AUC"
     check_level(level)
     if method not in INTERVALS: raise InputError(f"interval {method!r} is not known: use one of {', '.join(INTERVALS)}")
@@ -215,10 +228,11 @@ def aucs_without_each(y, s, of): # (patients,)
     return np.where(pairs > 0, won/np.maximum(pairs, 1), np.nan)
 
 # %% ../nbs/13_auc.ipynb #auc00019
-def share_interval(right, # whether each slide is (n,)
-                   level=.95, # how often it should hold the truth
-                   groups=None, # patient of each slide; None: each is another's
-                  )->tuple: # low, high
+def share_interval(
+    right,  # whether each slide is (n,)
+    level=.95,  # how often it should hold the truth
+    groups=None,  # patient of each slide; None: each is another's
+)->tuple: # low, high
     "Wilson's interval (1927) of a share; with `groups`, of as many slides as they are worth (Rao and Scott 1992, Biometrics 48)"
     from scipy.stats import norm
     check_level(level)
@@ -245,16 +259,19 @@ class DeLong:
     error: float         # standard error of the difference
     low: float
     high: float
-    p: float             # two-sided; of as large a difference where there is none. nan where nothing varies that it could be told by
+    # two-sided; of as large a difference where there is none. nan where nothing varies that it
+    # could be told by
+    p: float
     level: float
     def __str__(self): return f'{self.difference:+.3f} ({percent(self.level)} interval {self.low:+.3f} to {self.high:+.3f}, p = {self.p:.3g})'
 
-def delong_test(labels, # 0 or 1 for each slide
-                a, # scores of the first model
-                b, # of the second, on the same slides
-                level=.95, # of the interval
-                groups=None, # patient of each slide; None: each is another's
-               )->DeLong:
+def delong_test(
+    labels,  # 0 or 1 for each slide
+    a,  # scores of the first model
+    b,  # of the second, on the same slides
+    level=.95,  # of the interval
+    groups=None,  # patient of each slide; None: each is another's
+)->DeLong:
     "Test for the difference of two AUCs on the same slides (DeLong et al. 1988; with `groups`, Obuchowski 1997)"
     from scipy.stats import norm
     y, *scores = _paired(labels, a, b); of = group_numbers(groups, len(y))
@@ -267,14 +284,16 @@ def delong_test(labels, # 0 or 1 for each slide
     return DeLong(float(va.mean()), float(vb.mean()), d, error, d-half, d+half, float(p), level)
 
 # %% ../nbs/13_auc.ipynb #pair0005
-def paired_bootstrap(labels, # 0 or 1 for each slide
-                     a, # scores of the first model
-                     b, # of the second, on the same slides
-                     n=10_000, # draws
-                     seed=0, # of the draws
-                     level=.95, # share of the draws inside the interval
-                     groups=None, # patient of each slide: they are drawn, with all of their slides; None: slides are
-                    )->Interval:
+def paired_bootstrap(
+    labels,  # 0 or 1 for each slide
+    a,  # scores of the first model
+    b,  # of the second, on the same slides
+    n=10_000,  # draws
+    seed=0,  # of the draws
+    level=.95,  # share of the draws inside the interval
+    # patient of each slide: they are drawn, with all of their slides; None: slides are
+    groups=None,
+)->Interval:
     "Percentile interval of the difference of two AUCs, the first less the second, both on the same draws"
     y, a, b = _paired(labels, a, b)
     check_level(level)
@@ -282,22 +301,24 @@ def paired_bootstrap(labels, # 0 or 1 for each slide
     low, high = np.quantile(found, [(1-level)/2, (1+level)/2])
     return Interval(float(low), float(high), n, redrawn, seed, level)
 
-def difference_shown(names, # of the two models
-                     ci, # (low, high) of the first less the second
-                    )->str:
+def difference_shown(
+    names,  # of the two models
+    ci,  # (low, high) of the first less the second
+)->str:
     "What such an interval says, as a sentence"
     (a, b), (low, high) = names, ci
     if low == high != 0: return 'Every resample gives the same difference, so its interval has no width and says nothing about other slides: only more slides can.'
     if low > 0 or high < 0: return f'On these slides {a if low > 0 else b} has the higher AUC; the interval of the difference does not hold zero.'
     return 'No difference is shown: its interval holds zero. That is not to say that there is none.'
 
-def permutation_test(labels, # 0 or 1 for each slide
-                     a, # scores of the first model
-                     b, # of the second, on the same slides
-                     n=10_000, # permutations
-                     seed=0, # of them
-                     groups=None, # patient of each slide: the scores of all their slides are swapped together
-                    )->float:
+def permutation_test(
+    labels,  # 0 or 1 for each slide
+    a,  # scores of the first model
+    b,  # of the second, on the same slides
+    n=10_000,  # permutations
+    seed=0,  # of them
+    groups=None,  # patient of each slide: the scores of all their slides are swapped together
+)->float:
     "Two-sided p-value for the difference of two AUCs: how often it is as large when scores, as ranks, are swapped between the models at random (Phipson and Smyth 2010: never 0)"
     from scipy.stats import rankdata
     at_least_one(n=n); y, a, b = _paired(labels, a, b); a, b = rankdata(a), rankdata(b)
@@ -309,12 +330,13 @@ def permutation_test(labels, # 0 or 1 for each slide
         count += int((abs(area(np.where(swap, b, a))-area(np.where(swap, a, b))) >= seen-1e-12).sum())
     return (1+count)/(1+n)
 
-def accuracy_test(a, # whether the first model has each slide right (n,)
-                  b, # the second
-                  n=10_000, # permutations
-                  seed=0, # of them
-                  groups=None, # patient of each slide; None: each is another's
-                 )->float:
+def accuracy_test(
+    a,  # whether the first model has each slide right (n,)
+    b,  # the second
+    n=10_000,  # permutations
+    seed=0,  # of them
+    groups=None,  # patient of each slide; None: each is another's
+)->float:
     "Two-sided p-value for the difference of two accuracies: McNemar's exact test (1947) or, with `groups`, by swapping the models patient by patient"
     from scipy.stats import binomtest
     at_least_one(n=n); a, b = (np.asarray(v, bool) for v in (a, b))

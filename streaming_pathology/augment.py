@@ -43,7 +43,8 @@ class Augmentation:
     hue: float = .05          # of the colour circle, at most, either way
     saturation: float = .05   # largest change: from .95 to 1.05 times
     brightness: float = .05   # the same
-    stain: float = 0.         # largest change of the amount of each stain, in optical density (HED); .05 is a usual value
+    # largest change of the amount of each stain, in optical density (HED); .05 is a usual value
+    stain: float = 0.
 
     def __post_init__(self):
         checked_flag(self.flip, 'flip of an augmentation')
@@ -123,10 +124,12 @@ def background(record, colour=(255, 255, 255)): # (red, green, blue)
     return tuple(int(v) for v in _colours(pyvips.Image.new_from_array(np.array([[checked_colour(colour)]], np.uint8)).copy(interpretation='srgb'), record).numpy()[0, 0])
 
 def augment(
-    image, # `pyvips.Image` of three uint8 bands that can be read in any order, such as an open tiled TIFF; or pixels, uint8 (height, width, 3)
-    record, # by `Augmentation.draw`
-    size=None, # (height, width) of the result, about the same middle; None: `augmented_size`
-    colour=(255, 255, 255), # of the background, which fills what is outside
+    # `pyvips.Image` of three uint8 bands that can be read in any order, such as an open tiled TIFF;
+    # or pixels, uint8 (height, width, 3)
+    image,
+    record,  # by `Augmentation.draw`
+    size=None,  # (height, width) of the result, about the same middle; None: `augmented_size`
+    colour=(255, 255, 255),  # of the background, which fills what is outside
 ): # `pyvips.Image`, lazy
     "An image with all that the record says done to it."
     if not isinstance(image, pyvips.Image): image = pyvips.Image.new_from_array(checked_pixels(np.asarray(image)))

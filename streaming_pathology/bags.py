@@ -20,9 +20,11 @@ from .data import SlideDataset
 class PatchGrid:
     "How an image is cut into square patches."
     size: int = 224           # pixels a side, of a patch
-    stride: int | None = None # pixels from one patch to the next; None: `size`, so that none overlap
+    # pixels from one patch to the next; None: `size`, so that none overlap
+    stride: int | None = None
     tissue: float = .1        # least share of a patch that is tissue
-    factors: tuple = (1,)     # magnifications: 1 as the image is, 2 at twice its microns per pixel, ...
+    # magnifications: 1 as the image is, 2 at twice its microns per pixel, ...
+    factors: tuple = (1,)
 
     def __post_init__(self):
         if not (isinstance(self.size, int) and 32 <= self.size <= 4096): raise InputError(f'a patch has {self.size} pixels a side; it has to be a whole number from 32 to 4096')
@@ -35,9 +37,13 @@ class PatchGrid:
         "A side of the smallest image that holds a patch of each magnification."
         return self.size*max(self.factors)
 
-    def places(self,
-               shape,   # (height, width) of the image, each at least `least`
-               tissue): # bool (rows, columns): whether there is tissue, every `STEP` pixels from the upper left corner
+    def places(
+        self,
+        shape,  # (height, width) of the image, each at least `least`
+        # bool (rows, columns): whether there is tissue, every `STEP` pixels from the upper left
+        # corner
+        tissue,
+    ): 
         "Of the patches that hold enough tissue, or of the one that holds the most where none does: int64 (n, 3), top, left and factor; (0, 3) where there is no tissue at all."
         found = np.concatenate([self._everywhere(shape, f) for f in self.factors])
         shares = self.share(found, tissue)
@@ -64,8 +70,10 @@ class Bag:
     size: int            # pixels a side, of a patch
     slide_id: str = ''
     top: list | None = None # the places that a network has found the most suspicious
-    learns: tuple | None = None # places (k, 3) and labels (k,) of patches that are known to be positive, or negative
-    shape: tuple | None = None # (height, width) of the image before it was made large enough for a patch; None: it was
+    # places (k, 3) and labels (k,) of patches that are known to be positive, or negative
+    learns: tuple | None = None
+    # (height, width) of the image before it was made large enough for a patch; None: it was
+    shape: tuple | None = None
 
     def __post_init__(self): self.shape = self.shape or tuple(self.image.shape[1:])
 
@@ -82,10 +90,18 @@ class Bag:
 
 class BagDataset(SlideDataset):
     "Slides as items like those of a `SlideDataset`, whose image is a `Bag`: the same image, cut by a grid."
-    def __init__(self, cases, spacing, size=None, grid=PatchGrid(),
-                 classes=None, # numbers, in the annotations of the cases, of what makes a patch positive; bags then say which patches to learn from
-                 draws=16,     # so many of a slide in an epoch
-                 **kwargs):    # for `SlideDataset`
+    def __init__(
+        self,
+        cases,
+        spacing,
+        size=None,
+        grid=PatchGrid(),
+        # numbers, in the annotations of the cases, of what makes a patch positive; bags then say
+        # which patches to learn from
+        classes=None,
+        draws=16,  # so many of a slide in an epoch
+        **kwargs,  # for `SlideDataset`
+    ):    
         super().__init__(cases, spacing, size, **kwargs); self.grid, self.classes, self.draws, self.annotated = grid, classes, draws, {}
         if self.canvas: raise InputError('patches are cut from a whole image; leave out canvas')
         if self.augment is not None and not isinstance(self.augment, Augmentation): raise InputError('patches can be augmented by an Augmentation only, which says where tissue comes to lie')
@@ -124,10 +140,14 @@ def check_annotation(case, classes):
     if c.annotation is None and c.label != 0: raise InputError(f'slide {c.slide_id!r} has no annotation, and only that of a negative slide can be missing; give it one, or leave it out')
     if bool(c.label) != bool({*held} & {*classes}): raise InputError(f"slide {c.slide_id!r} is {'positive' if c.label else 'negative'}, and {'nothing' if c.label else 'something'} in {c.annotation} is of {', '.join(map(str, classes))} (it holds {', '.join(map(str, held[:12]))}); give the numbers that mark what makes a slide positive, mend its label, or leave it out")
 
-def tissue_after(where,  # as `tissue_pixels` gives it: bool of a coarse grid, with the row and the column of it for each pixel
-                 old,    # (height, width) of the image
-                 new,    # of what has become of it
-                 record=None): # by `Augmentation.draw`; None: it was padded or cropped about its middle
+def tissue_after(
+    # as `tissue_pixels` gives it: bool of a coarse grid, with the row and the column of it for each
+    # pixel
+    where,
+    old,  # (height, width) of the image
+    new,  # of what has become of it
+    record=None,  # by `Augmentation.draw`; None: it was padded or cropped about its middle
+): 
     "Where tissue lies in an augmented image: bool (rows, columns), every `STEP` pixels."
     tissue, rows, columns = where
     if record is not None: q = origins(record, old, new)

@@ -19,7 +19,9 @@ class Calibration:
     interval: Interval  # of Brier's score, by bootstrap
     reference: float    # Brier's score of the share of positive slides, said of each
     ece: float          # expected calibration error
-    bins: list          # of those with slides: predicted (mean), observed (share of positives), low and high (its interval), n
+    # of those with slides: predicted (mean), observed (share of positives), low and high (its
+    # interval), n
+    bins: list
     def __str__(self): return f'Brier {self.brier:.3f} ({percent(self.interval.level)} interval {self.interval}; {self.reference:.3f} by the share of positives alone), expected calibration error {self.ece:.3f}'
 
 def check_probabilities(labels, probabilities):
@@ -28,14 +30,15 @@ def check_probabilities(labels, probabilities):
     if ((p < 0) | (p > 1)).any(): raise InputError(f'probability number {((p < 0) | (p > 1)).argmax()} is {p[((p < 0) | (p > 1)).argmax()]:g}: probabilities lie between 0 and 1')
     return y, p
 
-def calibration(labels, # 0 or 1 for each slide
-                probabilities, # of 1, for each slide
-                bins=15, # of equal width; Guo et al. take 15
-                n=10_000, # bootstrap draws
-                seed=0, # of the draws
-                level=.95, # of the intervals
-                groups=None, # patient of each slide; None: each is another's
-               )->Calibration:
+def calibration(
+    labels,  # 0 or 1 for each slide
+    probabilities,  # of 1, for each slide
+    bins=15,  # of equal width; Guo et al. take 15
+    n=10_000,  # bootstrap draws
+    seed=0,  # of the draws
+    level=.95,  # of the intervals
+    groups=None,  # patient of each slide; None: each is another's
+)->Calibration:
     "Brier's score, the expected calibration error, and the bins of a reliability diagram"
     from sklearn.metrics import brier_score_loss # slow to import, so only where it is used
     y, p = check_probabilities(labels, probabilities); check_level(level)
@@ -50,15 +53,16 @@ def calibration(labels, # 0 or 1 for each slide
     return Calibration(float(brier_score_loss(y, p)), Interval(*map(float, np.quantile(found, [(1-level)/2, (1+level)/2])), n, redrawn, seed, level), float(y.mean()*(1-y.mean())), float(ece), rows)
 
 # %% ../nbs/13_calibration.ipynb #cal000009
-def plot_reliability(labels, # 0 or 1 for each slide
-                     probabilities, # of 1, for each slide
-                     ax, # matplotlib axis to draw into
-                     label=None, # name of the model in the legend
-                     colour='#2f6690', # of its points
-                     bins=15, # of equal width, as `calibration` has them
-                     groups=None, # patient of each slide; None: each is another's
-                     level=.95, # of the intervals
-                    ):
+def plot_reliability(
+    labels,  # 0 or 1 for each slide
+    probabilities,  # of 1, for each slide
+    ax,  # matplotlib axis to draw into
+    label=None,  # name of the model in the legend
+    colour='#2f6690',  # of its points
+    bins=15,  # of equal width, as `calibration` has them
+    groups=None,  # patient of each slide; None: each is another's
+    level=.95,  # of the intervals
+):
     "Draw a reliability diagram into `ax`, with the expected calibration error of its bins; returns `ax`"
     c = calibration(labels, probabilities, bins, n=1, level=level, groups=groups)
     x, y, low, high, n = (np.array([r[k] for r in c.bins]) for k in ('predicted', 'observed', 'low', 'high', 'n'))
@@ -77,9 +81,10 @@ _least = 1e-7 # what a probability is kept away from 0 and 1
 
 def _logits(p): p = np.clip(p, _least, 1-_least); return np.log(p)-np.log1p(-p)
 
-def fit_temperature(labels, # 0 or 1 for each tuning slide
-                    probabilities, # of 1, for each
-                   )->float:
+def fit_temperature(
+    labels,  # 0 or 1 for each tuning slide
+    probabilities,  # of 1, for each
+)->float:
     "The temperature that makes the probabilities of tuning slides as likely as can be: above 1 where the network is too sure"
     from scipy.optimize import minimize_scalar # slow to import, so only where it is used
     y, p = check_probabilities(labels, probabilities); z = np.where(y, 1, -1)*_logits(p)

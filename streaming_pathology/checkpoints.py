@@ -57,8 +57,10 @@ def _sealed(path): # the note, or None where there is none; `InputError` if the 
     if digest.hexdigest().encode()+b' ' != said: raise InputError(f'{path} is damaged: its checksum is wrong')
     return json.loads(note)
 
-def save_checkpoint(path,     # the file; its folder is made
-                    **state): # what to keep: tensors, numbers, text, and lists and dicts of them
+def save_checkpoint(
+    path,  # the file; its folder is made
+    **state,  # what to keep: tensors, numbers, text, and lists and dicts of them
+): 
     "Write a checkpoint, whole or not at all; the versions of the packages and a checksum are added to it."
     path, state = Path(path), plain(dict(state, versions={k: str(v) for k, v in versions().items()}))
     try: path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,10 +94,14 @@ def describe_checkpoint(path): # dict
 class Checkpoints:
     "Callback: in a folder, points to go on from, the last `keep` of them, and `best.pt` (lowest tuning loss; without tuning slides the last epoch)."
     first_rank_only = judges = True
-    def __init__(self, folder,
-                 settings=None, # what is needed to use the model: arguments of its class, spacing, size, ...
-                 minutes=10,    # after which there is a new point, besides one after each epoch
-                 keep=2):
+    def __init__(
+        self,
+        folder,
+        # what is needed to use the model: arguments of its class, spacing, size, ...
+        settings=None,
+        minutes=10,  # after which there is a new point, besides one after each epoch
+        keep=2,
+    ):
         self.folder, self.settings, self.minutes, self.keep, self.best = Path(folder), settings or {}, minutes, keep, math.inf
 
     def before_fit(self, s): self.folder.mkdir(parents=True, exist_ok=True); self.saved, self.epoch = time.monotonic(), None # the epoch of the last point

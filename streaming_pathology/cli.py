@@ -82,7 +82,7 @@ def _add_option(parser, name, p):
     "One parameter of a function as a positional argument or an option of `parser`."
     kind = next((a for a in typing.get_args(p.anno) if a is not type(None)), p.anno)
     if kind is inspect._empty: kind = type(p.default) if p.default not in (inspect._empty, None) else str
-    text = (p.docment or '').replace('%', '%%')
+    text = ' '.join((p.docment or '').split()).replace('%', '%%')
     if p.default is inspect._empty: return parser.add_argument(name, type=kind, help=text)
     flags = list(dict.fromkeys(f'--{n}' for n in (name.replace('_', '-'), name)))
     if kind is bool: return parser.add_argument(*flags[:1], dest=name, action=argparse.BooleanOptionalAction if p.default else 'store_true', default=p.default, help=text)
@@ -304,15 +304,20 @@ def chosen(rows, n):
     return (none+[i for pair in zip(pos, neg) for i in pair]+pos[len(neg):]+neg[len(pos):])[:n]
 
 # %% ../nbs/16_cli.ipynb #ce5b8f4c
-def run_training(data,       # checked `SlideDataset` of the whole cohort, splits resolved
-                 model,
-                 folder,     # run folder, which exists
-                 settings,   # dict: epochs, lr, momentum, batch, seed, amp, device, augment, canvas, cosine, workers, heatmaps, copies, tensorboard, ...
-                 callbacks=(), # more of them
-                 point=None, # to go on from
-                 changed=None, # settings that count from there on: {name: what it was}
-                 ranks=Alone(), device=None, # of this rank, where there are several
-                 task=Binary()): # what the labels mean
+def run_training(
+    data,  # checked `SlideDataset` of the whole cohort, splits resolved
+    model,
+    folder,  # run folder, which exists
+    # dict: epochs, lr, momentum, batch, seed, amp, device, augment, canvas, cosine, workers,
+    # heatmaps, copies, tensorboard, ...
+    settings,
+    callbacks=(),  # more of them
+    point=None,  # to go on from
+    changed=None,  # settings that count from there on: {name: what it was}
+    ranks=Alone(),
+    device=None,  # of this rank, where there are several
+    task=Binary(),  # what the labels mean
+): 
     "Train, choose the best epoch on the tuning split, predict, evaluate, draw heatmaps; returns a sentence on the test split, on the first rank."
     s, labels, folder, device = settings, label_names(settings), Path(folder), device or settings['device']
     if ranks.rank == 0 and point is None: write_record(folder, data.cases, s)
@@ -378,7 +383,8 @@ def best_weights(model, path, settings, seed, history):
 class Record:
     "Callback: the record of a run that goes on is written once its point was accepted; points remember the slides, patients and files that the run has ever learnt from."
     first_rank_only = True
-    def __init__(self, folder, cases, settings, changed=None): # changed: {name of a setting: what it was}
+    def __init__(self, folder, cases, settings,
+                 changed=None): # {name of a setting: what it was}
         self.folder, self.cases, self.settings, self.changed = folder, cases, settings, changed or {}
         self.learnt = {p: [identity(c) for c in cases if c.split == p] for p in ('train', 'tuning')}
     def state(self): return self.learnt
@@ -439,47 +445,82 @@ def check_device(device):
     except Exception as e: raise InputError(f"--device {device}: {one_line(e).split('.')[0].split(': ')[0]}; use cpu, or cuda where there is one") from None
 
 # %% ../nbs/16_cli.ipynb #765a60f5
-def train_cohort(manifest,                # CSV with slide_id, label and, where known, path, patient_id, split (train, tuning, test), spacing; or the settings.toml of a run, to run it again
-          out,                     # run folder to write; new or empty
-          *, task:str='binary',    # what a label is: binary (0 or 1), multiclass or ordinal (0 and up), multilabel, regression, survival (a time, and 1 for an event or 0)
-          label:str='label',       # column of the manifest with the label; several with commas for multilabel and survival, e.g. months,event
-          balance:str='oversample',# classes: oversample draws each as often as the largest, as in the paper; weights weighs the loss of a slide instead; or none
-          arch:str='resnet18',  # resnet18, resnet34 or resnet50
-          spacing:float=2.,        # microns per pixel at which the network sees the slides; the paper: 0.96
-          size:hw=None,            # canvas as height,width in pixels, padded or cropped to; the paper: 16384,16384; without it each slide keeps its size
-          strip:strip_rows=256,    # rows that the network computes at a time, or auto: what is fastest within --memory
-          memory:str='auto',       # for --strip auto: such as 8GB; auto: what is free; least: as little as there can be
-          pool:str='avg',          # avg, max or attention: how the feature map becomes one vector
-          weights:str|None=None,   # start from a torchvision name such as DEFAULT, or a file; without it from random weights
-          weights_sha256:str|None=None, # checksum that the file of weights must have
-          freeze_until:str|None=None,   # train from this layer on, e.g. layer4; everything before stays as it is
-          recipe:str|None=None,    # paper: its two stages, the last block first and then everything, each with a learning rate, optimizer and mini-batch of its own, for a network with --weights
-          epochs:int|None=None,    # passes over the training slides (default: 50, or as the recipe says; its stages share another number in their proportion)
-          lr:float=2e-4,           # learning rate; the paper: 2e-4
-          clip:float|None=None,    # largest norm of a mini-batch's gradient
-          optimizer:str='sgd',     # sgd, as in the paper, or adamw, which gets further from random weights in few steps
-          momentum:float=.9,       # of SGD; the paper: 0.9
-          batch:int=16,            # slides in a mini-batch, by gradient accumulation; the paper: 16
-          cosine:bool=False,       # one warm-up epoch, then the learning rate falls to zero along a cosine
-          ema:float|None=None,     # decay of a moving average of the weights, which is then what is evaluated and kept
-          patience:int|None=None,  # stop after so many epochs without a lower tuning loss
-          augment:str='flips',     # while training: none, flips, paper (turns, elastic deformation and colour too) or strong (stains and scale too)
-          canvas:bool=False,       # paint all that is no tissue white, and compute nothing there
-          pen:bool=True,           # leave out ink of felt pens where tissue is found by colour; not for stains other than haematoxylin and eosin
-          normalise:str='imagenet',# imagenet, or training: by mean and deviation of the tissue of the training slides, as in the paper
-          amp:str|None=None,       # bf16 or fp16: run the network in mixed precision
-          device:str='cpu',        # cuda for an accelerator
-          workers:int=0,           # processes that read slides ahead
-          cache_gb:float=0.,       # keep this many GB of read slides in memory
-          heatmaps:int=6,          # slides to draw heatmaps of: unlabelled ones, then test slides
-          copies:int=25,           # noisy copies for a heatmap; the paper: 25
-          seed:int=0,              # of splits where the manifest has none, order, augmentation and weights
-          tensorboard:bool=False,  # write TensorBoard logs too
-          save_minutes:float=10.,  # minutes between two points to go on from, besides one after each epoch
-          dry_run:bool=True,       # the largest slide first, so that what does not fit into memory shows at once
-          resume:bool=False,       # go on where a former run was broken off; start where there is none, and end at once where one is finished
-          accept_changes:bool=False, # go on although settings or slides were changed
-          overwrite:bool=False):   # replace what a former run left in the folder
+def train_cohort(
+    # CSV with slide_id, label and, where known, path, patient_id, split (train, tuning, test),
+    # spacing; or the settings.toml of a run, to run it again
+    manifest,
+    out,  # run folder to write; new or empty
+    *,
+    # what a label is: binary (0 or 1), multiclass or ordinal (0 and up), multilabel, regression,
+    # survival (a time, and 1 for an event or 0)
+    task: str = 'binary',
+    # column of the manifest with the label; several with commas for multilabel and survival, e.g.
+    # months,event
+    label: str = 'label',
+    # classes: oversample draws each as often as the largest, as in the paper; weights weighs the
+    # loss of a slide instead; or none
+    balance: str = 'oversample',
+    arch: str = 'resnet18',  # resnet18, resnet34 or resnet50
+    # microns per pixel at which the network sees the slides; the paper: 0.96
+    spacing: float = 2.,
+    # canvas as height,width in pixels, padded or cropped to; the paper: 16384,16384; without it
+    # each slide keeps its size
+    size: hw = None,
+    # rows that the network computes at a time, or auto: what is fastest within --memory
+    strip: strip_rows = 256,
+    # for --strip auto: such as 8GB; auto: what is free; least: as little as there can be
+    memory: str = 'auto',
+    pool: str = 'avg',  # avg, max or attention: how the feature map becomes one vector
+    # start from a torchvision name such as DEFAULT, or a file; without it from random weights
+    weights: str|None = None,
+    weights_sha256: str|None = None,  # checksum that the file of weights must have
+    # train from this layer on, e.g. layer4; everything before stays as it is
+    freeze_until: str|None = None,
+    # paper: its two stages, the last block first and then everything, each with a learning rate,
+    # optimizer and mini-batch of its own, for a network with --weights
+    recipe: str|None = None,
+    # passes over the training slides (default: 50, or as the recipe says; its stages share another
+    # number in their proportion)
+    epochs: int|None = None,
+    lr: float = 2e-4,  # learning rate; the paper: 2e-4
+    clip: float|None = None,  # largest norm of a mini-batch's gradient
+    # sgd, as in the paper, or adamw, which gets further from random weights in few steps
+    optimizer: str = 'sgd',
+    momentum: float = .9,  # of SGD; the paper: 0.9
+    batch: int = 16,  # slides in a mini-batch, by gradient accumulation; the paper: 16
+    # one warm-up epoch, then the learning rate falls to zero along a cosine
+    cosine: bool = False,
+    # decay of a moving average of the weights, which is then what is evaluated and kept
+    ema: float|None = None,
+    patience: int|None = None,  # stop after so many epochs without a lower tuning loss
+    # while training: none, flips, paper (turns, elastic deformation and colour too) or strong
+    # (stains and scale too)
+    augment: str = 'flips',
+    canvas: bool = False,  # paint all that is no tissue white, and compute nothing there
+    # leave out ink of felt pens where tissue is found by colour; not for stains other than
+    # haematoxylin and eosin
+    pen: bool = True,
+    # imagenet, or training: by mean and deviation of the tissue of the training slides, as in the
+    # paper
+    normalise: str = 'imagenet',
+    amp: str|None = None,  # bf16 or fp16: run the network in mixed precision
+    device: str = 'cpu',  # cuda for an accelerator
+    workers: int = 0,  # processes that read slides ahead
+    cache_gb: float = 0.,  # keep this many GB of read slides in memory
+    heatmaps: int = 6,  # slides to draw heatmaps of: unlabelled ones, then test slides
+    copies: int = 25,  # noisy copies for a heatmap; the paper: 25
+    seed: int = 0,  # of splits where the manifest has none, order, augmentation and weights
+    tensorboard: bool = False,  # write TensorBoard logs too
+    # minutes between two points to go on from, besides one after each epoch
+    save_minutes: float = 10.,
+    # the largest slide first, so that what does not fit into memory shows at once
+    dry_run: bool = True,
+    # go on where a former run was broken off; start where there is none, and end at once where one
+    # is finished
+    resume: bool = False,
+    accept_changes: bool = False,  # go on although settings or slides were changed
+    overwrite: bool = False,  # replace what a former run left in the folder
+):   
     "Train a streaming network on the labels of whole slides, evaluate it on the test split, and write a run folder with its report. A signal to stop is heard after the slide at work: then there is a point to go on from, and the exit status is 75."
     _train('sp_train', locals())
 
@@ -637,28 +678,51 @@ sp_train = command('train', train_cohort)
 
 # %% ../nbs/16_cli.ipynb #c1700002
 @delegates(train_cohort, but=['strip', 'memory', 'canvas', 'dry_run', 'copies'])
-def mil_cohort(manifest,       # CSV as for sp_train; or the settings.toml of a run, to run it again
-               out,            # run folder to write; new or empty
-               *, patch:int=224, # pixels a side of a patch, at --spacing
-               stride:int|None=None, # pixels from one patch to the next; without it --patch, so that none overlap
-               tissue:float=.1, # least share of a patch that is tissue
-               magnify:str='1', # magnifications, with commas: 1 for --spacing, 2 for twice as many microns per pixel, ...
-               top:int|None=None, # patches of a slide that learn its label: the most suspicious (default: 1); of an aggregator, how many topk, rnn and clam take (default: as their papers)
-               aggregator:str|None=None, # train this on features of patches, and no network of patches: mean, max, topk, noisy-or, rnn, abmil, clam, transmil or dsmil
-               backbone:str|None=None, # whose features: a run folder, checkpoint or exported model; torchvision:NAME or timm:NAME (with --weights); or FILE.py:FUNCTION, which gives a network and its transform. Without it --arch with --weights
-               features:str|None=None, # folder to keep features in, which runs can share; without it in the run folder
-               annotation:str|None=None, # column of the manifest with masks of whole slides, in which numbers mark what makes a slide positive: patches then learn from those, and not from the label of their slide
-               classes:str='1', # these numbers, with commas
-               draws:int=16,   # patches of a slide in an epoch that learn from its annotation, half of them positive
-               views:int=1,    # augmented views of each slide of which features are kept; epochs take them in turn
-               dropout:float=0., # of an aggregator
-               patch_batch:int=64, # patches that the network sees at a time
-               lr:float|None=None, # learning rate (default: 1e-5, the paper's, which then has 3e-6; of an aggregator 2e-4)
-               optimizer:str|None=None, # sgd or adamw (default: sgd, the paper's; of an aggregator adamw)
-               augment:str|None=None, # while training: none, flips, paper or strong (default: flips; of an aggregator none)
-               recipe:str|None=None, # paper: its two stages of 100 epochs, at 1e-5 and at 3e-6, the second from the first's best
-               task:str='binary', # what a label is, as for sp_train; for mean, abmil and transmil, all else is a matter of two classes
-               **kwargs):
+def mil_cohort(
+    manifest,  # CSV as for sp_train; or the settings.toml of a run, to run it again
+    out,  # run folder to write; new or empty
+    *,
+    patch: int = 224,  # pixels a side of a patch, at --spacing
+    # pixels from one patch to the next; without it --patch, so that none overlap
+    stride: int|None = None,
+    tissue: float = .1,  # least share of a patch that is tissue
+    # magnifications, with commas: 1 for --spacing, 2 for twice as many microns per pixel, ...
+    magnify: str = '1',
+    # patches of a slide that learn its label: the most suspicious (default: 1); of an aggregator,
+    # how many topk, rnn and clam take (default: as their papers)
+    top: int|None = None,
+    # train this on features of patches, and no network of patches: mean, max, topk, noisy-or, rnn,
+    # abmil, clam, transmil or dsmil
+    aggregator: str|None = None,
+    # whose features: a run folder, checkpoint or exported model; torchvision:NAME or timm:NAME
+    # (with --weights); or FILE.py:FUNCTION, which gives a network and its transform. Without it
+    # --arch with --weights
+    backbone: str|None = None,
+    # folder to keep features in, which runs can share; without it in the run folder
+    features: str|None = None,
+    # column of the manifest with masks of whole slides, in which numbers mark what makes a slide
+    # positive: patches then learn from those, and not from the label of their slide
+    annotation: str|None = None,
+    classes: str = '1',  # these numbers, with commas
+    # patches of a slide in an epoch that learn from its annotation, half of them positive
+    draws: int = 16,
+    # augmented views of each slide of which features are kept; epochs take them in turn
+    views: int = 1,
+    dropout: float = 0.,  # of an aggregator
+    patch_batch: int = 64,  # patches that the network sees at a time
+    # learning rate (default: 1e-5, the paper's, which then has 3e-6; of an aggregator 2e-4)
+    lr: float|None = None,
+    # sgd or adamw (default: sgd, the paper's; of an aggregator adamw)
+    optimizer: str|None = None,
+    # while training: none, flips, paper or strong (default: flips; of an aggregator none)
+    augment: str|None = None,
+    # paper: its two stages of 100 epochs, at 1e-5 and at 3e-6, the second from the first's best
+    recipe: str|None = None,
+    # what a label is, as for sp_train; for mean, abmil and transmil, all else is a matter of two
+    # classes
+    task: str = 'binary',
+    **kwargs,
+):
     "Train by multiple-instance learning, beside which streaming is held: each epoch all patches of all slides are looked at, and the most suspicious of each slide learns the slide's label (Campanella et al. 2019; the paper, section IV-B). With --annotation patches learn from masks instead, as where somebody has outlined tumours. With --aggregator a small network of the features of all patches learns it instead, and the features are computed once. Run folder, report, stopping and going on are those of sp_train."
     given = {k: v for k, v in locals().items() if k != 'kwargs'}
     if unknown := kwargs.keys()-inspect.signature(mil_cohort).parameters.keys(): raise TypeError(f'mil_cohort has no {min(unknown)}')
@@ -697,16 +761,24 @@ def _says_spacing(path):
     except Exception: return False # its faults are found, and told, when it is read
 
 # %% ../nbs/16_cli.ipynb #d36627f8
-def predict_slides(checkpoint,         # file that sp_train wrote, e.g. run/checkpoints/best.pt, or that sp_export made of it
-                   slides,             # manifest (CSV), folder of slides, or one slide
-                   out,                # CSV to write: slide_id, label, split, what is predicted, seconds, model, version
-                   *, slide_spacing:float|None=None, # microns per pixel of slides that do not say, where the manifest does not either
-                   strip:strip_rows=None,# rows at a time, or auto; without it as in training
-                   amp:str|None=None,  # bf16, fp16 or none; without it as in training
-                   tta:str='none',     # test-time augmentation: flips is the mean over four mirror images, all over those of the image turned by a quarter too
-                   skip:bool=False,    # write the table without slides that fail, instead of none; they are named all the same
-                   device:str='cpu',   # cuda for an accelerator
-                   workers:int=0):     # processes that read slides ahead
+def predict_slides(
+    # file that sp_train wrote, e.g. run/checkpoints/best.pt, or that sp_export made of it
+    checkpoint,
+    slides,  # manifest (CSV), folder of slides, or one slide
+    out,  # CSV to write: slide_id, label, split, what is predicted, seconds, model, version
+    *,
+    # microns per pixel of slides that do not say, where the manifest does not either
+    slide_spacing: float|None = None,
+    strip: strip_rows = None,  # rows at a time, or auto; without it as in training
+    amp: str|None = None,  # bf16, fp16 or none; without it as in training
+    # test-time augmentation: flips is the mean over four mirror images, all over those of the image
+    # turned by a quarter too
+    tta: str = 'none',
+    # write the table without slides that fail, instead of none; they are named all the same
+    skip: bool = False,
+    device: str = 'cpu',  # cuda for an accelerator
+    workers: int = 0,  # processes that read slides ahead
+):     
     "Predict slides with a trained network. A CSV that exists is replaced, as a whole; broken off, the same command goes on. Started by torchrun, processes share the slides."
     check_settings(dict(strip=strip, amp=None if amp == 'none' else amp, device=device, workers=workers, slide_spacing=slide_spacing, tta=tta))
     with joined(device) as (ranks, here):
@@ -721,8 +793,10 @@ def predict_slides(checkpoint,         # file that sp_train wrote, e.g. run/chec
     if failed: warnings.warn(said)
     print(f"wrote {out}: {counted(len(rows), 'slide')}")
 
-def export_run(run,   # folder that sp_train wrote, or one of its checkpoints
-               out):  # .safetensors file to write
+def export_run(
+    run,  # folder that sp_train wrote, or one of its checkpoints
+    out,  # .safetensors file to write
+):  
     "Make one file of a trained network: its weights and a card of what they are, for sp_predict and for other programs. See it with `python -m json.tool`, or any reader of safetensors."
     run = Path(run).expanduser()
     checkpoint = run/'checkpoints/best.pt' if run.is_dir() else run
@@ -741,23 +815,35 @@ GRADIENTS = dict(smoothgrad=lambda m, x, o: smoothgrad(m, x, o['copies'], o['noi
 USES = dict(smoothgrad=('copies', 'noise', 'seed', 'target', 'place'), gradient=('target', 'place'), integrated=('steps', 'target', 'place'), activation=('target',), attention=(), occlusion=('square', 'target'), patches=('place',)) # options that are a matter of some methods
 DRAWN = Output('heatmaps.json', f'"{FORMAT}"', ('maps/*.npy', 'maps/*.json', 'overlay/*.png', 'tiff/*.tiff', 'geojson/*.geojson', 'regions.csv')) # a folder of maps
 
-def draw_slides(checkpoint,          # file that sp_train or sp_mil wrote, e.g. run/checkpoints/best.pt, or that sp_export made of it
-                slides,              # manifest (CSV), folder of slides, or one slide
-                out,                 # folder to write: overlay/*.png, tiff/*.tiff, geojson/*.geojson for QuPath, maps/*.npy, regions.csv
-                *, method:str|None=None, # smoothgrad, gradient, integrated, activation, occlusion, or attention, where a network pools by it; patches is that of sp_mil (default: smoothgrad, or patches)
-                copies:int=25,       # noisy copies of smoothgrad; the paper: 25
-                noise:float=.05,     # their noise, as a share of the standard deviation of the image; the paper: 0.05
-                steps:int=32,        # of integrated
-                square:int=256,      # pixels a side of the square of occlusion
-                target:int=0,        # output to explain, of a network with several
-                place:int=16,        # pixels a side of a place of the map, at the spacing of the network
-                threshold:float=.5,  # regions are where the map is above this share of its full colour: of 1 for probabilities and attention, otherwise of the 99.5th percentile of the slide
-                least:float=0.,      # square microns; regions that are smaller are left out
-                name:str='region',   # what QuPath calls them
-                slide_spacing:float|None=None, # microns per pixel of slides that do not say, where the manifest does not either
-                strip:strip_rows=None,# rows at a time, or auto; without it as in training
-                seed:int=0,          # of the noise
-                device:str='cpu'):   # cuda for an accelerator
+def draw_slides(
+    # file that sp_train or sp_mil wrote, e.g. run/checkpoints/best.pt, or that sp_export made of it
+    checkpoint,
+    slides,  # manifest (CSV), folder of slides, or one slide
+    # folder to write: overlay/*.png, tiff/*.tiff, geojson/*.geojson for QuPath, maps/*.npy,
+    # regions.csv
+    out,
+    *,
+    # smoothgrad, gradient, integrated, activation, occlusion, or attention, where a network pools
+    # by it; patches is that of sp_mil (default: smoothgrad, or patches)
+    method: str|None = None,
+    copies: int = 25,  # noisy copies of smoothgrad; the paper: 25
+    # their noise, as a share of the standard deviation of the image; the paper: 0.05
+    noise: float = .05,
+    steps: int = 32,  # of integrated
+    square: int = 256,  # pixels a side of the square of occlusion
+    target: int = 0,  # output to explain, of a network with several
+    place: int = 16,  # pixels a side of a place of the map, at the spacing of the network
+    # regions are where the map is above this share of its full colour: of 1 for probabilities and
+    # attention, otherwise of the 99.5th percentile of the slide
+    threshold: float = .5,
+    least: float = 0.,  # square microns; regions that are smaller are left out
+    name: str = 'region',  # what QuPath calls them
+    # microns per pixel of slides that do not say, where the manifest does not either
+    slide_spacing: float|None = None,
+    strip: strip_rows = None,  # rows at a time, or auto; without it as in training
+    seed: int = 0,  # of the noise
+    device: str = 'cpu',  # cuda for an accelerator
+):   
     "Draw where the predictions of a trained network come from, laid on the slides. Broken off, the same command goes on."
     o = check_settings(dict(method=method, copies=copies, noise=noise, steps=steps, square=square, target=target, place=place, threshold=threshold, least=least, name=name, seed=seed, slide_spacing=slide_spacing, strip=strip, device=device))
     model, card = load_model(checkpoint, device, strip)
@@ -811,18 +897,29 @@ sp_heatmap = command('heatmap', draw_slides)
 # %% ../nbs/16_cli.ipynb #cf9a7fee
 def listed(text): return [t.strip() for t in (text or '').split(',') if t.strip()]
 
-def evaluate_predictions(predictions,           # CSV that sp_predict, sp_train or sp_mil wrote
-                         *, split:str='test',   # slides to evaluate
-                         out:str|None=None,     # JSON file to write the figures to
-                         figures:str|None=None, # folder to draw the curves into, as SVG
-                         threshold_split:str|None=None, # choose thresholds and the temperature on this split, e.g. tuning; without it thresholds on the slides evaluated
-                         sensitivity:float|None=None, # a sensitivity that is wanted, for a threshold of its own
-                         cohort:str|None=None,  # manifest with patient_id, whose slides are taken together, and the columns of --by; without it the cohort.csv beside the predictions, if there is one
-                         by:str|None=None,      # columns of it, with commas, whose groups are shown each, e.g. site,grade; more than six different numbers are cut into thirds
-                         interval:str='logit',  # of the AUC: logit, delong, bootstrap, stratified or bca; the paper's bootstrap is shown beside it
-                         draws:int=10_000,      # bootstrap draws; the paper: 10,000
-                         level:float=.95,       # of the intervals
-                         seed:int=0):           # of the draws
+def evaluate_predictions(
+    predictions,  # CSV that sp_predict, sp_train or sp_mil wrote
+    *,
+    split: str = 'test',  # slides to evaluate
+    out: str|None = None,  # JSON file to write the figures to
+    figures: str|None = None,  # folder to draw the curves into, as SVG
+    # choose thresholds and the temperature on this split, e.g. tuning; without it thresholds on the
+    # slides evaluated
+    threshold_split: str|None = None,
+    sensitivity: float|None = None,  # a sensitivity that is wanted, for a threshold of its own
+    # manifest with patient_id, whose slides are taken together, and the columns of --by; without it
+    # the cohort.csv beside the predictions, if there is one
+    cohort: str|None = None,
+    # columns of it, with commas, whose groups are shown each, e.g. site,grade; more than six
+    # different numbers are cut into thirds
+    by: str|None = None,
+    # of the AUC: logit, delong, bootstrap, stratified or bca; the paper's bootstrap is shown beside
+    # it
+    interval: str = 'logit',
+    draws: int = 10_000,  # bootstrap draws; the paper: 10,000
+    level: float = .95,  # of the intervals
+    seed: int = 0,  # of the draws
+):           
     "All figures of a table of predictions, each with its interval: the area under the ROC curve, accuracy at a threshold, precision, calibration, groups of slides; of other tasks kappa, concordance and so on."
     check_settings(dict(draws=draws, seed=seed, interval=interval))
     if out is not None: out = output_file(out, '.json', [p for p in (predictions, cohort) if p], r'\{\n "(auc|task)"')
@@ -846,15 +943,26 @@ def draw_results(found, predictions, folder, cohort=None): # names of the files
         picture = io.BytesIO(); figure.savefig(picture, format='svg', metadata={'Date': None}); write_whole(folder/f'{name}.svg', picture.getvalue())
     return [f'{name}.svg' for name in draw]
 
-def report_run(run,                 # folder that sp_train or sp_demo wrote
-           *, out:str|None=None, # folder to write; without it report/ in the run folder
-           anonymous:bool=False, # leave out the names of slides and where things lay: slides are called by numbers
-           most:int=200,         # labelled slides that get a page of their own, those with the largest error, and so many unlabelled ones
-           by:str|None=None,     # columns of --cohort, with commas, whose groups are shown each, e.g. site,grade; more than six different numbers are cut into thirds
-           cohort:str|None=None, # manifest with these columns; without it the cohort.csv of the run
-           maps:str|None=None,   # folders that sp_heatmap wrote of the same network, with commas: further layers; those of one method are numbered
-           comparison:str|None=None, # folder that sp_compare wrote of this run and another
-           categories:str|None=None): # table of errors that was saved in a report
+def report_run(
+    run,  # folder that sp_train or sp_demo wrote
+    *,
+    out: str|None = None,  # folder to write; without it report/ in the run folder
+    # leave out the names of slides and where things lay: slides are called by numbers
+    anonymous: bool = False,
+    # labelled slides that get a page of their own, those with the largest error, and so many
+    # unlabelled ones
+    most: int = 200,
+    # columns of --cohort, with commas, whose groups are shown each, e.g. site,grade; more than six
+    # different numbers are cut into thirds
+    by: str|None = None,
+    # manifest with these columns; without it the cohort.csv of the run
+    cohort: str|None = None,
+    # folders that sp_heatmap wrote of the same network, with commas: further layers; those of one
+    # method are numbered
+    maps: str|None = None,
+    comparison: str|None = None,  # folder that sp_compare wrote of this run and another
+    categories: str|None = None,  # table of errors that was saved in a report
+): 
     "Write the report of a run: a folder to hand over, whose index.html opens by double-click. Each slide has a page on which it zooms."
     if most < 0: raise InputError(f'--most is {most}; it is a number of slides, 0 or more')
     print(f'wrote {write_report(run, out, most, anonymous, listed(by), cohort, listed(maps), comparison, categories)}')
@@ -870,20 +978,27 @@ def colour(text):
     if len(rgb) != 3 or not all(0 <= v <= 255 for v in rgb): raise argparse.ArgumentTypeError(f'{text!r} is no colour; give white, or red,green,blue from 0 to 255')
     return rgb
 
-def trim_biopsies(slides,                 # manifest (CSV), folder of slides, or one slide
-                  out,                    # folder to write; new, empty, or of a former run, which goes on
-                  *, spacing:float=.96,   # microns per pixel of the images
-                  margin:float=50.,       # microns of glass around the tissue
-                  upright:bool=False,     # turn the long axis of each biopsy upright
-                  squeeze:bool=False,     # leave out rows and columns that hold no tissue
-                  background:colour=None, # of all that is no tissue: white, or red,green,blue; without it as it is
-                  gap:float=500.,         # microns; pieces farther apart are different biopsies
-                  least:float=.1,         # square millimetres; what is smaller is no biopsy
-                  pen:bool=True,          # leave out ink of felt pens; not for stains other than haematoxylin and eosin
-                  quality:int=90,         # of JPEG
-                  slide_spacing:float|None=None, # microns per pixel of slides that do not say, where the manifest does not either
-                  override_spacing:bool=False, # use the spacing of the manifest, or --slide-spacing, whatever the file says
-                  workers:int|None=None): # processes; without it one for each processor
+def trim_biopsies(
+    slides,  # manifest (CSV), folder of slides, or one slide
+    out,  # folder to write; new, empty, or of a former run, which goes on
+    *,
+    spacing: float = .96,  # microns per pixel of the images
+    margin: float = 50.,  # microns of glass around the tissue
+    upright: bool = False,  # turn the long axis of each biopsy upright
+    squeeze: bool = False,  # leave out rows and columns that hold no tissue
+    # of all that is no tissue: white, or red,green,blue; without it as it is
+    background: colour = None,
+    gap: float = 500.,  # microns; pieces farther apart are different biopsies
+    least: float = .1,  # square millimetres; what is smaller is no biopsy
+    # leave out ink of felt pens; not for stains other than haematoxylin and eosin
+    pen: bool = True,
+    quality: int = 90,  # of JPEG
+    # microns per pixel of slides that do not say, where the manifest does not either
+    slide_spacing: float|None = None,
+    # use the spacing of the manifest, or --slide-spacing, whatever the file says
+    override_spacing: bool = False,
+    workers: int|None = None,  # processes; without it one for each processor
+): 
     "Cut the biopsies out of slides: tiled TIFFs, a manifest, outlined thumbnails, and a table of what failed."
     workers = os.cpu_count() if workers is None else workers
     check_settings(dict(spacing=spacing, workers=workers, slide_spacing=slide_spacing))
@@ -899,16 +1014,19 @@ sp_trim = command('trim', trim_biopsies)
 # %% ../nbs/16_cli.ipynb #ed22f2d8
 COHORT = Output('cohort.json', '"tumour_fractions"', ('manifest.csv', 'slides/*.tiff', 'masks/*.tiff')) # a painted cohort
 
-def synthesise(folder,                     # folder to write; new or empty
-               *, n:int=40,                # slides
-               size:hw=(512, 1024),        # height,width of a slide in pixels
-               spacing:float=2.,           # microns per pixel
-               positive:float=.5,          # share of slides with tumour
-               least_tumour:float=.05,     # least share of the tissue that is tumour in a positive slide
-               most_tumour:float=.6,       # largest share
-               seed:int=0,                 # the same settings paint the same slides
-               workers:int=0,              # processes that paint
-               overwrite:bool=False):      # replace a former cohort
+def synthesise(
+    folder,  # folder to write; new or empty
+    *,
+    n: int = 40,  # slides
+    size: hw = (512, 1024),  # height,width of a slide in pixels
+    spacing: float = 2.,  # microns per pixel
+    positive: float = .5,  # share of slides with tumour
+    least_tumour: float = .05,  # least share of the tissue that is tumour in a positive slide
+    most_tumour: float = .6,  # largest share
+    seed: int = 0,  # the same settings paint the same slides
+    workers: int = 0,  # processes that paint
+    overwrite: bool = False,  # replace a former cohort
+):      
     "Paint a cohort of biopsies with known truth: pyramidal TIFFs, masks, and a manifest with splits."
     check_settings(dict(spacing=spacing, workers=workers, seed=seed))
     if not 0 < least_tumour <= most_tumour <= 1: raise InputError(f'--least-tumour {least_tumour} and --most-tumour {most_tumour} have to be above 0, up to 1, and in this order')
@@ -929,9 +1047,12 @@ def _is_demo(settings):
     try: return tomllib.loads(settings.read_text()).get('command') == 'sp_demo'
     except (OSError, ValueError): return False
 
-def demo(*, out:str='demo',    # run folder to write; new, empty, or a former demo, which is replaced
-         tiny:bool=False,      # a minute's worth, to see that everything works; it learns nothing
-         seed:int=0):          # of the painting, the order of slides and the weights
+def demo(
+    *,
+    out: str = 'demo',  # run folder to write; new, empty, or a former demo, which is replaced
+    tiny: bool = False,  # a minute's worth, to see that everything works; it learns nothing
+    seed: int = 0,  # of the painting, the order of slides and the weights
+):          
     "Paint a cohort of biopsies, train on slide labels, evaluate on held-out slides, and write a report; a few minutes on two cores."
     s = check_settings(dict(command='sp_demo', **(_defaults() | DEMO | (TINY if tiny else {}) | dict(seed=seed))))
     start = time.perf_counter()

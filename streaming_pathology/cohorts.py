@@ -65,12 +65,13 @@ def _check_header(path, header, needed, known=('slide_id', 'label', 'path', 'pat
         if c in needed: raise InputError(f"{path} has no column {c!r}; its columns are {', '.join(header)}")
 
 # %% ../nbs/08_cohorts.ipynb #a4f2fb83
-def read_table(path,       # a CSV file
-               needed,     # columns that it must have
-               optional=(),# columns that it may have; others are left alone
-               way_out='give the path of an existing file', # what to do where there is none
-               between=',', # what may stand between values
-              ) -> list:   # one dict a row, of text without blanks around it, with its `line`
+def read_table(
+    path,  # a CSV file
+    needed,  # columns that it must have
+    optional=(),  # columns that it may have; others are left alone
+    way_out='give the path of an existing file',  # what to do where there is none
+    between=',',  # what may stand between values
+) -> list:   # one dict a row, of text without blanks around it, with its `line`
     "The rows of a table with a header; an `InputError` names the file, the line and what is wrong with it."
     header, rows = _table(path, way_out, between)
     _check_header(path, header, needed, (*needed, *optional))
@@ -153,13 +154,17 @@ def _cohort_problems(cases, lines):
         if s != c.split: wrong.append((n, f'patient {c.patient_id!r} is in {c.split} but on line {m} in {s}'))
     return wrong
 
-def read_manifest(path,            # a CSV file with the columns slide_id, label and, where known, path, patient_id, split, spacing
-                  need_label=True, # the column `label` must be there, with at least two classes in it
-                  labels=None,     # the labels allowed, e.g. (0, 1); None: any number
-                  folder=None,     # what `path` is relative to; None: the manifest's folder
-                 columns=('label',), # that hold the label; of several the label is a tuple, and `labels` are those allowed in each
-                 annotation=None, # the column with masks of classes, where there is one; it may be empty in some rows
-                 ) -> list:        # one `Case` a row, in the order of the file
+def read_manifest(
+    # a CSV file with the columns slide_id, label and, where known, path, patient_id, split, spacing
+    path,
+    need_label=True,  # the column `label` must be there, with at least two classes in it
+    labels=None,  # the labels allowed, e.g. (0, 1); None: any number
+    folder=None,  # what `path` is relative to; None: the manifest's folder
+    # that hold the label; of several the label is a tuple, and `labels` are those allowed in each
+    columns=('label',),
+    # the column with masks of classes, where there is one; it may be empty in some rows
+    annotation=None,
+) -> list:        # one `Case` a row, in the order of the file
     "Read and check a manifest; an `InputError` tells all that is wrong with it, with line numbers."
     header, rows = _table(path)
     known = [*columns, 'slide_id', 'path', 'patient_id', 'split', 'spacing', *['grade']['grade' in columns:], 'mask', *[annotation]*bool(annotation)]
@@ -240,11 +245,15 @@ def _spread(n, fractions):
         given[k] += 1; order.append(k)
     return order
 
-def split_cohort(cases,                    # `Case`s; splits they already have are replaced
-                 fractions=(.7, .15, .15), # of patients, for train, tuning and test
-                 seed=0,
-                 by='label',               # what keeps its share in each split: 'label', or 'grade' too; a label of more than ten values, as a measure is, is spread evenly; of several numbers all together count or, where that is more than ten, the last one
-                ) -> list:                 # the same cases in the same order, `split` filled in
+def split_cohort(
+    cases,  # `Case`s; splits they already have are replaced
+    fractions=(.7, .15, .15),  # of patients, for train, tuning and test
+    seed=0,
+    # what keeps its share in each split: 'label', or 'grade' too; a label of more than ten values,
+    # as a measure is, is spread evenly; of several numbers all together count or, where that is
+    # more than ten, the last one
+    by='label',
+) -> list:                 # the same cases in the same order, `split` filled in
     "Split by patient, stratified on the label or the grade; a function of the ids, the labels and the seed."
     if by not in ('label', 'grade'): raise InputError(f"cases can be balanced by 'label' or by 'grade', not by {by!r}")
     try: shares = [float(f) for f in fractions]
@@ -293,11 +302,13 @@ def resolve_splits(cases, fractions=(.7, .15, .15), seed=0, where='the manifest'
 
 # %% ../nbs/08_cohorts.ipynb #c0000011
 def subset(
-    cases, # list of `Case`, with labels 0 and above, and grades of those above 0 if they are to be balanced
-    n:int, # slides to keep of the split
-    seed:int=0,
-    split='train', # the split that is thinned; others stay whole
-    negative:float=.5, # share of label 0
+    # list of `Case`, with labels 0 and above, and grades of those above 0 if they are to be
+    # balanced
+    cases,
+    n: int,  # slides to keep of the split
+    seed: int = 0,
+    split='train',  # the split that is thinned; others stay whole
+    negative: float = .5,  # share of label 0
 ) -> list: # in the order of the cases
     "The cases with only `n` slides in a split: a share of negatives, and positives spread equally over grades as far as each has slides."
     pool = [c for c in cases if c.split == split and c.label is not None]
@@ -337,10 +348,12 @@ def _gleason(score):
     return int(score[0]), int(score[2])
 
 def read_panda(
-    folder, # with train.csv, train_images and, where there, train_label_masks
-    label='binary', # 'binary' (cancer or not), 'isup' (0 to 5), 'primary' or 'secondary' (Gleason pattern, 0 for none)
-    providers=('radboud', 'karolinska'), # whose slides
-    missing=False, # leave out slides that have no file, instead of refusing
+    folder,  # with train.csv, train_images and, where there, train_label_masks
+    # 'binary' (cancer or not), 'isup' (0 to 5), 'primary' or 'secondary' (Gleason pattern, 0 for
+    # none)
+    label='binary',
+    providers=('radboud', 'karolinska'),  # whose slides
+    missing=False,  # leave out slides that have no file, instead of refusing
 ) -> list: # of `Case`; `grade` is the primary pattern
     "The PANDA challenge's training set."
     folder, kinds = Path(folder), ('binary', 'isup', 'primary', 'secondary')
@@ -364,8 +377,10 @@ def read_panda(
     return [Case(i, l, images[i], i, grade=g, mask=masks.get(f'{i}_mask')) for i, l, g in cases if i in images]
 
 def read_camelyon16(
-    folder, # with training/normal, training/tumor, testing/images and testing/reference.csv, as they were published
-    missing=False, # leave out test slides that have no file, instead of refusing
+    # with training/normal, training/tumor, testing/images and testing/reference.csv, as they were
+    # published
+    folder,
+    missing=False,  # leave out test slides that have no file, instead of refusing
 ) -> list: # of `Case`, label 1: metastasis; split 'train' or 'test'
     "CAMELYON16 with its own test set; `resolve_splits` takes tuning cases from its training set."
     folder = Path(folder)
@@ -387,8 +402,8 @@ def read_camelyon16(
     return cases
 
 def read_camelyon17(
-    folder, # with stage_labels.csv and, somewhere below, the slides patient_NNN_node_M.tif
-    missing=False, # leave out slides that have no file, instead of refusing
+    folder,  # with stage_labels.csv and, somewhere below, the slides patient_NNN_node_M.tif
+    missing=False,  # leave out slides that have no file, instead of refusing
 ) -> list: # of `Case`, label 1: metastasis; `grade` is the kind: itc, micro or macro
     "CAMELYON17's lymph nodes."
     folder, cases = Path(folder), []

@@ -33,7 +33,8 @@ class Side:
     name: str
     table: Path                  # of predictions
     rows: dict = field(default_factory=dict)   # `Prediction` by slide
-    splits: dict = field(default_factory=dict) # split of each slide and of each patient of its cohort
+    # split of each slide and of each patient of its cohort
+    splits: dict = field(default_factory=dict)
     patients: dict = field(default_factory=dict) # by slide
 
     def read(self):
@@ -113,7 +114,9 @@ class Comparison:
     test: DeLong
     paired: Interval  # of the difference
     p: float          # by permutation
-    accuracy: dict | None # at thresholds chosen on each side's own tuning slides, and of how many slides one side alone is right
+    # at thresholds chosen on each side's own tuning slides, and of how many slides one side alone
+    # is right
+    accuracy: dict | None
 
     @property
     def shown(self): # a sentence
@@ -203,21 +206,34 @@ def _page(c, sides, out, given=(None, None)): # given: tables of categories
                 ('slides', 'Slides', (P('Those first on which the two differ most.'), table('Slides', ('slide', 'label', a, b), [(r['slide_id'], f"{r['label']:g}", f"{r['probability_a']:.3f}", f"{r['probability_b']:.3f}") for r in _rows(c)[:200]], hide=True, cls='numbers')))]
     return html_page(f'{a} and {b}', 'Two runs compared', sections, 'Written by streaming_pathology. This file holds everything it shows and requests nothing.')
 
-def write_comparison(c, sides, out, given=(None, None), **more): # given: tables of categories; more: what the figures were made of
+def write_comparison(
+    c,
+    sides,
+    out,
+    given=(None, None),  # tables of categories
+    **more,  # what the figures were made of
+): 
     out.mkdir(parents=True, exist_ok=True)
     page, said = _page(c, sides, out, given), json.dumps(_figures(c) | more | dict(environment=environment()), indent=1)+'\n'
     with uninterrupted(): write_whole(out/'comparison.json', said); write_csv(out/'comparison.csv', _rows(c)); write_whole(out/'comparison.html', page)
 
 # %% ../nbs/16_compare.ipynb #cmp00014
-def compare_runs(settings_a,              # a run folder, a settings.toml of a run that is or is not there yet, or a predictions.csv
-                 settings_b,              # the other
-                 out,                     # folder to write: comparison.html, comparison.json, comparison.csv, and the runs that had to be made
-                 *, split:str='test',     # slides to compare on
-                 shared:bool=False,       # compare the slides that both have, where some are missing in one
-                 draws:int=10_000,        # bootstrap draws, and permutations
-                 level:float=.95,         # of the intervals
-                 seed:int=0,              # of the draws
-                 categories:str|None=None): # tables of errors that were saved in the reports of the two, with a comma; one may be empty
+def compare_runs(
+    # a run folder, a settings.toml of a run that is or is not there yet, or a predictions.csv
+    settings_a,
+    settings_b,  # the other
+    # folder to write: comparison.html, comparison.json, comparison.csv, and the runs that had to be
+    # made
+    out,
+    *,
+    split: str = 'test',  # slides to compare on
+    shared: bool = False,  # compare the slides that both have, where some are missing in one
+    draws: int = 10_000,  # bootstrap draws, and permutations
+    level: float = .95,  # of the intervals
+    seed: int = 0,  # of the draws
+    # tables of errors that were saved in the reports of the two, with a comma; one may be empty
+    categories: str|None = None,
+): 
     "Hold two runs against each other on the same slides: the difference of their AUCs with its interval. A run that is not finished is trained first, as by sp_train or sp_mil --resume; stopped, the same command goes on."
     check_settings(dict(draws=draws, seed=seed))
     if not 0 < level < 1: raise InputError(f'--level is {level}; it has to be between 0 and 1, as .95')

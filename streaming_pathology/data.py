@@ -23,11 +23,12 @@ from .cohorts import check_ids, several
 # %% ../nbs/08_data.ipynb #9da61cf6
 def _round_up(size, multiple=32): return tuple(-(-n//multiple)*multiple for n in size)
 
-def fit_canvas(image,      # uint8 array (H, W, 3)
-               size=None,  # (height, width) of the canvas; None: its own size, rounded up
-               multiple=32,
-               colour=(255, 255, 255), # of the padding; white, as glass is
-              ):           # uint8 array of that size
+def fit_canvas(
+    image,  # uint8 array (H, W, 3)
+    size=None,  # (height, width) of the canvas; None: its own size, rounded up
+    multiple=32,
+    colour=(255, 255, 255),  # of the padding; white, as glass is
+):           # uint8 array of that size
     "Pad with a colour or crop around the centre, each side on its own."
     h, w = checked_pixels(image).shape[:2]
     H, W = checked_size(size) if size is not None else _round_up((h, w), multiple)
@@ -57,12 +58,12 @@ class _Kept:
 
 # %% ../nbs/08_data.ipynb #d15f53d2
 def tissue_pixels(
-    slide, # a `Slide`
-    spacing:float, # microns per pixel
-    clean=None, # microns; what is farther from tissue is painted
-    colour=(255, 255, 255), # with this
-    mask=None, # the path of a mask of the tissue; None: it is found
-    pen:bool=True, # leave out ink, as for `tissue_mask`
+    slide,  # a `Slide`
+    spacing: float,  # microns per pixel
+    clean=None,  # microns; what is farther from tissue is painted
+    colour=(255, 255, 255),  # with this
+    mask=None,  # the path of a mask of the tissue; None: it is found
+    pen: bool = True,  # leave out ink, as for `tissue_mask`
 ): # uint8 (height, width, 3), and where it is tissue: bool of a coarser grid, with the row and the column of it for each row and column of pixels
     "The box around a slide's tissue."
     tissue, at = tissue_mask(slide, source=mask, pen=pen)
@@ -77,17 +78,21 @@ def tissue_pixels(
 class SlideDataset(Dataset):
     """Slides as items `dict(image=uint8 (3, H, W) or Canvas, label=float32 (nan if unknown), slide_id=str, box=(height, width) of the tissue)`, with the `record` of an `Augmentation` and the `colour` of the background where there is one.
     An unreadable slide raises `InputError` with its name."""
-    def __init__(self,
-                 cases,        # list of `Case`
-                 spacing,      # microns per pixel at which the network sees them
-                 size=None,    # canvas (height, width) in pixels at that spacing; None: each its own size
-                 augment=None, # `Augmentation`, or a function of (image, numpy generator), e.g. `flips`
-                 seed=0,       # of the augmentation
-                 cache=0,      # bytes of images to keep in memory, in each process that reads
-                 canvas=False, # images as `Canvas`; with no other augmentation than an `Augmentation`
-                 clean=None,   # microns; what is farther from tissue is painted in `colour`. None: 50 for a canvas, else nothing is
-                 colour=(255, 255, 255), # of the padding
-                 pen=True):    # leave out ink of felt pens; False for stains other than haematoxylin and eosin
+    def __init__(
+        self,
+        cases,  # list of `Case`
+        spacing,  # microns per pixel at which the network sees them
+        size=None,  # canvas (height, width) in pixels at that spacing; None: each its own size
+        augment=None,  # `Augmentation`, or a function of (image, numpy generator), e.g. `flips`
+        seed=0,  # of the augmentation
+        cache=0,  # bytes of images to keep in memory, in each process that reads
+        canvas=False,  # images as `Canvas`; with no other augmentation than an `Augmentation`
+        # microns; what is farther from tissue is painted in `colour`. None: 50 for a canvas, else
+        # nothing is
+        clean=None,
+        colour=(255, 255, 255),  # of the padding
+        pen=True,  # leave out ink of felt pens; False for stains other than haematoxylin and eosin
+    ):    
         if canvas and augment is not None and not isinstance(augment, Augmentation): raise InputError('a canvas can be augmented by an Augmentation only')
         if augment is not None and not (isinstance(augment, Augmentation) or callable(augment)): raise InputError(f'augment {augment!r} is no Augmentation and no function')
         for what, v, high in (('spacing', spacing, 1000), ('clean', 1 if clean is None else clean, 1e6), ('cache', cache, math.inf)): checked_number(v, f'{what} of a dataset', 0, high, open=what == 'spacing')
@@ -154,12 +159,14 @@ class SlideDataset(Dataset):
 def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 # %% ../nbs/08_data.ipynb #cacd5e11
-def check_cohort(cases,         # list of `Case`, or a `SlideDataset`, whose cache is filled on the way
-                 spacing=None,  # microns per pixel
-                 size=None,     # canvas (height, width), or None
-                 workers=0,     # threads that read
-                 progress=True,
-                 **kwargs):     # to `SlideDataset`: augment, seed, cache
+def check_cohort(
+    cases,  # list of `Case`, or a `SlideDataset`, whose cache is filled on the way
+    spacing=None,  # microns per pixel
+    size=None,  # canvas (height, width), or None
+    workers=0,  # threads that read
+    progress=True,
+    **kwargs,  # to `SlideDataset`: augment, seed, cache
+):     
     "Read every slide once; returns the `SlideDataset`, or raises one `InputError` that names all slides that cannot be used."
     data = cases if isinstance(cases, SlideDataset) else SlideDataset(cases, spacing, size, **kwargs)
     def look(i):
@@ -195,12 +202,16 @@ def turned_out(data, augment):
 # %% ../nbs/08_data.ipynb #724cc465
 class EpochSampler(Sampler):
     "Keys (index, epoch) in an order that is a function of (seed, epoch); call `set_epoch` before each epoch. Of several ranks each takes every n-th key, and all together take each once."
-    def __init__(self,
-                 labels,          # one number a case
-                 seed=0,
-                 oversample=True, # draw each class as often as the largest; or a list of the labels that are, such as (0,)
-                 shuffle=True,
-                 rank=0, ranks=1): # of torch.distributed
+    def __init__(
+        self,
+        labels,  # one number a case
+        seed=0,
+        # draw each class as often as the largest; or a list of the labels that are, such as (0,)
+        oversample=True,
+        shuffle=True,
+        rank=0,
+        ranks=1,  # of torch.distributed
+    ): 
         try: labels, rank, ranks = np.asarray([math.nan if l is None else float(l) for l in labels]), operator.index(rank), operator.index(ranks)
         except (TypeError, ValueError): raise InputError('a sampler takes one number a slide as its labels, and whole numbers as rank and ranks') from None
         if np.isnan(labels).any(): raise InputError(f'slide {int(np.isnan(labels).argmax())} has no label; leave out those without')
@@ -215,7 +226,8 @@ class EpochSampler(Sampler):
         self.seed, self.shuffle, self.rank, self.ranks = seed, shuffle, rank, ranks
         keyed_rng(seed); self.set_epoch(0)
 
-    def set_epoch(self, epoch, start=0): # start: keys of this rank that were used before a run was broken off
+    def set_epoch(self, epoch,
+                  start=0): # keys of this rank that were used before a run was broken off
         if not (isinstance(start, numbers.Integral) and start >= 0): raise InputError(f'start {start!r} must be a whole number of keys, not below 0')
         self.epoch, self.start = epoch, start
     def __len__(self): return max(0, len(range(self.rank, sum(n for _, n in self.groups), self.ranks))-self.start)
@@ -228,13 +240,18 @@ class EpochSampler(Sampler):
         return iter([(int(i), self.epoch) for i in order[self.rank::self.ranks][self.start:]])
 
 # %% ../nbs/08_data.ipynb #4d56c74e
-def slide_loader(data,             # `SlideDataset`
-                 train=False,      # shuffled and oversampled; otherwise in the order of the cases
-                 seed=0,
-                 workers=0,        # processes that read ahead; 0: read in this one
-                 oversample=True,  # only where `train`; as for `EpochSampler`. Of labels that are several numbers nothing can be: False
-                 ahead=2,          # items that each worker has ready
-                 rank=0, ranks=1): # of torch.distributed
+def slide_loader(
+    data,  # `SlideDataset`
+    train=False,  # shuffled and oversampled; otherwise in the order of the cases
+    seed=0,
+    workers=0,  # processes that read ahead; 0: read in this one
+    # only where `train`; as for `EpochSampler`. Of labels that are several numbers nothing can be:
+    # False
+    oversample=True,
+    ahead=2,  # items that each worker has ready
+    rank=0,
+    ranks=1,  # of torch.distributed
+): 
     "A DataLoader that gives one slide at a time; memory is bounded by `workers*ahead` items and those in work."
     if train and (without := [c.slide_id for c in data.cases if c.label is None]): raise InputError(several(f'{len(without)} slides to train on have no label; leave them out', without))
     alike = not train or any(isinstance(c.label, tuple) for c in data.cases)
@@ -274,10 +291,13 @@ def _deaf(_): # in a worker: only its parent may end it
     if _BLOCKED: signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED); threading.Thread(target=hear, daemon=True).start()
 
 # %% ../nbs/08_data.ipynb #fff2b57c
-def sample_patches(data,     # `SlideDataset`
-                   n=32,     # patches
-                   size=256, # pixels a side
-                   seed=0, tries=8):
+def sample_patches(
+    data,  # `SlideDataset`
+    n=32,  # patches
+    size=256,  # pixels a side
+    seed=0,
+    tries=8,
+):
     "`n` patches of tissue, uint8 (n, 3, size, size); smaller images are padded with white."
     if not len(data): raise InputError('there is no slide to take patches from')
     if min(n, size, tries) < 1: raise InputError(f'{n} patches of {size} pixels in {tries} tries cannot be taken: each must be at least 1')
@@ -292,9 +312,9 @@ def sample_patches(data,     # `SlideDataset`
 
 # %% ../nbs/08_data.ipynb #d0000002
 def channel_statistics(
-    data, # `SlideDataset`, of the training set
-    tissue:bool=True, # over tissue alone; else over its boxes with the glass in them
-    progress=True, # a progress bar
+    data,  # `SlideDataset`, of the training set
+    tissue: bool = True,  # over tissue alone; else over its boxes with the glass in them
+    progress=True,  # a progress bar
 ): # (mean, std), three numbers each, as fractions of white: for `StreamingClassifier(mean=, std=)`
     "Mean and standard deviation of each channel, exact."
     count = np.zeros((3, 256), np.int64)

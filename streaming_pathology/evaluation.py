@@ -17,14 +17,15 @@ from .cohorts import finite_number, read_table
 from .auc import Interval, auc, auc_interval, bootstrap_ci, check_level, check_scores, class_weights, delong_test, draw_weights, group_numbers, percent, resampled, roc, share_interval
 
 # %% ../nbs/13_evaluation.ipynb #c9d09050
-def roc_band(labels, # 0 or 1 for each slide
-             scores, # higher means more likely positive
-             n=1000, # resampled curves
-             seed=0, # of the draws
-             level=.95, # share of the curves inside the band
-             grid=None, # false positive rates (m,), None: 201 even steps
-             groups=None, # patient of each slide; see `bootstrap_aucs`
-            ):
+def roc_band(
+    labels,  # 0 or 1 for each slide
+    scores,  # higher means more likely positive
+    n=1000,  # resampled curves
+    seed=0,  # of the draws
+    level=.95,  # share of the curves inside the band
+    grid=None,  # false positive rates (m,), None: 201 even steps
+    groups=None,  # patient of each slide; see `bootstrap_aucs`
+):
     "Pointwise bootstrap band of the ROC curve: `(grid, low, high)`, each (m,)"
     at_least_one(n=n); grid = np.linspace(0, 1, 201) if grid is None else np.asarray(grid)
     def at(pos, neg):
@@ -42,15 +43,16 @@ def _band(labels, scores, at, n, seed, level, groups): # at: of the positive and
         rows += [at(pos, neg) for pos, neg in zip(*curves) if pos[-1] and neg[-1]] # of one class only: drawn again
     return np.quantile(rows, [(1-level)/2, (1+level)/2], axis=0)
 
-def plot_roc(labels, # 0 or 1 for each slide
-             scores, # higher means more likely positive
-             ax, # matplotlib axis to draw into
-             label=None, # name of the model in the legend
-             colour='#2f6690', # of curve and band
-             band=True, # draw the bootstrap band
-             interval=None, # an `Interval` already computed; None: that of `auc_interval`
-             groups=None, # patient of each slide; see `bootstrap_aucs`
-            ):
+def plot_roc(
+    labels,  # 0 or 1 for each slide
+    scores,  # higher means more likely positive
+    ax,  # matplotlib axis to draw into
+    label=None,  # name of the model in the legend
+    colour='#2f6690',  # of curve and band
+    band=True,  # draw the bootstrap band
+    interval=None,  # an `Interval` already computed; None: that of `auc_interval`
+    groups=None,  # patient of each slide; see `bootstrap_aucs`
+):
     "Draw the ROC curve into `ax`, with its AUC, interval and bootstrap band; returns `ax`"
     fpr, tpr, _ = roc(labels, scores)
     ci = interval or auc_interval(labels, scores, groups=groups)
@@ -67,13 +69,14 @@ def _square(ax, xlabel, ylabel, loc):
     return ax
 
 # %% ../nbs/13_evaluation.ipynb #evl00004
-def average_precision(labels, # 0 or 1 for each slide
-                      scores, # higher means more likely positive
-                      n=10_000, # draws
-                      seed=0, # of the draws
-                      level=.95, # of the interval
-                      groups=None, # patient of each slide; see `bootstrap_aucs`
-                     ): # float, `Interval`
+def average_precision(
+    labels,  # 0 or 1 for each slide
+    scores,  # higher means more likely positive
+    n=10_000,  # draws
+    seed=0,  # of the draws
+    level=.95,  # of the interval
+    groups=None,  # patient of each slide; see `bootstrap_aucs`
+): # float, `Interval`
     "Area under the curve of precision and recall, as scikit-learn has it, and its percentile bootstrap interval"
     y, s = check_scores(labels, scores); check_level(level)
     def area(w):
@@ -90,14 +93,16 @@ def pr_band(labels, scores, n=1000, seed=0, level=.95, grid=None, groups=None):
         return pos[k]/(pos[k]+neg[k])
     return grid, *_band(labels, scores, at, n, seed, level, groups)
 
-def plot_pr(labels, # 0 or 1 for each slide
-            scores, # higher means more likely positive
-            ax, # matplotlib axis to draw into
-            label=None, # name of the model in the legend
-            colour='#2f6690', # of curve and band
-            band=True, # draw the bootstrap band
-            groups=None, # patient of each slide; see `bootstrap_aucs`
-            **kwargs): # n, seed, level: see `average_precision`
+def plot_pr(
+    labels,  # 0 or 1 for each slide
+    scores,  # higher means more likely positive
+    ax,  # matplotlib axis to draw into
+    label=None,  # name of the model in the legend
+    colour='#2f6690',  # of curve and band
+    band=True,  # draw the bootstrap band
+    groups=None,  # patient of each slide; see `bootstrap_aucs`
+    **kwargs,  # n, seed, level: see `average_precision`
+): 
     "Draw precision against recall into `ax`, with the average precision, its interval and a bootstrap band; returns `ax`"
     from sklearn.metrics import precision_recall_curve
     y, s = check_scores(labels, scores)
@@ -117,11 +122,14 @@ class OperatingPoint:
     sensitivity: float   # share of the positive slides that are called positive
     specificity: float   # share of the negative slides that are called negative
 
-def operating_point(labels, # 0 or 1 for each slide
-                    scores, # higher means more likely positive
-                    threshold=None, # None: the one of maximum accuracy; of several the one with the highest sensitivity + specificity, then the lowest
-                    least=None, # or the highest with at least this sensitivity
-                   )->OperatingPoint:
+def operating_point(
+    labels,  # 0 or 1 for each slide
+    scores,  # higher means more likely positive
+    # None: the one of maximum accuracy; of several the one with the highest sensitivity +
+    # specificity, then the lowest
+    threshold=None,
+    least=None,  # or the highest with at least this sensitivity
+)->OperatingPoint:
     "Accuracy, sensitivity and specificity at `threshold`"
     y, s = check_scores(labels, scores)
     if least is not None:
@@ -172,17 +180,18 @@ class Metrics:
     def __str__(self): return f"AUC {self.auc:.3f} ({percent(self.level)} interval {self.interval}, by the paper's bootstrap {self.bootstrap}, {self.n} slides{f' of {self.patients} patients' if self.patients else ''}, {self.positives} positive)"
 
 # %% ../nbs/13_evaluation.ipynb #6c074f0e
-def evaluate(labels, # 0 or 1 for each slide
-             scores, # higher means more likely positive
-             split='test', # name of this set of slides
-             n=10_000, # bootstrap draws
-             seed=0, # of the draws
-             level=.95, # of the intervals
-             threshold=None, # None: maximum accuracy on these slides
-             threshold_from=None, # where `threshold` comes from
-             groups=None, # patient of each slide; None: each is another's
-             method='logit', # of the AUC's interval: see `auc_interval`
-            )->Metrics:
+def evaluate(
+    labels,  # 0 or 1 for each slide
+    scores,  # higher means more likely positive
+    split='test',  # name of this set of slides
+    n=10_000,  # bootstrap draws
+    seed=0,  # of the draws
+    level=.95,  # of the intervals
+    threshold=None,  # None: maximum accuracy on these slides
+    threshold_from=None,  # where `threshold` comes from
+    groups=None,  # patient of each slide; None: each is another's
+    method='logit',  # of the AUC's interval: see `auc_interval`
+)->Metrics:
     "AUC with its interval and the paper's, and accuracy, sensitivity and specificity at one threshold"
     y, s = check_scores(labels, scores); patients = len(np.unique(group_numbers(groups, len(y))))
     groups = groups if patients < len(y) else None
@@ -203,8 +212,9 @@ class Prediction:
     probability: float
     seconds: float|None=None
 
-def read_predictions(path, # CSV with slide_id, label, split, probability and perhaps seconds
-                    )->list[Prediction]:
+def read_predictions(
+    path,  # CSV with slide_id, label, split, probability and perhaps seconds
+)->list[Prediction]:
     "All rows of `path`, checked; `InputError` names the file, the row and the value"
     rows = read_table(path, COLUMNS[:4], COLUMNS[4:], 'run sp_predict first, or give the path of a predictions.csv')
     if not rows: raise InputError(f'{path} has no rows: run sp_predict on at least one slide')
@@ -235,9 +245,10 @@ def read_patients(path, needed=True)->dict:
     if not needed and not path.exists(): return {}
     return column_of(path, 'patient_id', needed)
 
-def patients_of(ids, # of slides
-                known, # as `read_patients` gives it
-               )->list|None:
+def patients_of(
+    ids,  # of slides
+    known,  # as `read_patients` gives it
+)->list|None:
     "The patient of each slide, a slide of whom nothing is known as one of its own; None where nobody has several of these"
     of = [known.get(i, f'slide {i}') for i in ids]
     return of if len({*of}) < len(of) else None

@@ -21,10 +21,15 @@ from .bags import Bag, BagDataset, PatchGrid
 # %% ../nbs/12_features.ipynb #f0000006
 class Encoder(nn.Module):
     "A frozen network of patches: uint8 (n, 3, size, size) -> float32 features (n, d) and, of one that has learnt to classify slides or patches, the logits (n,) that it gives them; otherwise None."
-    def __init__(self, network,  # a `StreamingClassifier`, or another whose output is (n, d)
-                 transform=None, # what that one takes of patches: a function of uint8 (n, 3, size, size); None: it takes those
-                 pil=False,      # the transform is of one patch, as PIL image
-                 card=None):     # what to build it from again; see `make_encoder`
+    def __init__(
+        self,
+        network,  # a `StreamingClassifier`, or another whose output is (n, d)
+        # what that one takes of patches: a function of uint8 (n, 3, size, size); None: it takes
+        # those
+        transform=None,
+        pil=False,  # the transform is of one patch, as PIL image
+        card=None,  # what to build it from again; see `make_encoder`
+    ):     
         super().__init__()
         self.network, self.pil, self.card = network, pil, card or {}
         self.transform = transform
@@ -68,9 +73,13 @@ def weights_hash(weights, of): # weights: a state dict; of: what JSON can hold
     return digest.hexdigest()
 
 # %% ../nbs/12_features.ipynb #f0000008
-def make_encoder(backbone,       # 'torchvision:NAME', 'timm:NAME', or 'FILE.py:FUNCTION'
-                 weights=None,   # torchvision's name of them, such as DEFAULT; for timm DEFAULT; or the path of a state dict. None: random
-                 sha256=None):   # checksum that the file must have
+def make_encoder(
+    backbone,  # 'torchvision:NAME', 'timm:NAME', or 'FILE.py:FUNCTION'
+    # torchvision's name of them, such as DEFAULT; for timm DEFAULT; or the path of a state dict.
+    # None: random
+    weights=None,
+    sha256=None,  # checksum that the file must have
+):   
     "The `Encoder` that a name describes."
     kind, _, name = str(backbone).rpartition(':')
     if kind.endswith('.py'):
@@ -180,12 +189,18 @@ def read_features(path, of): # `Features`, or None where there are none of just 
 # %% ../nbs/12_features.ipynb #f0000013
 class FeatureDataset(BagDataset):
     "Slides as items like those of a `BagDataset`, whose image is `Features`, or a `KeptBag` where there are none yet."
-    def __init__(self, cases, spacing, size=None, grid=PatchGrid(),
-                 folder=None,  # where features are kept
-                 encoder='',   # checksum of the `Encoder`
-                 amp=None,     # precision that it runs in
-                 views=1,      # augmented views of a slide
-                 **kwargs):    # for `BagDataset`
+    def __init__(
+        self,
+        cases,
+        spacing,
+        size=None,
+        grid=PatchGrid(),
+        folder=None,  # where features are kept
+        encoder='',  # checksum of the `Encoder`
+        amp=None,  # precision that it runs in
+        views=1,  # augmented views of a slide
+        **kwargs,  # for `BagDataset`
+    ):    
         super().__init__(cases, spacing, size, grid, **kwargs)
         at_least_one(views=views)
         self.folder, self.encoder, self.amp, self.views, self.hashes = folder and Path(folder), encoder, amp, views, {}
@@ -227,10 +242,13 @@ def slide_hash(case): # text
 # %% ../nbs/12_features.ipynb #f0000015
 class FeatureMIL(nn.Module):
     "An aggregator over the features of a frozen backbone: `Bag` or `Features` -> logits (1, n_out), in training perhaps several that each learn the label."
-    def __init__(self, encoder,  # `Encoder`; None: for `Features` alone
-                 aggregator,     # see `aggregators`
-                 batch=64,       # patches that the encoder sees at a time
-                 whole=False):   # the state dict has the encoder's weights too
+    def __init__(
+        self,
+        encoder,  # `Encoder`; None: for `Features` alone
+        aggregator,  # see `aggregators`
+        batch=64,  # patches that the encoder sees at a time
+        whole=False,  # the state dict has the encoder's weights too
+    ):   
         super().__init__()
         at_least_one(batch=batch)
         self.aggregator, self.batch = aggregator, batch

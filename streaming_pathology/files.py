@@ -201,10 +201,10 @@ def _openslide_spacing(properties):
     except (KeyError, ValueError): return math.nan, math.nan
 
 def resolve_spacing(
-    path, # named in messages
-    said, # dict: source -> (height, width) of a pixel in microns, in the order of trust
-    given=None, # microns per pixel by the user; used where no source says any
-    override=False, # use `given` whatever the file says
+    path,  # named in messages
+    said,  # dict: source -> (height, width) of a pixel in microns, in the order of trust
+    given=None,  # microns per pixel by the user; used where no source says any
+    override=False,  # use `given` whatever the file says
 ): # (microns per pixel, sentences on what contradicts it)
     "Microns per pixel, never guessed; `InputError` if nobody says, or if pixels are not square."
     if given is not None:
@@ -402,12 +402,14 @@ def locked(folder):
 
 # %% ../nbs/05_files.ipynb #f0000012
 def write_tiff(
-    pixels, # uint8 (height, width, 3) or (height, width), or a `pyvips.Image` of such pixels, read once from top to bottom
-    path, # where to; replaced if it exists
-    spacing:float, # microns per pixel
-    compression='deflate', # 'deflate' is exact, 'jpeg' is small
-    nearest=False, # for masks: coarser levels take one of the pixels instead of their mean
-    quality:int=90, # of JPEG
+    # uint8 (height, width, 3) or (height, width), or a `pyvips.Image` of such pixels, read once
+    # from top to bottom
+    pixels,
+    path,  # where to; replaced if it exists
+    spacing: float,  # microns per pixel
+    compression='deflate',  # 'deflate' is exact, 'jpeg' is small
+    nearest=False,  # for masks: coarser levels take one of the pixels instead of their mean
+    quality: int = 90,  # of JPEG
 ):
     "A tiled pyramidal TIFF with its resolution in the tags, written whole or not at all."
     if not FINEST <= spacing <= COARSEST: raise InputError(f'{path}: spacing {spacing} must be between {FINEST} and {COARSEST} microns per pixel')

@@ -30,9 +30,10 @@ def as_image(image): # a tensor (1, 3, H, W), or what reads one by rows
 def rows_of(image, top, bottom): # tensor (1, 3, bottom-top, W)
     return torch.as_tensor(image.read(top, bottom)) if callable(getattr(image, 'read', None)) else image[:, :, top:bottom]
 
-def image_std(x, # (1, 3, H, W), uint8 or float, or what reads it by rows
-              rows=256, # rows at a time: no float copy of a whole image is held
-             )->float:
+def image_std(
+    x,  # (1, 3, H, W), uint8 or float, or what reads it by rows
+    rows=256,  # rows at a time: no float copy of a whole image is held
+)->float:
     "Standard deviation over all pixels and channels, in grey levels"
     sums = [(p.double().sum().item(), p.double().square().sum().item()) for top in range(0, x.shape[2], rows) for p in [rows_of(x, top, min(top+rows, x.shape[2]))]]
     mean, square = np.sum(sums, 0)/np.prod(x.shape)
@@ -40,7 +41,8 @@ def image_std(x, # (1, 3, H, W), uint8 or float, or what reads it by rows
 
 class ChangedRows:
     "An image (1, 3, H, W) as floats, read by rows that are changed on the way"
-    def __init__(self, image, change=None): # change: a function of floats (1, 3, h, W) and their first row, which may change them in place, that gives them
+    def __init__(self, image,
+                 change=None): # a function of floats (1, 3, h, W) and their first row, which may change them in place, that gives them
         self.image, self.change, self.shape = image, change, tuple(image.shape)
         first = rows_of(image, 0, 1); self.dtype, self.device, self.lock = torch.float64 if first.dtype == torch.float64 else torch.float32, first.device, threading.Lock() # strips are read ahead by another thread
     def read(self, top, bottom):
@@ -72,8 +74,9 @@ class Noise:
 
 # %% ../nbs/14_gradients.ipynb #grd00009
 @contextmanager
-def only_input_gradients(model # any nn.Module
-                        ):
+def only_input_gradients(
+    model,  # any nn.Module
+):
     "Inside, `model` is in eval mode and none of its parameters wants a gradient; both are restored"
     training, wants = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -94,10 +97,11 @@ def reads_rows(model, image): # bool
     first = first_streamed(model)
     return first is not None and not (isinstance(image, torch.Tensor) and (first.direction == 'columns' or first.direction == 'auto' and image.shape[3] > image.shape[2]))
 
-def output_of(model, # gives (1, n_out) for an image (1, 3, H, W) of 0..255
-              rows, # `ChangedRows`, or `GradientRows`, which are then handed their gradients
-              target=0, # output
-             )->float:
+def output_of(
+    model,  # gives (1, n_out) for an image (1, 3, H, W) of 0..255
+    rows,  # `ChangedRows`, or `GradientRows`, which are then handed their gradients
+    target=0,  # output
+)->float:
     "One output for an image that is read by rows; the model is as it was afterwards"
     p, wants = next(model.parameters(), None), isinstance(rows, GradientRows)
     device = rows.device if p is None else p.device
@@ -122,15 +126,17 @@ def add_rows(total, pixels, top, place): # pixels (..., h, W), from the row `top
     columns = nn.functional.pad(pixels, (0, -pixels.shape[-1] % place)).unflatten(-1, (-1, place)).sum(-1)
     total.index_add_(-2, torch.arange(top, top+pixels.shape[-2], device=total.device)//place, columns)
 
-def smoothgrad(model, # gives (1, n_out) for a float image (1, 3, H, W) of 0..255; a streamed one for large images
-               image, # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
-               n=25, # noisy copies
-               noise=.05, # standard deviation of the noise, as a share of the image-wide standard deviation
-               seed=0, # of the noise
-               target=0, # output to explain
-               average='absolute', # 'absolute', 'squared' or 'signed'
-               place=1, # pixels a side of a place of the map, which has the mean over them
-              )->np.ndarray:
+def smoothgrad(
+    # gives (1, n_out) for a float image (1, 3, H, W) of 0..255; a streamed one for large images
+    model,
+    image,  # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
+    n=25,  # noisy copies
+    noise=.05,  # standard deviation of the noise, as a share of the image-wide standard deviation
+    seed=0,  # of the noise
+    target=0,  # output to explain
+    average='absolute',  # 'absolute', 'squared' or 'signed'
+    place=1,  # pixels a side of a place of the map, which has the mean over them
+)->np.ndarray:
     "Mean sensitivity of the logit to each pixel over `n` noisy copies (ceil(H/place), ceil(W/place)) float32, never negative (Smilkov et al. 2017)"
     x = as_image(image); at_least_one(n=n, place=place); signed = average == 'signed'
     if not 0 <= noise < np.inf: raise InputError(f'noise={noise}: the noise is a share of the standard deviation and cannot be negative')
@@ -150,13 +156,15 @@ def glass_of(glass, rows): # tensor (1, 1 or 3, 1, 1)
     if found.shape[1] not in (1, 3): raise InputError(f'glass={glass}: give a grey level, or red, green and blue')
     return found
 
-def integrated_gradients(model, # gives (1, n_out) for a float image (1, 3, H, W) of 0..255; a streamed one for large images
-                         image, # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
-                         glass=255., # grey level, or three, of the image to start from
-                         steps=32, # on the way, each in the middle of its part
-                         target=0, # output to explain
-                         signed=False, # give what each pixel adds, which may be below zero, and not how much
-                        )->np.ndarray:
+def integrated_gradients(
+    # gives (1, n_out) for a float image (1, 3, H, W) of 0..255; a streamed one for large images
+    model,
+    image,  # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
+    glass=255.,  # grey level, or three, of the image to start from
+    steps=32,  # on the way, each in the middle of its part
+    target=0,  # output to explain
+    signed=False,  # give what each pixel adds, which may be below zero, and not how much
+)->np.ndarray:
     "What each pixel adds to the logit on the way from glass to the image (H, W) float32 (Sundararajan et al. 2017)"
     x = as_image(image); at_least_one(steps=steps); like = ChangedRows(x)
     start, total = glass_of(glass, like), torch.zeros(x.shape[2:], dtype=like.dtype)

@@ -12,9 +12,10 @@ from .errors import InputError
 from .auc import auc, auc_interval, check_scores, share_interval
 
 # %% ../nbs/13_groups.ipynb #sub000005
-def as_groups(values,  # a text or a number for each slide; None, nan or '' where it is not known
-              few=6,   # so many different numbers are groups each; more are cut into thirds
-             ): # name of the group of each slide, or None; names in order, all different
+def as_groups(
+    values,  # a text or a number for each slide; None, nan or '' where it is not known
+    few=6,  # so many different numbers are groups each; more are cut into thirds
+): # name of the group of each slide, or None; names in order, all different
     "Slides sorted by the values of a column"
     def number(v):
         try: return float(v)
@@ -31,13 +32,14 @@ def as_groups(values,  # a text or a number for each slide; None, nan or '' wher
     names = named([(a, max(there[there < b]) if whole and b < edges[-1] else b) for a, b in zip(edges, edges[1:])], lambda a, b, d: f'{a:.{d}g} to {b:.{d}g}' if not (a == int(a) and b == int(b)) else f'{a:.0f}' if a == b else f'{a:.0f} to {b:.0f}')
     return [None if x is None else names[min(np.searchsorted(edges, x, 'right')-1, len(names)-1)] for x in numbers], names
 
-def by_group(labels,   # 0 or 1 for each slide
-             scores,   # higher means more likely positive
-             values,   # of a column: see `as_groups`
-             threshold, # from which on a slide is called positive
-             level=.95, # of the intervals
-             groups=None, # patient of each slide; None: each is another's
-            )->list: # a dict each
+def by_group(
+    labels,  # 0 or 1 for each slide
+    scores,  # higher means more likely positive
+    values,  # of a column: see `as_groups`
+    threshold,  # from which on a slide is called positive
+    level=.95,  # of the intervals
+    groups=None,  # patient of each slide; None: each is another's
+)->list: # a dict each
     "Of each group: its name, n, positives, auc with low and high (None where it has one class), sensitivity and specificity with their intervals (None where it has no such slides), and against: what its positive slides are held against"
     y, s = check_scores(labels, scores); patients = np.arange(len(y)) if groups is None else np.asarray(groups)
     if len(patients) != len(y): raise InputError(f'{len(patients)} patients for {len(y)} slides: give one for each slide')
@@ -54,10 +56,12 @@ def by_group(labels,   # 0 or 1 for each slide
         rows.append(row)
     return rows
 
-def plot_groups(rows, # of `by_group`
-                ax, # matplotlib axis to draw into
-                whole=None, # AUC of all slides
-                colour='#2f6690'):
+def plot_groups(
+    rows,  # of `by_group`
+    ax,  # matplotlib axis to draw into
+    whole=None,  # AUC of all slides
+    colour='#2f6690',
+):
     "Draw the AUC of each group with its interval into `ax`, first at the top; returns `ax`"
     shown = [r for r in rows if r['auc'] is not None]; at = -np.arange(len(shown))
     if whole is not None: ax.axvline(whole, color='.6', lw=.8, ls=(0, (4, 4)))

@@ -22,11 +22,12 @@ METHODS = dict(smoothgrad='SmoothGrad', gradient='gradient', integrated='integra
 FORMAT = 'streaming_pathology heatmaps 1' # of the folder of maps that it writes
 
 # %% ../nbs/14_heatmaps.ipynb #hmp00002
-def class_activation(model, # `StreamingClassifier`, or with `features(x)` and `head(f)`
-                     image, # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
-                     target=0, # output to explain
-                     signed=False, # give what speaks against the class too, below zero
-                    )->np.ndarray:
+def class_activation(
+    model,  # `StreamingClassifier`, or with `features(x)` and `head(f)`
+    image,  # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
+    target=0,  # output to explain
+    signed=False,  # give what speaks against the class too, below zero
+)->np.ndarray:
     "What each place of the feature map adds to the logit (ceil(H/32), ceil(W/32)) float32: Grad-CAM, which after a mean is the class activation map"
     if not (hasattr(model, 'features') and hasattr(model, 'head')): raise InputError(f'{type(model).__name__} has no features and head, of which a class activation map is made')
     rows, p = ChangedRows(as_image(image)), next(model.parameters(), None)
@@ -42,9 +43,10 @@ def class_activation(model, # `StreamingClassifier`, or with `features(x)` and `
     return (heat if signed else heat.relu()).float().cpu().numpy()
 
 # %% ../nbs/14_heatmaps.ipynb #hmp00009
-def attention_map(model, # `StreamingClassifier` with pool='attention'
-                  image, # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
-                 )->np.ndarray:
+def attention_map(
+    model,  # `StreamingClassifier` with pool='attention'
+    image,  # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
+)->np.ndarray:
     "The attention that each place of the feature map gets, as a share of the largest (ceil(H/32), ceil(W/32)) float32 (Ilse et al. 2018)"
     if not isinstance(model, StreamingClassifier): raise InputError(f'{type(model).__name__} is no StreamingClassifier, whose pooling by attention could be drawn')
     rows, p = ChangedRows(as_image(image)), next(model.parameters()); rows.dtype = p.dtype
@@ -52,14 +54,15 @@ def attention_map(model, # `StreamingClassifier` with pool='attention'
     return (a/a.max()).float().cpu().numpy()
 
 # %% ../nbs/14_heatmaps.ipynb #hmp00005
-def occlusion(model, # gives (1, n_out) for a float image (1, 3, H, W) of 0..255
-              image, # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
-              size=256, # pixels a side, of the square
-              stride=None, # pixels from one place to the next; None: half of `size`
-              glass=255., # grey level, or three, of the square
-              target=0, # output to explain
-              signed=False, # give also where the logit rises, below zero
-             )->np.ndarray:
+def occlusion(
+    model,  # gives (1, n_out) for a float image (1, 3, H, W) of 0..255
+    image,  # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
+    size=256,  # pixels a side, of the square
+    stride=None,  # pixels from one place to the next; None: half of `size`
+    glass=255.,  # grey level, or three, of the square
+    target=0,  # output to explain
+    signed=False,  # give also where the logit rises, below zero
+)->np.ndarray:
     "How far the logit falls where a square of glass lies, the mean over all squares on a place: a place for each `stride` pixels, float32"
     x, stride = as_image(image), size//2 or 1 if stride is None else stride; at_least_one(size=size, stride=stride)
     if stride > size: raise InputError(f'stride={stride} of squares of {size} pixels leaves gaps; give {size} at most')
@@ -80,10 +83,11 @@ def occlusion(model, # gives (1, n_out) for a float image (1, 3, H, W) of 0..255
     return heat if signed else heat.clip(0)
 
 # %% ../nbs/14_heatmaps.ipynb #h6000002
-def patch_heatmap(model, # with `relevance(bag)`, (n,) from 0 to 1: `InstanceMIL`, `FeatureMIL` or another
-                  bag,   # `Bag`, or `Features` of one
-                  step=16, # pixels a side, of a place of the map
-                 )->np.ndarray:
+def patch_heatmap(
+    model,  # with `relevance(bag)`, (n,) from 0 to 1: `InstanceMIL`, `FeatureMIL` or another
+    bag,  # `Bag`, or `Features` of one
+    step=16,  # pixels a side, of a place of the map
+)->np.ndarray:
     "The probabilities of the patches of a bag, or the attention that they get, where they lie: (ceil(H/step), ceil(W/step)) float32. The paper, section IV-D."
     if step < 1 or step != int(step): raise InputError(f'step={step}: a place of a heatmap is a whole number of pixels, at least 1')
     sums, counts = np.zeros((2, *(-(-n//int(step)) for n in bag.shape)))
@@ -93,9 +97,10 @@ def patch_heatmap(model, # with `relevance(bag)`, (n,) from 0 to 1: `InstanceMIL
     return (sums/np.maximum(counts, 1)).astype(np.float32)
 
 # %% ../nbs/14_heatmaps.ipynb #6eb3aa45
-def pool_map(heat, # (H, W)
-             factor, # pixels a side
-            )->np.ndarray:
+def pool_map(
+    heat,  # (H, W)
+    factor,  # pixels a side
+)->np.ndarray:
     "Mean over windows of `factor` x `factor` pixels (ceil(H/factor), ceil(W/factor)) float32"
     heat = check_map(heat)
     if factor < 1 or factor != int(factor): raise InputError(f'factor={factor}: a heatmap is pooled over a whole number of pixels, at least 1')
@@ -104,18 +109,20 @@ def pool_map(heat, # (H, W)
     counts = [np.diff(a, append=n) for a, n in zip(at, heat.shape)]
     return (sums/np.outer(*counts)).astype(np.float32)
 
-def fit_map(heat, # (H, W)
-            max_side=256, # longest side of the result
-           )->np.ndarray:
+def fit_map(
+    heat,  # (H, W)
+    max_side=256,  # longest side of the result
+)->np.ndarray:
     "Mean over equal parts of the image, with the image's proportions and a longest side of at most `max_side`; float32"
     heat = check_map(heat)
     shrink = min(1, max_side/max(heat.shape))
     size = [max(1, round(n*shrink)) for n in heat.shape]
     return torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(heat)[None, None], size)[0, 0].numpy()
 
-def check_map(heat, # (H, W), finite and not negative
-              name='heatmap', # how to call it in an error
-             )->np.ndarray:
+def check_map(
+    heat,  # (H, W), finite and not negative
+    name='heatmap',  # how to call it in an error
+)->np.ndarray:
     "`heat` as a float32 array, or `InputError`"
     heat = np.asarray(heat, dtype=np.float32) if np.asarray(heat).dtype.kind in 'fiub' else np.empty(0)
     if heat.ndim != 2 or not heat.size: raise InputError(f'{name} is no grid of numbers (H, W): make it with smoothgrad or patch_heatmap')
@@ -123,10 +130,11 @@ def check_map(heat, # (H, W), finite and not negative
     return heat
 
 # %% ../nbs/14_heatmaps.ipynb #c84e8cd0
-def colour_map(heat, # (h, w), not negative
-               top=None, # value of full colour; None: the 99.5th percentile of this map
-               cmap='viridis', # of matplotlib
-              )->np.ndarray:
+def colour_map(
+    heat,  # (h, w), not negative
+    top=None,  # value of full colour; None: the 99.5th percentile of this map
+    cmap='viridis',  # of matplotlib
+)->np.ndarray:
     "`heat` as colours that get opaque with it (h, w, 4) uint8"
     heat = check_map(heat)
     top = np.percentile(heat, 99.5) if top is None else top
@@ -135,12 +143,13 @@ def colour_map(heat, # (h, w), not negative
     rgba[..., 3] = level
     return (rgba*255).round().astype(np.uint8)
 
-def overlay(rgb, # (H, W, 3) uint8
-            heat, # (h, w) over the same field of view
-            alpha=.75, # opacity of full colour
-            top=None, # value of full colour; None: the 99.5th percentile of this map
-            cmap='viridis', # of matplotlib
-           )->np.ndarray:
+def overlay(
+    rgb,  # (H, W, 3) uint8
+    heat,  # (h, w) over the same field of view
+    alpha=.75,  # opacity of full colour
+    top=None,  # value of full colour; None: the 99.5th percentile of this map
+    cmap='viridis',  # of matplotlib
+)->np.ndarray:
     "`rgb` with the stretched heatmap over it (H, W, 3) uint8"
     rgb = np.asarray(rgb)
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8: raise InputError(f'image of shape {rgb.shape} and type {rgb.dtype}: an overlay needs (H, W, 3) uint8')
@@ -149,11 +158,13 @@ def overlay(rgb, # (H, W, 3) uint8
     layer.putalpha(layer.getchannel('A').point(lambda a: a*alpha))
     return np.asarray(Image.alpha_composite(Image.fromarray(rgb).convert('RGBA'), layer).convert('RGB'))
 
-def plot_heatmap(rgb, # (H, W, 3) uint8
-                 heat, # (h, w) over the same field of view
-                 ax, # matplotlib axis to draw into
-                 title=None, **kwargs, # alpha, top, cmap: see `overlay`
-                ):
+def plot_heatmap(
+    rgb,  # (H, W, 3) uint8
+    heat,  # (h, w) over the same field of view
+    ax,  # matplotlib axis to draw into
+    title=None,
+    **kwargs,  # alpha, top, cmap: see `overlay`
+):
     "Draw the image with its heatmap into `ax`; returns `ax`"
     ax.imshow(overlay(rgb, heat, **kwargs))
     ax.set_axis_off()
@@ -161,16 +172,18 @@ def plot_heatmap(rgb, # (H, W, 3) uint8
     return ax
 
 # %% ../nbs/14_heatmaps.ipynb #13b1babd
-def save_heatmap(path, # .npy file
-                 heat, # (h, w)
-                )->Path:
+def save_heatmap(
+    path,  # .npy file
+    heat,  # (h, w)
+)->Path:
     "Write a map as .npy, all of it or nothing"
     f = io.BytesIO()
     np.save(f, check_map(heat))
     return write_whole(path, f.getvalue())
 
-def load_heatmap(path # .npy file
-                )->np.ndarray:
+def load_heatmap(
+    path,  # .npy file
+)->np.ndarray:
     "A map that `save_heatmap` wrote; `InputError` where it is missing or damaged"
     try: heat = np.load(path, allow_pickle=False)
     except FileNotFoundError: raise InputError(f'{path} does not exist: make it with smoothgrad and save_heatmap') from None

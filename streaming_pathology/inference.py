@@ -30,8 +30,10 @@ from .mil import InstanceMIL
 # %% ../nbs/13_inference.ipynb #i0000006
 _SEEN = ('model', 'spacing', 'size', 'canvas', 'pen', 'amp', 'task', 'labels') # of a card: what a prediction depends on
 
-def model_hash(weights, # a state dict
-               card):   # what `load_model` gives beside the network
+def model_hash(
+    weights,  # a state dict
+    card,  # what `load_model` gives beside the network
+):   
     "The checksum of weights and of what they are shown; how many rows are computed at a time is no part of it."
     seen = {k: card.get(k) for k in _SEEN} | dict(model={k: v for k, v in card['model'].items() if k not in ('strip', 'memory')})
     if bags := card.get('bags'): seen['bags'] = {k: v for k, v in bags.items() if k not in ('k', 'batch')}
@@ -62,9 +64,11 @@ def checked_card(card, path): # the same, complete
     return found
 
 # %% ../nbs/13_inference.ipynb #i0000008
-def export_model(checkpoint, # file of `sp_train`, such as run/checkpoints/best.pt
-                 out,        # the .safetensors file to write
-                 **more):    # to the card: metrics, date, ...
+def export_model(
+    checkpoint,  # file of `sp_train`, such as run/checkpoints/best.pt
+    out,  # the .safetensors file to write
+    **more,  # to the card: metrics, date, ...
+):    
     "A trained network with its card as one safetensors file; returns the card."
     state = _of_a_model(checkpoint)
     card = checked_card(state.get('settings', {}), checkpoint)
@@ -146,8 +150,12 @@ def load_model(path, device='cpu', strip=None): # the network, to evaluate with,
 # %% ../nbs/13_inference.ipynb #i0000012
 TTA = dict(none=(0,), flips=(0, 1, 2, 3), all=tuple(range(8)))
 
-def turned(x,   # tensor (..., H, W), `Canvas` or `Bag`
-           way): # 0 as it is; bit 1: rows mirrored; bit 2: columns mirrored; bit 4: then rows and columns change places
+def turned(
+    x,  # tensor (..., H, W), `Canvas` or `Bag`
+    # 0 as it is; bit 1: rows mirrored; bit 2: columns mirrored; bit 4: then rows and columns change
+    # places
+    way,
+): 
     "An image in one of the eight ways to lay it."
     if not way: return x
     if isinstance(x, Bag):
@@ -242,15 +250,17 @@ def _key(case): # changes where the slide does
     return hashlib.sha256(repr([case.slide_id, str(Path(case.path).absolute()), file_stamp(case.path), case.spacing, case.mask and (str(case.mask), file_stamp(case.mask))]).encode()).hexdigest()
 
 def predict_table(
-    model, card,   # as `load_model` gives them
-    cases,         # list of `Case`
-    out,           # CSV to write
+    model,
+    card,  # as `load_model` gives them
+    cases,  # list of `Case`
+    out,  # CSV to write
     device='cpu',
-    amp=None,      # 'bf16', 'fp16' or 'none'; None: as in training
-    workers=0,     # processes that read slides ahead
-    tta='none',    # test-time augmentation: 'flips' or 'all', the mean over several ways to lay an image
-    skip=False,    # write the table also where slides failed, without them
-    ranks=Alone(), # several processes share the slides
+    amp=None,  # 'bf16', 'fp16' or 'none'; None: as in training
+    workers=0,  # processes that read slides ahead
+    # test-time augmentation: 'flips' or 'all', the mean over several ways to lay an image
+    tta='none',
+    skip=False,  # write the table also where slides failed, without them
+    ranks=Alone(),  # several processes share the slides
     progress=True,
 ): # (rows, sentences on the slides that failed), on all ranks
     "Predict slides into a table; broken off, the same call goes on. Where slides failed there is no table, but what is done is kept for the next call."

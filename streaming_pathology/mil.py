@@ -17,9 +17,12 @@ from .bags import Bag, BagDataset, PatchGrid
 # %% ../nbs/12_mil.ipynb #m0000007
 class InstanceMIL(nn.Module):
     "A network of patches, (N, 3, size, size) uint8 -> logits (N, 1), as one of slides: `Bag` -> (1, 1), or in training (k, 1), those of its `k` most suspicious patches. Campanella et al. 2019; the paper, section IV-B."
-    def __init__(self, network, # `StreamingClassifier`, or any other of patches
-                 k=1,           # patches of a slide that learn its label
-                 batch=64):     # patches at a time
+    def __init__(
+        self,
+        network,  # `StreamingClassifier`, or any other of patches
+        k=1,  # patches of a slide that learn its label
+        batch=64,  # patches at a time
+    ):     
         super().__init__()
         at_least_one(k=k, batch=batch)
         self.network, self.k, self.batch, self.labels, self.chosen = network, k, batch, None, {} # chosen: by slide, the places that a first phase found
@@ -63,8 +66,11 @@ class InstanceMIL(nn.Module):
 
 class TwoPhases:
     "Callback: before an epoch all patches of all training slides are looked at, as they are augmented in that epoch; each slide then learns from the most suspicious."
-    def __init__(self, data,  # `BagDataset` of the training slides
-                 workers=0):  # processes that read ahead
+    def __init__(
+        self,
+        data,  # `BagDataset` of the training slides
+        workers=0,  # processes that read ahead
+    ):  
         self.data, self.workers, self.loader, self.epoch, self.rows = data, workers, None, None, []
     def before_epoch(self, s):
         if s.epoch != self.epoch: self.epoch, self.rows = s.epoch, []

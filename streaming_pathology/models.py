@@ -86,18 +86,18 @@ def _named(weights, sha256): # whether they are torchvision's, and not in a file
     return named
 
 def weights_of(
-    arch, # a name of torchvision's
-    weights, # torchvision's weights (enum or name), or the path of a file with a state dict
-    sha256=None, # checksum that the file must have
+    arch,  # a name of torchvision's
+    weights,  # torchvision's weights (enum or name), or the path of a file with a state dict
+    sha256=None,  # checksum that the file must have
 ): # the state dict
     "The weights that somebody has named. Raises `InputError` where there are none."
     return _from_torchvision(arch, weights) if _named(weights, sha256) else _from_file(weights, sha256)
 
 def load_backbone(
-    net, # a torchvision network
-    arch, # its name
-    weights, # torchvision's weights (enum or name), or the path of a file with a state dict
-    sha256=None, # checksum that the file must have
+    net,  # a torchvision network
+    arch,  # its name
+    weights,  # torchvision's weights (enum or name), or the path of a file with a state dict
+    sha256=None,  # checksum that the file must have
 ):
     "Load `weights` into `net`; its classification layer may be missing or have another size. Raises `InputError` if they do not fit."
     own = _backbone(net.state_dict()); takes = own['conv1.weight'].shape[1] if 'conv1.weight' in own else 3
@@ -115,8 +115,8 @@ def load_backbone(
 def _flat(x): return x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
 
 def attention_pool(
-    features, # (N, C, H, W)
-    scores, # (N, 1, H, W)
+    features,  # (N, C, H, W)
+    scores,  # (N, 1, H, W)
 ): # (N, C)
     "The mean of `features` over all positions, weighted by the softmax of `scores`. A streamed network sums it up strip by strip."
     if has_torch_function((features, scores)): return handle_torch_function(attention_pool, (features, scores), features, scores)
@@ -167,17 +167,25 @@ def _check(arch, n_out, weights, pool, sha256, mean, std, in_chans):
 # %% ../nbs/04_models.ipynb #2ab96775
 class StreamingClassifier(nn.Module):
     "A ResNet on whole images (N, in_chans, H, W), uint8 or float in 0 to 255, to logits (N, n_out), streamed from the pixels to the logits (paper, IV-A)."
-    def __init__(self,
-        arch='resnet18', # 'resnet18', 'resnet34' (the paper's) or 'resnet50'
-        n_out=1, # logits per image
-        weights=None, # torchvision's weights (enum or name such as 'IMAGENET1K_V1'), the path of a state dict, or None
-        strip=512, # rows of the image at a time, or 'auto': planned for `memory`
-        pool='avg', # how the features are pooled over the image: 'avg', 'max' or 'attention'
-        sha256=None, # checksum of the weights file
-        train_affine=None, # whether BatchNorm's scale and shift are trained; None: only if there are no weights
-        mean=imagenet_mean, std=imagenet_std, # of the pixels, as fractions of white
-        memory='auto', # for strip='auto': bytes, text such as '8GB', or 'auto', what the device has free
-        in_chans=3, # channels of the images; other than three need `mean` and `std` of their own, and weights made for as many
+    def __init__(
+        self,
+        arch='resnet18',  # 'resnet18', 'resnet34' (the paper's) or 'resnet50'
+        n_out=1,  # logits per image
+        # torchvision's weights (enum or name such as 'IMAGENET1K_V1'), the path of a state dict, or
+        # None
+        weights=None,
+        strip=512,  # rows of the image at a time, or 'auto': planned for `memory`
+        pool='avg',  # how the features are pooled over the image: 'avg', 'max' or 'attention'
+        sha256=None,  # checksum of the weights file
+        # whether BatchNorm's scale and shift are trained; None: only if there are no weights
+        train_affine=None,
+        mean=imagenet_mean,
+        std=imagenet_std,  # of the pixels, as fractions of white
+        # for strip='auto': bytes, text such as '8GB', or 'auto', what the device has free
+        memory='auto',
+        # channels of the images; other than three need `mean` and `std` of their own, and weights
+        # made for as many
+        in_chans=3,
     ):
         super().__init__()
         _check(arch, n_out, weights, pool, sha256, mean, std, in_chans)

@@ -30,15 +30,16 @@ def confusion_matrix(labels, predicted, classes=None): # int (classes, classes)
     y, p, k = check_classes(labels, predicted, classes)
     return np.bincount(y*k+p, minlength=k*k).reshape(k, k)
 
-def kappa(labels, # class of each slide, from 0 on
-          predicted, # what it was called
-          weights='quadratic', # or linear, or none
-          classes=None, # how many there are; None: as many as are seen
-          n=10_000, # bootstrap draws
-          seed=0, # of the draws
-          level=.95, # of the interval
-          groups=None, # patient of each slide; None: each is another's
-         ): # float, `Interval`
+def kappa(
+    labels,  # class of each slide, from 0 on
+    predicted,  # what it was called
+    weights='quadratic',  # or linear, or none
+    classes=None,  # how many there are; None: as many as are seen
+    n=10_000,  # bootstrap draws
+    seed=0,  # of the draws
+    level=.95,  # of the interval
+    groups=None,  # patient of each slide; None: each is another's
+): # float, `Interval`
     "Cohen's kappa, and its percentile bootstrap interval; draws in which all is one class say nothing, and are drawn again"
     y, p, k = check_classes(labels, predicted, classes); check_level(level)
     if weights not in KAPPAS: raise InputError(f"weights {weights!r} are not known: use one of {', '.join(KAPPAS)}")
@@ -62,9 +63,12 @@ def plot_confusion(labels, predicted, ax, names=None, classes=None): # names: of
     return ax
 
 # %% ../nbs/13_outcomes.ipynb #out000009
-def class_aucs(labels, # class of each slide, from 0 on
-               probabilities, # (n, classes)
-               groups=None, **kwargs): # level, method: see `auc_interval`
+def class_aucs(
+    labels,  # class of each slide, from 0 on
+    probabilities,  # (n, classes)
+    groups=None,
+    **kwargs,  # level, method: see `auc_interval`
+): 
     "The AUC of each class against the rest with its interval, `[(auc, Interval) or None where a class has no slides or all]`"
     p = np.asarray(probabilities, float)
     if p.ndim != 2 or len(p) != len(labels): raise InputError(f'probabilities of shape {p.shape} for {len(labels)} slides: give one row a slide, with one of each class')
@@ -82,14 +86,15 @@ def check_survival(times, events, risks): # float, bool, float (n,)
         if bad.any(): raise InputError(f'{name} number {bad.argmax()} is {dict(time=t, event=e, risk=r)[name][bad.argmax()]:g}: it {says}')
     return t, e == 1, r
 
-def concordance(times, # until the event, or until the patient was seen last
-                events, # 1 where it came, 0 where nothing is known beyond that time
-                risks, # higher means that it is expected earlier
-                n=10_000, # bootstrap draws
-                seed=0, # of the draws
-                level=.95, # of the interval
-                groups=None, # patient of each slide; None: each is another's
-               ): # float, `Interval`
+def concordance(
+    times,  # until the event, or until the patient was seen last
+    events,  # 1 where it came, 0 where nothing is known beyond that time
+    risks,  # higher means that it is expected earlier
+    n=10_000,  # bootstrap draws
+    seed=0,  # of the draws
+    level=.95,  # of the interval
+    groups=None,  # patient of each slide; None: each is another's
+): # float, `Interval`
     "Harrell's concordance, and its percentile bootstrap interval; draws without a pair that can be judged are drawn again"
     t, e, r = check_survival(times, events, risks); check_level(level)
     first = (e[:, None] & ((t[:, None] < t) | ((t[:, None] == t) & ~e))).astype(np.float32) # who is known to have come before whom
@@ -113,9 +118,15 @@ def logrank(times, events, high): # p
     if high.all() or not high.any() or not e.any(): return float('nan')
     with np.errstate(all='ignore'): return float(logrank(*(CensoredData.right_censored(t[g], ~e[g]) for g in (high, ~high))).pvalue)
 
-def plot_survival(times, events, high, # bool (n,): whether each is of the group of high risk
-                  ax, # matplotlib axis to draw into
-                  names=('high risk', 'low risk'), colours=('#a8322a', '#2f6690'), level=.95):
+def plot_survival(
+    times,
+    events,
+    high,  # bool (n,): whether each is of the group of high risk
+    ax,  # matplotlib axis to draw into
+    names=('high risk', 'low risk'),
+    colours=('#a8322a', '#2f6690'),
+    level=.95,
+):
     "Draw Kaplan-Meier curves of two groups into `ax`, with their bands and the log-rank test; returns `ax`"
     from scipy.stats import CensoredData, ecdf
     t, e, high = _two_groups(times, events, high)

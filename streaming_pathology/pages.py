@@ -17,9 +17,10 @@ def data_uri(data, kind): # bytes, jpeg or svg+xml or another: text
     "An image inside a page"
     return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
 
-def figure_uri(draw, # called with a matplotlib axis
-               size=(4.6, 4.2), # inches
-              )->str:
+def figure_uri(
+    draw,  # called with a matplotlib axis
+    size=(4.6, 4.2),  # inches
+)->str:
     "What `draw` draws, as the data URI of an SVG with the reader's own fonts"
     with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'report', 'font.size': 10.5, 'axes.edgecolor': '.45', 'axes.labelcolor': '.25', 'xtick.color': '.35', 'ytick.color': '.35', 'text.color': '.2'}):
         fig = matplotlib.figure.Figure(figsize=size, layout='constrained')
@@ -97,18 +98,19 @@ footer { padding-bottom: 3rem; }
 # %% ../nbs/14_pages.ipynb #pag000010
 PAGE = '<!doctype html>\n<html lang="en"><head><meta name="generator" content="streaming_pathology">' # how every page begins
 
-def html_page(title, # in large
-         above, # what kind of page it is
-         sections, # (id, name, contents) each; a name may be empty
-         below, # a sentence at its end, or components
-         nav=None, # links; None: to the sections
-         box=None, # what else is in its body
-         style='', # of its own, after `STYLE`
-         script='', # the only one that its browser will run, after those of `files`
-         files=(), # scripts beside the page, as paths relative to it
-         beside=False, # whether pictures lie beside the page too
-         tab=None, # the name of its tab; None: the title
-        )->str:
+def html_page(
+    title,  # in large
+    above,  # what kind of page it is
+    sections,  # (id, name, contents) each; a name may be empty
+    below,  # a sentence at its end, or components
+    nav=None,  # links; None: to the sections
+    box=None,  # what else is in its body
+    style='',  # of its own, after `STYLE`
+    script='',  # the only one that its browser will run, after those of `files`
+    files=(),  # scripts beside the page, as paths relative to it
+    beside=False,  # whether pictures lie beside the page too
+    tab=None,  # the name of its tab; None: the title
+)->str:
     "A page in the style of reports, which requests nothing"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     pictures, scripts = ['data:']+["'self' file:"]*beside, ["'self' file:"]*bool(files)+[f"'sha256-{digest}'"]*bool(script)

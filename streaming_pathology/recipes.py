@@ -72,8 +72,10 @@ class Stage:
     "A part of a schedule."
     epochs: int
     lr: float
-    train_from: str | None = None # of the network, as for `freeze_until`: what comes before stays as it is; None: all is trained
-    hands_on: str = 'average'     # weights at the end: the 'average' of the best window, or its 'middle'
+    # of the network, as for `freeze_until`: what comes before stays as it is; None: all is trained
+    train_from: str | None = None
+    # weights at the end: the 'average' of the best window, or its 'middle'
+    hands_on: str = 'average'
     optimizer: str = 'sgd'
     momentum: float = .9
     batch: int = 16
@@ -89,14 +91,18 @@ def scaled(recipe, epochs): # stages
     if epochs < len(recipe): raise InputError(f'{epochs} epochs are too few for the {len(recipe)} stages of the recipe')
     return tuple(replace(s, epochs=int(n)) for s, n in zip(recipe, apportion(epochs, [s.epochs for s in recipe])))
 
-def run_recipe(model, train, tuning, # as for `fit`
-               recipe, # stages, such as `paper_streaming`
-               folder, # for the weights of the epochs that may be needed
-               width=5, # epochs of a window
-               callbacks=(), # more of them, told of each stage
-               resume=None, # a point to go on from, of whichever stage
-               ranks=Alone(),
-               **kwargs): # for `fit`: seed, device, amp, task, clip, accept_changes, progress
+def run_recipe(
+    model,
+    train,
+    tuning,  # as for `fit`
+    recipe,  # stages, such as `paper_streaming`
+    folder,  # for the weights of the epochs that may be needed
+    width=5,  # epochs of a window
+    callbacks=(),  # more of them, told of each stage
+    resume=None,  # a point to go on from, of whichever stage
+    ranks=Alone(),
+    **kwargs,  # for `fit`: seed, device, amp, task, clip, accept_changes, progress
+): 
     "Train in stages; the model ends with the weights that the last one hands on. Returns one dict an epoch, with its stage; epochs are counted through, so that none repeats the augmentations of another."
     history, at = [], 0
     if resume is not None: at = resume.get('stage') or 0

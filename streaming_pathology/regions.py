@@ -30,11 +30,12 @@ class Field:
         "Of places, counted from the upper left corner of the map, which may be fractions, as x and y"
         return self.origin[1]+np.asarray(columns)*self.place[1], self.origin[0]+np.asarray(rows)*self.place[0]
 
-def field_of(data,  # `SlideDataset`
-             i,     # index of a case
-             image, # (height, width) of its image, in pixels at the spacing of the dataset
-             shape, # (rows, columns) of the map, over the same field of view
-            )->Field:
+def field_of(
+    data,  # `SlideDataset`
+    i,  # index of a case
+    image,  # (height, width) of its image, in pixels at the spacing of the dataset
+    shape,  # (rows, columns) of the map, over the same field of view
+)->Field:
     "The field of a map of the image of a case, which has not been augmented"
     c = data.cases[i]
     with Slide(c.path, spacing=c.spacing, warn=False) as s:
@@ -47,7 +48,9 @@ def field_of(data,  # `SlideDataset`
 @dataclass(frozen=True)
 class Region:
     "Part of a slide on which a map is above a threshold"
-    rings: list    # of arrays (n, 2) of x and y in pixels of the slide, the outer one first, then holes; the last point is the first
+    # of arrays (n, 2) of x and y in pixels of the slide, the outer one first, then holes; the last
+    # point is the first
+    rings: list
     area: float    # square microns
     mean: float    # of the map
     highest: float
@@ -55,11 +58,12 @@ class Region:
 
 def _area(ring): x, y = ring.T; return float((x[:-1]*y[1:]-x[1:]*y[:-1]).sum()/2) # below zero where it turns the other way
 
-def regions(heat,   # (h, w)
-            field,  # where it lies
-            threshold, # above which it is a region
-            least=0., # square microns; what is smaller is left out
-           )->list: # of `Region`, the highest first
+def regions(
+    heat,  # (h, w)
+    field,  # where it lies
+    threshold,  # above which it is a region
+    least=0.,  # square microns; what is smaller is left out
+)->list: # of `Region`, the highest first
     "The regions of a slide in which a map is above a threshold"
     heat = check_map(heat)
     if not np.isfinite(threshold) or threshold <= 0: raise InputError(f'threshold {threshold} of a map: it has to be above 0')
@@ -79,10 +83,12 @@ def regions(heat,   # (h, w)
         found.append(Region(rings, area, float(values[mine].mean()), float(own.max()), (float(x), float(y))))
     return sorted(found, key=lambda g: -g.highest)
 
-def as_geojson(found, # of `Region`
-               name='region', # what QuPath calls their class
-               colour=(200, 60, 40), # red, green, blue
-               slide_id='')->dict: # what JSON can hold
+def as_geojson(
+    found,  # of `Region`
+    name='region',  # what QuPath calls their class
+    colour=(200, 60, 40),  # red, green, blue
+    slide_id='',
+)->dict: # what JSON can hold
     "A FeatureCollection that QuPath opens as annotations, with their measurements; the same regions have the same ids"
     def feature(k, g):
         rings = [[[round(float(x), 1), round(float(y), 1)] for x, y in ring] for ring in g.rings]
@@ -102,11 +108,17 @@ def whole_map(heat, field, side=8192): # float32 (h, w), microns per pixel
     out[np.ix_(rows, columns)] = heat[np.ix_(i[rows], j[columns])]
     return out, k*field.spacing
 
-def write_exports(folder, # to write into
-                  slide_id, image, # uint8 (H, W, 3), over which the map is drawn
-                  heat, field, threshold, # see `regions`
-                  top, # value of full colour
-                  name='region', least=0.)->list: # rows of a table: see `region_rows`
+def write_exports(
+    folder,  # to write into
+    slide_id,
+    image,  # uint8 (H, W, 3), over which the map is drawn
+    heat,
+    field,
+    threshold,  # see `regions`
+    top,  # value of full colour
+    name='region',
+    least=0.,
+)->list: # rows of a table: see `region_rows`
     "Write overlay/ID.png, tiff/ID.tiff and geojson/ID.geojson into a folder"
     folder = Path(folder); found = regions(heat, field, threshold, least)
     with whole_file(folder/f'overlay/{slide_id}.png') as f: Image.fromarray(overlay(image, heat, top=top)).save(f, 'PNG')

@@ -44,10 +44,11 @@ def _toy_slide(rng, positive, size=(360, 520)):
     return Image.fromarray(rgb.astype(np.uint8)).filter(ImageFilter.GaussianBlur(.8)), heat.reshape(h//8, 8, w//8, 8).mean((1, 3))
 
 # %% ../nbs/15_report.ipynb #rpt00006
-def toy_run(folder, # where to write it
-            n=24, # labelled test slides
-            seed=0,
-           )->Path:
+def toy_run(
+    folder,  # where to write it
+    n=24,  # labelled test slides
+    seed=0,
+)->Path:
     "A run folder with made-up slides and figures, to try the report on"
     folder, rng = Path(folder), np.random.default_rng(seed)
     settings = dict(title='Toy run', synthetic=True, arch='resnet18', pool='avg', spacing=1.0, size=4096, strip=512, epochs=12, lr=.01, momentum=.9, batch=16, seed=seed)
@@ -142,10 +143,11 @@ def _log_row(row, path):
     except (TypeError, ValueError) as e: raise InputError(f'{path}, epoch {row.get("epoch")!r}: {e}') from None
 
 # %% ../nbs/15_report.ipynb #rpt00011
-def read_run(folder, # as sp_train or sp_demo wrote it
-             by=(), # columns of `cohort` to show groups of
-             cohort=None, # manifest; None: cohort.csv in the run folder
-            )->Run:
+def read_run(
+    folder,  # as sp_train or sp_demo wrote it
+    by=(),  # columns of `cohort` to show groups of
+    cohort=None,  # manifest; None: cohort.csv in the run folder
+)->Run:
     "Everything the report needs of a run folder; `InputError` names the file that is damaged, or needed and missing"
     folder = Path(folder)
     if not folder.is_dir(): raise InputError(f'{folder} is no folder: give the one that sp_train or sp_demo wrote')
@@ -553,16 +555,19 @@ def _index(run, shown, most, wrong, best, given, against): # HTML
     sections.append(('made', 'How it was made', _made(run)))
     return html_page(run.title, 'Report of a run', sections, where, style=GALLERY_STYLE, script=GALLERY_SCRIPT*run.two, beside=True, tab=f'{run.title} · report')
 
-def write_report(run_folder, # as sp_train or sp_demo wrote it
-                 out=None,   # folder to write; None: report/ in the run folder
-                 most=200,   # labelled slides with a page of their own, at most, and so many unlabelled ones
-                 anonymous=False, # leave out the names of slides, patients and runs, and where things lay: slides are called by numbers; the names of groups stay
-                 by=(),      # columns of `cohort` to show groups of
-                 cohort=None, # manifest with these; None: cohort.csv in the run folder
-                 maps=(),    # folders that sp_heatmap wrote of the same network, as further layers
-                 comparison=None, # folder that sp_compare wrote of this run and another
-                 categories=None, # CSV of `CATEGORIES`, as the report saves it
-                )->Path: # index.html
+def write_report(
+    run_folder,  # as sp_train or sp_demo wrote it
+    out=None,  # folder to write; None: report/ in the run folder
+    most=200,  # labelled slides with a page of their own, at most, and so many unlabelled ones
+    # leave out the names of slides, patients and runs, and where things lay: slides are called by
+    # numbers; the names of groups stay
+    anonymous=False,
+    by=(),  # columns of `cohort` to show groups of
+    cohort=None,  # manifest with these; None: cohort.csv in the run folder
+    maps=(),  # folders that sp_heatmap wrote of the same network, as further layers
+    comparison=None,  # folder that sp_compare wrote of this run and another
+    categories=None,  # CSV of `CATEGORIES`, as the report saves it
+)->Path: # index.html
     "Write a report as a folder, all of it or nothing; `InputError` names what is damaged, or needed and missing"
     run = read_run(run_folder, by, cohort)
     own = absolute(run.folder)/'report'; out = absolute(out) if out else own

@@ -23,17 +23,21 @@ def _patients(path, cohort, needed=False): # see `read_patients`
     beside = Path(path).parent/'cohort.csv'
     return read_patients(cohort or beside, needed) or read_patients(beside, False) # a manifest with sites may leave them to the run
 
-def results(path,   # predictions.csv of `sp_predict`, `sp_train` or `sp_mil`
-            split='test', # slides to evaluate
-            threshold_split=None, # slides to choose thresholds and the temperature on; None: `split` itself, and no temperature
-            sensitivity=None, # wanted, for a point of its own
-            cohort=None, # CSV with slide_id, patient_id and the columns of `by`; None, and for patients that it does not name: cohort.csv beside `path`, if there is one
-            by=(), # its columns to show groups of
-            n=10_000, # bootstrap draws
-            seed=0, # of the draws
-            level=.95, # of the intervals
-            method='logit', # of the AUC's interval: see `auc_interval`
-           )->dict: # what JSON can hold; its `task` says of what kind
+def results(
+    path,  # predictions.csv of `sp_predict`, `sp_train` or `sp_mil`
+    split='test',  # slides to evaluate
+    # slides to choose thresholds and the temperature on; None: `split` itself, and no temperature
+    threshold_split=None,
+    sensitivity=None,  # wanted, for a point of its own
+    # CSV with slide_id, patient_id and the columns of `by`; None, and for patients that it does not
+    # name: cohort.csv beside `path`, if there is one
+    cohort=None,
+    by=(),  # its columns to show groups of
+    n=10_000,  # bootstrap draws
+    seed=0,  # of the draws
+    level=.95,  # of the intervals
+    method='logit',  # of the AUC's interval: see `auc_interval`
+)->dict: # what JSON can hold; its `task` says of what kind
     "All figures of one split of a table of predictions; `InputError` names the file and what is wrong with it"
     kind, labels, predicted, rows = read_outcomes(path)
     patients = _patients(path, cohort, cohort is not None and not by)
@@ -139,11 +143,12 @@ def sentences_of(r)->list: # texts
     return said
 
 # %% ../nbs/13_results.ipynb #res000012
-def figures_of(found, # of `results`
-               path,  # its table of predictions
-               cohort=None, # as it was given there
-               colour='#2f6690',
-              )->dict: # {name: function that draws into a matplotlib axis}
+def figures_of(
+    found,  # of `results`
+    path,  # its table of predictions
+    cohort=None,  # as it was given there
+    colour='#2f6690',
+)->dict: # {name: function that draws into a matplotlib axis}
     "The figures that a paper or a report shows of `results`"
     kind, labels, predicted, rows = read_outcomes(path)
     rows = [r for r in rows if r['split'] == found.get('split') and all(r[l] is not None for l in labels)]

@@ -24,10 +24,11 @@ class Wrong:
     kind: str # one of `FALSE`
     probability: float
 
-def errors_of(rows,           # as `read_predictions` gives them, or the path of a predictions.csv
-              split='test',   # slides to look at
-              threshold=None, # None: that of maximum accuracy on these slides, as in the paper, section V
-             )->tuple: # list of `Wrong`, false positives first, the largest error first; the threshold
+def errors_of(
+    rows,  # as `read_predictions` gives them, or the path of a predictions.csv
+    split='test',  # slides to look at
+    threshold=None,  # None: that of maximum accuracy on these slides, as in the paper, section V
+)->tuple: # list of `Wrong`, false positives first, the largest error first; the threshold
     "The false positives and false negatives of a split"
     if isinstance(rows, (str, Path)): rows = read_predictions(rows)
     known = [r for r in rows if r.split == split and r.label is not None]
@@ -40,10 +41,11 @@ SUGGESTED = {FALSE[0]: ('normal mimicking tumour', 'inflammation', 'tissue artef
              FALSE[1]: ('little tumour', 'tissue artefact', 'low-grade tumour', 'inflammation-like', 'unclear')} # the paper, Table III
 CATEGORIES = ('slide_id', 'error', 'category') # columns of the table that the report saves; without names it has `number` for `slide_id`
 
-def read_categories(path,  # CSV of `CATEGORIES`; a category may be empty
-                    wrong, # list of `Wrong`
-                    numbers=None, # as `numbered` gives them, where the report may have been one without names
-                   )->dict: # {slide_id: category}
+def read_categories(
+    path,  # CSV of `CATEGORIES`; a category may be empty
+    wrong,  # list of `Wrong`
+    numbers=None,  # as `numbered` gives them, where the report may have been one without names
+)->dict: # {slide_id: category}
     "The categories that a reviewer gave to errors; `InputError` where they are not of these"
     kinds, found, names = {e.slide_id: e.kind for e in wrong}, {}, {str(k): i for i, k in (numbers or {}).items()}
     for r in read_table(path, CATEGORIES[1:], ('slide_id', 'number'), 'save it in the report of a run', ',;'):
@@ -56,17 +58,19 @@ def read_categories(path,  # CSV of `CATEGORIES`; a category may be empty
     return {i: c for i, c in found.items() if c}
 
 # %% ../nbs/13_review.ipynb #rev000011
-def numbered(rows, # `Prediction`s
-             split='test', # that of the figures
-            )->dict: # {slide_id: number}
+def numbered(
+    rows,  # `Prediction`s
+    split='test',  # that of the figures
+)->dict: # {slide_id: number}
     "How reports number slides, from 1 on: labelled ones of the split, the largest error first, then unlabelled ones, then others"
     def place(r): return (2, 0) if r.split != split and r.label is not None else (1, 0) if r.label is None else (0, -abs(r.probability-r.label))
     return {r.slide_id: k for k, r in enumerate(sorted(rows, key=lambda r: (place(r), r.slide_id)), 1)}
 
 def called(number): return f'Slide {number}' # in a report without names
 
-def category_table(models # {name: (list of `Wrong`, {slide_id: category})}
-                  )->list: # of (kind, [number of errors of each model], [(category, [number of each model])])
+def category_table(
+    models,  # {name: (list of `Wrong`, {slide_id: category})}
+)->list: # of (kind, [number of errors of each model], [(category, [number of each model])])
     "The errors of one or several models by their categories, the most frequent first, as the paper's Table III"
     found = []
     for kind in FALSE:

@@ -15,10 +15,11 @@ from .features import Encoder, FeatureMIL
 from .heatmaps import pool_map
 
 # %% ../nbs/14_sanity.ipynb #san0005
-def pool_truth(mask, # (H, W), bool or 0 and 1: pixels that are marked
-               place, # pixels a side, of a place of the map
-               share=.5, # least share of the pixels of a place that makes it marked; above 0
-              )->np.ndarray: # bool (ceil(H/place), ceil(W/place))
+def pool_truth(
+    mask,  # (H, W), bool or 0 and 1: pixels that are marked
+    place,  # pixels a side, of a place of the map
+    share=.5,  # least share of the pixels of a place that makes it marked; above 0
+)->np.ndarray: # bool (ceil(H/place), ceil(W/place))
     "A mask brought to the places of a map; at the edges a place counts the pixels that it has"
     if not 0 < share <= 1: raise InputError(f'share={share}: the least share of marked pixels is above 0 and up to 1')
     return pool_map(as_marked(mask), place) >= share-1e-6
@@ -39,29 +40,32 @@ def check_pair(heat, truth): # float64 (h, w), bool (h, w)
     if truth.all() or not truth.any(): raise InputError(f"the truth marks {'every place' if truth.any() else 'nothing'}: no map can be right or wrong there")
     return heat.astype(float), truth
 
-def pointing_game(heat, # (h, w), in any unit; may be below zero
-                  truth, # (h, w), bool or 0 and 1
-                  slack=0., # places, straight, by which the highest place may miss
-                 )->float: # from 0 to 1: the share of the highest places that hit, which is 0 or 1 where one is highest
+def pointing_game(
+    heat,  # (h, w), in any unit; may be below zero
+    truth,  # (h, w), bool or 0 and 1
+    slack=0.,  # places, straight, by which the highest place may miss
+)->float: # from 0 to 1: the share of the highest places that hit, which is 0 or 1 where one is highest
     "Whether the highest place of a map falls on the truth, or at most `slack` places beside it (Zhang et al. 2016, Top-down neural attention by excitation backprop)"
     heat, truth = check_pair(heat, truth)
     if not 0 <= slack < np.inf: raise InputError(f'slack={slack}: it is a distance in places, and cannot be negative')
     return float((ndimage.distance_transform_edt(~truth) <= slack)[heat == heat.max()].mean())
 
 # %% ../nbs/14_sanity.ipynb #san0011
-def pixel_auprc(heat, # (h, w), in any unit; only its order counts
-                truth, # (h, w), bool or 0 and 1
-               )->tuple: # area, from 0 to 1, and the share of places that are marked
+def pixel_auprc(
+    heat,  # (h, w), in any unit; only its order counts
+    truth,  # (h, w), bool or 0 and 1
+)->tuple: # area, from 0 to 1, and the share of places that are marked
     "Area under the curve of precision and recall over the places of a map (average precision, as scikit-learn has it), and what a map that says nothing gets"
     from sklearn.metrics import average_precision_score # slow to import, so only where it is used
     heat, truth = check_pair(heat, truth)
     return float(average_precision_score(truth.ravel(), heat.ravel())), float(truth.mean())
 
 # %% ../nbs/14_sanity.ipynb #san0014
-def randomised(model, # any nn.Module; it is left as it is
-               seed=0, # of the weights
-               layers=None, # layers whose weights are drawn, counted from the output; None: all
-              ): # a copy
+def randomised(
+    model,  # any nn.Module; it is left as it is
+    seed=0,  # of the weights
+    layers=None,  # layers whose weights are drawn, counted from the output; None: all
+): # a copy
     "A copy of a model whose weights are drawn again, whole or from its last layer downwards (Adebayo et al. 2018, Sanity checks for saliency maps); of a `FeatureMIL` first those of the aggregator, then those of the backbone"
     if layers is not None: at_least_one(layers=layers)
     new, before = copy.deepcopy(model), []

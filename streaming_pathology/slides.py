@@ -27,11 +27,11 @@ from .files import _Tiff, open_reader, reason, resolve_spacing, sample_slide, tr
 
 # %% ../nbs/05_slides.ipynb #5b10c766
 def area_average(
-    x, # array
-    start:float, # where the first window starts along the axis, in pixels
-    factor:float, # length of a window, in pixels
-    n:int, # number of windows
-    axis:int=0,
+    x,  # array
+    start: float,  # where the first window starts along the axis, in pixels
+    factor: float,  # length of a window, in pixels
+    n: int,  # number of windows
+    axis: int = 0,
 ): # float32 array with n entries along the axis
     "Mean of `x` over the windows [start + i*factor, start + (i+1)*factor), pixels cut by a window's end counted in part."
     edges = start + factor*np.arange(n+1)
@@ -46,11 +46,13 @@ def area_average(
 # %% ../nbs/05_slides.ipynb #4bb73eb9
 class Slide:
     "A slide file: any region of it at any spacing. Opened again in every process and thread that uses it, so it can be pickled and survives a fork."
-    def __init__(self,
-        path, # any file that OpenSlide or libvips opens, or the folder of a slide in DICOM
-        spacing=None, # microns per pixel at full resolution, where the file does not say
-        override=False, # use `spacing` whatever the file says
-        warn=True, # of two spacings that contradict each other; they are in `contradictions` in any case
+    def __init__(
+        self,
+        path,  # any file that OpenSlide or libvips opens, or the folder of a slide in DICOM
+        spacing=None,  # microns per pixel at full resolution, where the file does not say
+        override=False,  # use `spacing` whatever the file says
+        # of two spacings that contradict each other; they are in `contradictions` in any case
+        warn=True,
     ):
         self.path, self._own = Path(path), threading.local()
         r = self._open()
@@ -114,9 +116,11 @@ def _fetch(slide, level, top, left, height, width):
 
 # %% ../nbs/05_slides.ipynb #2fb5ef79
 @patch
-def read(self:Slide,
-    spacing:float, # microns per pixel of the result
-    region=None, # (top, left, height, width) in pixels of the result's spacing; None: the whole slide
+def read(
+    self: Slide,
+    spacing: float,  # microns per pixel of the result
+    # (top, left, height, width) in pixels of the result's spacing; None: the whole slide
+    region=None,
 ) -> np.ndarray: # uint8 (height, width, 3), RGB
     "A region of the slide at any spacing that is not finer than the slide's (but for 10%, by which scanners of one magnification differ), as means over the nearest finer level; white outside the slide."
     top, left, height, width = _check_read(self, spacing, region)
@@ -136,8 +140,9 @@ def read(self:Slide,
 
 # %% ../nbs/05_slides.ipynb #5d58577e
 @patch
-def thumbnail(self:Slide,
-    max_side:int=1024, # pixels of the longer side
+def thumbnail(
+    self: Slide,
+    max_side: int = 1024,  # pixels of the longer side
 ): # uint8 (height, width, 3)
     "The whole slide, small."
     checked_number(max_side, 'the side of a thumbnail', 1)
@@ -161,9 +166,10 @@ def _repr_html_(self:Slide):
 # %% ../nbs/05_slides.ipynb #s0000002
 class PixelRows:
     "An image read a few rows at a time: `shape` (1, 3, height, width) and `read(top, bottom)`, uint8 (1, 3, bottom-top, width), as a streamed network takes it."
-    def __init__(self,
-        pixels, # function (top, bottom) -> uint8 (bottom-top, width, 3)
-        size,   # (height, width)
+    def __init__(
+        self,
+        pixels,  # function (top, bottom) -> uint8 (bottom-top, width, 3)
+        size,  # (height, width)
     ): self.pixels, self.shape, self.failed = pixels, (1, 3, *size), None
 
     def read(self, top, bottom): return np.ascontiguousarray(self.pixels(top, bottom).transpose(2, 0, 1))[None]
@@ -226,14 +232,14 @@ def optical_density(rgb, white=245.):
     return -np.log10(np.clip(np.asarray(rgb, np.float32)/np.float32(white), 1/256, 1))
 
 def glass_colour(
-    rgb, # uint8 (height, width, 3)
+    rgb,  # uint8 (height, width, 3)
 ): # float (3,)
     "The colour of the background: the median of the brighter half of what is bright; 245 where hardly anything is."
     bright = rgb[rgb.min(axis=2) > 200]
     return np.median(bright[bright.sum(1) >= np.percentile(bright.sum(1, dtype=int), 50)], axis=0) if len(bright) > .01*rgb[..., 0].size else np.full(3, 245.)
 
 def stain_signal(
-    rgb, # uint8 (height, width, 3)
+    rgb,  # uint8 (height, width, 3)
 ): # float32 (height, width)
     "Colour in optical density over the background: largest channel less smallest."
     density = optical_density(rgb, glass_colour(rgb))
@@ -285,9 +291,9 @@ def checked_size(size): # (height, width), two ints
     return found
 
 def pen_marks(
-    rgb, # uint8 (height, width, 3) of a slide stained with haematoxylin and eosin
-    spacing:float, # microns per pixel
-    width:float=100., # microns; what is smaller in both directions is no mark
+    rgb,  # uint8 (height, width, 3) of a slide stained with haematoxylin and eosin
+    spacing: float,  # microns per pixel
+    width: float = 100.,  # microns; what is smaller in both directions is no mark
 ): # bool (height, width)
     "Ink of felt pens, with its blurred edge: coloured areas that hold back red light more, or green light less, than both stains together do."
     sigma = 24/spacing
@@ -341,8 +347,8 @@ def _check_classes(source, image):
 
 def class_numbers(
     source,  # the path of a mask of a whole slide
-    spacing:float, # microns per pixel of the result
-    shape, # (height, width) of the slide at that spacing
+    spacing: float,  # microns per pixel of the result
+    shape,  # (height, width) of the slide at that spacing
 ): # float32 of `shape`
     "What class each pixel of a slide is of, as a mask says by numbers."
     values, image = _mask_values(source, spacing, shape)
@@ -350,9 +356,11 @@ def class_numbers(
     return _nearest(values[..., 0], shape)
 
 def network_mask(
-    slide, # a `Slide`
-    network, # takes (1, 3, height, width) between 0 and 1, gives (1, 1, h, w) logits of tissue, or (1, k, h, w) logits of background and k-1 kinds of tissue
-    spacing:float, # microns per pixel that the network sees
+    slide,  # a `Slide`
+    # takes (1, 3, height, width) between 0 and 1, gives (1, 1, h, w) logits of tissue, or (1, k, h,
+    # w) logits of background and k-1 kinds of tissue
+    network,
+    spacing: float,  # microns per pixel that the network sees
 ): # bool (h, w)
     "Tissue by a trained network, streamed over the slide."
     import torch # here, as without it a process that reads slides starts in a quarter of the time
@@ -366,13 +374,17 @@ def network_mask(
     return (y[0, 0] > 0 if y.shape[1] == 1 else y[0].argmax(0) > 0).cpu().numpy()
 
 def tissue_mask(
-    slide, # a `Slide`, or RGB pixels uint8 (height, width, 3)
-    spacing:float=8., # microns per pixel of the mask, or of the pixels given; a coarser slide keeps its own
-    threshold=None, # least colour in optical density; None: by Otsu
-    smallest:float=20_000., # square microns; objects below go
-    largest_hole:float=50_000., # square microns; holes up to this are filled
-    pen:bool=True, # leave out `pen_marks`; False for other stains than haematoxylin and eosin
-    source=None, # the path of a mask of the whole slide, or a network as in `network_mask`, instead of colour. Tissue is what is not zero and not transparent; in shades up to white (more than 32 values) what is brighter than half, in a JPEG than a quarter
+    slide,  # a `Slide`, or RGB pixels uint8 (height, width, 3)
+    # microns per pixel of the mask, or of the pixels given; a coarser slide keeps its own
+    spacing: float = 8.,
+    threshold=None,  # least colour in optical density; None: by Otsu
+    smallest: float = 20_000.,  # square microns; objects below go
+    largest_hole: float = 50_000.,  # square microns; holes up to this are filled
+    pen: bool = True,  # leave out `pen_marks`; False for other stains than haematoxylin and eosin
+    # the path of a mask of the whole slide, or a network as in `network_mask`, instead of colour.
+    # Tissue is what is not zero and not transparent; in shades up to white (more than 32 values)
+    # what is brighter than half, in a JPEG than a quarter
+    source=None,
 ): # (bool (height, width), spacing in microns per pixel)
     "Where the tissue is."
     for name, v in dict(spacing=spacing, threshold=1 if threshold is None else threshold, smallest=smallest, largest_hole=largest_hole).items(): checked_number(v, f'{name} of a tissue mask', open=name == 'spacing')
@@ -392,10 +404,10 @@ def tissue_mask(
 
 # %% ../nbs/05_slides.ipynb #aba464fc
 def tissue_box(
-    slide, # a `Slide`
-    spacing:float, # microns per pixel that the box is given in
-    mask=None, # (bool (height, width), microns per pixel) as by `tissue_mask`, in place of it
-    **kwargs, # for `tissue_mask`
+    slide,  # a `Slide`
+    spacing: float,  # microns per pixel that the box is given in
+    mask=None,  # (bool (height, width), microns per pixel) as by `tissue_mask`, in place of it
+    **kwargs,  # for `tissue_mask`
 ): # (top, left, height, width) in pixels at `spacing`, a region for `slide.read(spacing, ...)`
     "The smallest box around all tissue; `InputError` if there is none."
     mask, at = mask if mask is not None else tissue_mask(slide, **kwargs)
@@ -413,18 +425,22 @@ def tissue_box(
 class Biopsy:
     "One of the biopsies on a slide."
     number: int        # from 1 on, in the order in which they lie
-    labels: np.ndarray # int (height, width): the number of the biopsy at each place of the whole slide, 0 for none
+    # int (height, width): the number of the biopsy at each place of the whole slide, 0 for none
+    labels: np.ndarray
     spacing: float     # microns per pixel of `labels`
-    angle: float       # degrees, counter-clockwise, by which the slide has to be turned for the long axis to stand upright, in (-90, 90]
+    # degrees, counter-clockwise, by which the slide has to be turned for the long axis to stand
+    # upright, in (-90, 90]
+    angle: float
 
     @property
     def mask(self): return self.labels == self.number # bool, of the whole slide
 
     def area(self): return np.count_nonzero(self.mask)*self.spacing**2/1e6 # square millimetres
 
-    def region(self,
-        spacing:float, # microns per pixel that the region is given in
-        margin:float=0., # microns around the tissue
+    def region(
+        self,
+        spacing: float,  # microns per pixel that the region is given in
+        margin: float = 0.,  # microns around the tissue
     ): # (top, left, height, width), for `slide.read(spacing, ...)`
         "The box around the biopsy."
         ends = []
@@ -476,12 +492,14 @@ def _reading_order(places):
 
 # %% ../nbs/05_slides.ipynb #s0000013
 def biopsies(
-    slide, # a `Slide`
-    gap:float=500., # microns; pieces farther apart are different biopsies
-    turn:float=30., # degrees by which the gap between two pieces may point away from the longer one
-    least:float=.1, # square millimetres; what is smaller is no biopsy, but may be a crumb of one
-    mask=None, # (bool (height, width), microns per pixel) as by `tissue_mask`, in place of it
-    **kwargs, # for `tissue_mask`
+    slide,  # a `Slide`
+    gap: float = 500.,  # microns; pieces farther apart are different biopsies
+    # degrees by which the gap between two pieces may point away from the longer one
+    turn: float = 30.,
+    # square millimetres; what is smaller is no biopsy, but may be a crumb of one
+    least: float = .1,
+    mask=None,  # (bool (height, width), microns per pixel) as by `tissue_mask`, in place of it
+    **kwargs,  # for `tissue_mask`
 ) -> list: # of `Biopsy`, in the order in which they lie
     "The biopsies on a slide."
     for name, v in dict(gap=gap, turn=turn, least=least).items(): checked_number(v, f'{name} of biopsies')
@@ -516,10 +534,10 @@ def biopsies(
 
 # %% ../nbs/05_slides.ipynb #s0000014
 def draw_tissue(
-    slide, # a `Slide`
-    found=None, # (mask, spacing) by `tissue_mask`, or a list of `Biopsy`; None: by `biopsies`
-    ax=None, # matplotlib axis
-    side:int=800, # pixels of the longer side
+    slide,  # a `Slide`
+    found=None,  # (mask, spacing) by `tissue_mask`, or a list of `Biopsy`; None: by `biopsies`
+    ax=None,  # matplotlib axis
+    side: int = 800,  # pixels of the longer side
 ): # the axis
     "The slide with its tissue outlined and its biopsies numbered."
     if ax is None: _, ax = plt.subplots(figsize=(6, 6*slide.size[0]/slide.size[1]))

@@ -25,10 +25,10 @@ RUIFROK_JOHNSTON = np.array([[.650, .704, .286], [.072, .990, .105]]) # publishe
 SAMPLE_STAINS = np.array([[.761, .560, .327], [.126, .874, .468]]) # of the sample slide, as estimated below
 
 def estimate_stains(
-    rgb, # uint8 (height, width, 3), with both stains in it
-    white:float=245., # brightness of the background
-    least:float=.15, # pixels with less mean optical density are left out
-    percentile:float=1., # the fan's ends are this far from its extremes, in percent
+    rgb,  # uint8 (height, width, 3), with both stains in it
+    white: float = 245.,  # brightness of the background
+    least: float = .15,  # pixels with less mean optical density are left out
+    percentile: float = 1.,  # the fan's ends are this far from its extremes, in percent
 ): # float (2, 3): unit vectors of haematoxylin and eosin in optical density
     "Stain vectors of an H&E image (Macenko 2009)."
     d = optical_density(rgb, white).reshape(-1, 3)
@@ -50,9 +50,9 @@ def _spline_matrix(rng, n, scale):
     return sparse.csr_matrix((weights.ravel(), (cell[:, None]+np.arange(4)).ravel(), 4*np.arange(n+1)), shape=(n, cell[-1]+4))
 
 def smooth_noise(
-    rng, # numpy Generator
-    shape, # (height, width)
-    scale:float, # size of the grain in pixels
+    rng,  # numpy Generator
+    shape,  # (height, width)
+    scale: float,  # size of the grain in pixels
 ): # float32 (height, width), mean about 0, standard deviation about 1
     "Smooth random field."
     rows, columns = (_spline_matrix(rng, n, max(scale, 1.)) for n in shape)
@@ -176,9 +176,9 @@ def draw_glands(glands, depth, lumen, spacing):
 
 # %% ../nbs/06_synthetic.ipynb #5360549c
 def stamp_nuclei(
-    nuclei, # (n, 6): y, x, half length, half width (microns), angle of the length, darkness
-    size, # (height, width)
-    spacing:float, # microns per pixel
+    nuclei,  # (n, 6): y, x, half length, half width (microns), angle of the length, darkness
+    size,  # (height, width)
+    spacing: float,  # microns per pixel
 ): # float32 (height, width): darkness, 0 where there is no nucleus
     "Nuclei as soft ellipses; where two overlap the darker stays."
     out = np.zeros(size[0]*size[1], np.float32)
@@ -334,11 +334,12 @@ def _check(size, spacing, **fractions):
         if not 0 <= f <= 1: raise InputError(f'{name} {f} must be between 0 and 1')
 
 def paint_biopsy(
-    size=(512, 1024), # (height, width) in pixels
-    spacing:float=2., # microns per pixel
-    tumour_fraction:float=0., # share of the tissue's area that is tumour; 0: benign
-    seed:int=0, # the same numbers give the same pixels
-    crowded_fraction=None, # share of the tissue where benign glands lie close; None: 0 beside tumour, else drawn
+    size=(512, 1024),  # (height, width) in pixels
+    spacing: float = 2.,  # microns per pixel
+    tumour_fraction: float = 0.,  # share of the tissue's area that is tumour; 0: benign
+    seed: int = 0,  # the same numbers give the same pixels
+    # share of the tissue where benign glands lie close; None: 0 beside tumour, else drawn
+    crowded_fraction=None,
 ) -> PaintedBiopsy:
     "A needle biopsy with known truth."
     _check(size, spacing, tumour_fraction=tumour_fraction, crowded_fraction=crowded_fraction or 0)
@@ -351,7 +352,7 @@ def paint_biopsy(
 
 # %% ../nbs/06_synthetic.ipynb #b0e1c063
 def save_biopsy(
-    task, # dict: id, settings of `paint_biopsy`, folder, compression
+    task,  # dict: id, settings of `paint_biopsy`, folder, compression
 ):
     "Paint and write one slide of a cohort and its mask; what is there already stays."
     slide, mask = (Path(task['folder'])/kind/f"{task['id']}.tiff" for kind in ('slides', 'masks'))
@@ -395,17 +396,18 @@ def _prepare(folder, settings):
 
 # %% ../nbs/06_synthetic.ipynb #f001b9ce
 def write_cohort(
-    folder, # where to; made if missing
-    n:int=40, # slides
-    size=(512, 1024), # (height, width) in pixels
-    spacing:float=2., # microns per pixel
-    positive:float=.5, # share of slides with tumour
-    tumour_fractions=(.05, .6), # least and largest share of the tissue that is tumour, uniform in its logarithm
-    seed:int=0, # the same settings give the same files
-    splits=dict(train=.6, tuning=.15, test=.25), # shares of slides
-    compression='jpeg', # or 'deflate', exact and four times larger
-    workers:int=0, # processes; 0: this one
-    progress=True, # a progress bar
+    folder,  # where to; made if missing
+    n: int = 40,  # slides
+    size=(512, 1024),  # (height, width) in pixels
+    spacing: float = 2.,  # microns per pixel
+    positive: float = .5,  # share of slides with tumour
+    # least and largest share of the tissue that is tumour, uniform in its logarithm
+    tumour_fractions=(.05, .6),
+    seed: int = 0,  # the same settings give the same files
+    splits=dict(train=.6, tuning=.15, test=.25),  # shares of slides
+    compression='jpeg',  # or 'deflate', exact and four times larger
+    workers: int = 0,  # processes; 0: this one
+    progress=True,  # a progress bar
 ) -> Path: # manifest.csv
     "Paint a cohort into a folder: slides/*.tiff, masks/*.tiff and, last, manifest.csv."
     (low, high), size, spacing, seed, n = tumour_fractions, tuple(size), float(spacing), operator.index(seed), operator.index(n)

@@ -81,14 +81,21 @@ def peak_mb(device='cpu'):
 
 # %% ../nbs/09_training.ipynb #ea06f42c
 @torch.no_grad()
-def predict(model,        # gives logits (1, n_out) for an image (1, 3, H, W)
-            data,         # a dataset, a loader of single slides, or a list of its items
-            device='cpu', amp=None, progress=True, desc='predicting', task=Binary(),
-            ranks=Alone(),
-            rows=None,    # of slides that went before; this list grows
-            rest=None,    # called between two slides, when those before are in `rows`
-            epoch=0,      # of the augmentation, where there is one
-            failed=False): # a slide that cannot be used ends it all; True: it gets a row with the `error` alone
+def predict(
+    model,  # gives logits (1, n_out) for an image (1, 3, H, W)
+    data,  # a dataset, a loader of single slides, or a list of its items
+    device='cpu',
+    amp=None,
+    progress=True,
+    desc='predicting',
+    task=Binary(),
+    ranks=Alone(),
+    rows=None,  # of slides that went before; this list grows
+    rest=None,  # called between two slides, when those before are in `rows`
+    epoch=0,  # of the augmentation, where there is one
+    # a slide that cannot be used ends it all; True: it gets a row with the `error` alone
+    failed=False,
+): 
     "One dict a slide: slide_id, label (None if unknown), probability (what the task predicts), logits (the mean, where the model gives several of a slide), box if the item has it, top (the places of the most suspicious patches of a bag, where the model says them), seconds."
     loader, rows, was = as_loader(data, ranks=ranks), [] if rows is None else rows, model.training
     n, slides = sum(ranks.gather(len(loader))), slides_of(loader, epoch, len(ranks.places(0, len(rows))))
@@ -171,8 +178,10 @@ def synth_learner(n=24, seed=0): # model, train, tuning: what `fit` takes
     return TinyNet(), synth_slides(n, seed), synth_slides(n//2, seed+1)
 
 # %% ../nbs/09_training.ipynb #5aa9cff8
-def train_epoch(s,       # `State`
-                slides): # those of this rank that are left of the epoch: an iterator
+def train_epoch(
+    s,  # `State`
+    slides,  # those of this rank that are left of the epoch: an iterator
+): 
     "One pass over the slides, from place `s.step` on."
     s.model.train()
     while s.step < s.length:
@@ -260,7 +269,8 @@ class State:
     accepted: bool = False                       # changes, where it goes on
     asked: bool = False                          # to halt, on this rank
     halt: bool = False                           # on any
-    evaluated: nn.Module = None                  # what tuning slides are shown to, and kept as the best: the model, or an average of it
+    # what tuning slides are shown to, and kept as the best: the model, or an average of it
+    evaluated: nn.Module = None
     draws: dict = field(default_factory=dict)    # `rng_state` when the epoch began
     drawn: dict = field(default_factory=dict)    # and when it was broken off
     progress: bool = True
@@ -346,26 +356,33 @@ def make_optimizer(name, params, lr, momentum):
     return torch.optim.SGD(params, lr, momentum) if name == 'sgd' else torch.optim.AdamW(params, lr)
 
 # %% ../nbs/09_training.ipynb #5c5238e9
-def fit(model,           # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm frozen, as in `StreamingClassifier`
-        train,           # `SlideDataset` (shuffled, the rarer class oversampled), or a loader or list of its items
-        tuning=None,     # the same, or None
-        *, epochs,
-        lr=2e-4,         # learning rate, the paper's
-        momentum=.9,     # the paper's; of SGD
-        batch=16,        # slides in a mini-batch, the paper's
-        seed=0,          # of the order of slides, and of dropout
-        device='cpu',    # 'cuda' for an accelerator
-        amp=None,        # None, 'bf16' or 'fp16'
-        optimizer='sgd', # the paper's, or 'adamw', which gets further from random weights in few steps
-        task=Binary(),   # what the labels mean: a `Task`; its `n_out` is that of the model
-        history=(),      # of epochs that went before, as in another stage: order and augmentation go on from there
-        clip=None,       # largest norm of a mini-batch's gradient; None: any
-        callbacks=(),    # objects with some of before_fit, resumed (which may refuse), continued (which may write), before_epoch, after_step, after_epoch, at_rest, after_fit
-        resume=None,     # a point of this training to go on from, as `State.state_dict` gives it
-        accept_changes=False, # go on also where settings or slides are others than at the point
-        stage=None,      # number that the rows of the history bear
-        ranks=Alone(),   # `Ranks` where several processes train together
-        progress=True):
+def fit(
+    model,  # (1, 3, H, W) uint8 -> logits (1, n_out); BatchNorm frozen, as in `StreamingClassifier`
+    # `SlideDataset` (shuffled, the rarer class oversampled), or a loader or list of its items
+    train,
+    tuning=None,  # the same, or None
+    *,
+    epochs,
+    lr=2e-4,  # learning rate, the paper's
+    momentum=.9,  # the paper's; of SGD
+    batch=16,  # slides in a mini-batch, the paper's
+    seed=0,  # of the order of slides, and of dropout
+    device='cpu',  # 'cuda' for an accelerator
+    amp=None,  # None, 'bf16' or 'fp16'
+    optimizer='sgd',  # the paper's, or 'adamw', which gets further from random weights in few steps
+    task=Binary(),  # what the labels mean: a `Task`; its `n_out` is that of the model
+    # of epochs that went before, as in another stage: order and augmentation go on from there
+    history=(),
+    clip=None,  # largest norm of a mini-batch's gradient; None: any
+    # objects with some of before_fit, resumed (which may refuse), continued (which may write),
+    # before_epoch, after_step, after_epoch, at_rest, after_fit
+    callbacks=(),
+    resume=None,  # a point of this training to go on from, as `State.state_dict` gives it
+    accept_changes=False,  # go on also where settings or slides are others than at the point
+    stage=None,  # number that the rows of the history bear
+    ranks=Alone(),  # `Ranks` where several processes train together
+    progress=True,
+):
     "Train on the labels of slides, one slide at a time, by default with SGD and momentum; returns one dict an epoch, those of `history` before them. Only parameters that require a gradient are touched. Raises `Halted` where a callback has asked for a halt."
     at_least_one(epochs=epochs, batch=batch)
     for name, v in dict(lr=lr, clip=1 if clip is None else clip).items():
@@ -489,7 +506,9 @@ class Cosine:
 # %% ../nbs/09_training.ipynb #t5000016
 class DryRun:
     "Callback: a slide, the one that needs the most memory, goes forward and backward before training begins."
-    def __init__(self, item): self.item = item # as a dataset gives it
+    def __init__(self,
+                 item): # as a dataset gives it
+        self.item = item
     def before_fit(self, s):
         was, shape = rng_state(), ' x '.join(map(str, self.item['image'].shape[-2:]))
         s.model.train()

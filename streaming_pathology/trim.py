@@ -85,13 +85,14 @@ class _Cut:
         return np.frombuffer(pyvips.Region.new(turned).fetch(0, 0, width, height), np.uint8).reshape(height, width, 3)
 
 def cut(
-    slide, # a `Slide`
-    biopsy, # one of `biopsies(slide)`
-    spacing:float=.96, # microns per pixel of the image; the paper's is 0.96
-    margin:float=50., # microns of glass around the tissue
-    upright:bool=False, # turn the long axis upright
-    squeeze:bool=False, # leave out rows and columns that hold no tissue
-    background=None, # (red, green, blue) of all that is farther than `margin` from the tissue; None: as it is
+    slide,  # a `Slide`
+    biopsy,  # one of `biopsies(slide)`
+    spacing: float = .96,  # microns per pixel of the image; the paper's is 0.96
+    margin: float = 50.,  # microns of glass around the tissue
+    upright: bool = False,  # turn the long axis upright
+    squeeze: bool = False,  # leave out rows and columns that hold no tissue
+    # (red, green, blue) of all that is farther than `margin` from the tissue; None: as it is
+    background=None,
 ) -> PixelRows: # read as it is asked for
     "A biopsy as an image of its own."
     checked_number(spacing, 'the spacing of a cut', FINEST, COARSEST); checked_number(margin, 'the margin of a cut', 0, 1e5)
@@ -173,9 +174,9 @@ def trim_slide(task) -> dict: # the note on it
 
 # %% ../nbs/08_trim.ipynb #t0000010
 def each_apart(
-    f, # a function of a module, of one task
+    f,  # a function of a module, of one task
     tasks,
-    workers:int=0, # processes; 0: this one
+    workers: int = 0,  # processes; 0: this one
 ): # yields (task, result, exception)
     "`f` of every task, as they are done. A task that takes its process down is tried once more, alone, and does not harm the others."
     if not workers:
@@ -214,12 +215,15 @@ def each_apart(
 ORIGIN = 'source_id biopsy height width area source source_spacing source_top source_left source_height source_width angle'.split() # columns of a trimmed manifest that say where an image came from
 
 def trim_slides(
-    cases, # list of `Case`
-    out, # folder: new, empty, or of a former run with the same settings, which goes on; what that made of other slides stays
+    cases,  # list of `Case`
+    # folder: new, empty, or of a former run with the same settings, which goes on; what that made
+    # of other slides stays
+    out,
     settings=Trim(),
-    workers:int=0, # processes; 0: this one
-    progress:bool=True, # a progress bar
-    network=None, # finds the tissue of slides without a mask, as in `network_mask`; sent to the processes
+    workers: int = 0,  # processes; 0: this one
+    progress: bool = True,  # a progress bar
+    # finds the tissue of slides without a mask, as in `network_mask`; sent to the processes
+    network=None,
 ) -> dict: # slides, biopsies, skipped, failed: {slide_id: reason}, warnings; others: biopsies of a former run's other slides
     "Cut the biopsies of a cohort: biopsies/*.tiff, masks/*.tiff of their tissue, overview/*.jpg, failed.csv and, last, manifest.csv, one row a biopsy with the label of its slide. What the manifest does not name does not count."
     out, cases = Path(out), list(cases)

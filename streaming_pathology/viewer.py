@@ -22,12 +22,13 @@ from .pages import html_page
 from .regions import Field, regions
 
 # %% ../nbs/14_viewer.ipynb #view0005
-def save_picture(path,    # .jpg file
-                 image,   # uint8 (H, W, 3), what a network saw
-                 spacing, # microns per pixel; None: not known, or not to be told
-                 max_side=4096, # pixels of the longest side of the file
-                 quality=88,
-                )->Path:
+def save_picture(
+    path,  # .jpg file
+    image,  # uint8 (H, W, 3), what a network saw
+    spacing,  # microns per pixel; None: not known, or not to be told
+    max_side=4096,  # pixels of the longest side of the file
+    quality=88,
+)->Path:
     "Write a picture that knows its scale, all of it or nothing"
     im = Image.fromarray(np.asarray(image)); h, w = im.height, im.width
     im.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
@@ -42,8 +43,9 @@ class Picture:
     spacing: float|None # microns per pixel of it; None: not known
     seen: tuple        # (height, width) of what the network saw, in pixels at its own spacing
 
-def read_picture(path # .jpg file
-                )->Picture:
+def read_picture(
+    path,  # .jpg file
+)->Picture:
     "What a picture says of itself; `InputError` where it is damaged"
     try:
         with Image.open(path) as im: size, comment = im.size, im.info.get('comment'); im.draft('RGB', (1, 1)); im.load() # all of it, though small
@@ -56,9 +58,10 @@ def read_picture(path # .jpg file
 # %% ../nbs/14_viewer.ipynb #view0009
 TILE = 510 # pixels a side, and one more all round
 
-def write_tiles(picture, # file of an image
-                folder,  # to write, with a folder for each level, the coarsest one 0
-               )->dict:  # what the viewer needs of it
+def write_tiles(
+    picture,  # file of an image
+    folder,  # to write, with a folder for each level, the coarsest one 0
+)->dict:  # what the viewer needs of it
     "Cut a picture into the tiles of a pyramid, whose coarsest level is one tile"
     folder = Path(folder)
     try:
@@ -76,24 +79,28 @@ class Layer:
     "A map that lies over a picture"
     name: str     # for a legend
     picture: str  # path of it, relative to the page
-    extent: tuple = (1., 1.) # (height, width), as shares of the slide's picture: the last places of a map may reach beyond it
+    # (height, width), as shares of the slide's picture: the last places of a map may reach beyond
+    # it
+    extent: tuple = (1., 1.)
     outline: str = '' # path of an SVG, in units of a thousandth of the slide's picture
     shown: bool = True # from the start
 
-def write_layer(path,  # .webp file
-                heat,  # (h, w)
-                top=None, # value of full colour; None: the 99.5th percentile
-                side=1024, # pixels of the longest side
-               )->Path:
+def write_layer(
+    path,  # .webp file
+    heat,  # (h, w)
+    top=None,  # value of full colour; None: the 99.5th percentile
+    side=1024,  # pixels of the longest side
+)->Path:
     "Write a map as colours that get opaque with it"
     image = Image.fromarray(colour_map(heat, top)); image.thumbnail((side, side), Image.Resampling.BOX)
     with whole_file(path) as f: image.save(f, 'WEBP', quality=80)
     return Path(path)
 
-def outline_of(heat, # (h, w)
-               threshold, # in its units
-               extent=(1., 1.), # see `Layer`
-              )->str:
+def outline_of(
+    heat,  # (h, w)
+    threshold,  # in its units
+    extent=(1., 1.),  # see `Layer`
+)->str:
     "Where a map is above a threshold, as the path of an SVG: x and y in thousandths of the slide's picture; of at most 256 places a side, without specks of a place or two"
     heat = fit_map(heat, 256); place = [1000*e/n for e, n in zip(extent, heat.shape)]
     return ''.join('M'+'L'.join(f'{x:.1f} {y:.1f}' for x, y in ring[:-1])+'Z' for g in regions(heat, Field((1000, 1000), 1., (0, 0), tuple(place)), threshold, 2*place[0]*place[1]) for ring in g.rings)
@@ -114,19 +121,20 @@ def copy_viewer(folder)->bool: # whether it is installed
 def _round(wanted): ten = 10**np.floor(np.log10(wanted)); return float(next(k for k in (5, 2, 1) if k*ten <= wanted*(1+1e-9))*ten)
 def _microns(v): return f'{v/1000:g} mm' if v >= 1000 else f'{v:g} µm'
 
-def slide_page(title,   # name of the slide
-               above,   # whose it is
-               picture, # path of a small picture, relative to the page
-               size,    # (height, width) of the picture in pixels
-               layers=(), # of `Layer`
-               tiles=None, # what `write_tiles` says, and `path`, relative to the page; None: it does not zoom
-               spacing=None, # microns per pixel of the tiles; None: not known
-               facts=(),  # components
-               nav=(),    # links
-               below='',  # see `html_page`
-               script='openseadragon.min.js', # relative to the page
-               alt='Slide', # text of the picture
-              )->str:
+def slide_page(
+    title,  # name of the slide
+    above,  # whose it is
+    picture,  # path of a small picture, relative to the page
+    size,  # (height, width) of the picture in pixels
+    layers=(),  # of `Layer`
+    tiles=None,  # what `write_tiles` says, and `path`, relative to the page; None: it does not zoom
+    spacing=None,  # microns per pixel of the tiles; None: not known
+    facts=(),  # components
+    nav=(),  # links
+    below='',  # see `html_page`
+    script='openseadragon.min.js',  # relative to the page
+    alt='Slide',  # text of the picture
+)->str:
     "The page of one slide"
     over = list(enumerate(layers))
     def place(l): return f'height:{l.extent[0]:.4%};width:{l.extent[1]:.4%}'

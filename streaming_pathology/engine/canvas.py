@@ -41,11 +41,12 @@ class Canvas:
 
     A streamed network gives what it gives for `dense()`. Only where a maximum is reached in several
     places, the gradient may go to another of them."""
-    def __init__(self,
-        shape: tuple,       # (H, W) in pixels
-        color: tuple,       # one number a channel, in the units of the patches
-        patches=(),         # (top, left, tensor (C, h, w)) each, in pixels of the canvas, all of one type
-        dtype: torch.dtype | None = None,   # of the pixels; None: the patches'
+    def __init__(
+        self,
+        shape: tuple,  # (H, W) in pixels
+        color: tuple,  # one number a channel, in the units of the patches
+        patches=(),  # (top, left, tensor (C, h, w)) each, in pixels of the canvas, all of one type
+        dtype: torch.dtype | None = None,  # of the pixels; None: the patches'
     ):
         size = [whole_number(n) for n in shape] if isinstance(shape, (tuple, list)) else []
         if len(size) != 2 or not all(n and n > 0 for n in size):

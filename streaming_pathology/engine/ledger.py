@@ -135,12 +135,12 @@ class Usage:
 
 
 def measure(
-    module: nn.Module,                      # the plain network; of a `Streamed`, the one inside
-    shape: tuple,                           # of the image: (N, C, H, W)
-    dtype: torch.dtype = torch.float32,     # of the image
-    autocast: torch.dtype | None = None,    # torch.bfloat16 or torch.float16: under autocast to it
-    train: bool = True,                     # with the backward pass
-    wanted: bool = False,                   # whether the image wants its gradient
+    module: nn.Module,  # the plain network; of a `Streamed`, the one inside
+    shape: tuple,  # of the image: (N, C, H, W)
+    dtype: torch.dtype = torch.float32,  # of the image
+    autocast: torch.dtype | None = None,  # torch.bfloat16 or torch.float16: under autocast to it
+    train: bool = True,  # with the backward pass
+    wanted: bool = False,  # whether the image wants its gradient
 ) -> Usage:
     """What a step of the plain network takes, found by running it on the meta device.
 

@@ -529,7 +529,8 @@ class Plan:
     plain: Usage            # what the plain network would take
     speed: Speed            # of the device
     parts: dict = field(repr=False)     # of the peak: name -> bytes
-    others: list = field(repr=False)    # the best `Way` for each height, with those that do not fit
+    # the best `Way` for each height, with those that do not fit
+    others: list = field(repr=False)
     why: str = ''                       # this direction
     at: Callable = field(default=None, repr=False)      # strip height -> `Load`
 
@@ -827,14 +828,14 @@ def costs_of(streamed: Streamed, image: ImageSpec, axes: tuple) -> Costs:
 
 # %% ../../nbs/engine/09_plan.ipynb #5b04250b
 def plan(
-    module: nn.Module,          # the network, or its first part, or a `Streamed` one
-    shape,                      # of the image: (N, C, H, W); or the image, as `stream` takes it
-    memory='auto',              # bytes, text such as '8GB', 'auto' (what is free), or 'least'
-    strip: int | None = None,   # the height of a strip, if it is given
-    direction: str = 'auto',    # 'rows', 'columns', or 'auto'
-    dtype: torch.dtype | None = None,       # of the image, for a shape; None: the network's
-    autocast: torch.dtype | None = None,    # under autocast to torch.bfloat16 or torch.float16
-    train: bool = True,         # a training step, or only a prediction
+    module: nn.Module,  # the network, or its first part, or a `Streamed` one
+    shape,  # of the image: (N, C, H, W); or the image, as `stream` takes it
+    memory='auto',  # bytes, text such as '8GB', 'auto' (what is free), or 'least'
+    strip: int | None = None,  # the height of a strip, if it is given
+    direction: str = 'auto',  # 'rows', 'columns', or 'auto'
+    dtype: torch.dtype | None = None,  # of the image, for a shape; None: the network's
+    autocast: torch.dtype | None = None,  # under autocast to torch.bfloat16 or torch.float16
+    train: bool = True,  # a training step, or only a prediction
 ) -> Plan:
     """The fastest exact way to stream an image of `shape` within `memory`.
 

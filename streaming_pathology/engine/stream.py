@@ -13,13 +13,23 @@ from .streaming import Streamed
 
 # %% ../../nbs/engine/09_stream.ipynb #fca06539
 def stream(
-    module: nn.Module,          # the network, or its first part
-    strip: int | str = 512,     # rows of the image at a time, or 'auto': planned for each shape of image; memory grows with it, results do not depend on it
-    keep: int = 1,              # how many of the last strips keep what their gradient needs instead of being computed again; the first costs no memory at the peak
-    states: str = 'device',     # where the states between strips wait for the backward pass: 'device', 'host' (memory of the CPU) or 'disk' (a temporary file)
-    every: int = 1,             # keep the state before each n-th strip only, and compute those between once more
-    direction: str = 'auto',    # 'rows': strips lie below each other; 'columns': beside each other; 'auto': whichever makes them shorter
-    memory: str | float = 'auto',   # for strip='auto': bytes, text such as '8GB', 'auto': what the device has free, or 'least'
+    module: nn.Module,  # the network, or its first part
+    # rows of the image at a time, or 'auto': planned for each shape of image; memory grows with it,
+    # results do not depend on it
+    strip: int | str = 512,
+    # how many of the last strips keep what their gradient needs instead of being computed again;
+    # the first costs no memory at the peak
+    keep: int = 1,
+    # where the states between strips wait for the backward pass: 'device', 'host' (memory of the
+    # CPU) or 'disk' (a temporary file)
+    states: str = 'device',
+    # keep the state before each n-th strip only, and compute those between once more
+    every: int = 1,
+    # 'rows': strips lie below each other; 'columns': beside each other; 'auto': whichever makes
+    # them shorter
+    direction: str = 'auto',
+    # for strip='auto': bytes, text such as '8GB', 'auto': what the device has free, or 'least'
+    memory: str | float = 'auto',
 ) -> Streamed:
     """`module`, computed strip by strip: the same parameters, values and gradients, in the memory of
     a strip and of the states between strips.

@@ -1,4 +1,5 @@
 "Everything is in settings.ini; this hands it to setuptools."
+
 import runpy
 from configparser import ConfigParser
 from pathlib import Path
@@ -8,26 +9,46 @@ from setuptools.command.develop import develop
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=['='])
-config.read(here/'settings.ini', encoding='utf-8')
+config.read(here / 'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
-readme = here/'README.md'
+readme = here / 'README.md'
+
 
 def with_viewer(command):
     "A step of an installation that first fetches the viewer of reports, as tools/npm.py says; without it all but zooming works, and reports say so."
+
     def run(self):
-        try: runpy.run_path(str(here/'tools/npm.py'))['fetch_viewer']()
-        except OSError as e: self.warn(f'reports will not zoom: {e}')
+        try:
+            runpy.run_path(str(here / 'tools/npm.py'))['fetch_viewer']()
+        except OSError as e:
+            self.warn(f'reports will not zoom: {e}')
         command.run(self)
+
     return type(command.__name__, (command,), dict(run=run))
 
+
 setup(
-    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
-    long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
-    author=cfg['author'], license='Apache-2.0', url=cfg['git_url'],
-    packages=find_packages(include=['streaming_pathology*']), include_package_data=True,
+    name=cfg['lib_name'],
+    version=cfg['version'],
+    description=cfg['description'],
+    keywords=cfg['keywords'],
+    long_description=readme.read_text(encoding='utf-8') if readme.exists() else '',
+    long_description_content_type='text/markdown',
+    author=cfg['author'],
+    license='Apache-2.0',
+    url=cfg['git_url'],
+    packages=find_packages(include=['streaming_pathology*']),
+    include_package_data=True,
     package_data={'streaming_pathology': ['data/*', 'data/openseadragon/*']},
     cmdclass={'build_py': with_viewer(build_py), 'develop': with_viewer(develop)},
-    python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'bench': cfg['bench_requirements'].split()},
-    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    python_requires=f'>={cfg["min_python"]}',
+    install_requires=cfg['requirements'].split(),
+    extras_require={
+        'dev': cfg['dev_requirements'].split(),
+        'bench': cfg['bench_requirements'].split(),
+    },
+    entry_points={
+        'console_scripts': cfg['console_scripts'].split(),
+        'nbdev': [f'{cfg["lib_path"]}={cfg["lib_path"]}._modidx:d'],
+    },
 )

@@ -17,7 +17,15 @@ from .models import GatedAttention, attention_pool
 # %% ../nbs/12_aggregators.ipynb #a0000006
 class Aggregator(nn.Module):
     "Features (n, d) of one slide's patches, and `scores` (n,), logits that the patches have from elsewhere, or None -> logits (1, n_out); in training (k, n_out) where each of k rows learns the slide's label."
-    name, source, k, several, relevance_is = '', '', None, False, 'probability' # several: n_out may be above 1
+
+    name, source, k, several, relevance_is = (
+        '',
+        '',
+        None,
+        False,
+        'probability',
+    )  # several: n_out may be above 1
+
     def __init__(
         self,
         d,  # features of a patch
@@ -25,223 +33,390 @@ class Aggregator(nn.Module):
         k=None,  # patches that count; None: as many as the method says
         # share of the hidden units, or of the features where there are none, that are left out in
         # training
-        dropout=0.,
-    ):  
+        dropout=0.0,
+    ):
         super().__init__()
         at_least_one(d=d, n_out=n_out, k=1 if k is None else k)
-        if not 0 <= dropout < 1: raise InputError(f'dropout is {dropout}; it is a share, from 0 to below 1')
-        if n_out > 1 and not self.several: raise InputError(f"the aggregator {self.name!r} is about two classes and gives one logit, not {n_out}; of more know {', '.join(n for n, a in aggregators.items() if a.several)}")
-        if k is not None and self.k is None: raise InputError(f"the aggregator {self.name!r} chooses no patches, so k={k} means nothing to it; those that do are {', '.join(n for n, a in aggregators.items() if a.k)}")
+        if not 0 <= dropout < 1:
+            raise InputError(f'dropout is {dropout}; it is a share, from 0 to below 1')
+        if n_out > 1 and not self.several:
+            raise InputError(
+                f'the aggregator {self.name!r} is about two classes and gives one logit, not {n_out}; of more know {", ".join(n for n, a in aggregators.items() if a.several)}'
+            )
+        if k is not None and self.k is None:
+            raise InputError(
+                f'the aggregator {self.name!r} chooses no patches, so k={k} means nothing to it; those that do are {", ".join(n for n, a in aggregators.items() if a.k)}'
+            )
         self.d, self.n_out, self.k, self.drop = d, n_out, k or self.k, nn.Dropout(dropout)
 
-    def checked(self, x, scores): # the same, as the weights are
+    def checked(self, x, scores):  # the same, as the weights are
         "Refuse what are no features of a slide."
-        if x.ndim != 2 or x.shape[1] != self.d or not len(x): raise InputError(f'features of shape {tuple(x.shape)}: give (n, {self.d}), those of the n patches of one slide, at least one')
-        if scores is not None and scores.shape != x.shape[:1]: raise InputError(f'scores of shape {tuple(scores.shape)} beside the features of {len(x)} patches: give ({len(x)},)')
+        if x.ndim != 2 or x.shape[1] != self.d or not len(x):
+            raise InputError(
+                f'features of shape {tuple(x.shape)}: give (n, {self.d}), those of the n patches of one slide, at least one'
+            )
+        if scores is not None and scores.shape != x.shape[:1]:
+            raise InputError(
+                f'scores of shape {tuple(scores.shape)} beside the features of {len(x)} patches: give ({len(x)},)'
+            )
         for what, v in dict(features=x, scores=scores).items():
-            if v is not None and not (ok := v.isfinite().reshape(len(x), -1).all(1)).all(): raise InputError(f'the {what} of patch {int(ok.int().argmin())} (of 0 to {len(x)-1}) are not finite')
+            if v is not None and not (ok := v.isfinite().reshape(len(x), -1).all(1)).all():
+                raise InputError(
+                    f'the {what} of patch {int(ok.int().argmin())} (of 0 to {len(x) - 1}) are not finite'
+                )
         return x.to(next(self.parameters()).dtype), scores
 
-    def forward(self, x, scores=None): return self.aggregate(*self.checked(x, scores))
+    def forward(self, x, scores=None):
+        return self.aggregate(*self.checked(x, scores))
 
     @torch.no_grad()
-    def relevance(self, x, scores=None): # (n,) in 0 to 1
+    def relevance(self, x, scores=None):  # (n,) in 0 to 1
         "What each patch counts for: see `relevance_is`; attention is divided by its largest. Nothing is dropped."
-        training = self.training; self.eval()
-        try: return self.weigh(*self.checked(x, scores))
-        finally: self.train(training)
+        training = self.training
+        self.eval()
+        try:
+            return self.weigh(*self.checked(x, scores))
+        finally:
+            self.train(training)
 
-def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32)) # sums over many patches are no matter for half precision
 
-def _ranked(z): # places, highest first
+def _wide(x):
+    return x.to(
+        torch.promote_types(x.dtype, torch.float32)
+    )  # sums over many patches are no matter for half precision
+
+
+def _ranked(z):  # places, highest first
     "The first where several are equal."
     return z.detach().sort(descending=True, stable=True).indices
 
 # %% ../nbs/12_aggregators.ipynb #a0000008
 class Mean(Aggregator):
     "The mean of the features, then a linear layer: one of the fixed poolings that Ilse et al. 2018 compare with."
+
     name, several = 'mean', True
-    def __init__(self, d, n_out=1, k=None, dropout=0.):
+
+    def __init__(self, d, n_out=1, k=None, dropout=0.0):
         super().__init__(d, n_out, k, dropout)
         self.classifier = nn.Linear(d, n_out)
-        if n_out > 1: self.relevance_is = 'attention'
-    def aggregate(self, x, scores): return self.classifier(self.drop(x.mean(0, keepdim=True)))
-    def weigh(self, x, scores): return self.classifier(x)[:, 0].sigmoid() if self.n_out == 1 else x.new_ones(len(x))
+        if n_out > 1:
+            self.relevance_is = 'attention'
+
+    def aggregate(self, x, scores):
+        return self.classifier(self.drop(x.mean(0, keepdim=True)))
+
+    def weigh(self, x, scores):
+        return self.classifier(x)[:, 0].sigmoid() if self.n_out == 1 else x.new_ones(len(x))
+
 
 class Max(Aggregator):
     "The logit of the most suspicious patch: the standard assumption of Dietterich et al. 1997; Campanella et al. 2019 classify slides so."
+
     name = 'max'
-    def __init__(self, d, n_out=1, k=None, dropout=0.):
+
+    def __init__(self, d, n_out=1, k=None, dropout=0.0):
         super().__init__(d, n_out, k, dropout)
         self.classifier = nn.Linear(d, 1)
-    def classify(self, x): return _wide(self.classifier(self.drop(x))[:, 0])
-    def pool(self, z): return z[_ranked(z)[0]]
-    def aggregate(self, x, scores): return self.pool(self.classify(x)).view(1, 1)
-    def weigh(self, x, scores): return self.classify(x).sigmoid()
+
+    def classify(self, x):
+        return _wide(self.classifier(self.drop(x))[:, 0])
+
+    def pool(self, z):
+        return z[_ranked(z)[0]]
+
+    def aggregate(self, x, scores):
+        return self.pool(self.classify(x)).view(1, 1)
+
+    def weigh(self, x, scores):
+        return self.classify(x).sigmoid()
+
 
 class TopK(Max):
     "The mean of the `k` highest logits of patches: Li and Vasconcelos 2015 (Multiple Instance Learning for Soft Bags via Top Instances)."
+
     name, k = 'topk', 10
-    def pool(self, z): return z[_ranked(z)[:self.k]].mean()
+
+    def pool(self, z):
+        return z[_ranked(z)[: self.k]].mean()
 
 # %% ../nbs/12_aggregators.ipynb #a0000010
-def noisy_or(z): # ()
+def noisy_or(z):  # ()
     "The logit of 1-prod(1-sigmoid(z)), of logits (n,); exact, and of finite gradient, however small or large they are."
-    low, high = z.clamp(max=-17.), z.clamp(min=-19.)
-    total, small = -F.logsigmoid(-z).sum(), torch.where(z < -18, low-low.exp()/2, (-F.logsigmoid(-high)).log()).logsumexp(0)
-    t, s = total.clamp(max=2e-4), total.clamp(min=5e-5)                                     # each formula sees what it is good for, and a little more, so that no gradient is 0*inf or lost at a bound
-    return torch.where(total < 1e-4, small+t/2+t**2/24, s+(-torch.expm1(-s)).log())
+    low, high = z.clamp(max=-17.0), z.clamp(min=-19.0)
+    total, small = (
+        -F.logsigmoid(-z).sum(),
+        torch.where(z < -18, low - low.exp() / 2, (-F.logsigmoid(-high)).log()).logsumexp(0),
+    )
+    t, s = (
+        total.clamp(max=2e-4),
+        total.clamp(min=5e-5),
+    )  # each formula sees what it is good for, and a little more, so that no gradient is 0*inf or lost at a bound
+    return torch.where(total < 1e-4, small + t / 2 + t**2 / 24, s + (-torch.expm1(-s)).log())
+
 
 class NoisyOr(Max):
     "Noisy-or of the probabilities of patches: Maron and Lozano-Pérez 1998; Viola, Platt and Zhang 2005 (Multiple Instance Boosting for Object Detection)."
+
     name = 'noisy-or'
-    def pool(self, z): return noisy_or(z)
+
+    def pool(self, z):
+        return noisy_or(z)
 
 # %% ../nbs/12_aggregators.ipynb #a0000013
 class RNN(Aggregator):
     "An Elman network of 128 units over the `k` most suspicious patches, in that order: Campanella et al. 2019 (Nature Medicine 25). Its map is of the probabilities that the scores say."
+
     name, k = 'rnn', 10
     source = 'Campanella et al. 2019'
-    def __init__(self, d, n_out=1, k=None, dropout=0., hidden=128):
+
+    def __init__(self, d, n_out=1, k=None, dropout=0.0, hidden=128):
         super().__init__(d, n_out, k, dropout)
-        self.embed, self.carry, self.classifier = nn.Linear(d, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
+        self.embed, self.carry, self.classifier = (
+            nn.Linear(d, hidden),
+            nn.Linear(hidden, hidden),
+            nn.Linear(hidden, 1),
+        )
+
     def checked(self, x, scores):
-        if scores is None: raise InputError("the aggregator 'rnn' reads patches in the order of how suspicious they are, and no scores are given: it needs a backbone that says so, such as one trained by sp_mil")
+        if scores is None:
+            raise InputError(
+                "the aggregator 'rnn' reads patches in the order of how suspicious they are, and no scores are given: it needs a backbone that says so, such as one trained by sp_mil"
+            )
         return super().checked(x, scores)
+
     def aggregate(self, x, scores):
         h = x.new_zeros(len(self.carry.bias))
-        for e in self.embed(self.drop(x[_ranked(scores)[:self.k]])): h = (e+self.carry(h)).relu()
+        for e in self.embed(self.drop(x[_ranked(scores)[: self.k]])):
+            h = (e + self.carry(h)).relu()
         return self.classifier(h[None])
-    def weigh(self, x, scores): return _wide(scores).sigmoid()
+
+    def weigh(self, x, scores):
+        return _wide(scores).sigmoid()
 
 # %% ../nbs/12_aggregators.ipynb #a0000015
-def _column(x): return x.T[None, :, :, None] # (n, C) as an image (1, C, n, 1)
+def _column(x):
+    return x.T[None, :, :, None]  # (n, C) as an image (1, C, n, 1)
+
 
 class ABMIL(Aggregator):
     "Gated attention: Ilse, Tomczak and Welling 2018 (Attention-based Deep Multiple Instance Learning), equations 8 and 9."
+
     name, several, relevance_is, units = 'abmil', True, 'attention', 128
     source = 'Ilse et al. 2018'
-    def __init__(self, d, n_out=1, k=None, dropout=0., hidden=512):
+
+    def __init__(self, d, n_out=1, k=None, dropout=0.0, hidden=512):
         super().__init__(d, n_out, k, dropout)
-        self.embed, self.attention, self.classifier = nn.Linear(d, hidden), GatedAttention(hidden, self.units), nn.Linear(hidden, n_out)
-    def attend(self, x): # h (n, hidden), and what its softmax is the attention (n,)
+        self.embed, self.attention, self.classifier = (
+            nn.Linear(d, hidden),
+            GatedAttention(hidden, self.units),
+            nn.Linear(hidden, n_out),
+        )
+
+    def attend(self, x):  # h (n, hidden), and what its softmax is the attention (n,)
         h = self.drop(self.embed(x).relu())
         return h, self.attention.scores(_column(h))[0, 0, :, 0]
+
     def aggregate(self, x, scores):
         h, s = self.attend(x)
         return self.classifier(attention_pool(_column(h), _column(s[:, None])))
-    def weigh(self, x, scores): s = _wide(self.attend(x)[1]); return (s-s.max()).exp()
+
+    def weigh(self, x, scores):
+        s = _wide(self.attend(x)[1])
+        return (s - s.max()).exp()
 
 # %% ../nbs/12_aggregators.ipynb #a0000017
-def smooth_svm(logits, classes): # ()
+def smooth_svm(logits, classes):  # ()
     "The smooth top-1 SVM loss of logits (n, 2), with margin 1 and temperature 1: Berrada, Zisserman and Kumar 2018 (Smooth Loss Functions for Deep Top-k Classification)."
     true = logits.gather(1, classes[:, None]).squeeze(1)
-    return -F.logsigmoid(2*true-logits.sum(1)-1).mean()
+    return -F.logsigmoid(2 * true - logits.sum(1) - 1).mean()
+
 
 class CLAM(ABMIL):
     "CLAM-SB without subtyping, Lu et al. 2021 (Nature Biomedical Engineering 5): attention, and patches of highest and lowest attention as evidence for and against the slide's class."
-    name, several, units, k, losses = 'clam', False, 256, 8, dict(svm=smooth_svm, ce=F.cross_entropy)
+
+    name, several, units, k, losses = (
+        'clam',
+        False,
+        256,
+        8,
+        dict(svm=smooth_svm, ce=F.cross_entropy),
+    )
     source = 'Lu et al. 2021'
-    def __init__(self, d, n_out=1, k=None, dropout=0., hidden=512, instance_loss='svm'):
+
+    def __init__(self, d, n_out=1, k=None, dropout=0.0, hidden=512, instance_loss='svm'):
         super().__init__(d, n_out, k, dropout, hidden)
-        if instance_loss not in self.losses: raise InputError(f"instance_loss={instance_loss!r} is not known: use one of {', '.join(self.losses)}")
-        self.instance_loss, self.evidence, self.instances = instance_loss, None, nn.ModuleList([nn.Linear(hidden, 2) for _ in range(2)])
+        if instance_loss not in self.losses:
+            raise InputError(
+                f'instance_loss={instance_loss!r} is not known: use one of {", ".join(self.losses)}'
+            )
+        self.instance_loss, self.evidence, self.instances = (
+            instance_loss,
+            None,
+            nn.ModuleList([nn.Linear(hidden, 2) for _ in range(2)]),
+        )
+
     def aggregate(self, x, scores):
         h, s = self.attend(x)
-        if self.training: k, order = min(self.k, len(h)//2), _ranked(s); self.evidence = h[order[:k]], h[order[len(h)-k:]]
+        if self.training:
+            k, order = min(self.k, len(h) // 2), _ranked(s)
+            self.evidence = h[order[:k]], h[order[len(h) - k :]]
         return self.classifier(attention_pool(_column(h), _column(s[:, None])))
-    def __getstate__(self): return vars(self)|dict(evidence=None) # a copy has seen no slide
-    def loss(self, task, logits, label): # a scalar
+
+    def __getstate__(self):
+        return vars(self) | dict(evidence=None)  # a copy has seen no slide
+
+    def loss(self, task, logits, label):  # a scalar
         "Of the slide that was seen last; outside training its first part alone."
-        if getattr(task, 'classes', None) != 2: raise InputError(f"the aggregator 'clam' is about two classes, and {task} is not")
+        if getattr(task, 'classes', None) != 2:
+            raise InputError(f"the aggregator 'clam' is about two classes, and {task} is not")
         bag, (evidence, self.evidence) = task.loss(logits, label), (self.evidence, None)
-        if not self.training: return bag
-        if not len(evidence[0]): return .7*bag
-        classes = torch.arange(2, device=logits.device).flip(0).repeat_interleave(len(evidence[0]))  # first those for it
-        return .7*bag+.3*self.losses[self.instance_loss](_wide(self.instances[int(label[0])](torch.cat(evidence))), classes)
+        if not self.training:
+            return bag
+        if not len(evidence[0]):
+            return 0.7 * bag
+        classes = (
+            torch.arange(2, device=logits.device).flip(0).repeat_interleave(len(evidence[0]))
+        )  # first those for it
+        return 0.7 * bag + 0.3 * self.losses[self.instance_loss](
+            _wide(self.instances[int(label[0])](torch.cat(evidence))), classes
+        )
 
 # %% ../nbs/12_aggregators.ipynb #a0000019
-def pseudo_inverse(p, steps=6): # (..., m, m)
+def pseudo_inverse(p, steps=6):  # (..., m, m)
     "Of softmaxed matrices (heads, m, m), iterated: Xiong et al. 2021; the norms are the largest of all heads, as in published implementations."
-    z, one = p.mT/(p.abs().sum(-1).max()*p.abs().sum(-2).max()), torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
-    for _ in range(steps): pz = p@z; z = z@(13*one-pz@(15*one-pz@(7*one-pz)))/4
+    z, one = (
+        p.mT / (p.abs().sum(-1).max() * p.abs().sum(-2).max()),
+        torch.eye(p.shape[-1], dtype=p.dtype, device=p.device),
+    )
+    for _ in range(steps):
+        pz = p @ z
+        z = z @ (13 * one - pz @ (15 * one - pz @ (7 * one - pz))) / 4
     return z
+
 
 class NystromAttention(nn.Module):
     "Self-attention over tokens (n, dim) through landmarks, with a convolution of the values beside it: Xiong et al. 2021 (Nyströmformer)."
-    def __init__(self, dim, heads=8, landmarks=256, kernel=33, dropout=0.):
+
+    def __init__(self, dim, heads=8, landmarks=256, kernel=33, dropout=0.0):
         super().__init__()
         self.heads, self.landmarks = heads, landmarks
-        self.qkv, self.out, self.drop = nn.Linear(dim, 3*dim, bias=False), nn.Linear(dim, dim), nn.Dropout(dropout)
-        self.conv = nn.Conv2d(heads, heads, (kernel, 1), padding=(kernel//2, 0), groups=heads, bias=False)
-    def parts(self, x): # of attention, (heads, N, m), (heads, m, m), (heads, m, N); values (heads, N, d)
+        self.qkv, self.out, self.drop = (
+            nn.Linear(dim, 3 * dim, bias=False),
+            nn.Linear(dim, dim),
+            nn.Dropout(dropout),
+        )
+        self.conv = nn.Conv2d(
+            heads, heads, (kernel, 1), padding=(kernel // 2, 0), groups=heads, bias=False
+        )
+
+    def parts(
+        self, x
+    ):  # of attention, (heads, N, m), (heads, m, m), (heads, m, N); values (heads, N, d)
         "N: n and the zeros before, in whole groups."
         x = F.pad(x, (0, 0, -len(x) % self.landmarks, 0))
         q, k, v = _wide(self.qkv(x)).view(len(x), 3, self.heads, -1).permute(1, 2, 0, 3)
         means = lambda t: t.unflatten(1, (self.landmarks, -1)).mean(2)
-        q = q/math.sqrt(q.shape[-1]); ql, kl = means(q), means(k)
-        return (q@kl.mT).softmax(-1), pseudo_inverse((ql@kl.mT).softmax(-1)), (ql@k.mT).softmax(-1), v
-    def forward(self, x): # (n, dim)
+        q = q / math.sqrt(q.shape[-1])
+        ql, kl = means(q), means(k)
+        return (
+            (q @ kl.mT).softmax(-1),
+            pseudo_inverse((ql @ kl.mT).softmax(-1)),
+            (ql @ k.mT).softmax(-1),
+            v,
+        )
+
+    def forward(self, x):  # (n, dim)
         with torch.autocast(x.device.type, enabled=False):
             first, inverse, last, v = self.parts(_wide(x))
-            y = first@(inverse@(last@v))+self.conv(v[None])[0]
-            return self.drop(self.out(y.transpose(0, 1).flatten(1)[-len(x):]))
-    def row(self, x, i=0): # (n,)
+            y = first @ (inverse @ (last @ v)) + self.conv(v[None])[0]
+            return self.drop(self.out(y.transpose(0, 1).flatten(1)[-len(x) :]))
+
+    def row(self, x, i=0):  # (n,)
         "What token `i` takes from each, the mean of all heads; an approximation, and so sometimes a little below 0."
         with torch.autocast(x.device.type, enabled=False):
             first, inverse, last, _ = self.parts(_wide(x))
-            return (first[:, i-len(x), None]@inverse@last).mean((0, 1))[-len(x):]
+            return (first[:, i - len(x), None] @ inverse @ last).mean((0, 1))[-len(x) :]
 
 # %% ../nbs/12_aggregators.ipynb #a0000020
 class TransMIL(Aggregator):
     "A transformer over patches: Shao et al. 2021 (TransMIL, NeurIPS), its algorithm 2. `dropout` is that of its attention, .1 in the authors' code. Its map is what the class token takes from each patch in the last layer."
+
     name, several, relevance_is = 'transmil', True, 'attention'
     source = 'Shao et al. 2021'
-    def __init__(self, d, n_out=1, k=None, dropout=0., hidden=512): # hidden: a multiple of 8
+
+    def __init__(self, d, n_out=1, k=None, dropout=0.0, hidden=512):  # hidden: a multiple of 8
         super().__init__(d, n_out, k)
         self.embed, self.token = nn.Linear(d, hidden), nn.Parameter(torch.randn(1, hidden))
-        self.norms, self.attentions = nn.ModuleList([nn.LayerNorm(hidden) for _ in range(3)]), nn.ModuleList([NystromAttention(hidden, landmarks=hidden//2, dropout=dropout) for _ in range(2)])
-        self.places, self.classifier = nn.ModuleList([nn.Conv2d(hidden, hidden, s, padding=s//2, groups=hidden) for s in (7, 5, 3)]), nn.Linear(hidden, n_out)
-    def tokens(self, x): # (1+side*side, hidden), as the last layer gets them
-        h, side = self.embed(x).relu(), math.isqrt(len(x)-1)+1
-        h = torch.cat([self.token, h, h[:side**2-len(h)]])
-        h = h+self.attentions[0](self.norms[0](h))
+        self.norms, self.attentions = (
+            nn.ModuleList([nn.LayerNorm(hidden) for _ in range(3)]),
+            nn.ModuleList(
+                [NystromAttention(hidden, landmarks=hidden // 2, dropout=dropout) for _ in range(2)]
+            ),
+        )
+        self.places, self.classifier = (
+            nn.ModuleList(
+                [nn.Conv2d(hidden, hidden, s, padding=s // 2, groups=hidden) for s in (7, 5, 3)]
+            ),
+            nn.Linear(hidden, n_out),
+        )
+
+    def tokens(self, x):  # (1+side*side, hidden), as the last layer gets them
+        h, side = self.embed(x).relu(), math.isqrt(len(x) - 1) + 1
+        h = torch.cat([self.token, h, h[: side**2 - len(h)]])
+        h = h + self.attentions[0](self.norms[0](h))
         square = h[1:].T.reshape(1, -1, side, side)
-        return torch.cat([h[:1], (square+sum(c(square) for c in self.places)).flatten(2)[0].T])
+        return torch.cat([h[:1], (square + sum(c(square) for c in self.places)).flatten(2)[0].T])
+
     def aggregate(self, x, scores):
         h = self.tokens(x)
-        return self.classifier(self.norms[2]((h+self.attentions[1](self.norms[1](h)))[:1]))
-    def weigh(self, x, scores): # of a patch that is repeated the first counts
-        row = self.attentions[1].row(self.norms[1](self.tokens(x)))[1:1+len(x)].clamp(min=0)
-        return row/row.max().clamp(min=torch.finfo(row.dtype).tiny)
+        return self.classifier(self.norms[2]((h + self.attentions[1](self.norms[1](h)))[:1]))
+
+    def weigh(self, x, scores):  # of a patch that is repeated the first counts
+        row = self.attentions[1].row(self.norms[1](self.tokens(x)))[1 : 1 + len(x)].clamp(min=0)
+        return row / row.max().clamp(min=torch.finfo(row.dtype).tiny)
 
 # %% ../nbs/12_aggregators.ipynb #a0000022
 class DSMIL(Aggregator):
     "Dual-stream multiple-instance learning: Li, Li and Eliceiri 2021 (CVPR). Its map is of the probabilities of patches."
+
     name = 'dsmil'
     source = 'Li et al. 2021'
-    def __init__(self, d, n_out=1, k=None, dropout=0., hidden=128):
+
+    def __init__(self, d, n_out=1, k=None, dropout=0.0, hidden=128):
         super().__init__(d, n_out, k, dropout)
-        self.instance, self.query, self.value, self.bag = nn.Linear(d, 1), nn.Linear(d, hidden), nn.Linear(d, d), nn.Linear(d, 1)
-    def streams(self, x): # (2, 1): z of the most suspicious, u; z (n,); attention (n,)
+        self.instance, self.query, self.value, self.bag = (
+            nn.Linear(d, 1),
+            nn.Linear(d, hidden),
+            nn.Linear(d, d),
+            nn.Linear(d, 1),
+        )
+
+    def streams(self, x):  # (2, 1): z of the most suspicious, u; z (n,); attention (n,)
         z, q = _wide(self.instance(x)[:, 0]), _wide(self.query(x))
         m = _ranked(z)[0]
-        a = ((q*q[m]).sum(1)/math.sqrt(q.shape[1])).softmax(0)
-        u = self.bag((a[:, None]*self.value(self.drop(x))).sum(0, keepdim=True).to(x.dtype))
+        a = ((q * q[m]).sum(1) / math.sqrt(q.shape[1])).softmax(0)
+        u = self.bag((a[:, None] * self.value(self.drop(x))).sum(0, keepdim=True).to(x.dtype))
         return torch.cat([z[m].view(1, 1), _wide(u)]), z, a
-    def aggregate(self, x, scores): y = self.streams(x)[0]; return y if self.training else y.mean(0, keepdim=True)
-    def weigh(self, x, scores): return self.streams(x)[1].sigmoid()
+
+    def aggregate(self, x, scores):
+        y = self.streams(x)[0]
+        return y if self.training else y.mean(0, keepdim=True)
+
+    def weigh(self, x, scores):
+        return self.streams(x)[1].sigmoid()
 
 # %% ../nbs/12_aggregators.ipynb #a0000024
 aggregators = {a.name: a for a in (Mean, Max, TopK, NoisyOr, RNN, ABMIL, CLAM, TransMIL, DSMIL)}
+
 
 def make_aggregator(
     name,  # one of `aggregators`
     d,
     n_out=1,
     k=None,
-    dropout=0.,
-): # `Aggregator`
+    dropout=0.0,
+):  # `Aggregator`
     "With the defaults of its paper: see `Aggregator`."
-    if name not in aggregators: raise InputError(f"aggregator {name!r} is not known: use one of {', '.join(aggregators)}")
+    if name not in aggregators:
+        raise InputError(f'aggregator {name!r} is not known: use one of {", ".join(aggregators)}')
     return aggregators[name](d, n_out, k, dropout)

@@ -19,15 +19,33 @@ def check_scores(
     scores,  # one finite number for each slide, higher means more likely positive
 ):
     "`labels` (n,) as bool and `scores` (n,) as float64; `InputError` where no ROC curve can be drawn of them"
-    try: y, s = (np.asarray(v, dtype=float) for v in (labels, scores))
-    except (TypeError, ValueError) as e: raise InputError(f'labels and scores have to be numbers: {e}') from None
-    if y.ndim != 1 or s.ndim != 1: raise InputError(f'labels and scores have to be lists of one number a slide, got shapes {y.shape} and {s.shape}')
-    if len(y) != len(s): raise InputError(f'{len(y)} labels but {len(s)} scores: give one score for each label')
-    if not len(y): raise InputError('no labelled slides to evaluate: give at least one positive and one negative slide')
+    try:
+        y, s = (np.asarray(v, dtype=float) for v in (labels, scores))
+    except (TypeError, ValueError) as e:
+        raise InputError(f'labels and scores have to be numbers: {e}') from None
+    if y.ndim != 1 or s.ndim != 1:
+        raise InputError(
+            f'labels and scores have to be lists of one number a slide, got shapes {y.shape} and {s.shape}'
+        )
+    if len(y) != len(s):
+        raise InputError(f'{len(y)} labels but {len(s)} scores: give one score for each label')
+    if not len(y):
+        raise InputError(
+            'no labelled slides to evaluate: give at least one positive and one negative slide'
+        )
     for name, v in (('label', y), ('score', s)):
-        if (bad := ~np.isfinite(v)).any(): raise InputError(f'{name} number {bad.argmax()} is {v[bad.argmax()]}: leave out slides without a {name}')
-    if (bad := (y != 0) & (y != 1)).any(): raise InputError(f'label number {bad.argmax()} is {y[bad.argmax()]:g}: labels have to be 0 or 1')
-    if y.all() or not y.any(): raise InputError(f'all {len(y)} slides have label {y[0]:g}: an ROC curve needs both classes')
+        if (bad := ~np.isfinite(v)).any():
+            raise InputError(
+                f'{name} number {bad.argmax()} is {v[bad.argmax()]}: leave out slides without a {name}'
+            )
+    if (bad := (y != 0) & (y != 1)).any():
+        raise InputError(
+            f'label number {bad.argmax()} is {y[bad.argmax()]:g}: labels have to be 0 or 1'
+        )
+    if y.all() or not y.any():
+        raise InputError(
+            f'all {len(y)} slides have label {y[0]:g}: an ROC curve needs both classes'
+        )
     return y == 1, s
 
 # %% ../nbs/13_auc.ipynb #5a12acb8
@@ -36,15 +54,18 @@ def roc(
     scores,  # higher means more likely positive
 ):
     "Points of the ROC curve `(fpr, tpr, thresholds)`, one for each distinct score and the origin; a slide is called positive where its score is at least the threshold"
-    from sklearn.metrics import roc_curve # slow to import, so only where it is used
+    from sklearn.metrics import roc_curve  # slow to import, so only where it is used
+
     return roc_curve(*check_scores(labels, scores), drop_intermediate=False)
+
 
 def auc(
     labels,  # 0 or 1 for each slide
     scores,  # higher means more likely positive
-)->float:
+) -> float:
     "Area under the ROC curve: the chance that a positive slide scores above a negative one, ties counting half"
     from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(*check_scores(labels, scores)))
 
 # %% ../nbs/13_auc.ipynb #82898e4e
@@ -55,10 +76,17 @@ def class_weights(
 ):
     "Weight of the positive and of the negative slides at each distinct score, from the lowest up: two arrays (draws, distinct)"
     order = np.argsort(s, kind='stable')
-    starts = np.flatnonzero(np.diff(s[order], prepend=-np.inf))       # first slide of each distinct score
+    starts = np.flatnonzero(
+        np.diff(s[order], prepend=-np.inf)
+    )  # first slide of each distinct score
     w = np.asarray(weights)[:, order]
-    pos, neg = w*y[order], w*~y[order]
-    return (pos, neg) if len(starts) == len(s) else tuple(np.add.reduceat(v, starts, axis=1) for v in (pos, neg))
+    pos, neg = w * y[order], w * ~y[order]
+    return (
+        (pos, neg)
+        if len(starts) == len(s)
+        else tuple(np.add.reduceat(v, starts, axis=1) for v in (pos, neg))
+    )
+
 
 def weighted_auc(
     labels,  # 0 or 1 for each slide (n,)
@@ -68,9 +96,10 @@ def weighted_auc(
     "AUC of every row of `weights` (draws,); nan where a row has only one class"
     pos, neg = class_weights(*check_scores(labels, scores), weights)
     below = neg.cumsum(1)
-    pairs = 2*pos.sum(1)*below[:, -1]
-    below = 2*below - neg
-    with np.errstate(invalid='ignore', divide='ignore'): return np.where(pairs > 0, np.einsum('ij,ij->i', pos, below)/pairs, np.nan)
+    pairs = 2 * pos.sum(1) * below[:, -1]
+    below = 2 * below - neg
+    with np.errstate(invalid='ignore', divide='ignore'):
+        return np.where(pairs > 0, np.einsum('ij,ij->i', pos, below) / pairs, np.nan)
 
 # %% ../nbs/13_auc.ipynb #7de7fd2e
 def draw_weights(
@@ -79,8 +108,9 @@ def draw_weights(
     rng,  # a numpy Generator
 ):
     "How often each slide was drawn (draws, n_slides), each row one resample with replacement"
-    i = rng.integers(0, n_slides, (draws, n_slides)) + n_slides*np.arange(draws)[:, None]
-    return np.bincount(i.ravel(), minlength=draws*n_slides).reshape(draws, n_slides)
+    i = rng.integers(0, n_slides, (draws, n_slides)) + n_slides * np.arange(draws)[:, None]
+    return np.bincount(i.ravel(), minlength=draws * n_slides).reshape(draws, n_slides)
+
 
 def bootstrap_aucs(
     labels,  # 0 or 1 for each slide
@@ -92,18 +122,29 @@ def bootstrap_aucs(
     stratified=False,  # draw as many of each class as there are
 ):
     "AUCs of `n` resamples of the slides (n,), and the number of one-class resamples that were drawn again"
-    y, s = check_scores(labels, scores); i = np.argsort(s, kind='stable'); y, s = y[i], s[i]
+    y, s = check_scores(labels, scores)
+    i = np.argsort(s, kind='stable')
+    y, s = y[i], s[i]
     of = np.arange(len(y)) if groups is None else group_numbers(groups, len(y))[i]
-    return resampled(lambda w: weighted_auc(y, s, w), of, n, seed, _kinds(y, of) if stratified else None)
+    return resampled(
+        lambda w: weighted_auc(y, s, w), of, n, seed, _kinds(y, of) if stratified else None
+    )
 
-def _kinds(y, of): # of each patient: 1 with positive slides, 2 with negative ones, 3 with both
-    return np.bitwise_or.reduceat(np.where(y, 1, 2)[np.argsort(of, kind='stable')], np.flatnonzero(np.diff(np.sort(of), prepend=-1)))
 
-def group_numbers(groups, n): # (n,), from 0 on
+def _kinds(y, of):  # of each patient: 1 with positive slides, 2 with negative ones, 3 with both
+    return np.bitwise_or.reduceat(
+        np.where(y, 1, 2)[np.argsort(of, kind='stable')],
+        np.flatnonzero(np.diff(np.sort(of), prepend=-1)),
+    )
+
+
+def group_numbers(groups, n):  # (n,), from 0 on
     "The number of each slide's patient, where `groups` names the patients; otherwise each slide has its own."
     i = np.arange(n) if groups is None else np.unique(list(groups), return_inverse=True)[1]
-    if len(i) != n: raise InputError(f'{len(i)} patients for {n} slides: give one for each slide')
+    if len(i) != n:
+        raise InputError(f'{len(i)} patients for {n} slides: give one for each slide')
     return i
+
 
 def resampled(
     # of weights (draws, slides), what is wanted of each draw (draws,); nan where there is no such
@@ -113,175 +154,264 @@ def resampled(
     n,  # draws
     seed,  # of the draws
     strata=None,  # kind of each patient (k,): as many of each kind are drawn as there are
-): # (n,), and how many draws were nan, and so drawn again
+):  # (n,), and how many draws were nan, and so drawn again
     "A statistic of many resamples of the patients."
-    if n < 1: raise InputError(f'{n} bootstrap draws: n has to be at least 1')
-    rng, found, redrawn, chunk, k = np.random.default_rng(seed), [], 0, max(1, 2**19//len(of)), of.max()+1
-    parts, alone = [np.flatnonzero(strata == kind) for kind in np.unique(strata)] if strata is not None else [np.arange(k)], (np.diff(of) == 1).all()
+    if n < 1:
+        raise InputError(f'{n} bootstrap draws: n has to be at least 1')
+    rng, found, redrawn, chunk, k = (
+        np.random.default_rng(seed),
+        [],
+        0,
+        max(1, 2**19 // len(of)),
+        of.max() + 1,
+    )
+    parts, alone = (
+        [np.flatnonzero(strata == kind) for kind in np.unique(strata)]
+        if strata is not None
+        else [np.arange(k)],
+        (np.diff(of) == 1).all(),
+    )
     while (missing := n - sum(map(len, found))) > 0:
         drawn = [draw_weights(len(p), min(chunk, missing), rng) for p in parts]
         w = drawn[0]
-        if len(parts) > 1: w = np.empty((len(w), k), w.dtype); w[:, np.concatenate(parts)] = np.concatenate(drawn, 1)
+        if len(parts) > 1:
+            w = np.empty((len(w), k), w.dtype)
+            w[:, np.concatenate(parts)] = np.concatenate(drawn, 1)
         v = f(w if alone else w[:, of])
         redrawn += int(np.isnan(v).sum())
         found.append(v[~np.isnan(v)])
     return np.concatenate(found), redrawn
 
 # %% ../nbs/13_auc.ipynb #auc00007
-def placements(y, s): # of the positive slides (m,), of the negative ones (n,)
+def placements(y, s):  # of the positive slides (m,), of the negative ones (n,)
     "The share of slides of the other class on whose right side each slide is, ties counting half; their mean is the AUC. By midranks, as Sun and Xu (2014)."
-    from scipy.stats import rankdata # slow to import, so only where it is used
+    from scipy.stats import rankdata  # slow to import, so only where it is used
+
     pos, neg, every = s[y], s[~y], rankdata(s)
-    return (every[y]-rankdata(pos))/len(neg), 1-(every[~y]-rankdata(neg))/len(pos)
+    return (every[y] - rankdata(pos)) / len(neg), 1 - (every[~y] - rankdata(neg)) / len(pos)
+
 
 def auc_error(
     v,  # what each positive slide adds to an AUC or to a difference of AUCs, as `placements` (m,)
     w,  # each negative slide (n,)
     pos,  # patient of each positive slide (m,), a number
     neg,  # of each negative one (n,)
-)->float:
+) -> float:
     "Standard error of the mean of `v`, which is that of `w`: DeLong et al. (1988), and Obuchowski (1997) for patients with several slides"
     every = np.concatenate([pos, neg])
-    a, b = (np.bincount(of, x-x.mean(), every.max()+1)/len(x) for of, x in ((pos, v), (neg, w)))
-    ka, kb, both = (k/(k-1) for k in (len(np.unique(of)) for of in (pos, neg, every)))
-    error = np.sqrt(max(0, ka*(a@a)+kb*(b@b)+2*both*(a@b)))
-    return float(error) if error > 1e-12 else 0. # the rest is rounding
+    a, b = (
+        np.bincount(of, x - x.mean(), every.max() + 1) / len(x) for of, x in ((pos, v), (neg, w))
+    )
+    ka, kb, both = (k / (k - 1) for k in (len(np.unique(of)) for of in (pos, neg, every)))
+    error = np.sqrt(max(0, ka * (a @ a) + kb * (b @ b) + 2 * both * (a @ b)))
+    return float(error) if error > 1e-12 else 0.0  # the rest is rounding
 
 # %% ../nbs/13_auc.ipynb #auc00010
 @dataclass(frozen=True)
 class Interval:
     "A confidence interval that unpacks as `low, high` and remembers how it was made"
+
     low: float
     high: float
-    draws: int       # bootstrap draws it rests on, if any
-    redrawn: int     # one-class draws that were drawn again
+    draws: int  # bootstrap draws it rests on, if any
+    redrawn: int  # one-class draws that were drawn again
     seed: int
-    level: float     # e.g. .95
-    method: str = 'bootstrap' # one of `INTERVALS`
-    def __iter__(self): return iter((self.low, self.high))
-    def __str__(self): return f'{self.low:.3f}–{self.high:.3f}'
+    level: float  # e.g. .95
+    method: str = 'bootstrap'  # one of `INTERVALS`
 
-INTERVALS = dict(logit='DeLong on the logit scale', delong='DeLong', bootstrap='percentile bootstrap', stratified='stratified bootstrap', bca='BCa bootstrap')
+    def __iter__(self):
+        return iter((self.low, self.high))
 
-def percent(level): return f'{100*level:g}%' # text: 95%, and 99.9%
+    def __str__(self):
+        return f'{self.low:.3f}–{self.high:.3f}'
+
+
+INTERVALS = dict(
+    logit='DeLong on the logit scale',
+    delong='DeLong',
+    bootstrap='percentile bootstrap',
+    stratified='stratified bootstrap',
+    bca='BCa bootstrap',
+)
+
+
+def percent(level):
+    return f'{100 * level:g}%'  # text: 95%, and 99.9%
+
 
 def check_level(level):
-    if not 0 < level < 1: raise InputError(f'level {level} of the interval: it has to lie between 0 and 1, as .95')
+    if not 0 < level < 1:
+        raise InputError(f'level {level} of the interval: it has to lie between 0 and 1, as .95')
+
 
 def auc_interval(
     labels,  # 0 or 1 for each slide
     scores,  # higher means more likely positive
     method='logit',  # one of `INTERVALS`
-    level=.95,  # how often it should hold the truth
+    level=0.95,  # how often it should hold the truth
     groups=None,  # patient of each slide; None: each is another's
     n=10_000,  # draws of a bootstrap
     seed=0,  # of the draws
-)->Interval:
+) -> Interval:
     "A confidence interval of the AUC"
     check_level(level)
-    if method not in INTERVALS: raise InputError(f"interval {method!r} is not known: use one of {', '.join(INTERVALS)}")
-    y, s = check_scores(labels, scores); of = group_numbers(groups, len(y))
-    if method in ('logit', 'delong'): return Interval(*map(float, _by_error(y, s, of, method, level)), 0, 0, seed, level, method)
+    if method not in INTERVALS:
+        raise InputError(f'interval {method!r} is not known: use one of {", ".join(INTERVALS)}')
+    y, s = check_scores(labels, scores)
+    of = group_numbers(groups, len(y))
+    if method in ('logit', 'delong'):
+        return Interval(*map(float, _by_error(y, s, of, method, level)), 0, 0, seed, level, method)
     found, redrawn = bootstrap_aucs(y, s, n, seed, groups, method == 'stratified')
-    tails = [(1-level)/2, (1+level)/2]
-    return Interval(*map(float, np.quantile(found, tails if method != 'bca' else _moved(found, y, s, of, tails))), n, redrawn, seed, level, method)
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    return Interval(
+        *map(
+            float, np.quantile(found, tails if method != 'bca' else _moved(found, y, s, of, tails))
+        ),
+        n,
+        redrawn,
+        seed,
+        level,
+        method,
+    )
 
-def bootstrap_ci(labels, scores, n=10_000, seed=0, level=.95, groups=None)->Interval:
+
+def bootstrap_ci(labels, scores, n=10_000, seed=0, level=0.95, groups=None) -> Interval:
     "The paper's interval: see `auc_interval`"
     return auc_interval(labels, scores, 'bootstrap', level, groups, n, seed)
 
-def _by_error(y, s, of, method, level): # low, high
-    from scipy.special import expit, logit
-    from scipy.stats import norm # slow to import, so only where it is used
-    (v, w), units, z = placements(y, s), [len(np.unique(of[c])) for c in (y, ~y)], norm.ppf((1+level)/2)
-    area, error = v.mean(), auc_error(v, w, of[y], of[~y]) if min(units) > 1 else 0.
-    if method == 'delong' and min(units) < 2: raise InputError(f"{'slides' if (np.diff(np.sort(of)) > 0).all() else 'patients with slides'} that are positive: {units[0]}, negative: {units[1]}; this interval needs two of each at least")
-    if method == 'delong': return np.clip([area-z*error, area+z*error], 0, 1)
-    if not error: return _score_interval(area, *units, z)
-    return expit(logit(area)+np.array([-z, z])*error/(area*(1-area)))
 
-def _score_interval(area, m, n, z): # low, high
+def _by_error(y, s, of, method, level):  # low, high
+    from scipy.special import expit, logit
+    from scipy.stats import norm  # slow to import, so only where it is used
+
+    (v, w), units, z = (
+        placements(y, s),
+        [len(np.unique(of[c])) for c in (y, ~y)],
+        norm.ppf((1 + level) / 2),
+    )
+    area, error = v.mean(), auc_error(v, w, of[y], of[~y]) if min(units) > 1 else 0.0
+    if method == 'delong' and min(units) < 2:
+        raise InputError(
+            f'{"slides" if (np.diff(np.sort(of)) > 0).all() else "patients with slides"} that are positive: {units[0]}, negative: {units[1]}; this interval needs two of each at least'
+        )
+    if method == 'delong':
+        return np.clip([area - z * error, area + z * error], 0, 1)
+    if not error:
+        return _score_interval(area, *units, z)
+    return expit(logit(area) + np.array([-z, z]) * error / (area * (1 - area)))
+
+
+def _score_interval(area, m, n, z):  # low, high
     "Newcombe's method 5 (2006, Statistics in Medicine 25) of m positive and n negative slides: the areas from which what was found is no farther than `z` of the errors that they themselves would have."
     from scipy.optimize import brentq
-    def far(x): return (area-x)**2-z**2*x*(1-x)*(1+((m+n)/2-1)*((1-x)/(2-x)+x/(1+x)))/(m*n)
-    inside = np.clip(area, 1e-9, 1-1e-9)
-    return brentq(far, 0, inside) if area > 0 else 0., brentq(far, inside, 1) if area < 1 else 1.
 
-def _moved(found, y, s, of, tails): # the percentiles that BCa takes
+    def far(x):
+        return (area - x) ** 2 - z**2 * x * (1 - x) * (
+            1 + ((m + n) / 2 - 1) * ((1 - x) / (2 - x) + x / (1 + x))
+        ) / (m * n)
+
+    inside = np.clip(area, 1e-9, 1 - 1e-9)
+    return brentq(far, 0, inside) if area > 0 else 0.0, brentq(far, inside, 1) if area < 1 else 1.0
+
+
+def _moved(found, y, s, of, tails):  # the percentiles that BCa takes
     from scipy.stats import norm
-    area, n = placements(y, s)[0].mean(), len(found)
-    below = (found < area-1e-12).mean()+(abs(found-area) <= 1e-12).mean()/2
-    bias, without = norm.ppf(np.clip(below, .5/n, 1-.5/n)), aucs_without_each(y, s, of)
-    left = without[np.isfinite(without)]; d = left.mean()-left if len(left) else left
-    speed = (d**3).sum()/(6*(d**2).sum()**1.5) if d.any() else 0.
-    z = bias+norm.ppf(tails)
-    return norm.cdf(bias+z/(1-speed*z))
 
-def aucs_without_each(y, s, of): # (patients,)
+    area, n = placements(y, s)[0].mean(), len(found)
+    below = (found < area - 1e-12).mean() + (abs(found - area) <= 1e-12).mean() / 2
+    bias, without = norm.ppf(np.clip(below, 0.5 / n, 1 - 0.5 / n)), aucs_without_each(y, s, of)
+    left = without[np.isfinite(without)]
+    d = left.mean() - left if len(left) else left
+    speed = (d**3).sum() / (6 * (d**2).sum() ** 1.5) if d.any() else 0.0
+    z = bias + norm.ppf(tails)
+    return norm.cdf(bias + z / (1 - speed * z))
+
+
+def aucs_without_each(y, s, of):  # (patients,)
     "The AUC when a patient is left out; nan where that leaves one class."
-    (v, w), k, M, N = placements(y, s), of.max()+1, y.sum(), (~y).sum()
+    (v, w), k, M, N = placements(y, s), of.max() + 1, y.sum(), (~y).sum()
     m, n = (np.bincount(of[c], minlength=k) for c in (y, ~y))
-    own = np.zeros(k) # pairs within a patient, which would be taken away twice
-    for u in np.flatnonzero((m > 0) & (n > 0)): own[u] = np.sum((np.sign(s[y & (of == u)][:, None]-s[~y & (of == u)])+1)/2)
-    won = v.sum()*N-np.bincount(of[y], v*N, k)-np.bincount(of[~y], w*M, k)+own
-    pairs = (M-m)*(N-n)
-    return np.where(pairs > 0, won/np.maximum(pairs, 1), np.nan)
+    own = np.zeros(k)  # pairs within a patient, which would be taken away twice
+    for u in np.flatnonzero((m > 0) & (n > 0)):
+        own[u] = np.sum((np.sign(s[y & (of == u)][:, None] - s[~y & (of == u)]) + 1) / 2)
+    won = v.sum() * N - np.bincount(of[y], v * N, k) - np.bincount(of[~y], w * M, k) + own
+    pairs = (M - m) * (N - n)
+    return np.where(pairs > 0, won / np.maximum(pairs, 1), np.nan)
 
 # %% ../nbs/13_auc.ipynb #auc00019
 def share_interval(
     right,  # whether each slide is (n,)
-    level=.95,  # how often it should hold the truth
+    level=0.95,  # how often it should hold the truth
     groups=None,  # patient of each slide; None: each is another's
-)->tuple: # low, high
+) -> tuple:  # low, high
     "Wilson's interval (1927) of a share; with `groups`, of as many slides as they are worth (Rao and Scott 1992, Biometrics 48)"
     from scipy.stats import norm
+
     check_level(level)
-    x = np.asarray(right, float); of, n = group_numbers(groups, len(x)), len(x)
-    if not n: raise InputError('no slides to take a share of: give at least one')
-    p, k = x.mean(), of.max()+1
+    x = np.asarray(right, float)
+    of, n = group_numbers(groups, len(x)), len(x)
+    if not n:
+        raise InputError('no slides to take a share of: give at least one')
+    p, k = x.mean(), of.max() + 1
     if k < n:
-        sums = np.bincount(of, x-p)/n; spread = k/(k-1)*(sums@sums) if k > 1 else 0.
-        n = min(n, max(1, p*(1-p)/spread)) if spread > 1e-12 else k                      # where nothing varies, each patient is worth one
-    z = norm.ppf((1+level)/2); middle, half = p+z**2/(2*n), z*np.sqrt(p*(1-p)/n+z**2/(4*n**2))
-    return float((middle-half)/(1+z**2/n)) if p > 0 else 0., float((middle+half)/(1+z**2/n)) if p < 1 else 1.
+        sums = np.bincount(of, x - p) / n
+        spread = k / (k - 1) * (sums @ sums) if k > 1 else 0.0
+        n = (
+            min(n, max(1, p * (1 - p) / spread)) if spread > 1e-12 else k
+        )  # where nothing varies, each patient is worth one
+    z = norm.ppf((1 + level) / 2)
+    middle, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return float((middle - half) / (1 + z**2 / n)) if p > 0 else 0.0, float(
+        (middle + half) / (1 + z**2 / n)
+    ) if p < 1 else 1.0
 
 # %% ../nbs/13_auc.ipynb #pair0002
-def _paired(labels, a, b): # bool (n,), scores (n,) and (n,)
+def _paired(labels, a, b):  # bool (n,), scores (n,) and (n,)
     y, s = check_scores(labels, a)
     return y, s, check_scores(labels, b)[1]
+
 
 @dataclass(frozen=True)
 class DeLong:
     "The AUCs of two models on the same slides, `difference` the first less the second, with its interval"
+
     a: float
     b: float
     difference: float
-    error: float         # standard error of the difference
+    error: float  # standard error of the difference
     low: float
     high: float
     # two-sided; of as large a difference where there is none. nan where nothing varies that it
     # could be told by
     p: float
     level: float
-    def __str__(self): return f'{self.difference:+.3f} ({percent(self.level)} interval {self.low:+.3f} to {self.high:+.3f}, p = {self.p:.3g})'
+
+    def __str__(self):
+        return f'{self.difference:+.3f} ({percent(self.level)} interval {self.low:+.3f} to {self.high:+.3f}, p = {self.p:.3g})'
+
 
 def delong_test(
     labels,  # 0 or 1 for each slide
     a,  # scores of the first model
     b,  # of the second, on the same slides
-    level=.95,  # of the interval
+    level=0.95,  # of the interval
     groups=None,  # patient of each slide; None: each is another's
-)->DeLong:
+) -> DeLong:
     "Test for the difference of two AUCs on the same slides (DeLong et al. 1988; with `groups`, Obuchowski 1997)"
     from scipy.stats import norm
-    y, *scores = _paired(labels, a, b); of = group_numbers(groups, len(y))
-    if min(n := [len(np.unique(of[c])) for c in (y, ~y)]) < 2: raise InputError(f"{'slides' if groups is None else 'patients with slides'} that are positive: {n[0]}, negative: {n[1]}; the test needs two of each at least")
+
+    y, *scores = _paired(labels, a, b)
+    of = group_numbers(groups, len(y))
+    if min(n := [len(np.unique(of[c])) for c in (y, ~y)]) < 2:
+        raise InputError(
+            f'{"slides" if groups is None else "patients with slides"} that are positive: {n[0]}, negative: {n[1]}; the test needs two of each at least'
+        )
     check_level(level)
     (va, wa), (vb, wb) = (placements(y, s) for s in scores)
-    d, error = float((va-vb).mean()), auc_error(va-vb, wa-wb, of[y], of[~y])
-    half = norm.ppf((1+level)/2)*error
-    p = 2*norm.sf(abs(d)/error) if error else 1. if d == 0 else np.nan
-    return DeLong(float(va.mean()), float(vb.mean()), d, error, d-half, d+half, float(p), level)
+    d, error = float((va - vb).mean()), auc_error(va - vb, wa - wb, of[y], of[~y])
+    half = norm.ppf((1 + level) / 2) * error
+    p = 2 * norm.sf(abs(d) / error) if error else 1.0 if d == 0 else np.nan
+    return DeLong(float(va.mean()), float(vb.mean()), d, error, d - half, d + half, float(p), level)
 
 # %% ../nbs/13_auc.ipynb #pair0005
 def paired_bootstrap(
@@ -290,26 +420,35 @@ def paired_bootstrap(
     b,  # of the second, on the same slides
     n=10_000,  # draws
     seed=0,  # of the draws
-    level=.95,  # share of the draws inside the interval
+    level=0.95,  # share of the draws inside the interval
     # patient of each slide: they are drawn, with all of their slides; None: slides are
     groups=None,
-)->Interval:
+) -> Interval:
     "Percentile interval of the difference of two AUCs, the first less the second, both on the same draws"
     y, a, b = _paired(labels, a, b)
     check_level(level)
-    found, redrawn = resampled(lambda w: weighted_auc(y, a, w)-weighted_auc(y, b, w), group_numbers(groups, len(y)), n, seed)
-    low, high = np.quantile(found, [(1-level)/2, (1+level)/2])
+    found, redrawn = resampled(
+        lambda w: weighted_auc(y, a, w) - weighted_auc(y, b, w),
+        group_numbers(groups, len(y)),
+        n,
+        seed,
+    )
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high), n, redrawn, seed, level)
+
 
 def difference_shown(
     names,  # of the two models
     ci,  # (low, high) of the first less the second
-)->str:
+) -> str:
     "What such an interval says, as a sentence"
     (a, b), (low, high) = names, ci
-    if low == high != 0: return 'Every resample gives the same difference, so its interval has no width and says nothing about other slides: only more slides can.'
-    if low > 0 or high < 0: return f'On these slides {a if low > 0 else b} has the higher AUC; the interval of the difference does not hold zero.'
+    if low == high != 0:
+        return 'Every resample gives the same difference, so its interval has no width and says nothing about other slides: only more slides can.'
+    if low > 0 or high < 0:
+        return f'On these slides {a if low > 0 else b} has the higher AUC; the interval of the difference does not hold zero.'
     return 'No difference is shown: its interval holds zero. That is not to say that there is none.'
+
 
 def permutation_test(
     labels,  # 0 or 1 for each slide
@@ -318,17 +457,30 @@ def permutation_test(
     n=10_000,  # permutations
     seed=0,  # of them
     groups=None,  # patient of each slide: the scores of all their slides are swapped together
-)->float:
+) -> float:
     "Two-sided p-value for the difference of two AUCs: how often it is as large when scores, as ranks, are swapped between the models at random (Phipson and Smyth 2010: never 0)"
     from scipy.stats import rankdata
-    at_least_one(n=n); y, a, b = _paired(labels, a, b); a, b = rankdata(a), rankdata(b)
-    of, rng, pairs = group_numbers(groups, len(y)), np.random.default_rng(seed), y.sum()*(~y).sum()
-    def area(s): return (rankdata(s, axis=-1)[..., y].sum(-1)-y.sum()*(y.sum()+1)/2)/pairs
-    seen, chunk, count = abs(area(a)-area(b)), max(1, 2**19//len(y)), 0
+
+    at_least_one(n=n)
+    y, a, b = _paired(labels, a, b)
+    a, b = rankdata(a), rankdata(b)
+    of, rng, pairs = (
+        group_numbers(groups, len(y)),
+        np.random.default_rng(seed),
+        y.sum() * (~y).sum(),
+    )
+
+    def area(s):
+        return (rankdata(s, axis=-1)[..., y].sum(-1) - y.sum() * (y.sum() + 1) / 2) / pairs
+
+    seen, chunk, count = abs(area(a) - area(b)), max(1, 2**19 // len(y)), 0
     for start in range(0, n, chunk):
-        swap = rng.integers(0, 2, (min(chunk, n-start), of.max()+1), dtype=bool)[:, of]
-        count += int((abs(area(np.where(swap, b, a))-area(np.where(swap, a, b))) >= seen-1e-12).sum())
-    return (1+count)/(1+n)
+        swap = rng.integers(0, 2, (min(chunk, n - start), of.max() + 1), dtype=bool)[:, of]
+        count += int(
+            (abs(area(np.where(swap, b, a)) - area(np.where(swap, a, b))) >= seen - 1e-12).sum()
+        )
+    return (1 + count) / (1 + n)
+
 
 def accuracy_test(
     a,  # whether the first model has each slide right (n,)
@@ -336,13 +488,24 @@ def accuracy_test(
     n=10_000,  # permutations
     seed=0,  # of them
     groups=None,  # patient of each slide; None: each is another's
-)->float:
+) -> float:
     "Two-sided p-value for the difference of two accuracies: McNemar's exact test (1947) or, with `groups`, by swapping the models patient by patient"
     from scipy.stats import binomtest
-    at_least_one(n=n); a, b = (np.asarray(v, bool) for v in (a, b))
-    if a.shape != b.shape or a.ndim != 1: raise InputError(f'{a.shape} and {b.shape}: give whether each model has each of the same slides right')
-    only = a.astype(int)-b
-    if groups is None: return float(binomtest(int((only > 0).sum()), k).pvalue) if (k := int(abs(only).sum())) else 1.
-    sums = np.bincount(group_numbers(groups, len(a)), only).astype(int); sums = sums[sums != 0]
-    signs = np.random.default_rng(seed).integers(0, 2, (n, len(sums)), dtype=np.int8)*2-1
-    return (1+int((abs(signs@sums) >= abs(sums.sum())).sum()))/(1+n)
+
+    at_least_one(n=n)
+    a, b = (np.asarray(v, bool) for v in (a, b))
+    if a.shape != b.shape or a.ndim != 1:
+        raise InputError(
+            f'{a.shape} and {b.shape}: give whether each model has each of the same slides right'
+        )
+    only = a.astype(int) - b
+    if groups is None:
+        return (
+            float(binomtest(int((only > 0).sum()), k).pvalue)
+            if (k := int(abs(only).sum()))
+            else 1.0
+        )
+    sums = np.bincount(group_numbers(groups, len(a)), only).astype(int)
+    sums = sums[sums != 0]
+    signs = np.random.default_rng(seed).integers(0, 2, (n, len(sums)), dtype=np.int8) * 2 - 1
+    return (1 + int((abs(signs @ sums) >= abs(sums.sum())).sum())) / (1 + n)

@@ -13,115 +13,212 @@ import numpy as np, pyvips
 from scipy import ndimage
 from .errors import InputError
 from .files import reason
-from .slides import checked_colour, checked_flag, checked_number, checked_pixels, checked_size
+from streaming_pathology.slides import (
+    checked_colour,
+    checked_flag,
+    checked_number,
+    checked_pixels,
+    checked_size,
+)
 from .synthetic import RUIFROK_JOHNSTON
 
 # %% ../nbs/07_augment.ipynb #a0000007
-def keyed_rng(seed, *key): # a numpy generator
+def keyed_rng(seed, *key):  # a numpy generator
     "The random generator of a seed and a key of whole numbers, none below 0, and texts: the same numbers in any process, on any machine."
+
     def number(k):
-        if isinstance(k, str): return zlib.crc32(k.encode())
-        try: n = operator.index(k)
-        except TypeError: n = -1
-        if n < 0: raise InputError(f'{k!r} is no seed: give a whole number, not below 0')
+        if isinstance(k, str):
+            return zlib.crc32(k.encode())
+        try:
+            n = operator.index(k)
+        except TypeError:
+            n = -1
+        if n < 0:
+            raise InputError(f'{k!r} is no seed: give a whole number, not below 0')
         return n
-    if isinstance(seed, str): raise InputError(f'{seed!r} is no seed: give a whole number, not below 0')
+
+    if isinstance(seed, str):
+        raise InputError(f'{seed!r} is no seed: give a whole number, not below 0')
     return np.random.default_rng([number(k) for k in (seed, *key)])
 
-def slide_rng(seed, epoch, slide_id): # a numpy generator
+
+def slide_rng(seed, epoch, slide_id):  # a numpy generator
     "The random generator of one slide in one epoch."
     return keyed_rng(seed, epoch, slide_id)
+
 
 @dataclass(frozen=True)
 class Augmentation:
     "How far each augmentation may go; what the paper varies is on by default. `draw` gives the numbers for one slide, `augment` applies them."
-    flip: bool = True         # mirror top to bottom, and left to right, each with probability one half
-    rotate: float = 180.      # degrees, at most, either way; an angle above 0 is counter-clockwise
-    scale: float = 0.         # largest change of size: .1 is from 1/1.1 to 1.1 times
-    elastic: float = 17.      # pixels by which places move, in root mean square
-    grain: float = 150.       # pixels over which that changes (standard deviation of its smoothing)
-    hue: float = .05          # of the colour circle, at most, either way
-    saturation: float = .05   # largest change: from .95 to 1.05 times
-    brightness: float = .05   # the same
+
+    flip: bool = True  # mirror top to bottom, and left to right, each with probability one half
+    rotate: float = 180.0  # degrees, at most, either way; an angle above 0 is counter-clockwise
+    scale: float = 0.0  # largest change of size: .1 is from 1/1.1 to 1.1 times
+    elastic: float = 17.0  # pixels by which places move, in root mean square
+    grain: float = 150.0  # pixels over which that changes (standard deviation of its smoothing)
+    hue: float = 0.05  # of the colour circle, at most, either way
+    saturation: float = 0.05  # largest change: from .95 to 1.05 times
+    brightness: float = 0.05  # the same
     # largest change of the amount of each stain, in optical density (HED); .05 is a usual value
-    stain: float = 0.
+    stain: float = 0.0
 
     def __post_init__(self):
         checked_flag(self.flip, 'flip of an augmentation')
-        for n, most in dict(rotate=360, scale=10, elastic=10_000, grain=2000, hue=1, saturation=.99, brightness=.99, stain=.99).items(): object.__setattr__(self, n, float(checked_number(getattr(self, n), f'{n} of an augmentation', 0, most)))
+        for n, most in dict(
+            rotate=360,
+            scale=10,
+            elastic=10_000,
+            grain=2000,
+            hue=1,
+            saturation=0.99,
+            brightness=0.99,
+            stain=0.99,
+        ).items():
+            object.__setattr__(
+                self, n, float(checked_number(getattr(self, n), f'{n} of an augmentation', 0, most))
+            )
 
-    def draw(self, seed:int, epoch:int, slide_id:str) -> dict:
+    def draw(self, seed: int, epoch: int, slide_id: str) -> dict:
         "What is done to one slide in one epoch, as numbers that can be written down (JSON)."
         rng = slide_rng(seed, epoch, slide_id)
-        mirror, u, field = rng.random(2) < .5, rng.uniform(-1, 1, 8).tolist(), int(rng.integers(2**31))
-        return dict(mirror_rows=bool(self.flip and mirror[0]), mirror_columns=bool(self.flip and mirror[1]), angle=self.rotate*u[0], scale=(1+self.scale)**u[1],
-                    elastic=float(self.elastic), grain=float(self.grain), field=field, hue=360*self.hue*u[2], saturation=1+self.saturation*u[3], brightness=1+self.brightness*u[4],
-                    stain=[self.stain*v for v in u[5:]])
+        mirror, u, field = (
+            rng.random(2) < 0.5,
+            rng.uniform(-1, 1, 8).tolist(),
+            int(rng.integers(2**31)),
+        )
+        return dict(
+            mirror_rows=bool(self.flip and mirror[0]),
+            mirror_columns=bool(self.flip and mirror[1]),
+            angle=self.rotate * u[0],
+            scale=(1 + self.scale) ** u[1],
+            elastic=float(self.elastic),
+            grain=float(self.grain),
+            field=field,
+            hue=360 * self.hue * u[2],
+            saturation=1 + self.saturation * u[3],
+            brightness=1 + self.brightness * u[4],
+            stain=[self.stain * v for v in u[5:]],
+        )
 
-    def reach(self, size): # (height, width)
+    def reach(self, size):  # (height, width)
         "The largest that an image of `size` (height, width) may become on either side, but for the elastic deformation."
-        def longest(a, b): # of a*cos(t)+b*sin(t), t up to 90 degrees
-            t = min(math.radians(min(self.rotate, 90)), math.atan2(b, a)); return a*math.cos(t)+b*math.sin(t)
-        return tuple(math.ceil((1+self.scale)*longest(*s)-1e-6) for s in (size, size[::-1]))
+
+        def longest(a, b):  # of a*cos(t)+b*sin(t), t up to 90 degrees
+            t = min(math.radians(min(self.rotate, 90)), math.atan2(b, a))
+            return a * math.cos(t) + b * math.sin(t)
+
+        return tuple(math.ceil((1 + self.scale) * longest(*s) - 1e-6) for s in (size, size[::-1]))
 
 # %% ../nbs/07_augment.ipynb #a0000010
-STEP = 16 # pixels between places where the map is computed
+STEP = 16  # pixels between places where the map is computed
 
-def _linear(record): # A: (down, right) of the old image to the new
+
+def _linear(record):  # A: (down, right) of the old image to the new
     t, s = math.radians(record['angle']), record['scale']
     turn = np.array([[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]])
-    return s*turn@np.diag([-1. if record['mirror_rows'] else 1., -1. if record['mirror_columns'] else 1.])
+    return (
+        s
+        * turn
+        @ np.diag(
+            [-1.0 if record['mirror_rows'] else 1.0, -1.0 if record['mirror_columns'] else 1.0]
+        )
+    )
 
-def augmented_size(record, size): # (height, width)
+
+def augmented_size(record, size):  # (height, width)
     "The size of an image of `size` (height, width) after what the record says: as large as it takes to lose nothing but what the elastic deformation moves out."
-    return tuple(max(1, math.ceil(float(v)-1e-6)) for v in abs(_linear(record))@np.array(size))
+    return tuple(max(1, math.ceil(float(v) - 1e-6)) for v in abs(_linear(record)) @ np.array(size))
 
-def displacement(record, shape): # float32 (rows, columns, 2), in pixels (down, right)
+
+def displacement(record, shape):  # float32 (rows, columns, 2), in pixels (down, right)
     "The elastic field on a grid of `shape`, every `STEP` pixels."
-    if not record['elastic']: return np.zeros((*shape, 2), np.float32)
-    rng, sigma = np.random.default_rng(record['field']), max(record['grain']/STEP, .5)
-    pad = math.ceil(3*sigma)
-    noise = rng.standard_normal((2, shape[0]+2*pad, shape[1]+2*pad), np.float32)
-    smooth = np.stack([ndimage.gaussian_filter(n, sigma, truncate=3.)[pad:-pad, pad:-pad] for n in noise], -1)
-    return smooth*np.float32(record['elastic']*2*math.sqrt(math.pi)*sigma/math.sqrt(2)) # a smoothed field has the deviation 1/(2 sqrt(pi) sigma)
+    if not record['elastic']:
+        return np.zeros((*shape, 2), np.float32)
+    rng, sigma = np.random.default_rng(record['field']), max(record['grain'] / STEP, 0.5)
+    pad = math.ceil(3 * sigma)
+    noise = rng.standard_normal((2, shape[0] + 2 * pad, shape[1] + 2 * pad), np.float32)
+    smooth = np.stack(
+        [ndimage.gaussian_filter(n, sigma, truncate=3.0)[pad:-pad, pad:-pad] for n in noise], -1
+    )
+    return smooth * np.float32(
+        record['elastic'] * 2 * math.sqrt(math.pi) * sigma / math.sqrt(2)
+    )  # a smoothed field has the deviation 1/(2 sqrt(pi) sigma)
 
-def origins(record, size, new): # float (rows, columns, 2), in pixels (down, right)
+
+def origins(record, size, new):  # float (rows, columns, 2), in pixels (down, right)
     "The places in an image of `size` (height, width) from which the pixels of the augmented one, of size `new`, come; every `STEP` pixels."
-    grid = [np.arange(0, n+STEP, STEP, dtype=np.float64) for n in new]
-    p = np.stack(np.meshgrid(*grid, indexing='ij'), -1)-(np.array(new)-1)/2
-    return (p+displacement(record, p.shape[:2]))@np.linalg.inv(_linear(record)).T+(np.array(size)-1)/2
+    grid = [np.arange(0, n + STEP, STEP, dtype=np.float64) for n in new]
+    p = np.stack(np.meshgrid(*grid, indexing='ij'), -1) - (np.array(new) - 1) / 2
+    return (p + displacement(record, p.shape[:2])) @ np.linalg.inv(_linear(record)).T + (
+        np.array(size) - 1
+    ) / 2
 
-def _map(record, size, new): # a float image of two bands: the (column, row) of the old image at each pixel of the new
-    coarse = pyvips.Image.new_from_array(np.ascontiguousarray(origins(record, size, new)[..., ::-1], np.float32))
-    return coarse.affine([STEP, 0, 0, STEP], interpolate=pyvips.Interpolate.new('bilinear'), oarea=[0, 0, new[1], new[0]], extend='copy')
+
+def _map(
+    record, size, new
+):  # a float image of two bands: the (column, row) of the old image at each pixel of the new
+    coarse = pyvips.Image.new_from_array(
+        np.ascontiguousarray(origins(record, size, new)[..., ::-1], np.float32)
+    )
+    return coarse.affine(
+        [STEP, 0, 0, STEP],
+        interpolate=pyvips.Interpolate.new('bilinear'),
+        oarea=[0, 0, new[1], new[0]],
+        extend='copy',
+    )
 
 # %% ../nbs/07_augment.ipynb #a0000012
-_GREY = np.array([.299, .587, .114])
-_STAINS = np.vstack([RUIFROK_JOHNSTON, np.cross(*RUIFROK_JOHNSTON)/np.linalg.norm(np.cross(*RUIFROK_JOHNSTON))])
-_DENSITIES = 8192 # steps per unit of optical density
+_GREY = np.array([0.299, 0.587, 0.114])
+_STAINS = np.vstack(
+    [RUIFROK_JOHNSTON, np.cross(*RUIFROK_JOHNSTON) / np.linalg.norm(np.cross(*RUIFROK_JOHNSTON))]
+)
+_DENSITIES = 8192  # steps per unit of optical density
 
-def colour_matrix(record): # (3, 3)
+
+def colour_matrix(record):  # (3, 3)
     "Hue, saturation and brightness as one matrix on (red, green, blue)."
-    t, axis = math.radians(record['hue']), np.ones(3)/math.sqrt(3)
+    t, axis = math.radians(record['hue']), np.ones(3) / math.sqrt(3)
     cross = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
-    turn = math.cos(t)*np.eye(3)+math.sin(t)*cross+(1-math.cos(t))*np.outer(axis, axis)
+    turn = math.cos(t) * np.eye(3) + math.sin(t) * cross + (1 - math.cos(t)) * np.outer(axis, axis)
     grey = np.outer(np.ones(3), _GREY)
-    return record['brightness']*(grey+record['saturation']*(np.eye(3)-grey)@turn)
+    return record['brightness'] * (grey + record['saturation'] * (np.eye(3) - grey) @ turn)
+
 
 def _colours(image, record):
     "The image with its colours changed."
     if any(record['stain']):
-        mix = np.linalg.inv(_STAINS)@np.diag(1+np.array(record['stain']))@_STAINS
-        density = pyvips.Image.new_from_array(-np.log10(np.maximum(np.arange(256), 1)/255)[None].astype(np.float32))
-        light = np.minimum(255*10**(-np.arange(2**16)/_DENSITIES)+.5, 255).astype(np.uint8)[None]
-        image = (image.maplut(density).recomb((mix.T*_DENSITIES).tolist())).cast('ushort').maplut(pyvips.Image.new_from_array(light))
+        mix = np.linalg.inv(_STAINS) @ np.diag(1 + np.array(record['stain'])) @ _STAINS
+        density = pyvips.Image.new_from_array(
+            -np.log10(np.maximum(np.arange(256), 1) / 255)[None].astype(np.float32)
+        )
+        light = np.minimum(255 * 10 ** (-np.arange(2**16) / _DENSITIES) + 0.5, 255).astype(
+            np.uint8
+        )[None]
+        image = (
+            (image.maplut(density).recomb((mix.T * _DENSITIES).tolist()))
+            .cast('ushort')
+            .maplut(pyvips.Image.new_from_array(light))
+        )
     m = colour_matrix(record)
-    return image if np.allclose(m, np.eye(3), atol=1e-9) else (image.recomb(m.tolist())+.5).cast('uchar')
+    return (
+        image
+        if np.allclose(m, np.eye(3), atol=1e-9)
+        else (image.recomb(m.tolist()) + 0.5).cast('uchar')
+    )
 
 # %% ../nbs/07_augment.ipynb #a0000014
-def background(record, colour=(255, 255, 255)): # (red, green, blue)
+def background(record, colour=(255, 255, 255)):  # (red, green, blue)
     "What a background of `colour` becomes."
-    return tuple(int(v) for v in _colours(pyvips.Image.new_from_array(np.array([[checked_colour(colour)]], np.uint8)).copy(interpretation='srgb'), record).numpy()[0, 0])
+    return tuple(
+        int(v)
+        for v in _colours(
+            pyvips.Image.new_from_array(np.array([[checked_colour(colour)]], np.uint8)).copy(
+                interpretation='srgb'
+            ),
+            record,
+        ).numpy()[0, 0]
+    )
+
 
 def augment(
     # `pyvips.Image` of three uint8 bands that can be read in any order, such as an open tiled TIFF;
@@ -130,36 +227,75 @@ def augment(
     record,  # by `Augmentation.draw`
     size=None,  # (height, width) of the result, about the same middle; None: `augmented_size`
     colour=(255, 255, 255),  # of the background, which fills what is outside
-): # `pyvips.Image`, lazy
+):  # `pyvips.Image`, lazy
     "An image with all that the record says done to it."
-    if not isinstance(image, pyvips.Image): image = pyvips.Image.new_from_array(checked_pixels(np.asarray(image)))
-    if image.bands != 3 or image.format != 'uchar': raise InputError(f'an image to augment must have three bands of uint8, not {image.bands} of {image.format}')
-    if not isinstance(record, dict) or (missing := Augmentation().draw(0, 0, '').keys()-record): raise InputError(f'{record!r} is no record of Augmentation.draw' + (f': it lacks {sorted(missing)[0]!r}' if isinstance(record, dict) else ''))
+    if not isinstance(image, pyvips.Image):
+        image = pyvips.Image.new_from_array(checked_pixels(np.asarray(image)))
+    if image.bands != 3 or image.format != 'uchar':
+        raise InputError(
+            f'an image to augment must have three bands of uint8, not {image.bands} of {image.format}'
+        )
+    if not isinstance(record, dict) or (missing := Augmentation().draw(0, 0, '').keys() - record):
+        raise InputError(
+            f'{record!r} is no record of Augmentation.draw'
+            + (f': it lacks {sorted(missing)[0]!r}' if isinstance(record, dict) else '')
+        )
     old = image.height, image.width
-    new, colour = checked_size(size) if size is not None else augmented_size(record, old), list(checked_colour(colour))
+    new, colour = (
+        checked_size(size) if size is not None else augmented_size(record, old),
+        list(checked_colour(colour)),
+    )
     if record['angle'] or record['elastic'] or record['scale'] != 1:
-        tiles = 2*(math.ceil(new[1]/256)+math.ceil(new[0]/256)) # what a turned row of tiles of the new image touches
-        image = image.tilecache(tile_width=256, tile_height=256, max_tiles=4*tiles, access='random')
-        image = image.mapim(_map(record, old, new), interpolate=pyvips.Interpolate.new('bilinear'), background=colour, extend='background')
+        tiles = 2 * (
+            math.ceil(new[1] / 256) + math.ceil(new[0] / 256)
+        )  # what a turned row of tiles of the new image touches
+        image = image.tilecache(
+            tile_width=256, tile_height=256, max_tiles=4 * tiles, access='random'
+        )
+        image = image.mapim(
+            _map(record, old, new),
+            interpolate=pyvips.Interpolate.new('bilinear'),
+            background=colour,
+            extend='background',
+        )
     else:
-        if record['mirror_rows']: image = image.flipver()
-        if record['mirror_columns']: image = image.fliphor()
-        if new != old: image = image.embed((new[1]-old[1])//2, (new[0]-old[0])//2, new[1], new[0], extend='background', background=colour)
+        if record['mirror_rows']:
+            image = image.flipver()
+        if record['mirror_columns']:
+            image = image.fliphor()
+        if new != old:
+            image = image.embed(
+                (new[1] - old[1]) // 2,
+                (new[0] - old[0]) // 2,
+                new[1],
+                new[0],
+                extend='background',
+                background=colour,
+            )
     return _colours(image, record)
 
-def pixels(image, tile=256): # uint8 (3, height, width)
+
+def pixels(image, tile=256):  # uint8 (3, height, width)
     "The pixels of a libvips image in the order that a network takes, computed in the calling thread; a tile at a time, so that what is between two steps stays in the processor's cache."
     (h, w), region = (image.height, image.width), pyvips.Region.new(image)
     out = np.empty((3, h, w), np.uint8)
     for top, left in itertools.product(range(0, h, tile), range(0, w, tile)):
-        n, m = min(tile, h-top), min(tile, w-left)
-        try: part = region.fetch(left, top, m, n)
-        except pyvips.Error as e: raise InputError(f'an image to augment cannot be read: it is damaged, or was opened to be read from top to bottom only ({reason(e)})') from None
-        out[:, top:top+n, left:left+m] = np.frombuffer(part, np.uint8).reshape(n, m, 3).transpose(2, 0, 1)
+        n, m = min(tile, h - top), min(tile, w - left)
+        try:
+            part = region.fetch(left, top, m, n)
+        except pyvips.Error as e:
+            raise InputError(
+                f'an image to augment cannot be read: it is damaged, or was opened to be read from top to bottom only ({reason(e)})'
+            ) from None
+        out[:, top : top + n, left : left + m] = (
+            np.frombuffer(part, np.uint8).reshape(n, m, 3).transpose(2, 0, 1)
+        )
     return out
 
 # %% ../nbs/07_augment.ipynb #a0000023
 def augmented_checksum(path, size, seed, epoch, slide_id, **settings):
     "Of the pixels of the augmented image in a file: to compare processes and machines."
     image = pyvips.Image.new_from_file(str(path), access='random')
-    return zlib.crc32(pixels(augment(image, Augmentation(**settings).draw(seed, epoch, slide_id), size)))
+    return zlib.crc32(
+        pixels(augment(image, Augmentation(**settings).draw(seed, epoch, slide_id), size))
+    )

@@ -19,23 +19,42 @@ from .data import SlideDataset
 @dataclass(frozen=True)
 class PatchGrid:
     "How an image is cut into square patches."
-    size: int = 224           # pixels a side, of a patch
+
+    size: int = 224  # pixels a side, of a patch
     # pixels from one patch to the next; None: `size`, so that none overlap
     stride: int | None = None
-    tissue: float = .1        # least share of a patch that is tissue
+    tissue: float = 0.1  # least share of a patch that is tissue
     # magnifications: 1 as the image is, 2 at twice its microns per pixel, ...
     factors: tuple = (1,)
 
     def __post_init__(self):
-        if not (isinstance(self.size, int) and 32 <= self.size <= 4096): raise InputError(f'a patch has {self.size} pixels a side; it has to be a whole number from 32 to 4096')
-        if self.stride is not None and not (isinstance(self.stride, int) and 1 <= self.stride <= self.size): raise InputError(f'patches are {self.stride} pixels apart; it has to be a whole number from 1 to their size, {self.size}, or tissue is missed')
-        if not 0 <= self.tissue <= 1: raise InputError(f'the least share of tissue is {self.tissue}; it has to be from 0 to 1')
-        if not self.factors or any(not isinstance(f, int) or not 1 <= f <= 64 for f in self.factors) or len({*self.factors}) < len(self.factors): raise InputError(f'magnifications are {self.factors}; they have to be different whole numbers, 1 for the spacing of the image, 2 for twice as many microns per pixel')
+        if not (isinstance(self.size, int) and 32 <= self.size <= 4096):
+            raise InputError(
+                f'a patch has {self.size} pixels a side; it has to be a whole number from 32 to 4096'
+            )
+        if self.stride is not None and not (
+            isinstance(self.stride, int) and 1 <= self.stride <= self.size
+        ):
+            raise InputError(
+                f'patches are {self.stride} pixels apart; it has to be a whole number from 1 to their size, {self.size}, or tissue is missed'
+            )
+        if not 0 <= self.tissue <= 1:
+            raise InputError(
+                f'the least share of tissue is {self.tissue}; it has to be from 0 to 1'
+            )
+        if (
+            not self.factors
+            or any(not isinstance(f, int) or not 1 <= f <= 64 for f in self.factors)
+            or len({*self.factors}) < len(self.factors)
+        ):
+            raise InputError(
+                f'magnifications are {self.factors}; they have to be different whole numbers, 1 for the spacing of the image, 2 for twice as many microns per pixel'
+            )
 
     @property
-    def least(self): # pixels
+    def least(self):  # pixels
         "A side of the smallest image that holds a patch of each magnification."
-        return self.size*max(self.factors)
+        return self.size * max(self.factors)
 
     def places(
         self,
@@ -43,7 +62,7 @@ class PatchGrid:
         # bool (rows, columns): whether there is tissue, every `STEP` pixels from the upper left
         # corner
         tissue,
-    ): 
+    ):
         "Of the patches that hold enough tissue, or of the one that holds the most where none does: int64 (n, 3), top, left and factor; (0, 3) where there is no tissue at all."
         found = np.concatenate([self._everywhere(shape, f) for f in self.factors])
         shares = self.share(found, tissue)
@@ -51,45 +70,61 @@ class PatchGrid:
         return found[enough] if enough.any() or not shares.any() else found[[shares.argmax()]]
 
     def _everywhere(self, shape, factor):
-        size, step = self.size*factor, (self.stride or self.size)*factor
-        top, left = np.meshgrid(*(sorted({*range(0, n-size, step), n-size}) for n in shape), indexing='ij')
+        size, step = self.size * factor, (self.stride or self.size) * factor
+        top, left = np.meshgrid(
+            *(sorted({*range(0, n - size, step), n - size}) for n in shape), indexing='ij'
+        )
         return np.stack([top, left, np.full_like(top, factor)], -1).reshape(-1, 3)
 
-    def share(self, places, where): # (n,)
+    def share(self, places, where):  # (n,)
         "How much of the patches at some places is `where`, a bool (rows, columns) as for `places`."
         sums = np.pad(where.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-        (t, l), (b, r) = (np.minimum(-(-(places[:, :2]+d)//STEP), np.array(where.shape)).T for d in (0, self.size*places[:, 2:]))
-        return (sums[b, r]-sums[t, r]-sums[b, l]+sums[t, l])/np.maximum((b-t)*(r-l), 1)
+        (t, l), (b, r) = (
+            np.minimum(-(-(places[:, :2] + d) // STEP), np.array(where.shape)).T
+            for d in (0, self.size * places[:, 2:])
+        )
+        return (sums[b, r] - sums[t, r] - sums[b, l] + sums[t, l]) / np.maximum(
+            (b - t) * (r - l), 1
+        )
 
 # %% ../nbs/12_bags.ipynb #b0000011
 @dataclass
 class Bag:
     "Patches of one image."
+
     image: torch.Tensor  # uint8 (3, H, W)
-    places: torch.Tensor # int64 (n, 3): top, left and factor
-    size: int            # pixels a side, of a patch
+    places: torch.Tensor  # int64 (n, 3): top, left and factor
+    size: int  # pixels a side, of a patch
     slide_id: str = ''
-    top: list | None = None # the places that a network has found the most suspicious
+    top: list | None = None  # the places that a network has found the most suspicious
     # places (k, 3) and labels (k,) of patches that are known to be positive, or negative
     learns: tuple | None = None
     # (height, width) of the image before it was made large enough for a patch; None: it was
     shape: tuple | None = None
 
-    def __post_init__(self): self.shape = self.shape or tuple(self.image.shape[1:])
+    def __post_init__(self):
+        self.shape = self.shape or tuple(self.image.shape[1:])
 
-    def __len__(self): return len(self.places)
+    def __len__(self):
+        return len(self.places)
 
-    def patches(self, places=None): # uint8 (k, 3, size, size)
+    def patches(self, places=None):  # uint8 (k, 3, size, size)
         "Those at some places, or all, cut now."
         places = torch.as_tensor(self.places if places is None else places).reshape(-1, 3)
-        return torch.stack([self._patch(*p) for p in places.tolist()]) if len(places) else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        return (
+            torch.stack([self._patch(*p) for p in places.tolist()])
+            if len(places)
+            else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        )
 
     def _patch(self, top, left, factor):
-        part = self.image[:, top:top+self.size*factor, left:left+self.size*factor]
-        return part if factor == 1 else F.avg_pool2d(part.float(), factor).add(.5).to(torch.uint8)
+        part = self.image[:, top : top + self.size * factor, left : left + self.size * factor]
+        return part if factor == 1 else F.avg_pool2d(part.float(), factor).add(0.5).to(torch.uint8)
+
 
 class BagDataset(SlideDataset):
     "Slides as items like those of a `SlideDataset`, whose image is a `Bag`: the same image, cut by a grid."
+
     def __init__(
         self,
         cases,
@@ -101,44 +136,99 @@ class BagDataset(SlideDataset):
         classes=None,
         draws=16,  # so many of a slide in an epoch
         **kwargs,  # for `SlideDataset`
-    ):    
-        super().__init__(cases, spacing, size, **kwargs); self.grid, self.classes, self.draws, self.annotated = grid, classes, draws, {}
-        if self.canvas: raise InputError('patches are cut from a whole image; leave out canvas')
-        if self.augment is not None and not isinstance(self.augment, Augmentation): raise InputError('patches can be augmented by an Augmentation only, which says where tissue comes to lie')
+    ):
+        super().__init__(cases, spacing, size, **kwargs)
+        self.grid, self.classes, self.draws, self.annotated = grid, classes, draws, {}
+        if self.canvas:
+            raise InputError('patches are cut from a whole image; leave out canvas')
+        if self.augment is not None and not isinstance(self.augment, Augmentation):
+            raise InputError(
+                'patches can be augmented by an Augmentation only, which says where tissue comes to lie'
+            )
 
     def item(self, c, epoch, rgb, where):
         item = super().item(c, epoch, rgb, where)
-        image, most = item['image'], self.grid.least; shape = tuple(image.shape[1:])
+        image, most = item['image'], self.grid.least
+        shape = tuple(image.shape[1:])
         tissue = tissue_after(where, rgb.shape[:2], shape, item.get('record'))
-        if (least := tuple(max(n, most) for n in shape)) != shape: # at least one patch
-            larger = torch.tensor(item['colour'], dtype=torch.uint8)[:, None, None].repeat(1, *least)
-            larger[:, :shape[0], :shape[1]] = image; image = larger
+        if (least := tuple(max(n, most) for n in shape)) != shape:  # at least one patch
+            larger = torch.tensor(item['colour'], dtype=torch.uint8)[:, None, None].repeat(
+                1, *least
+            )
+            larger[:, : shape[0], : shape[1]] = image
+            image = larger
         places = self.grid.places(image.shape[1:], tissue)
-        if not len(places): raise InputError(f'slide {c.slide_id!r}: none of its patches of {self.grid.size} x {self.grid.size} pixels has tissue; leave it out, or give a larger size')
-        learns = self.drawn(c, epoch, places, tissue, rgb.shape[:2], where, shape, item.get('record')) if self.classes else None
-        return item | dict(image=Bag(image, torch.from_numpy(places), self.grid.size, c.slide_id, learns=learns, shape=shape))
+        if not len(places):
+            raise InputError(
+                f'slide {c.slide_id!r}: none of its patches of {self.grid.size} x {self.grid.size} pixels has tissue; leave it out, or give a larger size'
+            )
+        learns = (
+            self.drawn(c, epoch, places, tissue, rgb.shape[:2], where, shape, item.get('record'))
+            if self.classes
+            else None
+        )
+        return item | dict(
+            image=Bag(
+                image,
+                torch.from_numpy(places),
+                self.grid.size,
+                c.slide_id,
+                learns=learns,
+                shape=shape,
+            )
+        )
 
-    def drawn(self, c, epoch, places, tissue, old, where, shape, record): # places (k, 3), labels (k,)
+    def drawn(
+        self, c, epoch, places, tissue, old, where, shape, record
+    ):  # places (k, 3), labels (k,)
         "Patches to learn from in an epoch, half of them positive where there are as many. Positive is what is marked on at least half of its tissue, or more than any other of its slide; negative what has no mark in it or beside it."
         if c.slide_id not in self.annotated:
             (rows, columns), whole = where[1:], where[0].shape
-            marked = np.zeros(whole, bool) if c.annotation is None else np.isin(class_numbers(c.annotation, self.spacing*max(len(i)/(i[-1]-i[0]+1) for i in (rows, columns)), whole), self.classes)
+            marked = (
+                np.zeros(whole, bool)
+                if c.annotation is None
+                else np.isin(
+                    class_numbers(
+                        c.annotation,
+                        self.spacing * max(len(i) / (i[-1] - i[0] + 1) for i in (rows, columns)),
+                        whole,
+                    ),
+                    self.classes,
+                )
+            )
             check_annotation(c, self.classes)
-            if c.label and not marked.any(): raise InputError(f'slide {c.slide_id!r}: what {c.annotation} marks is too small to be seen at {self.spacing:g} microns; give a finer spacing, or leave the slide out')
+            if c.label and not marked.any():
+                raise InputError(
+                    f'slide {c.slide_id!r}: what {c.annotation} marks is too small to be seen at {self.spacing:g} microns; give a finer spacing, or leave the slide out'
+                )
             self.annotated[c.slide_id] = marked
         marked = tissue_after((self.annotated[c.slide_id], *where[1:]), old, shape, record) & tissue
-        share, near = self.grid.share(places, marked)/np.maximum(self.grid.share(places, tissue), 1e-9), self.grid.share(places, ndimage.binary_dilation(marked, np.ones((3, 3))))
+        share, near = (
+            self.grid.share(places, marked) / np.maximum(self.grid.share(places, tissue), 1e-9),
+            self.grid.share(places, ndimage.binary_dilation(marked, np.ones((3, 3)))),
+        )
         rng = keyed_rng(self.seed, epoch, c.slide_id, 'patches')
-        positive, negative = (rng.permutation(np.flatnonzero(f)) for f in (share >= min(.5, share.max() or 1), near == 0))
-        n = min(len(positive), max((self.draws+1)//2, self.draws-len(negative)))
-        chosen = np.concatenate([positive[:n], negative[:self.draws-n]])
+        positive, negative = (
+            rng.permutation(np.flatnonzero(f))
+            for f in (share >= min(0.5, share.max() or 1), near == 0)
+        )
+        n = min(len(positive), max((self.draws + 1) // 2, self.draws - len(negative)))
+        chosen = np.concatenate([positive[:n], negative[: self.draws - n]])
         return torch.from_numpy(places[chosen]), torch.from_numpy(share[chosen] > 0).float()
+
 
 def check_annotation(case, classes):
     "Refuse an annotation that says something else than the label of its slide."
     c, held = case, [] if case.annotation is None else numbers_in(case.annotation)
-    if c.annotation is None and c.label != 0: raise InputError(f'slide {c.slide_id!r} has no annotation, and only that of a negative slide can be missing; give it one, or leave it out')
-    if bool(c.label) != bool({*held} & {*classes}): raise InputError(f"slide {c.slide_id!r} is {'positive' if c.label else 'negative'}, and {'nothing' if c.label else 'something'} in {c.annotation} is of {', '.join(map(str, classes))} (it holds {', '.join(map(str, held[:12]))}); give the numbers that mark what makes a slide positive, mend its label, or leave it out")
+    if c.annotation is None and c.label != 0:
+        raise InputError(
+            f'slide {c.slide_id!r} has no annotation, and only that of a negative slide can be missing; give it one, or leave it out'
+        )
+    if bool(c.label) != bool({*held} & {*classes}):
+        raise InputError(
+            f'slide {c.slide_id!r} is {"positive" if c.label else "negative"}, and {"nothing" if c.label else "something"} in {c.annotation} is of {", ".join(map(str, classes))} (it holds {", ".join(map(str, held[:12]))}); give the numbers that mark what makes a slide positive, mend its label, or leave it out'
+        )
+
 
 def tissue_after(
     # as `tissue_pixels` gives it: bool of a coarse grid, with the row and the column of it for each
@@ -147,12 +237,24 @@ def tissue_after(
     old,  # (height, width) of the image
     new,  # of what has become of it
     record=None,  # by `Augmentation.draw`; None: it was padded or cropped about its middle
-): 
+):
     "Where tissue lies in an augmented image: bool (rows, columns), every `STEP` pixels."
     tissue, rows, columns = where
-    if record is not None: q = origins(record, old, new)
-    else: q = np.stack(np.meshgrid(*(np.arange(0, n+STEP, STEP)-((n-o)//2 if n > o else -((o-n)//2)) for o, n in zip(old, new)), indexing='ij'), -1)
-    q = np.rint(q).astype(int); q = q[:-(-new[0]//STEP), :-(-new[1]//STEP)]
+    if record is not None:
+        q = origins(record, old, new)
+    else:
+        q = np.stack(
+            np.meshgrid(
+                *(
+                    np.arange(0, n + STEP, STEP) - ((n - o) // 2 if n > o else -((o - n) // 2))
+                    for o, n in zip(old, new)
+                ),
+                indexing='ij',
+            ),
+            -1,
+        )
+    q = np.rint(q).astype(int)
+    q = q[: -(-new[0] // STEP), : -(-new[1] // STEP)]
     inside = ((q >= 0) & (q < old)).all(-1)
-    r, c = np.clip(q[..., 0], 0, old[0]-1), np.clip(q[..., 1], 0, old[1]-1)
+    r, c = np.clip(q[..., 0], 0, old[0] - 1), np.clip(q[..., 1], 0, old[1] - 1)
     return tissue[rows[r], columns[c]] & inside

@@ -54,17 +54,19 @@ def slim(width=8, blocks=(1, 1, 1, 1)):
     net = ResNet(BasicBlock, [*blocks], num_classes=1)
     net.inplanes = width
     net.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
-    net.bn1, net.fc = nn.BatchNorm2d(width), nn.Linear(8*width, 1)
+    net.bn1, net.fc = nn.BatchNorm2d(width), nn.Linear(8 * width, 1)
     for i, count in enumerate(blocks):
-        stage = net._make_layer(BasicBlock, width*2**i, count, stride=1 + (i > 0))
-        setattr(net, f'layer{i+1}', stage)
+        stage = net._make_layer(BasicBlock, width * 2**i, count, stride=1 + (i > 0))
+        setattr(net, f'layer{i + 1}', stage)
     return net
+
 
 def network(arch):
     "A ResNet of torchvision, 'slim', or 'narrow': ResNet-34's layout with 8 to 64 channels."
     ours = {'slim': slim, 'narrow': lambda: slim(8, (3, 4, 6, 3))}
     net = ours[arch]() if arch in ours else getattr(torchvision.models, arch)(weights=None)
     return net.eval()
+
 
 def trunk(arch='resnet34', until='layer4'):
     """A ResNet up to the stage `until` ('layer1' to 'layer4', or 'logits' for all of it), with
@@ -74,7 +76,8 @@ def trunk(arch='resnet34', until='layer4'):
         return nn.Sequential(net)
     stages = ['layer1', 'layer2', 'layer3', 'layer4']
     first = [net.conv1, net.bn1, net.relu, net.maxpool]
-    return nn.Sequential(*first, *(getattr(net, s) for s in stages[:stages.index(until) + 1]))
+    return nn.Sequential(*first, *(getattr(net, s) for s in stages[: stages.index(until) + 1]))
+
 
 class _Checkpointed(nn.Module):
     def __init__(self, net):
@@ -88,38 +91,53 @@ class _Checkpointed(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
         return x
 
+
 def _loss(y):
     return y.float().square().mean()
 
+
 def _plain(net):
     return net
+
 
 def _lightstream(net, tile):
     "lightstream's engine around `net`; its layers are replaced in place."
     try:
         from lightstream.core.constructor import StreamingConstructor
     except ImportError as e:
-        raise InputError("lightstream is not installed: "
-                         "pip install -c constraints.txt -e '.[bench]'.") from e
+        raise InputError(
+            "lightstream is not installed: pip install -c constraints.txt -e '.[bench]'."
+        ) from e
     with redirect_stdout(io.StringIO()):
-        made = StreamingConstructor(net, tile, verbose=False, copy_to_gpu=False,
-                                    normalize_on_gpu=False)
-        made.statistics_on_cpu = False      # True would move the network to a GPU afterwards
+        made = StreamingConstructor(
+            net, tile, verbose=False, copy_to_gpu=False, normalize_on_gpu=False
+        )
+        made.statistics_on_cpu = False  # True would move the network to a GPU afterwards
         made.add_modules_to_keep([nn.BatchNorm2d])
         return made.prepare_streaming_model()
 
-methods = {'plain': _plain, 'checkpoint': _Checkpointed, 'streaming': stream,
-           'lightstream': _lightstream}
+
+methods = {
+    'plain': _plain,
+    'checkpoint': _Checkpointed,
+    'streaming': stream,
+    'lightstream': _lightstream,
+}
 
 # %% ../nbs/17_benchmarks.ipynb #d301eec4
 class Step:
     "One forward and backward pass of `net` by `method`: call it with an image; the gradients are in `parameters()`."
-    def __init__(self, net, method='plain', **options): self.method, self.f = method, methods[method](net, **options)
+
+    def __init__(self, net, method='plain', **options):
+        self.method, self.f = method, methods[method](net, **options)
 
     def __call__(self, x):
-        if self.method != 'lightstream': _loss(self.f(x)).backward(); return
+        if self.method != 'lightstream':
+            _loss(self.f(x)).backward()
+            return
         y = self.f(x).detach().requires_grad_()
-        _loss(y).backward(); self.f.backward(x, y.grad)
+        _loss(y).backward()
+        self.f.backward(x, y.grad)
 
     def parameters(self):
         "Names, as in the plain network, and parameters (lightstream puts new ones in place)."
@@ -127,28 +145,38 @@ class Step:
         return [(n.removeprefix('net.'), p) for n, p in net.named_parameters()]
 
     def clear(self):
-        for _, p in self.parameters(): p.grad = None
+        for _, p in self.parameters():
+            p.grad = None
 
 # %% ../nbs/17_benchmarks.ipynb #f2b865fc
 def work(way, arch, until, size):
     "How often a pixel is computed in one training step on an image of (height, width)."
-    dev = 'cpu' if way['method'] == 'lightstream' else 'meta'     # where the others need shapes only
+    dev = 'cpu' if way['method'] == 'lightstream' else 'meta'  # where the others need shapes only
     net, x = trunk(arch, until).to(dev), torch.empty(1, 3, *size, device=dev)
-    with FlopCounterMode(display=False) as once, torch.no_grad(): net(x)
+    with FlopCounterMode(display=False) as once, torch.no_grad():
+        net(x)
     step = Step(net, **{k: v for k, v in way.items() if k != 'states'})
-    if way['method'] == 'streaming': step.f.strips(source_of(x, net))     # traces the network, which the counter would count too
-    with FlopCounterMode(display=False) as counted: step(x)
-    return counted.get_flop_counts()['Global'][torch.ops.aten.convolution]/once.get_total_flops()
+    if way['method'] == 'streaming':
+        step.f.strips(source_of(x, net))  # traces the network, which the counter would count too
+    with FlopCounterMode(display=False) as counted:
+        step(x)
+    return counted.get_flop_counts()['Global'][torch.ops.aten.convolution] / once.get_total_flops()
+
 
 @torch.no_grad()
 def shake(net):
     "`net` with random biases, scales and statistics: its first ones hide errors, being neutral."
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 1.5)
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
     for n, p in net.named_parameters():
-        if n.endswith('bias'): p.normal_(0, .1)
-        elif p.ndim == 1 or n.endswith('layer_scale'): p.uniform_(.5, 1.5)
+        if n.endswith('bias'):
+            p.normal_(0, 0.1)
+        elif p.ndim == 1 or n.endswith('layer_scale'):
+            p.uniform_(0.5, 1.5)
     return net
+
 
 def gradient_error(way, arch, until, size, device='cpu', seed=0):
     """The largest `difference` of a gradient in float64: of a convolution's weight, and of any other
@@ -162,7 +190,7 @@ def gradient_error(way, arch, until, size, device='cpu', seed=0):
     convolutions = {name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d)}
     step = Step(net, **way)
     step(x)
-    worst = {'convolutions': 0., 'others': 0.}
+    worst = {'convolutions': 0.0, 'others': 0.0}
     for name, p in step.parameters():
         kind = 'convolutions' if name.rpartition('.')[0] in convolutions else 'others'
         worst[kind] = max(worst[kind], difference(p.grad, expected[name]))
@@ -171,59 +199,85 @@ def gradient_error(way, arch, until, size, device='cpu', seed=0):
 # %% ../nbs/17_benchmarks.ipynb #wd5rowsnd
 class Rows:
     "Noise of (height, width) pixels of uint8 that is made where it is read, the same every time."
+
     def __init__(self, height, width, shifts=4096):
         self.shape, self.seconds = (1, 3, height, width), 0
         seed = torch.Generator().manual_seed(0)
         self.noise = torch.randint(0, 256, (3, width + shifts), dtype=torch.uint8, generator=seed)
-        self.shift = [row*2654435761 % shifts for row in range(height)]
+        self.shift = [row * 2654435761 % shifts for row in range(height)]
 
     def read(self, top, bottom):
         began = time.perf_counter()
-        rows = [self.noise[:, s:s + self.shape[3]] for s in self.shift[top:bottom]]
+        rows = [self.noise[:, s : s + self.shape[3]] for s in self.shift[top:bottom]]
         rows = torch.stack(rows, 1)[None]
         self.seconds += time.perf_counter() - began
         return rows
 
+
 WHITE = 255, 255, 255
+
 
 def _noise(height, width):
     return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+
 
 def _pixels(height, width):
     seed = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=seed)
 
-def biopsy(height, width, part=.1):
+
+def biopsy(height, width, part=0.1):
     """A straight band of noise on white, along the diagonal but for an eighth at each end, that
     covers `part` of the image."""
-    r, c = torch.arange(height)[:, None]/height, torch.arange(width)/width
-    tissue = ((r - c).abs() < part/1.5) & (r + c > 1/4) & (r + c < 7/4)
+    r, c = torch.arange(height)[:, None] / height, torch.arange(width) / width
+    tissue = ((r - c).abs() < part / 1.5) & (r + c > 1 / 4) & (r + c < 7 / 4)
     return torch.where(tissue, _pixels(height, width), WHITE[0])
+
 
 def canvas(height, width):
     "The same as a `Canvas`."
     return Canvas.from_image(biopsy(height, width), WHITE)
 
-def upright(height, width, part=.1):
+
+def upright(height, width, part=0.1):
     "A `Canvas` with an upright band of noise in the middle, an eighth of the height from each end."
-    noise = _pixels(height*3//4, round(width*part*4/3))[0]
-    top, left = height//8, (width - noise.shape[2])//2
+    noise = _pixels(height * 3 // 4, round(width * part * 4 / 3))[0]
+    top, left = height // 8, (width - noise.shape[2]) // 2
     return Canvas((height, width), WHITE, [(top, left, noise)])
 
-images = {'noise': _noise, 'pixels': _pixels, 'rows': Rows, 'biopsy': biopsy, 'canvas': canvas,
-          'upright': upright}
+
+images = {
+    'noise': _noise,
+    'pixels': _pixels,
+    'rows': Rows,
+    'biopsy': biopsy,
+    'canvas': canvas,
+    'upright': upright,
+}
 
 # %% ../nbs/17_benchmarks.ipynb #c7a65ad1
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
-def _case(arch, until, size, image='noise', device='cpu', dtype='float32', lean=False,
-          layout='contiguous'):
-    return dict(arch=arch, until=until, size=[*size], image=image, device=device, dtype=dtype,
-                lean=lean and device == 'cpu', layout=layout)
+
+def _case(
+    arch, until, size, image='noise', device='cpu', dtype='float32', lean=False, layout='contiguous'
+):
+    return dict(
+        arch=arch,
+        until=until,
+        size=[*size],
+        image=image,
+        device=device,
+        dtype=dtype,
+        lean=lean and device == 'cpu',
+        layout=layout,
+    )
+
 
 def _fast_layout(device):
     "The layout in which PyTorch computes float32 faster."
     return 'channels_last' if device == 'cpu' else 'contiguous'
+
 
 def _layout(way, case):
     "The layout of tensors; lightstream fails with another one than the contiguous."
@@ -231,13 +285,16 @@ def _layout(way, case):
     last = fast_on_gpu or case['layout'] == 'channels_last'
     return LAYOUTS['channels_last' if last and way['method'] != 'lightstream' else 'contiguous']
 
+
 class _ToFloat(nn.Module):
     def forward(self, x):
-        return x.float()/255
+        return x.float() / 255
+
 
 def _network(case):
     first = [] if case['image'] == 'noise' else [_ToFloat()]
     return nn.Sequential(*first, *trunk(case['arch'], case['until']))
+
 
 def _prepare(way, case, threads):
     "The step, what clears its gradients and what makes an image; 'bf16' is autocast."
@@ -255,7 +312,9 @@ def _prepare(way, case, threads):
         x = images[case['image']](height, width)
         is_tensor = isinstance(x, torch.Tensor)
         return x.to(device).contiguous(memory_format=layout) if is_tensor else x
+
     return run, step.clear, image
+
 
 def timed(function, *args):
     "Seconds, and CPU seconds of all threads, of one call."
@@ -263,9 +322,11 @@ def timed(function, *args):
     function(*args)
     return {'seconds': time.perf_counter() - wall, 'cpu': time.process_time() - cpu}
 
+
 class PeakMemory:
     """The most bytes that this process has inside, `peak`, and by how much that is `above` before.
     On a GPU, those that PyTorch allocated."""
+
     def __init__(self, cuda):
         self.cuda = cuda
 
@@ -275,7 +336,7 @@ class PeakMemory:
             self.before = torch.cuda.memory_allocated()
         else:
             ctypes.CDLL(None).malloc_trim(0)
-            Path('/proc/self/clear_refs').write_text('5')       # the high-water mark begins anew
+            Path('/proc/self/clear_refs').write_text('5')  # the high-water mark begins anew
             self.before = process_status('VmRSS')
         return self
 
@@ -283,11 +344,12 @@ class PeakMemory:
         self.peak = torch.cuda.max_memory_allocated() if self.cuda else process_status('VmHWM')
         self.above = self.peak - self.before
 
+
 def _peak(way, case, threads):
     "In a process of its own: seconds and peak memory of one step."
     lean = bool(case['lean'] and lean_memory())
     run, clear, image = _prepare(way, case, threads)
-    x, small = image(*case['size']), way.get('tile', 2*way.get('strip', 128))
+    x, small = image(*case['size']), way.get('tile', 2 * way.get('strip', 128))
     run(image(*(min(side, small) for side in case['size'])))
     clear()
     with PeakMemory(case['device'] == 'cuda') as memory:
@@ -304,6 +366,7 @@ def _answer(function, args, answer):
         found = {'error': f'{type(e).__name__}: {e}'.splitlines()[0][:200]}
     answer.put(found)
 
+
 def fresh(function, *args):
     """What `function(*args)` returns in a fresh process, or a dict with its error. Threads that
     wait for each other sleep there."""
@@ -311,17 +374,21 @@ def fresh(function, *args):
     with mock.patch.dict(os.environ, OMP_WAIT_POLICY='passive'):
         return fresh_process(_answer, function, args)
 
+
 def peak_memory(way, case, threads=None):
     """Seconds and peak memory in bytes ('above' the start, and 'peak' of the process) of one step
     in a fresh process."""
     check_system()
     return fresh(_peak, way, case, threads or torch.get_num_threads())
 
+
 def check_system():
     "Refuse to measure memory where it cannot be done."
     if sys.platform != 'linux':
-        raise InputError('The peak memory of a process is read from /proc, which '
-                         f'{sys.platform} does not have: run the benchmark on Linux.')
+        raise InputError(
+            'The peak memory of a process is read from /proc, which '
+            f'{sys.platform} does not have: run the benchmark on Linux.'
+        )
 
 # %% ../nbs/17_benchmarks.ipynb #cec6e8c8
 def _times(ways, case, rounds, threads):
@@ -338,24 +405,31 @@ def _times(ways, case, rounds, threads):
                 found[clock][name].append(seconds)
     return found
 
+
 def times(ways, case, rounds=5):
     """Seconds and CPU seconds of each step, the ways in turn, after one round that is not counted:
     {'seconds': {way: [...]}, 'cpu': {way: [...]}}, or {'error': why}."""
     return fresh(_times, ways, case, rounds, torch.get_num_threads())
 
+
 def summary(values):
     "Median, lowest and highest."
     return {'median': statistics.median(values), 'low': min(values), 'high': max(values)}
 
+
 def ratios(seconds, to='plain'):
     "Median, lowest and highest ratio of each way to another, round by round."
+
     def each(values):
-        return [a/b for a, b in zip(values, itertools.cycle(seconds[to]))]
+        return [a / b for a, b in zip(values, itertools.cycle(seconds[to]))]
+
     return {name: summary(each(values)) for name, values in seconds.items()}
+
 
 def _spread(r):
     "Median and range of a `summary` as text."
-    return f"{r['median']:.2f} ({r['low']:.2f}-{r['high']:.2f})"
+    return f'{r["median"]:.2f} ({r["low"]:.2f}-{r["high"]:.2f})'
+
 
 def machine():
     "What the figures were measured on."
@@ -372,27 +446,33 @@ def there(case):
     net = _network(case)
     return sum(t.nbytes for t in (*net.parameters(), *net.buffers())) + _image_bytes(case)
 
+
 def _image_bytes(case):
     "Bytes of the image, if it is a tensor."
     if case['image'] in ('rows', 'canvas', 'upright'):
         return 0
-    return 3*case['size'][0]*case['size'][1]*_pixel_type(case).itemsize
+    return 3 * case['size'][0] * case['size'][1] * _pixel_type(case).itemsize
+
 
 def _pixel_type(case):
     return torch.float32 if case['image'] == 'noise' else torch.uint8
+
 
 def _like(case):
     "An image for `plan`: of a tensor the shape, type and layout count, so it has no pixels."
     if case['image'] in ('rows', 'canvas', 'upright'):
         return images[case['image']](*case['size'])
     layout = _layout(dict(method='streaming'), case)
-    return torch.empty(1, 3, *case['size'], dtype=_pixel_type(case), device=case['device'],
-                       memory_format=layout)
+    return torch.empty(
+        1, 3, *case['size'], dtype=_pixel_type(case), device=case['device'], memory_format=layout
+    )
+
 
 def planning(case, memory):
     "The `Plan` for a case."
     autocast = torch.bfloat16 if case['dtype'] == 'bf16' else None
     return plan(_network(case).to(case['device']), _like(case), memory, autocast=autocast)
+
 
 def planned(case, memory):
     "The way that is planned for `memory`, and the bytes that its plan has above start."
@@ -402,6 +482,7 @@ def planned(case, memory):
     if not found.streamed:
         return dict(method='plain'), above
     return dict(method='streaming', **found.options), above
+
 
 def within(case, above, log=print):
     """The fastest way to stream a case whose measured peak is at most `above` bytes above start,
@@ -415,20 +496,26 @@ def within(case, above, log=print):
         found = {'planned': plans, **peak_memory(way, case)}
         if found.get('above', 0) <= above or plans > target:
             break
-        target = int(.98*target*above/found['above'])
-        log(f"{text_size(found['above'])} measured where {text_size(plans)} were planned, "
-            f'and {text_size(above)} are there')
+        target = int(0.98 * target * above / found['above'])
+        log(
+            f'{text_size(found["above"])} measured where {text_size(plans)} were planned, '
+            f'and {text_size(above)} are there'
+        )
     return way, found
 
 # %% ../nbs/17_benchmarks.ipynb #netsexp1
-_asked = {'googlenet': dict(init_weights=False, transform_input=True), 'inception_v3': dict(init_weights=False, transform_input=True)}     # as with torchvision's weights, which bring their own start
+_asked = {
+    'googlenet': dict(init_weights=False, transform_input=True),
+    'inception_v3': dict(init_weights=False, transform_input=True),
+}  # as with torchvision's weights, which bring their own start
+
 
 def exactness(net, x, strip=64, directions=('rows', 'columns')):
     """The largest `difference` of the streamed `net` on images `x` from the plain one: of its output,
     and of any gradient, the image's included."""
     leaves = [x.requires_grad_(), *net.parameters()]
     outputs, gradients = outputs_and_gradients(net, x, leaves)
-    worst = {'output': 0., 'gradients': 0.}
+    worst = {'output': 0.0, 'gradients': 0.0}
     for direction in directions:
         streamed = stream(net, strip, direction=direction)
         found, found_gradients = outputs_and_gradients(streamed, x, leaves)
@@ -436,21 +523,44 @@ def exactness(net, x, strip=64, directions=('rows', 'columns')):
         worst['gradients'] = max(worst['gradients'], *map(difference, found_gradients, gradients))
     return worst
 
+
 def streams(arch, size=(211, 173), strip=64, device='cpu', seed=0, directions=('rows', 'columns')):
     "Torchvision's network `arch` as it classifies: `exactness` in float64, or why it is refused; its parameters in millions."
     torch.manual_seed(seed)
-    net = torchvision.models.get_model(arch, weights=None, num_classes=2, **_asked.get(arch, {})).eval()
-    found = {'family': type(net).__name__, 'parameters': round(sum(p.numel() for p in net.parameters())/1e6, 1)}
-    net, x = shake(net).double().to(device), torch.randn(1, 3, *size, dtype=torch.double, device=device)
-    try: stream(net, strip)(x)
-    except StreamingError as e: return {**found, 'refused': str(e)}
+    net = torchvision.models.get_model(
+        arch, weights=None, num_classes=2, **_asked.get(arch, {})
+    ).eval()
+    found = {
+        'family': type(net).__name__,
+        'parameters': round(sum(p.numel() for p in net.parameters()) / 1e6, 1),
+    }
+    net, x = (
+        shake(net).double().to(device),
+        torch.randn(1, 3, *size, dtype=torch.double, device=device),
+    )
+    try:
+        stream(net, strip)(x)
+    except StreamingError as e:
+        return {**found, 'refused': str(e)}
     return {**found, **exactness(net, x, strip, directions)}
+
 
 def run_networks(archs=None, size=(211, 173), strip=64, device='cpu', log=print):
     "`streams` for each of `archs`, by default all that torchvision has for classification; a dictionary that `json` can write."
-    result = {'machine': machine(), 'case': dict(size=[*size], strip=strip, directions=['rows', 'columns'], dtype='float64', device=device), 'networks': {}}
+    result = {
+        'machine': machine(),
+        'case': dict(
+            size=[*size],
+            strip=strip,
+            directions=['rows', 'columns'],
+            dtype='float64',
+            device=device,
+        ),
+        'networks': {},
+    }
     for arch in archs or torchvision.models.list_models(module=torchvision.models):
-        result['networks'][arch] = found = streams(arch, size, strip, device); log(f'{arch}: {found}')
+        result['networks'][arch] = found = streams(arch, size, strip, device)
+        log(f'{arch}: {found}')
     return result
 
 # %% ../nbs/17_benchmarks.ipynb #659f6881
@@ -459,31 +569,47 @@ def compare(ways, case, repeats=5, log=print):
     those that did not fail."""
     memory = {name: peak_memory(way, case) for name, way in ways.items()}
     ran = {name: way for name, way in ways.items() if 'error' not in memory[name]}
-    found = {'case': case, 'ways': ways, 'repeats': repeats, 'memory': memory,
-             **times(ran, case, repeats)}
+    found = {
+        'case': case,
+        'ways': ways,
+        'repeats': repeats,
+        'memory': memory,
+        **times(ran, case, repeats),
+    }
     arch, until, size = case['arch'], case['until'], case['size']
     found['work'] = {name: work(way, arch, until, size) for name, way in ran.items()}
     if 'error' in found:
-        log(f"{_title(case)}: {found['error']}")
+        log(f'{_title(case)}: {found["error"]}')
         return found
     found['to_plain'], found['cpu_to_plain'] = ratios(found['seconds']), ratios(found['cpu'])
     for name, way in ways.items():
         above = memory[name].get('error') or text_size(memory[name]['above'])
-        ratio = f"{_spread(found['to_plain'][name])} times plain, " if name in ran else ''
+        ratio = f'{_spread(found["to_plain"][name])} times plain, ' if name in ran else ''
         log(f'{_title(case)}, {name}: {ratio}{above}')
     return found
 
-def _title(case):
-    return f"{case['arch']} to {case['until']}, {case['size'][0]} x {case['size'][1]}"
 
-def beside_plain(device='cpu', repeats=5, sizes=((1024, 1024), (2048, 2048)),
-                 nets=(('resnet34', 'layer4', None), ('resnet18', 'layer3', 640)),
-                 peers=(dict(method='lightstream', tile=640),), log=print):
+def _title(case):
+    return f'{case["arch"]} to {case["until"]}, {case["size"][0]} x {case["size"][1]}'
+
+
+def beside_plain(
+    device='cpu',
+    repeats=5,
+    sizes=((1024, 1024), (2048, 2048)),
+    nets=(('resnet34', 'layer4', None), ('resnet18', 'layer3', 640)),
+    peers=(dict(method='lightstream', tile=640),),
+    log=print,
+):
     """Plain, checkpointed, streamed by plans, and by lightstream in tiles, for `nets` (network,
     last stage, tile) on images of `sizes`; the growth up to three times the first of them;
     exactness, also that of `peers`."""
-    result = {'machine': machine(), 'comparisons': [], 'growth': [],
-              'exactness': _exactness_of_methods(device, peers, log)}
+    result = {
+        'machine': machine(),
+        'comparisons': [],
+        'growth': [],
+        'exactness': _exactness_of_methods(device, peers, log),
+    }
     for (arch, until, tile), size in itertools.product(nets, sizes):
         case = _case(arch, until, size, device=device, layout=_fast_layout(device))
         total = _half(case)
@@ -493,25 +619,31 @@ def beside_plain(device='cpu', repeats=5, sizes=((1024, 1024), (2048, 2048)),
         found = compare(ways, case, repeats, log)
         result['comparisons'].append({**found, 'half_of_plain': total})
     for times_larger in (1, 2, 3):
-        size = [times_larger*side for side in sizes[0]]
+        size = [times_larger * side for side in sizes[0]]
         case = _case('resnet18', 'layer4', size, device=device, layout=_fast_layout(device))
-        found = compare(_ways_beside_plain(case), case, max(1, repeats//2), log)
+        found = compare(_ways_beside_plain(case), case, max(1, repeats // 2), log)
         result['growth'].append(found)
     return result
 
+
 def _ways_beside_plain(case):
     "The plain network, and what takes less memory."
-    return {'plain': dict(method='plain'), 'checkpoint': dict(method='checkpoint'),
-            'least': planned(case, 'least')[0]}
+    return {
+        'plain': dict(method='plain'),
+        'checkpoint': dict(method='checkpoint'),
+        'least': planned(case, 'least')[0],
+    }
+
 
 def _half(case):
     """Half of the bytes that the plain network takes. Where that is less than the least, half of
     those beside its parameters, their gradients and the image."""
     found = planning(case, 'least')
-    if found.plain.peak//2 >= found.budget:
-        return found.plain.peak//2
+    if found.plain.peak // 2 >= found.budget:
+        return found.plain.peak // 2
     always = found.parts['parameters and gradients'] + found.parts['image']
-    return max(found.budget, always + (found.plain.peak - always)//2)
+    return max(found.budget, always + (found.plain.peak - always) // 2)
+
 
 def _exactness_of_methods(device, peers, log):
     "`gradient_error` of each method; on a small image if there are no `peers`, which take tiles."
@@ -519,14 +651,22 @@ def _exactness_of_methods(device, peers, log):
     size, found = (1024, 1024) if peers else (128, 128), {}
     for way in (*ways, *peers):
         found[way['method']] = gradient_error(way, 'resnet18', 'layer3', size, device)
-        log(f"{way}: {found[way['method']]}")
+        log(f'{way}: {found[way["method"]]}')
     return found
 
 # %% ../nbs/17_benchmarks.ipynb #bnch0001
 TILES = ('resnet18', 'layer3', (640, 960, 1280)), ('resnet34', 'layer4', (1600, 1920))
 
-def beside_peer(device='cpu', repeats=5, sizes=((2048, 2048),), nets=TILES, peer='lightstream',
-                patience=200, log=print):
+
+def beside_peer(
+    device='cpu',
+    repeats=5,
+    sizes=((2048, 2048),),
+    nets=TILES,
+    peer='lightstream',
+    patience=200,
+    log=print,
+):
     """Streaming with the memory that lightstream takes with tiles of several sizes, and the time of
     both and of the plain network; only that of the fresh processes where lightstream takes more
     than `patience` seconds."""
@@ -537,6 +677,7 @@ def beside_peer(device='cpu', repeats=5, sizes=((2048, 2048),), nets=TILES, peer
             way = dict(method=peer, **({'tile': tile} if tile else {}))
             result['pairs'].append(_pair(way, case, repeats, patience, log))
     return result
+
 
 def _pair(way, case, repeats, patience, log):
     "A way, what streams with the memory that it takes, and the plain network."
@@ -551,48 +692,81 @@ def _pair(way, case, repeats, patience, log):
     if memory[peer]['seconds'] < patience:
         pair.update(times(ways, case, repeats))
     else:
-        pair.update({clock: {name: [m[clock]] for name, m in memory.items()}
-                     for clock in ('seconds', 'cpu')})
+        pair.update(
+            {
+                clock: {name: [m[clock]] for name, m in memory.items()}
+                for clock in ('seconds', 'cpu')
+            }
+        )
     if 'error' in pair:
-        log(f"{_title(case)}, {way}: {pair['error']}")
+        log(f'{_title(case)}, {way}: {pair["error"]}')
         return pair
     r = pair['ratio'] = ratios(pair['seconds'], 'streaming')[peer]
     pair['cpu_ratio'] = ratios(pair['cpu'], 'streaming')[peer]
     pair['to_plain'], pair['cpu_to_plain'] = ratios(pair['seconds']), ratios(pair['cpu'])
     taken = {name: text_size(m['above']) for name, m in memory.items()}
-    log(f'{_title(case)}, {way}: streaming {_spread(r)} times as fast with {taken["streaming"]} '
-        f'where {taken[peer]} are taken, {_spread(pair["to_plain"]["streaming"])} times plain')
+    log(
+        f'{_title(case)}, {way}: streaming {_spread(r)} times as fast with {taken["streaming"]} '
+        f'where {taken[peer]} are taken, {_spread(pair["to_plain"]["streaming"])} times plain'
+    )
     return pair
 
 # %% ../nbs/17_benchmarks.ipynb #bnch0002
-def large(device='cpu', sizes=((8192, 8192), (16384, 16384)), memory='2.4GB', strip=None, dtype='bf16', arch='resnet34', image='pixels', log=print):
+def large(
+    device='cpu',
+    sizes=((8192, 8192), (16384, 16384)),
+    memory='2.4GB',
+    strip=None,
+    dtype='bf16',
+    arch='resnet34',
+    image='pixels',
+    log=print,
+):
     """One training step of a whole classifier, pooling and linear layer included, for each size; planned for `memory`, or in strips of `strip` rows with states on disk; with `lean_memory`, as the commands run.
     Where the plans differ, the smaller ones once more in the strips of the last one."""
-    result, cases = {'machine': machine(), 'steps': []}, [_case(arch, 'logits', size, image, device, dtype, lean=True) for size in sizes]
-    ways = [(dict(method='streaming', strip=strip, states='disk'), None) if strip else planned(case, memory) for case in cases]
-    for case, (way, plans) in [*zip(cases, ways), *((c, (ways[-1][0], None)) for c, (w, _) in zip(cases, ways) if w != ways[-1][0])]:
-        found = peak_memory(way, case); result['steps'].append({'case': case, 'way': way, 'planned': plans, **found}); log(f'{_title(case)}, {way}: {found}')
+    result, cases = (
+        {'machine': machine(), 'steps': []},
+        [_case(arch, 'logits', size, image, device, dtype, lean=True) for size in sizes],
+    )
+    ways = [
+        (dict(method='streaming', strip=strip, states='disk'), None)
+        if strip
+        else planned(case, memory)
+        for case in cases
+    ]
+    for case, (way, plans) in [
+        *zip(cases, ways),
+        *((c, (ways[-1][0], None)) for c, (w, _) in zip(cases, ways) if w != ways[-1][0]),
+    ]:
+        found = peak_memory(way, case)
+        result['steps'].append({'case': case, 'way': way, 'planned': plans, **found})
+        log(f'{_title(case)}, {way}: {found}')
     return result
 
-def gigapixel(device='cpu', sizes=((65536, 65536),), memory='4GB', strip=None, dtype='float32', log=print):
+
+def gigapixel(
+    device='cpu', sizes=((65536, 65536),), memory='4GB', strip=None, dtype='float32', log=print
+):
     "One training step of a `slim` classifier on an image that is not in memory."
     return large(device, sizes, memory, strip, dtype, 'slim', 'rows', log)
 
 # %% ../nbs/17_benchmarks.ipynb #strips01
-SHORT, LONG = 32, 64        # strips of two images, whose difference is measured
-LOW = 4, 8, 8               # the same for the plain network, and how often it is run in a round
+SHORT, LONG = 32, 64  # strips of two images, whose difference is measured
+LOW = 4, 8, 8  # the same for the plain network, and how often it is run in a round
+
 
 class PerStrip:
     """CPU milliseconds that each strip of an image takes: what a long image takes more than a short
     one, by the strips that it has more. Both are measured `repeats` times."""
+
     def __init__(self, function, net, short, long, repeats=1):
         self.function, self.net, self.images, self.repeats = function, net, (short, long), repeats
 
     def milliseconds(self, rows):
         "Those of a strip of so many `rows`."
         short, long = (self.total(x) for x in self.images)
-        strips = (self.images[1].shape[2] - self.images[0].shape[2])/rows
-        return 1000*(long - short)/strips/self.repeats
+        strips = (self.images[1].shape[2] - self.images[0].shape[2]) / rows
+        return 1000 * (long - short) / strips / self.repeats
 
     def total(self, x):
         "CPU seconds of all repeats on one image."
@@ -602,22 +776,31 @@ class PerStrip:
         _loss(self.function(x)).backward()
         self.net.zero_grad(set_to_none=True)
 
+
 def never_waiting(streamed):
     "As `streamed`, but no layer waits for the rows of several strips."
+
     def run(x):
-        with mock.patch.object(engine, 'wait_positions', 0):      # read where strips are cut
+        with mock.patch.object(engine, 'wait_positions', 0):  # read where strips are cut
             return streamed(x)
+
     return run
+
 
 def _per_strip(rows, columns, layout):
     "What is measured in one layout, by name."
+
     def images(*strips):
-        return [_noise(n*rows, columns).contiguous(memory_format=LAYOUTS[layout]) for n in strips]
+        return [_noise(n * rows, columns).contiguous(memory_format=LAYOUTS[layout]) for n in strips]
+
     net = trunk('narrow').to(memory_format=LAYOUTS[layout])
     streamed, (*low, repeats) = stream(net, rows, direction='rows'), LOW
-    return {f'plain, {layout}': PerStrip(net, net, *images(*low), repeats),
-            f'waiting, {layout}': PerStrip(streamed, net, *images(SHORT, LONG)),
-            f'not waiting, {layout}': PerStrip(never_waiting(streamed), net, *images(SHORT, LONG))}
+    return {
+        f'plain, {layout}': PerStrip(net, net, *images(*low), repeats),
+        f'waiting, {layout}': PerStrip(streamed, net, *images(SHORT, LONG)),
+        f'not waiting, {layout}': PerStrip(never_waiting(streamed), net, *images(SHORT, LONG)),
+    }
+
 
 def _strip_costs(rows, columns, rounds):
     "In a process of its own, with one thread: CPU milliseconds a strip in each round."
@@ -633,11 +816,19 @@ def _strip_costs(rows, columns, rounds):
                 found[name].append(milliseconds)
     return found
 
+
 def strip_costs(repeats=15, strip=64, columns=64, log=print):
     """CPU milliseconds of a training step for each strip of `strip` rows that an image of `columns`
     has more: of a ResNet-34 with so few channels that its arithmetic takes next to nothing."""
-    case = dict(arch='narrow', until='layer4', strip=strip, columns=columns, threads=1,
-                short=SHORT, long=LONG)
+    case = dict(
+        arch='narrow',
+        until='layer4',
+        strip=strip,
+        columns=columns,
+        threads=1,
+        short=SHORT,
+        long=LONG,
+    )
     found = fresh(_strip_costs, strip, columns, repeats)
     result = {'machine': machine(), 'case': case, 'milliseconds': found}
     if 'error' not in found:
@@ -646,32 +837,39 @@ def strip_costs(repeats=15, strip=64, columns=64, log=print):
     return result
 
 # %% ../nbs/17_benchmarks.ipynb #trial001
-LOWEST = 32         # rows of the lowest strips: the stride of a ResNet's last stage
-FINALISTS = 3       # ways for each budget that are measured again, beside the planned one
+LOWEST = 32  # rows of the lowest strips: the stride of a ResNet's last stage
+FINALISTS = 3  # ways for each budget that are measured again, beside the planned one
+
 
 def every_way(length):
     "Ways to stream `length` rows: strips of doubled heights, each with quarters of them kept."
-    strips = [LOWEST*2**i for i in range(30) if LOWEST*2**i < length]
+    strips = [LOWEST * 2**i for i in range(30) if LOWEST * 2**i < length]
     ways = []
     for strip in [*strips, length]:
-        count = -(-length//strip)
-        for keep in sorted({max(1, count*quarters//4) for quarters in range(5)}):
-            ways += [dict(strip=strip, keep=keep, every=every, states=states)
-                     for states, every in _stores(count, keep)]
+        count = -(-length // strip)
+        for keep in sorted({max(1, count * quarters // 4) for quarters in range(5)}):
+            ways += [
+                dict(strip=strip, keep=keep, every=every, states=states)
+                for states, every in _stores(count, keep)
+            ]
     return ways
+
 
 def _stores(count, keep):
     "Where the states of strips wait that are not kept, and before how many strips there is one."
     if keep == count:
         return [('device', 1)]
-    return [('device', 1), ('device', max(2, round(count**.5))), ('disk', 1)]
+    return [('device', 1), ('device', max(2, round(count**0.5))), ('disk', 1)]
+
 
 def _key(way):
     return ', '.join(str(way[k]) for k in ('strip', 'keep', 'every', 'states'))
 
+
 class Trial:
     """Ways to stream one case, measured. All steps add to the gradients of a step before, as it is
     planned for."""
+
     def __init__(self, case):
         self.net = _network(case).to(case['device'], memory_format=LAYOUTS[case['layout']])
         self.x = _noise(*case['size']).to(case['device'], memory_format=LAYOUTS[case['layout']])
@@ -696,7 +894,7 @@ class Trial:
         """Time of a step, and the most bytes: of tensors that are alive at once ('alive'), and that
         the process takes, with those that were there ('peak')."""
         function = self.function(way)
-        function.strips(source_of(self.x, self.net))        # so that its trace is not counted
+        function.strips(source_of(self.x, self.net))  # so that its trace is not counted
         with Ledger() as ledger:
             ledger.note_all(self.there())
             self.step(function)
@@ -714,38 +912,51 @@ class Trial:
                 found[clock][name].append(seconds)
         return found
 
+
 def _plans(case, count=5):
     "Plans for budgets between the least and the plain network's memory, at equal ratios."
     least = planning(case, 'least')
-    low, high = 1.02*least.budget/LEAST, .98*least.plain.peak
-    budgets = [int(low*(high/low)**(i/(count - 1))) for i in range(count)]
+    low, high = 1.02 * least.budget / LEAST, 0.98 * least.plain.peak
+    budgets = [int(low * (high / low) ** (i / (count - 1))) for i in range(count)]
     return {total: planning(case, total) for total in budgets}
+
 
 def _trial(case, rounds, threads):
     "In a process of its own: all ways once, then the best ones and the planned ones in turn."
     lean_memory()
     torch.set_num_threads(threads)
     plans = _plans(case)
-    planned = {total: {k: p.options[k] for k in ('strip', 'keep', 'every', 'states')}
-               for total, p in plans.items()}
+    planned = {
+        total: {k: p.options[k] for k in ('strip', 'keep', 'every', 'states')}
+        for total, p in plans.items()
+    }
     ways = {_key(way): way for way in (*every_way(case['size'][0]), *planned.values())}
     trial = Trial(case)
     found = {name: trial.measure(way) for name, way in ways.items()}
-    at = plans[min(plans)].at       # what strips of any height take
+    at = plans[min(plans)].at  # what strips of any height take
     for name, way in ways.items():
         found[name]['predicted'] = at(way['strip']).peak(way['keep'], way['every'], way['states'])
     best = {total: _fastest_within(found, total) for total in plans}
     chosen = {*map(_key, planned.values()), *itertools.chain(*best.values())}
     times = trial.rounds({'plain': None, **{name: ways[name] for name in sorted(chosen)}}, rounds)
-    budgets = [_judged(total, p, _key(planned[total]), best[total], found, times)
-               for total, p in plans.items()]
-    return {'budgets': budgets, 'ways': found, **times, 'speed': str(plans[min(plans)].speed),
-            'plain_peak': plans[min(plans)].plain.peak}
+    budgets = [
+        _judged(total, p, _key(planned[total]), best[total], found, times)
+        for total, p in plans.items()
+    ]
+    return {
+        'budgets': budgets,
+        'ways': found,
+        **times,
+        'speed': str(plans[min(plans)].speed),
+        'plain_peak': plans[min(plans)].plain.peak,
+    }
+
 
 def _fastest_within(found, total, count=FINALISTS):
     "Names of the fastest ways whose tensors fit into `total` bytes."
     fit = [name for name, way in found.items() if way['alive'] <= total]
     return sorted(fit, key=lambda name: found[name]['cpu'])[:count]
+
 
 def _judged(total, plan, name, others, found, times):
     "The planned way of this `name` for a budget beside the fastest."
@@ -753,14 +964,23 @@ def _judged(total, plan, name, others, found, times):
     best = min(median, key=median.get)
     ratio = {clock: ratios(times[clock], best)[name] for clock in ('cpu', 'seconds')}
     to_plain = ratios(times['cpu'])[name]
-    return {'budget': total, 'planned': name, 'best': best,
-            'ratio': ratio['cpu'], 'wall_ratio': ratio['seconds'],
-            'to_plain': to_plain, 'predicted_to_plain': plan.time,
-            'predicted': plan.peak_bytes, 'alive': found[name]['alive'],
-            'peak': found[name]['peak']}
+    return {
+        'budget': total,
+        'planned': name,
+        'best': best,
+        'ratio': ratio['cpu'],
+        'wall_ratio': ratio['seconds'],
+        'to_plain': to_plain,
+        'predicted_to_plain': plan.time,
+        'predicted': plan.peak_bytes,
+        'alive': found[name]['alive'],
+        'peak': found[name]['peak'],
+    }
 
-def planned_or_tried(device='cpu', repeats=5, sizes=((1024, 1024),), arch='resnet34',
-                     until='layer4', log=print):
+
+def planned_or_tried(
+    device='cpu', repeats=5, sizes=((1024, 1024),), arch='resnet34', until='layer4', log=print
+):
     "What is planned for five budgets beside the best of all ways to stream that fit."
     check_system()
     result = {'machine': machine(), 'trials': []}
@@ -772,8 +992,15 @@ def planned_or_tried(device='cpu', repeats=5, sizes=((1024, 1024),), arch='resne
     return result
 
 # %% ../nbs/17_benchmarks.ipynb #bnch0003
-def beside_dense(device='cpu', repeats=3, sizes=((8192, 8192),), memory='5GB', arch='resnet34',
-                 until='layer4', log=print):
+def beside_dense(
+    device='cpu',
+    repeats=3,
+    sizes=((8192, 8192),),
+    memory='5GB',
+    arch='resnet34',
+    until='layer4',
+    log=print,
+):
     """Canvases beside a dense image of as many pixels, all planned for `memory`, and the one with a
     band along its diagonal in the strips of the dense image; each in fresh processes in turn,
     images above 4096 x 4096 dense only once."""
@@ -785,13 +1012,18 @@ def beside_dense(device='cpu', repeats=3, sizes=((8192, 8192),), memory='5GB', a
         cases['same strips'] = cases['canvas']
         dense_is_streamed = ways['dense']['method'] == 'streaming'
         ways['same strips'] = ways['dense' if dense_is_streamed else 'canvas']
-        once = ['dense'] if size[0]*size[1] > 4096**2 else []
-        pair = {'cases': cases, 'memory': memory, 'ways': ways,
-                'rounds': _in_turn(ways, cases, repeats, once)}
+        once = ['dense'] if size[0] * size[1] > 4096**2 else []
+        pair = {
+            'cases': cases,
+            'memory': memory,
+            'ways': ways,
+            'rounds': _in_turn(ways, cases, repeats, once),
+        }
         _add_ratios(pair, 'dense', ('seconds', 'cpu'))
         result['pairs'].append(pair)
-        log(f"{size[0]} x {size[1]}: {pair.get('seconds', pair['rounds'])} times the dense image")
+        log(f'{size[0]} x {size[1]}: {pair.get("seconds", pair["rounds"])} times the dense image')
     return result
+
 
 def _in_turn(ways, cases, repeats, once=()):
     "`peak_memory` of all `ways` in turn; of those in `once` only in the first round."
@@ -801,6 +1033,7 @@ def _in_turn(ways, cases, repeats, once=()):
             rounds[name].append(peak_memory(ways[name], cases[name]))
     return rounds
 
+
 def _add_ratios(pair, to, keys):
     "Add the ratios of what was measured in rounds, unless something failed."
     rounds = pair['rounds']
@@ -809,70 +1042,102 @@ def _add_ratios(pair, to, keys):
     for key in keys:
         pair[key] = ratios({name: [f[key] for f in each] for name, each in rounds.items()}, to)
 
-def beside_default(device='cpu', repeats=3, sizes=((384, 16384),), strip=128, dtype='bf16',
-                   arch='resnet34', log=print):
+
+def beside_default(
+    device='cpu',
+    repeats=3,
+    sizes=((384, 16384),),
+    strip=128,
+    dtype='bf16',
+    arch='resnet34',
+    log=print,
+):
     "A streamed training step with `lean_memory` and without, in fresh processes in turn."
     if device != 'cpu':
-        raise InputError(f'Lean memory is the memory of the host, not of {device}: '
-                         'use --device cpu.')
+        raise InputError(
+            f'Lean memory is the memory of the host, not of {device}: use --device cpu.'
+        )
     result = {'machine': machine(), 'pairs': []}
     way = dict(method='streaming', strip=strip, states='disk', direction='rows')
     for size in sizes:
-        cases = {name: _case(arch, 'logits', size, 'pixels', 'cpu', dtype, lean=name == 'lean')
-                 for name in ('default', 'lean')}
-        pair = {'cases': cases, 'way': way,
-                'rounds': _in_turn(dict.fromkeys(cases, way), cases, repeats)}
+        cases = {
+            name: _case(arch, 'logits', size, 'pixels', 'cpu', dtype, lean=name == 'lean')
+            for name in ('default', 'lean')
+        }
+        pair = {
+            'cases': cases,
+            'way': way,
+            'rounds': _in_turn(dict.fromkeys(cases, way), cases, repeats),
+        }
         _add_ratios(pair, 'default', ('seconds', 'above'))
         for key in ('seconds', 'above'):
             if key in pair:
                 pair[key] = pair[key]['lean']
         result['pairs'].append(pair)
-        log(f"{_title(cases['lean'])}: {pair.get('seconds', pair['rounds'])} times the seconds, "
-            f"{pair.get('above')} times the memory above start")
+        log(
+            f'{_title(cases["lean"])}: {pair.get("seconds", pair["rounds"])} times the seconds, '
+            f'{pair.get("above")} times the memory above start'
+        )
     return result
 
-parts = {'methods': beside_plain, 'budgets': beside_peer, 'strips': strip_costs,
-         'trial': planned_or_tried, 'large': large, 'gigapixel': gigapixel, 'canvas': beside_dense,
-         'lean': beside_default, 'networks': run_networks, 'augment': beside_chain,
-         'trim': trimming, 'loading': loading, 'patches': first_phase, 'ranks': beside_one,
-         'long': long_run}
+
+parts = {
+    'methods': beside_plain,
+    'budgets': beside_peer,
+    'strips': strip_costs,
+    'trial': planned_or_tried,
+    'large': large,
+    'gigapixel': gigapixel,
+    'canvas': beside_dense,
+    'lean': beside_default,
+    'networks': run_networks,
+    'augment': beside_chain,
+    'trim': trimming,
+    'loading': loading,
+    'patches': first_phase,
+    'ranks': beside_one,
+    'long': long_run,
+}
 
 # %% ../nbs/17_benchmarks.ipynb #6593a623
 def sides(text):
     "`'1024,512x256'` as ((1024, 1024), (512, 256))."
     return tuple(map(hw, text.split(',')))
 
+
 def bench(
-    out,                    # JSON file to write
+    out,  # JSON file to write
     *,
     # what is measured: methods, budgets, strips, trial, large, gigapixel, canvas, lean, networks,
     # augment, trim, loading, patches, ranks or long
     part: str = 'methods',
-    device: str = 'cuda' if torch.cuda.is_available() else 'cpu',   # cpu or cuda
-    repeats: int = None,    # rounds that are counted (default, as for what follows: the part's own)
-    sizes: sides = None,    # sides of square images, or height x width, with commas between
-    memory: str = None,     # budget of a large step, or beside a canvas, e.g. 3GB
-    strip: int = None,      # rows of its strips, instead of a budget
-    dtype: str = None,      # of a large step: bf16 (autocast) or float32
+    device: str = 'cuda' if torch.cuda.is_available() else 'cpu',  # cpu or cuda
+    repeats: int = None,  # rounds that are counted (default, as for what follows: the part's own)
+    sizes: sides = None,  # sides of square images, or height x width, with commas between
+    memory: str = None,  # budget of a large step, or beside a canvas, e.g. 3GB
+    strip: int = None,  # rows of its strips, instead of a budget
+    dtype: str = None,  # of a large step: bf16 (autocast) or float32
 ):
     """Measure this machine beside the plain network, checkpointing and lightstream, and write the
     results as JSON."""
     check_settings(dict(device=device, strip=1 if strip is None else strip))
     if part not in parts:
-        raise InputError(f"--part is {part!r}; use one of {', '.join(parts)}")
+        raise InputError(f'--part is {part!r}; use one of {", ".join(parts)}')
     if repeats is not None and repeats < 1:
         raise InputError(f'--repeats {repeats} has to be at least 1')
     if dtype not in ('bf16', 'float32', None):
-        raise InputError(f"--dtype is {dtype!r}; use bf16 or float32")
+        raise InputError(f'--dtype is {dtype!r}; use bf16 or float32')
     if memory is not None and memory != 'least':
         budget(memory)
-    given = dict(device=device, repeats=repeats, sizes=sizes, memory=memory, strip=strip,
-                 dtype=dtype)
+    given = dict(
+        device=device, repeats=repeats, sizes=sizes, memory=memory, strip=strip, dtype=dtype
+    )
     given = _settings_of(part, {k: v for k, v in given.items() if v is not None})
     out = output_file(out, '.json', begins=r'\{\n "machine"')
-    with whole_file(out) as f:      # opened first: not to be found unwritable after half an hour
+    with whole_file(out) as f:  # opened first: not to be found unwritable after half an hour
         f.write((json.dumps(parts[part](**given), indent=1) + '\n').encode())
     print(f'wrote {out}')
+
 
 def _settings_of(part, given):
     "The settings that a part takes; refuses others."
@@ -881,7 +1146,8 @@ def _settings_of(part, given):
     if 'device' not in takes and given['device'] == usual:
         del given['device']
     if other := [k for k in given if k not in takes]:
-        raise InputError(f"--{other[0]} is not for the part {part}")
+        raise InputError(f'--{other[0]} is not for the part {part}')
     return given
 
-sp_bench = command('bench', bench, lean=False)       # each measurement says for itself
+
+sp_bench = command('bench', bench, lean=False)  # each measurement says for itself

@@ -9,26 +9,42 @@ __all__ = ['Calibration', 'check_probabilities', 'calibration', 'plot_reliabilit
 from dataclasses import dataclass
 import numpy as np
 from .errors import InputError
-from .auc import Interval, check_level, check_scores, group_numbers, percent, resampled, share_interval
+from streaming_pathology.auc import (
+    Interval,
+    check_level,
+    check_scores,
+    group_numbers,
+    percent,
+    resampled,
+    share_interval,
+)
 
 # %% ../nbs/13_calibration.ipynb #cal000005
 @dataclass(frozen=True)
 class Calibration:
     "How far probabilities can be taken at their word"
+
     brier: float
     interval: Interval  # of Brier's score, by bootstrap
-    reference: float    # Brier's score of the share of positive slides, said of each
-    ece: float          # expected calibration error
+    reference: float  # Brier's score of the share of positive slides, said of each
+    ece: float  # expected calibration error
     # of those with slides: predicted (mean), observed (share of positives), low and high (its
     # interval), n
     bins: list
-    def __str__(self): return f'Brier {self.brier:.3f} ({percent(self.interval.level)} interval {self.interval}; {self.reference:.3f} by the share of positives alone), expected calibration error {self.ece:.3f}'
+
+    def __str__(self):
+        return f'Brier {self.brier:.3f} ({percent(self.interval.level)} interval {self.interval}; {self.reference:.3f} by the share of positives alone), expected calibration error {self.ece:.3f}'
+
 
 def check_probabilities(labels, probabilities):
     "`labels` as bool and `probabilities` as float64 (n,), each from 0 to 1"
     y, p = check_scores(labels, probabilities)
-    if ((p < 0) | (p > 1)).any(): raise InputError(f'probability number {((p < 0) | (p > 1)).argmax()} is {p[((p < 0) | (p > 1)).argmax()]:g}: probabilities lie between 0 and 1')
+    if ((p < 0) | (p > 1)).any():
+        raise InputError(
+            f'probability number {((p < 0) | (p > 1)).argmax()} is {p[((p < 0) | (p > 1)).argmax()]:g}: probabilities lie between 0 and 1'
+        )
     return y, p
+
 
 def calibration(
     labels,  # 0 or 1 for each slide
@@ -36,21 +52,45 @@ def calibration(
     bins=15,  # of equal width; Guo et al. take 15
     n=10_000,  # bootstrap draws
     seed=0,  # of the draws
-    level=.95,  # of the intervals
+    level=0.95,  # of the intervals
     groups=None,  # patient of each slide; None: each is another's
-)->Calibration:
+) -> Calibration:
     "Brier's score, the expected calibration error, and the bins of a reliability diagram"
-    from sklearn.metrics import brier_score_loss # slow to import, so only where it is used
-    y, p = check_probabilities(labels, probabilities); check_level(level)
-    if bins < 1 or bins != int(bins): raise InputError(f'{bins} bins: it has to be a whole number, at least 1')
-    of, square = group_numbers(groups, len(y)), (p-y)**2
-    found, redrawn = resampled(lambda w: (w@square)/w.sum(1), of, n, seed)
-    where, rows = np.minimum((p*bins).astype(int), bins-1), []
+    from sklearn.metrics import brier_score_loss  # slow to import, so only where it is used
+
+    y, p = check_probabilities(labels, probabilities)
+    check_level(level)
+    if bins < 1 or bins != int(bins):
+        raise InputError(f'{bins} bins: it has to be a whole number, at least 1')
+    of, square = group_numbers(groups, len(y)), (p - y) ** 2
+    found, redrawn = resampled(lambda w: (w @ square) / w.sum(1), of, n, seed)
+    where, rows = np.minimum((p * bins).astype(int), bins - 1), []
     for b in np.unique(where):
-        i = where == b; low, high = share_interval(y[i], level, None if groups is None else of[i])
-        rows.append(dict(predicted=float(p[i].mean()), observed=float(y[i].mean()), low=low, high=high, n=int(i.sum())))
-    ece = sum(r['n']*abs(r['predicted']-r['observed']) for r in rows)/len(y)
-    return Calibration(float(brier_score_loss(y, p)), Interval(*map(float, np.quantile(found, [(1-level)/2, (1+level)/2])), n, redrawn, seed, level), float(y.mean()*(1-y.mean())), float(ece), rows)
+        i = where == b
+        low, high = share_interval(y[i], level, None if groups is None else of[i])
+        rows.append(
+            dict(
+                predicted=float(p[i].mean()),
+                observed=float(y[i].mean()),
+                low=low,
+                high=high,
+                n=int(i.sum()),
+            )
+        )
+    ece = sum(r['n'] * abs(r['predicted'] - r['observed']) for r in rows) / len(y)
+    return Calibration(
+        float(brier_score_loss(y, p)),
+        Interval(
+            *map(float, np.quantile(found, [(1 - level) / 2, (1 + level) / 2])),
+            n,
+            redrawn,
+            seed,
+            level,
+        ),
+        float(y.mean() * (1 - y.mean())),
+        float(ece),
+        rows,
+    )
 
 # %% ../nbs/13_calibration.ipynb #cal000009
 def plot_reliability(
@@ -61,39 +101,83 @@ def plot_reliability(
     colour='#2f6690',  # of its points
     bins=15,  # of equal width, as `calibration` has them
     groups=None,  # patient of each slide; None: each is another's
-    level=.95,  # of the intervals
+    level=0.95,  # of the intervals
 ):
     "Draw a reliability diagram into `ax`, with the expected calibration error of its bins; returns `ax`"
     c = calibration(labels, probabilities, bins, n=1, level=level, groups=groups)
-    x, y, low, high, n = (np.array([r[k] for r in c.bins]) for k in ('predicted', 'observed', 'low', 'high', 'n'))
-    ax.plot([0, 1], [0, 1], color='.75', lw=.8, ls=(0, (4, 4)))
-    ax.vlines(x, low, high, color=colour, lw=1.2, alpha=.45)
-    ax.plot(x, y, color=colour, lw=1.5, marker='o', ms=4.5, label=f'{label+": " if label else ""}calibration error {c.ece:.3f}')
-    edges = np.linspace(0, 1, bins+1); counts = np.histogram(probabilities, edges)[0]
-    ax.bar(edges[:-1], -.1*counts/counts.max(), 1/bins, align='edge', color=colour, alpha=.25, lw=0)
-    ax.set(xlim=(-.02, 1.02), ylim=(-.12, 1.02), aspect='equal', xlabel='probability', ylabel='share of positive slides')
+    x, y, low, high, n = (
+        np.array([r[k] for r in c.bins]) for k in ('predicted', 'observed', 'low', 'high', 'n')
+    )
+    ax.plot([0, 1], [0, 1], color='.75', lw=0.8, ls=(0, (4, 4)))
+    ax.vlines(x, low, high, color=colour, lw=1.2, alpha=0.45)
+    ax.plot(
+        x,
+        y,
+        color=colour,
+        lw=1.5,
+        marker='o',
+        ms=4.5,
+        label=f'{label + ": " if label else ""}calibration error {c.ece:.3f}',
+    )
+    edges = np.linspace(0, 1, bins + 1)
+    counts = np.histogram(probabilities, edges)[0]
+    ax.bar(
+        edges[:-1],
+        -0.1 * counts / counts.max(),
+        1 / bins,
+        align='edge',
+        color=colour,
+        alpha=0.25,
+        lw=0,
+    )
+    ax.set(
+        xlim=(-0.02, 1.02),
+        ylim=(-0.12, 1.02),
+        aspect='equal',
+        xlabel='probability',
+        ylabel='share of positive slides',
+    )
     ax.spines[['top', 'right']].set_visible(False)
     ax.legend(frameon=False, loc='upper left', fontsize='small')
     return ax
 
 # %% ../nbs/13_calibration.ipynb #cal000012
-_least = 1e-7 # what a probability is kept away from 0 and 1
+_least = 1e-7  # what a probability is kept away from 0 and 1
 
-def _logits(p): p = np.clip(p, _least, 1-_least); return np.log(p)-np.log1p(-p)
+
+def _logits(p):
+    p = np.clip(p, _least, 1 - _least)
+    return np.log(p) - np.log1p(-p)
+
 
 def fit_temperature(
     labels,  # 0 or 1 for each tuning slide
     probabilities,  # of 1, for each
-)->float:
+) -> float:
     "The temperature that makes the probabilities of tuning slides as likely as can be: above 1 where the network is too sure"
-    from scipy.optimize import minimize_scalar # slow to import, so only where it is used
-    y, p = check_probabilities(labels, probabilities); z = np.where(y, 1, -1)*_logits(p)
-    if (z >= 0).all(): raise InputError(f'all {len(y)} tuning slides are on the right side of one half, so that no temperature is the best: give more slides')
-    if z.mean() <= 0: raise InputError(f'on the {len(y)} tuning slides the probabilities are wrong more than they are right, so that no temperature is the best: are the labels the right way round?')
-    found = minimize_scalar(lambda t: np.logaddexp(0, -z*np.exp(-t)).mean(), bounds=(-7, 7), method='bounded', options=dict(xatol=1e-6))
+    from scipy.optimize import minimize_scalar  # slow to import, so only where it is used
+
+    y, p = check_probabilities(labels, probabilities)
+    z = np.where(y, 1, -1) * _logits(p)
+    if (z >= 0).all():
+        raise InputError(
+            f'all {len(y)} tuning slides are on the right side of one half, so that no temperature is the best: give more slides'
+        )
+    if z.mean() <= 0:
+        raise InputError(
+            f'on the {len(y)} tuning slides the probabilities are wrong more than they are right, so that no temperature is the best: are the labels the right way round?'
+        )
+    found = minimize_scalar(
+        lambda t: np.logaddexp(0, -z * np.exp(-t)).mean(),
+        bounds=(-7, 7),
+        method='bounded',
+        options=dict(xatol=1e-6),
+    )
     return float(np.exp(found.x))
+
 
 def scaled_probabilities(probabilities, temperature):
     "Probabilities whose logits are divided by a temperature"
-    if not temperature > 0: raise InputError(f'temperature {temperature}: it has to be above 0')
-    return 1/(1+np.exp(-_logits(np.asarray(probabilities, float))/temperature))
+    if not temperature > 0:
+        raise InputError(f'temperature {temperature}: it has to be above 0')
+    return 1 / (1 + np.exp(-_logits(np.asarray(probabilities, float)) / temperature))

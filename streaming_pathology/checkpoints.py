@@ -22,78 +22,152 @@ from .files import locked, whole_file
 # %% ../nbs/10_checkpoints.ipynb #8eb4818e
 def plain(x):
     "The same with paths as text, numpy numbers as numbers, tuples kept; refuses what could not be loaded again safely."
-    if isinstance(x, (torch.Tensor, str, int, float, bool, bytes, type(None))) and not isinstance(x, np.generic): return x
-    if isinstance(x, dict): return {plain(k): plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return list(map(plain, x)) if isinstance(x, list) else tuple(map(plain, x))
-    if isinstance(x, np.generic): return x.item()
-    if isinstance(x, Path): return str(x)
-    raise TypeError(f'a checkpoint holds tensors, numbers, text, lists and dicts, not {type(x).__name__}')
+    if isinstance(x, (torch.Tensor, str, int, float, bool, bytes, type(None))) and not isinstance(
+        x, np.generic
+    ):
+        return x
+    if isinstance(x, dict):
+        return {plain(k): plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return list(map(plain, x)) if isinstance(x, list) else tuple(map(plain, x))
+    if isinstance(x, np.generic):
+        return x.item()
+    if isinstance(x, Path):
+        return str(x)
+    raise TypeError(
+        f'a checkpoint holds tensors, numbers, text, lists and dicts, not {type(x).__name__}'
+    )
+
 
 def versions():
     "The versions that a result depends on."
-    return dict(streaming_pathology=streaming_pathology.__version__, python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, numpy=np.__version__)
+    return dict(
+        streaming_pathology=streaming_pathology.__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        torchvision=torchvision.__version__,
+        numpy=np.__version__,
+    )
 
-def _tensors(x): # all that are in it
-    return [x] if isinstance(x, torch.Tensor) else [t for v in (x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()) for t in _tensors(v)]
+
+def _tensors(x):  # all that are in it
+    return (
+        [x]
+        if isinstance(x, torch.Tensor)
+        else [
+            t
+            for v in (
+                x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
+            )
+            for t in _tensors(v)
+        ]
+    )
+
 
 _SEAL = b'streaming_pathology checkpoint, sha256 '
+
 
 def _seal(f, contents):
     "End a file that torch has written with a note of its contents and a checksum of all of it, as the comment that a zip file may have."
     note = json.dumps(contents).encode()
-    f.seek(-2, os.SEEK_END); f.write(struct.pack('<H', len(_SEAL)+65+len(note))); f.flush()
-    with open(f.name, 'rb') as g: digest = hashlib.file_digest(g, 'sha256')
+    f.seek(-2, os.SEEK_END)
+    f.write(struct.pack('<H', len(_SEAL) + 65 + len(note)))
+    f.flush()
+    with open(f.name, 'rb') as g:
+        digest = hashlib.file_digest(g, 'sha256')
     digest.update(note)
-    f.write(_SEAL+digest.hexdigest().encode()+b' '+note)
+    f.write(_SEAL + digest.hexdigest().encode() + b' ' + note)
 
-def _sealed(path): # the note, or None where there is none; `InputError` if the checksum is wrong
+
+def _sealed(path):  # the note, or None where there is none; `InputError` if the checksum is wrong
     with open(path, 'rb') as f:
-        f.seek(max(0, (size := f.seek(0, os.SEEK_END))-2**16)); end = f.read()
-        if (at := end.rfind(_SEAL)) < 0: return None
-        said, note = end[at+len(_SEAL):at+len(_SEAL)+65], end[at+len(_SEAL)+65:]
-        f.seek(0); digest, left = hashlib.sha256(), size-len(end)+at
-        while left: digest.update(part := f.read(min(left, 2**20))); left -= len(part)
+        f.seek(max(0, (size := f.seek(0, os.SEEK_END)) - 2**16))
+        end = f.read()
+        if (at := end.rfind(_SEAL)) < 0:
+            return None
+        said, note = end[at + len(_SEAL) : at + len(_SEAL) + 65], end[at + len(_SEAL) + 65 :]
+        f.seek(0)
+        digest, left = hashlib.sha256(), size - len(end) + at
+        while left:
+            digest.update(part := f.read(min(left, 2**20)))
+            left -= len(part)
     digest.update(note)
-    if digest.hexdigest().encode()+b' ' != said: raise InputError(f'{path} is damaged: its checksum is wrong')
+    if digest.hexdigest().encode() + b' ' != said:
+        raise InputError(f'{path} is damaged: its checksum is wrong')
     return json.loads(note)
+
 
 def save_checkpoint(
     path,  # the file; its folder is made
     **state,  # what to keep: tensors, numbers, text, and lists and dicts of them
-): 
+):
     "Write a checkpoint, whole or not at all; the versions of the packages and a checksum are added to it."
-    path, state = Path(path), plain(dict(state, versions={k: str(v) for k, v in versions().items()}))
-    try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise InputError(f'{path} cannot be written ({e.strerror or e})') from None
-    need, free = sum(t.nbytes for t in _tensors(state))+2**20, shutil.disk_usage(path.parent).free
-    if need > free: raise InputError(f'{path} cannot be written: it needs {need/1e6:.0f} MB and {free/1e6:.0f} MB are free. What was there before is untouched')
-    def kind(v): return dict(tensors=len(t), numbers=sum(x.numel() for x in t)) if (t := _tensors(v)) else v if isinstance(v, (int, float, bool)) else type(v).__name__
-    contents = {k: kind(v) for k, v in state.items() if k != 'versions'} if len(state) < 200 else kind(state)
+    path, state = (
+        Path(path),
+        plain(dict(state, versions={k: str(v) for k, v in versions().items()})),
+    )
     try:
-        with whole_file(path) as f: torch.save(state, f); _seal(f, dict(contains=contents, versions=state['versions']))
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f'{path} cannot be written ({e.strerror or e})') from None
+    need, free = sum(t.nbytes for t in _tensors(state)) + 2**20, shutil.disk_usage(path.parent).free
+    if need > free:
+        raise InputError(
+            f'{path} cannot be written: it needs {need / 1e6:.0f} MB and {free / 1e6:.0f} MB are free. What was there before is untouched'
+        )
+
+    def kind(v):
+        return (
+            dict(tensors=len(t), numbers=sum(x.numel() for x in t))
+            if (t := _tensors(v))
+            else v
+            if isinstance(v, (int, float, bool))
+            else type(v).__name__
+        )
+
+    contents = (
+        {k: kind(v) for k, v in state.items() if k != 'versions'}
+        if len(state) < 200
+        else kind(state)
+    )
+    try:
+        with whole_file(path) as f:
+            torch.save(state, f)
+            _seal(f, dict(contains=contents, versions=state['versions']))
     except RuntimeError as e:
-        if worker_died(e.__context__): raise e.__context__ from None
-        raise InputError(f'{path} cannot be written; is the disk full? What was there before is untouched ({str(e).splitlines()[0]})') from None
+        if worker_died(e.__context__):
+            raise e.__context__ from None
+        raise InputError(
+            f'{path} cannot be written; is the disk full? What was there before is untouched ({str(e).splitlines()[0]})'
+        ) from None
     return path
 
 # %% ../nbs/10_checkpoints.ipynb #2c29c573
-def load_checkpoint(path): # the dict that was saved, on the CPU
+def load_checkpoint(path):  # the dict that was saved, on the CPU
     "Load a checkpoint with `weights_only=True`; missing, damaged, foreign or unsafe files are told in one sentence."
     note = _sealed(path) if Path(path).is_file() else None
     state = load_tensors(path, 'checkpoint of this package')
-    if not (isinstance(state, dict) and 'versions' in state): raise InputError(f'{path} is a torch file, but no checkpoint of this package')
-    if note is None: raise InputError(f'{path} is damaged, or was not written by save_checkpoint: its checksum is missing')
+    if not (isinstance(state, dict) and 'versions' in state):
+        raise InputError(f'{path} is a torch file, but no checkpoint of this package')
+    if note is None:
+        raise InputError(
+            f'{path} is damaged, or was not written by save_checkpoint: its checksum is missing'
+        )
     return state
 
-def describe_checkpoint(path): # dict
+
+def describe_checkpoint(path):  # dict
     "What a checkpoint contains and the versions it was written with, without loading it; its checksum is verified."
-    if not Path(path).is_file() or (note := _sealed(path)) is None: raise InputError(f'{path} is no checkpoint of this package')
+    if not Path(path).is_file() or (note := _sealed(path)) is None:
+        raise InputError(f'{path} is no checkpoint of this package')
     return note
 
 # %% ../nbs/10_checkpoints.ipynb #7f040883
 class Checkpoints:
     "Callback: in a folder, points to go on from, the last `keep` of them, and `best.pt` (lowest tuning loss; without tuning slides the last epoch)."
+
     first_rank_only = judges = True
+
     def __init__(
         self,
         folder,
@@ -102,70 +176,137 @@ class Checkpoints:
         minutes=10,  # after which there is a new point, besides one after each epoch
         keep=2,
     ):
-        self.folder, self.settings, self.minutes, self.keep, self.best = Path(folder), settings or {}, minutes, keep, math.inf
+        self.folder, self.settings, self.minutes, self.keep, self.best = (
+            Path(folder),
+            settings or {},
+            minutes,
+            keep,
+            math.inf,
+        )
 
-    def before_fit(self, s): self.folder.mkdir(parents=True, exist_ok=True); self.saved, self.epoch = time.monotonic(), None # the epoch of the last point
+    def before_fit(self, s):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.saved, self.epoch = time.monotonic(), None  # the epoch of the last point
 
     def after_epoch(self, s):
         loss = s.history[-1].get('tuning_loss', -s.epoch)
-        gone = not (self.folder/'best.pt').exists()
-        if gone and self.best < math.inf: warnings.warn(f"{self.folder/'best.pt'} is gone, and with it the best epoch; epoch {s.epoch+1} takes its place")
+        gone = not (self.folder / 'best.pt').exists()
+        if gone and self.best < math.inf:
+            warnings.warn(
+                f'{self.folder / "best.pt"} is gone, and with it the best epoch; epoch {s.epoch + 1} takes its place'
+            )
         if loss < self.best or gone:
-            save_checkpoint(self.folder/'best.pt', model=dict(s.evaluated.state_dict()), settings=self.settings, epoch=s.epoch+1, seed=s.seed, history=s.history); self.best = loss
+            save_checkpoint(
+                self.folder / 'best.pt',
+                model=dict(s.evaluated.state_dict()),
+                settings=self.settings,
+                epoch=s.epoch + 1,
+                seed=s.seed,
+                history=s.history,
+            )
+            self.best = loss
 
     def at_rest(self, s):
-        if s.halt or s.step == 0 and s.epoch != self.epoch or time.monotonic()-self.saved >= 60*self.minutes: self.save(s)
+        if (
+            s.halt
+            or s.step == 0
+            and s.epoch != self.epoch
+            or time.monotonic() - self.saved >= 60 * self.minutes
+        ):
+            self.save(s)
 
     def save(self, s):
-        path = self.folder/f'point_{s.epoch:06}_{s.step:06}.pt'
+        path = self.folder / f'point_{s.epoch:06}_{s.step:06}.pt'
         save_checkpoint(path, **s.state_dict(), settings=self.settings)
-        for p in [p for p in points(self.folder) if p > path]+[p for p in points(self.folder) if p < path][:1-self.keep or None]: p.unlink()  # later ones are of a run that went another way
+        for p in [p for p in points(self.folder) if p > path] + [
+            p for p in points(self.folder) if p < path
+        ][: 1 - self.keep or None]:
+            p.unlink()  # later ones are of a run that went another way
         self.saved, self.epoch = time.monotonic(), s.epoch
 
     def resumed(self, s):
-        if (path := self.folder/'best.pt').exists():
-            try: best = load_checkpoint(path)
-            except InputError as e: raise InputError(f'{e}, and with it the best epoch; put it back, or delete it, and the best of the epochs from here on takes its place') from None
+        if (path := self.folder / 'best.pt').exists():
+            try:
+                best = load_checkpoint(path)
+            except InputError as e:
+                raise InputError(
+                    f'{e}, and with it the best epoch; put it back, or delete it, and the best of the epochs from here on takes its place'
+                ) from None
             n = best.get('epoch', 0)
-            if repr(best.get('history', [])[-1:]) != repr(s.history[n-1:n]): # a kill came between it and its point, or it is another run's
+            if repr(best.get('history', [])[-1:]) != repr(
+                s.history[n - 1 : n]
+            ):  # a kill came between it and its point, or it is another run's
                 self.best = math.inf
-                if s.accepted: warnings.warn(f'{path} is of an epoch {n} that this training does not know; the best of the epochs from here on takes its place')
+                if s.accepted:
+                    warnings.warn(
+                        f'{path} is of an epoch {n} that this training does not know; the best of the epochs from here on takes its place'
+                    )
 
     def continued(self, s):
-        if s.accepted: self.save(s) # what was accepted is what the next one is compared with
+        if s.accepted:
+            self.save(s)  # what was accepted is what the next one is compared with
 
-    def state(self): return dict(best=self.best)
-    def restore(self, state): self.best = state['best']
+    def state(self):
+        return dict(best=self.best)
 
-def points(folder): # paths, the last one last
+    def restore(self, state):
+        self.best = state['best']
+
+
+def points(folder):  # paths, the last one last
     "The points in a folder that a training can go on from."
     return sorted(Path(folder).glob('point_*.pt'))
 
-def last_point(folder): # dict for `fit(resume=)`, or None where there is none
+
+def last_point(folder):  # dict for `fit(resume=)`, or None where there is none
     "The last point that is whole; one that is damaged is passed over, and said so."
     for p in reversed(all := points(folder)):
-        try: return load_checkpoint(p)
+        try:
+            return load_checkpoint(p)
         except InputError as e:
             wrong = e
-            if p != all[0]: warnings.warn(f'{e}; the point before it is used')
-    if all: raise InputError(f'{folder} has no point that is whole ({wrong}); train again, in another folder or in place of this run')
+            if p != all[0]:
+                warnings.warn(f'{e}; the point before it is used')
+    if all:
+        raise InputError(
+            f'{folder} has no point that is whole ({wrong}); train again, in another folder or in place of this run'
+        )
 
 # %% ../nbs/10_checkpoints.ipynb #c5000005
 class HaltOnSignal:
     "Callback and context manager: a signal to stop, while `fit` runs, halts it at the next rest; a second one, or one at another time, does what it did before."
-    def __init__(self): self.fit, self.former = None, {}
-    def before_fit(self, s): self.fit = s
+
+    def __init__(self):
+        self.fit, self.former = None, {}
+
+    def before_fit(self, s):
+        self.fit = s
+
     def after_fit(self, s):
         self.fit = None
-        if s.asked: raise s.halted() # in the last moment
+        if s.asked:
+            raise s.halted()  # in the last moment
+
     def __enter__(self):
         self.fit = None
-        if threading.current_thread() is threading.main_thread(): self.former = {n: signal.signal(n, self.hear) for n in STOPS if signal.getsignal(n) is not signal.SIG_IGN}
+        if threading.current_thread() is threading.main_thread():
+            self.former = {
+                n: signal.signal(n, self.hear)
+                for n in STOPS
+                if signal.getsignal(n) is not signal.SIG_IGN
+            }
         return self
+
     def __exit__(self, *_):
-        while self.former: n, f = self.former.popitem(); signal.signal(n, f or signal.SIG_DFL)
+        while self.former:
+            n, f = self.former.popitem()
+            signal.signal(n, f or signal.SIG_DFL)
+
     def hear(self, number, frame):
-        if self.fit is None or self.fit.asked: self.__exit__(); signal.raise_signal(number); return
+        if self.fit is None or self.fit.asked:
+            self.__exit__()
+            signal.raise_signal(number)
+            return
         self.fit.asked = True
         os.write(2, b'\nstopping after this slide; once more to stop at once\n')
 
@@ -173,126 +314,258 @@ class HaltOnSignal:
 def load_weights(model, state, path='the checkpoint'):
     "Put the weights of a loaded checkpoint into `model`, all of them or none."
     mine, theirs = model.state_dict(), state.get('model', {})
-    wrong = [k for k in mine if k not in theirs] + [k for k in theirs if k not in mine] + [k for k in mine if k in theirs and mine[k].shape != theirs[k].shape]
-    if wrong: raise InputError(f'{path} does not fit this network: {len(wrong)} of its tensors differ, {wrong[0]!r} is the first')
+    wrong = (
+        [k for k in mine if k not in theirs]
+        + [k for k in theirs if k not in mine]
+        + [k for k in mine if k in theirs and mine[k].shape != theirs[k].shape]
+    )
+    if wrong:
+        raise InputError(
+            f'{path} does not fit this network: {len(wrong)} of its tensors differ, {wrong[0]!r} is the first'
+        )
     model.load_state_dict(theirs)
     return model
 
 # %% ../nbs/10_checkpoints.ipynb #6776bb74
 class Output(NamedTuple):
     "What a command writes into a folder."
-    mark: str    # a file that it writes first
-    says: str    # what is in that file
-    files: tuple # patterns of all the others
 
-REPORT = Output('index.html', 'name="generator" content="streaming_pathology"', ('openseadragon.min.js', 'LICENSE.txt', *(f.replace('N', '[0-9][0-9][0-9]*') for f in ('slides/N.html', 'pictures/N.jpg', 'pictures/N-*.webp', 'tiles/N/[0-9]*/[0-9]*_[0-9]*.jpg')))) # of a run, in its folder
-DONE = f'report/{REPORT.mark}' # written last
-RUN = Output('environment.json', '"streaming_pathology"', ('settings.toml', 'cohort.csv', 'log.csv', 'predictions.csv', 'metrics.json', DONE, *(f'report/{p}' for p in REPORT.files), 'checkpoints/*.pt', 'checkpoints/*.safetensors', 'features/*.safetensors', 'checkpoints/stage_*/*.pt', 'images/*.jpg', 'heatmaps/*.npy',
-             'tensorboard/events.*', 'cohort/*.json', 'cohort/*.csv', 'cohort/*/*.tiff')) # a run folder
-FORMER, NEW = '.former', '.new' # in such a folder, or in one of its own: what was there before, and what is not finished
+    mark: str  # a file that it writes first
+    says: str  # what is in that file
+    files: tuple  # patterns of all the others
+
+
+REPORT = Output(
+    'index.html',
+    'name="generator" content="streaming_pathology"',
+    (
+        'openseadragon.min.js',
+        'LICENSE.txt',
+        *(
+            f.replace('N', '[0-9][0-9][0-9]*')
+            for f in (
+                'slides/N.html',
+                'pictures/N.jpg',
+                'pictures/N-*.webp',
+                'tiles/N/[0-9]*/[0-9]*_[0-9]*.jpg',
+            )
+        ),
+    ),
+)  # of a run, in its folder
+DONE = f'report/{REPORT.mark}'  # written last
+RUN = Output(
+    'environment.json',
+    '"streaming_pathology"',
+    (
+        'settings.toml',
+        'cohort.csv',
+        'log.csv',
+        'predictions.csv',
+        'metrics.json',
+        DONE,
+        *(f'report/{p}' for p in REPORT.files),
+        'checkpoints/*.pt',
+        'checkpoints/*.safetensors',
+        'features/*.safetensors',
+        'checkpoints/stage_*/*.pt',
+        'images/*.jpg',
+        'heatmaps/*.npy',
+        'tensorboard/events.*',
+        'cohort/*.json',
+        'cohort/*.csv',
+        'cohort/*/*.tiff',
+    ),
+)  # a run folder
+FORMER, NEW = (
+    '.former',
+    '.new',
+)  # in such a folder, or in one of its own: what was there before, and what is not finished
 SYSTEM = ('lost+found', '.DS_Store', 'Thumbs.db')
+
 
 def absolute(path):
     "A path without links, `~` and `..`."
     try:
-        if str(path): return Path(path).expanduser().resolve()
-    except (RuntimeError, OSError) as e: raise InputError(f'{path} leads nowhere ({e}); give another place') from None
+        if str(path):
+            return Path(path).expanduser().resolve()
+    except (RuntimeError, OSError) as e:
+        raise InputError(f'{path} leads nowhere ({e}); give another place') from None
     raise InputError('the name of what to write is empty; give one')
 
-def _is_temporary(p): return p.name.startswith('.') and p.suffix == '.partial'
+
+def _is_temporary(p):
+    return p.name.startswith('.') and p.suffix == '.partial'
+
 
 def _walk(folder):
     "Everything in `folder`, as paths relative to it."
-    def fail(e): raise InputError(f'{e.filename} cannot be read ({e.strerror}); give the name of a new folder') from None
+
+    def fail(e):
+        raise InputError(
+            f'{e.filename} cannot be read ({e.strerror}); give the name of a new folder'
+        ) from None
+
     for at, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [f for f in folders if f not in SYSTEM and not _is_temporary(Path(f))]
-        yield from (Path(at, n).relative_to(folder) for n in folders+[f for f in files if f not in SYSTEM])
+        yield from (
+            Path(at, n).relative_to(folder) for n in folders + [f for f in files if f not in SYSTEM]
+        )
 
-def foreign(folder, kind): # its path relative to the folder, or None
+
+def foreign(folder, kind):  # its path relative to the folder, or None
     "The first thing in `folder` that no command of this kind wrote."
-    marked = any(p.is_file() and kind.says in p.read_text(errors='replace') for p in (folder/kind.mark, folder/FORMER/kind.mark))
+    marked = any(
+        p.is_file() and kind.says in p.read_text(errors='replace')
+        for p in (folder / kind.mark, folder / FORMER / kind.mark)
+    )
     files = [Path(f) for f in (kind.mark, *kind.files)]
     folders = {g for f in files for g in f.parents if g.name}
     for p in _walk(folder):
-        q = Path(*(n for n in p.parts if n not in (FORMER, NEW))); aside = q != p
-        is_folder = (folder/p).is_dir() and not (folder/p).is_symlink()
-        known = not q.parts or any(len(q.parts) == len(g.parts) and q.match(str(g)) for g in (folders if is_folder else files))
-        if not _is_temporary(p) and not (known and (aside or marked)): return p
+        q = Path(*(n for n in p.parts if n not in (FORMER, NEW)))
+        aside = q != p
+        is_folder = (folder / p).is_dir() and not (folder / p).is_symlink()
+        known = not q.parts or any(
+            len(q.parts) == len(g.parts) and q.match(str(g))
+            for g in (folders if is_folder else files)
+        )
+        if not _is_temporary(p) and not (known and (aside or marked)):
+            return p
 
 # %% ../nbs/10_checkpoints.ipynb #4136ca3d
-def claim(folder, overwrite=False, kind=RUN, inputs=(), way='add --overwrite to replace it, or', others=False): # the folder, as an absolute path
+def claim(
+    folder,
+    overwrite=False,
+    kind=RUN,
+    inputs=(),
+    way='add --overwrite to replace it, or',
+    others=False,
+):  # the folder, as an absolute path
     "Refuse an output folder that cannot be written, is being written, holds anything but what a former run wrote and may be replaced (and, where `others`, what lies beside it), or holds one of the `inputs`."
     given, folder = folder, absolute(folder)
-    if folder.exists() and not folder.is_dir(): raise InputError(f'{given} is a file; give the name of a new folder')
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f'{given} is a file; give the name of a new folder')
     if folder.is_dir():
         with locked(folder):
-            if not others and (p := foreign(folder, kind)): raise InputError(f'{given} holds {p}, which no former run wrote; give the name of a new folder')
-        if not overwrite and any(p.name not in (NEW, *SYSTEM) and not _is_temporary(p) for p in folder.iterdir()):
-            raise InputError(f'{given} holds what a former run wrote; {way} give the name of a new folder'.replace('  ', ' '))
+            if not others and (p := foreign(folder, kind)):
+                raise InputError(
+                    f'{given} holds {p}, which no former run wrote; give the name of a new folder'
+                )
+        if not overwrite and any(
+            p.name not in (NEW, *SYSTEM) and not _is_temporary(p) for p in folder.iterdir()
+        ):
+            raise InputError(
+                f'{given} holds what a former run wrote; {way} give the name of a new folder'.replace(
+                    '  ', ' '
+                )
+            )
     for p in map(Path, inputs):
-        if any(q.is_relative_to(folder) for q in (p.resolve(), p.parent.resolve()/p.name)): raise InputError(f'{p} lies in {given}, which would be replaced; give the name of a new folder')
+        if any(q.is_relative_to(folder) for q in (p.resolve(), p.parent.resolve() / p.name)):
+            raise InputError(
+                f'{p} lies in {given}, which would be replaced; give the name of a new folder'
+            )
     _probe(folder, given)
     return folder
 
+
 def _probe(folder, given):
     "Refuse `given` if nothing can be made in `folder`, or in the nearest one above it that exists."
-    probe = next(p for p in (folder, *folder.parents) if p.exists())/f'.{uuid.uuid4().hex}.partial'
-    try: probe.mkdir(); probe.rmdir()
-    except OSError as e: raise InputError(f'{given} cannot be written ({e.strerror}); give a place that can be') from None
+    probe = (
+        next(p for p in (folder, *folder.parents) if p.exists()) / f'.{uuid.uuid4().hex}.partial'
+    )
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as e:
+        raise InputError(
+            f'{given} cannot be written ({e.strerror}); give a place that can be'
+        ) from None
 
 # %% ../nbs/10_checkpoints.ipynb #731086e6
 @contextmanager
 def uninterrupted():
     "Files are moved here: signals to stop are heard afterwards."
-    if threading.current_thread() is not threading.main_thread(): yield; return
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     heard = []
     former = {s: signal.signal(s, lambda n, _: heard.append(n)) for s in STOPS}
-    try: yield
+    try:
+        yield
     finally:
-        for s, f in former.items(): signal.signal(s, f or signal.SIG_DFL)
-    for n in heard[:1]: signal.raise_signal(n)
+        for s, f in former.items():
+            signal.signal(s, f or signal.SIG_DFL)
+    for n in heard[:1]:
+        signal.raise_signal(n)
+
 
 def _clear(folder, *but):
     for p in folder.iterdir():
-        if p.name not in (*but, *SYSTEM): shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+        if p.name not in (*but, *SYSTEM):
+            shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
 
-def _move_all(source, target, order, but=()): # `order` puts the names in order
+
+def _move_all(source, target, order, but=()):  # `order` puts the names in order
     for p in sorted(source.iterdir(), key=lambda p: (order(p.name), p.name)):
-        if p.name not in (FORMER, NEW, *SYSTEM, *but): p.rename(target/p.name)
+        if p.name not in (FORMER, NEW, *SYSTEM, *but):
+            p.rename(target / p.name)
+
 
 def _set_aside(folder, kind, stays=()):
     "Empty `folder`, but for `.new` and what `stays`; the last whole run that it held is then in `.former`."
-    former = folder/FORMER
-    if not (former/kind.mark).exists() and (folder/kind.mark).exists():
-        former.mkdir(exist_ok=True); _move_all(folder, former, lambda n: n == kind.mark, stays)
+    former = folder / FORMER
+    if not (former / kind.mark).exists() and (folder / kind.mark).exists():
+        former.mkdir(exist_ok=True)
+        _move_all(folder, former, lambda n: n == kind.mark, stays)
     _clear(folder, FORMER, NEW, *stays)
 
+
 def _put_back(folder, kind):
-    former = folder/FORMER
-    if former.exists(): _move_all(former, folder, lambda n: n != kind.mark); _clear(former); former.rmdir()
+    former = folder / FORMER
+    if former.exists():
+        _move_all(former, folder, lambda n: n != kind.mark)
+        _clear(former)
+        former.rmdir()
+
 
 @contextmanager
 def replacing(folder, kind=RUN, worth=(), stays=()):
     "A claimed folder, empty for new work but for subfolders that it can use and so `stays`. If the work fails, and none of its files is `worth` (patterns) going on with, what was there before comes back."
-    made, begun, former = not folder.exists(), False, folder/FORMER
+    made, begun, former = not folder.exists(), False, folder / FORMER
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         try:
-            with uninterrupted(): shutil.rmtree(folder/NEW, ignore_errors=True); _set_aside(folder, kind, stays); _sweep(folder, kind); begun = True
+            with uninterrupted():
+                shutil.rmtree(folder / NEW, ignore_errors=True)
+                _set_aside(folder, kind, stays)
+                _sweep(folder, kind)
+                begun = True
             yield folder
         except BaseException:
             with uninterrupted():
-                if not any(True for w in worth for _ in folder.glob(w)) and not foreign(folder, kind):
-                    if begun: _clear(folder, FORMER)
-                    if begun or not (former/kind.mark).exists(): _put_back(folder, kind)
-                if made and not any(folder.iterdir()): folder.rmdir()
-                if former.exists(): warnings.warn(f'{folder} holds unfinished work; what it held before is in {former}')
+                if not any(True for w in worth for _ in folder.glob(w)) and not foreign(
+                    folder, kind
+                ):
+                    if begun:
+                        _clear(folder, FORMER)
+                    if begun or not (former / kind.mark).exists():
+                        _put_back(folder, kind)
+                if made and not any(folder.iterdir()):
+                    folder.rmdir()
+                if former.exists():
+                    warnings.warn(
+                        f'{folder} holds unfinished work; what it held before is in {former}'
+                    )
             raise
         _forget(folder)
 
-def _sweep(folder, kind): # what a process that was killed has left half-written
+
+def _sweep(folder, kind):  # what a process that was killed has left half-written
     for f in map(Path, (kind.mark, *kind.files)):
-        for p in folder.glob(str(f.parent/f".{'*' if '*' in f.name else f.name}.????????.partial")): p.unlink()
+        for p in folder.glob(
+            str(f.parent / f'.{"*" if "*" in f.name else f.name}.????????.partial')
+        ):
+            p.unlink()
+
 
 @contextmanager
 def continuing(folder, kind=RUN):
@@ -302,45 +575,63 @@ def continuing(folder, kind=RUN):
         yield folder
         _forget(folder)
 
+
 def _forget(folder):
     with uninterrupted():
-        shutil.rmtree(former := folder/FORMER, ignore_errors=True)
-        if former.exists(): warnings.warn(f'{former}, which a new run replaced, could not be deleted')
+        shutil.rmtree(former := folder / FORMER, ignore_errors=True)
+        if former.exists():
+            warnings.warn(f'{former}, which a new run replaced, could not be deleted')
 
 # %% ../nbs/10_checkpoints.ipynb #8ab840b4
 @contextmanager
 def staged(folder, overwrite=False, kind=RUN, way='add --overwrite to replace it, or'):
     "A subfolder of `folder` whose content takes the place of what is there at the end, or vanishes if anything goes wrong before."
     given, folder = folder, claim(folder, overwrite, kind, way=way)
-    made, new = not folder.exists(), folder/NEW
+    made, new = not folder.exists(), folder / NEW
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         try:
-            shutil.rmtree(new, ignore_errors=True); new.mkdir()
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
             yield new
         except BaseException:
             with uninterrupted():
                 shutil.rmtree(new, ignore_errors=True)
-                if made and not any(folder.iterdir()): folder.rmdir()
+                if made and not any(folder.iterdir()):
+                    folder.rmdir()
             raise
         try:
-            if p := foreign(folder, kind): raise InputError(f'{given} holds {p}, which came there in the meantime')
+            if p := foreign(folder, kind):
+                raise InputError(f'{given} holds {p}, which came there in the meantime')
             with uninterrupted():
                 _set_aside(folder, kind)
-                _move_all(new, folder, lambda n: n != kind.mark); new.rmdir()
-                shutil.rmtree(folder/FORMER, ignore_errors=True)
-        except BaseException as e: raise InputError(f"{str(e) or 'interrupted'}; the finished work is in {new if new.exists() else folder}") from None
+                _move_all(new, folder, lambda n: n != kind.mark)
+                new.rmdir()
+                shutil.rmtree(folder / FORMER, ignore_errors=True)
+        except BaseException as e:
+            raise InputError(
+                f'{str(e) or "interrupted"}; the finished work is in {new if new.exists() else folder}'
+            ) from None
 
 # %% ../nbs/10_checkpoints.ipynb #39f08a0d
-def output_file(path, suffix, inputs=(), begins=''): # the path
+def output_file(path, suffix, inputs=(), begins=''):  # the path
     "Refuse a file to write that is a folder, has another ending, is one of the `inputs`, belongs to a run, cannot be written, or exists and does not begin as the regular expression `begins` says."
     given, path = path, absolute(path)
-    if path.is_dir(): raise InputError(f'{given} is a folder; give the name of a file to write')
-    if path.suffix.lower() != suffix: raise InputError(f'{given}: what is written is a {suffix} file; give a name that ends so')
-    if any(path == Path(p).resolve() for p in inputs): raise InputError(f'{given} is what is read; give the name of another file to write')
-    if path.name in ('predictions.csv', 'metrics.json') and (path.parent/RUN.mark).exists(): raise InputError(f'{given} belongs to the run in its folder; give the name of another file to write')
+    if path.is_dir():
+        raise InputError(f'{given} is a folder; give the name of a file to write')
+    if path.suffix.lower() != suffix:
+        raise InputError(f'{given}: what is written is a {suffix} file; give a name that ends so')
+    if any(path == Path(p).resolve() for p in inputs):
+        raise InputError(f'{given} is what is read; give the name of another file to write')
+    if path.name in ('predictions.csv', 'metrics.json') and (path.parent / RUN.mark).exists():
+        raise InputError(
+            f'{given} belongs to the run in its folder; give the name of another file to write'
+        )
     if begins and path.is_file() and path.stat().st_size:
         with open(path, 'rb') as f:
-            if not re.match(begins, f.read(4096).decode(errors='replace')): raise InputError(f'{given} exists and is something else; give the name of another file to write')
+            if not re.match(begins, f.read(4096).decode(errors='replace')):
+                raise InputError(
+                    f'{given} exists and is something else; give the name of another file to write'
+                )
     _probe(path.parent, given)
     return path

@@ -31,27 +31,111 @@ from tqdm.auto import tqdm
 from .errors import InputError
 from .engine.plan import budget, lean_memory
 from .models import GatedAttention, StreamingClassifier, pools
-from .files import SUFFIXES, file_stamp, locked, sample_slide, slide_files, write_csv, write_whole
+from streaming_pathology.files import (
+    SUFFIXES,
+    file_stamp,
+    locked,
+    sample_slide,
+    slide_files,
+    write_csv,
+    write_whole,
+)
 from .slides import Slide
 from .synthetic import write_cohort
 from .augment import STEP, Augmentation
-from .cohorts import Case, check_files, read_manifest, read_table, resolve_splits, safe_id, several
-from .data import STOPS, channel_statistics, check_cohort, one_line, sample_patches, slide_loader, turned_out, worker_died
+from streaming_pathology.cohorts import (
+    Case,
+    check_files,
+    read_manifest,
+    read_table,
+    resolve_splits,
+    safe_id,
+    several,
+)
+from streaming_pathology.data import (
+    STOPS,
+    channel_statistics,
+    check_cohort,
+    one_line,
+    sample_patches,
+    slide_loader,
+    turned_out,
+    worker_died,
+)
 from .losses import TASKS, Binary, make_task
 from .trim import Trim, trim_slides
-from .training import EMA, Alone, Cosine, CSVLog, DryRun, EarlyStopping, Halted, TensorBoardLog, fit, predict, summary
-from .checkpoints import DONE, REPORT, RUN, Checkpoints, HaltOnSignal, Output, absolute, claim, continuing, last_point, load_checkpoint, load_weights, output_file, plain, points, replacing, save_checkpoint, staged, versions
+from streaming_pathology.training import (
+    EMA,
+    Alone,
+    Cosine,
+    CSVLog,
+    DryRun,
+    EarlyStopping,
+    Halted,
+    TensorBoardLog,
+    fit,
+    predict,
+    summary,
+)
+from streaming_pathology.checkpoints import (
+    DONE,
+    REPORT,
+    RUN,
+    Checkpoints,
+    HaltOnSignal,
+    Output,
+    absolute,
+    claim,
+    continuing,
+    last_point,
+    load_checkpoint,
+    load_weights,
+    output_file,
+    plain,
+    points,
+    replacing,
+    save_checkpoint,
+    staged,
+    versions,
+)
 from .recipes import paper_mil, paper_streaming, run_recipe, scaled
 from .distributed import joined
 from .aggregators import aggregators, make_aggregator
 from .bags import PatchGrid, check_annotation
 from .features import LIBRARIES, Encoder, FeatureMIL
-from .inference import ENCODER, TTA, backbone_known, checked_card, dataset, described, encoder_of, export_model, load_encoder, save_encoder, label_columns, load_model, model_hash, predict_table, prediction_columns, write_predictions
+from streaming_pathology.inference import (
+    ENCODER,
+    TTA,
+    backbone_known,
+    checked_card,
+    dataset,
+    described,
+    encoder_of,
+    export_model,
+    load_encoder,
+    save_encoder,
+    label_columns,
+    load_model,
+    model_hash,
+    predict_table,
+    prediction_columns,
+    write_predictions,
+)
 from .auc import INTERVALS
 from .results import figures_of, results, sentences_of
 from .mil import InstanceMIL, TwoPhases
 from .gradients import integrated_gradients, smoothgrad
-from .heatmaps import FORMAT, METHODS, attention_map, class_activation, fit_map, occlusion, patch_heatmap, pool_map, save_heatmap
+from streaming_pathology.heatmaps import (
+    FORMAT,
+    METHODS,
+    attention_map,
+    class_activation,
+    fit_map,
+    occlusion,
+    patch_heatmap,
+    pool_map,
+    save_heatmap,
+)
 from .regions import field_of, write_exports
 from .viewer import save_picture, viewer_files
 from .report import write_report
@@ -59,134 +143,245 @@ from .report import write_report
 # %% ../nbs/16_cli.ipynb #aa0a7209
 class _Parser(argparse.ArgumentParser):
     "An argparse parser whose errors are `InputError`s, with the nearest right option for a misspelt one."
+
     def error(self, message):
         if message.startswith('unrecognized arguments: -'):
             wrong = message.split(': ')[1].split()[0].split('=')[0]
             near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
-            message = f"{wrong} is no option" + (f'; did you mean {near[0]}?' if near else '')
+            message = f'{wrong} is no option' + (f'; did you mean {near[0]}?' if near else '')
         raise InputError(f'{message} ({self.prog} --help shows what there is)')
+
 
 def strip_rows(text):
     "Rows of a strip: a number, or auto."
-    if text != 'auto' and not text.lstrip('-').isdigit(): raise argparse.ArgumentTypeError(f'{text!r} is no number of rows; give one, or auto')
+    if text != 'auto' and not text.lstrip('-').isdigit():
+        raise argparse.ArgumentTypeError(f'{text!r} is no number of rows; give one, or auto')
     return text if text == 'auto' else int(text)
+
 
 def hw(text):
     "`'512,256'` or `'512x256'` as (height, width), `'512'` as a square."
-    try: h, w = map(int, text.replace('x', ',').split(',')) if not text.isdigit() else (int(text),)*2
-    except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is no size; give height,width in pixels, e.g. 512,256') from None
-    if min(h, w) < 32 or max(h, w) > 10**6: raise argparse.ArgumentTypeError(f'{text!r} is not a size between 32 and a million pixels')
+    try:
+        h, w = (
+            map(int, text.replace('x', ',').split(',')) if not text.isdigit() else (int(text),) * 2
+        )
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no size; give height,width in pixels, e.g. 512,256'
+        ) from None
+    if min(h, w) < 32 or max(h, w) > 10**6:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a size between 32 and a million pixels')
     return h, w
+
 
 def _add_option(parser, name, p):
     "One parameter of a function as a positional argument or an option of `parser`."
     kind = next((a for a in typing.get_args(p.anno) if a is not type(None)), p.anno)
-    if kind is inspect._empty: kind = type(p.default) if p.default not in (inspect._empty, None) else str
+    if kind is inspect._empty:
+        kind = type(p.default) if p.default not in (inspect._empty, None) else str
     text = ' '.join((p.docment or '').split()).replace('%', '%%')
-    if p.default is inspect._empty: return parser.add_argument(name, type=kind, help=text)
+    if p.default is inspect._empty:
+        return parser.add_argument(name, type=kind, help=text)
     flags = list(dict.fromkeys(f'--{n}' for n in (name.replace('_', '-'), name)))
-    if kind is bool: return parser.add_argument(*flags[:1], dest=name, action=argparse.BooleanOptionalAction if p.default else 'store_true', default=p.default, help=text)
+    if kind is bool:
+        return parser.add_argument(
+            *flags[:1],
+            dest=name,
+            action=argparse.BooleanOptionalAction if p.default else 'store_true',
+            default=p.default,
+            help=text,
+        )
     shown = '' if p.default is None else f' (default: {p.default})'
-    parser.add_argument(*flags, dest=name, type=kind, default=p.default, metavar=name.upper(), help=text+shown)
+    parser.add_argument(
+        *flags, dest=name, type=kind, default=p.default, metavar=name.upper(), help=text + shown
+    )
+
 
 def make_parser(f, prog):
     "An argument parser from the signature, the comments and the docstring of `f`."
     parser = _Parser(prog=prog, description=f.__doc__, allow_abbrev=False)
     for name, p in docments(f, full=True).items():
-        if name != 'return': _add_option(parser, name, p)
+        if name != 'return':
+            _add_option(parser, name, p)
     return parser
 
-NOT_SET = ('command', 'cohort_sha256', 'mean', 'std') # in the settings of a run, but found by it
 
-def parsed(f, prog, argv, again=True): # dict of arguments
+NOT_SET = ('command', 'cohort_sha256', 'mean', 'std')  # in the settings of a run, but found by it
+
+
+def parsed(f, prog, argv, again=True):  # dict of arguments
     "The command line of `f`; where its first word is a `.toml` file, the settings of a run that is to be made `again`, options that are not given come from there, and so does what should stand in its place."
     parser, parameters = make_parser(f, prog), inspect.signature(f).parameters
     args, first = parser.parse_args(argv), next(iter(parameters))
-    if not again or Path(given := str(getattr(args, first))).suffix != '.toml': return vars(args)
-    try: settings = tomllib.loads(Path(given).read_text())
-    except (OSError, ValueError) as e: raise InputError(f'{given} cannot be read: {one_line(e)}') from None
+    if not again or Path(given := str(getattr(args, first))).suffix != '.toml':
+        return vars(args)
+    try:
+        settings = tomllib.loads(Path(given).read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(f'{given} cannot be read: {one_line(e)}') from None
     for k, v in settings.items():
-        if k in NOT_SET or k == first: continue
+        if k in NOT_SET or k == first:
+            continue
         if k not in parameters or parameters[k].default is inspect._empty:
             near = difflib.get_close_matches(k, parameters, 1)
-            raise InputError(f'{given}: {k} is no setting of {prog}'+(f'; did you mean {near[0]}?' if near else ''))
-        if isinstance(parameters[k].default, bool) != isinstance(v, bool) or isinstance(v, dict): raise InputError(f'{given}: {k} is {v!r}; it has to be '+('true or false' if isinstance(parameters[k].default, bool) else 'a number or a text'))
-        if v == '' and parameters[k].default is not None and not settings.get('recipe'): raise InputError(f'{given}: {k} is empty; give a value, or leave the line out')
-        parser.set_defaults(**{k: v if isinstance(v, bool) else None if v == '' else ','.join(map(str, v)) if isinstance(v, list) else str(v)}) # texts are read as on the command line
-    if not settings.get(first): raise InputError(f'{given} does not say its {first}')
-    return vars(parser.parse_args(argv)) | {first: str(Path(given).parent/settings[first])}
+            raise InputError(
+                f'{given}: {k} is no setting of {prog}'
+                + (f'; did you mean {near[0]}?' if near else '')
+            )
+        if isinstance(parameters[k].default, bool) != isinstance(v, bool) or isinstance(v, dict):
+            raise InputError(
+                f'{given}: {k} is {v!r}; it has to be '
+                + (
+                    'true or false'
+                    if isinstance(parameters[k].default, bool)
+                    else 'a number or a text'
+                )
+            )
+        if v == '' and parameters[k].default is not None and not settings.get('recipe'):
+            raise InputError(f'{given}: {k} is empty; give a value, or leave the line out')
+        parser.set_defaults(
+            **{
+                k: v
+                if isinstance(v, bool)
+                else None
+                if v == ''
+                else ','.join(map(str, v))
+                if isinstance(v, list)
+                else str(v)
+            }
+        )  # texts are read as on the command line
+    if not settings.get(first):
+        raise InputError(f'{given} does not say its {first}')
+    return vars(parser.parse_args(argv)) | {first: str(Path(given).parent / settings[first])}
 
 # %% ../nbs/16_cli.ipynb #86909a8a
-def counted(n, one, more=None): return f"{n} {one if n == 1 else more or one+'s'}"
+def counted(n, one, more=None):
+    return f'{n} {one if n == 1 else more or one + "s"}'
+
 
 def _let_go(e):
     "Free what an interrupt has left half-made; what that says when it goes (a progress bar without a place) concerns nobody."
     former, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try: traceback.clear_frames(e.__traceback__)
-    finally: sys.unraisablehook = former
+    try:
+        traceback.clear_frames(e.__traceback__)
+    finally:
+        sys.unraisablehook = former
+
 
 _worker_died = 'a process that reads slides was killed, perhaps for want of memory; fewer --workers need less, and what was kept is there to go on with'
 
+
 def status_of(f, *args, **kwargs):
     "Call `f`; 0 if all went well, otherwise one line on stderr and the exit status."
-    try: f(*args, **kwargs); return 0
-    except InputError as e: said, status = one_line(e), 2
-    except Halted as e: said, status = f'{e}; the same command with --resume goes on', 75
-    except KeyboardInterrupt as e: _let_go(e); said, status = 'interrupted', 130
-    except (ConnectionResetError, ConnectionRefusedError, EOFError): said, status = _worker_died, 2 # while it was handing something over
-    except OSError as e: said, status = f'{e.filename or "a file"}: {e.strerror or one_line(e)}', 2
-    except (MemoryError, torch.OutOfMemoryError): said, status = 'out of memory; a smaller size, a coarser spacing or, where the network runs, a smaller strip needs less', 2
+    try:
+        f(*args, **kwargs)
+        return 0
+    except InputError as e:
+        said, status = one_line(e), 2
+    except Halted as e:
+        said, status = f'{e}; the same command with --resume goes on', 75
+    except KeyboardInterrupt as e:
+        _let_go(e)
+        said, status = 'interrupted', 130
+    except (ConnectionResetError, ConnectionRefusedError, EOFError):
+        said, status = _worker_died, 2  # while it was handing something over
+    except OSError as e:
+        said, status = f'{e.filename or "a file"}: {e.strerror or one_line(e)}', 2
+    except (MemoryError, torch.OutOfMemoryError):
+        said, status = (
+            'out of memory; a smaller size, a coarser spacing or, where the network runs, a smaller strip needs less',
+            2,
+        )
     except RuntimeError as e:
-        if not worker_died(e): raise
+        if not worker_died(e):
+            raise
         said, status = _worker_died, 2
-    if os.environ.get('WORLD_SIZE', '1') != '1' and 'RANK' in os.environ: said = f"rank {os.environ['RANK']}: {said}"
-    sys.stderr.write('stopped: '*(status == 75)+'error: '*(status != 75)+said.removeprefix('stopped in ')+'\n') # at once, as ranks share it
+    if os.environ.get('WORLD_SIZE', '1') != '1' and 'RANK' in os.environ:
+        said = f'rank {os.environ["RANK"]}: {said}'
+    sys.stderr.write(
+        'stopped: ' * (status == 75)
+        + 'error: ' * (status != 75)
+        + said.removeprefix('stopped in ')
+        + '\n'
+    )  # at once, as ranks share it
     return status
+
 
 @contextmanager
 def plain_warnings():
     "Warnings as one line on stderr, each once."
     with warnings.catch_warnings():
         warnings.simplefilter('default', UserWarning)
-        warnings.showwarning = lambda message, *args, **kwargs: tqdm.write(f'warning: {one_line(message)}', file=sys.stderr)
+        warnings.showwarning = lambda message, *args, **kwargs: tqdm.write(
+            f'warning: {one_line(message)}', file=sys.stderr
+        )
         yield
+
 
 @contextmanager
 def terminable():
     "SIGTERM, and the end of the terminal where it is not ignored, end the work as Ctrl-C does, so that nothing half-written stays behind."
-    if threading.current_thread() is not (main := threading.main_thread()): yield; return
+    if threading.current_thread() is not (main := threading.main_thread()):
+        yield
+        return
     former, unraisable, again = {s: signal.getsignal(s) for s in STOPS}, sys.unraisablehook, []
+
     def stop(n, _):
-        if again is None: return # all is done
-        again.append(t := threading.Timer(1, signal.pthread_kill, (main.ident, n))); t.daemon = True; t.start()
+        if again is None:
+            return  # all is done
+        again.append(t := threading.Timer(1, signal.pthread_kill, (main.ident, n)))
+        t.daemon = True
+        t.start()
         raise KeyboardInterrupt
-    def ignored(e): # what is raised while an object goes, or in a callback, is lost: so the signal comes again; a reading process may go before it is sent away
-        if not (issubclass(e.exc_type, KeyboardInterrupt) or worker_died(e.exc_value)): unraisable(e)
+
+    def ignored(
+        e,
+    ):  # what is raised while an object goes, or in a callback, is lost: so the signal comes again; a reading process may go before it is sent away
+        if not (issubclass(e.exc_type, KeyboardInterrupt) or worker_died(e.exc_value)):
+            unraisable(e)
+
     for s, f in former.items():
-        if f is not signal.SIG_IGN: signal.signal(s, stop)
+        if f is not signal.SIG_IGN:
+            signal.signal(s, stop)
     sys.unraisablehook = ignored
-    try: yield
+    try:
+        yield
     finally:
         timers, again = again, None
-        for t in timers: t.cancel(); t.join()
-        for s, f in former.items(): signal.signal(s, f or signal.SIG_DFL)
+        for t in timers:
+            t.cancel()
+            t.join()
+        for s, f in former.items():
+            signal.signal(s, f or signal.SIG_DFL)
         sys.unraisablehook = unraisable
 
+
 COMMANDS = {}
+
 
 def _let_processes_be(program):
     "Processes that a command starts import what they need: multiprocessing would have each import the program as well, and with it all of this."
     main = sys.modules['__main__']
-    if Path(getattr(main, '__file__', None) or '').stem == program: main.__file__ = None
+    if Path(getattr(main, '__file__', None) or '').stem == program:
+        main.__file__ = None
 
-def command(name, f, lean=True, again=True): # a function of (argv=None) that returns an exit status
+
+def command(
+    name, f, lean=True, again=True
+):  # a function of (argv=None) that returns an exit status
     "Make the command `sp_name` of a function, which runs with `lean_memory`; `again`: a `.toml` file in place of its first argument has its settings."
+
     def run(argv=None):
         def go():
-            if argv is None: _let_processes_be(f'sp_{name}')
-            if lean: lean_memory()
-            with plain_warnings(), terminable(): f(**parsed(f, f'sp_{name}', argv, again))
+            if argv is None:
+                _let_processes_be(f'sp_{name}')
+            if lean:
+                lean_memory()
+            with plain_warnings(), terminable():
+                f(**parsed(f, f'sp_{name}', argv, again))
+
         return status_of(go)
+
     run.__name__, run.__doc__ = f'sp_{name}', f.__doc__
     COMMANDS[name] = run
     return run
@@ -194,114 +389,297 @@ def command(name, f, lean=True, again=True): # a function of (argv=None) that re
 # %% ../nbs/16_cli.ipynb #83aa1720
 def _cpu():
     info = Path('/proc/cpuinfo')
-    return next((l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')), '') if info.exists() else platform.processor()
+    return (
+        next(
+            (
+                l.split(':')[1].strip()
+                for l in info.read_text().splitlines()
+                if l.startswith('model name')
+            ),
+            '',
+        )
+        if info.exists()
+        else platform.processor()
+    )
+
 
 def environment():
     "Date, machine, versions and, where the package lies in a git repository, its commit."
     here = Path(__file__).parent if '__file__' in globals() else Path.cwd()
-    def git(*command): return subprocess.run(['git', '-C', here, *command], capture_output=True, text=True, timeout=5).stdout.strip()
-    try: commit = git('ls-files', '.') and git('rev-parse', 'HEAD') or None # not of a repository that the package is only installed in
-    except (OSError, subprocess.SubprocessError): commit = None
-    memory = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/1e9 if hasattr(os, 'sysconf') else 0
-    packages = {k: str(v) for k, v in versions().items()}
-    return dict(date=datetime.datetime.now().astimezone().isoformat(' ', 'minutes'), python=packages.pop('python'), packages=packages, git_commit=commit,
-                machine=dict(system=platform.platform(), cpu=_cpu(), cpus=os.cpu_count(), threads=torch.get_num_threads(), memory_gb=round(memory, 1), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None))
 
-def as_toml(settings): # text
+    def git(*command):
+        return subprocess.run(
+            ['git', '-C', here, *command], capture_output=True, text=True, timeout=5
+        ).stdout.strip()
+
+    try:
+        commit = (
+            git('ls-files', '.') and git('rev-parse', 'HEAD') or None
+        )  # not of a repository that the package is only installed in
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    memory = (
+        os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9
+        if hasattr(os, 'sysconf')
+        else 0
+    )
+    packages = {k: str(v) for k, v in versions().items()}
+    return dict(
+        date=datetime.datetime.now().astimezone().isoformat(' ', 'minutes'),
+        python=packages.pop('python'),
+        packages=packages,
+        git_commit=commit,
+        machine=dict(
+            system=platform.platform(),
+            cpu=_cpu(),
+            cpus=os.cpu_count(),
+            threads=torch.get_num_threads(),
+            memory_gb=round(memory, 1),
+            gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        ),
+    )
+
+
+def as_toml(settings):  # text
     "Flat `key = value`; what is not set becomes an empty text."
-    def value(v): return json.dumps('' if v is None else str(v) if isinstance(v, Path) else v, ensure_ascii=False).replace('\x7f', '\\u007f')
+
+    def value(v):
+        return json.dumps(
+            '' if v is None else str(v) if isinstance(v, Path) else v, ensure_ascii=False
+        ).replace('\x7f', '\\u007f')
+
     return ''.join(f'{k} = {value(v)}\n' for k, v in settings.items())
 
-def cohort_sha256(cases): # text
+
+def cohort_sha256(cases):  # text
     "Of what the cases say, and of the sizes of their files; not of where they lie."
-    rows = [[c.slide_id, c.label, c.patient_id, c.split, c.spacing, c.grade, file_size(c.path), c.mask and file_size(c.mask), *([file_size(c.annotation)] if c.annotation else [])] for c in cases]
+    rows = [
+        [
+            c.slide_id,
+            c.label,
+            c.patient_id,
+            c.split,
+            c.spacing,
+            c.grade,
+            file_size(c.path),
+            c.mask and file_size(c.mask),
+            *([file_size(c.annotation)] if c.annotation else []),
+        ]
+        for c in cases
+    ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
-def file_size(path): return sum(f.stat().st_size for f in slide_files(path)) # bytes, of all files of a slide
 
-def identity(c): # of a case: what tells its slide and its patient apart; a file may be moved
+def file_size(path):
+    return sum(f.stat().st_size for f in slide_files(path))  # bytes, of all files of a slide
+
+
+def identity(c):  # of a case: what tells its slide and its patient apart; a file may be moved
     return c.slide_id, c.patient_id, f'{Path(c.path).name} of {file_size(c.path)} bytes'
+
 
 def write_cases(path, cases, labels=('label',), annotation=None):
     "Cases as a manifest, their labels and annotations in columns of these names; slides below its folder keep working when the folder is moved."
     folder = Path(path).parent.resolve()
-    def where(p): p = Path(p).resolve(); return p.relative_to(folder) if p.is_relative_to(folder) else p
-    def known(c): return [None]*len(labels) if c.label is None else [None if math.isnan(v) else v for v in (c.label if isinstance(c.label, tuple) else [c.label])]
-    rows = [dict(slide_id=c.slide_id) | dict(zip(labels, known(c))) | dict(path=where(c.path), patient_id=c.patient_id, split=c.split, spacing=c.spacing) | ({} if 'grade' in labels else dict(grade=c.grade)) | dict(mask=c.mask and where(c.mask)) | ({annotation: c.annotation and where(c.annotation)} if annotation else {}) for c in cases]
+
+    def where(p):
+        p = Path(p).resolve()
+        return p.relative_to(folder) if p.is_relative_to(folder) else p
+
+    def known(c):
+        return (
+            [None] * len(labels)
+            if c.label is None
+            else [
+                None if math.isnan(v) else v
+                for v in (c.label if isinstance(c.label, tuple) else [c.label])
+            ]
+        )
+
+    rows = [
+        dict(slide_id=c.slide_id)
+        | dict(zip(labels, known(c)))
+        | dict(path=where(c.path), patient_id=c.patient_id, split=c.split, spacing=c.spacing)
+        | ({} if 'grade' in labels else dict(grade=c.grade))
+        | dict(mask=c.mask and where(c.mask))
+        | ({annotation: c.annotation and where(c.annotation)} if annotation else {})
+        for c in cases
+    ]
     return write_csv(path, rows)
 
 # %% ../nbs/16_cli.ipynb #82acd59c
-RECIPES = dict(sp_train=dict(paper=paper_streaming), sp_mil=dict(paper=paper_mil)) # by command
-AUGMENTATIONS = dict(none=None, flips=Augmentation(rotate=0, elastic=0, hue=0, saturation=0, brightness=0), paper=Augmentation(), strong=Augmentation(scale=.05, stain=.05))
+RECIPES = dict(sp_train=dict(paper=paper_streaming), sp_mil=dict(paper=paper_mil))  # by command
+AUGMENTATIONS = dict(
+    none=None,
+    flips=Augmentation(rotate=0, elastic=0, hue=0, saturation=0, brightness=0),
+    paper=Augmentation(),
+    strong=Augmentation(scale=0.05, stain=0.05),
+)
 
-def recipe_of(s): return RECIPES[s['command']][s['recipe']] # stages
 
-def shown_as(s): # dict
+def recipe_of(s):
+    return RECIPES[s['command']][s['recipe']]  # stages
+
+
+def shown_as(s):  # dict
     "What a checkpoint says of what its network is shown, beside the task and, of an aggregator, its backbone; `bags`: how patches are cut, where it is a network of those."
-    bags = dict(size=s['patch'], stride=s['stride'], tissue=s['tissue'], factors=magnifications(s['magnify']), k=s['top'] or 1, batch=s['patch_batch']) if s['command'] == 'sp_mil' else None
-    return dict(canvas=s.get('canvas', False), **{k: s[k] for k in ('spacing', 'size', 'amp', 'pen')}) | ({'bags': bags} if bags else {})
+    bags = (
+        dict(
+            size=s['patch'],
+            stride=s['stride'],
+            tissue=s['tissue'],
+            factors=magnifications(s['magnify']),
+            k=s['top'] or 1,
+            batch=s['patch_batch'],
+        )
+        if s['command'] == 'sp_mil'
+        else None
+    )
+    return dict(
+        canvas=s.get('canvas', False), **{k: s[k] for k in ('spacing', 'size', 'amp', 'pen')}
+    ) | ({'bags': bags} if bags else {})
 
-def whole_numbers(text, option, what): # tuple
-    try: return tuple(map(int, str(text).split(',')))
-    except ValueError: raise InputError(f'{option} {text}: give whole numbers with commas, {what}') from None
 
-def magnifications(text): return whole_numbers(text, '--magnify', '1 for --spacing, 2 for twice as many microns per pixel')
+def whole_numbers(text, option, what):  # tuple
+    try:
+        return tuple(map(int, str(text).split(',')))
+    except ValueError:
+        raise InputError(f'{option} {text}: give whole numbers with commas, {what}') from None
 
-def positive_classes(text): return whole_numbers(text, '--classes', 'the numbers that mark what makes a slide positive')
 
-def _network(s, task): # what a checkpoint says of its network
-    return dict(arch=s['arch'], n_out=task.n_out, pool=s['pool'], strip=s.get('strip', 256), memory=s.get('memory', 'auto'), **{k: s[k] for k in ('mean', 'std') if k in s})
+def magnifications(text):
+    return whole_numbers(
+        text, '--magnify', '1 for --spacing, 2 for twice as many microns per pixel'
+    )
 
-def build_model(s, task=Binary(), kept=None): # `StreamingClassifier`, `InstanceMIL` or `FeatureMIL`
+
+def positive_classes(text):
+    return whole_numbers(text, '--classes', 'the numbers that mark what makes a slide positive')
+
+
+def _network(s, task):  # what a checkpoint says of its network
+    return dict(
+        arch=s['arch'],
+        n_out=task.n_out,
+        pool=s['pool'],
+        strip=s.get('strip', 256),
+        memory=s.get('memory', 'auto'),
+        **{k: s[k] for k in ('mean', 'std') if k in s},
+    )
+
+
+def build_model(
+    s, task=Binary(), kept=None
+):  # `StreamingClassifier`, `InstanceMIL` or `FeatureMIL`
     "The network that the settings describe; `kept`: see `kept_encoder`."
     torch.manual_seed(s['seed'])
-    if s.get('aggregator'): return feature_model(s, task, kept)
-    return described(shown_as(s) | dict(model=_network(s, task)), weights=s['weights'], sha256=s['weights_sha256']).freeze_until(s['freeze_until'])
+    if s.get('aggregator'):
+        return feature_model(s, task, kept)
+    return described(
+        shown_as(s) | dict(model=_network(s, task)),
+        weights=s['weights'],
+        sha256=s['weights_sha256'],
+    ).freeze_until(s['freeze_until'])
 
-def kept_encoder(folder, s): # path, or None
+
+def kept_encoder(folder, s):  # path, or None
     "The copy that a run has of its backbone, where it goes on and what it was made of is gone."
-    path = folder/'checkpoints'/ENCODER
-    if not s.get('backbone') or backbone_known(s['backbone']) or not path.is_file() or not points(path.parent): return None
-    try: then = tomllib.loads((folder/'settings.toml').read_text()).get('backbone')
-    except (OSError, ValueError): return None
-    if then != s['backbone'] or s['backbone'].rpartition(':')[0]: return None # of code there is no copy
+    path = folder / 'checkpoints' / ENCODER
+    if (
+        not s.get('backbone')
+        or backbone_known(s['backbone'])
+        or not path.is_file()
+        or not points(path.parent)
+    ):
+        return None
+    try:
+        then = tomllib.loads((folder / 'settings.toml').read_text()).get('backbone')
+    except (OSError, ValueError):
+        return None
+    if then != s['backbone'] or s['backbone'].rpartition(':')[0]:
+        return None  # of code there is no copy
     warnings.warn(f"--backbone {s['backbone']} is gone; the run's own copy is used, {path}")
     return path
 
-def feature_model(s, task, kept=None): # `FeatureMIL`, with what its aggregator is made of as `made`
+
+def feature_model(
+    s, task, kept=None
+):  # `FeatureMIL`, with what its aggregator is made of as `made`
     own = _network(s, task) | dict(n_out=1)
-    encoder = encoder_of(kept) if kept else encoder_of(s['backbone'], s['weights'], s['weights_sha256']) if s['backbone'] else Encoder(StreamingClassifier(**own, weights=s['weights'], sha256=s['weights_sha256']), card=dict(model={k: v for k, v in own.items() if k not in ('strip', 'memory')}))
-    if (learnt := encoder.card.get('spacing', s['spacing'])) != s['spacing']: warnings.warn(f"the backbone has learnt at {learnt:g} microns per pixel, and is shown {s['spacing']:g}")
-    x, scores = encoder(torch.randint(0, 256, (1, 3, *[s['patch']]*2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8))
-    if not x.isfinite().all(): raise InputError(f"the backbone {s['backbone'] or s['arch']} gives features that are not finite for a patch of noise; look whether its weights are damaged")
-    made = dict(name=s['aggregator'], d=x.shape[1], n_out=task.n_out, k=s['top'], dropout=s['dropout'])
+    encoder = (
+        encoder_of(kept)
+        if kept
+        else encoder_of(s['backbone'], s['weights'], s['weights_sha256'])
+        if s['backbone']
+        else Encoder(
+            StreamingClassifier(**own, weights=s['weights'], sha256=s['weights_sha256']),
+            card=dict(model={k: v for k, v in own.items() if k not in ('strip', 'memory')}),
+        )
+    )
+    if (learnt := encoder.card.get('spacing', s['spacing'])) != s['spacing']:
+        warnings.warn(
+            f'the backbone has learnt at {learnt:g} microns per pixel, and is shown {s["spacing"]:g}'
+        )
+    x, scores = encoder(
+        torch.randint(
+            0,
+            256,
+            (1, 3, *[s['patch']] * 2),
+            generator=torch.Generator().manual_seed(0),
+            dtype=torch.uint8,
+        )
+    )
+    if not x.isfinite().all():
+        raise InputError(
+            f'the backbone {s["backbone"] or s["arch"]} gives features that are not finite for a patch of noise; look whether its weights are damaged'
+        )
+    made = dict(
+        name=s['aggregator'], d=x.shape[1], n_out=task.n_out, k=s['top'], dropout=s['dropout']
+    )
     model = FeatureMIL(encoder, make_aggregator(**made), s['patch_batch'])
-    with torch.no_grad(): model.eval().aggregator(x, scores) # what does not fit is refused before slides are read
+    with torch.no_grad():
+        model.eval().aggregator(x, scores)  # what does not fit is refused before slides are read
     model.made = made
     return model.train()
+
 
 def calibrate(model, data, seed):
     "Running statistics from patches of the training slides of a checked dataset."
     side = min(128, *map(min, data.boxes.values()), *(data.size or ()))
     model.calibrate(sample_patches(data.part('train'), n=32, size=side, seed=seed))
 
+
 def save_images(data, folder):
     "What the network sees, as JPEG files that know their scale."
-    for i, c in enumerate(data.cases): save_picture(folder/f'{c.slide_id}.jpg', data.image(i).permute(1, 2, 0).numpy(), data.spacing)
+    for i, c in enumerate(data.cases):
+        save_picture(
+            folder / f'{c.slide_id}.jpg', data.image(i).permute(1, 2, 0).numpy(), data.spacing
+        )
+
 
 def save_heatmaps(model, data, ids, folder, copies, seed, device, progress=True):
     "SmoothGrad maps of the slides named in `ids`, or those of the probabilities of their patches."
-    for i, c in enumerate(tqdm(data.cases, desc='heatmaps', unit='slide', leave=False, disable=not progress)):
-        if c.slide_id not in ids: continue
-        if isinstance(model, (InstanceMIL, FeatureMIL)): heat = patch_heatmap(model.eval(), data[i]['image'], STEP)
-        else: heat = smoothgrad(model, data.image(i).to(device), n=copies, seed=seed)
-        save_heatmap(folder/f'{c.slide_id}.npy', fit_map(heat, max_side=512))
+    for i, c in enumerate(
+        tqdm(data.cases, desc='heatmaps', unit='slide', leave=False, disable=not progress)
+    ):
+        if c.slide_id not in ids:
+            continue
+        if isinstance(model, (InstanceMIL, FeatureMIL)):
+            heat = patch_heatmap(model.eval(), data[i]['image'], STEP)
+        else:
+            heat = smoothgrad(model, data.image(i).to(device), n=copies, seed=seed)
+        save_heatmap(folder / f'{c.slide_id}.npy', fit_map(heat, max_side=512))
+
 
 def chosen(rows, n):
     "Slides for heatmaps: unlabelled ones first, then test slides, positive and negative in turn."
     none = [r['slide_id'] for r in rows if r['label'] is None]
-    pos, neg = ([r['slide_id'] for r in rows if r['split'] == 'test' and r['label'] == l] for l in (1, 0))
-    return (none+[i for pair in zip(pos, neg) for i in pair]+pos[len(neg):]+neg[len(pos):])[:n]
+    pos, neg = (
+        [r['slide_id'] for r in rows if r['split'] == 'test' and r['label'] == l] for l in (1, 0)
+    )
+    return (none + [i for pair in zip(pos, neg) for i in pair] + pos[len(neg) :] + neg[len(pos) :])[
+        :n
+    ]
 
 # %% ../nbs/16_cli.ipynb #ce5b8f4c
 def run_training(
@@ -317,132 +695,380 @@ def run_training(
     ranks=Alone(),
     device=None,  # of this rank, where there are several
     task=Binary(),  # what the labels mean
-): 
+):
     "Train, choose the best epoch on the tuning split, predict, evaluate, draw heatmaps; returns a sentence on the test split, on the first rank."
-    s, labels, folder, device = settings, label_names(settings), Path(folder), device or settings['device']
-    if ranks.rank == 0 and point is None: write_record(folder, data.cases, s)
-    features = with_features(model, data, folder, point, ranks, device, s['backbone']) if isinstance(model, FeatureMIL) else None
-    keep = dict(model={} if features else _network(s, task), task=task.settings(), labels=labels, cohort_sha256=s.get('cohort_sha256'), settings=s, **shown_as(s), **({'features': features} if features else {}))
-    parts = {p: data.part(p, augment=AUGMENTATIONS[s['augment']] if p == 'train' else None) for p in ('train', 'tuning')}
-    if s.get('annotation'): parts['train'].classes, parts['train'].draws = positive_classes(s['classes']), s['draws']
-    train, tuning = (slide_loader(d, p == 'train', s['seed'], s['workers'], task.exclusive and s['balance'] == 'oversample', rank=ranks.rank, ranks=ranks.size) for p, d in parts.items())
-    callbacks = [*[TwoPhases(parts['train'], s['workers'])]*(isinstance(model, InstanceMIL) and not s.get('annotation')), CSVLog(folder/'log.csv'), *[DryRun(largest(parts['train']))]*s.get('dry_run', False), *[Cosine()]*s['cosine'], *([EMA(s['ema'])] if s['ema'] else []), *([EarlyStopping(s['patience'])] if s['patience'] else []),
-                 Record(folder, data.cases, s, changed), *[TensorBoardLog(folder/'tensorboard')]*s['tensorboard'], Checkpoints(folder/'checkpoints', keep, s['save_minutes']), *callbacks]
-    shared = dict(callbacks=callbacks, resume=point, accept_changes=bool(changed), ranks=ranks, device=device, task=task, **{k: s[k] for k in ('seed', 'amp', 'clip')})
+    s, labels, folder, device = (
+        settings,
+        label_names(settings),
+        Path(folder),
+        device or settings['device'],
+    )
+    if ranks.rank == 0 and point is None:
+        write_record(folder, data.cases, s)
+    features = (
+        with_features(model, data, folder, point, ranks, device, s['backbone'])
+        if isinstance(model, FeatureMIL)
+        else None
+    )
+    keep = dict(
+        model={} if features else _network(s, task),
+        task=task.settings(),
+        labels=labels,
+        cohort_sha256=s.get('cohort_sha256'),
+        settings=s,
+        **shown_as(s),
+        **({'features': features} if features else {}),
+    )
+    parts = {
+        p: data.part(p, augment=AUGMENTATIONS[s['augment']] if p == 'train' else None)
+        for p in ('train', 'tuning')
+    }
+    if s.get('annotation'):
+        parts['train'].classes, parts['train'].draws = positive_classes(s['classes']), s['draws']
+    train, tuning = (
+        slide_loader(
+            d,
+            p == 'train',
+            s['seed'],
+            s['workers'],
+            task.exclusive and s['balance'] == 'oversample',
+            rank=ranks.rank,
+            ranks=ranks.size,
+        )
+        for p, d in parts.items()
+    )
+    callbacks = [
+        *[TwoPhases(parts['train'], s['workers'])]
+        * (isinstance(model, InstanceMIL) and not s.get('annotation')),
+        CSVLog(folder / 'log.csv'),
+        *[DryRun(largest(parts['train']))] * s.get('dry_run', False),
+        *[Cosine()] * s['cosine'],
+        *([EMA(s['ema'])] if s['ema'] else []),
+        *([EarlyStopping(s['patience'])] if s['patience'] else []),
+        Record(folder, data.cases, s, changed),
+        *[TensorBoardLog(folder / 'tensorboard')] * s['tensorboard'],
+        Checkpoints(folder / 'checkpoints', keep, s['save_minutes']),
+        *callbacks,
+    ]
+    shared = dict(
+        callbacks=callbacks,
+        resume=point,
+        accept_changes=bool(changed),
+        ranks=ranks,
+        device=device,
+        task=task,
+        **{k: s[k] for k in ('seed', 'amp', 'clip')},
+    )
     if s['recipe']:
-        history = run_recipe(model, train, tuning, scaled(recipe_of(s), s['epochs']), folder/'checkpoints', **shared)
-        if ranks.rank == 0: save_weights(model, folder/'checkpoints/best.pt', keep, s['seed'], history)
+        history = run_recipe(
+            model,
+            train,
+            tuning,
+            scaled(recipe_of(s), s['epochs']),
+            folder / 'checkpoints',
+            **shared,
+        )
+        if ranks.rank == 0:
+            save_weights(model, folder / 'checkpoints/best.pt', keep, s['seed'], history)
     else:
-        history = fit(model, train, tuning, **{k: s[k] for k in ('epochs', 'lr', 'optimizer', 'momentum', 'batch')}, **shared)
-        if ranks.rank == 0: best_weights(model, folder/'checkpoints/best.pt', keep, s['seed'], history)
-        for v in model.state_dict().values(): ranks.same(v)
+        history = fit(
+            model,
+            train,
+            tuning,
+            **{k: s[k] for k in ('epochs', 'lr', 'optimizer', 'momentum', 'batch')},
+            **shared,
+        )
+        if ranks.rank == 0:
+            best_weights(model, folder / 'checkpoints/best.pt', keep, s['seed'], history)
+        for v in model.state_dict().values():
+            ranks.same(v)
     rows = predict_rows(model, data, device, s['amp'], s['workers'], ranks, task)
-    if ranks.rank: return None
-    write_predictions(folder/'predictions.csv', rows, task, label_columns(task.name, labels), model_hash(model.state_dict(), checked_card(keep, folder)))
-    save_images(data.part('test', ''), folder/'images')
+    if ranks.rank:
+        return None
+    write_predictions(
+        folder / 'predictions.csv',
+        rows,
+        task,
+        label_columns(task.name, labels),
+        model_hash(model.state_dict(), checked_card(keep, folder)),
+    )
+    save_images(data.part('test', ''), folder / 'images')
     found = test_results(folder, rows, task)
     ids = chosen(rows, s['heatmaps'])
-    save_heatmaps(model, data, set(ids), folder/'heatmaps', s.get('copies'), s['seed'], device)
+    save_heatmaps(model, data, set(ids), folder / 'heatmaps', s.get('copies'), s['seed'], device)
     return found
 
-def test_results(folder, rows, task): # what to say
-    "Write metrics.json, where there is something to say of the test slides."
-    if not (test := [r for r in rows if r['split'] == 'test' and r['label'] is not None]): return 'no slides to test on'
-    if isinstance(task, Binary) and not {r['label'] for r in test} >= {0, 1}: return 'no AUC: the test split does not have both classes'
-    chosen = 'tuning' if isinstance(task, Binary) and {r['label'] for r in rows if r['split'] == 'tuning'} >= {0, 1} else None
-    loss = '' if isinstance(task, Binary) else f"test loss {summary(test, task)['loss']:.3f}; "
-    try: found = results(folder/'predictions.csv', threshold_split=chosen)
-    except InputError as e: return f'{loss}no figure: {e}'
-    write_whole(folder/'metrics.json', json.dumps(found, indent=1)+'\n')
-    return f"test: {loss}{'; '.join(sentences_of(found)[:2])}"
 
-def with_features(model, data, folder, point, ranks, device, backbone): # of a `FeatureMIL`, what a checkpoint says of it
+def test_results(folder, rows, task):  # what to say
+    "Write metrics.json, where there is something to say of the test slides."
+    if not (test := [r for r in rows if r['split'] == 'test' and r['label'] is not None]):
+        return 'no slides to test on'
+    if isinstance(task, Binary) and not {r['label'] for r in test} >= {0, 1}:
+        return 'no AUC: the test split does not have both classes'
+    chosen = (
+        'tuning'
+        if isinstance(task, Binary)
+        and {r['label'] for r in rows if r['split'] == 'tuning'} >= {0, 1}
+        else None
+    )
+    loss = '' if isinstance(task, Binary) else f'test loss {summary(test, task)["loss"]:.3f}; '
+    try:
+        found = results(folder / 'predictions.csv', threshold_split=chosen)
+    except InputError as e:
+        return f'{loss}no figure: {e}'
+    write_whole(folder / 'metrics.json', json.dumps(found, indent=1) + '\n')
+    return f'test: {loss}{"; ".join(sentences_of(found)[:2])}'
+
+
+def with_features(
+    model, data, folder, point, ranks, device, backbone
+):  # of a `FeatureMIL`, what a checkpoint says of it
     "Make one backbone known to all ranks, to the dataset and, once, to the folder of the run."
-    at, known = folder/'checkpoints'/ENCODER, point and point['settings']['features']['encoder']['sha256']
-    now = model.encoder.card.get('code', model.encoder.sealed()['sha256']) # of somebody's own code, whose weights may be random
-    if point and backbone and now != point['settings']['features']['encoder'].get('code', known): raise InputError(f'--backbone {backbone} is another one than that which {folder} has begun with; give that, or another folder')
-    if point and at.exists(): load_encoder(at, model.encoder)
-    for _, v in sorted(model.encoder.to(device).state_dict().items()): ranks.same(v)
-    card = model.encoder.sealed(); data.encoder = card['sha256']
-    if point and card['sha256'] != known: raise InputError(f'the backbone is another one than that which {folder} has begun with; put back {at.name}, or give another folder')
-    if ranks.rank == 0 and point is None: save_encoder(at, model.encoder)
+    at, known = (
+        folder / 'checkpoints' / ENCODER,
+        point and point['settings']['features']['encoder']['sha256'],
+    )
+    now = model.encoder.card.get(
+        'code', model.encoder.sealed()['sha256']
+    )  # of somebody's own code, whose weights may be random
+    if point and backbone and now != point['settings']['features']['encoder'].get('code', known):
+        raise InputError(
+            f'--backbone {backbone} is another one than that which {folder} has begun with; give that, or another folder'
+        )
+    if point and at.exists():
+        load_encoder(at, model.encoder)
+    for _, v in sorted(model.encoder.to(device).state_dict().items()):
+        ranks.same(v)
+    card = model.encoder.sealed()
+    data.encoder = card['sha256']
+    if point and card['sha256'] != known:
+        raise InputError(
+            f'the backbone is another one than that which {folder} has begun with; put back {at.name}, or give another folder'
+        )
+    if ranks.rank == 0 and point is None:
+        save_encoder(at, model.encoder)
     return dict(encoder=card, aggregator=model.made)
 
-def save_weights(model, path, settings, seed, history): save_checkpoint(path, model=dict(model.state_dict()), settings=settings, epoch=len(history), seed=seed, history=history)
+
+def save_weights(model, path, settings, seed, history):
+    save_checkpoint(
+        path,
+        model=dict(model.state_dict()),
+        settings=settings,
+        epoch=len(history),
+        seed=seed,
+        history=history,
+    )
+
 
 def best_weights(model, path, settings, seed, history):
     "Put those of the best epoch into `model`; where their file is gone, the weights that it has, of the last epoch, become that file."
     if not path.exists():
-        warnings.warn(f'{path} is gone, and with it the best epoch; the weights of the last one are used')
+        warnings.warn(
+            f'{path} is gone, and with it the best epoch; the weights of the last one are used'
+        )
         save_weights(model, path, settings, seed, history)
-    try: best = load_checkpoint(path)
-    except InputError as e: raise InputError(f'{e}, and the best epoch is lost; delete it, and --resume takes the weights of the last one') from None
+    try:
+        best = load_checkpoint(path)
+    except InputError as e:
+        raise InputError(
+            f'{e}, and the best epoch is lost; delete it, and --resume takes the weights of the last one'
+        ) from None
     load_weights(model, best)
-    if best['settings'] != plain(settings): save_checkpoint(path, **best | dict(settings=settings)) # by which its predictions are made
+    if best['settings'] != plain(settings):
+        save_checkpoint(path, **best | dict(settings=settings))  # by which its predictions are made
+
 
 class Record:
     "Callback: the record of a run that goes on is written once its point was accepted; points remember the slides, patients and files that the run has ever learnt from."
+
     first_rank_only = True
-    def __init__(self, folder, cases, settings,
-                 changed=None): # {name of a setting: what it was}
-        self.folder, self.cases, self.settings, self.changed = folder, cases, settings, changed or {}
+
+    def __init__(self, folder, cases, settings, changed=None):  # {name of a setting: what it was}
+        self.folder, self.cases, self.settings, self.changed = (
+            folder,
+            cases,
+            settings,
+            changed or {},
+        )
         self.learnt = {p: [identity(c) for c in cases if c.split == p] for p in ('train', 'tuning')}
-    def state(self): return self.learnt
-    def restore(self, state): self.learnt = {p: sorted({*mine, *map(tuple, state[p])}) for p, mine in self.learnt.items()}
+
+    def state(self):
+        return self.learnt
+
+    def restore(self, state):
+        self.learnt = {p: sorted({*mine, *map(tuple, state[p])}) for p, mine in self.learnt.items()}
+
     def resumed(self, s):
         "Refuse what comes too late to be learnt."
         now, done = self.settings, len(s.history)
-        if s.epoch < s.first+s.epochs and not s.stop or now['recipe'] and s.stage < len(recipe_of(now)): return
-        late = {*self.changed}-{'strip', 'memory', 'patch_batch', 'device'} # which the predictions need
-        if done == now['epochs']: late.discard('epochs')
-        if s.stop and (self.changed.get('patience') or math.inf) > (now['patience'] or math.inf): late.discard('patience') # less of it ends the run, as was wanted
-        if late: raise InputError(f"{self.folder} has {counted(done, 'epoch')} and would learn nothing from what was changed ({', '.join(map(flag, sorted(late)))}): give {'' if now['recipe'] else 'more --patience, or ' if s.stop else f'--epochs {done+1} or more, or '}another folder")
-    def continued(self, s): write_record(self.folder, self.cases, self.settings, [f'epoch {s.epoch+1}', *sentences(self.changed, self.settings)])
+        if (
+            s.epoch < s.first + s.epochs
+            and not s.stop
+            or now['recipe']
+            and s.stage < len(recipe_of(now))
+        ):
+            return
+        late = {*self.changed} - {
+            'strip',
+            'memory',
+            'patch_batch',
+            'device',
+        }  # which the predictions need
+        if done == now['epochs']:
+            late.discard('epochs')
+        if s.stop and (self.changed.get('patience') or math.inf) > (now['patience'] or math.inf):
+            late.discard('patience')  # less of it ends the run, as was wanted
+        if late:
+            raise InputError(
+                f'{self.folder} has {counted(done, "epoch")} and would learn nothing from what was changed ({", ".join(map(flag, sorted(late)))}): give {"" if now["recipe"] else "more --patience, or " if s.stop else f"--epochs {done + 1} or more, or "}another folder'
+            )
 
-def label_names(s): return [l.strip() for l in s['label'].split(',')]
+    def continued(self, s):
+        write_record(
+            self.folder,
+            self.cases,
+            self.settings,
+            [f'epoch {s.epoch + 1}', *sentences(self.changed, self.settings)],
+        )
 
-def largest(data): # an item
+
+def label_names(s):
+    return [l.strip() for l in s['label'].split(',')]
+
+
+def largest(data):  # an item
     "Of a dataset whose slides have been read, the one of the largest tissue."
-    return data[max(range(len(data)), key=lambda i: math.prod(data.boxes.get(data.cases[i].slide_id, (0,))))]
+    return data[
+        max(range(len(data)), key=lambda i: math.prod(data.boxes.get(data.cases[i].slide_id, (0,))))
+    ]
+
 
 def write_record(folder, cases, settings, again=()):
     "What a run was made of; of one that goes on, when it did and `again`: from where, and what was changed."
-    path, now = folder/RUN.mark, environment()
+    path, now = folder / RUN.mark, environment()
     if again:
-        shutil.rmtree(claim(folder/'report', True, REPORT), ignore_errors=True) # it is no longer finished, and these are of other weights
-        for p in [p for k in ('metrics.json', 'predictions.csv', 'images/*.jpg', 'heatmaps/*.npy') for p in folder.glob(k)]: p.unlink()
-        try: first = json.loads(path.read_text())
-        except (OSError, ValueError): first = {}
-        if not isinstance(first, dict): first = {}
-        if first.get('packages') not in (None, now['packages']): warnings.warn('the versions of the packages are not those that the training began with, so that it may not go on to the bit')
-        now = now | first | dict(resumed=[*first.get('resumed', []), '; '.join([f"{now['date']}, {now['git_commit'] or 'no commit'}", *again])])
-    write_whole(path, json.dumps(now, indent=1)+'\n')
-    write_whole(folder/'settings.toml', as_toml(settings)); write_cases(folder/'cohort.csv', cases, label_columns(settings['task'], label_names(settings)), settings.get('annotation'))
+        shutil.rmtree(
+            claim(folder / 'report', True, REPORT), ignore_errors=True
+        )  # it is no longer finished, and these are of other weights
+        for p in [
+            p
+            for k in ('metrics.json', 'predictions.csv', 'images/*.jpg', 'heatmaps/*.npy')
+            for p in folder.glob(k)
+        ]:
+            p.unlink()
+        try:
+            first = json.loads(path.read_text())
+        except (OSError, ValueError):
+            first = {}
+        if not isinstance(first, dict):
+            first = {}
+        if first.get('packages') not in (None, now['packages']):
+            warnings.warn(
+                'the versions of the packages are not those that the training began with, so that it may not go on to the bit'
+            )
+        now = (
+            now
+            | first
+            | dict(
+                resumed=[
+                    *first.get('resumed', []),
+                    '; '.join([f'{now["date"]}, {now["git_commit"] or "no commit"}', *again]),
+                ]
+            )
+        )
+    write_whole(path, json.dumps(now, indent=1) + '\n')
+    write_whole(folder / 'settings.toml', as_toml(settings))
+    write_cases(
+        folder / 'cohort.csv',
+        cases,
+        label_columns(settings['task'], label_names(settings)),
+        settings.get('annotation'),
+    )
+
 
 def predict_rows(model, data, device, amp, workers, ranks=Alone(), task=Binary()):
     "Predictions of a dataset with the splits of its cases."
     splits = {c.slide_id: c.split for c in data.cases}
-    return [r | dict(split=splits[r['slide_id']]) for r in predict(model, slide_loader(data, workers=workers, rank=ranks.rank, ranks=ranks.size), device, amp, task=task, ranks=ranks)]
+    return [
+        r | dict(split=splits[r['slide_id']])
+        for r in predict(
+            model,
+            slide_loader(data, workers=workers, rank=ranks.rank, ranks=ranks.size),
+            device,
+            amp,
+            task=task,
+            ranks=ranks,
+        )
+    ]
 
 # %% ../nbs/16_cli.ipynb #b6340750
-def check_settings(s): # the same
+def check_settings(s):  # the same
     "Refuse numbers that make no sense before anything is read."
-    for k, least in dict(epochs=1, batch=1, strip=1, workers=0, top=1, patch_batch=1, heatmaps=0, copies=1, steps=1, square=1, place=1, target=0, noise=0, least=0, draws=1, seed=0, momentum=0, cache_gb=0, patience=1, save_minutes=0, views=1).items():
-        if s.get(k) not in (None, 'auto') and not (math.isfinite(s[k]) and s[k] >= least): raise InputError(f"--{k.replace('_', '-')} is {s[k]}; it has to be at least {least}")
-    if s.get('seed', 0) >= 2**32: raise InputError(f"--seed is {s['seed']}; it has to be below {2**32}")
-    if s.get('ema') is not None and not 0 < s['ema'] < 1: raise InputError(f"--ema is {s['ema']}; it has to be between 0 and 1")
+    for k, least in dict(
+        epochs=1,
+        batch=1,
+        strip=1,
+        workers=0,
+        top=1,
+        patch_batch=1,
+        heatmaps=0,
+        copies=1,
+        steps=1,
+        square=1,
+        place=1,
+        target=0,
+        noise=0,
+        least=0,
+        draws=1,
+        seed=0,
+        momentum=0,
+        cache_gb=0,
+        patience=1,
+        save_minutes=0,
+        views=1,
+    ).items():
+        if s.get(k) not in (None, 'auto') and not (math.isfinite(s[k]) and s[k] >= least):
+            raise InputError(f'--{k.replace("_", "-")} is {s[k]}; it has to be at least {least}')
+    if s.get('seed', 0) >= 2**32:
+        raise InputError(f'--seed is {s["seed"]}; it has to be below {2**32}')
+    if s.get('ema') is not None and not 0 < s['ema'] < 1:
+        raise InputError(f'--ema is {s["ema"]}; it has to be between 0 and 1')
     for k in ('lr', 'clip', 'spacing', 'slide_spacing', 'threshold'):
-        if s.get(k) is not None and not (math.isfinite(s[k]) and s[k] > 0): raise InputError(f"--{k.replace('_', '-')} is {s[k]}; it has to be above 0")
-    if s.get('dropout') is not None and not 0 <= s['dropout'] < 1: raise InputError(f"--dropout is {s['dropout']}; it has to be from 0 to below 1")
-    for k, allowed in dict(method=(None, *METHODS), interval=tuple(INTERVALS), aggregator=(None, *aggregators), amp=(None, 'bf16', 'fp16'), pool=tuple(pools), optimizer=(None, 'sgd', 'adamw'), augment=(*[None]*(s.get('command') == 'sp_mil'), *AUGMENTATIONS), recipe=(None, 'paper'), task=tuple(TASKS), balance=('oversample', 'weights', 'none'), tta=tuple(TTA), normalise=('imagenet', 'training')).items():
-        if k in s and s[k] not in allowed: raise InputError(f"--{k} is {s[k]!r}; use {' or '.join(filter(None, allowed))}")
-    if 'device' in s: check_device(s['device'])
-    if s.get('memory', 'auto') not in ('auto', 'least'): budget(s['memory'])
+        if s.get(k) is not None and not (math.isfinite(s[k]) and s[k] > 0):
+            raise InputError(f'--{k.replace("_", "-")} is {s[k]}; it has to be above 0')
+    if s.get('dropout') is not None and not 0 <= s['dropout'] < 1:
+        raise InputError(f'--dropout is {s["dropout"]}; it has to be from 0 to below 1')
+    for k, allowed in dict(
+        method=(None, *METHODS),
+        interval=tuple(INTERVALS),
+        aggregator=(None, *aggregators),
+        amp=(None, 'bf16', 'fp16'),
+        pool=tuple(pools),
+        optimizer=(None, 'sgd', 'adamw'),
+        augment=(*[None] * (s.get('command') == 'sp_mil'), *AUGMENTATIONS),
+        recipe=(None, 'paper'),
+        task=tuple(TASKS),
+        balance=('oversample', 'weights', 'none'),
+        tta=tuple(TTA),
+        normalise=('imagenet', 'training'),
+    ).items():
+        if k in s and s[k] not in allowed:
+            raise InputError(f'--{k} is {s[k]!r}; use {" or ".join(filter(None, allowed))}')
+    if 'device' in s:
+        check_device(s['device'])
+    if s.get('memory', 'auto') not in ('auto', 'least'):
+        budget(s['memory'])
     return s
 
+
 def check_device(device):
-    try: torch.zeros(1, device=device)
-    except Exception as e: raise InputError(f"--device {device}: {one_line(e).split('.')[0].split(': ')[0]}; use cpu, or cuda where there is one") from None
+    try:
+        torch.zeros(1, device=device)
+    except Exception as e:
+        raise InputError(
+            f'--device {device}: {one_line(e).split(".")[0].split(": ")[0]}; use cpu, or cuda where there is one'
+        ) from None
 
 # %% ../nbs/16_cli.ipynb #765a60f5
 def train_cohort(
@@ -462,7 +1088,7 @@ def train_cohort(
     balance: str = 'oversample',
     arch: str = 'resnet18',  # resnet18, resnet34 or resnet50
     # microns per pixel at which the network sees the slides; the paper: 0.96
-    spacing: float = 2.,
+    spacing: float = 2.0,
     # canvas as height,width in pixels, padded or cropped to; the paper: 16384,16384; without it
     # each slide keeps its size
     size: hw = None,
@@ -472,27 +1098,27 @@ def train_cohort(
     memory: str = 'auto',
     pool: str = 'avg',  # avg, max or attention: how the feature map becomes one vector
     # start from a torchvision name such as DEFAULT, or a file; without it from random weights
-    weights: str|None = None,
-    weights_sha256: str|None = None,  # checksum that the file of weights must have
+    weights: str | None = None,
+    weights_sha256: str | None = None,  # checksum that the file of weights must have
     # train from this layer on, e.g. layer4; everything before stays as it is
-    freeze_until: str|None = None,
+    freeze_until: str | None = None,
     # paper: its two stages, the last block first and then everything, each with a learning rate,
     # optimizer and mini-batch of its own, for a network with --weights
-    recipe: str|None = None,
+    recipe: str | None = None,
     # passes over the training slides (default: 50, or as the recipe says; its stages share another
     # number in their proportion)
-    epochs: int|None = None,
+    epochs: int | None = None,
     lr: float = 2e-4,  # learning rate; the paper: 2e-4
-    clip: float|None = None,  # largest norm of a mini-batch's gradient
+    clip: float | None = None,  # largest norm of a mini-batch's gradient
     # sgd, as in the paper, or adamw, which gets further from random weights in few steps
     optimizer: str = 'sgd',
-    momentum: float = .9,  # of SGD; the paper: 0.9
+    momentum: float = 0.9,  # of SGD; the paper: 0.9
     batch: int = 16,  # slides in a mini-batch, by gradient accumulation; the paper: 16
     # one warm-up epoch, then the learning rate falls to zero along a cosine
     cosine: bool = False,
     # decay of a moving average of the weights, which is then what is evaluated and kept
-    ema: float|None = None,
-    patience: int|None = None,  # stop after so many epochs without a lower tuning loss
+    ema: float | None = None,
+    patience: int | None = None,  # stop after so many epochs without a lower tuning loss
     # while training: none, flips, paper (turns, elastic deformation and colour too) or strong
     # (stains and scale too)
     augment: str = 'flips',
@@ -503,16 +1129,16 @@ def train_cohort(
     # imagenet, or training: by mean and deviation of the tissue of the training slides, as in the
     # paper
     normalise: str = 'imagenet',
-    amp: str|None = None,  # bf16 or fp16: run the network in mixed precision
+    amp: str | None = None,  # bf16 or fp16: run the network in mixed precision
     device: str = 'cpu',  # cuda for an accelerator
     workers: int = 0,  # processes that read slides ahead
-    cache_gb: float = 0.,  # keep this many GB of read slides in memory
+    cache_gb: float = 0.0,  # keep this many GB of read slides in memory
     heatmaps: int = 6,  # slides to draw heatmaps of: unlabelled ones, then test slides
     copies: int = 25,  # noisy copies for a heatmap; the paper: 25
     seed: int = 0,  # of splits where the manifest has none, order, augmentation and weights
     tensorboard: bool = False,  # write TensorBoard logs too
     # minutes between two points to go on from, besides one after each epoch
-    save_minutes: float = 10.,
+    save_minutes: float = 10.0,
     # the largest slide first, so that what does not fit into memory shows at once
     dry_run: bool = True,
     # go on where a former run was broken off; start where there is none, and end at once where one
@@ -520,159 +1146,438 @@ def train_cohort(
     resume: bool = False,
     accept_changes: bool = False,  # go on although settings or slides were changed
     overwrite: bool = False,  # replace what a former run left in the folder
-):   
+):
     "Train a streaming network on the labels of whole slides, evaluate it on the test split, and write a run folder with its report. A signal to stop is heard after the slide at work: then there is a point to go on from, and the exit status is 75."
     _train('sp_train', locals())
 
-def settings_of(command, given): # of the arguments of `sp_train` or `sp_mil`
+
+def settings_of(command, given):  # of the arguments of `sp_train` or `sp_mil`
     "What they ask for, settled; refuses what makes no sense."
-    s = check_settings(dict(command=command, manifest=str(absolute(given['manifest']))) | {k: v for k, v in given.items() if k not in ('manifest', 'out', *NO_SETTINGS)})
-    if command == 'sp_mil': settle(s)
+    s = check_settings(
+        dict(command=command, manifest=str(absolute(given['manifest'])))
+        | {k: v for k, v in given.items() if k not in ('manifest', 'out', *NO_SETTINGS)}
+    )
+    if command == 'sp_mil':
+        settle(s)
     recipe, weights = s['recipe'], s['weights']
-    if s['epochs'] is None: s['epochs'] = sum(stage.epochs for stage in recipe_of(s)) if recipe else 50
+    if s['epochs'] is None:
+        s['epochs'] = sum(stage.epochs for stage in recipe_of(s)) if recipe else 50
     if recipe:
         own = ('freeze_until', 'lr', 'optimizer', 'momentum', 'batch')
-        if said := [k for k in own if s[k] not in (None, _defaults(command)[k])]: raise InputError(f'{flag(said[0])} is a matter of the recipe; leave out one of them')
-        s.update(dict.fromkeys(own)); scaled(recipe_of(s), s['epochs'])
+        if said := [k for k in own if s[k] not in (None, _defaults(command)[k])]:
+            raise InputError(f'{flag(said[0])} is a matter of the recipe; leave out one of them')
+        s.update(dict.fromkeys(own))
+        scaled(recipe_of(s), s['epochs'])
     if weights and Path(weights).is_file():
-        with open(weights, 'rb') as f: s['weights'], s['weights_sha256'] = str(absolute(weights)), s['weights_sha256'] or hashlib.file_digest(f, 'sha256').hexdigest()
+        with open(weights, 'rb') as f:
+            s['weights'], s['weights_sha256'] = (
+                str(absolute(weights)),
+                s['weights_sha256'] or hashlib.file_digest(f, 'sha256').hexdigest(),
+            )
     at, mine = absolute(given['out']), s.get('features')
-    if mine and Path(mine) == at/'features': s['features'] = None
-    elif mine and (Path(mine).is_relative_to(at)): raise InputError(f'--features {mine} lies in the folder of the run; leave it out, or give another place')
+    if mine and Path(mine) == at / 'features':
+        s['features'] = None
+    elif mine and (Path(mine).is_relative_to(at)):
+        raise InputError(
+            f'--features {mine} lies in the folder of the run; leave it out, or give another place'
+        )
     return s
 
-def _train(command, given): # given: the arguments of the command
+
+def _train(command, given):  # given: the arguments of the command
     "Train as the command says: `sp_train` or `sp_mil`."
-    s, (overwrite, resume, accept_changes) = settings_of(command, given), (given[k] for k in NO_SETTINGS)
-    if resume and overwrite: raise InputError('--resume goes on with a former run and --overwrite replaces it; leave out one of them')
+    s, (overwrite, resume, accept_changes) = (
+        settings_of(command, given),
+        (given[k] for k in NO_SETTINGS),
+    )
+    if resume and overwrite:
+        raise InputError(
+            '--resume goes on with a former run and --overwrite replaces it; leave out one of them'
+        )
     out = Path(given['out']).expanduser()
     with joined(s['device']) as (ranks, here):
         kept = kept_encoder(absolute(out), s) if resume else None
-        model = build_model(s, kept=kept) # what it refuses is refused before slides are read
+        model = build_model(s, kept=kept)  # what it refuses is refused before slides are read
         found = ranks.first(lambda: prepare_training(s, out, overwrite, resume, accept_changes))
-        if found is None: print(f"{out} is finished: {out/DONE}"*(ranks.rank == 0)); return
+        if found is None:
+            print(f'{out} is finished: {out / DONE}' * (ranks.rank == 0))
+            return
         data, s, task, point, changed = found
-        if 'mean' in s and not s.get('backbone') or task.n_out > 1: model = build_model(s, task, kept)
-        if s['weights'] is None and not s.get('backbone') and point is None and ranks.rank == 0: calibrate(model, data, s['seed'])
+        if 'mean' in s and not s.get('backbone') or task.n_out > 1:
+            model = build_model(s, task, kept)
+        if s['weights'] is None and not s.get('backbone') and point is None and ranks.rank == 0:
+            calibrate(model, data, s['seed'])
         folder = absolute(out)
-        with nullcontext() if ranks.rank else continuing(folder) if point else replacing(folder, worth=('checkpoints/point_*.pt', 'features/*.safetensors'), stays=['features']*(resume and bool(s.get('aggregator')))):
-            with HaltOnSignal() as halt: said = run_training(data, model, folder, s, [halt], point, changed, ranks, here, task)
-            if ranks.rank == 0: finish(out, said)
+        with (
+            nullcontext()
+            if ranks.rank
+            else continuing(folder)
+            if point
+            else replacing(
+                folder,
+                worth=('checkpoints/point_*.pt', 'features/*.safetensors'),
+                stays=['features'] * (resume and bool(s.get('aggregator'))),
+            )
+        ):
+            with HaltOnSignal() as halt:
+                said = run_training(
+                    data, model, folder, s, [halt], point, changed, ranks, here, task
+                )
+            if ranks.rank == 0:
+                finish(out, said)
+
 
 def settle(s):
     "What settings of sp_mil are where they were not given, and what does not go together."
-    by, usual, many = s['aggregator'], _defaults('sp_mil'), [n for n, a in aggregators.items() if a.several]
-    if s['task'] != 'binary' and by not in many: raise InputError(f"--task {s['task']}: {by or 'the most suspicious patch'} is for two classes; use --task binary, --aggregator {' or '.join(many)}, or sp_train")
+    by, usual, many = (
+        s['aggregator'],
+        _defaults('sp_mil'),
+        [n for n, a in aggregators.items() if a.several],
+    )
+    if s['task'] != 'binary' and by not in many:
+        raise InputError(
+            f'--task {s["task"]}: {by or "the most suspicious patch"} is for two classes; use --task binary, --aggregator {" or ".join(many)}, or sp_train'
+        )
+
     def refuse(names, why):
-        if said := [k for k in names if s[k] not in (None, usual[k])]: raise InputError(f'{flag(said[0])} {why}; leave it out')
-    if s['annotation']: refuse(('aggregator', *['top']*(s['top'] != 1)), 'is a matter of labels of slides, and with --annotation patches have labels of their own'); positive_classes(s['classes'])
-    else: refuse(('classes', 'draws'), 'is a matter of --annotation')
-    if not by: refuse(('backbone', 'views', 'features', 'dropout'), 'is a matter of --aggregator')
-    else: refuse(('freeze_until', 'recipe'), 'is a matter of networks that learn from patches, and the backbone of an aggregator does not')
-    if by and aggregators[by].k is None: refuse(('top',), f"is a matter of {', '.join(n for n, a in aggregators.items() if a.k)}")
-    if s['backbone']: refuse(('arch', 'pool', 'normalise'), 'is a matter of the --backbone itself')
-    if s['backbone'] and (path := s['backbone'].rpartition(':'))[0] not in LIBRARIES: s['backbone'] = f'{absolute(path[0])}:{path[2]}' if path[0].endswith('.py') else str(absolute(s['backbone']))
-    if s['features']: s['features'] = str(absolute(s['features']))
+        if said := [k for k in names if s[k] not in (None, usual[k])]:
+            raise InputError(f'{flag(said[0])} {why}; leave it out')
+
+    if s['annotation']:
+        refuse(
+            ('aggregator', *['top'] * (s['top'] != 1)),
+            'is a matter of labels of slides, and with --annotation patches have labels of their own',
+        )
+        positive_classes(s['classes'])
+    else:
+        refuse(('classes', 'draws'), 'is a matter of --annotation')
+    if not by:
+        refuse(('backbone', 'views', 'features', 'dropout'), 'is a matter of --aggregator')
+    else:
+        refuse(
+            ('freeze_until', 'recipe'),
+            'is a matter of networks that learn from patches, and the backbone of an aggregator does not',
+        )
+    if by and aggregators[by].k is None:
+        refuse(('top',), f'is a matter of {", ".join(n for n, a in aggregators.items() if a.k)}')
+    if s['backbone']:
+        refuse(('arch', 'pool', 'normalise'), 'is a matter of the --backbone itself')
+    if s['backbone'] and (path := s['backbone'].rpartition(':'))[0] not in LIBRARIES:
+        s['backbone'] = (
+            f'{absolute(path[0])}:{path[2]}'
+            if path[0].endswith('.py')
+            else str(absolute(s['backbone']))
+        )
+    if s['features']:
+        s['features'] = str(absolute(s['features']))
     PatchGrid(s['patch'], s['stride'], s['tissue'], magnifications(s['magnify']))
-    for k, v in dict(augment='none' if by else 'flips', top=None if by else 1, **({} if s['recipe'] else dict(lr=2e-4 if by else 1e-5, optimizer='adamw' if by else 'sgd'))).items():
-        if s[k] is None: s[k] = v
+    for k, v in dict(
+        augment='none' if by else 'flips',
+        top=None if by else 1,
+        **(
+            {} if s['recipe'] else dict(lr=2e-4 if by else 1e-5, optimizer='adamw' if by else 'sgd')
+        ),
+    ).items():
+        if s[k] is None:
+            s[k] = v
 
-NO_SETTINGS = ('overwrite', 'resume', 'accept_changes')                                                              # said on the command line each time
-HARMLESS = ('manifest', 'features', 'backbone', 'workers', 'cache_gb', 'heatmaps', 'copies', 'tensorboard', 'save_minutes', 'dry_run', 'mean', 'std') # which change nothing that was learnt
 
-def prepare_training(s, out, overwrite, resume, accept_changes): # (checked `SlideDataset`, settings, `Task`, the point to go on from if there is one, names of settings that changed), or None if the run is finished
+NO_SETTINGS = ('overwrite', 'resume', 'accept_changes')  # said on the command line each time
+HARMLESS = (
+    'manifest',
+    'features',
+    'backbone',
+    'workers',
+    'cache_gb',
+    'heatmaps',
+    'copies',
+    'tensorboard',
+    'save_minutes',
+    'dry_run',
+    'mean',
+    'std',
+)  # which change nothing that was learnt
+
+
+def prepare_training(
+    s, out, overwrite, resume, accept_changes
+):  # (checked `SlideDataset`, settings, `Task`, the point to go on from if there is one, names of settings that changed), or None if the run is finished
     "All that can be refused before anything is written."
     manifest, weights = Path(s['manifest']), s['weights']
     at = absolute(out)
-    going_on = resume and (points(at/'checkpoints') or (at/DONE).exists())
+    going_on = resume and (points(at / 'checkpoints') or (at / DONE).exists())
     claim(out, overwrite or resume, others=going_on)
     labels = label_names(s)
-    cases = resolve_splits(read_manifest(manifest, labels=(0, 1) if s['task'] in ('binary', 'multilabel') else None, columns=labels, annotation=s.get('annotation')), seed=s['seed'], where=manifest)
-    task = make_task(s['task'], [c.label for c in cases if c.split == 'train'], s['balance'] == 'weights')
+    cases = resolve_splits(
+        read_manifest(
+            manifest,
+            labels=(0, 1) if s['task'] in ('binary', 'multilabel') else None,
+            columns=labels,
+            annotation=s.get('annotation'),
+        ),
+        seed=s['seed'],
+        where=manifest,
+    )
+    task = make_task(
+        s['task'], [c.label for c in cases if c.split == 'train'], s['balance'] == 'weights'
+    )
     if s['task'] == 'survival':
-        if not s['recipe'] and s['batch'] < 2: raise InputError('--batch 1: survival compares the slides of a mini-batch; give at least 2')
-        if not any(c.label[1] for c in cases if c.split == 'tuning'): raise InputError(f'{manifest}: no slide of the split tuning has an event, so no epoch can be chosen')
-    if twice := [n for n, k in Counter(prediction_columns(task, label_columns(task.name, labels))).items() if k > 1]: raise InputError(f'--label {twice[0]} is the name of a column of predictions; rename it in the manifest')
-    if wrong := [f'slide {c.slide_id!r}: {w}' for c in cases if c.label is not None and (w := task.wrong(c.label))]: raise InputError(several(f'{manifest}: labels do not fit the task {task.name}', wrong))
+        if not s['recipe'] and s['batch'] < 2:
+            raise InputError(
+                '--batch 1: survival compares the slides of a mini-batch; give at least 2'
+            )
+        if not any(c.label[1] for c in cases if c.split == 'tuning'):
+            raise InputError(
+                f'{manifest}: no slide of the split tuning has an event, so no epoch can be chosen'
+            )
+    if twice := [
+        n
+        for n, k in Counter(prediction_columns(task, label_columns(task.name, labels))).items()
+        if k > 1
+    ]:
+        raise InputError(
+            f'--label {twice[0]} is the name of a column of predictions; rename it in the manifest'
+        )
+    if wrong := [
+        f'slide {c.slide_id!r}: {w}'
+        for c in cases
+        if c.label is not None and (w := task.wrong(c.label))
+    ]:
+        raise InputError(several(f'{manifest}: labels do not fit the task {task.name}', wrong))
     s['cohort_sha256'], former, point, changed = cohort_sha256(cases), {}, None, {}
     if going_on:
-        finished = (at/DONE).exists()
-        try: point = last_point(at/'checkpoints')
+        finished = (at / DONE).exists()
+        try:
+            point = last_point(at / 'checkpoints')
         except InputError as e:
-            if not finished: raise
+            if not finished:
+                raise
             warnings.warn(f'{one_line(e)}; the run is finished all the same')
         former = former_settings(at, point)
         if changed := changes(former, now := tomllib.loads(as_toml(s))):
-            if not accept_changes: raise InputError(several(f'{out} holds a run of other settings; give those, or --accept-changes, or another folder', sentences(changed, now)))
-            fixed = ('command', 'arch', 'pool', 'recipe', 'task', 'label', 'spacing', 'size', 'canvas', 'pen', 'normalise', 'weights', 'weights_sha256', 'patch', 'stride', 'tissue', 'magnify', 'aggregator', 'dropout', 'annotation', *['epochs']*bool(s['recipe']))
-            if other := [k for k in changed if k in fixed]: raise InputError(f"{out} holds another network or schedule, or one that began or sees slides otherwise ({', '.join(f'{k} {former.get(k)}' for k in other)}), which cannot go on as this one; give another folder")
-            if not point: raise InputError(f'{out} holds a finished run without a point to go on from; give another folder')
-        elif finished: return None
-        if point and not (learnt := dict(point['callbacks']).get('Record')): raise InputError(f'{out} was begun by a former version of this package, whose points do not say which slides they learnt from; give another folder')
-        if changed: check_learnt(learnt, cases)
-    used, backbone = [manifest, *(p for c in cases for p in (c.path, c.mask, c.annotation))], s.get('backbone') or ''
-    if point is None: claim(out, overwrite or resume, inputs=[p for p in (*used, weights, s.get('features'), backbone, backbone.rpartition(':')[0]) if p and Path(p).exists()])
-    if s['recipe'] and not weights and s['command'] == 'sp_train': warnings.warn('the recipe trains the last block alone at first, on what the others have learnt before, and this network starts from random weights: give --weights')
-    kept = dict(folder=Path(s['features'] or at/'features').expanduser(), views=s['views']) if s.get('aggregator') else {}
-    if s.get('annotation'): check_annotations(cases, s, manifest)
-    if s.get('backbone'): check_backbone(Path(s['backbone']), cases)
-    if s.get('aggregator') and not s['backbone'] and not weights: warnings.warn('the backbone has random weights, of which little can be learnt; give --weights or --backbone')
-    data = check_cohort(dataset(shown_as(s), cases, cache=int(s['cache_gb']*1e9), seed=s['seed'], **kept), workers=s['workers'])
-    if kept: data.hashed()
-    if said := turned_out(data.part('train'), AUGMENTATIONS[s['augment']]): warnings.warn(said)
-    if s['normalise'] == 'training': s['mean'], s['std'] = (former['mean'], former['std']) if 'mean' in former else channel_statistics(data.part('train'))
-    if s['task'] == 'binary' and {c.label for c in cases if c.split == 'test'} < {0, 1}: warnings.warn('the test split does not have both classes, so there will be no AUC')
-    claim(out, overwrite or resume, others=going_on) # somebody may have written there in the meantime
+            if not accept_changes:
+                raise InputError(
+                    several(
+                        f'{out} holds a run of other settings; give those, or --accept-changes, or another folder',
+                        sentences(changed, now),
+                    )
+                )
+            fixed = (
+                'command',
+                'arch',
+                'pool',
+                'recipe',
+                'task',
+                'label',
+                'spacing',
+                'size',
+                'canvas',
+                'pen',
+                'normalise',
+                'weights',
+                'weights_sha256',
+                'patch',
+                'stride',
+                'tissue',
+                'magnify',
+                'aggregator',
+                'dropout',
+                'annotation',
+                *['epochs'] * bool(s['recipe']),
+            )
+            if other := [k for k in changed if k in fixed]:
+                raise InputError(
+                    f'{out} holds another network or schedule, or one that began or sees slides otherwise ({", ".join(f"{k} {former.get(k)}" for k in other)}), which cannot go on as this one; give another folder'
+                )
+            if not point:
+                raise InputError(
+                    f'{out} holds a finished run without a point to go on from; give another folder'
+                )
+        elif finished:
+            return None
+        if point and not (learnt := dict(point['callbacks']).get('Record')):
+            raise InputError(
+                f'{out} was begun by a former version of this package, whose points do not say which slides they learnt from; give another folder'
+            )
+        if changed:
+            check_learnt(learnt, cases)
+    used, backbone = (
+        [manifest, *(p for c in cases for p in (c.path, c.mask, c.annotation))],
+        s.get('backbone') or '',
+    )
+    if point is None:
+        claim(
+            out,
+            overwrite or resume,
+            inputs=[
+                p
+                for p in (*used, weights, s.get('features'), backbone, backbone.rpartition(':')[0])
+                if p and Path(p).exists()
+            ],
+        )
+    if s['recipe'] and not weights and s['command'] == 'sp_train':
+        warnings.warn(
+            'the recipe trains the last block alone at first, on what the others have learnt before, and this network starts from random weights: give --weights'
+        )
+    kept = (
+        dict(folder=Path(s['features'] or at / 'features').expanduser(), views=s['views'])
+        if s.get('aggregator')
+        else {}
+    )
+    if s.get('annotation'):
+        check_annotations(cases, s, manifest)
+    if s.get('backbone'):
+        check_backbone(Path(s['backbone']), cases)
+    if s.get('aggregator') and not s['backbone'] and not weights:
+        warnings.warn(
+            'the backbone has random weights, of which little can be learnt; give --weights or --backbone'
+        )
+    data = check_cohort(
+        dataset(shown_as(s), cases, cache=int(s['cache_gb'] * 1e9), seed=s['seed'], **kept),
+        workers=s['workers'],
+    )
+    if kept:
+        data.hashed()
+    if said := turned_out(data.part('train'), AUGMENTATIONS[s['augment']]):
+        warnings.warn(said)
+    if s['normalise'] == 'training':
+        s['mean'], s['std'] = (
+            (former['mean'], former['std'])
+            if 'mean' in former
+            else channel_statistics(data.part('train'))
+        )
+    if s['task'] == 'binary' and {c.label for c in cases if c.split == 'test'} < {0, 1}:
+        warnings.warn('the test split does not have both classes, so there will be no AUC')
+    claim(
+        out, overwrite or resume, others=going_on
+    )  # somebody may have written there in the meantime
     return data, s, task, point, changed
+
 
 def check_annotations(cases, s, manifest):
     "Refuse annotations, of the slides to train on, that say something else than the labels."
     wrong = []
-    for c in tqdm([c for c in cases if c.split == 'train'], desc='annotations', unit='slide', leave=False):
-        try: check_annotation(c, positive_classes(s['classes']))
-        except InputError as e: wrong.append(str(e))
-    if wrong: raise InputError(several(f"{manifest}: {counted(len(wrong), 'annotation')} in {s['annotation']!r} cannot be used", wrong))
+    for c in tqdm(
+        [c for c in cases if c.split == 'train'], desc='annotations', unit='slide', leave=False
+    ):
+        try:
+            check_annotation(c, positive_classes(s['classes']))
+        except InputError as e:
+            wrong.append(str(e))
+    if wrong:
+        raise InputError(
+            several(
+                f'{manifest}: {counted(len(wrong), "annotation")} in {s["annotation"]!r} cannot be used',
+                wrong,
+            )
+        )
+
 
 def check_backbone(path, cases):
     "Refuse to test on slides that the run of a backbone has learnt from, or was chosen by, or on others of their patients."
-    table = (path if path.is_dir() else path.parent.parent)/'cohort.csv'
-    if not (table.parent/RUN.mark).exists() or not table.exists(): return
-    learnt = [r for r in read_table(table, ('slide_id', 'split'), ('patient_id',)) if r['split'] in ('train', 'tuning')]
+    table = (path if path.is_dir() else path.parent.parent) / 'cohort.csv'
+    if not (table.parent / RUN.mark).exists() or not table.exists():
+        return
+    learnt = [
+        r
+        for r in read_table(table, ('slide_id', 'split'), ('patient_id',))
+        if r['split'] in ('train', 'tuning')
+    ]
     slides, patients = ({r[k] for r in learnt if r.get(k)} for k in ('slide_id', 'patient_id'))
-    if wrong := [repr(c.slide_id) for c in cases if c.split == 'test' and (c.slide_id in slides or c.patient_id in patients)]: raise InputError(several(f"{counted(len(wrong), 'slide')} to test on that the backbone's run {table.parent} has learnt from, or was chosen by, or of such patients; name the splits in the manifest as they were there", wrong))
+    if wrong := [
+        repr(c.slide_id)
+        for c in cases
+        if c.split == 'test' and (c.slide_id in slides or c.patient_id in patients)
+    ]:
+        raise InputError(
+            several(
+                f"{counted(len(wrong), 'slide')} to test on that the backbone's run {table.parent} has learnt from, or was chosen by, or of such patients; name the splits in the manifest as they were there",
+                wrong,
+            )
+        )
+
 
 def former_settings(folder, point):
     "What a run was asked for, as its point says; the file in its folder may have been edited, and is looked at only where there is no point."
     known = point and point['settings'].get('settings')
-    try: then = tomllib.loads(as_toml(known) if known else (folder/'settings.toml').read_text())
-    except (OSError, ValueError) as e: raise InputError(f"{folder/'settings.toml'} cannot be read: {one_line(e)}; give another folder") from None
-    return tomllib.loads(as_toml(_defaults(then.get('command', 'sp_train')))) | then # a former version had fewer
+    try:
+        then = tomllib.loads(as_toml(known) if known else (folder / 'settings.toml').read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f'{folder / "settings.toml"} cannot be read: {one_line(e)}; give another folder'
+        ) from None
+    return (
+        tomllib.loads(as_toml(_defaults(then.get('command', 'sp_train')))) | then
+    )  # a former version had fewer
 
-def _defaults(command='sp_train'): return {k: p.default for k, p in inspect.signature(dict(sp_mil=mil_cohort).get(command, train_cohort)).parameters.items() if p.kind == p.KEYWORD_ONLY and k not in NO_SETTINGS}
 
-def flag(name): return 'the cohort' if name == 'cohort_sha256' else f"--{name.replace('_', '-')}"
+def _defaults(command='sp_train'):
+    return {
+        k: p.default
+        for k, p in inspect.signature(
+            dict(sp_mil=mil_cohort).get(command, train_cohort)
+        ).parameters.items()
+        if p.kind == p.KEYWORD_ONLY and k not in NO_SETTINGS
+    }
 
-def changes(then, now): # {name: what it was}
+
+def flag(name):
+    return 'the cohort' if name == 'cohort_sha256' else f'--{name.replace("_", "-")}'
+
+
+def changes(then, now):  # {name: what it was}
     "What of the settings of a run is another than before, and not harmless; a file of weights may have been moved."
     moved = now['weights_sha256'] and then.get('weights_sha256') == now['weights_sha256']
-    return {k: then.get(k) for k, v in now.items() if k not in HARMLESS and then.get(k) != v and not (k == 'weights' and moved)}
+    return {
+        k: then.get(k)
+        for k, v in now.items()
+        if k not in HARMLESS and then.get(k) != v and not (k == 'weights' and moved)
+    }
 
-def sentences(changed, now): return ['the cohort was another one: slides, labels, splits or files' if k == 'cohort_sha256' else f"{flag(k)} was {shown(was)} and is {shown(now[k])}" for k, was in changed.items()]
 
-def shown(v): return 'not set' if v in ('', None) else v
+def sentences(changed, now):
+    return [
+        'the cohort was another one: slides, labels, splits or files'
+        if k == 'cohort_sha256'
+        else f'{flag(k)} was {shown(was)} and is {shown(now[k])}'
+        for k, was in changed.items()
+    ]
 
-def check_learnt(learnt, cases): # learnt: as `Record` has it
+
+def shown(v):
+    return 'not set' if v in ('', None) else v
+
+
+def check_learnt(learnt, cases):  # learnt: as `Record` has it
     "Refuse to evaluate on slides, by their ids and files, or other slides of patients, that a run has learnt from, or to test on those by which its epochs were chosen."
     known_before = {p: [{k[i] for k in ks} for i in range(3)] for p, ks in learnt.items()}
-    def known(c, part): return any(k in before for k, before in zip(identity(c), known_before[part]))
-    wrong = [c for c in cases if c.split in ('tuning', 'test') and (known(c, 'train') or c.split == 'test' and known(c, 'tuning'))]
-    if wrong: raise InputError(several(f"{counted(len(wrong), 'slide')} for tuning or testing that this run has learnt from, or of such patients; name the splits in the manifest, or give another folder", [f'{c.slide_id!r} (now {c.split})' for c in wrong]))
+
+    def known(c, part):
+        return any(k in before for k, before in zip(identity(c), known_before[part]))
+
+    wrong = [
+        c
+        for c in cases
+        if c.split in ('tuning', 'test')
+        and (known(c, 'train') or c.split == 'test' and known(c, 'tuning'))
+    ]
+    if wrong:
+        raise InputError(
+            several(
+                f'{counted(len(wrong), "slide")} for tuning or testing that this run has learnt from, or of such patients; name the splits in the manifest, or give another folder',
+                [f'{c.slide_id!r} (now {c.split})' for c in wrong],
+            )
+        )
+
 
 def finish(folder, said):
     "Write the report, and say what was written and what came of it."
     report = write_report(folder)
-    print(f"wrote {report}\n      {folder/'predictions.csv'}\n      {folder/'checkpoints/best.pt'}")
+    print(
+        f'wrote {report}\n      {folder / "predictions.csv"}\n      {folder / "checkpoints/best.pt"}'
+    )
     print(said)
+
 
 sp_train = command('train', train_cohort)
 
@@ -684,40 +1589,40 @@ def mil_cohort(
     *,
     patch: int = 224,  # pixels a side of a patch, at --spacing
     # pixels from one patch to the next; without it --patch, so that none overlap
-    stride: int|None = None,
-    tissue: float = .1,  # least share of a patch that is tissue
+    stride: int | None = None,
+    tissue: float = 0.1,  # least share of a patch that is tissue
     # magnifications, with commas: 1 for --spacing, 2 for twice as many microns per pixel, ...
     magnify: str = '1',
     # patches of a slide that learn its label: the most suspicious (default: 1); of an aggregator,
     # how many topk, rnn and clam take (default: as their papers)
-    top: int|None = None,
+    top: int | None = None,
     # train this on features of patches, and no network of patches: mean, max, topk, noisy-or, rnn,
     # abmil, clam, transmil or dsmil
-    aggregator: str|None = None,
+    aggregator: str | None = None,
     # whose features: a run folder, checkpoint or exported model; torchvision:NAME or timm:NAME
     # (with --weights); or FILE.py:FUNCTION, which gives a network and its transform. Without it
     # --arch with --weights
-    backbone: str|None = None,
+    backbone: str | None = None,
     # folder to keep features in, which runs can share; without it in the run folder
-    features: str|None = None,
+    features: str | None = None,
     # column of the manifest with masks of whole slides, in which numbers mark what makes a slide
     # positive: patches then learn from those, and not from the label of their slide
-    annotation: str|None = None,
+    annotation: str | None = None,
     classes: str = '1',  # these numbers, with commas
     # patches of a slide in an epoch that learn from its annotation, half of them positive
     draws: int = 16,
     # augmented views of each slide of which features are kept; epochs take them in turn
     views: int = 1,
-    dropout: float = 0.,  # of an aggregator
+    dropout: float = 0.0,  # of an aggregator
     patch_batch: int = 64,  # patches that the network sees at a time
     # learning rate (default: 1e-5, the paper's, which then has 3e-6; of an aggregator 2e-4)
-    lr: float|None = None,
+    lr: float | None = None,
     # sgd or adamw (default: sgd, the paper's; of an aggregator adamw)
-    optimizer: str|None = None,
+    optimizer: str | None = None,
     # while training: none, flips, paper or strong (default: flips; of an aggregator none)
-    augment: str|None = None,
+    augment: str | None = None,
     # paper: its two stages of 100 epochs, at 1e-5 and at 3e-6, the second from the first's best
-    recipe: str|None = None,
+    recipe: str | None = None,
     # what a label is, as for sp_train; for mean, abmil and transmil, all else is a matter of two
     # classes
     task: str = 'binary',
@@ -725,40 +1630,80 @@ def mil_cohort(
 ):
     "Train by multiple-instance learning, beside which streaming is held: each epoch all patches of all slides are looked at, and the most suspicious of each slide learns the slide's label (Campanella et al. 2019; the paper, section IV-B). With --annotation patches learn from masks instead, as where somebody has outlined tumours. With --aggregator a small network of the features of all patches learns it instead, and the features are computed once. Run folder, report, stopping and going on are those of sp_train."
     given = {k: v for k, v in locals().items() if k != 'kwargs'}
-    if unknown := kwargs.keys()-inspect.signature(mil_cohort).parameters.keys(): raise TypeError(f'mil_cohort has no {min(unknown)}')
+    if unknown := kwargs.keys() - inspect.signature(mil_cohort).parameters.keys():
+        raise TypeError(f'mil_cohort has no {min(unknown)}')
     _train('sp_mil', dict.fromkeys(NO_SETTINGS, False) | _defaults('sp_mil') | given | kwargs)
+
 
 sp_mil = command('mil', mil_cohort)
 
 # %% ../nbs/16_cli.ipynb #9525d109
-def find_slides(path, spacing=None, labels=(0, 1), override=False, columns=('label',)): # list of `Case`
+def find_slides(
+    path, spacing=None, labels=(0, 1), override=False, columns=('label',)
+):  # list of `Case`
     "The cases of a manifest, the slides of a folder, or one slide file; `spacing` is for those that do not say theirs or, with `override`, for all whose row does not."
     path = Path(path)
-    if not path.exists(): raise InputError(f'{path}: there is no such manifest, folder or slide')
-    if path.suffix.lower() == '.csv': cases = read_manifest(path, need_label=False, labels=labels, columns=columns)
+    if not path.exists():
+        raise InputError(f'{path}: there is no such manifest, folder or slide')
+    if path.suffix.lower() == '.csv':
+        cases = read_manifest(path, need_label=False, labels=labels, columns=columns)
     else:
-        files = sorted(p for p in path.iterdir() if not p.name.startswith('.') and (p.suffix.lower() in SUFFIXES or _is_dicom_folder(p))) if path.is_dir() and not _is_dicom_folder(path) else [path]
-        if not files: raise InputError(f"{path}: no slides in this folder; their names end in {', '.join(sorted(SUFFIXES))}")
+        files = (
+            sorted(
+                p
+                for p in path.iterdir()
+                if not p.name.startswith('.')
+                and (p.suffix.lower() in SUFFIXES or _is_dicom_folder(p))
+            )
+            if path.is_dir() and not _is_dicom_folder(path)
+            else [path]
+        )
+        if not files:
+            raise InputError(
+                f'{path}: no slides in this folder; their names end in {", ".join(sorted(SUFFIXES))}'
+            )
         cases, wrong = [Case(p.stem, None, p, p.stem, mask=_trimmed_mask(p)) for p in files], []
         for c in cases:
-            try: safe_id(c.slide_id)
-            except ValueError as e: wrong.append(str(e))
-        if wrong: raise InputError(several(f'{path}: {len(wrong)} files have names that cannot be ids; rename them, or give a manifest', wrong))
+            try:
+                safe_id(c.slide_id)
+            except ValueError as e:
+                wrong.append(str(e))
+        if wrong:
+            raise InputError(
+                several(
+                    f'{path}: {len(wrong)} files have names that cannot be ids; rename them, or give a manifest',
+                    wrong,
+                )
+            )
         check_files(cases)
-        if len({c.slide_id for c in cases}) < len(cases): raise InputError(f'{path}: two slides have the same name but for its ending; give a manifest that names them apart')
-    return [replace(c, spacing=spacing) if spacing and not c.spacing and (override or not _says_spacing(c.path)) else c for c in cases]
+        if len({c.slide_id for c in cases}) < len(cases):
+            raise InputError(
+                f'{path}: two slides have the same name but for its ending; give a manifest that names them apart'
+            )
+    return [
+        replace(c, spacing=spacing)
+        if spacing and not c.spacing and (override or not _says_spacing(c.path))
+        else c
+        for c in cases
+    ]
 
-def _is_dicom_folder(path): return path.is_dir() and any(p.suffix.lower() == '.dcm' for p in path.iterdir())
 
-def _trimmed_mask(path): # or None
+def _is_dicom_folder(path):
+    return path.is_dir() and any(p.suffix.lower() == '.dcm' for p in path.iterdir())
+
+
+def _trimmed_mask(path):  # or None
     "The mask that sp_trim wrote beside a biopsy: the tissue that was found there, whatever the stain."
-    mask, note = (path.parent.parent/n for n in (f'masks/{path.name}', 'trim.json'))
+    mask, note = (path.parent.parent / n for n in (f'masks/{path.name}', 'trim.json'))
     return mask if path.parent.name == 'biopsies' and mask.is_file() and note.is_file() else None
+
 
 def _says_spacing(path):
     try:
-        with Slide(path): return True
-    except Exception: return False # its faults are found, and told, when it is read
+        with Slide(path):
+            return True
+    except Exception:
+        return False  # its faults are found, and told, when it is read
 
 # %% ../nbs/16_cli.ipynb #d36627f8
 def predict_slides(
@@ -768,9 +1713,9 @@ def predict_slides(
     out,  # CSV to write: slide_id, label, split, what is predicted, seconds, model, version
     *,
     # microns per pixel of slides that do not say, where the manifest does not either
-    slide_spacing: float|None = None,
+    slide_spacing: float | None = None,
     strip: strip_rows = None,  # rows at a time, or auto; without it as in training
-    amp: str|None = None,  # bf16, fp16 or none; without it as in training
+    amp: str | None = None,  # bf16, fp16 or none; without it as in training
     # test-time augmentation: flips is the mean over four mirror images, all over those of the image
     # turned by a quarter too
     tta: str = 'none',
@@ -778,42 +1723,112 @@ def predict_slides(
     skip: bool = False,
     device: str = 'cpu',  # cuda for an accelerator
     workers: int = 0,  # processes that read slides ahead
-):     
+):
     "Predict slides with a trained network. A CSV that exists is replaced, as a whole; broken off, the same command goes on. Started by torchrun, processes share the slides."
-    check_settings(dict(strip=strip, amp=None if amp == 'none' else amp, device=device, workers=workers, slide_spacing=slide_spacing, tta=tta))
+    check_settings(
+        dict(
+            strip=strip,
+            amp=None if amp == 'none' else amp,
+            device=device,
+            workers=workers,
+            slide_spacing=slide_spacing,
+            tta=tta,
+        )
+    )
     with joined(device) as (ranks, here):
-        out = ranks.first(lambda: output_file(out, '.csv', [checkpoint, slides], r'slide_id,[^\n]*,seconds(,model,version)?\n'))
+        out = ranks.first(
+            lambda: output_file(
+                out, '.csv', [checkpoint, slides], r'slide_id,[^\n]*,seconds(,model,version)?\n'
+            )
+        )
         model, card = load_model(checkpoint, here, strip)
         binary = card['task']['name'] == 'binary'
-        cases = ranks.first(lambda: find_slides(slides, slide_spacing, (0, 1) if binary else None, columns=card['labels']))
+        cases = ranks.first(
+            lambda: find_slides(
+                slides, slide_spacing, (0, 1) if binary else None, columns=card['labels']
+            )
+        )
         rows, failed = predict_table(model, card, cases, out, here, amp, workers, tta, skip, ranks)
-        if ranks.rank: return
+        if ranks.rank:
+            return
     said = several(f'{len(failed)} of {len(cases)} slides cannot be used', failed)
-    if failed and not (skip and rows): raise InputError(f"{said}; mend them, leave them out, or give --skip{'; what is done is kept, and the same command goes on' if rows else ''}")
-    if failed: warnings.warn(said)
-    print(f"wrote {out}: {counted(len(rows), 'slide')}")
+    if failed and not (skip and rows):
+        raise InputError(
+            f'{said}; mend them, leave them out, or give --skip{"; what is done is kept, and the same command goes on" if rows else ""}'
+        )
+    if failed:
+        warnings.warn(said)
+    print(f'wrote {out}: {counted(len(rows), "slide")}')
+
 
 def export_run(
     run,  # folder that sp_train wrote, or one of its checkpoints
     out,  # .safetensors file to write
-):  
+):
     "Make one file of a trained network: its weights and a card of what they are, for sp_predict and for other programs. See it with `python -m json.tool`, or any reader of safetensors."
     run = Path(run).expanduser()
-    checkpoint = run/'checkpoints/best.pt' if run.is_dir() else run
+    checkpoint = run / 'checkpoints/best.pt' if run.is_dir() else run
     out, folder = output_file(out, '.safetensors', [checkpoint]), absolute(checkpoint).parent.parent
-    if (out.parent/RUN.mark).exists(): raise InputError(f'{out} lies in the folder of a run, which holds nothing else; give another place')
-    def there(name, read): return read((folder/name).read_text()) if (folder/RUN.mark).exists() and (folder/name).exists() and checkpoint.name == 'best.pt' else {}
-    try: more = dict(metrics=there('metrics.json', json.loads), environment=there(RUN.mark, json.loads))
-    except (OSError, ValueError) as e: raise InputError(f'{folder} holds a run that cannot be read: {one_line(e)}') from None
+    if (out.parent / RUN.mark).exists():
+        raise InputError(
+            f'{out} lies in the folder of a run, which holds nothing else; give another place'
+        )
+
+    def there(name, read):
+        return (
+            read((folder / name).read_text())
+            if (folder / RUN.mark).exists()
+            and (folder / name).exists()
+            and checkpoint.name == 'best.pt'
+            else {}
+        )
+
+    try:
+        more = dict(
+            metrics=there('metrics.json', json.loads), environment=there(RUN.mark, json.loads)
+        )
+    except (OSError, ValueError) as e:
+        raise InputError(f'{folder} holds a run that cannot be read: {one_line(e)}') from None
     card = export_model(checkpoint, out, **more)
-    print(f"wrote {out}: {card['model'].get('arch') or card['features']['aggregator']['name']}, {card['task']['name']}, {card['spacing']:g} microns per pixel, model {card['sha256'][:16]}")
+    print(
+        f'wrote {out}: {card["model"].get("arch") or card["features"]["aggregator"]["name"]}, {card["task"]["name"]}, {card["spacing"]:g} microns per pixel, model {card["sha256"][:16]}'
+    )
+
 
 sp_predict, sp_export = command('predict', predict_slides), command('export', export_run)
 
 # %% ../nbs/16_cli.ipynb #hmap0002
-GRADIENTS = dict(smoothgrad=lambda m, x, o: smoothgrad(m, x, o['copies'], o['noise'], o['seed'], o['target'], place=o['place']), gradient=lambda m, x, o: smoothgrad(m, x, 1, 0, target=o['target'], place=o['place']), integrated=lambda m, x, o: pool_map(integrated_gradients(m, x, steps=o['steps'], target=o['target']), o['place']))
-USES = dict(smoothgrad=('copies', 'noise', 'seed', 'target', 'place'), gradient=('target', 'place'), integrated=('steps', 'target', 'place'), activation=('target',), attention=(), occlusion=('square', 'target'), patches=('place',)) # options that are a matter of some methods
-DRAWN = Output('heatmaps.json', f'"{FORMAT}"', ('maps/*.npy', 'maps/*.json', 'overlay/*.png', 'tiff/*.tiff', 'geojson/*.geojson', 'regions.csv')) # a folder of maps
+GRADIENTS = dict(
+    smoothgrad=lambda m, x, o: smoothgrad(
+        m, x, o['copies'], o['noise'], o['seed'], o['target'], place=o['place']
+    ),
+    gradient=lambda m, x, o: smoothgrad(m, x, 1, 0, target=o['target'], place=o['place']),
+    integrated=lambda m, x, o: pool_map(
+        integrated_gradients(m, x, steps=o['steps'], target=o['target']), o['place']
+    ),
+)
+USES = dict(
+    smoothgrad=('copies', 'noise', 'seed', 'target', 'place'),
+    gradient=('target', 'place'),
+    integrated=('steps', 'target', 'place'),
+    activation=('target',),
+    attention=(),
+    occlusion=('square', 'target'),
+    patches=('place',),
+)  # options that are a matter of some methods
+DRAWN = Output(
+    'heatmaps.json',
+    f'"{FORMAT}"',
+    (
+        'maps/*.npy',
+        'maps/*.json',
+        'overlay/*.png',
+        'tiff/*.tiff',
+        'geojson/*.geojson',
+        'regions.csv',
+    ),
+)  # a folder of maps
+
 
 def draw_slides(
     # file that sp_train or sp_mil wrote, e.g. run/checkpoints/best.pt, or that sp_export made of it
@@ -825,128 +1840,281 @@ def draw_slides(
     *,
     # smoothgrad, gradient, integrated, activation, occlusion, or attention, where a network pools
     # by it; patches is that of sp_mil (default: smoothgrad, or patches)
-    method: str|None = None,
+    method: str | None = None,
     copies: int = 25,  # noisy copies of smoothgrad; the paper: 25
     # their noise, as a share of the standard deviation of the image; the paper: 0.05
-    noise: float = .05,
+    noise: float = 0.05,
     steps: int = 32,  # of integrated
     square: int = 256,  # pixels a side of the square of occlusion
     target: int = 0,  # output to explain, of a network with several
     place: int = 16,  # pixels a side of a place of the map, at the spacing of the network
     # regions are where the map is above this share of its full colour: of 1 for probabilities and
     # attention, otherwise of the 99.5th percentile of the slide
-    threshold: float = .5,
-    least: float = 0.,  # square microns; regions that are smaller are left out
+    threshold: float = 0.5,
+    least: float = 0.0,  # square microns; regions that are smaller are left out
     name: str = 'region',  # what QuPath calls them
     # microns per pixel of slides that do not say, where the manifest does not either
-    slide_spacing: float|None = None,
+    slide_spacing: float | None = None,
     strip: strip_rows = None,  # rows at a time, or auto; without it as in training
     seed: int = 0,  # of the noise
     device: str = 'cpu',  # cuda for an accelerator
-):   
+):
     "Draw where the predictions of a trained network come from, laid on the slides. Broken off, the same command goes on."
-    o = check_settings(dict(method=method, copies=copies, noise=noise, steps=steps, square=square, target=target, place=place, threshold=threshold, least=least, name=name, seed=seed, slide_spacing=slide_spacing, strip=strip, device=device))
+    o = check_settings(
+        dict(
+            method=method,
+            copies=copies,
+            noise=noise,
+            steps=steps,
+            square=square,
+            target=target,
+            place=place,
+            threshold=threshold,
+            least=least,
+            name=name,
+            seed=seed,
+            slide_spacing=slide_spacing,
+            strip=strip,
+            device=device,
+        )
+    )
     model, card = load_model(checkpoint, device, strip)
-    patches = isinstance(model, (InstanceMIL, FeatureMIL)); o['method'] = method = method or ('patches' if patches else 'smoothgrad')
-    if patches != (method == 'patches'): raise InputError(f"--method {method}: {'this network looks at patches, whose map is --method patches' if patches else 'patches are a matter of networks of sp_mil; leave it out'}")
-    if method == 'attention' and not isinstance(model.head.pool, GatedAttention): raise InputError('--method attention: this network does not pool by attention; give another')
-    cases = find_slides(slides, slide_spacing, None, columns=card['labels']); data = dataset(card, cases)
-    idle = {k for ks in USES.values() for k in ks}-{*USES[method]}; default = {k: p.default for k, p in inspect.signature(draw_slides).parameters.items()}
-    if given := sorted(k for k in idle if o[k] != default[k]): raise InputError(f'--{given[0]} is no matter of --method {method}; leave it out')
-    about = dict(format=FORMAT, model=card['sha256'], **{k: v for k, v in o.items() if k not in ('strip', 'device', *idle)})
+    patches = isinstance(model, (InstanceMIL, FeatureMIL))
+    o['method'] = method = method or ('patches' if patches else 'smoothgrad')
+    if patches != (method == 'patches'):
+        raise InputError(
+            f'--method {method}: {"this network looks at patches, whose map is --method patches" if patches else "patches are a matter of networks of sp_mil; leave it out"}'
+        )
+    if method == 'attention' and not isinstance(model.head.pool, GatedAttention):
+        raise InputError(
+            '--method attention: this network does not pool by attention; give another'
+        )
+    cases = find_slides(slides, slide_spacing, None, columns=card['labels'])
+    data = dataset(card, cases)
+    idle = {k for ks in USES.values() for k in ks} - {*USES[method]}
+    default = {k: p.default for k, p in inspect.signature(draw_slides).parameters.items()}
+    if given := sorted(k for k in idle if o[k] != default[k]):
+        raise InputError(f'--{given[0]} is no matter of --method {method}; leave it out')
+    about = dict(
+        format=FORMAT,
+        model=card['sha256'],
+        **{k: v for k, v in o.items() if k not in ('strip', 'device', *idle)},
+    )
     folder = claim(out, True, DRAWN, [checkpoint, *(c.path for c in cases)])
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        try: former = json.loads((folder/DRAWN.mark).read_text()) if (folder/DRAWN.mark).exists() else about
-        except (OSError, ValueError): former = None
-        if former != about: raise InputError(f'{out} holds maps of another network, or with other settings; give the name of a new folder')
-        write_whole(folder/DRAWN.mark, json.dumps(about, indent=1)+'\n'); failed, rows = [], []
+        try:
+            former = (
+                json.loads((folder / DRAWN.mark).read_text())
+                if (folder / DRAWN.mark).exists()
+                else about
+            )
+        except (OSError, ValueError):
+            former = None
+        if former != about:
+            raise InputError(
+                f'{out} holds maps of another network, or with other settings; give the name of a new folder'
+            )
+        write_whole(folder / DRAWN.mark, json.dumps(about, indent=1) + '\n')
+        failed, rows = [], []
         for i, c in enumerate(tqdm(cases, desc='heatmaps', unit='slide', leave=False)):
-            note, stamp = folder/f'maps/{c.slide_id}.json', dict(slide=file_stamp(c.path), mask=c.mask and file_stamp(c.mask), spacing=c.spacing)
-            try: said = json.loads(note.read_text()) if note.exists() else None
-            except (OSError, ValueError): said = None
-            if not said or any(said.get(k) != v for k, v in stamp.items()) or not all((folder/at.replace('*', c.slide_id)).exists() for at in DRAWN.files if '*' in at):
-                try: said = stamp | draw_slide(model, data, i, folder, o)
-                except InputError as e: failed.append(str(e)); continue
-                write_whole(note, json.dumps(said)+'\n')
+            note, stamp = (
+                folder / f'maps/{c.slide_id}.json',
+                dict(
+                    slide=file_stamp(c.path), mask=c.mask and file_stamp(c.mask), spacing=c.spacing
+                ),
+            )
+            try:
+                said = json.loads(note.read_text()) if note.exists() else None
+            except (OSError, ValueError):
+                said = None
+            if (
+                not said
+                or any(said.get(k) != v for k, v in stamp.items())
+                or not all(
+                    (folder / at.replace('*', c.slide_id)).exists()
+                    for at in DRAWN.files
+                    if '*' in at
+                )
+            ):
+                try:
+                    said = stamp | draw_slide(model, data, i, folder, o)
+                except InputError as e:
+                    failed.append(str(e))
+                    continue
+                write_whole(note, json.dumps(said) + '\n')
             rows += said['regions']
-        write_csv(folder/'regions.csv', rows, ['slide_id', 'region', 'area_um2', 'mean', 'highest', 'peak_x', 'peak_y', 'left', 'top', 'right', 'bottom'])
-    print(f"wrote {Path(out)}: {counted(len(cases)-len(failed), 'slide')}, {counted(len(rows), 'region')}")
-    if failed: raise InputError(several(f'{len(failed)} of {len(cases)} slides cannot be used', failed))
+        write_csv(
+            folder / 'regions.csv',
+            rows,
+            [
+                'slide_id',
+                'region',
+                'area_um2',
+                'mean',
+                'highest',
+                'peak_x',
+                'peak_y',
+                'left',
+                'top',
+                'right',
+                'bottom',
+            ],
+        )
+    print(
+        f'wrote {Path(out)}: {counted(len(cases) - len(failed), "slide")}, {counted(len(rows), "region")}'
+    )
+    if failed:
+        raise InputError(several(f'{len(failed)} of {len(cases)} slides cannot be used', failed))
 
-def draw_slide(model, data, i, folder, o): # what is written of it: size of the image, pixels of a place, value of full colour, rows of the table of regions
+
+def draw_slide(
+    model, data, i, folder, o
+):  # what is written of it: size of the image, pixels of a place, value of full colour, rows of the table of regions
     "The map of one case, and what becomes of it."
     c = data.cases[i]
-    if o['method'] == 'patches': bag = data[i]['image']; image, pooled, top = bag.image[:, :bag.shape[0], :bag.shape[1]], patch_heatmap(model.eval(), bag, o['place']), 1.
+    if o['method'] == 'patches':
+        bag = data[i]['image']
+        image, pooled, top = (
+            bag.image[:, : bag.shape[0], : bag.shape[1]],
+            patch_heatmap(model.eval(), bag, o['place']),
+            1.0,
+        )
     else:
         image = data.image(i)
-        if o['method'] == 'activation': pooled = class_activation(model, image, o['target'])
-        elif o['method'] == 'attention': pooled = attention_map(model, image)
-        elif o['method'] == 'occlusion': pooled = occlusion(model, image, min(o['square'], *image.shape[1:]), target=o['target'])
-        else: pooled = GRADIENTS[o['method']](model, image, o)
-        top = 1. if o['method'] == 'attention' else float(np.percentile(pooled, 99.5)) or float(pooled.max())
-    if not top: warnings.warn(f'slide {c.slide_id!r}: the map is zero everywhere'); top = 1.
-    step = {'activation': 32, 'attention': 32, 'occlusion': max(1, min(o['square'], *image.shape[1:])//2)}.get(o['method'], o['place'])
-    field = field_of(data, i, tuple(image.shape[1:]), tuple(n/step for n in image.shape[1:])) # its last places may reach beyond the image
-    shown = Image.fromarray(image.permute(1, 2, 0).numpy()); shown.thumbnail((4096, 4096), Image.Resampling.LANCZOS)
-    save_heatmap(folder/f'maps/{c.slide_id}.npy', pooled)
-    return dict(seen=[*image.shape[1:]], step=step, top=top, regions=write_exports(folder, c.slide_id, np.asarray(shown), pooled, field, o['threshold']*top, top, o['name'], o['least']))
+        if o['method'] == 'activation':
+            pooled = class_activation(model, image, o['target'])
+        elif o['method'] == 'attention':
+            pooled = attention_map(model, image)
+        elif o['method'] == 'occlusion':
+            pooled = occlusion(model, image, min(o['square'], *image.shape[1:]), target=o['target'])
+        else:
+            pooled = GRADIENTS[o['method']](model, image, o)
+        top = (
+            1.0
+            if o['method'] == 'attention'
+            else float(np.percentile(pooled, 99.5)) or float(pooled.max())
+        )
+    if not top:
+        warnings.warn(f'slide {c.slide_id!r}: the map is zero everywhere')
+        top = 1.0
+    step = {
+        'activation': 32,
+        'attention': 32,
+        'occlusion': max(1, min(o['square'], *image.shape[1:]) // 2),
+    }.get(o['method'], o['place'])
+    field = field_of(
+        data, i, tuple(image.shape[1:]), tuple(n / step for n in image.shape[1:])
+    )  # its last places may reach beyond the image
+    shown = Image.fromarray(image.permute(1, 2, 0).numpy())
+    shown.thumbnail((4096, 4096), Image.Resampling.LANCZOS)
+    save_heatmap(folder / f'maps/{c.slide_id}.npy', pooled)
+    return dict(
+        seen=[*image.shape[1:]],
+        step=step,
+        top=top,
+        regions=write_exports(
+            folder,
+            c.slide_id,
+            np.asarray(shown),
+            pooled,
+            field,
+            o['threshold'] * top,
+            top,
+            o['name'],
+            o['least'],
+        ),
+    )
+
 
 sp_heatmap = command('heatmap', draw_slides)
 
 # %% ../nbs/16_cli.ipynb #cf9a7fee
-def listed(text): return [t.strip() for t in (text or '').split(',') if t.strip()]
+def listed(text):
+    return [t.strip() for t in (text or '').split(',') if t.strip()]
+
 
 def evaluate_predictions(
     predictions,  # CSV that sp_predict, sp_train or sp_mil wrote
     *,
     split: str = 'test',  # slides to evaluate
-    out: str|None = None,  # JSON file to write the figures to
-    figures: str|None = None,  # folder to draw the curves into, as SVG
+    out: str | None = None,  # JSON file to write the figures to
+    figures: str | None = None,  # folder to draw the curves into, as SVG
     # choose thresholds and the temperature on this split, e.g. tuning; without it thresholds on the
     # slides evaluated
-    threshold_split: str|None = None,
-    sensitivity: float|None = None,  # a sensitivity that is wanted, for a threshold of its own
+    threshold_split: str | None = None,
+    sensitivity: float | None = None,  # a sensitivity that is wanted, for a threshold of its own
     # manifest with patient_id, whose slides are taken together, and the columns of --by; without it
     # the cohort.csv beside the predictions, if there is one
-    cohort: str|None = None,
+    cohort: str | None = None,
     # columns of it, with commas, whose groups are shown each, e.g. site,grade; more than six
     # different numbers are cut into thirds
-    by: str|None = None,
+    by: str | None = None,
     # of the AUC: logit, delong, bootstrap, stratified or bca; the paper's bootstrap is shown beside
     # it
     interval: str = 'logit',
     draws: int = 10_000,  # bootstrap draws; the paper: 10,000
-    level: float = .95,  # of the intervals
+    level: float = 0.95,  # of the intervals
     seed: int = 0,  # of the draws
-):           
+):
     "All figures of a table of predictions, each with its interval: the area under the ROC curve, accuracy at a threshold, precision, calibration, groups of slides; of other tasks kappa, concordance and so on."
     check_settings(dict(draws=draws, seed=seed, interval=interval))
-    if out is not None: out = output_file(out, '.json', [p for p in (predictions, cohort) if p], r'\{\n "(auc|task)"')
-    if figures is not None and (at := absolute(figures)).exists() and not at.is_dir(): raise InputError(f'{figures} is a file; give the name of a folder')
-    if figures is not None and any((p/RUN.mark).exists() for p in (at, *at.parents)): raise InputError(f'{figures} lies in a run; give the name of a folder elsewhere')
-    found = results(predictions, split, threshold_split, sensitivity, cohort, listed(by), draws, seed, level, interval)
-    for note in found['notes']: warnings.warn(note)
-    if out is not None: write_whole(out, json.dumps(found, indent=1)+'\n')
-    if figures is not None: drawn = draw_results(found, predictions, at, cohort)
+    if out is not None:
+        out = output_file(
+            out, '.json', [p for p in (predictions, cohort) if p], r'\{\n "(auc|task)"'
+        )
+    if figures is not None and (at := absolute(figures)).exists() and not at.is_dir():
+        raise InputError(f'{figures} is a file; give the name of a folder')
+    if figures is not None and any((p / RUN.mark).exists() for p in (at, *at.parents)):
+        raise InputError(f'{figures} lies in a run; give the name of a folder elsewhere')
+    found = results(
+        predictions,
+        split,
+        threshold_split,
+        sensitivity,
+        cohort,
+        listed(by),
+        draws,
+        seed,
+        level,
+        interval,
+    )
+    for note in found['notes']:
+        warnings.warn(note)
+    if out is not None:
+        write_whole(out, json.dumps(found, indent=1) + '\n')
+    if figures is not None:
+        drawn = draw_results(found, predictions, at, cohort)
     print('\n'.join(sentences_of(found)))
-    if figures is not None: print(f"drew {', '.join(drawn)} into {figures}" if drawn else 'there is nothing to draw of such a table')
+    if figures is not None:
+        print(
+            f'drew {", ".join(drawn)} into {figures}'
+            if drawn
+            else 'there is nothing to draw of such a table'
+        )
 
-def draw_results(found, predictions, folder, cohort=None): # names of the files
+
+def draw_results(found, predictions, folder, cohort=None):  # names of the files
     "The figures of `results`, as SVG."
     draw = {}
     for name, f in figures_of(found, predictions, cohort).items():
-        stem = re.sub(r'\W+', '_', name); draw[stem if stem not in draw else f'{stem}_{len(draw)}'] = f
-    for name in draw: output_file(folder/f'{name}.svg', '.svg', begins='(?s).*Matplotlib')
+        stem = re.sub(r'\W+', '_', name)
+        draw[stem if stem not in draw else f'{stem}_{len(draw)}'] = f
+    for name in draw:
+        output_file(folder / f'{name}.svg', '.svg', begins='(?s).*Matplotlib')
     for name, f in draw.items():
-        figure = matplotlib.figure.Figure(figsize=(4.4, 4), layout='constrained'); f(figure.add_subplot())
-        picture = io.BytesIO(); figure.savefig(picture, format='svg', metadata={'Date': None}); write_whole(folder/f'{name}.svg', picture.getvalue())
+        figure = matplotlib.figure.Figure(figsize=(4.4, 4), layout='constrained')
+        f(figure.add_subplot())
+        picture = io.BytesIO()
+        figure.savefig(picture, format='svg', metadata={'Date': None})
+        write_whole(folder / f'{name}.svg', picture.getvalue())
     return [f'{name}.svg' for name in draw]
+
 
 def report_run(
     run,  # folder that sp_train or sp_demo wrote
     *,
-    out: str|None = None,  # folder to write; without it report/ in the run folder
+    out: str | None = None,  # folder to write; without it report/ in the run folder
     # leave out the names of slides and where things lay: slides are called by numbers
     anonymous: bool = False,
     # labelled slides that get a page of their own, those with the largest error, and so many
@@ -954,131 +2122,224 @@ def report_run(
     most: int = 200,
     # columns of --cohort, with commas, whose groups are shown each, e.g. site,grade; more than six
     # different numbers are cut into thirds
-    by: str|None = None,
+    by: str | None = None,
     # manifest with these columns; without it the cohort.csv of the run
-    cohort: str|None = None,
+    cohort: str | None = None,
     # folders that sp_heatmap wrote of the same network, with commas: further layers; those of one
     # method are numbered
-    maps: str|None = None,
-    comparison: str|None = None,  # folder that sp_compare wrote of this run and another
-    categories: str|None = None,  # table of errors that was saved in a report
-): 
+    maps: str | None = None,
+    comparison: str | None = None,  # folder that sp_compare wrote of this run and another
+    categories: str | None = None,  # table of errors that was saved in a report
+):
     "Write the report of a run: a folder to hand over, whose index.html opens by double-click. Each slide has a page on which it zooms."
-    if most < 0: raise InputError(f'--most is {most}; it is a number of slides, 0 or more')
-    print(f'wrote {write_report(run, out, most, anonymous, listed(by), cohort, listed(maps), comparison, categories)}')
-    if not viewer_files(): print('Its slides do not zoom: the viewer was not fetched when this package was installed. Install it again where the npm registry can be reached.')
+    if most < 0:
+        raise InputError(f'--most is {most}; it is a number of slides, 0 or more')
+    print(
+        f'wrote {write_report(run, out, most, anonymous, listed(by), cohort, listed(maps), comparison, categories)}'
+    )
+    if not viewer_files():
+        print(
+            'Its slides do not zoom: the viewer was not fetched when this package was installed. Install it again where the npm registry can be reached.'
+        )
+
 
 sp_evaluate, sp_report = command('evaluate', evaluate_predictions), command('report', report_run)
 
 # %% ../nbs/16_cli.ipynb #trim1002
 def colour(text):
     "`'white'` or `'240,240,240'` as (red, green, blue)."
-    try: rgb = (255,)*3 if text == 'white' else tuple(map(int, text.split(',')))
-    except ValueError: rgb = ()
-    if len(rgb) != 3 or not all(0 <= v <= 255 for v in rgb): raise argparse.ArgumentTypeError(f'{text!r} is no colour; give white, or red,green,blue from 0 to 255')
+    try:
+        rgb = (255,) * 3 if text == 'white' else tuple(map(int, text.split(',')))
+    except ValueError:
+        rgb = ()
+    if len(rgb) != 3 or not all(0 <= v <= 255 for v in rgb):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no colour; give white, or red,green,blue from 0 to 255'
+        )
     return rgb
+
 
 def trim_biopsies(
     slides,  # manifest (CSV), folder of slides, or one slide
     out,  # folder to write; new, empty, or of a former run, which goes on
     *,
-    spacing: float = .96,  # microns per pixel of the images
-    margin: float = 50.,  # microns of glass around the tissue
+    spacing: float = 0.96,  # microns per pixel of the images
+    margin: float = 50.0,  # microns of glass around the tissue
     upright: bool = False,  # turn the long axis of each biopsy upright
     squeeze: bool = False,  # leave out rows and columns that hold no tissue
     # of all that is no tissue: white, or red,green,blue; without it as it is
     background: colour = None,
-    gap: float = 500.,  # microns; pieces farther apart are different biopsies
-    least: float = .1,  # square millimetres; what is smaller is no biopsy
+    gap: float = 500.0,  # microns; pieces farther apart are different biopsies
+    least: float = 0.1,  # square millimetres; what is smaller is no biopsy
     # leave out ink of felt pens; not for stains other than haematoxylin and eosin
     pen: bool = True,
     quality: int = 90,  # of JPEG
     # microns per pixel of slides that do not say, where the manifest does not either
-    slide_spacing: float|None = None,
+    slide_spacing: float | None = None,
     # use the spacing of the manifest, or --slide-spacing, whatever the file says
     override_spacing: bool = False,
-    workers: int|None = None,  # processes; without it one for each processor
-): 
+    workers: int | None = None,  # processes; without it one for each processor
+):
     "Cut the biopsies out of slides: tiled TIFFs, a manifest, outlined thumbnails, and a table of what failed."
     workers = os.cpu_count() if workers is None else workers
     check_settings(dict(spacing=spacing, workers=workers, slide_spacing=slide_spacing))
-    settings = Trim(spacing, margin, upright, squeeze, background, quality, override_spacing, gap, least, pen)
-    said = trim_slides(find_slides(slides, slide_spacing, labels=None, override=override_spacing), out, settings, max(1, workers)) # in a process of its own, where Ctrl-C cannot get lost in libvips
-    for w in said['warnings']: warnings.warn(w)
-    done = f"{counted(said['biopsies'], 'biopsy', 'biopsies')} of {counted(said['slides'], 'slide')} in {Path(out)/'manifest.csv'}" + (f", {counted(said['skipped'], 'slide')} as before" if said['skipped'] else '') + (f", beside {said['others']} of other slides" if said['others'] else '')
-    if said['failed']: raise InputError(several(f"{done}; {counted(len(said['failed']), 'slide')} failed, see {Path(out)/'failed.csv'}", said['failed'].values()))
+    settings = Trim(
+        spacing, margin, upright, squeeze, background, quality, override_spacing, gap, least, pen
+    )
+    said = trim_slides(
+        find_slides(slides, slide_spacing, labels=None, override=override_spacing),
+        out,
+        settings,
+        max(1, workers),
+    )  # in a process of its own, where Ctrl-C cannot get lost in libvips
+    for w in said['warnings']:
+        warnings.warn(w)
+    done = (
+        f'{counted(said["biopsies"], "biopsy", "biopsies")} of {counted(said["slides"], "slide")} in {Path(out) / "manifest.csv"}'
+        + (f', {counted(said["skipped"], "slide")} as before' if said['skipped'] else '')
+        + (f', beside {said["others"]} of other slides' if said['others'] else '')
+    )
+    if said['failed']:
+        raise InputError(
+            several(
+                f'{done}; {counted(len(said["failed"]), "slide")} failed, see {Path(out) / "failed.csv"}',
+                said['failed'].values(),
+            )
+        )
     print(done)
+
 
 sp_trim = command('trim', trim_biopsies)
 
 # %% ../nbs/16_cli.ipynb #ed22f2d8
-COHORT = Output('cohort.json', '"tumour_fractions"', ('manifest.csv', 'slides/*.tiff', 'masks/*.tiff')) # a painted cohort
+COHORT = Output(
+    'cohort.json', '"tumour_fractions"', ('manifest.csv', 'slides/*.tiff', 'masks/*.tiff')
+)  # a painted cohort
+
 
 def synthesise(
     folder,  # folder to write; new or empty
     *,
     n: int = 40,  # slides
     size: hw = (512, 1024),  # height,width of a slide in pixels
-    spacing: float = 2.,  # microns per pixel
-    positive: float = .5,  # share of slides with tumour
-    least_tumour: float = .05,  # least share of the tissue that is tumour in a positive slide
-    most_tumour: float = .6,  # largest share
+    spacing: float = 2.0,  # microns per pixel
+    positive: float = 0.5,  # share of slides with tumour
+    least_tumour: float = 0.05,  # least share of the tissue that is tumour in a positive slide
+    most_tumour: float = 0.6,  # largest share
     seed: int = 0,  # the same settings paint the same slides
     workers: int = 0,  # processes that paint
     overwrite: bool = False,  # replace a former cohort
-):      
+):
     "Paint a cohort of biopsies with known truth: pyramidal TIFFs, masks, and a manifest with splits."
     check_settings(dict(spacing=spacing, workers=workers, seed=seed))
-    if not 0 < least_tumour <= most_tumour <= 1: raise InputError(f'--least-tumour {least_tumour} and --most-tumour {most_tumour} have to be above 0, up to 1, and in this order')
+    if not 0 < least_tumour <= most_tumour <= 1:
+        raise InputError(
+            f'--least-tumour {least_tumour} and --most-tumour {most_tumour} have to be above 0, up to 1, and in this order'
+        )
     with staged(folder, overwrite, COHORT) as temp:
-        write_cohort(temp, n, size=size, spacing=spacing, positive=positive, tumour_fractions=(least_tumour, most_tumour), seed=seed, workers=workers)
-    print(f"wrote {Path(folder)/'manifest.csv'}: {counted(n, 'slide')}")
+        write_cohort(
+            temp,
+            n,
+            size=size,
+            spacing=spacing,
+            positive=positive,
+            tumour_fractions=(least_tumour, most_tumour),
+            seed=seed,
+            workers=workers,
+        )
+    print(f'wrote {Path(folder) / "manifest.csv"}: {counted(n, "slide")}')
+
 
 sp_synth = command('synth', synthesise)
 
 # %% ../nbs/16_cli.ipynb #39340cbd
-DEMO = dict(title='Demo: painted biopsies', synthetic=True, arch='resnet18', pool='max', spacing=2., size=None, strip=64, epochs=6, optimizer='adamw', lr=3e-4, batch=4, cosine=True,
-            heatmaps=9, copies=8)
-DEMO_COHORT = dict(n=220, size=(128, 256), spacing=2., tumour_fractions=(.4, .8), splits=dict(train=.6, tuning=.1, test=.3))
+DEMO = dict(
+    title='Demo: painted biopsies',
+    synthetic=True,
+    arch='resnet18',
+    pool='max',
+    spacing=2.0,
+    size=None,
+    strip=64,
+    epochs=6,
+    optimizer='adamw',
+    lr=3e-4,
+    batch=4,
+    cosine=True,
+    heatmaps=9,
+    copies=8,
+)
+DEMO_COHORT = dict(
+    n=220,
+    size=(128, 256),
+    spacing=2.0,
+    tumour_fractions=(0.4, 0.8),
+    splits=dict(train=0.6, tuning=0.1, test=0.3),
+)
 TINY = dict(title='Tiny demo: painted biopsies', epochs=2, heatmaps=3, copies=2)
-TINY_COHORT = dict(n=20, size=(128, 192), splits=dict(train=.4, tuning=.2, test=.4))
+TINY_COHORT = dict(n=20, size=(128, 192), splits=dict(train=0.4, tuning=0.2, test=0.4))
+
 
 def _is_demo(settings):
-    try: return tomllib.loads(settings.read_text()).get('command') == 'sp_demo'
-    except (OSError, ValueError): return False
+    try:
+        return tomllib.loads(settings.read_text()).get('command') == 'sp_demo'
+    except (OSError, ValueError):
+        return False
+
 
 def demo(
     *,
     out: str = 'demo',  # run folder to write; new, empty, or a former demo, which is replaced
     tiny: bool = False,  # a minute's worth, to see that everything works; it learns nothing
     seed: int = 0,  # of the painting, the order of slides and the weights
-):          
+):
     "Paint a cohort of biopsies, train on slide labels, evaluate on held-out slides, and write a report; a few minutes on two cores."
-    s = check_settings(dict(command='sp_demo', **(_defaults() | DEMO | (TINY if tiny else {}) | dict(seed=seed))))
+    s = check_settings(
+        dict(command='sp_demo', **(_defaults() | DEMO | (TINY if tiny else {}) | dict(seed=seed)))
+    )
     start = time.perf_counter()
-    with staged(out, overwrite=_is_demo(absolute(out)/'settings.toml'), way='') as folder:
+    with staged(out, overwrite=_is_demo(absolute(out) / 'settings.toml'), way='') as folder:
         print('1/3  painting biopsies', flush=True)
-        manifest = write_cohort(folder/'cohort', seed=seed, **(DEMO_COHORT | (TINY_COHORT if tiny else {})))
-        cases = read_manifest(manifest, labels=(0, 1))+[Case('CMU-1-Small-Region', None, sample_slide(), 'CMU-1')]
-        data, model = check_cohort(cases, s['spacing'], s['size'], cache=2*10**9), build_model(s)
+        manifest = write_cohort(
+            folder / 'cohort', seed=seed, **(DEMO_COHORT | (TINY_COHORT if tiny else {}))
+        )
+        cases = read_manifest(manifest, labels=(0, 1)) + [
+            Case('CMU-1-Small-Region', None, sample_slide(), 'CMU-1')
+        ]
+        data, model = check_cohort(cases, s['spacing'], s['size'], cache=2 * 10**9), build_model(s)
         calibrate(model, data, seed)
-        print(f"2/3  training a streaming {s['arch']} on {sum(c.split == 'train' for c in cases)} slides, one label each", flush=True)
+        print(
+            f'2/3  training a streaming {s["arch"]} on {sum(c.split == "train" for c in cases)} slides, one label each',
+            flush=True,
+        )
         said = run_training(data, model, folder, s)
-    print(f'3/3  writing the report; {time.perf_counter()-start:.0f} s so far', flush=True)
+    print(f'3/3  writing the report; {time.perf_counter() - start:.0f} s so far', flush=True)
     finish(Path(out).expanduser(), said)
+
 
 sp_demo = command('demo', demo)
 
 # %% ../nbs/16_cli.ipynb #345470a0
-def main(argv=None): # exit status
+def main(argv=None):  # exit status
     "`train ...` runs `sp_train ...`, and so on for all commands."
     name, *rest = (sys.argv[1:] if argv is None else [str(a) for a in argv]) or ['--help']
-    if name in COMMANDS: return COMMANDS[name](rest)
-    if name in ('-h', '--help'): print('usage: python -m streaming_pathology.cli COMMAND ...\n\n' + '\n'.join(f'  {k:10} {f.__doc__}' for k, f in COMMANDS.items())); return 0
+    if name in COMMANDS:
+        return COMMANDS[name](rest)
+    if name in ('-h', '--help'):
+        print(
+            'usage: python -m streaming_pathology.cli COMMAND ...\n\n'
+            + '\n'.join(f'  {k:10} {f.__doc__}' for k, f in COMMANDS.items())
+        )
+        return 0
     near = difflib.get_close_matches(name, COMMANDS, 1)
-    print(f"error: {name} is no command; " + (f'did you mean {near[0]}?' if near else f"there are {', '.join(COMMANDS)}"), file=sys.stderr)
+    print(
+        f'error: {name} is no command; '
+        + (f'did you mean {near[0]}?' if near else f'there are {", ".join(COMMANDS)}'),
+        file=sys.stderr,
+    )
     return 2
 
 # %% ../nbs/16_cli.ipynb #d61d01a0
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.exit(main())

@@ -20,9 +20,11 @@ from .augment import keyed_rng
 # %% ../nbs/08_cohorts.ipynb #1794d3a4
 SPLITS = ('train', 'tuning', 'test')
 
+
 @dataclass(frozen=True)
 class Case:
     "One slide of a cohort; `label` is a number, or a tuple where a slide has several, and None if unknown; `split` and `grade` are '' if not given, `spacing` (microns per pixel) None if the file says it, `mask` None if tissue is to be found. Without a `patient_id` it counts as a patient of its own."
+
     slide_id: str
     label: float | tuple | None
     path: Path
@@ -31,38 +33,74 @@ class Case:
     spacing: float | None = None
     grade: str = ''
     mask: Path | None = None
-    annotation: Path | None = None # mask of the whole slide, with numbers of classes
+    annotation: Path | None = None  # mask of the whole slide, with numbers of classes
 
     def __post_init__(self):
-        if not self.patient_id: object.__setattr__(self, 'patient_id', self.slide_id)
+        if not self.patient_id:
+            object.__setattr__(self, 'patient_id', self.slide_id)
         for k in ('path', 'mask', 'annotation'):
-            if isinstance(v := getattr(self, k), str): object.__setattr__(self, k, Path(v))
+            if isinstance(v := getattr(self, k), str):
+                object.__setattr__(self, k, Path(v))
 
 # %% ../nbs/08_cohorts.ipynb #fc901b5d
 def _table(path, way_out='give the path of a CSV manifest', between=','):
     "The header and the rows of a CSV file, each row with its line number."
     path = Path(path)
-    if not path.exists(): raise InputError(f'{path} does not exist; {way_out}')
-    if path.is_dir(): raise InputError(f'{path} is a folder; {way_out}')
-    try: text = path.read_text(encoding='utf-8-sig')
-    except OSError as e: raise InputError(f'{path} cannot be read ({e.strerror})') from None
-    except UnicodeDecodeError: raise InputError(f'{path} is not UTF-8 text; save the table as CSV (UTF-8)') from None
-    first = text.partition('\n')[0]; reader = csv.reader(io.StringIO(text, newline=''), strict=True, delimiter=max(between, key=first.count))
-    try: rows = [(reader.line_num, [c.strip() for c in r]) for r in reader if any(c.strip() for c in r)]
-    except csv.Error as e: raise InputError(f'{path}, line {reader.line_num}: not a CSV table ({e})') from None
-    if not rows: raise InputError(f'{path} is empty; its first line has to name the columns')
+    if not path.exists():
+        raise InputError(f'{path} does not exist; {way_out}')
+    if path.is_dir():
+        raise InputError(f'{path} is a folder; {way_out}')
+    try:
+        text = path.read_text(encoding='utf-8-sig')
+    except OSError as e:
+        raise InputError(f'{path} cannot be read ({e.strerror})') from None
+    except UnicodeDecodeError:
+        raise InputError(f'{path} is not UTF-8 text; save the table as CSV (UTF-8)') from None
+    first = text.partition('\n')[0]
+    reader = csv.reader(
+        io.StringIO(text, newline=''), strict=True, delimiter=max(between, key=first.count)
+    )
+    try:
+        rows = [
+            (reader.line_num, [c.strip() for c in r]) for r in reader if any(c.strip() for c in r)
+        ]
+    except csv.Error as e:
+        raise InputError(f'{path}, line {reader.line_num}: not a CSV table ({e})') from None
+    if not rows:
+        raise InputError(f'{path} is empty; its first line has to name the columns')
     return rows[0][1], rows[1:]
 
-def _check_header(path, header, needed, known=('slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'grade', 'mask')):
+
+def _check_header(
+    path,
+    header,
+    needed,
+    known=('slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'grade', 'mask'),
+):
     "Every needed column is there, once, and none is a known one misspelt, which would be left out without a word."
     other = next((d for d in (';', '\t', '|') if len(header) == 1 and d in header[0]), None)
-    if other: raise InputError(f'{path}: its columns are separated by {other!r}; separate them by commas')
-    if twice := [c for c, n in Counter(header).items() if n > 1]: raise InputError(f'{path}: the column {twice[0]!r} is there twice; remove one')
+    if other:
+        raise InputError(f'{path}: its columns are separated by {other!r}; separate them by commas')
+    if twice := [c for c, n in Counter(header).items() if n > 1]:
+        raise InputError(f'{path}: the column {twice[0]!r} is there twice; remove one')
     for c in known:
-        if c in header: continue
-        near = next((h for h in header if h not in known and difflib.get_close_matches(c, [h.lower().replace(' ', '_')], cutoff=.75)), None)
-        if near: raise InputError(f'{path} has no column {c!r} but {near!r}; rename it to that, or to something less like it')
-        if c in needed: raise InputError(f"{path} has no column {c!r}; its columns are {', '.join(header)}")
+        if c in header:
+            continue
+        near = next(
+            (
+                h
+                for h in header
+                if h not in known
+                and difflib.get_close_matches(c, [h.lower().replace(' ', '_')], cutoff=0.75)
+            ),
+            None,
+        )
+        if near:
+            raise InputError(
+                f'{path} has no column {c!r} but {near!r}; rename it to that, or to something less like it'
+            )
+        if c in needed:
+            raise InputError(f'{path} has no column {c!r}; its columns are {", ".join(header)}')
 
 # %% ../nbs/08_cohorts.ipynb #a4f2fb83
 def read_table(
@@ -71,44 +109,83 @@ def read_table(
     optional=(),  # columns that it may have; others are left alone
     way_out='give the path of an existing file',  # what to do where there is none
     between=',',  # what may stand between values
-) -> list:   # one dict a row, of text without blanks around it, with its `line`
+) -> list:  # one dict a row, of text without blanks around it, with its `line`
     "The rows of a table with a header; an `InputError` names the file, the line and what is wrong with it."
     header, rows = _table(path, way_out, between)
     _check_header(path, header, needed, (*needed, *optional))
     for n, r in rows:
-        if len(r) != len(header): raise InputError(f'{path}, line {n}: {len(r)} values for {len(header)} columns; decimals are written with a point')
+        if len(r) != len(header):
+            raise InputError(
+                f'{path}, line {n}: {len(r)} values for {len(header)} columns; decimals are written with a point'
+            )
     return [Row(zip(header, r)).at(n) for n, r in rows]
+
 
 class Row(dict):
     "A row of a table, with its `line`."
-    def at(self, line): self.line = line; return self
+
+    def at(self, line):
+        self.line = line
+        return self
+
 
 def finite_number(text, what):
-    try: x = float(text) if '_' not in text else math.nan     # python takes 1_0 for 10
-    except ValueError: x = math.nan
-    if not math.isfinite(x): raise ValueError(f'{what} {text!r} is no number')
+    try:
+        x = float(text) if '_' not in text else math.nan  # python takes 1_0 for 10
+    except ValueError:
+        x = math.nan
+    if not math.isfinite(x):
+        raise ValueError(f'{what} {text!r} is no number')
     return x
+
 
 def safe_id(s):
     "The id, if it can be part of a file name on any system."
-    if not s: raise ValueError('slide_id is empty')
-    if len(s.encode()) > 180: raise ValueError(f"slide_id '{s[:20]}...' has {len(s.encode())} bytes and cannot be part of a file name: use at most 180")
+    if not s:
+        raise ValueError('slide_id is empty')
+    if len(s.encode()) > 180:
+        raise ValueError(
+            f"slide_id '{s[:20]}...' has {len(s.encode())} bytes and cannot be part of a file name: use at most 180"
+        )
     if not re.fullmatch(r"[^\W][\w .+()=@,'-]*", s) or s.endswith(('.', ' ')):
-        raise ValueError(f"slide_id {s!r} cannot be a file name; use letters, digits, '_', '-' and '.'")
+        raise ValueError(
+            f"slide_id {s!r} cannot be a file name; use letters, digits, '_', '-' and '.'"
+        )
     return s
 
+
 def _existing(text, folder):
-    try: there = (p := folder/Path(text).expanduser()).exists()
-    except RuntimeError: raise ValueError(f'{text}: there is no such user') from None
-    except (OSError, ValueError) as e: raise ValueError(f'{text[:80]!r} cannot be a path ({getattr(e, "strerror", None) or e})') from None
-    if not there: raise ValueError(f'{p} does not exist')
+    try:
+        there = (p := folder / Path(text).expanduser()).exists()
+    except RuntimeError:
+        raise ValueError(f'{text}: there is no such user') from None
+    except (OSError, ValueError) as e:
+        raise ValueError(
+            f'{text[:80]!r} cannot be a path ({getattr(e, "strerror", None) or e})'
+        ) from None
+    if not there:
+        raise ValueError(f'{p} does not exist')
     return p
+
 
 def _find(slide_id, text, folder):
     "The slide's file: the one that `path` names, or the one in the folder (or its `slides`) named after the id."
-    if text: return _existing(text, folder)
-    ps = [p for d in (folder, folder/'slides') if d.is_dir() for p in sorted(d.iterdir()) if p.stem == slide_id and p.suffix.lower() in SUFFIXES and not p.name.startswith('.') and p.is_file()]
-    if len(ps) != 1: raise ValueError(f"slide {slide_id!r} has no path, and {len(ps) or 'no'} files in {folder} are named after it")
+    if text:
+        return _existing(text, folder)
+    ps = [
+        p
+        for d in (folder, folder / 'slides')
+        if d.is_dir()
+        for p in sorted(d.iterdir())
+        if p.stem == slide_id
+        and p.suffix.lower() in SUFFIXES
+        and not p.name.startswith('.')
+        and p.is_file()
+    ]
+    if len(ps) != 1:
+        raise ValueError(
+            f'slide {slide_id!r} has no path, and {len(ps) or "no"} files in {folder} are named after it'
+        )
     return ps[0]
 
 # %% ../nbs/08_cohorts.ipynb #3bcfab86
@@ -116,43 +193,70 @@ def _label(row, columns, labels):
     "The label of a row, a number or, of several columns, a tuple in which nan is what is unknown; None if nothing is known."
     found = [finite_number(row[c], c) if row.get(c) else None for c in columns]
     for c, v in zip(columns, found):
-        if labels is not None and v is not None and v not in labels: raise ValueError(f"{c} {row[c]!r} is none of {', '.join(f'{l:g}' for l in labels)}")
-    return None if all(v is None for v in found) else found[0] if len(columns) == 1 else tuple(math.nan if v is None else v for v in found)
+        if labels is not None and v is not None and v not in labels:
+            raise ValueError(f'{c} {row[c]!r} is none of {", ".join(f"{l:g}" for l in labels)}')
+    return (
+        None
+        if all(v is None for v in found)
+        else found[0]
+        if len(columns) == 1
+        else tuple(math.nan if v is None else v for v in found)
+    )
+
 
 def _case(row, folder, labels, columns, need_label=True, annotation=None):
     "The `Case` of one row, and a list of what is wrong with it."
     wrong, v = [], {}
+
     def get(key, f):
-        try: v[key] = f()
-        except ValueError as e: wrong.append(str(e))
+        try:
+            v[key] = f()
+        except ValueError as e:
+            wrong.append(str(e))
+
     s, split, spacing = (row.get(c, '') for c in ('slide_id', 'split', 'spacing'))
     get('slide_id', lambda: safe_id(s))
     get('label', lambda: _label(row, columns, labels))
-    if split and split not in SPLITS: wrong.append(f"split {split!r} is none of {', '.join(SPLITS)}")
-    if need_label and split in ('train', 'tuning') and v.get('label', 0) is None: wrong.append(f'slide {s!r} is in the split {split} but has no label')
+    if split and split not in SPLITS:
+        wrong.append(f'split {split!r} is none of {", ".join(SPLITS)}')
+    if need_label and split in ('train', 'tuning') and v.get('label', 0) is None:
+        wrong.append(f'slide {s!r} is in the split {split} but has no label')
     get('spacing', lambda: finite_number(spacing, 'spacing') if spacing else None)
-    if v.get('spacing') is not None and not 0 < v['spacing'] < 1000: wrong.append(f'spacing {spacing!r} is not a number of microns per pixel')
-    if 'slide_id' in v: get('path', lambda: _find(s, row.get('path', ''), folder))
+    if v.get('spacing') is not None and not 0 < v['spacing'] < 1000:
+        wrong.append(f'spacing {spacing!r} is not a number of microns per pixel')
+    if 'slide_id' in v:
+        get('path', lambda: _find(s, row.get('path', ''), folder))
     get('mask', lambda: _existing(row['mask'], folder) if row.get('mask') else None)
-    get('annotation', lambda: _existing(row[annotation], folder) if annotation and row[annotation] else None)
-    return None if wrong else Case(**v, patient_id=row.get('patient_id', ''), split=split, grade=row.get('grade', '')), wrong
+    get(
+        'annotation',
+        lambda: _existing(row[annotation], folder) if annotation and row[annotation] else None,
+    )
+    return None if wrong else Case(
+        **v, patient_id=row.get('patient_id', ''), split=split, grade=row.get('grade', '')
+    ), wrong
 
 # %% ../nbs/08_cohorts.ipynb #7e2b5c19
 def several(start, problems, most=8):
     "One sentence from many problems: the first few in full, the rest counted."
-    problems = list(problems); more = len(problems)-most
-    return f"{start}: {'; '.join(problems[:most])}" + (f'; and {more} more' if more > 0 else '')
+    problems = list(problems)
+    more = len(problems) - most
+    return f'{start}: {"; ".join(problems[:most])}' + (f'; and {more} more' if more > 0 else '')
+
 
 def _cohort_problems(cases, lines):
     "What is wrong between rows: ids or files given twice, patients in two splits."
     seen, files, where, wrong = {}, {}, {}, []
     for c, n in zip(cases, lines):
-        if (k := c.slide_id.casefold()) in seen: wrong.append((n, f'slide_id {c.slide_id!r} was given on line {seen[k]} already'))
+        if (k := c.slide_id.casefold()) in seen:
+            wrong.append((n, f'slide_id {c.slide_id!r} was given on line {seen[k]} already'))
         seen.setdefault(k, n)
-        if (m := files.setdefault(slide_key(c.path), n)) != n: wrong.append((n, f'{c.path} is the slide that was given on line {m} already'))
+        if (m := files.setdefault(slide_key(c.path), n)) != n:
+            wrong.append((n, f'{c.path} is the slide that was given on line {m} already'))
         s, m = where.setdefault(c.patient_id, (c.split, n)) if c.split else (c.split, n)
-        if s != c.split: wrong.append((n, f'patient {c.patient_id!r} is in {c.split} but on line {m} in {s}'))
+        if s != c.split:
+            wrong.append((n, f'patient {c.patient_id!r} is in {c.split} but on line {m} in {s}'))
     return wrong
+
 
 def read_manifest(
     # a CSV file with the columns slide_id, label and, where known, path, patient_id, split, spacing
@@ -164,139 +268,236 @@ def read_manifest(
     columns=('label',),
     # the column with masks of classes, where there is one; it may be empty in some rows
     annotation=None,
-) -> list:        # one `Case` a row, in the order of the file
+) -> list:  # one `Case` a row, in the order of the file
     "Read and check a manifest; an `InputError` tells all that is wrong with it, with line numbers."
     header, rows = _table(path)
-    known = [*columns, 'slide_id', 'path', 'patient_id', 'split', 'spacing', *['grade']['grade' in columns:], 'mask', *[annotation]*bool(annotation)]
-    if twice := [c for c, n in Counter(known).items() if n > 1]: raise InputError(f'{path}: {twice[0]!r} is named as a label and is something else, or is named twice; name the columns that hold a label, once each')
-    _check_header(path, header, ['slide_id', *columns*need_label, *[annotation]*bool(annotation)], known)
-    if not rows: raise InputError(f'{path} has a header but no rows; add one row a slide')
+    known = [
+        *columns,
+        'slide_id',
+        'path',
+        'patient_id',
+        'split',
+        'spacing',
+        *['grade']['grade' in columns :],
+        'mask',
+        *[annotation] * bool(annotation),
+    ]
+    if twice := [c for c, n in Counter(known).items() if n > 1]:
+        raise InputError(
+            f'{path}: {twice[0]!r} is named as a label and is something else, or is named twice; name the columns that hold a label, once each'
+        )
+    _check_header(
+        path, header, ['slide_id', *columns * need_label, *[annotation] * bool(annotation)], known
+    )
+    if not rows:
+        raise InputError(f'{path} has a header but no rows; add one row a slide')
     folder, cases, lines, wrong = Path(folder or Path(path).parent), [], [], []
     for n, r in rows:
-        if len(r) != len(header): wrong.append((n, f'{len(r)} values for {len(header)} columns')); continue
+        if len(r) != len(header):
+            wrong.append((n, f'{len(r)} values for {len(header)} columns'))
+            continue
         case, why = _case(dict(zip(header, r)), folder, labels, columns, need_label, annotation)
         wrong += [(n, w) for w in why]
-        if case: cases.append(case); lines.append(n)
-    wrong = sorted(wrong+_cohort_problems(cases, lines), key=lambda w: w[0])
-    if wrong: raise InputError(several(f"{path} has {len(wrong)} problem{'s'*(len(wrong) > 1)}", (f'line {n}: {w}' for n, w in wrong)))
-    if need_label: check_classes(cases, path)
+        if case:
+            cases.append(case)
+            lines.append(n)
+    wrong = sorted(wrong + _cohort_problems(cases, lines), key=lambda w: w[0])
+    if wrong:
+        raise InputError(
+            several(
+                f'{path} has {len(wrong)} problem{"s" * (len(wrong) > 1)}',
+                (f'line {n}: {w}' for n, w in wrong),
+            )
+        )
+    if need_label:
+        check_classes(cases, path)
     return cases
+
 
 def check_ids(cases):
     "Refuse cases of which two have one id, as what is made of them is stored under it."
     if twice := [i for i, n in Counter(c.slide_id.casefold() for c in cases).items() if n > 1]:
-        raise InputError(f"two slides have the id {twice[0]!r}: {' and '.join(str(c.path) for c in cases if c.slide_id.casefold() == twice[0])}; give each its own")
+        raise InputError(
+            f'two slides have the id {twice[0]!r}: {" and ".join(str(c.path) for c in cases if c.slide_id.casefold() == twice[0])}; give each its own'
+        )
+
 
 def check_files(cases):
     "Refuse cases of which two are one slide, as it could be in training and test."
     files = {}
     for c in cases:
-        if (d := files.setdefault(slide_key(c.path), c)) is not c: raise InputError(f'{c.slide_id!r} ({c.path}) is the same slide as {d.slide_id!r} ({d.path}): leave out one of them')
+        if (d := files.setdefault(slide_key(c.path), c)) is not c:
+            raise InputError(
+                f'{c.slide_id!r} ({c.path}) is the same slide as {d.slide_id!r} ({d.path}): leave out one of them'
+            )
 
-def _shown(label): return ' '.join(f'{v:g}' for v in label) if isinstance(label, tuple) else f'{label:g}' # text
+
+def _shown(label):
+    return ' '.join(f'{v:g}' for v in label) if isinstance(label, tuple) else f'{label:g}'  # text
+
 
 def check_classes(cases, where, split=None):
     "Refuse a cohort, or one split of it, without two classes to tell apart."
-    found = sorted({c.label for c in cases if c.label is not None and (split is None or c.split == split)})
+    found = sorted(
+        {c.label for c in cases if c.label is not None and (split is None or c.split == split)}
+    )
     name = f'{where}, split {split!r}' if split else f'{where}'
-    if not found: raise InputError(f'{name}: no case has a label; training and evaluation need cases of both classes')
-    if len(found) == 1: raise InputError(f'{name}: every label is {_shown(found[0])}; training and evaluation need cases of both classes')
+    if not found:
+        raise InputError(
+            f'{name}: no case has a label; training and evaluation need cases of both classes'
+        )
+    if len(found) == 1:
+        raise InputError(
+            f'{name}: every label is {_shown(found[0])}; training and evaluation need cases of both classes'
+        )
 
 # %% ../nbs/08_cohorts.ipynb #5fe64f3b
-def _blob(path, seed=0, size=(96, 64), spacing=4., radius=24, dark=False):
+def _blob(path, seed=0, size=(96, 64), spacing=4.0, radius=24, dark=False):
     "A small TIFF with a disc of stained tissue on white, for tests; `dark` slides have darker nuclei."
     rng, (h, w) = np.random.default_rng(seed), size
     y, x = np.mgrid[:h, :w]
-    disc = (y-h/2)**2+(x-w/2)**2 < radius**2
-    rgb = np.full((h, w, 3), 244.)+rng.normal(0, 1, (h, w, 3))
-    rgb[disc] = np.array([205, 140, 185])+rng.normal(0, 12, (disc.sum(), 3))
-    nuclei = disc & (rng.random((h, w)) < .15)
+    disc = (y - h / 2) ** 2 + (x - w / 2) ** 2 < radius**2
+    rgb = np.full((h, w, 3), 244.0) + rng.normal(0, 1, (h, w, 3))
+    rgb[disc] = np.array([205, 140, 185]) + rng.normal(0, 12, (disc.sum(), 3))
+    nuclei = disc & (rng.random((h, w)) < 0.15)
     rgb[nuclei] = [60, 30, 100] if dark else [150, 80, 150]
     im = pyvips.Image.new_from_array(rgb.clip(0, 255).astype(np.uint8)).copy(interpretation='srgb')
-    im.tiffsave(str(path), xres=1000/spacing, yres=1000/spacing, compression='deflate')
+    im.tiffsave(str(path), xres=1000 / spacing, yres=1000 / spacing, compression='deflate')
 
 # %% ../nbs/08_cohorts.ipynb #9416fd04
-def tiny_cohort(folder, n=12, size=(96, 64), spacing=4., splits=True):
+def tiny_cohort(folder, n=12, size=(96, 64), spacing=4.0, splits=True):
     "Write `n` small slides, half of them positive, and their manifest, for tests: a fraction of a second. Returns the manifest's path."
-    folder = Path(folder); (folder/'slides').mkdir(parents=True)
+    folder = Path(folder)
+    (folder / 'slides').mkdir(parents=True)
     lines = ['slide_id,label,path,patient_id,split']
     for i in range(n):
-        _blob(folder/f'slides/s{i:02}.tiff', seed=i, size=size, spacing=spacing, dark=i % 2)
-        split = SPLITS[(0, 0, 1, 2)[i//2 % 4]] if splits else ''
+        _blob(folder / f'slides/s{i:02}.tiff', seed=i, size=size, spacing=spacing, dark=i % 2)
+        split = SPLITS[(0, 0, 1, 2)[i // 2 % 4]] if splits else ''
         lines.append(f's{i:02},{i % 2},slides/s{i:02}.tiff,p{i:02},{split}')
-    (folder/'manifest.csv').write_text('\n'.join(lines)+'\n')
-    return folder/'manifest.csv'
+    (folder / 'manifest.csv').write_text('\n'.join(lines) + '\n')
+    return folder / 'manifest.csv'
 
 # %% ../nbs/08_cohorts.ipynb #de1ff272
 def apportion(n, fractions):
     "Shares of `n` by largest remainder; each part gets at least one where `n` allows it."
-    exact = np.array(fractions)/sum(fractions)*n
+    exact = np.array(fractions) / sum(fractions) * n
     got = np.floor(exact).astype(int)
-    for i in np.argsort(got-exact, kind='stable')[:n-got.sum()]: got[i] += 1
+    for i in np.argsort(got - exact, kind='stable')[: n - got.sum()]:
+        got[i] += 1
     for i in np.flatnonzero((got == 0) & (exact > 0)):
-        if got.max() > 1: got[got.argmax()] -= 1; got[i] += 1
+        if got.max() > 1:
+            got[got.argmax()] -= 1
+            got[i] += 1
     return got
+
 
 def _spread(n, fractions):
     "The numbers 0, 1, 2 of the parts, `n` in all, as evenly mixed as they can be."
     parts, given, order = apportion(n, fractions), np.zeros(3, int), []
-    for i in range(1, n+1):
-        k = int(np.argmax(np.where(given < parts, parts*i/n-given, -np.inf)))
-        given[k] += 1; order.append(k)
+    for i in range(1, n + 1):
+        k = int(np.argmax(np.where(given < parts, parts * i / n - given, -np.inf)))
+        given[k] += 1
+        order.append(k)
     return order
+
 
 def split_cohort(
     cases,  # `Case`s; splits they already have are replaced
-    fractions=(.7, .15, .15),  # of patients, for train, tuning and test
+    fractions=(0.7, 0.15, 0.15),  # of patients, for train, tuning and test
     seed=0,
     # what keeps its share in each split: 'label', or 'grade' too; a label of more than ten values,
     # as a measure is, is spread evenly; of several numbers all together count or, where that is
     # more than ten, the last one
     by='label',
-) -> list:                 # the same cases in the same order, `split` filled in
+) -> list:  # the same cases in the same order, `split` filled in
     "Split by patient, stratified on the label or the grade; a function of the ids, the labels and the seed."
-    if by not in ('label', 'grade'): raise InputError(f"cases can be balanced by 'label' or by 'grade', not by {by!r}")
-    try: shares = [float(f) for f in fractions]
-    except (TypeError, ValueError): shares = []
-    if len(shares) != 3 or not all(math.isfinite(f) and f >= 0 for f in shares) or not shares[0]: raise InputError(f'fractions {fractions}: give three for train, tuning and test, the first above 0')
-    highest, split = {}, {} # of each patient, by its slide of the highest label
-    known = [tuple(-1. if math.isnan(v) else v for v in np.atleast_1d(c.label)) for c in cases if c.label is not None]
-    if len(set(known)) > 10: known = [l[-1:] for l in known]
-    for c, l in zip([c for c in cases if c.label is not None], known): highest[c.patient_id] = max(highest.get(c.patient_id, ((), '')), (l, c.grade if by == 'grade' else ''))
-    if not highest: raise InputError('no case has a label, so there is nothing to split')
+    if by not in ('label', 'grade'):
+        raise InputError(f"cases can be balanced by 'label' or by 'grade', not by {by!r}")
+    try:
+        shares = [float(f) for f in fractions]
+    except (TypeError, ValueError):
+        shares = []
+    if len(shares) != 3 or not all(math.isfinite(f) and f >= 0 for f in shares) or not shares[0]:
+        raise InputError(
+            f'fractions {fractions}: give three for train, tuning and test, the first above 0'
+        )
+    highest, split = {}, {}  # of each patient, by its slide of the highest label
+    known = [
+        tuple(-1.0 if math.isnan(v) else v for v in np.atleast_1d(c.label))
+        for c in cases
+        if c.label is not None
+    ]
+    if len(set(known)) > 10:
+        known = [l[-1:] for l in known]
+    for c, l in zip([c for c in cases if c.label is not None], known):
+        highest[c.patient_id] = max(
+            highest.get(c.patient_id, ((), '')), (l, c.grade if by == 'grade' else '')
+        )
+    if not highest:
+        raise InputError('no case has a label, so there is nothing to split')
     labels = sorted({l for l, _ in highest.values()})
-    for stratum in [[l] for l in labels] if len(labels) <= 10 and 2*len(labels) <= len(highest) else [labels]:
+    for stratum in (
+        [[l] for l in labels] if len(labels) <= 10 and 2 * len(labels) <= len(highest) else [labels]
+    ):
         rng = keyed_rng(seed, _shown(stratum[0]))
         ids = sorted(p for p, (l, _) in highest.items() if l in stratum)
-        order = sorted(rng.permutation(len(ids)), key=lambda i: highest[ids[i]]) # by grade, and within a grade by chance
+        order = sorted(
+            rng.permutation(len(ids)), key=lambda i: highest[ids[i]]
+        )  # by grade, and within a grade by chance
         split.update((ids[i], SPLITS[k]) for i, k in zip(order, _spread(len(ids), shares)))
     return [replace(c, split=split[c.patient_id] if c.label is not None else '') for c in cases]
 
-def leaks(cases): # list of sentences
+
+def leaks(cases):  # list of sentences
     "Patients that are in two splits, as slides of one patient in training and test would be a test of memory."
     where = {}
     for c in cases:
-        if c.split: where.setdefault(c.patient_id, {}).setdefault(c.split, c.slide_id)
-    return [f"patient {p!r} is in {' and in '.join(f'{s} ({i})' for s, i in splits.items())}" for p, splits in where.items() if len(splits) > 1]
+        if c.split:
+            where.setdefault(c.patient_id, {}).setdefault(c.split, c.slide_id)
+    return [
+        f'patient {p!r} is in {" and in ".join(f"{s} ({i})" for s, i in splits.items())}'
+        for p, splits in where.items()
+        if len(splits) > 1
+    ]
 
 # %% ../nbs/08_cohorts.ipynb #6bbc8040
-def resolve_splits(cases, fractions=(.7, .15, .15), seed=0, where='the manifest'):
+def resolve_splits(cases, fractions=(0.7, 0.15, 0.15), seed=0, where='the manifest'):
     "The splits that the manifest gives or, where it gives none, `split_cohort`'s; where it gives no tuning cases they are taken from train, with a warning. Train and tuning are never empty and train has both classes."
-    if wrong := [c for c in cases if c.split and c.split not in SPLITS]: raise InputError(f"{where}: split {wrong[0].split!r} of {wrong[0].slide_id!r} is none of {', '.join(SPLITS)}")
-    if not fractions[1] and not any(c.split == 'tuning' for c in cases): raise InputError(f'{where}: fractions {fractions} leave nothing for tuning, by which the epoch is chosen; give it a share')
+    if wrong := [c for c in cases if c.split and c.split not in SPLITS]:
+        raise InputError(
+            f'{where}: split {wrong[0].split!r} of {wrong[0].slide_id!r} is none of {", ".join(SPLITS)}'
+        )
+    if not fractions[1] and not any(c.split == 'tuning' for c in cases):
+        raise InputError(
+            f'{where}: fractions {fractions} leave nothing for tuning, by which the epoch is chosen; give it a share'
+        )
     labelled = [c for c in cases if c.label is not None]
     given = [c for c in labelled if c.split]
-    if not given: cases = split_cohort(cases, fractions, seed)
+    if not given:
+        cases = split_cohort(cases, fractions, seed)
     elif len(given) < len(labelled):
         missing = [c.slide_id for c in labelled if not c.split]
-        raise InputError(f'{where}: {len(missing)} labelled cases have no split ({missing[0]!r} is the first); give one to all or to none')
+        raise InputError(
+            f'{where}: {len(missing)} labelled cases have no split ({missing[0]!r} is the first); give one to all or to none'
+        )
     elif not any(c.split == 'tuning' for c in cases) and any(c.split == 'train' for c in cases):
-        parts = {c.slide_id: c.split for c in split_cohort([c for c in cases if c.split == 'train'], (*fractions[:2], 0), seed)}
+        parts = {
+            c.slide_id: c.split
+            for c in split_cohort(
+                [c for c in cases if c.split == 'train'], (*fractions[:2], 0), seed
+            )
+        }
         cases = [replace(c, split=parts.get(c.slide_id, c.split)) for c in cases]
-        warnings.warn(f"{where} has no split 'tuning': {sum(s == 'tuning' for s in parts.values())} of the {len(parts)} slides of train are taken for it")
+        warnings.warn(
+            f"{where} has no split 'tuning': {sum(s == 'tuning' for s in parts.values())} of the {len(parts)} slides of train are taken for it"
+        )
     for s in ('train', 'tuning'):
-        if not any(c.split == s for c in cases): raise InputError(f'{where}: no case is in the split {s!r}; training needs train and tuning, or no splits at all')
-    if leak := leaks(cases): raise InputError(several(f'{where}: {len(leak)} patients are in more than one split', leak))
+        if not any(c.split == s for c in cases):
+            raise InputError(
+                f'{where}: no case is in the split {s!r}; training needs train and tuning, or no splits at all'
+            )
+    if leak := leaks(cases):
+        raise InputError(several(f'{where}: {len(leak)} patients are in more than one split', leak))
     check_classes(cases, where, 'train')
     return cases
 
@@ -308,24 +509,37 @@ def subset(
     n: int,  # slides to keep of the split
     seed: int = 0,
     split='train',  # the split that is thinned; others stay whole
-    negative: float = .5,  # share of label 0
-) -> list: # in the order of the cases
+    negative: float = 0.5,  # share of label 0
+) -> list:  # in the order of the cases
     "The cases with only `n` slides in a split: a share of negatives, and positives spread equally over grades as far as each has slides."
     pool = [c for c in cases if c.split == split and c.label is not None]
-    try: n = operator.index(n)
-    except TypeError: raise InputError(f'a subset of {n!r} slides cannot be drawn: give a whole number') from None
-    if not 0 < n <= len(pool): raise InputError(f'a subset of {n} slides cannot be drawn from the {len(pool)} labelled ones of the split {split!r}')
-    if not (isinstance(negative, numbers.Real) and 0 <= negative <= 1): raise InputError(f'negative {negative!r} must be a share, from 0 to 1')
+    try:
+        n = operator.index(n)
+    except TypeError:
+        raise InputError(f'a subset of {n!r} slides cannot be drawn: give a whole number') from None
+    if not 0 < n <= len(pool):
+        raise InputError(
+            f'a subset of {n} slides cannot be drawn from the {len(pool)} labelled ones of the split {split!r}'
+        )
+    if not (isinstance(negative, numbers.Real) and 0 <= negative <= 1):
+        raise InputError(f'negative {negative!r} must be a share, from 0 to 1')
     rank = lambda c: keyed_rng(seed, c.slide_id).random()
     groups = {}
-    for c in sorted(pool, key=rank): groups.setdefault('' if c.label == 0 else 'positive '+c.grade, []).append(c)
-    of, zero = lambda k: len(groups.get(k, ())), round(n*negative)
-    wanted = {'': zero, 'positive': n-zero}
+    for c in sorted(pool, key=rank):
+        groups.setdefault('' if c.label == 0 else 'positive ' + c.grade, []).append(c)
+    of, zero = lambda k: len(groups.get(k, ())), round(n * negative)
+    wanted = {'': zero, 'positive': n - zero}
     positives = sorted(k for k in groups if k)
-    if of('') < zero or sum(map(of, positives)) < n-zero: raise InputError(f"a subset of {n} slides with {zero} negatives cannot be drawn: the split {split!r} has {of('')} negatives and {sum(map(of, positives))} positives")
+    if of('') < zero or sum(map(of, positives)) < n - zero:
+        raise InputError(
+            f'a subset of {n} slides with {zero} negatives cannot be drawn: the split {split!r} has {of("")} negatives and {sum(map(of, positives))} positives'
+        )
     take = dict.fromkeys(positives, 0)
-    for _ in range(n-zero): take[min((k for k in positives if take[k] < of(k)), key=lambda k: take[k])] += 1
-    kept = {c.slide_id for c in groups.get('', [])[:zero]} | {c.slide_id for k in positives for c in groups[k][:take[k]]}
+    for _ in range(n - zero):
+        take[min((k for k in positives if take[k] < of(k)), key=lambda k: take[k])] += 1
+    kept = {c.slide_id for c in groups.get('', [])[:zero]} | {
+        c.slide_id for k in positives for c in groups[k][: take[k]]
+    }
     return [c for c in cases if c.split != split or c.slide_id in kept]
 
 # %% ../nbs/08_cohorts.ipynb #c0000014
@@ -334,18 +548,27 @@ def _files(folder, suffixes=('.tif', '.tiff')):
     found = {}
     for p in sorted(folder.rglob('*')):
         if p.suffix.lower() in suffixes and p.is_file() and not p.name.startswith('.'):
-            if p.stem in found: raise InputError(f'{folder} has two files named {p.stem}: {found[p.stem]} and {p}')
+            if p.stem in found:
+                raise InputError(f'{folder} has two files named {p.stem}: {found[p.stem]} and {p}')
             found[p.stem] = p
     return found
 
+
 def _complete(where, wanted, files):
-    if missing := [i for i in wanted if i not in files]: raise InputError(f'{where}: {len(missing)} of {len(wanted)} slides have no file, {missing[0]!r} is the first; download the rest, or pass missing=True to leave them out')
+    if missing := [i for i in wanted if i not in files]:
+        raise InputError(
+            f'{where}: {len(missing)} of {len(wanted)} slides have no file, {missing[0]!r} is the first; download the rest, or pass missing=True to leave them out'
+        )
+
 
 def _gleason(score):
     "(primary, secondary) pattern of a text such as '4+3'; 0 for none."
-    if score in ('negative', '0+0'): return 0, 0
-    if not re.fullmatch(r'[345]\+[345]', score): raise ValueError(f"gleason_score {score!r} is none like '4+3', '0+0' or 'negative'")
+    if score in ('negative', '0+0'):
+        return 0, 0
+    if not re.fullmatch(r'[345]\+[345]', score):
+        raise ValueError(f"gleason_score {score!r} is none like '4+3', '0+0' or 'negative'")
     return int(score[0]), int(score[2])
+
 
 def read_panda(
     folder,  # with train.csv, train_images and, where there, train_label_masks
@@ -354,64 +577,138 @@ def read_panda(
     label='binary',
     providers=('radboud', 'karolinska'),  # whose slides
     missing=False,  # leave out slides that have no file, instead of refusing
-) -> list: # of `Case`; `grade` is the primary pattern
+) -> list:  # of `Case`; `grade` is the primary pattern
     "The PANDA challenge's training set."
     folder, kinds = Path(folder), ('binary', 'isup', 'primary', 'secondary')
-    if label not in kinds: raise InputError(f"label {label!r} is none of {', '.join(kinds)}")
+    if label not in kinds:
+        raise InputError(f'label {label!r} is none of {", ".join(kinds)}')
     providers = (providers,) if isinstance(providers, str) else tuple(providers)
-    if not providers or (wrong := set(providers)-{'radboud', 'karolinska'}): raise InputError(f"providers {providers!r}: give 'radboud', 'karolinska' or both")
-    rows = read_table(folder/'train.csv', ['image_id', 'data_provider', 'isup_grade', 'gleason_score'], way_out="give PANDA's folder")
-    images, masks = (_files(folder/d) for d in ('train_images', 'train_label_masks'))
+    if not providers or (wrong := set(providers) - {'radboud', 'karolinska'}):
+        raise InputError(f"providers {providers!r}: give 'radboud', 'karolinska' or both")
+    rows = read_table(
+        folder / 'train.csv',
+        ['image_id', 'data_provider', 'isup_grade', 'gleason_score'],
+        way_out="give PANDA's folder",
+    )
+    images, masks = (_files(folder / d) for d in ('train_images', 'train_label_masks'))
     cases, seen = [], {}
     for r in rows:
         try:
-            if r['data_provider'] not in ('radboud', 'karolinska'): raise ValueError(f"data_provider {r['data_provider']!r} is neither radboud nor karolinska")
-            isup, name, (primary, secondary) = finite_number(r['isup_grade'], 'isup_grade'), safe_id(r['image_id']), _gleason(r['gleason_score'])
-            if isup not in range(6): raise ValueError(f"isup_grade {r['isup_grade']!r} is none of 0 to 5")
-            if (isup > 0) != (primary > 0): raise ValueError(f"isup_grade {r['isup_grade']} and gleason_score {r['gleason_score']!r} contradict each other")
-            if seen.setdefault(name.casefold(), r.line) != r.line: raise ValueError(f'image_id {name!r} was given on line {seen[name.casefold()]} already')
-        except ValueError as e: raise InputError(f"{folder/'train.csv'}, line {r.line}: {e}") from None
-        if r['data_provider'] in providers: cases.append((name, float(dict(binary=isup > 0, isup=isup, primary=primary, secondary=secondary)[label]), str(primary or '')))
-    if not cases: raise InputError(f"{folder/'train.csv'} has no slides of {' or '.join(providers)}")
-    if not missing: _complete(folder, [i for i, *_ in cases], images)
-    return [Case(i, l, images[i], i, grade=g, mask=masks.get(f'{i}_mask')) for i, l, g in cases if i in images]
+            if r['data_provider'] not in ('radboud', 'karolinska'):
+                raise ValueError(
+                    f'data_provider {r["data_provider"]!r} is neither radboud nor karolinska'
+                )
+            isup, name, (primary, secondary) = (
+                finite_number(r['isup_grade'], 'isup_grade'),
+                safe_id(r['image_id']),
+                _gleason(r['gleason_score']),
+            )
+            if isup not in range(6):
+                raise ValueError(f'isup_grade {r["isup_grade"]!r} is none of 0 to 5')
+            if (isup > 0) != (primary > 0):
+                raise ValueError(
+                    f'isup_grade {r["isup_grade"]} and gleason_score {r["gleason_score"]!r} contradict each other'
+                )
+            if seen.setdefault(name.casefold(), r.line) != r.line:
+                raise ValueError(
+                    f'image_id {name!r} was given on line {seen[name.casefold()]} already'
+                )
+        except ValueError as e:
+            raise InputError(f'{folder / "train.csv"}, line {r.line}: {e}') from None
+        if r['data_provider'] in providers:
+            cases.append(
+                (
+                    name,
+                    float(
+                        dict(binary=isup > 0, isup=isup, primary=primary, secondary=secondary)[
+                            label
+                        ]
+                    ),
+                    str(primary or ''),
+                )
+            )
+    if not cases:
+        raise InputError(f'{folder / "train.csv"} has no slides of {" or ".join(providers)}')
+    if not missing:
+        _complete(folder, [i for i, *_ in cases], images)
+    return [
+        Case(i, l, images[i], i, grade=g, mask=masks.get(f'{i}_mask'))
+        for i, l, g in cases
+        if i in images
+    ]
+
 
 def read_camelyon16(
     # with training/normal, training/tumor, testing/images and testing/reference.csv, as they were
     # published
     folder,
     missing=False,  # leave out test slides that have no file, instead of refusing
-) -> list: # of `Case`, label 1: metastasis; split 'train' or 'test'
+) -> list:  # of `Case`, label 1: metastasis; split 'train' or 'test'
     "CAMELYON16 with its own test set; `resolve_splits` takes tuning cases from its training set."
     folder = Path(folder)
-    cases = [Case(i, float(kind == 'tumor'), p, i, 'train') for kind in ('normal', 'tumor') for i, p in _files(folder/'training'/kind).items() if not i.endswith('_mask')]
-    if not cases: raise InputError(f"{folder} has no slides in training/normal and training/tumor: give CAMELYON16's folder")
-    images, table, named = _files(folder/'testing/images'), folder/'testing/reference.csv', {}
+    cases = [
+        Case(i, float(kind == 'tumor'), p, i, 'train')
+        for kind in ('normal', 'tumor')
+        for i, p in _files(folder / 'training' / kind).items()
+        if not i.endswith('_mask')
+    ]
+    if not cases:
+        raise InputError(
+            f"{folder} has no slides in training/normal and training/tumor: give CAMELYON16's folder"
+        )
+    images, table, named = _files(folder / 'testing/images'), folder / 'testing/reference.csv', {}
     if table.exists():
         header, rows = _table(table)
-        for n, r in [(1, header), *rows]:     # the published file has no header
+        for n, r in [(1, header), *rows]:  # the published file has no header
             name, kind = re.sub(r'\.tif$', '', r[0], flags=re.I), r[1].lower() if len(r) > 1 else ''
-            if n == 1 and kind not in ('tumor', 'normal') and name not in images and not re.fullmatch(r'test_\d+', name.lower()): continue
-            if kind not in ('tumor', 'normal'): raise InputError(f'{table}, line {n}: the slide is neither Tumor nor Normal')
-            if name in named: raise InputError(f'{table}, line {n}: {name!r} was given before')
+            if (
+                n == 1
+                and kind not in ('tumor', 'normal')
+                and name not in images
+                and not re.fullmatch(r'test_\d+', name.lower())
+            ):
+                continue
+            if kind not in ('tumor', 'normal'):
+                raise InputError(f'{table}, line {n}: the slide is neither Tumor nor Normal')
+            if name in named:
+                raise InputError(f'{table}, line {n}: {name!r} was given before')
             named[name] = float(kind == 'tumor')
-        if not missing: _complete(folder/'testing/images', list(named), images)
+        if not missing:
+            _complete(folder / 'testing/images', list(named), images)
         cases += [Case(i, l, images[i], i, 'test') for i, l in named.items() if i in images]
-    if without := [i for i in images if i not in named]: warnings.warn(f"{folder/'testing/images'}: {len(without)} of {len(images)} slides are left out, as testing/reference.csv {'does not name them' if named else 'is not there'}; {without[0]!r} is the first")
+    if without := [i for i in images if i not in named]:
+        warnings.warn(
+            f'{folder / "testing/images"}: {len(without)} of {len(images)} slides are left out, as testing/reference.csv {"does not name them" if named else "is not there"}; {without[0]!r} is the first'
+        )
     check_ids(cases)
     return cases
+
 
 def read_camelyon17(
     folder,  # with stage_labels.csv and, somewhere below, the slides patient_NNN_node_M.tif
     missing=False,  # leave out slides that have no file, instead of refusing
-) -> list: # of `Case`, label 1: metastasis; `grade` is the kind: itc, micro or macro
+) -> list:  # of `Case`, label 1: metastasis; `grade` is the kind: itc, micro or macro
     "CAMELYON17's lymph nodes."
     folder, cases = Path(folder), []
-    rows, files = read_table(folder/'stage_labels.csv', ['patient', 'stage'], way_out="give CAMELYON17's folder"), _files(folder)
+    rows, files = (
+        read_table(
+            folder / 'stage_labels.csv', ['patient', 'stage'], way_out="give CAMELYON17's folder"
+        ),
+        _files(folder),
+    )
     for r in rows:
-        if r['patient'].endswith('.zip'): continue        # the patient's own stage
-        if r['stage'] not in ('negative', 'itc', 'micro', 'macro'): raise InputError(f"{folder/'stage_labels.csv'}, line {r.line}: stage {r['stage']!r} is none of negative, itc, micro, macro")
+        if r['patient'].endswith('.zip'):
+            continue  # the patient's own stage
+        if r['stage'] not in ('negative', 'itc', 'micro', 'macro'):
+            raise InputError(
+                f'{folder / "stage_labels.csv"}, line {r.line}: stage {r["stage"]!r} is none of negative, itc, micro, macro'
+            )
         i = r['patient'].removesuffix('.tif')
         cases.append((i, r['stage'], i.split('_node_')[0]))
-    if not missing: _complete(folder, [i for i, *_ in cases], files)
-    return [Case(i, float(s != 'negative'), files[i], p, grade='' if s == 'negative' else s) for i, s, p in cases if i in files]
+    if not missing:
+        _complete(folder, [i for i, *_ in cases], files)
+    return [
+        Case(i, float(s != 'negative'), files[i], p, grade='' if s == 'negative' else s)
+        for i, s, p in cases
+        if i in files
+    ]

@@ -19,192 +19,513 @@ from .errors import InputError
 from .files import write_csv, write_whole
 from .cohorts import read_manifest, read_table, resolve_splits, several
 from .checkpoints import DONE, RUN, SYSTEM, absolute, uninterrupted
-from .auc import DeLong, Interval, accuracy_test, auc_interval, delong_test, difference_shown, paired_bootstrap, percent, permutation_test
+from streaming_pathology.auc import (
+    DeLong,
+    Interval,
+    accuracy_test,
+    auc_interval,
+    delong_test,
+    difference_shown,
+    paired_bootstrap,
+    percent,
+    permutation_test,
+)
 from .evaluation import Prediction, operating_point, plot_roc, read_predictions
 from .pages import ACCENT, SECOND, figure_uri, html_page, table
 from .review import errors_of, numbered, read_categories
 from .report import category_tables
-from .cli import build_model, check_settings, command, counted, environment, kept_encoder, label_names, mil_cohort, parsed, settings_of, train_cohort
+from streaming_pathology.cli import (
+    build_model,
+    check_settings,
+    command,
+    counted,
+    environment,
+    kept_encoder,
+    label_names,
+    mil_cohort,
+    parsed,
+    settings_of,
+    train_cohort,
+)
 
 # %% ../nbs/16_compare.ipynb #cmp00006
 @dataclass
 class Side:
     "One of the two: its name, its predictions, and what its run folder says."
+
     name: str
-    table: Path                  # of predictions
-    rows: dict = field(default_factory=dict)   # `Prediction` by slide
+    table: Path  # of predictions
+    rows: dict = field(default_factory=dict)  # `Prediction` by slide
     # split of each slide and of each patient of its cohort
     splits: dict = field(default_factory=dict)
-    patients: dict = field(default_factory=dict) # by slide
+    patients: dict = field(default_factory=dict)  # by slide
 
     def read(self):
         "What is there."
         folder = self.table.parent
         _binary(_settings(folder), folder)
         self.rows = {p.slide_id: p for p in read_predictions(self.table)}
-        if (folder/RUN.mark).exists() and (folder/'cohort.csv').exists():
-            for r in read_table(folder/'cohort.csv', ('slide_id', 'split'), ('patient_id',)): self.know(r['slide_id'], r.get('patient_id'), r['split'])
+        if (folder / RUN.mark).exists() and (folder / 'cohort.csv').exists():
+            for r in read_table(folder / 'cohort.csv', ('slide_id', 'split'), ('patient_id',)):
+                self.know(r['slide_id'], r.get('patient_id'), r['split'])
         return self
 
     def plan(self, args, settings):
         "What there will be, but for its probabilities, of a run that is to be made with some arguments."
         _binary(args, settings)
-        for c in resolve_splits(read_manifest(args['manifest'], labels=(0, 1), columns=label_names(args), annotation=args.get('annotation')), seed=args['seed'], where=args['manifest']):
-            self.rows[c.slide_id] = Prediction(c.slide_id, c.label, c.split, math.nan); self.know(c.slide_id, c.patient_id, c.split)
+        for c in resolve_splits(
+            read_manifest(
+                args['manifest'],
+                labels=(0, 1),
+                columns=label_names(args),
+                annotation=args.get('annotation'),
+            ),
+            seed=args['seed'],
+            where=args['manifest'],
+        ):
+            self.rows[c.slide_id] = Prediction(c.slide_id, c.label, c.split, math.nan)
+            self.know(c.slide_id, c.patient_id, c.split)
         return self
 
     def know(self, slide, patient, split):
         self.patients[slide] = patient or slide
-        for key in (('slide', slide), ('patient', self.patients[slide])): self.splits.setdefault(key, set()).add(split)
+        for key in (('slide', slide), ('patient', self.patients[slide])):
+            self.splits.setdefault(key, set()).add(split)
 
-    def learnt(self, units): # {unit: a slide or a patient of it}
+    def learnt(self, units):  # {unit: a slide or a patient of it}
         "What this side has learnt from, or was chosen by."
-        return {units[key]: f'{key[0]} {key[1]!r}' for key, splits in self.splits.items() if {'train', 'tuning'} & splits}
+        return {
+            units[key]: f'{key[0]} {key[1]!r}'
+            for key, splits in self.splits.items()
+            if {'train', 'tuning'} & splits
+        }
+
 
 def _binary(settings, where):
-    if settings.get('task', 'binary') != 'binary': raise InputError(f"{where} is a run of the task {settings['task']}: what is compared here is the AUC of two classes")
+    if settings.get('task', 'binary') != 'binary':
+        raise InputError(
+            f'{where} is a run of the task {settings["task"]}: what is compared here is the AUC of two classes'
+        )
+
 
 def _settings(folder):
-    path = folder/'settings.toml'
-    return _toml(path) if (folder/RUN.mark).exists() and path.exists() else {}
+    path = folder / 'settings.toml'
+    return _toml(path) if (folder / RUN.mark).exists() and path.exists() else {}
+
 
 def _toml(path):
-    try: return tomllib.loads(path.read_text())
-    except (OSError, ValueError) as e: raise InputError(f'{path} cannot be read: {e}') from None
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(f'{path} cannot be read: {e}') from None
+
 
 TRAIN = dict(sp_train=train_cohort, sp_mil=mil_cohort)
 
-def find_side(given, out, name): # the table of predictions; folder and settings of the run that has to be made first, or None
+
+def find_side(
+    given, out, name
+):  # the table of predictions; folder and settings of the run that has to be made first, or None
     "What somebody has named: a run folder, the settings of one, or a table."
     path = absolute(given)
-    if path.suffix == '.toml' and (path.parent/RUN.mark).exists(): path = path.parent
-    if not path.exists(): raise InputError(f'{given}: there is no such run folder, settings.toml or table of predictions')
+    if path.suffix == '.toml' and (path.parent / RUN.mark).exists():
+        path = path.parent
+    if not path.exists():
+        raise InputError(
+            f'{given}: there is no such run folder, settings.toml or table of predictions'
+        )
     if path.is_dir():
-        if not (path/RUN.mark).exists(): raise InputError(f'{given} is no run folder; give one that sp_train or sp_mil wrote, its settings.toml, or a predictions.csv')
-        return path/'predictions.csv', None if (path/DONE).exists() else (path, path/'settings.toml')
-    if path.suffix == '.toml': return out/name/'predictions.csv', (out/name, path)
-    if path.suffix != '.csv': raise InputError(f'{given} is neither a run folder, nor a settings.toml, nor a table of predictions (.csv)')
+        if not (path / RUN.mark).exists():
+            raise InputError(
+                f'{given} is no run folder; give one that sp_train or sp_mil wrote, its settings.toml, or a predictions.csv'
+            )
+        return path / 'predictions.csv', None if (path / DONE).exists() else (
+            path,
+            path / 'settings.toml',
+        )
+    if path.suffix == '.toml':
+        return out / name / 'predictions.csv', (out / name, path)
+    if path.suffix != '.csv':
+        raise InputError(
+            f'{given} is neither a run folder, nor a settings.toml, nor a table of predictions (.csv)'
+        )
     return path, None
 
-def _asked(path): # what a former comparison was of
-    try: said = json.loads(path.read_text()); return {k: said[k] for k in ('tables', 'split')}
-    except (OSError, ValueError, KeyError, TypeError): raise InputError(f'{path} is no comparison, or is damaged; delete it, or give the name of another folder') from None
+
+def _asked(path):  # what a former comparison was of
+    try:
+        said = json.loads(path.read_text())
+        return {k: said[k] for k in ('tables', 'split')}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f'{path} is no comparison, or is damaged; delete it, or give the name of another folder'
+        ) from None
+
 
 def _name(given):
     path = absolute(given)
-    return path.parent.name if path.name in ('settings.toml', 'predictions.csv') else path.stem if path.suffix in ('.toml', '.csv') else path.name
+    return (
+        path.parent.name
+        if path.name in ('settings.toml', 'predictions.csv')
+        else path.stem
+        if path.suffix in ('.toml', '.csv')
+        else path.name
+    )
 
-def run_of(folder, settings): # command, its arguments
+
+def run_of(folder, settings):  # command, its arguments
     "How a run is made, or gone on with."
     kind = _toml(settings).get('command')
-    if kind not in TRAIN: raise InputError(f"{settings} is of {kind or 'no command'}; its first line has to say command = \"sp_train\" or \"sp_mil\"")
+    if kind not in TRAIN:
+        raise InputError(
+            f'{settings} is of {kind or "no command"}; its first line has to say command = "sp_train" or "sp_mil"'
+        )
     return kind, parsed(TRAIN[kind], kind, [str(settings), str(folder), '--resume'])
 
 # %% ../nbs/16_compare.ipynb #cmp00008
 @dataclass
 class Comparison:
     "Two sides on the same slides; `difference` is always the first less the second."
+
     names: tuple
     split: str
-    slides: list      # ids
+    slides: list  # ids
     labels: list
-    scores: tuple     # of both sides, a list each
+    scores: tuple  # of both sides, a list each
     patients: list | None
     intervals: tuple  # `Interval` of each AUC
     test: DeLong
     paired: Interval  # of the difference
-    p: float          # by permutation
+    p: float  # by permutation
     # at thresholds chosen on each side's own tuning slides, and of how many slides one side alone
     # is right
     accuracy: dict | None
 
     @property
-    def shown(self): # a sentence
+    def shown(self):  # a sentence
         return difference_shown(self.names, self.paired)
 
     def __str__(self):
-        a, b = self.names; w = max(map(len, (a, b, 'difference')))
-        lines = [f'{n:{w}}  AUC {v:.3f} ({percent(i.level)} interval {i})' for n, v, i in zip(self.names, (self.test.a, self.test.b), self.intervals)]
-        return '\n'.join([*lines, f"{'difference':{w}}  {self.test.difference:+.3f} ({percent(self.paired.level)} interval {self.paired.low:+.3f} to {self.paired.high:+.3f}), p {self.test.p:.3g} (DeLong), {self.p:.3g} (permutation); {counted(len(self.slides), 'slide')} of the split {self.split}, {int(sum(self.labels))} positive", self.shown])
+        a, b = self.names
+        w = max(map(len, (a, b, 'difference')))
+        lines = [
+            f'{n:{w}}  AUC {v:.3f} ({percent(i.level)} interval {i})'
+            for n, v, i in zip(self.names, (self.test.a, self.test.b), self.intervals)
+        ]
+        return '\n'.join(
+            [
+                *lines,
+                f'{"difference":{w}}  {self.test.difference:+.3f} ({percent(self.paired.level)} interval {self.paired.low:+.3f} to {self.paired.high:+.3f}), p {self.test.p:.3g} (DeLong), {self.p:.3g} (permutation); {counted(len(self.slides), "slide")} of the split {self.split}, {int(sum(self.labels))} positive',
+                self.shown,
+            ]
+        )
 
-def same_patient(*sides): # {('slide' or 'patient', name): a number}
+
+def same_patient(*sides):  # {('slide' or 'patient', name): a number}
     "Slides of one patient by the cohort of any side, as one unit; also where only all of them together say so."
     pairs = [(('slide', s), ('patient', p)) for side in sides for s, p in side.patients.items()]
-    names = list(dict.fromkeys([k for pair in pairs for k in pair]+[('slide', s) for side in sides for s in side.rows]+[k for side in sides for k in side.splits]))
+    names = list(
+        dict.fromkeys(
+            [k for pair in pairs for k in pair]
+            + [('slide', s) for side in sides for s in side.rows]
+            + [k for side in sides for k in side.splits]
+        )
+    )
     i = {k: n for n, k in enumerate(names)}
     rows, columns = np.array([[i[k] for k in pair] for pair in pairs], int).reshape(-1, 2).T
-    return dict(zip(names, connected_components(sparse.coo_array((np.ones(len(pairs)), (rows, columns)), (len(names),)*2), directed=False)[1].tolist()))
+    return dict(
+        zip(
+            names,
+            connected_components(
+                sparse.coo_array((np.ones(len(pairs)), (rows, columns)), (len(names),) * 2),
+                directed=False,
+            )[1].tolist(),
+        )
+    )
 
-def in_common(a, b, split='test', shared=False): # slide ids, patient of each
+
+def in_common(a, b, split='test', shared=False):  # slide ids, patient of each
     "The labelled slides of a split that two `Side`s are compared on; refuses what cannot be."
-    mine, theirs = ({k: p for k, p in s.rows.items() if p.split == split and p.label is not None} for s in (a, b))
+    mine, theirs = (
+        {k: p for k, p in s.rows.items() if p.split == split and p.label is not None}
+        for s in (a, b)
+    )
     if missing := sorted(mine.keys() ^ theirs.keys()):
-        if not shared: raise InputError(several(f"{counted(len(missing), 'slide')} of the split {split!r} with a label in only one of {a.name} and {b.name}; give --shared to compare the {len(mine.keys() & theirs.keys())} that both have", missing))
+        if not shared:
+            raise InputError(
+                several(
+                    f'{counted(len(missing), "slide")} of the split {split!r} with a label in only one of {a.name} and {b.name}; give --shared to compare the {len(mine.keys() & theirs.keys())} that both have',
+                    missing,
+                )
+            )
     ids = sorted(mine.keys() & theirs.keys())
-    if not ids: raise InputError(f'{a.name} and {b.name} have no labelled slide of the split {split!r} in common')
-    if wrong := [i for i in ids if mine[i].label != theirs[i].label]: raise InputError(several(f"{counted(len(wrong), 'slide')} with another label in {a.name} than in {b.name}", wrong))
-    units = same_patient(a, b); patients = [units['slide', i] for i in ids]
+    if not ids:
+        raise InputError(
+            f'{a.name} and {b.name} have no labelled slide of the split {split!r} in common'
+        )
+    if wrong := [i for i in ids if mine[i].label != theirs[i].label]:
+        raise InputError(
+            several(
+                f'{counted(len(wrong), "slide")} with another label in {a.name} than in {b.name}',
+                wrong,
+            )
+        )
+    units = same_patient(a, b)
+    patients = [units['slide', i] for i in ids]
     for s in (a, b):
-        if wrong := [learnt[p] for learnt in [s.learnt(units)] for p in patients if p in learnt]: raise InputError(several(f"{s.name} has learnt from, or was chosen by, {counted(len(wrong), 'slide')} of the split {split!r} of the other, or others of such patients; compare on slides that neither knows", dict.fromkeys(wrong)))
+        if wrong := [learnt[p] for learnt in [s.learnt(units)] for p in patients if p in learnt]:
+            raise InputError(
+                several(
+                    f'{s.name} has learnt from, or was chosen by, {counted(len(wrong), "slide")} of the split {split!r} of the other, or others of such patients; compare on slides that neither knows',
+                    dict.fromkeys(wrong),
+                )
+            )
     few = [len({p for i, p in zip(ids, patients) if mine[i].label == l}) for l in (1, 0)]
-    if min(few) < 2: raise InputError(f'{a.name} and {b.name}, split {split!r}: positive slides are of {counted(few[0], "patient")} and negative ones of {few[1]}; a comparison needs two of each at least')
+    if min(few) < 2:
+        raise InputError(
+            f'{a.name} and {b.name}, split {split!r}: positive slides are of {counted(few[0], "patient")} and negative ones of {few[1]}; a comparison needs two of each at least'
+        )
     return ids, patients
 
-def hold_against(a, b, split='test', shared=False, draws=10_000, seed=0, level=.95): # `Comparison`
+
+def hold_against(
+    a, b, split='test', shared=False, draws=10_000, seed=0, level=0.95
+):  # `Comparison`
     "Two `Side`s on the same slides. Where patients have several, every figure takes those of one as one."
     ids, patients = in_common(a, b, split, shared)
-    y, x = [a.rows[i].label for i in ids], tuple([s.rows[i].probability for i in ids] for s in (a, b))
+    y, x = (
+        [a.rows[i].label for i in ids],
+        tuple([s.rows[i].probability for i in ids] for s in (a, b)),
+    )
     groups = patients if len({*patients}) < len(ids) else None
-    try: test, paired, p = delong_test(y, *x, level, groups), paired_bootstrap(y, *x, draws, seed, level, groups), permutation_test(y, *x, draws, seed, groups)
-    except InputError as e: raise InputError(f'{a.name} and {b.name}, split {split!r}: {e}') from None
-    return Comparison((a.name, b.name), split, ids, y, x, groups, tuple(auc_interval(y, s, level=level, groups=groups) for s in x), test, paired, p, at_thresholds((a, b), y, x, draws, seed, groups))
+    try:
+        test, paired, p = (
+            delong_test(y, *x, level, groups),
+            paired_bootstrap(y, *x, draws, seed, level, groups),
+            permutation_test(y, *x, draws, seed, groups),
+        )
+    except InputError as e:
+        raise InputError(f'{a.name} and {b.name}, split {split!r}: {e}') from None
+    return Comparison(
+        (a.name, b.name),
+        split,
+        ids,
+        y,
+        x,
+        groups,
+        tuple(auc_interval(y, s, level=level, groups=groups) for s in x),
+        test,
+        paired,
+        p,
+        at_thresholds((a, b), y, x, draws, seed, groups),
+    )
 
-def at_thresholds(sides, y, scores, draws, seed, groups): # dict, or None where a side has no tuning slides of both classes
+
+def at_thresholds(
+    sides, y, scores, draws, seed, groups
+):  # dict, or None where a side has no tuning slides of both classes
     "Accuracy of each side, and the test of the slides that only one of them has right."
     right, thresholds = [], []
     for s, x in zip(sides, scores):
-        tuning = [(p.label, p.probability) for p in s.rows.values() if p.split == 'tuning' and p.label is not None]
-        if {l for l, _ in tuning} != {0, 1}: return None
-        thresholds.append(operating_point(*zip(*tuning)).threshold); right.append([(v >= thresholds[-1]) == l for v, l in zip(x, y)])
+        tuning = [
+            (p.label, p.probability)
+            for p in s.rows.values()
+            if p.split == 'tuning' and p.label is not None
+        ]
+        if {l for l, _ in tuning} != {0, 1}:
+            return None
+        thresholds.append(operating_point(*zip(*tuning)).threshold)
+        right.append([(v >= thresholds[-1]) == l for v, l in zip(x, y)])
     only = [sum(p and not q for p, q in zip(*pair)) for pair in (right, right[::-1])]
-    return dict(accuracy=[sum(r)/len(r) for r in right], thresholds=thresholds, only_right=only, p=accuracy_test(*right, draws, seed, groups))
+    return dict(
+        accuracy=[sum(r) / len(r) for r in right],
+        thresholds=thresholds,
+        only_right=only,
+        p=accuracy_test(*right, draws, seed, groups),
+    )
 
 # %% ../nbs/16_compare.ipynb #cmp00011
 FILES = ('comparison.json', 'comparison.csv', 'comparison.html')
 
-def _figures(c): # dict
-    return dict(names=c.names, split=c.split, slides=len(c.slides), positives=int(sum(c.labels)), patients=len({*c.patients}) if c.patients else None, auc=[dict(auc=v, **asdict(i)) for v, i in zip((c.test.a, c.test.b), c.intervals)],
-                difference=c.test.difference, paired=asdict(c.paired), delong={k: v if v == v else None for k, v in asdict(c.test).items()}, permutation_p=c.p, at_thresholds=c.accuracy, says=c.shown)
 
-def _rows(c): # of the table, those first on which the sides differ most
-    rows = [dict(slide_id=i, label=l, probability_a=p, probability_b=q) for i, l, p, q in zip(c.slides, c.labels, *c.scores)]
-    return sorted(rows, key=lambda r: (-abs(r['probability_a']-r['probability_b']), r['slide_id']))
+def _figures(c):  # dict
+    return dict(
+        names=c.names,
+        split=c.split,
+        slides=len(c.slides),
+        positives=int(sum(c.labels)),
+        patients=len({*c.patients}) if c.patients else None,
+        auc=[dict(auc=v, **asdict(i)) for v, i in zip((c.test.a, c.test.b), c.intervals)],
+        difference=c.test.difference,
+        paired=asdict(c.paired),
+        delong={k: v if v == v else None for k, v in asdict(c.test).items()},
+        permutation_p=c.p,
+        at_thresholds=c.accuracy,
+        says=c.shown,
+    )
+
+
+def _rows(c):  # of the table, those first on which the sides differ most
+    rows = [
+        dict(slide_id=i, label=l, probability_a=p, probability_b=q)
+        for i, l, p, q in zip(c.slides, c.labels, *c.scores)
+    ]
+    return sorted(
+        rows, key=lambda r: (-abs(r['probability_a'] - r['probability_b']), r['slide_id'])
+    )
+
 
 def _roc_figure(c):
     def draw(ax):
-        for s, n, i, colour in zip(c.scores, c.names, c.intervals, (ACCENT, SECOND)): plot_roc(c.labels, s, ax, n, colour, interval=i, groups=c.patients)
+        for s, n, i, colour in zip(c.scores, c.names, c.intervals, (ACCENT, SECOND)):
+            plot_roc(c.labels, s, ax, n, colour, interval=i, groups=c.patients)
+
     return figure_uri(draw)
 
-def errors_in(side, split, table=None): # list of `Wrong`, {slide: category}
+
+def errors_in(side, split, table=None):  # list of `Wrong`, {slide: category}
     "What a side gets wrong in a split, and what a table says of it."
     wrong, _ = errors_of([*side.rows.values()], split)
-    return wrong, read_categories(table, wrong, numbered(side.rows.values(), split)) if table else {}
+    return wrong, read_categories(
+        table, wrong, numbered(side.rows.values(), split)
+    ) if table else {}
 
-def _page(c, sides, out, given=(None, None)): # given: tables of categories
-    a, b = c.names; d = c.paired
-    def link(s): return A(s.name, href=quote(os.path.relpath(s.table.parent/DONE, out))) if (s.table.parent/DONE).exists() else s.name
-    answer = Div(P(Span(f'AUC of {a} less that of {b}', cls='eyebrow'), Span(f'{c.test.difference:+.3f}', cls='figure')), P(f'{percent(d.level)} interval ', Strong(f'{d.low:+.3f} to {d.high:+.3f}')), P(c.shown, cls='note'),
-                 P(f"{counted(len(c.slides), 'slide')} of the {c.split} split, {int(sum(c.labels))} positive" + (f", of {len({*c.patients})} patients" if c.patients else '') + f". The interval is the middle {percent(d.level)} of {d.draws:,} bootstrap draws of {'patients' if c.patients else 'slides'}, on each of which both are judged (seed {d.seed}).", cls='small'))
-    head, auc = ('', a, b), [('AUC', f'{c.test.a:.3f}', f'{c.test.b:.3f}'), ('interval', *map(str, c.intervals))]
-    if t := c.accuracy: auc += [('threshold, chosen on tuning', *(f'{v:.3f}' for v in t['thresholds'])), ('accuracy', *(f'{v:.1%}' for v in t['accuracy'])), ('right where the other is wrong', *map(str, t['only_right']))]
-    tests = [('DeLong'+', with Obuchowski’s variance for patients'*bool(c.patients), f'{c.test.low:+.3f} to {c.test.high:+.3f}', f'{c.test.p:.3g}'), ('paired bootstrap', f'{d.low:+.3f} to {d.high:+.3f}', None), ('permutation', None, f'{c.p:.3g}')]
-    if t: tests.append(('accuracy, '+('permutation' if c.patients else 'McNemar'), None, f"{t['p']:.3g}"))
+
+def _page(c, sides, out, given=(None, None)):  # given: tables of categories
+    a, b = c.names
+    d = c.paired
+
+    def link(s):
+        return (
+            A(s.name, href=quote(os.path.relpath(s.table.parent / DONE, out)))
+            if (s.table.parent / DONE).exists()
+            else s.name
+        )
+
+    answer = Div(
+        P(
+            Span(f'AUC of {a} less that of {b}', cls='eyebrow'),
+            Span(f'{c.test.difference:+.3f}', cls='figure'),
+        ),
+        P(f'{percent(d.level)} interval ', Strong(f'{d.low:+.3f} to {d.high:+.3f}')),
+        P(c.shown, cls='note'),
+        P(
+            f'{counted(len(c.slides), "slide")} of the {c.split} split, {int(sum(c.labels))} positive'
+            + (f', of {len({*c.patients})} patients' if c.patients else '')
+            + f'. The interval is the middle {percent(d.level)} of {d.draws:,} bootstrap draws of {"patients" if c.patients else "slides"}, on each of which both are judged (seed {d.seed}).',
+            cls='small',
+        ),
+    )
+    head, auc = (
+        ('', a, b),
+        [('AUC', f'{c.test.a:.3f}', f'{c.test.b:.3f}'), ('interval', *map(str, c.intervals))],
+    )
+    if t := c.accuracy:
+        auc += [
+            ('threshold, chosen on tuning', *(f'{v:.3f}' for v in t['thresholds'])),
+            ('accuracy', *(f'{v:.1%}' for v in t['accuracy'])),
+            ('right where the other is wrong', *map(str, t['only_right'])),
+        ]
+    tests = [
+        (
+            'DeLong' + ', with Obuchowski’s variance for patients' * bool(c.patients),
+            f'{c.test.low:+.3f} to {c.test.high:+.3f}',
+            f'{c.test.p:.3g}',
+        ),
+        ('paired bootstrap', f'{d.low:+.3f} to {d.high:+.3f}', None),
+        ('permutation', None, f'{c.p:.3g}'),
+    ]
+    if t:
+        tests.append(
+            ('accuracy, ' + ('permutation' if c.patients else 'McNemar'), None, f'{t["p"]:.3g}')
+        )
     errors = {s.name: errors_in(s, c.split, t) for s, t in zip(sides, given)}
-    sections = [('result', 'Result', (Div(answer, Figure(Img(src=_roc_figure(c), cls='plot', alt=f'ROC curves of {a} and {b} with their bootstrap bands')), cls='answer'), P('The runs: ', link(sides[0]), ' and ', link(sides[1]), '.', *(f' What {s.name} has learnt from is not known, as it lies in no run folder.' for s in sides if not s.splits)))),
-                ('figures', 'Figures', (Div(table('Each', head, auc), table('The difference', ('', 'interval', 'p'), tests), cls='pair'),)),
-                ('errors', 'Errors', (P('False positives and false negatives of each, at its own point of maximum accuracy on its slides of the split'+(', and what a reviewer wrote of them.' if any(given) else '; --categories takes what a reviewer wrote of them, as saved in the reports.')), Div(*category_tables(errors), cls='pair'))),
-                ('slides', 'Slides', (P('Those first on which the two differ most.'), table('Slides', ('slide', 'label', a, b), [(r['slide_id'], f"{r['label']:g}", f"{r['probability_a']:.3f}", f"{r['probability_b']:.3f}") for r in _rows(c)[:200]], hide=True, cls='numbers')))]
-    return html_page(f'{a} and {b}', 'Two runs compared', sections, 'Written by streaming_pathology. This file holds everything it shows and requests nothing.')
+    sections = [
+        (
+            'result',
+            'Result',
+            (
+                Div(
+                    answer,
+                    Figure(
+                        Img(
+                            src=_roc_figure(c),
+                            cls='plot',
+                            alt=f'ROC curves of {a} and {b} with their bootstrap bands',
+                        )
+                    ),
+                    cls='answer',
+                ),
+                P(
+                    'The runs: ',
+                    link(sides[0]),
+                    ' and ',
+                    link(sides[1]),
+                    '.',
+                    *(
+                        f' What {s.name} has learnt from is not known, as it lies in no run folder.'
+                        for s in sides
+                        if not s.splits
+                    ),
+                ),
+            ),
+        ),
+        (
+            'figures',
+            'Figures',
+            (
+                Div(
+                    table('Each', head, auc),
+                    table('The difference', ('', 'interval', 'p'), tests),
+                    cls='pair',
+                ),
+            ),
+        ),
+        (
+            'errors',
+            'Errors',
+            (
+                P(
+                    'False positives and false negatives of each, at its own point of maximum accuracy on its slides of the split'
+                    + (
+                        ', and what a reviewer wrote of them.'
+                        if any(given)
+                        else '; --categories takes what a reviewer wrote of them, as saved in the reports.'
+                    )
+                ),
+                Div(*category_tables(errors), cls='pair'),
+            ),
+        ),
+        (
+            'slides',
+            'Slides',
+            (
+                P('Those first on which the two differ most.'),
+                table(
+                    'Slides',
+                    ('slide', 'label', a, b),
+                    [
+                        (
+                            r['slide_id'],
+                            f'{r["label"]:g}',
+                            f'{r["probability_a"]:.3f}',
+                            f'{r["probability_b"]:.3f}',
+                        )
+                        for r in _rows(c)[:200]
+                    ],
+                    hide=True,
+                    cls='numbers',
+                ),
+            ),
+        ),
+    ]
+    return html_page(
+        f'{a} and {b}',
+        'Two runs compared',
+        sections,
+        'Written by streaming_pathology. This file holds everything it shows and requests nothing.',
+    )
+
 
 def write_comparison(
     c,
@@ -212,10 +533,16 @@ def write_comparison(
     out,
     given=(None, None),  # tables of categories
     **more,  # what the figures were made of
-): 
+):
     out.mkdir(parents=True, exist_ok=True)
-    page, said = _page(c, sides, out, given), json.dumps(_figures(c) | more | dict(environment=environment()), indent=1)+'\n'
-    with uninterrupted(): write_whole(out/'comparison.json', said); write_csv(out/'comparison.csv', _rows(c)); write_whole(out/'comparison.html', page)
+    page, said = (
+        _page(c, sides, out, given),
+        json.dumps(_figures(c) | more | dict(environment=environment()), indent=1) + '\n',
+    )
+    with uninterrupted():
+        write_whole(out / 'comparison.json', said)
+        write_csv(out / 'comparison.csv', _rows(c))
+        write_whole(out / 'comparison.html', page)
 
 # %% ../nbs/16_compare.ipynb #cmp00014
 def compare_runs(
@@ -229,39 +556,83 @@ def compare_runs(
     split: str = 'test',  # slides to compare on
     shared: bool = False,  # compare the slides that both have, where some are missing in one
     draws: int = 10_000,  # bootstrap draws, and permutations
-    level: float = .95,  # of the intervals
+    level: float = 0.95,  # of the intervals
     seed: int = 0,  # of the draws
     # tables of errors that were saved in the reports of the two, with a comma; one may be empty
-    categories: str|None = None,
-): 
+    categories: str | None = None,
+):
     "Hold two runs against each other on the same slides: the difference of their AUCs with its interval. A run that is not finished is trained first, as by sp_train or sp_mil --resume; stopped, the same command goes on."
     check_settings(dict(draws=draws, seed=seed))
-    if not 0 < level < 1: raise InputError(f'--level is {level}; it has to be between 0 and 1, as .95')
+    if not 0 < level < 1:
+        raise InputError(f'--level is {level}; it has to be between 0 and 1, as .95')
     given, at = (settings_a, settings_b), absolute(out)
-    if len(reviewed := [t.strip() or None for t in categories.split(',')] if categories else [None, None]) != 2: raise InputError(f'--categories {categories}: give two tables with a comma between them, one for each; one may be empty')
+    if (
+        len(
+            reviewed := [t.strip() or None for t in categories.split(',')]
+            if categories
+            else [None, None]
+        )
+        != 2
+    ):
+        raise InputError(
+            f'--categories {categories}: give two tables with a comma between them, one for each; one may be empty'
+        )
     names = [_name(g) for g in given]
-    if names[0] == names[1]: names = [f'{n}_{k}' for n, k in zip(names, 'ab')]
-    if at.exists() and not at.is_dir(): raise InputError(f'{out} is a file; give the name of a folder')
-    if (at/RUN.mark).exists(): raise InputError(f'{out} is the folder of a run; give the name of another')
+    if names[0] == names[1]:
+        names = [f'{n}_{k}' for n, k in zip(names, 'ab')]
+    if at.exists() and not at.is_dir():
+        raise InputError(f'{out} is a file; give the name of a folder')
+    if (at / RUN.mark).exists():
+        raise InputError(f'{out} is the folder of a run; give the name of another')
     found = [find_side(g, at, n) for g, n in zip(given, names)]
-    if found[0][0] == found[1][0]: raise InputError(f'{given[0]} and {given[1]} are one; give two to compare')
+    if found[0][0] == found[1][0]:
+        raise InputError(f'{given[0]} and {given[1]} are one; give two to compare')
     made = [t[0].name for _, t in found if t and t[0].parent == at]
-    if at.exists() and (foreign := [p.name for p in at.iterdir() if p.name not in (*FILES, *made, *SYSTEM) and not p.name.endswith('.partial') and not (p/RUN.mark).exists()]): raise InputError(f'{out} holds {foreign[0]}, which no comparison wrote; give the name of a new folder')
+    if at.exists() and (
+        foreign := [
+            p.name
+            for p in at.iterdir()
+            if p.name not in (*FILES, *made, *SYSTEM)
+            and not p.name.endswith('.partial')
+            and not (p / RUN.mark).exists()
+        ]
+    ):
+        raise InputError(
+            f'{out} holds {foreign[0]}, which no comparison wrote; give the name of a new folder'
+        )
     tables = [str(table) for table, _ in found]
-    if (at/FILES[0]).exists() and (former := _asked(at/FILES[0])) != dict(tables=tables, split=split): raise InputError(f"{out} holds the comparison of {' and '.join(former['tables'])} on the split {former['split']!r}; give the name of another folder")
+    if (at / FILES[0]).exists() and (former := _asked(at / FILES[0])) != dict(
+        tables=tables, split=split
+    ):
+        raise InputError(
+            f'{out} holds the comparison of {" and ".join(former["tables"])} on the split {former["split"]!r}; give the name of another folder'
+        )
     todo = {n: run_of(*t) for n, (_, t) in zip(names, found) if t}
-    for kind, args in todo.values(): s = settings_of(kind, args); build_model(s, kept=kept_encoder(absolute(args['out']), s))
-    if unseen := [f'{t}: {n}' for n, t in zip(names, reviewed) if t and n in todo]: raise InputError(f'{unseen[0]} is not finished, so that nobody can have looked at its errors; leave it out')
-    planned = [Side(n, table).plan(todo[n][1], given[i]) if n in todo else Side(n, table).read() for i, (n, (table, _)) in enumerate(zip(names, found))]
-    in_common(*planned, split, shared) # what is wrong is told before anything is trained
-    for s, t in zip(planned, reviewed): t and errors_in(s, split, t)
-    for kind, args in todo.values(): TRAIN[kind](**args)
-    if os.environ.get('RANK', '0') != '0': return # of several processes that have trained, one compares
+    for kind, args in todo.values():
+        s = settings_of(kind, args)
+        build_model(s, kept=kept_encoder(absolute(args['out']), s))
+    if unseen := [f'{t}: {n}' for n, t in zip(names, reviewed) if t and n in todo]:
+        raise InputError(
+            f'{unseen[0]} is not finished, so that nobody can have looked at its errors; leave it out'
+        )
+    planned = [
+        Side(n, table).plan(todo[n][1], given[i]) if n in todo else Side(n, table).read()
+        for i, (n, (table, _)) in enumerate(zip(names, found))
+    ]
+    in_common(*planned, split, shared)  # what is wrong is told before anything is trained
+    for s, t in zip(planned, reviewed):
+        t and errors_in(s, split, t)
+    for kind, args in todo.values():
+        TRAIN[kind](**args)
+    if os.environ.get('RANK', '0') != '0':
+        return  # of several processes that have trained, one compares
     sides = [Side(n, table).read() for n, (table, _) in zip(names, found)]
     c = hold_against(*sides, split, shared, draws, seed, level)
     write_comparison(c, sides, at, reviewed, tables=tables)
-    print(f"wrote {Path(out)/'comparison.html'}\n{c}")
+    print(f'wrote {Path(out) / "comparison.html"}\n{c}')
     for s in sides:
-        if not s.splits: print(f'What {s.name} has learnt from is not known: {s.table} lies in no run folder.')
+        if not s.splits:
+            print(f'What {s.name} has learnt from is not known: {s.table} lies in no run folder.')
+
 
 sp_compare = command('compare', compare_runs, again=False)

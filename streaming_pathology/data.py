@@ -16,45 +16,75 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from .errors import InputError
 from .engine.canvas import Canvas
-from .slides import Slide, checked_colour, checked_number, checked_pixels, checked_size, tissue_box, tissue_mask
-from .augment import Augmentation, augment as augmented, augmented_size, background, keyed_rng, pixels, slide_rng
+from streaming_pathology.slides import (
+    Slide,
+    checked_colour,
+    checked_number,
+    checked_pixels,
+    checked_size,
+    tissue_box,
+    tissue_mask,
+)
+from streaming_pathology.augment import (
+    Augmentation,
+    augment as augmented,
+    augmented_size,
+    background,
+    keyed_rng,
+    pixels,
+    slide_rng,
+)
 from .cohorts import check_ids, several
 
 # %% ../nbs/08_data.ipynb #9da61cf6
-def _round_up(size, multiple=32): return tuple(-(-n//multiple)*multiple for n in size)
+def _round_up(size, multiple=32):
+    return tuple(-(-n // multiple) * multiple for n in size)
+
 
 def fit_canvas(
     image,  # uint8 array (H, W, 3)
     size=None,  # (height, width) of the canvas; None: its own size, rounded up
     multiple=32,
     colour=(255, 255, 255),  # of the padding; white, as glass is
-):           # uint8 array of that size
+):  # uint8 array of that size
     "Pad with a colour or crop around the centre, each side on its own."
     h, w = checked_pixels(image).shape[:2]
     H, W = checked_size(size) if size is not None else _round_up((h, w), multiple)
-    t, l = max(0, h-H)//2, max(0, w-W)//2
-    image = image[t:t+H, l:l+W]
+    t, l = max(0, h - H) // 2, max(0, w - W) // 2
+    image = image[t : t + H, l : l + W]
     h, w = image.shape[:2]
-    out = np.empty((H, W, 3), np.uint8); out[:] = checked_colour(colour)
-    out[(H-h)//2:(H-h)//2+h, (W-w)//2:(W-w)//2+w] = image
+    out = np.empty((H, W, 3), np.uint8)
+    out[:] = checked_colour(colour)
+    out[(H - h) // 2 : (H - h) // 2 + h, (W - w) // 2 : (W - w) // 2 + w] = image
     return out
 
 # %% ../nbs/08_data.ipynb #5eeb2384
 def flips(image, rng):
     "Flip a (3, H, W) tensor along each axis with probability one half."
-    return image.flip([d for d in (1, 2) if rng.random() < .5])
+    return image.flip([d for d in (1, 2) if rng.random() < 0.5])
 
 # %% ../nbs/08_data.ipynb #2a18d901
 class _Kept:
     "Images in memory, up to a number of bytes; shared by threads, not sent to other processes."
-    def __init__(self, limit): self.limit, self.used, self.images, self.lock = limit, 0, {}, threading.Lock()
-    def get(self, key): return self.images.get(key)
-    def add(self, key, seen): # an image, and where it is tissue
-        size = seen[0].nbytes+sum(a.nbytes for a in seen[1])
+
+    def __init__(self, limit):
+        self.limit, self.used, self.images, self.lock = limit, 0, {}, threading.Lock()
+
+    def get(self, key):
+        return self.images.get(key)
+
+    def add(self, key, seen):  # an image, and where it is tissue
+        size = seen[0].nbytes + sum(a.nbytes for a in seen[1])
         with self.lock:
-            if key not in self.images and self.used+size <= self.limit: self.images[key] = seen; self.used += size
-    def __len__(self): return len(self.images)
-    def __reduce__(self): return _Kept, (self.limit,)
+            if key not in self.images and self.used + size <= self.limit:
+                self.images[key] = seen
+                self.used += size
+
+    def __len__(self):
+        return len(self.images)
+
+    def __reduce__(self):
+        return _Kept, (self.limit,)
 
 # %% ../nbs/08_data.ipynb #d15f53d2
 def tissue_pixels(
@@ -64,20 +94,26 @@ def tissue_pixels(
     colour=(255, 255, 255),  # with this
     mask=None,  # the path of a mask of the tissue; None: it is found
     pen: bool = True,  # leave out ink, as for `tissue_mask`
-): # uint8 (height, width, 3), and where it is tissue: bool of a coarser grid, with the row and the column of it for each row and column of pixels
+):  # uint8 (height, width, 3), and where it is tissue: bool of a coarser grid, with the row and the column of it for each row and column of pixels
     "The box around a slide's tissue."
     tissue, at = tissue_mask(slide, source=mask, pen=pen)
     top, left, height, width = box = tissue_box(slide, spacing, mask=(tissue, at))
     rgb = slide.read(spacing, box)
-    place = [np.clip(((first+np.arange(n)+.5)*spacing/at).astype(int), 0, m-1) for first, n, m in zip((top, left), (height, width), tissue.shape)]
+    place = [
+        np.clip(((first + np.arange(n) + 0.5) * spacing / at).astype(int), 0, m - 1)
+        for first, n, m in zip((top, left), (height, width), tissue.shape)
+    ]
     if clean is not None:
-        near = ndimage.distance_transform_edt(~tissue)*at <= clean
-        for i in range(0, height, 1024): rgb[i:i+1024][~near[place[0][i:i+1024, None], place[1]]] = colour
+        near = ndimage.distance_transform_edt(~tissue) * at <= clean
+        for i in range(0, height, 1024):
+            rgb[i : i + 1024][~near[place[0][i : i + 1024, None], place[1]]] = colour
     return rgb, (tissue, *place)
+
 
 class SlideDataset(Dataset):
     """Slides as items `dict(image=uint8 (3, H, W) or Canvas, label=float32 (nan if unknown), slide_id=str, box=(height, width) of the tissue)`, with the `record` of an `Augmentation` and the `colour` of the background where there is one.
     An unreadable slide raises `InputError` with its name."""
+
     def __init__(
         self,
         cases,  # list of `Case`
@@ -92,62 +128,120 @@ class SlideDataset(Dataset):
         clean=None,
         colour=(255, 255, 255),  # of the padding
         pen=True,  # leave out ink of felt pens; False for stains other than haematoxylin and eosin
-    ):    
-        if canvas and augment is not None and not isinstance(augment, Augmentation): raise InputError('a canvas can be augmented by an Augmentation only')
-        if augment is not None and not (isinstance(augment, Augmentation) or callable(augment)): raise InputError(f'augment {augment!r} is no Augmentation and no function')
-        for what, v, high in (('spacing', spacing, 1000), ('clean', 1 if clean is None else clean, 1e6), ('cache', cache, math.inf)): checked_number(v, f'{what} of a dataset', 0, high, open=what == 'spacing')
-        self.cases, self.spacing, self.size, self.augment, self.seed, self.canvas, self.colour, self.pen = list(cases), spacing, None if size is None else checked_size(size), augment, seed, canvas, checked_colour(colour), pen
-        check_ids(self.cases); keyed_rng(seed)
-        self.clean = 50. if clean is None and canvas else clean
-        self.kept, self.boxes, self.contradictions = _Kept(cache), {}, {}  # by slide_id: what `look` gives; (height, width) of the image, once read; what its file says of its spacing twice
+    ):
+        if canvas and augment is not None and not isinstance(augment, Augmentation):
+            raise InputError('a canvas can be augmented by an Augmentation only')
+        if augment is not None and not (isinstance(augment, Augmentation) or callable(augment)):
+            raise InputError(f'augment {augment!r} is no Augmentation and no function')
+        for what, v, high in (
+            ('spacing', spacing, 1000),
+            ('clean', 1 if clean is None else clean, 1e6),
+            ('cache', cache, math.inf),
+        ):
+            checked_number(v, f'{what} of a dataset', 0, high, open=what == 'spacing')
+        (
+            self.cases,
+            self.spacing,
+            self.size,
+            self.augment,
+            self.seed,
+            self.canvas,
+            self.colour,
+            self.pen,
+        ) = (
+            list(cases),
+            spacing,
+            None if size is None else checked_size(size),
+            augment,
+            seed,
+            canvas,
+            checked_colour(colour),
+            pen,
+        )
+        check_ids(self.cases)
+        keyed_rng(seed)
+        self.clean = 50.0 if clean is None and canvas else clean
+        self.kept, self.boxes, self.contradictions = (
+            _Kept(cache),
+            {},
+            {},
+        )  # by slide_id: what `look` gives; (height, width) of the image, once read; what its file says of its spacing twice
 
-    def __len__(self): return len(self.cases)
+    def __len__(self):
+        return len(self.cases)
 
-    def look(self, i): # uint8 (h, w, 3), and where it is tissue, as by `tissue_pixels`
+    def look(self, i):  # uint8 (h, w, 3), and where it is tissue, as by `tissue_pixels`
         "The tissue of case `i`, read from its file."
         c = self.cases[i]
         try:
             with Slide(c.path, spacing=c.spacing, warn=False) as s:
-                if s.contradictions: self.contradictions[c.slide_id] = s.contradictions
+                if s.contradictions:
+                    self.contradictions[c.slide_id] = s.contradictions
                 return tissue_pixels(s, self.spacing, self.clean, self.colour, c.mask, self.pen)
-        except InputError as e: raise InputError(f'slide {c.slide_id!r}: {e}') from None
-        except Exception as e: raise InputError(f"slide {c.slide_id!r} ({c.path}) cannot be read: {_first_line(e)}") from e
+        except InputError as e:
+            raise InputError(f'slide {c.slide_id!r}: {e}') from None
+        except Exception as e:
+            raise InputError(
+                f'slide {c.slide_id!r} ({c.path}) cannot be read: {_first_line(e)}'
+            ) from e
 
-    def seen(self, i): # not to be changed
+    def seen(self, i):  # not to be changed
         "As `look`, from memory where it is kept."
         key = self.cases[i].slide_id
-        if (got := self.kept.get(key)) is None: self.kept.add(key, got := self.look(i))
+        if (got := self.kept.get(key)) is None:
+            self.kept.add(key, got := self.look(i))
         self.boxes[key] = got[0].shape[:2]
         return got
 
-    def read(self, i): # uint8 (h, w, 3), not to be changed
+    def read(self, i):  # uint8 (h, w, 3), not to be changed
         "The box around the tissue of case `i`, not augmented, padded or cropped."
         return self.seen(i)[0]
 
-    def image(self, i): # uint8 (3, H, W)
+    def image(self, i):  # uint8 (3, H, W)
         "Case `i` as the network sees it, not augmented."
         return self._fitted(self.read(i))
 
-    def _fitted(self, rgb): return torch.from_numpy(fit_canvas(rgb, self.size, colour=self.colour)).permute(2, 0, 1).contiguous()
+    def _fitted(self, rgb):
+        return (
+            torch.from_numpy(fit_canvas(rgb, self.size, colour=self.colour))
+            .permute(2, 0, 1)
+            .contiguous()
+        )
 
-    def __getitem__(self, key): # `key`: an index, or (index, epoch)
+    def __getitem__(self, key):  # `key`: an index, or (index, epoch)
         i, epoch = key if isinstance(key, tuple) else (key, 0)
         return self.item(self.cases[i], epoch, *self.seen(i))
 
-    def label(self, c): return torch.tensor(math.nan if c.label is None else c.label, dtype=torch.float32)
+    def label(self, c):
+        return torch.tensor(math.nan if c.label is None else c.label, dtype=torch.float32)
 
-    def item(self, c, epoch, rgb, where): # a case, and what `seen` gives of it
-        item, colour = dict(label=self.label(c), slide_id=c.slide_id, box=rgb.shape[:2]), self.colour
+    def item(self, c, epoch, rgb, where):  # a case, and what `seen` gives of it
+        item, colour = (
+            dict(label=self.label(c), slide_id=c.slide_id, box=rgb.shape[:2]),
+            self.colour,
+        )
         if isinstance(self.augment, Augmentation):
             record = self.augment.draw(self.seed, epoch, c.slide_id)
-            image = augmented(rgb, record, self.size or _round_up(augmented_size(record, rgb.shape[:2])), colour)
-            item['image'], item['record'], colour = torch.from_numpy(pixels(image)), record, background(record, colour)
+            image = augmented(
+                rgb, record, self.size or _round_up(augmented_size(record, rgb.shape[:2])), colour
+            )
+            item['image'], item['record'], colour = (
+                torch.from_numpy(pixels(image)),
+                record,
+                background(record, colour),
+            )
         else:
             item['image'] = self._fitted(rgb)
-            if self.augment: item['image'] = self.augment(item['image'], slide_rng(self.seed, epoch, c.slide_id))
+            if self.augment:
+                item['image'] = self.augment(item['image'], slide_rng(self.seed, epoch, c.slide_id))
         if self.canvas:
             found = Canvas.from_image(item['image'], colour)
-            item['image'] = Canvas(found.shape[2:], colour, [(t, l, p.clone()) for t, l, p in found.patches], torch.uint8) # the patches alone are kept
+            item['image'] = Canvas(
+                found.shape[2:],
+                colour,
+                [(t, l, p.clone()) for t, l, p in found.patches],
+                torch.uint8,
+            )  # the patches alone are kept
         return item | dict(colour=colour)
 
     def part(self, *splits, augment=None):
@@ -156,7 +250,9 @@ class SlideDataset(Dataset):
         new.cases, new.augment = [c for c in self.cases if c.split in splits], augment
         return new
 
-def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+def _first_line(e):
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 # %% ../nbs/08_data.ipynb #cacd5e11
 def check_cohort(
@@ -166,42 +262,80 @@ def check_cohort(
     workers=0,  # threads that read
     progress=True,
     **kwargs,  # to `SlideDataset`: augment, seed, cache
-):     
+):
     "Read every slide once; returns the `SlideDataset`, or raises one `InputError` that names all slides that cannot be used."
-    data = cases if isinstance(cases, SlideDataset) else SlideDataset(cases, spacing, size, **kwargs)
+    data = (
+        cases if isinstance(cases, SlideDataset) else SlideDataset(cases, spacing, size, **kwargs)
+    )
+
     def look(i):
-        try: data.read(i)
-        except InputError as e: return str(e)
+        try:
+            data.read(i)
+        except InputError as e:
+            return str(e)
+
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        seen = list(tqdm(pool.map(look, range(len(data))), total=len(data), desc='checking slides', disable=not progress, leave=False))
+        seen = list(
+            tqdm(
+                pool.map(look, range(len(data))),
+                total=len(data),
+                desc='checking slides',
+                disable=not progress,
+                leave=False,
+            )
+        )
     wrong = [e for e in seen if e]
-    if wrong: raise InputError(several(f'{len(wrong)} of {len(data)} slides cannot be used', wrong))
+    if wrong:
+        raise InputError(several(f'{len(wrong)} of {len(data)} slides cannot be used', wrong))
     for said in (cropped(data), turned_out(data, data.augment)):
-        if said: warnings.warn(said)
-    if said := data.contradictions: warnings.warn(several(f'{len(said)} of {len(data)} slides have two spacings', (s for v in said.values() for s in v)))
+        if said:
+            warnings.warn(said)
+    if said := data.contradictions:
+        warnings.warn(
+            several(
+                f'{len(said)} of {len(data)} slides have two spacings',
+                (s for v in said.values() for s in v),
+            )
+        )
     return data
 
-def _canvas_and_boxes(data): # of the slides that were read
-    return (f"the canvas of {data.size[0]} x {data.size[1]} at {data.spacing:g} microns per pixel", {c.slide_id: data.boxes[c.slide_id] for c in data.cases if c.slide_id in data.boxes}) if data.size else ('', {})
+
+def _canvas_and_boxes(data):  # of the slides that were read
+    return (
+        (
+            f'the canvas of {data.size[0]} x {data.size[1]} at {data.spacing:g} microns per pixel',
+            {c.slide_id: data.boxes[c.slide_id] for c in data.cases if c.slide_id in data.boxes},
+        )
+        if data.size
+        else ('', {})
+    )
+
 
 def cropped(data):
     "One sentence on what the canvas cuts away of the slides that were read, or None."
     canvas, boxes = _canvas_and_boxes(data)
-    lost = {i: 1-min(h, data.size[0])*min(w, data.size[1])/(h*w) for i, (h, w) in boxes.items()}
+    lost = {
+        i: 1 - min(h, data.size[0]) * min(w, data.size[1]) / (h * w) for i, (h, w) in boxes.items()
+    }
     some, worst = [l for l in lost.values() if l > 0], max(lost, key=lost.get, default=None)
-    if some: return f"{len(some)} of {len(lost)} slides are larger than {canvas} and lose {np.mean(some):.0%} of their tissue's box on average, at most {lost[worst]:.0%} ({worst!r}, {boxes[worst][0]} x {boxes[worst][1]})"
+    if some:
+        return f"{len(some)} of {len(lost)} slides are larger than {canvas} and lose {np.mean(some):.0%} of their tissue's box on average, at most {lost[worst]:.0%} ({worst!r}, {boxes[worst][0]} x {boxes[worst][1]})"
+
 
 def turned_out(data, augment):
     "One sentence on slides that fit into the canvas, but not as the `Augmentation` may turn or scale them, or None."
     canvas, boxes = _canvas_and_boxes(data)
-    if not (boxes and isinstance(augment, Augmentation)): return None
+    if not (boxes and isinstance(augment, Augmentation)):
+        return None
     reach = [augment.reach(b) for b in boxes.values() if all(n <= m for n, m in zip(b, data.size))]
     over = [r for r in reach if any(n > m for n, m in zip(r, data.size))]
-    if over: return f"the augmentation may turn or scale {len(over)} of {len(boxes)} slides beyond {canvas}, which then lose some of their tissue; one of {max(h for h, _ in reach)} x {max(w for _, w in reach)} holds them"
+    if over:
+        return f'the augmentation may turn or scale {len(over)} of {len(boxes)} slides beyond {canvas}, which then lose some of their tissue; one of {max(h for h, _ in reach)} x {max(w for _, w in reach)} holds them'
 
 # %% ../nbs/08_data.ipynb #724cc465
 class EpochSampler(Sampler):
     "Keys (index, epoch) in an order that is a function of (seed, epoch); call `set_epoch` before each epoch. Of several ranks each takes every n-th key, and all together take each once."
+
     def __init__(
         self,
         labels,  # one number a case
@@ -211,33 +345,63 @@ class EpochSampler(Sampler):
         shuffle=True,
         rank=0,
         ranks=1,  # of torch.distributed
-    ): 
-        try: labels, rank, ranks = np.asarray([math.nan if l is None else float(l) for l in labels]), operator.index(rank), operator.index(ranks)
-        except (TypeError, ValueError): raise InputError('a sampler takes one number a slide as its labels, and whole numbers as rank and ranks') from None
-        if np.isnan(labels).any(): raise InputError(f'slide {int(np.isnan(labels).argmax())} has no label; leave out those without')
-        if isinstance(oversample, (bool, type(None))): oversample = np.unique(labels) if oversample else ()
-        try: some = {float(l) for l in np.atleast_1d(oversample)}
-        except (TypeError, ValueError): raise InputError(f'oversample {oversample!r} is neither True nor False nor a list of labels') from None
-        if missing := some-set(labels.tolist()): raise InputError(f'there is no slide of label {missing.pop():g} to oversample')
-        if not 0 <= rank < ranks: raise InputError(f'rank {rank} is none of {ranks} ranks')
+    ):
+        try:
+            labels, rank, ranks = (
+                np.asarray([math.nan if l is None else float(l) for l in labels]),
+                operator.index(rank),
+                operator.index(ranks),
+            )
+        except (TypeError, ValueError):
+            raise InputError(
+                'a sampler takes one number a slide as its labels, and whole numbers as rank and ranks'
+            ) from None
+        if np.isnan(labels).any():
+            raise InputError(
+                f'slide {int(np.isnan(labels).argmax())} has no label; leave out those without'
+            )
+        if isinstance(oversample, (bool, type(None))):
+            oversample = np.unique(labels) if oversample else ()
+        try:
+            some = {float(l) for l in np.atleast_1d(oversample)}
+        except (TypeError, ValueError):
+            raise InputError(
+                f'oversample {oversample!r} is neither True nor False nor a list of labels'
+            ) from None
+        if missing := some - set(labels.tolist()):
+            raise InputError(f'there is no slide of label {missing.pop():g} to oversample')
+        if not 0 <= rank < ranks:
+            raise InputError(f'rank {rank} is none of {ranks} ranks')
         groups = [np.flatnonzero(labels == l) for l in np.unique(labels)]
         most = max(map(len, groups), default=0)
         self.groups = [(g, most if labels[g[0]] in some else len(g)) for g in groups]
         self.seed, self.shuffle, self.rank, self.ranks = seed, shuffle, rank, ranks
-        keyed_rng(seed); self.set_epoch(0)
+        keyed_rng(seed)
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch,
-                  start=0): # keys of this rank that were used before a run was broken off
-        if not (isinstance(start, numbers.Integral) and start >= 0): raise InputError(f'start {start!r} must be a whole number of keys, not below 0')
+    def set_epoch(
+        self,
+        epoch,
+        start=0,  # keys of this rank that were used before a run was broken off
+    ):
+        if not (isinstance(start, numbers.Integral) and start >= 0):
+            raise InputError(f'start {start!r} must be a whole number of keys, not below 0')
         self.epoch, self.start = epoch, start
-    def __len__(self): return max(0, len(range(self.rank, sum(n for _, n in self.groups), self.ranks))-self.start)
+
+    def __len__(self):
+        return max(
+            0, len(range(self.rank, sum(n for _, n in self.groups), self.ranks)) - self.start
+        )
+
     def __iter__(self):
         rng = keyed_rng(self.seed, self.epoch)
         turn = rng.permutation if self.shuffle else np.asarray
-        drawn = [np.concatenate([turn(g) for _ in range(-(-n//len(g)))])[:n] for g, n in self.groups]
+        drawn = [
+            np.concatenate([turn(g) for _ in range(-(-n // len(g)))])[:n] for g, n in self.groups
+        ]
         order = np.concatenate(drawn) if drawn else np.zeros(0, int)
         order = rng.permutation(order) if self.shuffle else np.sort(order, kind='stable')
-        return iter([(int(i), self.epoch) for i in order[self.rank::self.ranks][self.start:]])
+        return iter([(int(i), self.epoch) for i in order[self.rank :: self.ranks][self.start :]])
 
 # %% ../nbs/08_data.ipynb #4d56c74e
 def slide_loader(
@@ -251,44 +415,92 @@ def slide_loader(
     ahead=2,  # items that each worker has ready
     rank=0,
     ranks=1,  # of torch.distributed
-): 
+):
     "A DataLoader that gives one slide at a time; memory is bounded by `workers*ahead` items and those in work."
-    if train and (without := [c.slide_id for c in data.cases if c.label is None]): raise InputError(several(f'{len(without)} slides to train on have no label; leave them out', without))
+    if train and (without := [c.slide_id for c in data.cases if c.label is None]):
+        raise InputError(
+            several(f'{len(without)} slides to train on have no label; leave them out', without)
+        )
     alike = not train or any(isinstance(c.label, tuple) for c in data.cases)
-    if train and alike and oversample: raise InputError('labels of several numbers are no classes to draw equally often; give oversample=False')
-    sampler = EpochSampler([0 if alike else c.label for c in data.cases], seed, oversample if train else False, train, rank, ranks)
-    more = dict(multiprocessing_context='spawn', persistent_workers=True, prefetch_factor=ahead, worker_init_fn=_deaf) if workers else {}
-    return _Loader(data, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=_as_it_is, **more)
+    if train and alike and oversample:
+        raise InputError(
+            'labels of several numbers are no classes to draw equally often; give oversample=False'
+        )
+    sampler = EpochSampler(
+        [0 if alike else c.label for c in data.cases],
+        seed,
+        oversample if train else False,
+        train,
+        rank,
+        ranks,
+    )
+    more = (
+        dict(
+            multiprocessing_context='spawn',
+            persistent_workers=True,
+            prefetch_factor=ahead,
+            worker_init_fn=_deaf,
+        )
+        if workers
+        else {}
+    )
+    return _Loader(
+        data, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=_as_it_is, **more
+    )
 
-def _as_it_is(item): return item # torch would make tensors of the numbers in a record
+
+def _as_it_is(item):
+    return item  # torch would make tensors of the numbers in a record
+
 
 def one_line(e):
     "The message of an exception as one line, also where a worker process has wrapped it into its traceback."
     lines = str(e).strip().splitlines() or [type(e).__name__]
-    return lines[-1].split('InputError: ', 1)[-1] if lines[0].startswith('Caught ') else ' '.join(l.strip() for l in lines)
+    return (
+        lines[-1].split('InputError: ', 1)[-1]
+        if lines[0].startswith('Caught ')
+        else ' '.join(l.strip() for l in lines)
+    )
 
-def worker_died(e): # of a DataLoader: torch raises it wherever this process is
+
+def worker_died(e):  # of a DataLoader: torch raises it wherever this process is
     return e is not None and 'DataLoader worker' in str(e)
+
 
 class _Loader(DataLoader):
     "Its workers are born with signals to stop blocked: those go to all processes of a terminal or a job, and the one that trains decides what becomes of them."
-    def __iter__(self):
-        if not self.num_workers or not _BLOCKED: return super().__iter__()
-        resource_tracker.ensure_running() # which unblocks signals where it starts
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED) # what comes now is heard afterwards
-        try: return super().__iter__()
-        finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-STOPS = [s for n in ('SIGINT', 'SIGTERM', 'SIGHUP') if (s := getattr(signal, n, None))] # signals to stop
+    def __iter__(self):
+        if not self.num_workers or not _BLOCKED:
+            return super().__iter__()
+        resource_tracker.ensure_running()  # which unblocks signals where it starts
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, _BLOCKED
+        )  # what comes now is heard afterwards
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+STOPS = [
+    s for n in ('SIGINT', 'SIGTERM', 'SIGHUP') if (s := getattr(signal, n, None))
+]  # signals to stop
 _BLOCKED = STOPS if hasattr(signal, 'sigwaitinfo') else []
 
-def _deaf(_): # in a worker: only its parent may end it
+
+def _deaf(_):  # in a worker: only its parent may end it
     parent = os.getppid()
+
     def hear():
         while True:
             said = signal.sigwaitinfo(_BLOCKED)
-            if said.si_pid == parent and said.si_signo == signal.SIGTERM: os._exit(1)
-    if _BLOCKED: signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED); threading.Thread(target=hear, daemon=True).start()
+            if said.si_pid == parent and said.si_signo == signal.SIGTERM:
+                os._exit(1)
+
+    if _BLOCKED:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+        threading.Thread(target=hear, daemon=True).start()
 
 # %% ../nbs/08_data.ipynb #fff2b57c
 def sample_patches(
@@ -299,14 +511,19 @@ def sample_patches(
     tries=8,
 ):
     "`n` patches of tissue, uint8 (n, 3, size, size); smaller images are padded with white."
-    if not len(data): raise InputError('there is no slide to take patches from')
-    if min(n, size, tries) < 1: raise InputError(f'{n} patches of {size} pixels in {tries} tries cannot be taken: each must be at least 1')
+    if not len(data):
+        raise InputError('there is no slide to take patches from')
+    if min(n, size, tries) < 1:
+        raise InputError(
+            f'{n} patches of {size} pixels in {tries} tries cannot be taken: each must be at least 1'
+        )
     rng, out = keyed_rng(seed), []
-    for i in np.resize(rng.permutation(len(data)), n):     # every slide in turn
+    for i in np.resize(rng.permutation(len(data)), n):  # every slide in turn
         rgb = data.read(int(i))
-        if min(rgb.shape[:2]) < size: rgb = fit_canvas(rgb, [max(size, v) for v in rgb.shape[:2]])
-        at = rng.integers(0, np.array(rgb.shape[:2])-size+1, (tries, 2))
-        crops = [rgb[t:t+size, l:l+size] for t, l in at]
+        if min(rgb.shape[:2]) < size:
+            rgb = fit_canvas(rgb, [max(size, v) for v in rgb.shape[:2]])
+        at = rng.integers(0, np.array(rgb.shape[:2]) - size + 1, (tries, 2))
+        crops = [rgb[t : t + size, l : l + size] for t, l in at]
         out.append(min(crops, key=lambda c: c.mean()))
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).contiguous()
 
@@ -315,16 +532,24 @@ def channel_statistics(
     data,  # `SlideDataset`, of the training set
     tissue: bool = True,  # over tissue alone; else over its boxes with the glass in them
     progress=True,  # a progress bar
-): # (mean, std), three numbers each, as fractions of white: for `StreamingClassifier(mean=, std=)`
+):  # (mean, std), three numbers each, as fractions of white: for `StreamingClassifier(mean=, std=)`
     "Mean and standard deviation of each channel, exact."
     count = np.zeros((3, 256), np.int64)
     for i in tqdm(range(len(data)), desc='counting colours', disable=not progress, leave=False):
         rgb, (where, rows, columns) = data.look(i)
         for top in range(0, len(rgb), 1024):
-            part = rgb[top:top+1024]
-            part = part[where[rows[top:top+1024, None], columns]] if tissue else part.reshape(-1, 3)
-            for k in range(3): count[k] += np.bincount(part[:, k], minlength=256)
+            part = rgb[top : top + 1024]
+            part = (
+                part[where[rows[top : top + 1024, None], columns]]
+                if tissue
+                else part.reshape(-1, 3)
+            )
+            for k in range(3):
+                count[k] += np.bincount(part[:, k], minlength=256)
     n, values = int(count[0].sum()), range(256)
-    if not n: raise InputError('there are no pixels to take statistics of')
-    sums = [[sum(int(c)*v**p for c, v in zip(row, values)) for p in (1, 2)] for row in count]
-    return tuple(s/n/255 for s, _ in sums), tuple(math.sqrt(n*q-s*s)/n/255 for s, q in sums)
+    if not n:
+        raise InputError('there are no pixels to take statistics of')
+    sums = [[sum(int(c) * v**p for c, v in zip(row, values)) for p in (1, 2)] for row in count]
+    return tuple(s / n / 255 for s, _ in sums), tuple(
+        math.sqrt(n * q - s * s) / n / 255 for s, q in sums
+    )

@@ -18,75 +18,132 @@ from .training import Alone
 # %% ../nbs/11_distributed.ipynb #d1100002
 class Ranks(Alone):
     "The processes of a group that train together, for `fit`, `predict` and `run_recipe`; each calls them with the same arguments."
-    def __init__(self, group=None): # None: all processes
-        if not dist.is_available() or not dist.is_initialized(): raise InputError('there is no process group to train in: start with torchrun and call torch.distributed.init_process_group, or train in one process')
+
+    def __init__(self, group=None):  # None: all processes
+        if not dist.is_available() or not dist.is_initialized():
+            raise InputError(
+                'there is no process group to train in: start with torchrun and call torch.distributed.init_process_group, or train in one process'
+            )
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.root = dist.get_global_rank(group, 0) if group else 0
-        self.together = 8*self.size
+        self.together = 8 * self.size
 
     def call(self, f, *args):
-        try: return f(*args, group=self.group)
-        except torch.OutOfMemoryError: raise
-        except (RuntimeError, ValueError) as e: # what the backends raise
-            raise InputError(f'rank {self.rank} of {self.size} has lost another one, whose own message says why ({(str(e).splitlines() or [type(e).__name__])[0][:150]})') from None
+        try:
+            return f(*args, group=self.group)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as e:  # what the backends raise
+            raise InputError(
+                f'rank {self.rank} of {self.size} has lost another one, whose own message says why ({(str(e).splitlines() or [type(e).__name__])[0][:150]})'
+            ) from None
 
     def gather(self, x):
-        all = [None]*self.size
+        all = [None] * self.size
         self.call(dist.all_gather_object, all, x)
         return all
 
     def add(self, params):
-        for kind in dict.fromkeys((p.dtype, p.device) for p in params): # one exchange for each: the gradients one behind the other, then which of them are there
+        for kind in dict.fromkeys(
+            (p.dtype, p.device) for p in params
+        ):  # one exchange for each: the gradients one behind the other, then which of them are there
             ps = [p for p in params if (p.dtype, p.device) == kind]
             there = torch.tensor([p.grad is not None for p in ps]).to(ps[0])
-            whole = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in ps), there])
+            whole = torch.cat(
+                [
+                    *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in ps),
+                    there,
+                ]
+            )
             self.call(dist.all_reduce, whole, dist.ReduceOp.SUM)
             *sums, there = whole.split([*(p.numel() for p in ps), len(ps)])
             for p, g, some in zip(ps, sums, there.tolist()):
-                if some: p.grad = (torch.empty_like(p) if p.grad is None else p.grad).copy_(g.view_as(p))
+                if some:
+                    p.grad = (torch.empty_like(p) if p.grad is None else p.grad).copy_(g.view_as(p))
 
     def same(self, tensor):
         self.call(dist.broadcast, t := tensor.detach().contiguous(), self.root)
-        with torch.no_grad(): tensor.copy_(t)
+        with torch.no_grad():
+            tensor.copy_(t)
 
     def first(self, f):
         found = [None, True]
         try:
-            if self.rank == 0: found = [f(), False]
-        finally: self.call(dist.broadcast_object_list, found, self.root)
-        if found[1]: raise InputError('the first rank says why')
+            if self.rank == 0:
+                found = [f(), False]
+        finally:
+            self.call(dist.broadcast_object_list, found, self.root)
+        if found[1]:
+            raise InputError('the first rank says why')
         return found[0]
 
-def _met(store, rank, size, patience=600): # a store
+
+def _met(store, rank, size, patience=600):  # a store
     "The part of a store that is of these processes alone: when torchrun starts ranks again, it keeps its store, and in it the addresses of those that are gone."
-    mine, end = uuid.uuid4().hex, time.monotonic()+patience
-    def put(key, x): store.set(key, json.dumps(x))
-    def get(key): return json.loads(store.get(key)) if store.check([key]) else None
+    mine, end = uuid.uuid4().hex, time.monotonic() + patience
+
+    def put(key, x):
+        store.set(key, json.dumps(x))
+
+    def get(key):
+        return json.loads(store.get(key)) if store.check([key]) else None
+
     put(f'here {rank}', mine)
     while time.monotonic() < end:
-        if rank == 0: put('all', [get(f'here {r}') for r in range(size)])
-        if (there := get('all') or [])[rank:rank+1] == [mine]:
+        if rank == 0:
+            put('all', [get(f'here {r}') for r in range(size)])
+        if (there := get('all') or [])[rank : rank + 1] == [mine]:
             put(f'seen {rank}', there)
-            if rank == 0 and all(get(f'seen {r}') == there for r in range(size)): put('go', there)
-            if get('go') == there: return dist.PrefixStore(there[0], store)
-        time.sleep(.05)
+            if rank == 0 and all(get(f'seen {r}') == there for r in range(size)):
+                put('go', there)
+            if get('go') == there:
+                return dist.PrefixStore(there[0], store)
+        time.sleep(0.05)
     raise RuntimeError(f'in {patience} s')
 
+
 @contextmanager
-def joined(device='cpu'): # gives (ranks, device)
+def joined(device='cpu'):  # gives (ranks, device)
     "The ranks that `torchrun` has started, and the device of this one; without torchrun, or with one process, `Alone`."
     size = os.environ.get('WORLD_SIZE') or '1'
-    if size == '1' or dist.is_initialized(): yield Alone(), device; return
-    wrong = [k for k in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_PORT') if not os.environ.get(k, '').isdigit()] or ['MASTER_ADDR']*('MASTER_ADDR' not in os.environ) or ['RANK']*(int(os.environ['RANK']) >= int(size))
-    if wrong: raise InputError(f"the environment says WORLD_SIZE={size} and {wrong[0]}={os.environ.get(wrong[0], '')}, which torchrun would set together: start with torchrun, or take WORLD_SIZE out of the environment")
+    if size == '1' or dist.is_initialized():
+        yield Alone(), device
+        return
+    wrong = (
+        [
+            k
+            for k in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_PORT')
+            if not os.environ.get(k, '').isdigit()
+        ]
+        or ['MASTER_ADDR'] * ('MASTER_ADDR' not in os.environ)
+        or ['RANK'] * (int(os.environ['RANK']) >= int(size))
+    )
+    if wrong:
+        raise InputError(
+            f'the environment says WORLD_SIZE={size} and {wrong[0]}={os.environ.get(wrong[0], "")}, which torchrun would set together: start with torchrun, or take WORLD_SIZE out of the environment'
+        )
     cuda = torch.device(device).type == 'cuda'
     if cuda:
-        if (local := int(os.environ['LOCAL_RANK'])) >= (n := torch.cuda.device_count()): raise InputError(f'rank {local} of this machine would train on cuda:{local}, and there are {n} GPUs: give torchrun --nproc-per-node={n}')
+        if (local := int(os.environ['LOCAL_RANK'])) >= (n := torch.cuda.device_count()):
+            raise InputError(
+                f'rank {local} of this machine would train on cuda:{local}, and there are {n} GPUs: give torchrun --nproc-per-node={n}'
+            )
         torch.cuda.set_device(device := f'cuda:{local}')
     try:
         store, rank, size = next(dist.rendezvous('env://', timeout=timedelta(minutes=10)))
         store = _met(store, rank, size)
-        dist.init_process_group('nccl' if cuda else 'gloo', store=store, rank=rank, world_size=size, timeout=timedelta(hours=2)) # a rank may wait for the others' slides
-    except (RuntimeError, ValueError) as e: raise InputError(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not reach the others ({one_line(e)[:150]})") from None
-    try: yield Ranks(), device
-    finally: dist.destroy_process_group()
+        dist.init_process_group(
+            'nccl' if cuda else 'gloo',
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(hours=2),
+        )  # a rank may wait for the others' slides
+    except (RuntimeError, ValueError) as e:
+        raise InputError(
+            f'rank {os.environ["RANK"]} of {os.environ["WORLD_SIZE"]} did not reach the others ({one_line(e)[:150]})'
+        ) from None
+    try:
+        yield Ranks(), device
+    finally:
+        dist.destroy_process_group()

@@ -9,7 +9,9 @@ __all__ = ['InputError', 'at_least_one']
 class InputError(ValueError):
     "A user's mistake, told in one sentence: the file or layer, the value, the way out."
 
+
 def at_least_one(**values):
     "Refuse what is no whole number above 0, by its name."
     for name, v in values.items():
-        if not (v >= 1 and v == int(v)): raise InputError(f'{name} is {v}; it has to be a whole number, at least 1')
+        if not (v >= 1 and v == int(v)):
+            raise InputError(f'{name} is {v}; it has to be a whole number, at least 1')

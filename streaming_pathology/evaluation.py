@@ -14,7 +14,22 @@ from pathlib import Path
 import numpy as np
 from .errors import InputError, at_least_one
 from .cohorts import finite_number, read_table
-from .auc import Interval, auc, auc_interval, bootstrap_ci, check_level, check_scores, class_weights, delong_test, draw_weights, group_numbers, percent, resampled, roc, share_interval
+from streaming_pathology.auc import (
+    Interval,
+    auc,
+    auc_interval,
+    bootstrap_ci,
+    check_level,
+    check_scores,
+    class_weights,
+    delong_test,
+    draw_weights,
+    group_numbers,
+    percent,
+    resampled,
+    roc,
+    share_interval,
+)
 
 # %% ../nbs/13_evaluation.ipynb #c9d09050
 def roc_band(
@@ -22,26 +37,46 @@ def roc_band(
     scores,  # higher means more likely positive
     n=1000,  # resampled curves
     seed=0,  # of the draws
-    level=.95,  # share of the curves inside the band
+    level=0.95,  # share of the curves inside the band
     grid=None,  # false positive rates (m,), None: 201 even steps
     groups=None,  # patient of each slide; see `bootstrap_aucs`
 ):
     "Pointwise bootstrap band of the ROC curve: `(grid, low, high)`, each (m,)"
-    at_least_one(n=n); grid = np.linspace(0, 1, 201) if grid is None else np.asarray(grid)
+    at_least_one(n=n)
+    grid = np.linspace(0, 1, 201) if grid is None else np.asarray(grid)
+
     def at(pos, neg):
-        tpr, fpr = pos/pos[-1], neg/neg[-1]
-        k = np.searchsorted(fpr, grid, side='right')-1                # the top of a vertical step, where the rate is reached
-        k1 = np.minimum(k+1, len(fpr)-1)
-        return tpr[k] + (grid-fpr[k])/np.where(fpr[k1] > fpr[k], fpr[k1]-fpr[k], 1)*(tpr[k1]-tpr[k])
+        tpr, fpr = pos / pos[-1], neg / neg[-1]
+        k = (
+            np.searchsorted(fpr, grid, side='right') - 1
+        )  # the top of a vertical step, where the rate is reached
+        k1 = np.minimum(k + 1, len(fpr) - 1)
+        return tpr[k] + (grid - fpr[k]) / np.where(fpr[k1] > fpr[k], fpr[k1] - fpr[k], 1) * (
+            tpr[k1] - tpr[k]
+        )
+
     return grid, *_band(labels, scores, at, n, seed, level, groups)
 
-def _band(labels, scores, at, n, seed, level, groups): # at: of the positive and negative slides above each distinct score, from none on, the curve
+
+def _band(
+    labels, scores, at, n, seed, level, groups
+):  # at: of the positive and negative slides above each distinct score, from none on, the curve
     "What the middle `level` of resampled curves lies between."
-    y, s = check_scores(labels, scores); check_level(level); of, rng, rows = group_numbers(groups, len(y)), np.random.default_rng(seed), []
+    y, s = check_scores(labels, scores)
+    check_level(level)
+    of, rng, rows = group_numbers(groups, len(y)), np.random.default_rng(seed), []
     while len(rows) < n:
-        curves = [np.pad(v[:, ::-1].cumsum(1), ((0, 0), (1, 0))) for v in class_weights(y, s, draw_weights(of.max()+1, min(100, n-len(rows)), rng)[:, of])]
-        rows += [at(pos, neg) for pos, neg in zip(*curves) if pos[-1] and neg[-1]] # of one class only: drawn again
-    return np.quantile(rows, [(1-level)/2, (1+level)/2], axis=0)
+        curves = [
+            np.pad(v[:, ::-1].cumsum(1), ((0, 0), (1, 0)))
+            for v in class_weights(
+                y, s, draw_weights(of.max() + 1, min(100, n - len(rows)), rng)[:, of]
+            )
+        ]
+        rows += [
+            at(pos, neg) for pos, neg in zip(*curves) if pos[-1] and neg[-1]
+        ]  # of one class only: drawn again
+    return np.quantile(rows, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
 
 def plot_roc(
     labels,  # 0 or 1 for each slide
@@ -56,11 +91,22 @@ def plot_roc(
     "Draw the ROC curve into `ax`, with its AUC, interval and bootstrap band; returns `ax`"
     fpr, tpr, _ = roc(labels, scores)
     ci = interval or auc_interval(labels, scores, groups=groups)
-    if band: g, low, high = roc_band(labels, scores, level=ci.level, seed=ci.seed, groups=groups)
-    if band: ax.fill_between(g, low, high, color=colour, alpha=.15, lw=0)
-    ax.plot([0, 1], [0, 1], color='.75', lw=.8, ls=(0, (4, 4)))
-    ax.plot(fpr, tpr, color=colour, lw=1.8, label=f'{label+": " if label else ""}AUC {auc(labels, scores):.3f} ({ci})', solid_joinstyle='round', clip_on=False)
+    if band:
+        g, low, high = roc_band(labels, scores, level=ci.level, seed=ci.seed, groups=groups)
+    if band:
+        ax.fill_between(g, low, high, color=colour, alpha=0.15, lw=0)
+    ax.plot([0, 1], [0, 1], color='.75', lw=0.8, ls=(0, (4, 4)))
+    ax.plot(
+        fpr,
+        tpr,
+        color=colour,
+        lw=1.8,
+        label=f'{label + ": " if label else ""}AUC {auc(labels, scores):.3f} ({ci})',
+        solid_joinstyle='round',
+        clip_on=False,
+    )
     return _square(ax, 'false positive rate', 'true positive rate', 'lower right')
+
 
 def _square(ax, xlabel, ylabel, loc):
     ax.set(xlim=(0, 1), ylim=(0, 1.005), aspect='equal', xlabel=xlabel, ylabel=ylabel)
@@ -74,24 +120,39 @@ def average_precision(
     scores,  # higher means more likely positive
     n=10_000,  # draws
     seed=0,  # of the draws
-    level=.95,  # of the interval
+    level=0.95,  # of the interval
     groups=None,  # patient of each slide; see `bootstrap_aucs`
-): # float, `Interval`
+):  # float, `Interval`
     "Area under the curve of precision and recall, as scikit-learn has it, and its percentile bootstrap interval"
-    y, s = check_scores(labels, scores); check_level(level)
-    def area(w):
-        pos, neg = (v[:, ::-1] for v in class_weights(y, s, w)); tp, fp = pos.cumsum(1), neg.cumsum(1)
-        with np.errstate(invalid='ignore'): return np.where(fp[:, -1] > 0, (pos*(tp/np.maximum(tp+fp, 1))).sum(1)/tp[:, -1], np.nan) # of one class: drawn again
-    found, redrawn = resampled(area, group_numbers(groups, len(y)), n, seed)
-    return float(area(np.ones((1, len(y)), int))[0]), Interval(*map(float, np.quantile(found, [(1-level)/2, (1+level)/2])), n, redrawn, seed, level)
+    y, s = check_scores(labels, scores)
+    check_level(level)
 
-def pr_band(labels, scores, n=1000, seed=0, level=.95, grid=None, groups=None):
+    def area(w):
+        pos, neg = (v[:, ::-1] for v in class_weights(y, s, w))
+        tp, fp = pos.cumsum(1), neg.cumsum(1)
+        with np.errstate(invalid='ignore'):
+            return np.where(
+                fp[:, -1] > 0, (pos * (tp / np.maximum(tp + fp, 1))).sum(1) / tp[:, -1], np.nan
+            )  # of one class: drawn again
+
+    found, redrawn = resampled(area, group_numbers(groups, len(y)), n, seed)
+    return float(area(np.ones((1, len(y)), int))[0]), Interval(
+        *map(float, np.quantile(found, [(1 - level) / 2, (1 + level) / 2])), n, redrawn, seed, level
+    )
+
+
+def pr_band(labels, scores, n=1000, seed=0, level=0.95, grid=None, groups=None):
     "As `roc_band`, of precision at each recall: `(grid, low, high)`, each (m,)"
     grid = np.linspace(0, 1, 201)[1:] if grid is None else np.asarray(grid)
+
     def at(pos, neg):
-        k = np.maximum(np.searchsorted(pos, grid*pos[-1]-1e-9), 1)    # the highest threshold that finds as much
-        return pos[k]/(pos[k]+neg[k])
+        k = np.maximum(
+            np.searchsorted(pos, grid * pos[-1] - 1e-9), 1
+        )  # the highest threshold that finds as much
+        return pos[k] / (pos[k] + neg[k])
+
     return grid, *_band(labels, scores, at, n, seed, level, groups)
+
 
 def plot_pr(
     labels,  # 0 or 1 for each slide
@@ -102,25 +163,38 @@ def plot_pr(
     band=True,  # draw the bootstrap band
     groups=None,  # patient of each slide; see `bootstrap_aucs`
     **kwargs,  # n, seed, level: see `average_precision`
-): 
+):
     "Draw precision against recall into `ax`, with the average precision, its interval and a bootstrap band; returns `ax`"
     from sklearn.metrics import precision_recall_curve
+
     y, s = check_scores(labels, scores)
     precision, recall, _ = precision_recall_curve(y, s)
     area, ci = average_precision(y, s, groups=groups, **kwargs)
-    if band: g, low, high = pr_band(y, s, level=ci.level, seed=ci.seed, groups=groups); ax.fill_between(g, low, high, color=colour, alpha=.15, lw=0)
-    ax.axhline(y.mean(), color='.75', lw=.8, ls=(0, (4, 4)))
-    ax.step(recall, precision, where='post', color=colour, lw=1.8, label=f'{label+": " if label else ""}AP {area:.3f} ({ci})', clip_on=False)
+    if band:
+        g, low, high = pr_band(y, s, level=ci.level, seed=ci.seed, groups=groups)
+        ax.fill_between(g, low, high, color=colour, alpha=0.15, lw=0)
+    ax.axhline(y.mean(), color='.75', lw=0.8, ls=(0, (4, 4)))
+    ax.step(
+        recall,
+        precision,
+        where='post',
+        color=colour,
+        lw=1.8,
+        label=f'{label + ": " if label else ""}AP {area:.3f} ({ci})',
+        clip_on=False,
+    )
     return _square(ax, 'recall', 'precision', 'lower left')
 
 # %% ../nbs/13_evaluation.ipynb #dc4895b0
 @dataclass(frozen=True)
 class OperatingPoint:
     "What a threshold does: a slide is called positive where its score is at least `threshold`"
+
     threshold: float
     accuracy: float
-    sensitivity: float   # share of the positive slides that are called positive
-    specificity: float   # share of the negative slides that are called negative
+    sensitivity: float  # share of the positive slides that are called positive
+    specificity: float  # share of the negative slides that are called negative
+
 
 def operating_point(
     labels,  # 0 or 1 for each slide
@@ -129,41 +203,54 @@ def operating_point(
     # specificity, then the lowest
     threshold=None,
     least=None,  # or the highest with at least this sensitivity
-)->OperatingPoint:
+) -> OperatingPoint:
     "Accuracy, sensitivity and specificity at `threshold`"
     y, s = check_scores(labels, scores)
     if least is not None:
-        if threshold is not None or not 0 < least <= 1: raise InputError(f'a sensitivity of at least {least}: it has to be above 0, up to 1, and no threshold given beside it')
-        threshold = np.sort(s[y])[::-1][max(1, int(np.ceil(least*y.sum()-1e-9)))-1]
+        if threshold is not None or not 0 < least <= 1:
+            raise InputError(
+                f'a sensitivity of at least {least}: it has to be above 0, up to 1, and no threshold given beside it'
+            )
+        threshold = np.sort(s[y])[::-1][max(1, int(np.ceil(least * y.sum() - 1e-9))) - 1]
     elif threshold is None:
         fpr, tpr, thresholds = roc(y, s)
-        thresholds[0] = np.nextafter(s.max(), np.inf)                 # finite, and above every slide
-        accuracy = (tpr*y.sum() + (1-fpr)*(~y).sum()).round(6)
-        threshold = thresholds[np.lexsort(((tpr-fpr).round(9), accuracy))[-1]]
+        thresholds[0] = np.nextafter(s.max(), np.inf)  # finite, and above every slide
+        accuracy = (tpr * y.sum() + (1 - fpr) * (~y).sum()).round(6)
+        threshold = thresholds[np.lexsort(((tpr - fpr).round(9), accuracy))[-1]]
     called = s >= threshold
-    return OperatingPoint(float(threshold), float((called == y).mean()), float(called[y].mean()), float((~called[~y]).mean()))
+    return OperatingPoint(
+        float(threshold),
+        float((called == y).mean()),
+        float(called[y].mean()),
+        float((~called[~y]).mean()),
+    )
 
 # %% ../nbs/13_evaluation.ipynb #evl00007
-def point_intervals(labels, scores, threshold, level=.95, groups=None)->dict:
+def point_intervals(labels, scores, threshold, level=0.95, groups=None) -> dict:
     "The intervals of accuracy, sensitivity and specificity at a threshold: {name: (low, high)}"
-    y, s = check_scores(labels, scores); right, of = (s >= threshold) == y, None if groups is None else np.asarray(groups)
-    return {name: share_interval(right[who], level, None if of is None else of[who]) for name, who in (('accuracy', y | ~y), ('sensitivity', y), ('specificity', ~y))}
+    y, s = check_scores(labels, scores)
+    right, of = (s >= threshold) == y, None if groups is None else np.asarray(groups)
+    return {
+        name: share_interval(right[who], level, None if of is None else of[who])
+        for name, who in (('accuracy', y | ~y), ('sensitivity', y), ('specificity', ~y))
+    }
 
 # %% ../nbs/13_evaluation.ipynb #ebe5d717
 @dataclass(frozen=True)
 class Metrics:
     "What `metrics.json` holds of one set of slides"
+
     auc: float
     low: float
     high: float
-    method: str          # of the interval, one of `INTERVALS`
-    bootstrap_low: float # the paper's interval, a percentile bootstrap
+    method: str  # of the interval, one of `INTERVALS`
+    bootstrap_low: float  # the paper's interval, a percentile bootstrap
     bootstrap_high: float
-    n: int               # labelled slides
+    n: int  # labelled slides
     positives: int
-    patients: int|None   # where they have several slides
-    draws: int           # of the bootstrap
-    redrawn: int         # one-class draws that were drawn again
+    patients: int | None  # where they have several slides
+    draws: int  # of the bootstrap
+    redrawn: int  # one-class draws that were drawn again
     seed: int
     level: float
     split: str
@@ -172,12 +259,20 @@ class Metrics:
     accuracy: float
     sensitivity: float
     specificity: float
-    intervals: dict = field(default_factory=dict) # of the last three, (low, high)
+    intervals: dict = field(default_factory=dict)  # of the last three, (low, high)
+
     @property
-    def interval(self): return Interval(self.low, self.high, 0, 0, self.seed, self.level, self.method)
+    def interval(self):
+        return Interval(self.low, self.high, 0, 0, self.seed, self.level, self.method)
+
     @property
-    def bootstrap(self): return Interval(self.bootstrap_low, self.bootstrap_high, self.draws, self.redrawn, self.seed, self.level)
-    def __str__(self): return f"AUC {self.auc:.3f} ({percent(self.level)} interval {self.interval}, by the paper's bootstrap {self.bootstrap}, {self.n} slides{f' of {self.patients} patients' if self.patients else ''}, {self.positives} positive)"
+    def bootstrap(self):
+        return Interval(
+            self.bootstrap_low, self.bootstrap_high, self.draws, self.redrawn, self.seed, self.level
+        )
+
+    def __str__(self):
+        return f"AUC {self.auc:.3f} ({percent(self.level)} interval {self.interval}, by the paper's bootstrap {self.bootstrap}, {self.n} slides{f' of {self.patients} patients' if self.patients else ''}, {self.positives} positive)"
 
 # %% ../nbs/13_evaluation.ipynb #6c074f0e
 def evaluate(
@@ -186,69 +281,124 @@ def evaluate(
     split='test',  # name of this set of slides
     n=10_000,  # bootstrap draws
     seed=0,  # of the draws
-    level=.95,  # of the intervals
+    level=0.95,  # of the intervals
     threshold=None,  # None: maximum accuracy on these slides
     threshold_from=None,  # where `threshold` comes from
     groups=None,  # patient of each slide; None: each is another's
     method='logit',  # of the AUC's interval: see `auc_interval`
-)->Metrics:
+) -> Metrics:
     "AUC with its interval and the paper's, and accuracy, sensitivity and specificity at one threshold"
-    y, s = check_scores(labels, scores); patients = len(np.unique(group_numbers(groups, len(y))))
+    y, s = check_scores(labels, scores)
+    patients = len(np.unique(group_numbers(groups, len(y))))
     groups = groups if patients < len(y) else None
-    ci, paper, point = auc_interval(y, s, method, level, groups, n, seed), bootstrap_ci(y, s, n, seed, level, groups), operating_point(y, s, threshold)
+    ci, paper, point = (
+        auc_interval(y, s, method, level, groups, n, seed),
+        bootstrap_ci(y, s, n, seed, level, groups),
+        operating_point(y, s, threshold),
+    )
     source = split if threshold is None else threshold_from or 'given'
-    return Metrics(auc(y, s), ci.low, ci.high, method, paper.low, paper.high, len(y), int(y.sum()), patients if groups is not None else None, n, paper.redrawn, seed, level, split, point.threshold, source, point.accuracy, point.sensitivity, point.specificity,
-                   {k: [*v] for k, v in point_intervals(y, s, point.threshold, level, groups).items()})
+    return Metrics(
+        auc(y, s),
+        ci.low,
+        ci.high,
+        method,
+        paper.low,
+        paper.high,
+        len(y),
+        int(y.sum()),
+        patients if groups is not None else None,
+        n,
+        paper.redrawn,
+        seed,
+        level,
+        split,
+        point.threshold,
+        source,
+        point.accuracy,
+        point.sensitivity,
+        point.specificity,
+        {k: [*v] for k, v in point_intervals(y, s, point.threshold, level, groups).items()},
+    )
 
 # %% ../nbs/13_evaluation.ipynb #ebf91532
-COLUMNS = ('slide_id', 'label', 'split', 'probability', 'seconds') # of predictions.csv
+COLUMNS = ('slide_id', 'label', 'split', 'probability', 'seconds')  # of predictions.csv
+
 
 @dataclass(frozen=True)
 class Prediction:
     "One row of `predictions.csv`"
+
     slide_id: str
-    label: float|None
+    label: float | None
     split: str
     probability: float
-    seconds: float|None=None
+    seconds: float | None = None
+
 
 def read_predictions(
     path,  # CSV with slide_id, label, split, probability and perhaps seconds
-)->list[Prediction]:
+) -> list[Prediction]:
     "All rows of `path`, checked; `InputError` names the file, the row and the value"
-    rows = read_table(path, COLUMNS[:4], COLUMNS[4:], 'run sp_predict first, or give the path of a predictions.csv')
-    if not rows: raise InputError(f'{path} has no rows: run sp_predict on at least one slide')
-    if twice := [i for i, k in Counter(r['slide_id'] for r in rows).items() if k > 1]: raise InputError(f'{path} has slide {twice[0]!r} more than once: keep one row a slide')
+    rows = read_table(
+        path,
+        COLUMNS[:4],
+        COLUMNS[4:],
+        'run sp_predict first, or give the path of a predictions.csv',
+    )
+    if not rows:
+        raise InputError(f'{path} has no rows: run sp_predict on at least one slide')
+    if twice := [i for i, k in Counter(r['slide_id'] for r in rows).items() if k > 1]:
+        raise InputError(f'{path} has slide {twice[0]!r} more than once: keep one row a slide')
     return [_prediction(r, f'{path}, slide {r["slide_id"]!r}') for r in rows]
+
 
 def _prediction(r, where):
     def number(column):
-        try: return finite_number(r[column], column)
-        except ValueError as e: raise InputError(f'{where}: {e}') from None
+        try:
+            return finite_number(r[column], column)
+        except ValueError as e:
+            raise InputError(f'{where}: {e}') from None
+
     label, p = number('label') if r['label'] else None, number('probability')
-    if not r['slide_id']: raise InputError(f'{where}: every row needs a slide_id')
-    if label not in (None, 0, 1): raise InputError(f'{where}: label {r["label"]!r} has to be 0, 1 or empty')
-    if not 0 <= p <= 1: raise InputError(f'{where}: probability {p:g} has to lie between 0 and 1')
-    return Prediction(r['slide_id'], label, r['split'], p, number('seconds') if r.get('seconds') else None)
+    if not r['slide_id']:
+        raise InputError(f'{where}: every row needs a slide_id')
+    if label not in (None, 0, 1):
+        raise InputError(f'{where}: label {r["label"]!r} has to be 0, 1 or empty')
+    if not 0 <= p <= 1:
+        raise InputError(f'{where}: probability {p:g} has to lie between 0 and 1')
+    return Prediction(
+        r['slide_id'], label, r['split'], p, number('seconds') if r.get('seconds') else None
+    )
 
 # %% ../nbs/13_evaluation.ipynb #0e4196a7
-def column_of(path, column, needed=True)->dict:
+def column_of(path, column, needed=True) -> dict:
     "{slide_id: what a column says of it} of a table, where it says something; a slide has one row, or says the same in all"
     found = {}
-    for r in read_table(path, ('slide_id', *[column]*needed), (column,), f'give a manifest with slide_id and {column}'):
-        if r.get(column) and found.setdefault(r['slide_id'], r[column]) != r[column]: raise InputError(f"{path}, line {r.line}: slide {r['slide_id']!r} has the {column} {r[column]!r} here and {found[r['slide_id']]!r} before; keep one")
+    for r in read_table(
+        path,
+        ('slide_id', *[column] * needed),
+        (column,),
+        f'give a manifest with slide_id and {column}',
+    ):
+        if r.get(column) and found.setdefault(r['slide_id'], r[column]) != r[column]:
+            raise InputError(
+                f'{path}, line {r.line}: slide {r["slide_id"]!r} has the {column} {r[column]!r} here and {found[r["slide_id"]]!r} before; keep one'
+            )
     return found
 
-def read_patients(path, needed=True)->dict:
+
+def read_patients(path, needed=True) -> dict:
     "{slide_id: patient_id} of a CSV that has both; where it is not `needed`, none of one that is not there, or names no patients"
     path = Path(path)
-    if not needed and not path.exists(): return {}
+    if not needed and not path.exists():
+        return {}
     return column_of(path, 'patient_id', needed)
+
 
 def patients_of(
     ids,  # of slides
     known,  # as `read_patients` gives it
-)->list|None:
+) -> list | None:
     "The patient of each slide, a slide of whom nothing is known as one of its own; None where nobody has several of these"
     of = [known.get(i, f'slide {i}') for i in ids]
     return of if len({*of}) < len(of) else None

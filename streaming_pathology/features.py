@@ -14,13 +14,20 @@ import safetensors, safetensors.torch, torch, torchvision
 from torch import nn
 from tqdm.auto import tqdm
 from .errors import InputError, at_least_one
-from .models import Normalise, StreamingClassifier, imagenet_mean, imagenet_std, weights_of
+from streaming_pathology.models import (
+    Normalise,
+    StreamingClassifier,
+    imagenet_mean,
+    imagenet_std,
+    weights_of,
+)
 from .files import slide_files, whole_file
 from .bags import Bag, BagDataset, PatchGrid
 
 # %% ../nbs/12_features.ipynb #f0000006
 class Encoder(nn.Module):
     "A frozen network of patches: uint8 (n, 3, size, size) -> float32 features (n, d) and, of one that has learnt to classify slides or patches, the logits (n,) that it gives them; otherwise None."
+
     def __init__(
         self,
         network,  # a `StreamingClassifier`, or another whose output is (n, d)
@@ -29,42 +36,64 @@ class Encoder(nn.Module):
         transform=None,
         pil=False,  # the transform is of one patch, as PIL image
         card=None,  # what to build it from again; see `make_encoder`
-    ):     
+    ):
         super().__init__()
         self.network, self.pil, self.card = network, pil, card or {}
         self.transform = transform
         self.eval().requires_grad_(False)
 
-    def train(self, mode=True): return super().train(False)
-    def __deepcopy__(self, memo): return self # it never changes
+    def train(self, mode=True):
+        return super().train(False)
+
+    def __deepcopy__(self, memo):
+        return self  # it never changes
 
     @torch.no_grad()
     def forward(self, patches):
         x = patches.to(next((p.device for p in self.parameters()), patches.device))
         if isinstance(self.network, StreamingClassifier):
             head = self.network.head
-            h = head.flatten(head.pool(self.network.features(x.contiguous(memory_format=torch.channels_last))))
-            return h.float(), head.fc(h)[:, 0].float() if self.card.get('classifies') and head.fc.out_features == 1 else None
-        if self.pil: x = torch.stack([self.transform(torchvision.transforms.functional.to_pil_image(p.cpu())) for p in x]).to(x.device)
-        elif self.transform: x = self.transform(x)
+            h = head.flatten(
+                head.pool(self.network.features(x.contiguous(memory_format=torch.channels_last)))
+            )
+            return h.float(), head.fc(h)[:, 0].float() if self.card.get(
+                'classifies'
+            ) and head.fc.out_features == 1 else None
+        if self.pil:
+            x = torch.stack(
+                [self.transform(torchvision.transforms.functional.to_pil_image(p.cpu())) for p in x]
+            ).to(x.device)
+        elif self.transform:
+            x = self.transform(x)
         name = self.card.get('backbone', type(self.network).__name__)
-        try: y = self.network(x)
+        try:
+            y = self.network(x)
         except (RuntimeError, AssertionError, ValueError) as e:
-            if isinstance(e, torch.OutOfMemoryError): raise
-            raise InputError(f"the backbone {name} cannot take patches of {patches.shape[-1]} pixels ({str(e).splitlines()[0]}); give them another size, or a transform that does") from None
-        if not isinstance(y, torch.Tensor) or y.ndim != 2 or len(y) != len(patches): raise InputError(f"the backbone {name} gives {tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__} for {len(patches)} patches; it has to give a vector each, (n, d)")
+            if isinstance(e, torch.OutOfMemoryError):
+                raise
+            raise InputError(
+                f'the backbone {name} cannot take patches of {patches.shape[-1]} pixels ({str(e).splitlines()[0]}); give them another size, or a transform that does'
+            ) from None
+        if not isinstance(y, torch.Tensor) or y.ndim != 2 or len(y) != len(patches):
+            raise InputError(
+                f'the backbone {name} gives {tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__} for {len(patches)} patches; it has to give a vector each, (n, d)'
+            )
         return y.float(), None
 
-    def sealed(self): # dict
+    def sealed(self):  # dict
         "The card with the checksum of the weights and of itself."
         return self.card | dict(sha256=encoder_hash(self.state_dict(), self.card))
+
 
 def encoder_hash(weights, card):
     "The checksum of an encoder; where a file of code lies is no part of it."
     of = {k: v for k, v in card.items() if k != 'sha256'}
-    return weights_hash(weights, of | (dict(backbone=Path(of['backbone']).name) if 'code' in of else {}))
+    return weights_hash(
+        weights, of | (dict(backbone=Path(of['backbone']).name) if 'code' in of else {})
+    )
 
-def weights_hash(weights, of): # weights: a state dict; of: what JSON can hold
+
+def weights_hash(weights, of):  # weights: a state dict; of: what JSON can hold
     "The checksum of weights, and of what else a network depends on."
     digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode())
     for k, v in sorted(weights.items()):
@@ -79,116 +108,198 @@ def make_encoder(
     # None: random
     weights=None,
     sha256=None,  # checksum that the file must have
-):   
+):
     "The `Encoder` that a name describes."
     kind, _, name = str(backbone).rpartition(':')
     if kind.endswith('.py'):
-        if weights: raise InputError(f'the weights of {backbone} are its own matter; leave out weights')
+        if weights:
+            raise InputError(f'the weights of {backbone} are its own matter; leave out weights')
         return _own(Path(kind).expanduser().resolve(), name)
-    if kind not in LIBRARIES: raise InputError(f"backbone {backbone!r} is no run folder, checkpoint or exported model that is there, nor torchvision:NAME, timm:NAME or FILE.py:FUNCTION")
+    if kind not in LIBRARIES:
+        raise InputError(
+            f'backbone {backbone!r} is no run folder, checkpoint or exported model that is there, nor torchvision:NAME, timm:NAME or FILE.py:FUNCTION'
+        )
     return LIBRARIES[kind](name, weights, sha256)
 
+
 def _of_torchvision(name, weights, sha256):
-    try: net = torchvision.models.get_model(name, weights=None)
-    except ValueError: raise InputError(f'torchvision has no network {name!r}; torchvision.models.list_models() tells those it has') from None
+    try:
+        net = torchvision.models.get_model(name, weights=None)
+    except ValueError:
+        raise InputError(
+            f'torchvision has no network {name!r}; torchvision.models.list_models() tells those it has'
+        ) from None
     card = dict(backbone=f'torchvision:{name}', mean=imagenet_mean, std=imagenet_std)
-    if weights: _load(net, weights_of(name, weights, sha256), weights)
-    if weights and hasattr(net, 'transform_input'): card |= dict(mean=[.5]*3, std=[.5]*3) # torchvision's weights of GoogLeNet and Inception v3 expect this
+    if weights:
+        _load(net, weights_of(name, weights, sha256), weights)
+    if weights and hasattr(net, 'transform_input'):
+        card |= dict(
+            mean=[0.5] * 3, std=[0.5] * 3
+        )  # torchvision's weights of GoogLeNet and Inception v3 expect this
     last = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
-    if not last: raise InputError(f'torchvision:{name} has no linear layer at its end, before which features could be taken')
+    if not last:
+        raise InputError(
+            f'torchvision:{name} has no linear layer at its end, before which features could be taken'
+        )
     net.set_submodule(last[-1], nn.Identity())
     return built(card, net)
 
+
 def _of_timm(name, weights, sha256):
-    try: import timm
-    except ImportError: raise InputError(f'timm:{name} needs the package timm; install it') from None
+    try:
+        import timm
+    except ImportError:
+        raise InputError(f'timm:{name} needs the package timm; install it') from None
     named = str(weights).upper() in ('DEFAULT', 'TRUE')
-    try: net = timm.create_model(name, pretrained=named, num_classes=0)
-    except Exception as e: raise InputError(f'timm:{name} cannot be had ({str(e).splitlines()[0]})') from None
+    try:
+        net = timm.create_model(name, pretrained=named, num_classes=0)
+    except Exception as e:
+        raise InputError(f'timm:{name} cannot be had ({str(e).splitlines()[0]})') from None
     seen = timm.data.resolve_model_data_config(net)
-    if weights and not named: _load(net, weights_of(name, weights, sha256), weights)
+    if weights and not named:
+        _load(net, weights_of(name, weights, sha256), weights)
     return built(dict(backbone=f'timm:{name}', mean=seen['mean'], std=seen['std']), net)
 
-def _load(net, state, where): # all but the layer that is left out
+
+def _load(net, state, where):  # all but the layer that is left out
     wrong = [k for k, v in net.state_dict().items() if k not in state or state[k].shape != v.shape]
-    if wrong: raise InputError(f'{where}: the weights are of another network ({len(wrong)} tensors differ, the first is {wrong[0]})')
+    if wrong:
+        raise InputError(
+            f'{where}: the weights are of another network ({len(wrong)} tensors differ, the first is {wrong[0]})'
+        )
     net.load_state_dict({k: state[k] for k in net.state_dict()})
 
+
 def _own(path, function):
-    if not path.is_file(): raise InputError(f'{path}: there is no such file')
-    spec = importlib.util.spec_from_file_location(path.stem, path); module = importlib.util.module_from_spec(spec)
-    try: spec.loader.exec_module(module); found = getattr(module, function)()
-    except InputError: raise
-    except Exception as e: raise InputError(f'{path}:{function} cannot be built ({type(e).__name__}: {e})') from None
-    if isinstance(found, tuple): found = Encoder(*found)
-    if not isinstance(found, Encoder): raise InputError(f'{path}:{function} gives {type(found).__name__}; it has to give an Encoder, or a network and its transform')
-    found.card = dict(backbone=f'{path}:{function}', code=hashlib.sha256(path.read_bytes()).hexdigest())
+    if not path.is_file():
+        raise InputError(f'{path}: there is no such file')
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        found = getattr(module, function)()
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(f'{path}:{function} cannot be built ({type(e).__name__}: {e})') from None
+    if isinstance(found, tuple):
+        found = Encoder(*found)
+    if not isinstance(found, Encoder):
+        raise InputError(
+            f'{path}:{function} gives {type(found).__name__}; it has to give an Encoder, or a network and its transform'
+        )
+    found.card = dict(
+        backbone=f'{path}:{function}', code=hashlib.sha256(path.read_bytes()).hexdigest()
+    )
     return found
+
 
 LIBRARIES = dict(torchvision=_of_torchvision, timm=_of_timm)
 
-def built(card, network=None): # `Encoder`
+
+def built(card, network=None):  # `Encoder`
     "What a card describes, with random weights, or with a network that is there already; of somebody's own code with its weights."
-    if 'model' in card: return Encoder(network or StreamingClassifier(**card['model']), card=card)
+    if 'model' in card:
+        return Encoder(network or StreamingClassifier(**card['model']), card=card)
     if 'code' in card:
         kind, _, name = card['backbone'].rpartition(':')
-        if (found := _own(Path(kind), name)).card['code'] != card['code']: raise InputError(f'{kind} was changed since features were made by it; put back what it was, or train again')
+        if (found := _own(Path(kind), name)).card['code'] != card['code']:
+            raise InputError(
+                f'{kind} was changed since features were made by it; put back what it was, or train again'
+            )
         return found
     card = json.loads(json.dumps(card))
-    if network is None: network = make_encoder(card['backbone']).network
+    if network is None:
+        network = make_encoder(card['backbone']).network
     return Encoder(network, Normalise(card['mean'], card['std']), card=card)
 
 # %% ../nbs/12_features.ipynb #f0000011
 @dataclass
 class Features:
     "What is left of a `Bag` when its patches have become vectors."
-    x: torch.Tensor             # float32 (n, d)
-    places: torch.Tensor        # int64 (n, 3): top, left and factor
-    scores: torch.Tensor | None # (n,): the logits that the backbone gave
-    size: int                   # pixels a side, of a patch
-    shape: tuple                # (height, width) of the image
+
+    x: torch.Tensor  # float32 (n, d)
+    places: torch.Tensor  # int64 (n, 3): top, left and factor
+    scores: torch.Tensor | None  # (n,): the logits that the backbone gave
+    size: int  # pixels a side, of a patch
+    shape: tuple  # (height, width) of the image
     slide_id: str = ''
-    def __len__(self): return len(self.x)
+
+    def __len__(self):
+        return len(self.x)
+
 
 @dataclass
 class KeptBag(Bag):
     "A bag whose features are to be kept."
-    path: Path | None = None # in this file
-    of: dict | None = None   # what they are of, as JSON has it
+
+    path: Path | None = None  # in this file
+    of: dict | None = None  # what they are of, as JSON has it
+
 
 FORMAT = 'streaming_pathology features 1'
 
-def features_path(folder, slide_id, of): return Path(folder)/f'{slide_id}.{_digest(of)[:16]}.safetensors'
-def _digest(of): return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
 
-def write_features(path, f, of): # f: `Features`
+def features_path(folder, slide_id, of):
+    return Path(folder) / f'{slide_id}.{_digest(of)[:16]}.safetensors'
+
+
+def _digest(of):
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
+
+
+def write_features(path, f, of):  # f: `Features`
     "Keep the features of a slide, the whole file or none."
     tensors = dict(x=f.x, places=f.places) | ({} if f.scores is None else dict(scores=f.scores))
     about = json.dumps(dict(format=FORMAT, of=of, size=f.size, shape=f.shape, slide_id=f.slide_id))
-    data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, dict(about=weights_hash(tensors, about)+about))
+    data = safetensors.torch.save(
+        {k: v.contiguous() for k, v in tensors.items()},
+        dict(about=weights_hash(tensors, about) + about),
+    )
     for again in (True, False):
         try:
-            with whole_file(path) as out: out.write(data)
+            with whole_file(path) as out:
+                out.write(data)
             return
-        except InputError: # a run that begins, and shares the folder, sweeps up what is half-written there
-            if not again: raise
+        except (
+            InputError
+        ):  # a run that begins, and shares the folder, sweeps up what is half-written there
+            if not again:
+                raise
 
-def read_features(path, of): # `Features`, or None where there are none of just this
+
+def read_features(path, of):  # `Features`, or None where there are none of just this
     path = Path(path)
-    if not path.exists(): return None
+    if not path.exists():
+        return None
     try:
-        with safetensors.safe_open(path, 'pt') as f: said, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+        with safetensors.safe_open(path, 'pt') as f:
+            said, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
         sha256, text = said['about'][:64], said['about'][64:]
-        if weights_hash(tensors, text) != sha256: raise ValueError('its checksum is wrong')
+        if weights_hash(tensors, text) != sha256:
+            raise ValueError('its checksum is wrong')
         about = json.loads(text)
-        if (about['format'], about['of']) != (FORMAT, of): raise ValueError('it is of something else')
-        return Features(tensors['x'], tensors['places'], tensors.get('scores'), about['size'], tuple(about['shape']), about['slide_id'])
-    except PermissionError as e: raise InputError(f'{path} cannot be read ({e.strerror}); give another folder for the features') from None
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as e: warnings.warn(f'{path} is not used, and is made again: {e}')
+        if (about['format'], about['of']) != (FORMAT, of):
+            raise ValueError('it is of something else')
+        return Features(
+            tensors['x'],
+            tensors['places'],
+            tensors.get('scores'),
+            about['size'],
+            tuple(about['shape']),
+            about['slide_id'],
+        )
+    except PermissionError as e:
+        raise InputError(
+            f'{path} cannot be read ({e.strerror}); give another folder for the features'
+        ) from None
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
+        warnings.warn(f'{path} is not used, and is made again: {e}')
 
 # %% ../nbs/12_features.ipynb #f0000013
 class FeatureDataset(BagDataset):
     "Slides as items like those of a `BagDataset`, whose image is `Features`, or a `KeptBag` where there are none yet."
+
     def __init__(
         self,
         cases,
@@ -200,22 +311,48 @@ class FeatureDataset(BagDataset):
         amp=None,  # precision that it runs in
         views=1,  # augmented views of a slide
         **kwargs,  # for `BagDataset`
-    ):    
+    ):
         super().__init__(cases, spacing, size, grid, **kwargs)
         at_least_one(views=views)
-        self.folder, self.encoder, self.amp, self.views, self.hashes = folder and Path(folder), encoder, amp, views, {}
+        self.folder, self.encoder, self.amp, self.views, self.hashes = (
+            folder and Path(folder),
+            encoder,
+            amp,
+            views,
+            {},
+        )
 
-    def of(self, i, view=0): # dict
+    def of(self, i, view=0):  # dict
         "All that the features of case `i` depend on."
         c = self.cases[i]
-        if c.slide_id not in self.hashes: self.hashes[c.slide_id] = slide_hash(c)
-        seen = dict(slide=self.hashes[c.slide_id], says=c.spacing, spacing=self.spacing, size=self.size, pen=self.pen, clean=self.clean, colour=self.colour, grid=asdict(self.grid), encoder=self.encoder, amp=self.amp,
-                    augment=self.augment and asdict(self.augment) | dict(seed=self.seed, view=view, slide_id=c.slide_id))
+        if c.slide_id not in self.hashes:
+            self.hashes[c.slide_id] = slide_hash(c)
+        seen = dict(
+            slide=self.hashes[c.slide_id],
+            says=c.spacing,
+            spacing=self.spacing,
+            size=self.size,
+            pen=self.pen,
+            clean=self.clean,
+            colour=self.colour,
+            grid=asdict(self.grid),
+            encoder=self.encoder,
+            amp=self.amp,
+            augment=self.augment
+            and asdict(self.augment) | dict(seed=self.seed, view=view, slide_id=c.slide_id),
+        )
         return json.loads(json.dumps(seen))
 
-    def hashed(self, progress=True): # itself
+    def hashed(self, progress=True):  # itself
         "Look at the bytes of all slides now, and not in each process that reads."
-        for i in tqdm(range(len(self)), desc='checksums of slides', unit='slide', leave=False, disable=not progress): self.of(i)
+        for i in tqdm(
+            range(len(self)),
+            desc='checksums of slides',
+            unit='slide',
+            leave=False,
+            disable=not progress,
+        ):
+            self.of(i)
         return self
 
     def __getitem__(self, key):
@@ -224,63 +361,103 @@ class FeatureDataset(BagDataset):
         path = features_path(self.folder, c.slide_id, of := self.of(i, view))
         if (found := read_features(path, of)) is not None:
             found.slide_id = c.slide_id
-            return dict(image=found, label=self.label(c), slide_id=c.slide_id, box=found.shape, colour=self.colour)
+            return dict(
+                image=found,
+                label=self.label(c),
+                slide_id=c.slide_id,
+                box=found.shape,
+                colour=self.colour,
+            )
         item = super().__getitem__((i, view))
-        return item | dict(image=KeptBag(**vars(item['image']), path=path, of=of), box=item['image'].shape)
+        return item | dict(
+            image=KeptBag(**vars(item['image']), path=path, of=of), box=item['image'].shape
+        )
 
-def slide_hash(case): # text
+
+def slide_hash(case):  # text
     "Of the bytes of all files of a slide, and of its tissue mask."
     digest = hashlib.sha256()
     for p in filter(None, (case.path, case.mask)):
         try:
             for f in slide_files(p):
-                with open(f, 'rb') as opened: digest.update(hashlib.file_digest(opened, 'sha256').digest())
-        except OSError as e: raise InputError(f'slide {case.slide_id!r}: {p} cannot be read ({e.strerror})') from None
+                with open(f, 'rb') as opened:
+                    digest.update(hashlib.file_digest(opened, 'sha256').digest())
+        except OSError as e:
+            raise InputError(
+                f'slide {case.slide_id!r}: {p} cannot be read ({e.strerror})'
+            ) from None
         digest.update(b'|')
     return digest.hexdigest()
 
 # %% ../nbs/12_features.ipynb #f0000015
 class FeatureMIL(nn.Module):
     "An aggregator over the features of a frozen backbone: `Bag` or `Features` -> logits (1, n_out), in training perhaps several that each learn the label."
+
     def __init__(
         self,
         encoder,  # `Encoder`; None: for `Features` alone
         aggregator,  # see `aggregators`
         batch=64,  # patches that the encoder sees at a time
         whole=False,  # the state dict has the encoder's weights too
-    ):   
+    ):
         super().__init__()
         at_least_one(batch=batch)
         self.aggregator, self.batch = aggregator, batch
-        if whole: self.encoder = encoder
-        else: self.__dict__['encoder'] = encoder
+        if whole:
+            self.encoder = encoder
+        else:
+            self.__dict__['encoder'] = encoder
 
     @torch.no_grad()
-    def encode(self, bag): # `Features`
+    def encode(self, bag):  # `Features`
         "The features of all patches of a bag, on the CPU; kept, where the bag says so."
-        if self.encoder is None: raise InputError(f'slide {bag.slide_id!r}: there is no backbone to make features of its patches with')
+        if self.encoder is None:
+            raise InputError(
+                f'slide {bag.slide_id!r}: there is no backbone to make features of its patches with'
+            )
         self.encoder.to(next(self.aggregator.parameters()).device)
         x, scores = zip(*(self.encoder(bag.patches(p)) for p in bag.places.split(self.batch)))
-        found = Features(torch.cat(x).cpu(), bag.places, None if scores[0] is None else torch.cat(scores).cpu(), bag.size, bag.shape, bag.slide_id)
-        bad = ~found.x.isfinite().all(1) if found.scores is None else ~(found.x.isfinite().all(1) & found.scores.isfinite())
-        if bad.any(): raise InputError(f"slide {bag.slide_id!r}: the backbone gives features that are not finite for {int(bad.sum())} of {len(bad)} patches, the first at {tuple(bag.places[bad.int().argmax(), :2].tolist())}; run it without amp, or look whether its weights are damaged")
-        if isinstance(bag, KeptBag): write_features(bag.path, found, bag.of)
+        found = Features(
+            torch.cat(x).cpu(),
+            bag.places,
+            None if scores[0] is None else torch.cat(scores).cpu(),
+            bag.size,
+            bag.shape,
+            bag.slide_id,
+        )
+        bad = (
+            ~found.x.isfinite().all(1)
+            if found.scores is None
+            else ~(found.x.isfinite().all(1) & found.scores.isfinite())
+        )
+        if bad.any():
+            raise InputError(
+                f'slide {bag.slide_id!r}: the backbone gives features that are not finite for {int(bad.sum())} of {len(bad)} patches, the first at {tuple(bag.places[bad.int().argmax(), :2].tolist())}; run it without amp, or look whether its weights are damaged'
+            )
+        if isinstance(bag, KeptBag):
+            write_features(bag.path, found, bag.of)
         return found
 
-    def _seen(self, x): # features and scores, where the aggregator is
-        if not isinstance(x, (Bag, Features)): raise InputError(f'this network takes a Bag or Features, not {type(x).__name__}')
+    def _seen(self, x):  # features and scores, where the aggregator is
+        if not isinstance(x, (Bag, Features)):
+            raise InputError(f'this network takes a Bag or Features, not {type(x).__name__}')
         f = self.encode(x) if isinstance(x, Bag) else x
         p = next(self.aggregator.parameters())
-        return f.x.to(p.device, p.dtype), None if f.scores is None else f.scores.to(p.device, p.dtype)
+        return f.x.to(p.device, p.dtype), None if f.scores is None else f.scores.to(
+            p.device, p.dtype
+        )
 
-    def forward(self, x): return self.aggregator(*self._seen(x))
+    def forward(self, x):
+        return self.aggregator(*self._seen(x))
 
     @torch.no_grad()
-    def relevance(self, x): # (n,)
+    def relevance(self, x):  # (n,)
         "What each patch counts for, from 0 to 1: its probability, or its attention as a share of the largest."
         return self.aggregator.relevance(*self._seen(x)).float().cpu()
 
-    def calibrate(self, patches): self.encoder.network.calibrate(patches); return self # one with random weights
+    def calibrate(self, patches):
+        self.encoder.network.calibrate(patches)
+        return self  # one with random weights
 
     def loss(self, task, logits, label):
         own = getattr(self.aggregator, 'loss', None)

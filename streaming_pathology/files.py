@@ -21,304 +21,565 @@ from .errors import InputError
 # %% ../nbs/05_files.ipynb #f26fc15d
 SAMPLE_SHA256 = 'ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7'
 
+
 @functools.cache
 def sample_slide() -> Path:
     "Path of the real H&E slide that ships with the package (Aperio, 0.499 microns per pixel, CC0); its sha256 is checked."
-    path = Path(streaming_pathology.__file__).parent/'data'/'CMU-1-Small-Region.svs'
-    if not path.is_file(): raise InputError(f'{path} is missing: install the package again')
-    if hashlib.sha256(path.read_bytes()).hexdigest() != SAMPLE_SHA256: raise InputError(f'{path} is damaged (its sha256 is wrong): install the package again')
+    path = Path(streaming_pathology.__file__).parent / 'data' / 'CMU-1-Small-Region.svs'
+    if not path.is_file():
+        raise InputError(f'{path} is missing: install the package again')
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SAMPLE_SHA256:
+        raise InputError(f'{path} is damaged (its sha256 is wrong): install the package again')
     return path
 
 # %% ../nbs/05_files.ipynb #98ae1f0c
 _TIFF_TYPES = {1: 'B', 2: 's', 3: 'H', 4: 'I', 5: 'II', 13: 'I', 16: 'Q', 18: 'Q'}
-_TIFF_TAGS = {254: 'kind', 256: 'width', 257: 'height', 262: 'colours', 270: 'description', 277: 'channels', 273: 'strips', 278: 'strip_height', 279: 'strip_bytes', 284: 'planar', 282: 'x_resolution', 283: 'y_resolution', 296: 'unit',
-              322: 'tile_width', 323: 'tile_height', 324: 'tiles', 325: 'tile_bytes', 330: 'children', 338: 'extra'}
+_TIFF_TAGS = {
+    254: 'kind',
+    256: 'width',
+    257: 'height',
+    262: 'colours',
+    270: 'description',
+    277: 'channels',
+    273: 'strips',
+    278: 'strip_height',
+    279: 'strip_bytes',
+    284: 'planar',
+    282: 'x_resolution',
+    283: 'y_resolution',
+    296: 'unit',
+    322: 'tile_width',
+    323: 'tile_height',
+    324: 'tiles',
+    325: 'tile_bytes',
+    330: 'children',
+    338: 'extra',
+}
+
 
 class _Tiff:
     "The directories of a TIFF or BigTIFF, as dicts of tuples of numbers, of bytes for text; none for another kind of file."
+
     def __init__(self, path):
         self.path, self.end, self.seen, self.directories = path, os.stat(path).st_size, set(), []
         with open(path, 'rb') as self.file:
             head = self.file.read(4)
             self.order = {b'II': '<', b'MM': '>'}.get(head[:2])
-            self.big = self.order and head[2:] == struct.pack(self.order+'H', 43)
-            if not self.order or not (self.big or head[2:] == struct.pack(self.order+'H', 42)): return
-            at, = self.numbers('Q', 8) if self.big else self.numbers('I', 4)
+            self.big = self.order and head[2:] == struct.pack(self.order + 'H', 43)
+            if not self.order or not (self.big or head[2:] == struct.pack(self.order + 'H', 42)):
+                return
+            (at,) = self.numbers('Q', 8) if self.big else self.numbers('I', 4)
             while at:
                 d, at = self.directory(at)
                 d['children'] = [self.directory(c)[0] for c in d.get('children', ()) if c]
                 self.directories.append(d)
 
     def numbers(self, fmt, at):
-        n = struct.calcsize(self.order+fmt)
-        self.within(at+n)
+        n = struct.calcsize(self.order + fmt)
+        self.within(at + n)
         self.file.seek(at)
-        return struct.unpack(self.order+fmt, self.file.read(n))
+        return struct.unpack(self.order + fmt, self.file.read(n))
 
     def within(self, last):
-        if last > self.end: raise InputError(f'{self.path} is truncated: it has {self.end:,} bytes and its image goes on to byte {last:,}; copy it again')
+        if last > self.end:
+            raise InputError(
+                f'{self.path} is truncated: it has {self.end:,} bytes and its image goes on to byte {last:,}; copy it again'
+            )
 
     def directory(self, at):
         "The known tags of the directory at byte `at`, and where the next directory is."
-        if at in self.seen: raise InputError(f'{self.path} is damaged: its TIFF directories form a loop')
+        if at in self.seen:
+            raise InputError(f'{self.path} is damaged: its TIFF directories form a loop')
         self.seen.add(at)
         offset, entry, start, inline = ('Q', 'HHQ', 8, 8) if self.big else ('I', 'HHI', 2, 4)
         d, (n,) = {}, self.numbers('Q' if self.big else 'H', at)
-        for place in range(at+start, at+start+n*(4+2*inline), 4+2*inline):
+        for place in range(at + start, at + start + n * (4 + 2 * inline), 4 + 2 * inline):
             tag, kind, count = self.numbers(entry, place)
-            if tag not in _TIFF_TAGS or kind not in _TIFF_TYPES: continue
+            if tag not in _TIFF_TAGS or kind not in _TIFF_TYPES:
+                continue
             letters = _TIFF_TYPES[kind]
-            fmt, value = f'{count*len(letters)}{letters[0]}', place+4+inline
-            if struct.calcsize('<'+fmt) > inline: value, = self.numbers(offset, value)
+            fmt, value = f'{count * len(letters)}{letters[0]}', place + 4 + inline
+            if struct.calcsize('<' + fmt) > inline:
+                (value,) = self.numbers(offset, value)
             d[_TIFF_TAGS[tag]] = self.numbers(fmt, value)
         for first, length in (('strips', 'strip_bytes'), ('tiles', 'tile_bytes')):
             self.within(max(map(sum, zip(d.get(first, ()), d.get(length, ()))), default=0))
-        return d, *self.numbers(offset, at+start+n*(4+2*inline))
+        return d, *self.numbers(offset, at + start + n * (4 + 2 * inline))
 
-def transparent(directories): # of a `_Tiff`; other files have transparency where they have a further channel
+
+def transparent(
+    directories,
+):  # of a `_Tiff`; other files have transparency where they have a further channel
     "Whether the further channel of an image is transparency: in a TIFF only if it says so."
     return not directories or any(k in (1, 2) for k in directories[0].get('extra', ()))
+
 
 def _check_pieces(path, d):
     "Refuse a directory that has not as many tiles or strips as an image of its size needs: one of its numbers is wrong."
     (height,), (width,) = d['height'], d['width']
-    if 'tiles' in d: kind, n = 'tiles', -(-height//d['tile_height'][0])*-(-width//d['tile_width'][0])
-    else: kind, n = 'strips', -(-height//min(d.get('strip_height', (height,))[0], height))
-    if d.get('planar', (1,))[0] == 2: n *= d.get('channels', (1,))[0]
-    if len(d[kind]) != n: raise InputError(f'{path} is damaged: an image of {height} x {width} pixels needs {n} {kind}, and it names {len(d[kind])}; copy it again')
+    if 'tiles' in d:
+        kind, n = 'tiles', -(-height // d['tile_height'][0]) * -(-width // d['tile_width'][0])
+    else:
+        kind, n = 'strips', -(-height // min(d.get('strip_height', (height,))[0], height))
+    if d.get('planar', (1,))[0] == 2:
+        n *= d.get('channels', (1,))[0]
+    if len(d[kind]) != n:
+        raise InputError(
+            f'{path} is damaged: an image of {height} x {width} pixels needs {n} {kind}, and it names {len(d[kind])}; copy it again'
+        )
 
 # %% ../nbs/05_files.ipynb #f0000021
-_LONG = (b'OB', b'OD', b'OF', b'OL', b'OV', b'OW', b'SQ', b'SV', b'UC', b'UN', b'UR', b'UT', b'UV') # kinds of values whose length has four bytes
+_LONG = (
+    b'OB',
+    b'OD',
+    b'OF',
+    b'OL',
+    b'OV',
+    b'OW',
+    b'SQ',
+    b'SV',
+    b'UC',
+    b'UN',
+    b'UR',
+    b'UT',
+    b'UV',
+)  # kinds of values whose length has four bytes
+
 
 @functools.lru_cache(4096)
 def _dicom_series(path, size, changed):
     "The series that a DICOM file of `size` bytes belongs to, if all of the file is there; `changed`: when, so that it is read once."
     short = InputError(f'{path} is truncated: it has {size:,} bytes and goes on; copy it again')
     with open(path, 'rb') as f:
+
         def take(fmt):
             data = f.read(struct.calcsize(fmt))
-            if len(data) < struct.calcsize(fmt): raise short
+            if len(data) < struct.calcsize(fmt):
+                raise short
             return struct.unpack(fmt, data)
+
         def skip(n):
-            if f.tell()+n > size: raise short
+            if f.tell() + n > size:
+                raise short
             f.seek(n, 1)
-        def items(): # of a sequence or of pixels whose length is not said
+
+        def items():  # of a sequence or of pixels whose length is not said
             while (what := take('<HHI'))[:2] != (0xFFFE, 0xE0DD):
-                if what[:2] != (0xFFFE, 0xE000): raise InputError(f'{path} is damaged: its elements do not follow each other at byte {f.tell():,}')
-                if what[2] != 2**32-1: skip(what[2])
+                if what[:2] != (0xFFFE, 0xE000):
+                    raise InputError(
+                        f'{path} is damaged: its elements do not follow each other at byte {f.tell():,}'
+                    )
+                if what[2] != 2**32 - 1:
+                    skip(what[2])
                 else:
-                    while element() is not None: pass
-        def element(): # the value of the series, b'' for others, None where an item ends
+                    while element() is not None:
+                        pass
+
+        def element():  # the value of the series, b'' for others, None where an item ends
             group, number = take('<HH')
-            if group == 0xFFFE: take('<I'); return None
-            kind, = take('2s')
-            if kind in _LONG: take('<H'); length, = take('<I')
-            else: length, = take('<H')
-            if (group, number) == (0x20, 0xE): return f.read(length)
-            if length == 2**32-1: items()
-            else: skip(length)
+            if group == 0xFFFE:
+                take('<I')
+                return None
+            (kind,) = take('2s')
+            if kind in _LONG:
+                take('<H')
+                (length,) = take('<I')
+            else:
+                (length,) = take('<H')
+            if (group, number) == (0x20, 0xE):
+                return f.read(length)
+            if length == 2**32 - 1:
+                items()
+            else:
+                skip(length)
             return b''
-        f.seek(132); series = None
-        while f.tell() < size: series = element() or series
+
+        f.seek(132)
+        series = None
+        while f.tell() < size:
+            series = element() or series
     return series
 
-def _series_of(path): return _dicom_series(path, (s := path.stat()).st_size, s.st_mtime_ns)
 
-def slide_key(path): # to compare
+def _series_of(path):
+    return _dicom_series(path, (s := path.stat()).st_size, s.st_mtime_ns)
+
+
+def slide_key(path):  # to compare
     "What all paths of one slide have in common: the files of a DICOM series are one slide, and so are links."
     path = Path(path).resolve()
     for p in dicom_files(path) if path.is_dir() else [path]:
         with suppress(InputError, OSError, RecursionError):
-            if _is_dicom(p) and (series := _series_of(p)): return p.parent, series.rstrip(b'\0 ')
+            if _is_dicom(p) and (series := _series_of(p)):
+                return p.parent, series.rstrip(b'\0 ')
     return path, None
 
+
 def _is_dicom(path):
-    if not path.is_file(): return False
-    with open(path, 'rb') as f: return f.read(132)[128:] == b'DICM'
+    if not path.is_file():
+        return False
+    with open(path, 'rb') as f:
+        return f.read(132)[128:] == b'DICM'
 
-def dicom_files(folder): # whatever their names
+
+def dicom_files(folder):  # whatever their names
     "The DICOM files in a folder."
-    return [p for p in sorted(Path(folder).iterdir()) if not p.name.startswith('.') and _is_dicom(p)]
+    return [
+        p for p in sorted(Path(folder).iterdir()) if not p.name.startswith('.') and _is_dicom(p)
+    ]
 
-def slide_files(path): # sorted
+
+def slide_files(path):  # sorted
     "All files of one slide: the DICOM files in a folder, those of a DICOM series, a MIRAX file and those in the folder beside it; otherwise the file itself."
     path = Path(path)
-    if path.is_dir(): return dicom_files(path)
-    if (key := slide_key(path))[1]: return _by_series(path.parent, path.parent.stat().st_mtime_ns)[key] # a level each
-    return sorted([path, *(p for p in path.with_suffix('').glob('*') if path.suffix.lower() == '.mrxs' and p.is_file())])
+    if path.is_dir():
+        return dicom_files(path)
+    if (key := slide_key(path))[1]:
+        return _by_series(path.parent, path.parent.stat().st_mtime_ns)[key]  # a level each
+    return sorted(
+        [
+            path,
+            *(
+                p
+                for p in path.with_suffix('').glob('*')
+                if path.suffix.lower() == '.mrxs' and p.is_file()
+            ),
+        ]
+    )
+
 
 @functools.lru_cache(64)
-def _by_series(folder, changed): # of DICOM, {key: its files}
+def _by_series(folder, changed):  # of DICOM, {key: its files}
     found = {}
-    for p in dicom_files(folder): found.setdefault(slide_key(p), []).append(p)
+    for p in dicom_files(folder):
+        found.setdefault(slide_key(p), []).append(p)
     return found
 
-def file_stamp(path): # to compare
+
+def file_stamp(path):  # to compare
     "What tells one state of a slide's files from another, without reading them."
     return [[p.name, (s := p.stat()).st_size, s.st_mtime_ns] for p in slide_files(path)]
+
 
 def _whole_series(path):
     "Refuse a slide in DICOM of which any file is cut short."
     mine = _series_of(path)
     for p in dicom_files(path.parent):
-        try: _series_of(p)
+        try:
+            _series_of(p)
         except InputError:
             with suppress(openslide.OpenSlideError), openslide.OpenSlide(p) as s:
-                if s.properties.get('dicom.SeriesInstanceUID', '').encode() == (mine or b'').rstrip(b'\0 '): raise
+                if s.properties.get('dicom.SeriesInstanceUID', '').encode() == (mine or b'').rstrip(
+                    b'\0 '
+                ):
+                    raise
 
 # %% ../nbs/05_files.ipynb #f0000007
-_MICRONS = {'nm': 1e-3, 'µm': 1., 'μm': 1., 'um': 1., 'mm': 1e3, 'cm': 1e4, 'm': 1e6, 'in': 25_400.}
+_MICRONS = {
+    'nm': 1e-3,
+    'µm': 1.0,
+    'μm': 1.0,
+    'um': 1.0,
+    'mm': 1e3,
+    'cm': 1e4,
+    'm': 1e6,
+    'in': 25_400.0,
+}
+
 
 def _ome(path, directories):
     "What OME metadata says of the first image: (height, width) of a pixel in microns or None, and the directories that hold its channels; None for any other file."
     text = directories[0].get('description', (b'',))[0].rstrip(b'\0 \r\n') if directories else b''
-    if b'<OME' not in text[:4000]: return None
-    try: root = ElementTree.fromstring(text)
-    except ElementTree.ParseError as e: raise InputError(f'{path} is damaged: its OME metadata is not XML ({e}); copy it again') from None
+    if b'<OME' not in text[:4000]:
+        return None
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError as e:
+        raise InputError(
+            f'{path} is damaged: its OME metadata is not XML ({e}); copy it again'
+        ) from None
     pixels = root.find('{*}Image/{*}Pixels')
-    if pixels is None: raise InputError(f'{path} has OME metadata without an image (it may be kept in another file of a set): save it as one OME-TIFF')
+    if pixels is None:
+        raise InputError(
+            f'{path} has OME metadata without an image (it may be kept in another file of a set): save it as one OME-TIFF'
+        )
     get = lambda key, default: pixels.get(key, default)
-    if (planes := [get(k, '1') for k in ('SizeZ', 'SizeT')]) != ['1', '1']: raise InputError(f'{path} has {planes[0]} focal planes at {planes[1]} times: save one of them')
-    try: size = tuple(float(get(f'PhysicalSize{a}', 'nan'))*_MICRONS.get(get(f'PhysicalSize{a}Unit', 'µm'), math.nan) for a in 'YX')
-    except ValueError: size = (math.nan, math.nan)
+    if (planes := [get(k, '1') for k in ('SizeZ', 'SizeT')]) != ['1', '1']:
+        raise InputError(
+            f'{path} has {planes[0]} focal planes at {planes[1]} times: save one of them'
+        )
+    try:
+        size = tuple(
+            float(get(f'PhysicalSize{a}', 'nan'))
+            * _MICRONS.get(get(f'PhysicalSize{a}Unit', 'µm'), math.nan)
+            for a in 'YX'
+        )
+    except ValueError:
+        size = (math.nan, math.nan)
     n = 1 if directories[0].get('channels', (1,))[0] > 1 else int(get('SizeC', '1'))
     first = {int(t.get('FirstC', 0)): int(t.get('IFD', 0)) for t in pixels.findall('{*}TiffData')}
     where = [first.get(c, c) for c in range(n)] if len(first) == n else [*range(n)]
-    if n not in (1, 3): raise InputError(f'{path} has {n} channels: save red, green and blue as RGB')
-    if max(where) >= len(directories): raise InputError(f'{path} is truncated or part of a set: its channels are in {n} images and it has {len(directories)}')
+    if n not in (1, 3):
+        raise InputError(f'{path} has {n} channels: save red, green and blue as RGB')
+    if max(where) >= len(directories):
+        raise InputError(
+            f'{path} is truncated or part of a set: its channels are in {n} images and it has {len(directories)}'
+        )
     return size, where
 
 # %% ../nbs/05_files.ipynb #f7c30e88
-FINEST, COARSEST = .05, 20. # microns per pixel that a microscope slide can have
+FINEST, COARSEST = 0.05, 20.0  # microns per pixel that a microscope slide can have
+
 
 def _tiff_spacing(directory):
     "(height, width) of a pixel in microns by the resolution tags of a TIFF directory; nan if they do not say."
-    unit = {2: 25_400., 3: 10_000.}.get(directory.get('unit', (2,))[0], math.nan)
-    return tuple(unit*p[1]/p[0] if (p := directory.get(k)) and len(p) == 2 and p[0] else math.nan for k in ('y_resolution', 'x_resolution'))
+    unit = {2: 25_400.0, 3: 10_000.0}.get(directory.get('unit', (2,))[0], math.nan)
+    return tuple(
+        unit * p[1] / p[0] if (p := directory.get(k)) and len(p) == 2 and p[0] else math.nan
+        for k in ('y_resolution', 'x_resolution')
+    )
+
 
 def _openslide_spacing(properties):
-    try: return tuple(float(properties[f'openslide.mpp-{a}']) for a in 'yx')
-    except (KeyError, ValueError): return math.nan, math.nan
+    try:
+        return tuple(float(properties[f'openslide.mpp-{a}']) for a in 'yx')
+    except (KeyError, ValueError):
+        return math.nan, math.nan
+
 
 def resolve_spacing(
     path,  # named in messages
     said,  # dict: source -> (height, width) of a pixel in microns, in the order of trust
     given=None,  # microns per pixel by the user; used where no source says any
     override=False,  # use `given` whatever the file says
-): # (microns per pixel, sentences on what contradicts it)
+):  # (microns per pixel, sentences on what contradicts it)
     "Microns per pixel, never guessed; `InputError` if nobody says, or if pixels are not square."
     if given is not None:
-        try: given = float(given)
-        except (TypeError, ValueError): given = math.nan
-        if not (math.isfinite(given) and given > 0): raise InputError(f'{path}: spacing must be a positive number of microns per pixel')
-    elif override: raise InputError(f'{path}: there is no spacing to override with: pass spacing=')
-    known = {source: size for source, size in said.items() if all(math.isfinite(v) and FINEST <= v <= COARSEST for v in size)}
-    if given is not None: known = {'given spacing': (given, given), **known} if override else {**known, 'given spacing': (given, given)}
-    if not known: raise InputError(f'{path} does not say how many microns a pixel is: pass spacing=, or fill the column spacing of the manifest')
+        try:
+            given = float(given)
+        except (TypeError, ValueError):
+            given = math.nan
+        if not (math.isfinite(given) and given > 0):
+            raise InputError(f'{path}: spacing must be a positive number of microns per pixel')
+    elif override:
+        raise InputError(f'{path}: there is no spacing to override with: pass spacing=')
+    known = {
+        source: size
+        for source, size in said.items()
+        if all(math.isfinite(v) and FINEST <= v <= COARSEST for v in size)
+    }
+    if given is not None:
+        known = (
+            {'given spacing': (given, given), **known}
+            if override
+            else {**known, 'given spacing': (given, given)}
+        )
+    if not known:
+        raise InputError(
+            f'{path} does not say how many microns a pixel is: pass spacing=, or fill the column spacing of the manifest'
+        )
     source, (y, x) = next(iter(known.items()))
-    if max(y, x) > 1.05*min(y, x): raise InputError(f'{path} has pixels that are not square ({y:.4g} x {x:.4g} microns by its {source}): pass spacing= and override=True if that is wrong')
-    spacing = (y+x)/2
-    against = [f'{path}: {spacing:.4g} microns per pixel by its {source}, but {(h+w)/2:.4g} by its {other}; {spacing:.4g} is used'
-               for other, (h, w) in known.items() if abs((h+w)/2/spacing-1) > .02]
+    if max(y, x) > 1.05 * min(y, x):
+        raise InputError(
+            f'{path} has pixels that are not square ({y:.4g} x {x:.4g} microns by its {source}): pass spacing= and override=True if that is wrong'
+        )
+    spacing = (y + x) / 2
+    against = [
+        f'{path}: {spacing:.4g} microns per pixel by its {source}, but {(h + w) / 2:.4g} by its {other}; {spacing:.4g} is used'
+        for other, (h, w) in known.items()
+        if abs((h + w) / 2 / spacing - 1) > 0.02
+    ]
     return spacing, against
 
 # %% ../nbs/05_files.ipynb #21a1df2f
-_HARMLESS = ('thumbnail', 'map') # associated images that show neither label nor glass
+_HARMLESS = ('thumbnail', 'map')  # associated images that show neither label nor glass
+
 
 class _OpenSlideReader:
     "A scanner's format through OpenSlide."
+
     def __init__(self, path, directories=()):
         self.path, self.file = path, openslide.OpenSlide(path)
-        self.sizes = [(h, w) for w,h in self.file.level_dimensions]
+        self.sizes = [(h, w) for w, h in self.file.level_dimensions]
         self.properties = dict(self.file.properties)
         self.said = {'properties of the scanner': _openslide_spacing(self.properties)}
-        if directories and (directories[0]['height'][0], directories[0]['width'][0]) == self.sizes[0]: self.said['resolution tags'] = _tiff_spacing(directories[0]) # the first may be a macro photograph
+        if (
+            directories
+            and (directories[0]['height'][0], directories[0]['width'][0]) == self.sizes[0]
+        ):
+            self.said['resolution tags'] = _tiff_spacing(
+                directories[0]
+            )  # the first may be a macro photograph
         self.associated = [n for n in self.file.associated_images if n in _HARMLESS]
         self.format = self.properties.get('openslide.vendor', 'openslide')
 
     def fetch(self, level, top, left, height, width):
-        at = [round(v*self.file.level_downsamples[level]) for v in (left, top)]
+        at = [round(v * self.file.level_downsamples[level]) for v in (left, top)]
         return self.flat(self.file.read_region(at, level, (width, height)))
 
-    def associated_image(self, name): return self.flat(self.file.associated_images[name])
+    def associated_image(self, name):
+        return self.flat(self.file.associated_images[name])
 
     @staticmethod
     def flat(image):
-        white = Image.new('RGB', image.size, 'white') # what was not scanned is transparent
+        white = Image.new('RGB', image.size, 'white')  # what was not scanned is transparent
         white.paste(image, mask=image.getchannel('A'))
         return np.asarray(white)
 
-    def close(self): self.file.close()
+    def close(self):
+        self.file.close()
 
 # %% ../nbs/05_files.ipynb #6faad9a0
-_COLOURS = (0, 1, 2, 3, 5, 6) # grey either way, RGB, palette, CMYK, YCbCr
-_LOADERS = ('tiffload', 'pngload', 'jpegload', 'webpload') # libvips opens much else, such as drawings
-pyvips.cache_set_max(0) # or up to a hundred slides stay open, and what was read of them in memory, after they were closed
+_COLOURS = (0, 1, 2, 3, 5, 6)  # grey either way, RGB, palette, CMYK, YCbCr
+_LOADERS = (
+    'tiffload',
+    'pngload',
+    'jpegload',
+    'webpload',
+)  # libvips opens much else, such as drawings
+pyvips.cache_set_max(
+    0
+)  # or up to a hundred slides stay open, and what was read of them in memory, after they were closed
+
 
 class _VipsReader:
     "Any image that libvips opens: TIFF with its pyramid, OME-TIFF, PNG, JPEG and more."
+
     associated = ()
+
     def __init__(self, path, directories=()):
         self.path, self.regions, self.pixels = path, {}, None
         ome = _ome(path, directories)
         planes = ome[1] if ome else [0]
-        if directories and directories[0].get('colours', (2,))[0] not in _COLOURS: raise InputError(f"{path} has colours of a kind (photometric interpretation {directories[0]['colours'][0]}) that is not known: save it as RGB")
-        self.tiled, self.pages = bool(directories) and 'tiles' in directories[planes[0]], [[dict(page=p) for p in planes] if directories else [{}]]
-        if self.tiled and directories[planes[0]].get('planar', (1,))[0] == 2: raise InputError(f'{path} keeps each colour in tiles of its own, which cannot be read: save it as RGB')
+        if directories and directories[0].get('colours', (2,))[0] not in _COLOURS:
+            raise InputError(
+                f'{path} has colours of a kind (photometric interpretation {directories[0]["colours"][0]}) that is not known: save it as RGB'
+            )
+        self.tiled, self.pages = (
+            bool(directories) and 'tiles' in directories[planes[0]],
+            [[dict(page=p) for p in planes] if directories else [{}]],
+        )
+        if self.tiled and directories[planes[0]].get('planar', (1,))[0] == 2:
+            raise InputError(
+                f'{path} keeps each colour in tiles of its own, which cannot be read: save it as RGB'
+            )
         self.transparent = transparent([directories[planes[0]]] if directories else [])
         image = self.open(*self.pages[0])
-        self.format, self.properties = 'OME-TIFF' if ome else image.get('vips-loader').removesuffix('load'), {}
+        self.format, self.properties = (
+            'OME-TIFF' if ome else image.get('vips-loader').removesuffix('load'),
+            {},
+        )
         self.sizes, self.said = [(image.height, image.width)], {}
-        if directories: self.said['resolution tags'] = _tiff_spacing(directories[0])
-        if ome: self.said['OME metadata'] = ome[0]
-        if self.tiled: self.find_levels(directories, planes)
-        for p in planes*bool(directories): _check_pieces(path, directories[p])
+        if directories:
+            self.said['resolution tags'] = _tiff_spacing(directories[0])
+        if ome:
+            self.said['OME metadata'] = ome[0]
+        if self.tiled:
+            self.find_levels(directories, planes)
+        for p in planes * bool(directories):
+            _check_pieces(path, directories[p])
 
     def find_levels(self, directories, planes):
         "Smaller versions of the first image: its children and those pages that say they are one; other pages are labels, masks or macros."
         first = directories[planes[0]]
-        levels = [(d, [dict(page=p, subifd=i) for p in planes]) for i, d in enumerate(first['children']) if all(len(directories[p]['children']) > i for p in planes)]
-        if len(planes) == 1: levels += [(d, [dict(page=i)]) for i, d in enumerate(directories) if i and d.get('kind', (0,))[0] & 1]
+        levels = [
+            (d, [dict(page=p, subifd=i) for p in planes])
+            for i, d in enumerate(first['children'])
+            if all(len(directories[p]['children']) > i for p in planes)
+        ]
+        if len(planes) == 1:
+            levels += [
+                (d, [dict(page=i)])
+                for i, d in enumerate(directories)
+                if i and d.get('kind', (0,))[0] & 1
+            ]
         for d, pages in levels:
             (h, w), (H, W) = (d['height'][0], d['width'][0]), self.sizes[0]
-            ratio = min(H/h, W/w)
-            alike = all(d.get(k) == first.get(k) for k in ('colours', 'channels')) and abs(H/ratio-h) <= 2 and abs(W/ratio-w) <= 2
-            if alike and h < self.sizes[-1][0] and 'tiles' in d: _check_pieces(self.path, d); self.sizes.append((h, w)); self.pages.append(pages)
+            ratio = min(H / h, W / w)
+            alike = (
+                all(d.get(k) == first.get(k) for k in ('colours', 'channels'))
+                and abs(H / ratio - h) <= 2
+                and abs(W / ratio - w) <= 2
+            )
+            if alike and h < self.sizes[-1][0] and 'tiles' in d:
+                _check_pieces(self.path, d)
+                self.sizes.append((h, w))
+                self.pages.append(pages)
 
     def open(self, *pages):
         "The image of these pages; several are the channels of one."
         access = 'random' if self.tiled else 'sequential'
-        image, *more = (pyvips.Image.new_from_file(str(self.path), access=access, fail_on='warning', revalidate=True, **p) for p in pages)
-        if (loader := image.get('vips-loader')) not in _LOADERS: raise InputError(f"{self.path} is an image of a kind ({loader.removesuffix('load')}) that no slide has: save it as TIFF, PNG, JPEG or WebP")
-        if more: image = image.bandjoin(more).copy(interpretation='srgb' if image.format == 'uchar' else 'rgb16')
-        if image.interpretation not in ('b-w', 'srgb', 'rgb', 'rgb16', 'grey16', 'cmyk', 'multiband') or image.format not in ('uchar', 'ushort'):
-            raise InputError(f'{self.path} has {image.format} pixels in the colour space {image.interpretation}: save it as 8-bit RGB')
-        if image.hasalpha() and image.bands > 2 and not self.transparent: image = image.extract_band(0, n=image.bands-1)
-        elif image.hasalpha() and self.transparent: image = image.flatten(background=[65535 if image.format == 'ushort' else 255]) # transparent is white
-        if image.bands == 1 or image.format == 'ushort' or image.interpretation == 'cmyk': image = image.colourspace('srgb')
-        if image.bands != 3: raise InputError(f'{self.path} has {image.bands} channels: save it as RGB')
+        image, *more = (
+            pyvips.Image.new_from_file(
+                str(self.path), access=access, fail_on='warning', revalidate=True, **p
+            )
+            for p in pages
+        )
+        if (loader := image.get('vips-loader')) not in _LOADERS:
+            raise InputError(
+                f'{self.path} is an image of a kind ({loader.removesuffix("load")}) that no slide has: save it as TIFF, PNG, JPEG or WebP'
+            )
+        if more:
+            image = image.bandjoin(more).copy(
+                interpretation='srgb' if image.format == 'uchar' else 'rgb16'
+            )
+        if image.interpretation not in (
+            'b-w',
+            'srgb',
+            'rgb',
+            'rgb16',
+            'grey16',
+            'cmyk',
+            'multiband',
+        ) or image.format not in ('uchar', 'ushort'):
+            raise InputError(
+                f'{self.path} has {image.format} pixels in the colour space {image.interpretation}: save it as 8-bit RGB'
+            )
+        if image.hasalpha() and image.bands > 2 and not self.transparent:
+            image = image.extract_band(0, n=image.bands - 1)
+        elif image.hasalpha() and self.transparent:
+            image = image.flatten(
+                background=[65535 if image.format == 'ushort' else 255]
+            )  # transparent is white
+        if image.bands == 1 or image.format == 'ushort' or image.interpretation == 'cmyk':
+            image = image.colourspace('srgb')
+        if image.bands != 3:
+            raise InputError(f'{self.path} has {image.bands} channels: save it as RGB')
         return image
 
     def fetch(self, level, top, left, height, width):
-        if not self.tiled: return self.decoded()[top:top+height, left:left+width]
-        if level not in self.regions: self.regions[level] = pyvips.Region.new(self.open(*self.pages[level]))
-        return np.frombuffer(self.regions[level].fetch(left, top, width, height), np.uint8).reshape(height, width, 3)
+        if not self.tiled:
+            return self.decoded()[top : top + height, left : left + width]
+        if level not in self.regions:
+            self.regions[level] = pyvips.Region.new(self.open(*self.pages[level]))
+        return np.frombuffer(self.regions[level].fetch(left, top, width, height), np.uint8).reshape(
+            height, width, 3
+        )
 
-    def close(self): self.regions, self.pixels = {}, None
+    def close(self):
+        self.regions, self.pixels = {}, None
 
 # %% ../nbs/05_files.ipynb #ed548c55
 @patch
-def decoded(self:_VipsReader, in_memory=2**29):
+def decoded(self: _VipsReader, in_memory=2**29):
     "All pixels of a flat file, which cannot be read in parts; beyond 512 MB they lie in a temporary file."
     if self.pixels is None:
         shape = (*self.sizes[0], 3)
         if math.prod(shape) > max(in_memory, shutil.disk_usage(tempfile.gettempdir()).free):
-            raise InputError(f'{self.path} is not tiled and too large to decode ({shape[0]} x {shape[1]} pixels): convert it to a tiled TIFF')
-        pixels = np.empty(shape, np.uint8) if math.prod(shape) <= in_memory else np.memmap(tempfile.TemporaryFile(), np.uint8, shape=shape)
-        region, step = pyvips.Region.new(self.open(*self.pages[0])), max(1, 2**24//(3*shape[1]))
+            raise InputError(
+                f'{self.path} is not tiled and too large to decode ({shape[0]} x {shape[1]} pixels): convert it to a tiled TIFF'
+            )
+        pixels = (
+            np.empty(shape, np.uint8)
+            if math.prod(shape) <= in_memory
+            else np.memmap(tempfile.TemporaryFile(), np.uint8, shape=shape)
+        )
+        region, step = pyvips.Region.new(self.open(*self.pages[0])), max(1, 2**24 // (3 * shape[1]))
         for top in range(0, shape[0], step):
-            n = min(step, shape[0]-top)
-            pixels[top:top+n] = np.frombuffer(region.fetch(0, top, shape[1], n), np.uint8).reshape(n, -1, 3)
+            n = min(step, shape[0] - top)
+            pixels[top : top + n] = np.frombuffer(
+                region.fetch(0, top, shape[1], n), np.uint8
+            ).reshape(n, -1, 3)
         self.pixels = pixels
     return self.pixels
 
@@ -326,79 +587,143 @@ def decoded(self:_VipsReader, in_memory=2**29):
 def open_reader(path):
     "The reader that fits a file; `InputError` says in one sentence why there is none."
     path = Path(path)
-    if not path.exists(): raise InputError(f'{path} does not exist')
-    if path.is_dir(): path = _dicom_file(path)
-    if not os.access(path, os.R_OK): raise InputError(f'{path} may not be read: change its permissions')
-    if not path.is_file(): raise InputError(f'{path} is no file: give the path of a slide')
-    if path.stat().st_size == 0: raise InputError(f'{path} is empty (0 bytes): copy it again')
+    if not path.exists():
+        raise InputError(f'{path} does not exist')
+    if path.is_dir():
+        path = _dicom_file(path)
+    if not os.access(path, os.R_OK):
+        raise InputError(f'{path} may not be read: change its permissions')
+    if not path.is_file():
+        raise InputError(f'{path} is no file: give the path of a slide')
+    if path.stat().st_size == 0:
+        raise InputError(f'{path} is empty (0 bytes): copy it again')
     vendor = openslide.OpenSlide.detect_format(path)
     try:
-        if vendor == 'dicom': _whole_series(path)
-        directories = _Tiff(path).directories if vendor != 'hamamatsu' else [] # NDPI has offsets of its own kind beyond 4 GB
-        return (_VipsReader if vendor in (None, 'generic-tiff') else _OpenSlideReader)(path, directories)
-    except openslide.OpenSlideError as e: raise InputError(f'{path} looks like a slide ({vendor}) but cannot be opened: {e}') from None
-    except pyvips.Error as e: raise InputError(f'{path} is not an image that OpenSlide or libvips can open ({reason(e)})') from None
-    except OSError as e: raise InputError(f'{path} cannot be read ({e.strerror or e})') from None
-    except (struct.error, KeyError, IndexError, AttributeError, TypeError, ValueError, ArithmeticError) as e:
-        if isinstance(e, InputError): raise
-        raise InputError(f'{path} is damaged: its header makes no sense ({type(e).__name__}: {e}); copy it again') from None
+        if vendor == 'dicom':
+            _whole_series(path)
+        directories = (
+            _Tiff(path).directories if vendor != 'hamamatsu' else []
+        )  # NDPI has offsets of its own kind beyond 4 GB
+        return (_VipsReader if vendor in (None, 'generic-tiff') else _OpenSlideReader)(
+            path, directories
+        )
+    except openslide.OpenSlideError as e:
+        raise InputError(
+            f'{path} looks like a slide ({vendor}) but cannot be opened: {e}'
+        ) from None
+    except pyvips.Error as e:
+        raise InputError(
+            f'{path} is not an image that OpenSlide or libvips can open ({reason(e)})'
+        ) from None
+    except OSError as e:
+        raise InputError(f'{path} cannot be read ({e.strerror or e})') from None
+    except (
+        struct.error,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+    ) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(
+            f'{path} is damaged: its header makes no sense ({type(e).__name__}: {e}); copy it again'
+        ) from None
+
 
 def _dicom_file(folder):
     "A file of the one slide that a folder of DICOM files holds."
     files = [p for p in dicom_files(folder) if openslide.OpenSlide.detect_format(p) == 'dicom']
-    if not files: raise InputError(f'{folder} is a folder without DICOM files of a slide')
+    if not files:
+        raise InputError(f'{folder} is a folder without DICOM files of a slide')
     series = {}
     for p in files:
-        with suppress(InputError): series.setdefault(_series_of(p), p)
-    if not series: raise InputError(f'{folder} holds DICOM files that are all cut short: copy them again')
-    if len(series) > 1: raise InputError(f'{folder} holds {len(series)} slides: give one folder to each, or the path of one of its files')
+        with suppress(InputError):
+            series.setdefault(_series_of(p), p)
+    if not series:
+        raise InputError(f'{folder} holds DICOM files that are all cut short: copy them again')
+    if len(series) > 1:
+        raise InputError(
+            f'{folder} holds {len(series)} slides: give one folder to each, or the path of one of its files'
+        )
     return next(iter(series.values()))
+
 
 def reason(error):
     "The last line of what a library says, without its own names."
-    return str(error).strip().splitlines()[-1].strip().replace('VipsForeignLoad: ', '') if str(error).strip() else type(error).__name__
+    return (
+        str(error).strip().splitlines()[-1].strip().replace('VipsForeignLoad: ', '')
+        if str(error).strip()
+        else type(error).__name__
+    )
 
 # %% ../nbs/05_files.ipynb #ad786249
-SUFFIXES = set('.svs .tif .tiff .ndpi .mrxs .scn .bif .svslide .dcm .png .jpg .jpeg .webp'.split()) # of slide files
+SUFFIXES = set(
+    '.svs .tif .tiff .ndpi .mrxs .scn .bif .svslide .dcm .png .jpg .jpeg .webp'.split()
+)  # of slide files
+
 
 @contextmanager
 def whole_file(path):
     "A new binary file that takes the place of `path` at the end; if anything goes wrong, what was there stays. Makes the folder."
-    path = Path(path); temp = path.with_name(f'.{path.name[:40]}.{uuid.uuid4().hex[:8]}.partial')
+    path = Path(path)
+    temp = path.with_name(f'.{path.name[:40]}.{uuid.uuid4().hex[:8]}.partial')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temp, 'wb') as f:
             yield f
-            f.flush(); os.fsync(f.fileno())
-        if path.exists(): shutil.copymode(path, temp)
+            f.flush()
+            os.fsync(f.fileno())
+        if path.exists():
+            shutil.copymode(path, temp)
         os.replace(temp, path)
-    except OSError as e: raise InputError(f'{path} cannot be written ({e.strerror or e}); what was there before is untouched') from None
+    except OSError as e:
+        raise InputError(
+            f'{path} cannot be written ({e.strerror or e}); what was there before is untouched'
+        ) from None
     finally:
-        with suppress(OSError): temp.unlink(missing_ok=True)
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
 
-def write_whole(path, content): # text or bytes; the path
+
+def write_whole(path, content):  # text or bytes; the path
     "Write a file so that at any moment the old or the new one is there, whole."
-    with whole_file(path) as f: f.write(content.encode() if isinstance(content, str) else content)
+    with whole_file(path) as f:
+        f.write(content.encode() if isinstance(content, str) else content)
     return Path(path)
 
-def write_csv(path, rows, columns=None): # the path
+
+def write_csv(path, rows, columns=None):  # the path
     "Dicts as a CSV file, whole or not at all; None becomes an empty cell, 1.0 becomes 1, and other numbers keep all their digits."
     out = io.StringIO()
-    def plain(v): return int(v) if isinstance(v, float) and v.is_integer() and abs(v) < 2**53 else v
+
+    def plain(v):
+        return int(v) if isinstance(v, float) and v.is_integer() and abs(v) < 2**53 else v
+
     w = csv.DictWriter(out, columns or list(rows[0]), lineterminator='\n', extrasaction='ignore')
-    w.writeheader(); w.writerows({k: plain(v) for k, v in r.items()} for r in rows)
+    w.writeheader()
+    w.writerows({k: plain(v) for k, v in r.items()} for r in rows)
     return write_whole(path, out.getvalue())
+
 
 @contextmanager
 def locked(folder):
     "A lock on a folder, which ends with the process at the latest."
     fd = os.open(folder, os.O_RDONLY)
     try:
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise InputError(f'{folder} is being written by another process; wait for it, or give the name of a new folder') from None
-        except OSError: pass # a file system without locks
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f'{folder} is being written by another process; wait for it, or give the name of a new folder'
+            ) from None
+        except OSError:
+            pass  # a file system without locks
         yield
-    finally: os.close(fd)
+    finally:
+        os.close(fd)
 
 # %% ../nbs/05_files.ipynb #f0000012
 def write_tiff(
@@ -412,13 +737,35 @@ def write_tiff(
     quality: int = 90,  # of JPEG
 ):
     "A tiled pyramidal TIFF with its resolution in the tags, written whole or not at all."
-    if not FINEST <= spacing <= COARSEST: raise InputError(f'{path}: spacing {spacing} must be between {FINEST} and {COARSEST} microns per pixel')
+    if not FINEST <= spacing <= COARSEST:
+        raise InputError(
+            f'{path}: spacing {spacing} must be between {FINEST} and {COARSEST} microns per pixel'
+        )
     if not isinstance(pixels, pyvips.Image):
         pixels = np.ascontiguousarray(pixels)
-        if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or pixels.ndim == 3 and pixels.shape[2] == 3) or not pixels.size: raise InputError(f'{path}: pixels must be uint8 (height, width, 3) or (height, width), not {pixels.dtype} {pixels.shape}')
+        if (
+            pixels.dtype != np.uint8
+            or not (pixels.ndim == 2 or pixels.ndim == 3 and pixels.shape[2] == 3)
+            or not pixels.size
+        ):
+            raise InputError(
+                f'{path}: pixels must be uint8 (height, width, 3) or (height, width), not {pixels.dtype} {pixels.shape}'
+            )
         pixels = pyvips.Image.new_from_array(pixels)
     with whole_file(path) as f:
         try:
-            pixels.copy(xres=1000/spacing, yres=1000/spacing).tiffsave(f.name, tile=True, tile_width=256, tile_height=256, pyramid=True, resunit='cm',
-                bigtiff=pixels.width*pixels.height*pixels.bands > 2**31, compression=compression, Q=quality, region_shrink='nearest' if nearest else 'mean', keep='none')
-        except pyvips.Error as e: raise InputError(f'{path} cannot be written: {reason(e)}') from None
+            pixels.copy(xres=1000 / spacing, yres=1000 / spacing).tiffsave(
+                f.name,
+                tile=True,
+                tile_width=256,
+                tile_height=256,
+                pyramid=True,
+                resunit='cm',
+                bigtiff=pixels.width * pixels.height * pixels.bands > 2**31,
+                compression=compression,
+                Q=quality,
+                region_shrink='nearest' if nearest else 'mean',
+                keep='none',
+            )
+        except pyvips.Error as e:
+            raise InputError(f'{path} cannot be written: {reason(e)}') from None

@@ -17,59 +17,115 @@ from .engine.streaming import Streamed
 from .models import StreamingClassifier
 
 # %% ../nbs/14_gradients.ipynb #grd00006
-def as_image(image): # a tensor (1, 3, H, W), or what reads one by rows
+def as_image(image):  # a tensor (1, 3, H, W), or what reads one by rows
     "One image: a tensor or array (3, H, W) or (1, 3, H, W), or with `shape` (1, 3, H, W) and `read(top, bottom)`, as `Slide.rows` gives it."
-    if callable(getattr(image, 'read', None)): x = image
+    if callable(getattr(image, 'read', None)):
+        x = image
     else:
-        try: x = torch.as_tensor(image.dense() if callable(getattr(image, 'dense', None)) else image)
-        except (TypeError, ValueError, RuntimeError) as e: raise InputError(f'{type(image).__name__} is no image: give a tensor or an array (3, H, W) ({str(e).splitlines()[0]})') from None
-        if x.ndim == 3: x = x[None]
-    if len(x.shape) != 4 or tuple(x.shape[:2]) != (1, 3) or 0 in x.shape: raise InputError(f'image of shape {tuple(x.shape)}: a heatmap is made of one image (3, H, W)')
+        try:
+            x = torch.as_tensor(image.dense() if callable(getattr(image, 'dense', None)) else image)
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise InputError(
+                f'{type(image).__name__} is no image: give a tensor or an array (3, H, W) ({str(e).splitlines()[0]})'
+            ) from None
+        if x.ndim == 3:
+            x = x[None]
+    if len(x.shape) != 4 or tuple(x.shape[:2]) != (1, 3) or 0 in x.shape:
+        raise InputError(
+            f'image of shape {tuple(x.shape)}: a heatmap is made of one image (3, H, W)'
+        )
     return x
 
-def rows_of(image, top, bottom): # tensor (1, 3, bottom-top, W)
-    return torch.as_tensor(image.read(top, bottom)) if callable(getattr(image, 'read', None)) else image[:, :, top:bottom]
+
+def rows_of(image, top, bottom):  # tensor (1, 3, bottom-top, W)
+    return (
+        torch.as_tensor(image.read(top, bottom))
+        if callable(getattr(image, 'read', None))
+        else image[:, :, top:bottom]
+    )
+
 
 def image_std(
     x,  # (1, 3, H, W), uint8 or float, or what reads it by rows
     rows=256,  # rows at a time: no float copy of a whole image is held
-)->float:
+) -> float:
     "Standard deviation over all pixels and channels, in grey levels"
-    sums = [(p.double().sum().item(), p.double().square().sum().item()) for top in range(0, x.shape[2], rows) for p in [rows_of(x, top, min(top+rows, x.shape[2]))]]
-    mean, square = np.sum(sums, 0)/np.prod(x.shape)
-    return float(max(square-mean**2, 0)**.5)
+    sums = [
+        (p.double().sum().item(), p.double().square().sum().item())
+        for top in range(0, x.shape[2], rows)
+        for p in [rows_of(x, top, min(top + rows, x.shape[2]))]
+    ]
+    mean, square = np.sum(sums, 0) / np.prod(x.shape)
+    return float(max(square - mean**2, 0) ** 0.5)
+
 
 class ChangedRows:
     "An image (1, 3, H, W) as floats, read by rows that are changed on the way"
-    def __init__(self, image,
-                 change=None): # a function of floats (1, 3, h, W) and their first row, which may change them in place, that gives them
+
+    def __init__(
+        self,
+        image,
+        # a function of floats (1, 3, h, W) and their first row, which may change them in place, that
+        # gives them
+        change=None,
+    ):
         self.image, self.change, self.shape = image, change, tuple(image.shape)
-        first = rows_of(image, 0, 1); self.dtype, self.device, self.lock = torch.float64 if first.dtype == torch.float64 else torch.float32, first.device, threading.Lock() # strips are read ahead by another thread
+        first = rows_of(image, 0, 1)
+        self.dtype, self.device, self.lock = (
+            torch.float64 if first.dtype == torch.float64 else torch.float32,
+            first.device,
+            threading.Lock(),
+        )  # strips are read ahead by another thread
+
     def read(self, top, bottom):
-        with self.lock: x = rows_of(self.image, top, bottom).detach().to(self.dtype, copy=True)
+        with self.lock:
+            x = rows_of(self.image, top, bottom).detach().to(self.dtype, copy=True)
         return self.change(x, top) if self.change else x
+
 
 class GradientRows(ChangedRows):
     "Such an image, the gradient of whose rows goes to `take(gradient, top)`, each row once"
-    def __init__(self, image, change, take): super().__init__(image, change); self.take = take
-    def write(self, top, bottom, gradient): self.take(gradient, top)
 
-BLOCK = 64 # rows whose noise is drawn at once
+    def __init__(self, image, change, take):
+        super().__init__(image, change)
+        self.take = take
+
+    def write(self, top, bottom, gradient):
+        self.take(gradient, top)
+
+
+BLOCK = 64  # rows whose noise is drawn at once
+
 
 class Noise:
     "Gaussian noise (1, 3, H, width) that is the same for the same rows, in whatever order they are asked for"
-    def __init__(self, width, std, seed, copy, dtype=torch.float32): self.width, self.std, self.key, self.dtype, self.last = width, std, (seed, copy), dtype, {}
+
+    def __init__(self, width, std, seed, copy, dtype=torch.float32):
+        self.width, self.std, self.key, self.dtype, self.last = width, std, (seed, copy), dtype, {}
+
     def block(self, b):
         if b not in self.last:
-            generator = torch.Generator().manual_seed(int(np.random.SeedSequence((*self.key, b)).generate_state(1, np.uint64)[0]))
-            self.last = dict([*self.last.items()][-3:]) | {b: torch.randn((1, 3, BLOCK, self.width), generator=generator, dtype=self.dtype).mul_(self.std)}
+            generator = torch.Generator().manual_seed(
+                int(np.random.SeedSequence((*self.key, b)).generate_state(1, np.uint64)[0])
+            )
+            self.last = dict([*self.last.items()][-3:]) | {
+                b: torch.randn(
+                    (1, 3, BLOCK, self.width), generator=generator, dtype=self.dtype
+                ).mul_(self.std)
+            }
         return self.last[b]
-    def add(self, x, top): # x, changed in place
-        if x.dtype != self.dtype: return x.copy_(self.add(x.to(self.dtype), top)) # where a network computes in half precision
-        bottom = top+x.shape[2]
-        for b in range(top//BLOCK, -(-bottom//BLOCK)):
-            a, z = max(top, b*BLOCK), min(bottom, (b+1)*BLOCK)
-            x[:, :, a-top:z-top] += self.block(b)[:, :, a-b*BLOCK:z-b*BLOCK].to(x.device)
+
+    def add(self, x, top):  # x, changed in place
+        if x.dtype != self.dtype:
+            return x.copy_(
+                self.add(x.to(self.dtype), top)
+            )  # where a network computes in half precision
+        bottom = top + x.shape[2]
+        for b in range(top // BLOCK, -(-bottom // BLOCK)):
+            a, z = max(top, b * BLOCK), min(bottom, (b + 1) * BLOCK)
+            x[:, :, a - top : z - top] += self.block(b)[:, :, a - b * BLOCK : z - b * BLOCK].to(
+                x.device
+            )
         return x
 
 # %% ../nbs/14_gradients.ipynb #grd00009
@@ -78,101 +134,187 @@ def only_input_gradients(
     model,  # any nn.Module
 ):
     "Inside, `model` is in eval mode and none of its parameters wants a gradient; both are restored"
-    training, wants = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
+    training, wants = (
+        [(m, m.training) for m in model.modules()],
+        [(p, p.requires_grad) for p in model.parameters()],
+    )
     try:
         model.eval().requires_grad_(False)
         yield model
     finally:
-        for m, t in training: m.training = t
-        for p, r in wants: p.requires_grad_(r)
+        for m, t in training:
+            m.training = t
+        for p, r in wants:
+            p.requires_grad_(r)
 
-def first_streamed(model): # `Streamed`, or None
+
+def first_streamed(model):  # `Streamed`, or None
     "The first layers of a network, where they are streamed and so can read the image by rows."
-    if isinstance(model, Streamed): return model
-    if isinstance(model, StreamingClassifier): return model.trunk
+    if isinstance(model, Streamed):
+        return model
+    if isinstance(model, StreamingClassifier):
+        return model.trunk
     return first_streamed(model[0]) if isinstance(model, nn.Sequential) and len(model) else None
 
-def reads_rows(model, image): # bool
+
+def reads_rows(model, image):  # bool
     "Whether an image goes through a network by rows: not one in memory that is wider than high, which is better cut by columns."
     first = first_streamed(model)
-    return first is not None and not (isinstance(image, torch.Tensor) and (first.direction == 'columns' or first.direction == 'auto' and image.shape[3] > image.shape[2]))
+    return first is not None and not (
+        isinstance(image, torch.Tensor)
+        and (
+            first.direction == 'columns'
+            or first.direction == 'auto'
+            and image.shape[3] > image.shape[2]
+        )
+    )
+
 
 def output_of(
     model,  # gives (1, n_out) for an image (1, 3, H, W) of 0..255
     rows,  # `ChangedRows`, or `GradientRows`, which are then handed their gradients
     target=0,  # output
-)->float:
+) -> float:
     "One output for an image that is read by rows; the model is as it was afterwards"
     p, wants = next(model.parameters(), None), isinstance(rows, GradientRows)
     device = rows.device if p is None else p.device
-    if p is not None and p.dtype != rows.dtype: rows.dtype = p.dtype
+    if p is not None and p.dtype != rows.dtype:
+        rows.dtype = p.dtype
     with only_input_gradients(model), torch.set_grad_enabled(wants):
-        x = rows if (by_rows := reads_rows(model, rows.image)) else rows.read(0, rows.shape[2]).to(device).requires_grad_(wants)
+        x = (
+            rows
+            if (by_rows := reads_rows(model, rows.image))
+            else rows.read(0, rows.shape[2]).to(device).requires_grad_(wants)
+        )
         out = model(x)
-        if out.ndim != 2 or not -out.shape[1] <= target < out.shape[1]: raise InputError(f'target={target}: the model gives outputs of shape {tuple(out.shape)}, wanted is (1, n_out) with n_out > target')
-        if wants and by_rows and out.requires_grad: out[0, target].backward()
+        if out.ndim != 2 or not -out.shape[1] <= target < out.shape[1]:
+            raise InputError(
+                f'target={target}: the model gives outputs of shape {tuple(out.shape)}, wanted is (1, n_out) with n_out > target'
+            )
+        if wants and by_rows and out.requires_grad:
+            out[0, target].backward()
         elif wants:
-            g = torch.autograd.grad(out[0, target], x, allow_unused=True)[0] if out.requires_grad else None
-            if g is None: raise InputError(f'the output of {type(model).__name__} does not depend on its image: no gradient reaches it')
+            g = (
+                torch.autograd.grad(out[0, target], x, allow_unused=True)[0]
+                if out.requires_grad
+                else None
+            )
+            if g is None:
+                raise InputError(
+                    f'the output of {type(model).__name__} does not depend on its image: no gradient reaches it'
+                )
             rows.write(0, rows.shape[2], g)
     return out[0, target].item()
 
 # %% ../nbs/14_gradients.ipynb #grd00011
-AVERAGES = dict(absolute=lambda g: g[0].abs().sum(0), squared=lambda g: g[0].square().sum(0), signed=lambda g: g[0])
+AVERAGES = dict(
+    absolute=lambda g: g[0].abs().sum(0),
+    squared=lambda g: g[0].square().sum(0),
+    signed=lambda g: g[0],
+)
 
-def add_rows(total, pixels, top, place): # pixels (..., h, W), from the row `top` on
+
+def add_rows(total, pixels, top, place):  # pixels (..., h, W), from the row `top` on
     "Add pixels to the places (..., ceil(H/place), ceil(W/place)) that they lie in."
-    if place == 1: total.narrow(-2, top, pixels.shape[-2]).add_(pixels); return
-    columns = nn.functional.pad(pixels, (0, -pixels.shape[-1] % place)).unflatten(-1, (-1, place)).sum(-1)
-    total.index_add_(-2, torch.arange(top, top+pixels.shape[-2], device=total.device)//place, columns)
+    if place == 1:
+        total.narrow(-2, top, pixels.shape[-2]).add_(pixels)
+        return
+    columns = (
+        nn.functional.pad(pixels, (0, -pixels.shape[-1] % place)).unflatten(-1, (-1, place)).sum(-1)
+    )
+    total.index_add_(
+        -2, torch.arange(top, top + pixels.shape[-2], device=total.device) // place, columns
+    )
+
 
 def smoothgrad(
     # gives (1, n_out) for a float image (1, 3, H, W) of 0..255; a streamed one for large images
     model,
     image,  # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
     n=25,  # noisy copies
-    noise=.05,  # standard deviation of the noise, as a share of the image-wide standard deviation
+    noise=0.05,  # standard deviation of the noise, as a share of the image-wide standard deviation
     seed=0,  # of the noise
     target=0,  # output to explain
     average='absolute',  # 'absolute', 'squared' or 'signed'
     place=1,  # pixels a side of a place of the map, which has the mean over them
-)->np.ndarray:
+) -> np.ndarray:
     "Mean sensitivity of the logit to each pixel over `n` noisy copies (ceil(H/place), ceil(W/place)) float32, never negative (Smilkov et al. 2017)"
-    x = as_image(image); at_least_one(n=n, place=place); signed = average == 'signed'
-    if not 0 <= noise < np.inf: raise InputError(f'noise={noise}: the noise is a share of the standard deviation and cannot be negative')
-    if average not in AVERAGES: raise InputError(f"average={average!r}: choose 'absolute', 'squared' or 'signed'")
-    std, like = noise*image_std(x), ChangedRows(x)
-    total = torch.zeros(*[3]*signed, *(x.shape[2:] if signed else [-(-v//place) for v in x.shape[2:]]), dtype=like.dtype) # the sign is lost after the mean over copies, pixel by pixel
-    def take(g, top): add_rows(total, AVERAGES[average](g.to(like.dtype)).to(total.device), top, 1 if signed else place)
-    for copy in range(n): output_of(model, GradientRows(x, Noise(x.shape[3], std, seed, copy, like.dtype).add if std else None, take), target)
-    if signed: pixels, total = total.abs_().sum(0), torch.zeros([-(-v//place) for v in x.shape[2:]], dtype=like.dtype); add_rows(total, pixels, 0, place)
-    for k, v in enumerate(x.shape[2:]): total.div_((v-torch.arange(total.shape[k])*place).clamp(max=place).view(-1, *[1]*(1-k)))
+    x = as_image(image)
+    at_least_one(n=n, place=place)
+    signed = average == 'signed'
+    if not 0 <= noise < np.inf:
+        raise InputError(
+            f'noise={noise}: the noise is a share of the standard deviation and cannot be negative'
+        )
+    if average not in AVERAGES:
+        raise InputError(f"average={average!r}: choose 'absolute', 'squared' or 'signed'")
+    std, like = noise * image_std(x), ChangedRows(x)
+    total = torch.zeros(
+        *[3] * signed,
+        *(x.shape[2:] if signed else [-(-v // place) for v in x.shape[2:]]),
+        dtype=like.dtype,
+    )  # the sign is lost after the mean over copies, pixel by pixel
+
+    def take(g, top):
+        add_rows(
+            total, AVERAGES[average](g.to(like.dtype)).to(total.device), top, 1 if signed else place
+        )
+
+    for copy in range(n):
+        output_of(
+            model,
+            GradientRows(
+                x, Noise(x.shape[3], std, seed, copy, like.dtype).add if std else None, take
+            ),
+            target,
+        )
+    if signed:
+        pixels, total = (
+            total.abs_().sum(0),
+            torch.zeros([-(-v // place) for v in x.shape[2:]], dtype=like.dtype),
+        )
+        add_rows(total, pixels, 0, place)
+    for k, v in enumerate(x.shape[2:]):
+        total.div_(
+            (v - torch.arange(total.shape[k]) * place).clamp(max=place).view(-1, *[1] * (1 - k))
+        )
     return total.div_(n).float().numpy()
 
 # %% ../nbs/14_gradients.ipynb #grd00014
-def glass_of(glass, rows): # tensor (1, 1 or 3, 1, 1)
+def glass_of(glass, rows):  # tensor (1, 1 or 3, 1, 1)
     "A grey level, or three, as a pixel of an image"
     found = torch.as_tensor(glass, dtype=rows.dtype).reshape(1, -1, 1, 1).to(rows.device)
-    if found.shape[1] not in (1, 3): raise InputError(f'glass={glass}: give a grey level, or red, green and blue')
+    if found.shape[1] not in (1, 3):
+        raise InputError(f'glass={glass}: give a grey level, or red, green and blue')
     return found
+
 
 def integrated_gradients(
     # gives (1, n_out) for a float image (1, 3, H, W) of 0..255; a streamed one for large images
     model,
     image,  # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
-    glass=255.,  # grey level, or three, of the image to start from
+    glass=255.0,  # grey level, or three, of the image to start from
     steps=32,  # on the way, each in the middle of its part
     target=0,  # output to explain
     signed=False,  # give what each pixel adds, which may be below zero, and not how much
-)->np.ndarray:
+) -> np.ndarray:
     "What each pixel adds to the logit on the way from glass to the image (H, W) float32 (Sundararajan et al. 2017)"
-    x = as_image(image); at_least_one(steps=steps); like = ChangedRows(x)
+    x = as_image(image)
+    at_least_one(steps=steps)
+    like = ChangedRows(x)
     start, total = glass_of(glass, like), torch.zeros(x.shape[2:], dtype=like.dtype)
+
     def take(g, top):
-        with rows.lock: far = rows_of(x, top, top+g.shape[2]).to(like.dtype)-start
-        total[top:top+g.shape[2]] += (g.to(like.device, like.dtype)*far)[0].sum(0).to(total.device)
+        with rows.lock:
+            far = rows_of(x, top, top + g.shape[2]).to(like.dtype) - start
+        total[top : top + g.shape[2]] += (
+            (g.to(like.device, like.dtype) * far)[0].sum(0).to(total.device)
+        )
+
     for k in range(steps):
-        rows = GradientRows(x, lambda r, top: torch.lerp(start.to(r.dtype).expand_as(r), r, (k+.5)/steps), take)
+        rows = GradientRows(
+            x, lambda r, top: torch.lerp(start.to(r.dtype).expand_as(r), r, (k + 0.5) / steps), take
+        )
         output_of(model, rows, target)
     total.div_(steps)
     return (total if signed else total.abs_()).float().numpy()

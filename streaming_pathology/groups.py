@@ -15,46 +15,125 @@ from .auc import auc, auc_interval, check_scores, share_interval
 def as_groups(
     values,  # a text or a number for each slide; None, nan or '' where it is not known
     few=6,  # so many different numbers are groups each; more are cut into thirds
-): # name of the group of each slide, or None; names in order, all different
+):  # name of the group of each slide, or None; names in order, all different
     "Slides sorted by the values of a column"
+
     def number(v):
-        try: return float(v)
-        except (TypeError, ValueError): return None
-    known = [None if v is None or v == '' or (isinstance(v, float) and math.isnan(v)) else v for v in values]
+        try:
+            return float(v)
+        except (TypeError, ValueError):
+            return None
+
+    known = [
+        None if v is None or v == '' or (isinstance(v, float) and math.isnan(v)) else v
+        for v in values
+    ]
     numbers = [None if v is None else number(v) for v in known]
-    if any(v is not None and (x is None or not math.isfinite(x) or re.match(r'[-+]?0\d', str(v))) for v, x in zip(known, numbers)): return [None if v is None else str(v) for v in known], sorted({str(v) for v in known if v is not None}) # 007 is a name
+    if any(
+        v is not None and (x is None or not math.isfinite(x) or re.match(r'[-+]?0\d', str(v)))
+        for v, x in zip(known, numbers)
+    ):
+        return [None if v is None else str(v) for v in known], sorted(
+            {str(v) for v in known if v is not None}
+        )  # 007 is a name
     there = np.array([x for x in numbers if x is not None])
-    def named(values, name): return next(found for digits in range(3, 18) for found in [[name(*v, digits) for v in values]] if len({*found}) == len(found)) # as short as tells them apart
+
+    def named(values, name):
+        return next(
+            found
+            for digits in range(3, 18)
+            for found in [[name(*v, digits) for v in values]]
+            if len({*found}) == len(found)
+        )  # as short as tells them apart
+
     if len(different := np.unique(there)) <= few:
-        names = dict(zip(different, named([(v,) for v in different], lambda v, d: f'{v:.{d}g}' if v != int(v) else f'{v:.0f}')))
+        names = dict(
+            zip(
+                different,
+                named(
+                    [(v,) for v in different],
+                    lambda v, d: f'{v:.{d}g}' if v != int(v) else f'{v:.0f}',
+                ),
+            )
+        )
         return [None if x is None else names[x] for x in numbers], [*names.values()]
-    whole = (there == there.round()).all(); edges = np.unique(np.quantile(there, [0, 1/3, 2/3, 1], method='higher' if whole else 'linear'))
-    names = named([(a, max(there[there < b]) if whole and b < edges[-1] else b) for a, b in zip(edges, edges[1:])], lambda a, b, d: f'{a:.{d}g} to {b:.{d}g}' if not (a == int(a) and b == int(b)) else f'{a:.0f}' if a == b else f'{a:.0f} to {b:.0f}')
-    return [None if x is None else names[min(np.searchsorted(edges, x, 'right')-1, len(names)-1)] for x in numbers], names
+    whole = (there == there.round()).all()
+    edges = np.unique(
+        np.quantile(there, [0, 1 / 3, 2 / 3, 1], method='higher' if whole else 'linear')
+    )
+    names = named(
+        [
+            (a, max(there[there < b]) if whole and b < edges[-1] else b)
+            for a, b in zip(edges, edges[1:])
+        ],
+        lambda a, b, d: (
+            f'{a:.{d}g} to {b:.{d}g}'
+            if not (a == int(a) and b == int(b))
+            else f'{a:.0f}'
+            if a == b
+            else f'{a:.0f} to {b:.0f}'
+        ),
+    )
+    return [
+        None if x is None else names[min(np.searchsorted(edges, x, 'right') - 1, len(names) - 1)]
+        for x in numbers
+    ], names
+
 
 def by_group(
     labels,  # 0 or 1 for each slide
     scores,  # higher means more likely positive
     values,  # of a column: see `as_groups`
     threshold,  # from which on a slide is called positive
-    level=.95,  # of the intervals
+    level=0.95,  # of the intervals
     groups=None,  # patient of each slide; None: each is another's
-)->list: # a dict each
+) -> list:  # a dict each
     "Of each group: its name, n, positives, auc with low and high (None where it has one class), sensitivity and specificity with their intervals (None where it has no such slides), and against: what its positive slides are held against"
-    y, s = check_scores(labels, scores); patients = np.arange(len(y)) if groups is None else np.asarray(groups)
-    if len(patients) != len(y): raise InputError(f'{len(patients)} patients for {len(y)} slides: give one for each slide')
-    if len(values) != len(y): raise InputError(f'{len(values)} values for {len(y)} slides: give one for each')
-    of, names = as_groups(values); of = np.array(of, object); rows = []
-    alone = all(g is None for g in of[~y]) and any(g is not None for g in of[y]) # known of positive slides only
+    y, s = check_scores(labels, scores)
+    patients = np.arange(len(y)) if groups is None else np.asarray(groups)
+    if len(patients) != len(y):
+        raise InputError(f'{len(patients)} patients for {len(y)} slides: give one for each slide')
+    if len(values) != len(y):
+        raise InputError(f'{len(values)} values for {len(y)} slides: give one for each')
+    of, names = as_groups(values)
+    of = np.array(of, object)
+    rows = []
+    alone = all(g is None for g in of[~y]) and any(
+        g is not None for g in of[y]
+    )  # known of positive slides only
     for name in names:
-        i = of == name; pick = i | ~y if alone else i
+        i = of == name
+        pick = i | ~y if alone else i
         both = y[pick].any() and not y[pick].all()
-        ci = auc_interval(y[pick], s[pick], level=level, groups=patients[pick]) if both else (None, None)
-        def share(who): return (None, None, None) if not who.any() else (float(((s >= threshold) == y)[who].mean()), *share_interval(((s >= threshold) == y)[who], level, patients[who]))
-        row = dict(group=name, n=int(i.sum()), positives=int(y[i].sum()), auc=auc(y[pick], s[pick]) if both else None, **dict(zip(('low', 'high'), ci)), against='all negative slides' if alone else 'its own')
-        for k, who in (('sensitivity', i & y), ('specificity', i & ~y)): row |= dict(zip((k, f'{k}_low', f'{k}_high'), share(who)))
+        ci = (
+            auc_interval(y[pick], s[pick], level=level, groups=patients[pick])
+            if both
+            else (None, None)
+        )
+
+        def share(who):
+            return (
+                (None, None, None)
+                if not who.any()
+                else (
+                    float(((s >= threshold) == y)[who].mean()),
+                    *share_interval(((s >= threshold) == y)[who], level, patients[who]),
+                )
+            )
+
+        row = dict(
+            group=name,
+            n=int(i.sum()),
+            positives=int(y[i].sum()),
+            auc=auc(y[pick], s[pick]) if both else None,
+            **dict(zip(('low', 'high'), ci)),
+            against='all negative slides' if alone else 'its own',
+        )
+        for k, who in (('sensitivity', i & y), ('specificity', i & ~y)):
+            row |= dict(zip((k, f'{k}_low', f'{k}_high'), share(who)))
         rows.append(row)
     return rows
+
 
 def plot_groups(
     rows,  # of `by_group`
@@ -63,9 +142,25 @@ def plot_groups(
     colour='#2f6690',
 ):
     "Draw the AUC of each group with its interval into `ax`, first at the top; returns `ax`"
-    shown = [r for r in rows if r['auc'] is not None]; at = -np.arange(len(shown))
-    if whole is not None: ax.axvline(whole, color='.6', lw=.8, ls=(0, (4, 4)))
-    ax.hlines(at, [r['low'] for r in shown], [r['high'] for r in shown], color=colour, lw=2.5, alpha=.45)
+    shown = [r for r in rows if r['auc'] is not None]
+    at = -np.arange(len(shown))
+    if whole is not None:
+        ax.axvline(whole, color='.6', lw=0.8, ls=(0, (4, 4)))
+    ax.hlines(
+        at, [r['low'] for r in shown], [r['high'] for r in shown], color=colour, lw=2.5, alpha=0.45
+    )
     ax.plot([r['auc'] for r in shown], at, 'o', color=colour, ms=5)
-    ax.set(yticks=at, yticklabels=[f"{r['group']} ({r['positives']} of {r['n']})" if r['against'] == 'its own' else f"{r['group']} ({r['n']})" for r in shown], xlabel='AUC', ylim=(-len(shown)+.4, .6)); ax.spines[['top', 'right', 'left']].set_visible(False); ax.tick_params(axis='y', length=0)
+    ax.set(
+        yticks=at,
+        yticklabels=[
+            f'{r["group"]} ({r["positives"]} of {r["n"]})'
+            if r['against'] == 'its own'
+            else f'{r["group"]} ({r["n"]})'
+            for r in shown
+        ],
+        xlabel='AUC',
+        ylim=(-len(shown) + 0.4, 0.6),
+    )
+    ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.tick_params(axis='y', length=0)
     return ax

@@ -15,11 +15,29 @@ from PIL import Image
 from .errors import InputError, at_least_one
 from .files import write_whole
 from .models import StreamingClassifier
-from .gradients import ChangedRows, as_image, first_streamed, glass_of, integrated_gradients, only_input_gradients, output_of, reads_rows, smoothgrad
+from streaming_pathology.gradients import (
+    ChangedRows,
+    as_image,
+    first_streamed,
+    glass_of,
+    integrated_gradients,
+    only_input_gradients,
+    output_of,
+    reads_rows,
+    smoothgrad,
+)
 
 # %% ../nbs/14_heatmaps.ipynb #hmp00009
-METHODS = dict(smoothgrad='SmoothGrad', gradient='gradient', integrated='integrated gradients', activation='class activation', attention='attention', occlusion='occlusion', patches='patch probability') # for sp_heatmap, and in words
-FORMAT = 'streaming_pathology heatmaps 1' # of the folder of maps that it writes
+METHODS = dict(
+    smoothgrad='SmoothGrad',
+    gradient='gradient',
+    integrated='integrated gradients',
+    activation='class activation',
+    attention='attention',
+    occlusion='occlusion',
+    patches='patch probability',
+)  # for sp_heatmap, and in words
+FORMAT = 'streaming_pathology heatmaps 1'  # of the folder of maps that it writes
 
 # %% ../nbs/14_heatmaps.ipynb #hmp00002
 def class_activation(
@@ -27,31 +45,49 @@ def class_activation(
     image,  # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
     target=0,  # output to explain
     signed=False,  # give what speaks against the class too, below zero
-)->np.ndarray:
+) -> np.ndarray:
     "What each place of the feature map adds to the logit (ceil(H/32), ceil(W/32)) float32: Grad-CAM, which after a mean is the class activation map"
-    if not (hasattr(model, 'features') and hasattr(model, 'head')): raise InputError(f'{type(model).__name__} has no features and head, of which a class activation map is made')
+    if not (hasattr(model, 'features') and hasattr(model, 'head')):
+        raise InputError(
+            f'{type(model).__name__} has no features and head, of which a class activation map is made'
+        )
     rows, p = ChangedRows(as_image(image)), next(model.parameters(), None)
-    if p is not None: rows.dtype = p.dtype
-    x = rows if first_streamed(model) is not None else rows.read(0, rows.shape[2]).to(rows.device if p is None else p.device)
+    if p is not None:
+        rows.dtype = p.dtype
+    x = (
+        rows
+        if first_streamed(model) is not None
+        else rows.read(0, rows.shape[2]).to(rows.device if p is None else p.device)
+    )
     with only_input_gradients(model):
-        with torch.no_grad(): f = model.features(x)
+        with torch.no_grad():
+            f = model.features(x)
         with torch.enable_grad():
             out = model.head(f.requires_grad_())
-            if not -out.shape[1] <= target < out.shape[1]: raise InputError(f'target={target}: the model has {out.shape[1]} outputs')
-            g, = torch.autograd.grad(out[0, target], f)
-    heat = (g.mean((2, 3), keepdim=True)*f.detach()).sum(1)[0]
+            if not -out.shape[1] <= target < out.shape[1]:
+                raise InputError(f'target={target}: the model has {out.shape[1]} outputs')
+            (g,) = torch.autograd.grad(out[0, target], f)
+    heat = (g.mean((2, 3), keepdim=True) * f.detach()).sum(1)[0]
     return (heat if signed else heat.relu()).float().cpu().numpy()
 
 # %% ../nbs/14_heatmaps.ipynb #hmp00009
 def attention_map(
     model,  # `StreamingClassifier` with pool='attention'
     image,  # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
-)->np.ndarray:
+) -> np.ndarray:
     "The attention that each place of the feature map gets, as a share of the largest (ceil(H/32), ceil(W/32)) float32 (Ilse et al. 2018)"
-    if not isinstance(model, StreamingClassifier): raise InputError(f'{type(model).__name__} is no StreamingClassifier, whose pooling by attention could be drawn')
-    rows, p = ChangedRows(as_image(image)), next(model.parameters()); rows.dtype = p.dtype
-    with only_input_gradients(model), torch.no_grad(): a = model(rows if reads_rows(model, rows.image) else rows.read(0, rows.shape[2]).to(p.device), attention=True)[1][0, 0]
-    return (a/a.max()).float().cpu().numpy()
+    if not isinstance(model, StreamingClassifier):
+        raise InputError(
+            f'{type(model).__name__} is no StreamingClassifier, whose pooling by attention could be drawn'
+        )
+    rows, p = ChangedRows(as_image(image)), next(model.parameters())
+    rows.dtype = p.dtype
+    with only_input_gradients(model), torch.no_grad():
+        a = model(
+            rows if reads_rows(model, rows.image) else rows.read(0, rows.shape[2]).to(p.device),
+            attention=True,
+        )[1][0, 0]
+    return (a / a.max()).float().cpu().numpy()
 
 # %% ../nbs/14_heatmaps.ipynb #hmp00005
 def occlusion(
@@ -59,27 +95,41 @@ def occlusion(
     image,  # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
     size=256,  # pixels a side, of the square
     stride=None,  # pixels from one place to the next; None: half of `size`
-    glass=255.,  # grey level, or three, of the square
+    glass=255.0,  # grey level, or three, of the square
     target=0,  # output to explain
     signed=False,  # give also where the logit rises, below zero
-)->np.ndarray:
+) -> np.ndarray:
     "How far the logit falls where a square of glass lies, the mean over all squares on a place: a place for each `stride` pixels, float32"
-    x, stride = as_image(image), size//2 or 1 if stride is None else stride; at_least_one(size=size, stride=stride)
-    if stride > size: raise InputError(f'stride={stride} of squares of {size} pixels leaves gaps; give {size} at most')
-    like = ChangedRows(x); cover = glass_of(glass, like); whole = output_of(model, like, target)
-    sums, counts = np.zeros((2, *(-(-n//stride) for n in x.shape[2:])))
-    def covered(at, left): # a function that covers rows
+    x, stride = as_image(image), size // 2 or 1 if stride is None else stride
+    at_least_one(size=size, stride=stride)
+    if stride > size:
+        raise InputError(
+            f'stride={stride} of squares of {size} pixels leaves gaps; give {size} at most'
+        )
+    like = ChangedRows(x)
+    cover = glass_of(glass, like)
+    whole = output_of(model, like, target)
+    sums, counts = np.zeros((2, *(-(-n // stride) for n in x.shape[2:])))
+
+    def covered(at, left):  # a function that covers rows
         def change(rows, top):
-            a, z = max(at-top, 0), min(at+size-top, rows.shape[2])
-            if a < z: rows[:, :, a:z, left:left+size] = cover
+            a, z = max(at - top, 0), min(at + size - top, rows.shape[2])
+            if a < z:
+                rows[:, :, a:z, left : left + size] = cover
             return rows
+
         return change
+
     for at in range(0, x.shape[2], stride):
         for left in range(0, x.shape[3], stride):
-            fall = whole-output_of(model, ChangedRows(x, covered(at, left)), target)
-            where = tuple(slice(v//stride, -(-min(v+size, n)//stride)) for v, n in zip((at, left), x.shape[2:]))
-            sums[where] += fall; counts[where] += 1
-    heat = (sums/counts).astype(np.float32)
+            fall = whole - output_of(model, ChangedRows(x, covered(at, left)), target)
+            where = tuple(
+                slice(v // stride, -(-min(v + size, n) // stride))
+                for v, n in zip((at, left), x.shape[2:])
+            )
+            sums[where] += fall
+            counts[where] += 1
+    heat = (sums / counts).astype(np.float32)
     return heat if signed else heat.clip(0)
 
 # %% ../nbs/14_heatmaps.ipynb #h6000002
@@ -87,46 +137,65 @@ def patch_heatmap(
     model,  # with `relevance(bag)`, (n,) from 0 to 1: `InstanceMIL`, `FeatureMIL` or another
     bag,  # `Bag`, or `Features` of one
     step=16,  # pixels a side, of a place of the map
-)->np.ndarray:
+) -> np.ndarray:
     "The probabilities of the patches of a bag, or the attention that they get, where they lie: (ceil(H/step), ceil(W/step)) float32. The paper, section IV-D."
-    if step < 1 or step != int(step): raise InputError(f'step={step}: a place of a heatmap is a whole number of pixels, at least 1')
-    sums, counts = np.zeros((2, *(-(-n//int(step)) for n in bag.shape)))
+    if step < 1 or step != int(step):
+        raise InputError(
+            f'step={step}: a place of a heatmap is a whole number of pixels, at least 1'
+        )
+    sums, counts = np.zeros((2, *(-(-n // int(step)) for n in bag.shape)))
     for (top, left, factor), p in zip(bag.places.tolist(), model.relevance(bag).tolist()):
-        at = tuple(slice(a//step, -(-(a+bag.size*factor)//step)) for a in (top, left))
-        sums[at] += p; counts[at] += 1
-    return (sums/np.maximum(counts, 1)).astype(np.float32)
+        at = tuple(slice(a // step, -(-(a + bag.size * factor) // step)) for a in (top, left))
+        sums[at] += p
+        counts[at] += 1
+    return (sums / np.maximum(counts, 1)).astype(np.float32)
 
 # %% ../nbs/14_heatmaps.ipynb #6eb3aa45
 def pool_map(
     heat,  # (H, W)
     factor,  # pixels a side
-)->np.ndarray:
+) -> np.ndarray:
     "Mean over windows of `factor` x `factor` pixels (ceil(H/factor), ceil(W/factor)) float32"
     heat = check_map(heat)
-    if factor < 1 or factor != int(factor): raise InputError(f'factor={factor}: a heatmap is pooled over a whole number of pixels, at least 1')
+    if factor < 1 or factor != int(factor):
+        raise InputError(
+            f'factor={factor}: a heatmap is pooled over a whole number of pixels, at least 1'
+        )
     at = [np.arange(0, n, int(factor)) for n in heat.shape]
     sums = np.add.reduceat(np.add.reduceat(heat, at[0], axis=0, dtype=np.float64), at[1], axis=1)
     counts = [np.diff(a, append=n) for a, n in zip(at, heat.shape)]
-    return (sums/np.outer(*counts)).astype(np.float32)
+    return (sums / np.outer(*counts)).astype(np.float32)
+
 
 def fit_map(
     heat,  # (H, W)
     max_side=256,  # longest side of the result
-)->np.ndarray:
+) -> np.ndarray:
     "Mean over equal parts of the image, with the image's proportions and a longest side of at most `max_side`; float32"
     heat = check_map(heat)
-    shrink = min(1, max_side/max(heat.shape))
-    size = [max(1, round(n*shrink)) for n in heat.shape]
-    return torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(heat)[None, None], size)[0, 0].numpy()
+    shrink = min(1, max_side / max(heat.shape))
+    size = [max(1, round(n * shrink)) for n in heat.shape]
+    return torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(heat)[None, None], size)[
+        0, 0
+    ].numpy()
+
 
 def check_map(
     heat,  # (H, W), finite and not negative
     name='heatmap',  # how to call it in an error
-)->np.ndarray:
+) -> np.ndarray:
     "`heat` as a float32 array, or `InputError`"
-    heat = np.asarray(heat, dtype=np.float32) if np.asarray(heat).dtype.kind in 'fiub' else np.empty(0)
-    if heat.ndim != 2 or not heat.size: raise InputError(f'{name} is no grid of numbers (H, W): make it with smoothgrad or patch_heatmap')
-    if not np.isfinite(heat).all() or heat.min() < 0: raise InputError(f'{name} has values that are negative or not finite: make it with smoothgrad or patch_heatmap')
+    heat = (
+        np.asarray(heat, dtype=np.float32) if np.asarray(heat).dtype.kind in 'fiub' else np.empty(0)
+    )
+    if heat.ndim != 2 or not heat.size:
+        raise InputError(
+            f'{name} is no grid of numbers (H, W): make it with smoothgrad or patch_heatmap'
+        )
+    if not np.isfinite(heat).all() or heat.min() < 0:
+        raise InputError(
+            f'{name} has values that are negative or not finite: make it with smoothgrad or patch_heatmap'
+        )
     return heat
 
 # %% ../nbs/14_heatmaps.ipynb #c84e8cd0
@@ -134,29 +203,39 @@ def colour_map(
     heat,  # (h, w), not negative
     top=None,  # value of full colour; None: the 99.5th percentile of this map
     cmap='viridis',  # of matplotlib
-)->np.ndarray:
+) -> np.ndarray:
     "`heat` as colours that get opaque with it (h, w, 4) uint8"
     heat = check_map(heat)
     top = np.percentile(heat, 99.5) if top is None else top
-    level = np.clip(heat/(top or heat.max() or 1), 0, 1)
-    rgba = colormaps[cmap](.25+.75*level)
+    level = np.clip(heat / (top or heat.max() or 1), 0, 1)
+    rgba = colormaps[cmap](0.25 + 0.75 * level)
     rgba[..., 3] = level
-    return (rgba*255).round().astype(np.uint8)
+    return (rgba * 255).round().astype(np.uint8)
+
 
 def overlay(
     rgb,  # (H, W, 3) uint8
     heat,  # (h, w) over the same field of view
-    alpha=.75,  # opacity of full colour
+    alpha=0.75,  # opacity of full colour
     top=None,  # value of full colour; None: the 99.5th percentile of this map
     cmap='viridis',  # of matplotlib
-)->np.ndarray:
+) -> np.ndarray:
     "`rgb` with the stretched heatmap over it (H, W, 3) uint8"
     rgb = np.asarray(rgb)
-    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8: raise InputError(f'image of shape {rgb.shape} and type {rgb.dtype}: an overlay needs (H, W, 3) uint8')
-    if not 0 <= alpha <= 1: raise InputError(f'alpha={alpha}: the opacity lies between 0 and 1')
-    layer = Image.fromarray(colour_map(heat, top, cmap)).resize(rgb.shape[1::-1], Image.Resampling.BILINEAR)
-    layer.putalpha(layer.getchannel('A').point(lambda a: a*alpha))
-    return np.asarray(Image.alpha_composite(Image.fromarray(rgb).convert('RGBA'), layer).convert('RGB'))
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
+        raise InputError(
+            f'image of shape {rgb.shape} and type {rgb.dtype}: an overlay needs (H, W, 3) uint8'
+        )
+    if not 0 <= alpha <= 1:
+        raise InputError(f'alpha={alpha}: the opacity lies between 0 and 1')
+    layer = Image.fromarray(colour_map(heat, top, cmap)).resize(
+        rgb.shape[1::-1], Image.Resampling.BILINEAR
+    )
+    layer.putalpha(layer.getchannel('A').point(lambda a: a * alpha))
+    return np.asarray(
+        Image.alpha_composite(Image.fromarray(rgb).convert('RGBA'), layer).convert('RGB')
+    )
+
 
 def plot_heatmap(
     rgb,  # (H, W, 3) uint8
@@ -168,24 +247,31 @@ def plot_heatmap(
     "Draw the image with its heatmap into `ax`; returns `ax`"
     ax.imshow(overlay(rgb, heat, **kwargs))
     ax.set_axis_off()
-    if title: ax.set_title(title, fontsize='small')
+    if title:
+        ax.set_title(title, fontsize='small')
     return ax
 
 # %% ../nbs/14_heatmaps.ipynb #13b1babd
 def save_heatmap(
     path,  # .npy file
     heat,  # (h, w)
-)->Path:
+) -> Path:
     "Write a map as .npy, all of it or nothing"
     f = io.BytesIO()
     np.save(f, check_map(heat))
     return write_whole(path, f.getvalue())
 
+
 def load_heatmap(
     path,  # .npy file
-)->np.ndarray:
+) -> np.ndarray:
     "A map that `save_heatmap` wrote; `InputError` where it is missing or damaged"
-    try: heat = np.load(path, allow_pickle=False)
-    except FileNotFoundError: raise InputError(f'{path} does not exist: make it with smoothgrad and save_heatmap') from None
-    except (OSError, ValueError, EOFError) as e: raise InputError(f'{path} is no heatmap: it cannot be read as .npy ({e})') from None
+    try:
+        heat = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(
+            f'{path} does not exist: make it with smoothgrad and save_heatmap'
+        ) from None
+    except (OSError, ValueError, EOFError) as e:
+        raise InputError(f'{path} is no heatmap: it cannot be read as .npy ({e})') from None
     return check_map(heat, name=str(path))

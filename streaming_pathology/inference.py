@@ -24,43 +24,100 @@ from .training import Alone, predict
 from .checkpoints import load_checkpoint, load_weights, plain
 from .aggregators import make_aggregator
 from .bags import Bag, BagDataset, PatchGrid
-from .features import LIBRARIES, Encoder, FeatureDataset, FeatureMIL, built, encoder_hash, make_encoder, weights_hash
+from streaming_pathology.features import (
+    LIBRARIES,
+    Encoder,
+    FeatureDataset,
+    FeatureMIL,
+    built,
+    encoder_hash,
+    make_encoder,
+    weights_hash,
+)
 from .mil import InstanceMIL
 
 # %% ../nbs/13_inference.ipynb #i0000006
-_SEEN = ('model', 'spacing', 'size', 'canvas', 'pen', 'amp', 'task', 'labels') # of a card: what a prediction depends on
+_SEEN = (
+    'model',
+    'spacing',
+    'size',
+    'canvas',
+    'pen',
+    'amp',
+    'task',
+    'labels',
+)  # of a card: what a prediction depends on
+
 
 def model_hash(
     weights,  # a state dict
     card,  # what `load_model` gives beside the network
-):   
+):
     "The checksum of weights and of what they are shown; how many rows are computed at a time is no part of it."
-    seen = {k: card.get(k) for k in _SEEN} | dict(model={k: v for k, v in card['model'].items() if k not in ('strip', 'memory')})
-    if bags := card.get('bags'): seen['bags'] = {k: v for k, v in bags.items() if k not in ('k', 'batch')}
-    if features := card.get('features'): seen['features'] = features # with the checksum of the backbone
-    return weights_hash({k: v for k, v in weights.items() if not (features and k.startswith('encoder.'))}, seen)
+    seen = {k: card.get(k) for k in _SEEN} | dict(
+        model={k: v for k, v in card['model'].items() if k not in ('strip', 'memory')}
+    )
+    if bags := card.get('bags'):
+        seen['bags'] = {k: v for k, v in bags.items() if k not in ('k', 'batch')}
+    if features := card.get('features'):
+        seen['features'] = features  # with the checksum of the backbone
+    return weights_hash(
+        {k: v for k, v in weights.items() if not (features and k.startswith('encoder.'))}, seen
+    )
 
-def described(card, **model): # the network that a card describes, with random weights
+
+def described(card, **model):  # the network that a card describes, with random weights
     "A streamed one of images; where the card has `bags` one of patches, and where it has `features` too an aggregator with its backbone."
     bags, features = card.get('bags'), card.get('features')
-    if features: return FeatureMIL(built(features['encoder']), make_aggregator(**features['aggregator']), bags['batch'], whole=True)
+    if features:
+        return FeatureMIL(
+            built(features['encoder']),
+            make_aggregator(**features['aggregator']),
+            bags['batch'],
+            whole=True,
+        )
     network = StreamingClassifier(**card['model'] | model)
     return InstanceMIL(network, bags['k'], bags['batch']) if bags else network
 
-def dataset(card, cases, folder=None, views=1, **kwargs): # `SlideDataset`, `BagDataset`, or with a folder `FeatureDataset`
-    "Slides as the network of a card is shown them."
-    seen = dict(cases=cases, spacing=card['spacing'], size=card['size'] and tuple(card['size']), pen=card['pen'], **kwargs)
-    if not (bags := card.get('bags')): return SlideDataset(canvas=card['canvas'], **seen)
-    grid = PatchGrid(bags['size'], bags['stride'], bags['tissue'], tuple(bags['factors']))
-    return FeatureDataset(grid=grid, folder=folder, amp=card['amp'], views=views, **seen) if folder else BagDataset(grid=grid, **seen)
 
-def checked_card(card, path): # the same, complete
+def dataset(
+    card, cases, folder=None, views=1, **kwargs
+):  # `SlideDataset`, `BagDataset`, or with a folder `FeatureDataset`
+    "Slides as the network of a card is shown them."
+    seen = dict(
+        cases=cases,
+        spacing=card['spacing'],
+        size=card['size'] and tuple(card['size']),
+        pen=card['pen'],
+        **kwargs,
+    )
+    if not (bags := card.get('bags')):
+        return SlideDataset(canvas=card['canvas'], **seen)
+    grid = PatchGrid(bags['size'], bags['stride'], bags['tissue'], tuple(bags['factors']))
+    return (
+        FeatureDataset(grid=grid, folder=folder, amp=card['amp'], views=views, **seen)
+        if folder
+        else BagDataset(grid=grid, **seen)
+    )
+
+
+def checked_card(card, path):  # the same, complete
     "Refuse what does not say how a network is built and what it was shown; what former checkpoints took for granted is filled in."
     try:
-        found = json.loads(json.dumps(plain(dict(canvas=False, pen=True, labels=['label'], task=Binary().settings()) | card))) # as JSON has it: lists for tuples
+        found = json.loads(
+            json.dumps(
+                plain(
+                    dict(canvas=False, pen=True, labels=['label'], task=Binary().settings()) | card
+                )
+            )
+        )  # as JSON has it: lists for tuples
         found['model'] = dict(mean=list(imagenet_mean), std=list(imagenet_std)) | found['model']
-        for k in ('spacing', 'size', 'amp'): found[k]
-    except (KeyError, TypeError): raise InputError(f'{path} does not say how its network is built and at which spacing, size and precision it sees slides; give a checkpoint of sp_train, or what sp_export made of one') from None
+        for k in ('spacing', 'size', 'amp'):
+            found[k]
+    except (KeyError, TypeError):
+        raise InputError(
+            f'{path} does not say how its network is built and at which spacing, size and precision it sees slides; give a checkpoint of sp_train, or what sp_export made of one'
+        ) from None
     return found
 
 # %% ../nbs/13_inference.ipynb #i0000008
@@ -68,186 +125,348 @@ def export_model(
     checkpoint,  # file of `sp_train`, such as run/checkpoints/best.pt
     out,  # the .safetensors file to write
     **more,  # to the card: metrics, date, ...
-):    
+):
     "A trained network with its card as one safetensors file; returns the card."
     state = _of_a_model(checkpoint)
     card = checked_card(state.get('settings', {}), checkpoint)
     state['model'] = with_encoder(card, state['model'], checkpoint)
     load_weights(described(card), state, checkpoint)
     weights = state['model']
-    last = (state.get('history') or [{}])[(state.get('epoch') or 0)-1]
-    tuning = {} if 'stage' in last or 'optimizer' in state else {k: v for k, v in last.items() if k.startswith('tuning') and v == v} # an average of weights was not evaluated
-    card |= dict(format='streaming_pathology 1', sha256=model_hash(weights, card), epoch=state.get('epoch'), seed=state.get('seed', state.get('fit', {}).get('seed')), tuning=tuning,
-                 versions=state['versions'], exported=datetime.date.today().isoformat(), **json.loads(json.dumps(plain(more))))
+    last = (state.get('history') or [{}])[(state.get('epoch') or 0) - 1]
+    tuning = (
+        {}
+        if 'stage' in last or 'optimizer' in state
+        else {k: v for k, v in last.items() if k.startswith('tuning') and v == v}
+    )  # an average of weights was not evaluated
+    card |= dict(
+        format='streaming_pathology 1',
+        sha256=model_hash(weights, card),
+        epoch=state.get('epoch'),
+        seed=state.get('seed', state.get('fit', {}).get('seed')),
+        tuning=tuning,
+        versions=state['versions'],
+        exported=datetime.date.today().isoformat(),
+        **json.loads(json.dumps(plain(more))),
+    )
     _write_sealed(out, card, weights)
     return card
 
-def _write_sealed(path, card, weights):
-    text, weights = json.dumps(card, indent=1, ensure_ascii=False), {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in weights.items()} # tensors that share memory are written twice
-    data = safetensors.torch.save(weights, dict(card=text, sha256=_sealed(text, weights)))
-    with whole_file(path) as f: f.write(data)
 
-ENCODER = 'encoder.safetensors' # beside the checkpoints of an aggregator
+def _write_sealed(path, card, weights):
+    text, weights = (
+        json.dumps(card, indent=1, ensure_ascii=False),
+        {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in weights.items()},
+    )  # tensors that share memory are written twice
+    data = safetensors.torch.save(weights, dict(card=text, sha256=_sealed(text, weights)))
+    with whole_file(path) as f:
+        f.write(data)
+
+
+ENCODER = 'encoder.safetensors'  # beside the checkpoints of an aggregator
+
 
 def save_encoder(path, encoder):
     "The backbone of a run on features, once."
     _write_sealed(path, encoder.card, encoder.state_dict())
 
-def encoder_of(backbone, weights=None, sha256=None): # `Encoder`
-    "The trunk of a trained network, named by its run folder, its checkpoint or what sp_export made of it; what `save_encoder` wrote; or as `make_encoder` has it."
-    path = Path(backbone).expanduser(); path = path/'checkpoints/best.pt' if path.is_dir() else path
-    if not path.is_file(): return make_encoder(backbone, weights, sha256)
-    if weights: raise InputError(f'{path} has weights of its own; leave out others')
-    if path.name == ENCODER: card, state = _from_export(path); return load_weights(built(card), dict(model=state), path)
-    model, card = load_model(path)
-    if isinstance(model, FeatureMIL): raise InputError(f'{path} is an aggregator of features, and no network of patches; give its backbone')
-    return Encoder(model.network if isinstance(model, InstanceMIL) else model, card=dict(model={k: v for k, v in card['model'].items() if k not in ('strip', 'memory')}, classifies=True, spacing=card['spacing']))
 
-def load_encoder(path, encoder): # the same, with the weights of a file that `save_encoder` wrote
+def encoder_of(backbone, weights=None, sha256=None):  # `Encoder`
+    "The trunk of a trained network, named by its run folder, its checkpoint or what sp_export made of it; what `save_encoder` wrote; or as `make_encoder` has it."
+    path = Path(backbone).expanduser()
+    path = path / 'checkpoints/best.pt' if path.is_dir() else path
+    if not path.is_file():
+        return make_encoder(backbone, weights, sha256)
+    if weights:
+        raise InputError(f'{path} has weights of its own; leave out others')
+    if path.name == ENCODER:
+        card, state = _from_export(path)
+        return load_weights(built(card), dict(model=state), path)
+    model, card = load_model(path)
+    if isinstance(model, FeatureMIL):
+        raise InputError(
+            f'{path} is an aggregator of features, and no network of patches; give its backbone'
+        )
+    return Encoder(
+        model.network if isinstance(model, InstanceMIL) else model,
+        card=dict(
+            model={k: v for k, v in card['model'].items() if k not in ('strip', 'memory')},
+            classifies=True,
+            spacing=card['spacing'],
+        ),
+    )
+
+
+def load_encoder(path, encoder):  # the same, with the weights of a file that `save_encoder` wrote
     return load_weights(encoder, dict(model=_from_export(Path(path))[1]), path)
 
-def backbone_known(backbone): # bool
+
+def backbone_known(backbone):  # bool
     "Whether there is what somebody has named as a backbone, so far as it is a file."
     path, _, name = str(backbone).rpartition(':')
     at = Path(path if path.endswith('.py') else backbone).expanduser()
-    return path in LIBRARIES or (at/'checkpoints/best.pt' if at.is_dir() else at).is_file()
+    return path in LIBRARIES or (at / 'checkpoints/best.pt' if at.is_dir() else at).is_file()
 
-def with_encoder(card, weights, path): # weights
+
+def with_encoder(card, weights, path):  # weights
     "Those of a checkpoint together with those of its backbone, which lies beside it."
-    if 'features' not in card or any(k.startswith('encoder.') for k in weights): return weights
-    path, of = Path(path).parent/ENCODER, card['features']['encoder']
+    if 'features' not in card or any(k.startswith('encoder.') for k in weights):
+        return weights
+    path, of = Path(path).parent / ENCODER, card['features']['encoder']
     _, state = _from_export(path)
-    if encoder_hash(state, of) != of['sha256']: raise InputError(f'{path} is another backbone than that whose features were learnt from')
+    if encoder_hash(state, of) != of['sha256']:
+        raise InputError(f'{path} is another backbone than that whose features were learnt from')
     return weights | {f'encoder.{k}': v for k, v in state.items()}
 
-def _of_a_model(path): # what `load_checkpoint` gives
+
+def _of_a_model(path):  # what `load_checkpoint` gives
     state = load_checkpoint(path)
-    if 'optimizer' in state: warnings.warn(f'{path} is a point of a training to go on from: its weights are those of the last step, not the best, nor an average')
+    if 'optimizer' in state:
+        warnings.warn(
+            f'{path} is a point of a training to go on from: its weights are those of the last step, not the best, nor an average'
+        )
     return state
 
-def _sealed(text, weights): return hashlib.sha256((text+model_hash(weights, dict(model={}))).encode()).hexdigest()
 
-def _from_export(path): # card, weights
-    if not path.is_file(): raise InputError(f'{path}: there is no such model')
+def _sealed(text, weights):
+    return hashlib.sha256((text + model_hash(weights, dict(model={}))).encode()).hexdigest()
+
+
+def _from_export(path):  # card, weights
+    if not path.is_file():
+        raise InputError(f'{path}: there is no such model')
     try:
-        with safetensors.safe_open(path, 'pt') as f: said, weights = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except (safetensors.SafetensorError, OSError) as e: raise InputError(f'{path} is damaged, or no safetensors file ({e})') from None
-    if not {'card', 'sha256'} <= said.keys(): raise InputError(f'{path} holds weights without a card that says what they are; give what sp_export wrote')
-    if _sealed(said['card'], weights) != said['sha256']: raise InputError(f'{path} is damaged: its checksum is wrong')
+        with safetensors.safe_open(path, 'pt') as f:
+            said, weights = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    except (safetensors.SafetensorError, OSError) as e:
+        raise InputError(f'{path} is damaged, or no safetensors file ({e})') from None
+    if not {'card', 'sha256'} <= said.keys():
+        raise InputError(
+            f'{path} holds weights without a card that says what they are; give what sp_export wrote'
+        )
+    if _sealed(said['card'], weights) != said['sha256']:
+        raise InputError(f'{path} is damaged: its checksum is wrong')
     return json.loads(said['card']), weights
 
-def load_model(path, device='cpu', strip=None): # the network, to evaluate with, and its card
+
+def load_model(path, device='cpu', strip=None):  # the network, to evaluate with, and its card
     "The trained network of an exported model, or of a checkpoint of `sp_train`; `strip`: rows at a time, other than in training."
     path = Path(path)
-    if path.suffix.lower() == '.safetensors': card, weights = _from_export(path)
-    else: state = _of_a_model(path); card, weights = state.get('settings') or {}, state.get('model')
+    if path.suffix.lower() == '.safetensors':
+        card, weights = _from_export(path)
+    else:
+        state = _of_a_model(path)
+        card, weights = state.get('settings') or {}, state.get('model')
     card = checked_card(card, path)
-    try: model = described(card, **{'strip': strip} if strip else {})
-    except (TypeError, KeyError) as e: raise InputError(f'{path} was written by another version of this package, and its network cannot be built ({e})') from None
+    try:
+        model = described(card, **{'strip': strip} if strip else {})
+    except (TypeError, KeyError) as e:
+        raise InputError(
+            f'{path} was written by another version of this package, and its network cannot be built ({e})'
+        ) from None
     load_weights(model, dict(model=with_encoder(card, weights or {}, path)), path)
     return model.to(device).eval(), card | dict(sha256=model_hash(weights, card))
 
 # %% ../nbs/13_inference.ipynb #i0000012
 TTA = dict(none=(0,), flips=(0, 1, 2, 3), all=tuple(range(8)))
 
+
 def turned(
     x,  # tensor (..., H, W), `Canvas` or `Bag`
     # 0 as it is; bit 1: rows mirrored; bit 2: columns mirrored; bit 4: then rows and columns change
     # places
     way,
-): 
+):
     "An image in one of the eight ways to lay it."
-    if not way: return x
+    if not way:
+        return x
     if isinstance(x, Bag):
-        (H, W), side = x.image.shape[1:], x.size*x.places[:, 2]
-        top, left = H-x.places[:, 0]-side if way & 1 else x.places[:, 0], W-x.places[:, 1]-side if way & 2 else x.places[:, 1]
-        return Bag(turned(x.image, way), torch.stack([*((left, top) if way & 4 else (top, left)), x.places[:, 2]], 1), x.size, x.slide_id)
+        (H, W), side = x.image.shape[1:], x.size * x.places[:, 2]
+        top, left = (
+            H - x.places[:, 0] - side if way & 1 else x.places[:, 0],
+            W - x.places[:, 1] - side if way & 2 else x.places[:, 1],
+        )
+        return Bag(
+            turned(x.image, way),
+            torch.stack([*((left, top) if way & 4 else (top, left)), x.places[:, 2]], 1),
+            x.size,
+            x.slide_id,
+        )
     if isinstance(x, Canvas):
         (H, W), patches = x.shape[2:], []
         for t, l, p in x.patches:
-            t, l = (H-t-p.shape[1] if way & 1 else t), (W-l-p.shape[2] if way & 2 else l)
+            t, l = (H - t - p.shape[1] if way & 1 else t), (W - l - p.shape[2] if way & 2 else l)
             patches.append((*((l, t) if way & 4 else (t, l)), turned(p, way)))
         return Canvas((W, H) if way & 4 else (H, W), x.color, patches, x.dtype)
     x = x.flip([d for d, bit in ((-2, 1), (-1, 2)) if way & bit])
     return x.transpose(-2, -1) if way & 4 else x
 
+
 class Turned(nn.Module):
     "A network that is shown an image in several ways: (1, C, H, W), `Canvas` or `Bag` -> the logits of each, (ways, n_out)."
-    def __init__(self, model, ways): super().__init__(); self.model, self.ways = model, ways
-    def forward(self, x): return torch.cat([self.model(turned(x, w)) for w in self.ways])
+
+    def __init__(self, model, ways):
+        super().__init__()
+        self.model, self.ways = model, ways
+
+    def forward(self, x):
+        return torch.cat([self.model(turned(x, w)) for w in self.ways])
 
 # %% ../nbs/13_inference.ipynb #i0000015
 class Journal:
     "Rows that are done, in a file of lines beside the table `path` that is to be; a context manager that holds it alone."
-    def __init__(self, path, of): # of: dict of what the rows depend on
+
+    def __init__(self, path, of):  # of: dict of what the rows depend on
         self.path, self.of, self.rows = Path(f'{path}.unfinished'), of, {}
 
     def _open(self):
         while True:
-            try: self.path.parent.mkdir(parents=True, exist_ok=True); self.file = open(self.path, 'a+b')
-            except IsADirectoryError: raise InputError(f'{self.path} is a folder; move it away, or give the name of another file to write') from None
-            except OSError as e: raise InputError(f'{self.path} cannot be written ({e.strerror}); give a place that can be') from None
-            try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError: self.file.close(); raise InputError(f'{self.path} is being written by another process; wait for it, or give the name of another file to write') from None
-            except OSError: pass # a file system without locks
-            if self.path.exists() and os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()): return
-            self.file.close() # who held it has taken it away in the meantime
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(self.path, 'a+b')
+            except IsADirectoryError:
+                raise InputError(
+                    f'{self.path} is a folder; move it away, or give the name of another file to write'
+                ) from None
+            except OSError as e:
+                raise InputError(
+                    f'{self.path} cannot be written ({e.strerror}); give a place that can be'
+                ) from None
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.file.close()
+                raise InputError(
+                    f'{self.path} is being written by another process; wait for it, or give the name of another file to write'
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            if self.path.exists() and os.path.samestat(
+                os.fstat(self.file.fileno()), self.path.stat()
+            ):
+                return
+            self.file.close()  # who held it has taken it away in the meantime
 
     def __enter__(self):
         self._open()
-        self.file.seek(0); head, *lines = (text := self.file.read()).split(b'\n')[:-1] or [b'']; good = 0 # what has no end was being written
-        try: of = json.loads(head) if head else self.of if json.dumps(self.of).encode().startswith(text) else None
-        except (ValueError, RecursionError): of = None
-        if not isinstance(of, dict) or of.keys() != self.of.keys(): self.file.close(); raise InputError(f'{self.path} is something else than predictions; move it away, or give the name of another file to write')
+        self.file.seek(0)
+        head, *lines = (text := self.file.read()).split(b'\n')[:-1] or [b'']
+        good = 0  # what has no end was being written
+        try:
+            of = (
+                json.loads(head)
+                if head
+                else self.of
+                if json.dumps(self.of).encode().startswith(text)
+                else None
+            )
+        except (ValueError, RecursionError):
+            of = None
+        if not isinstance(of, dict) or of.keys() != self.of.keys():
+            self.file.close()
+            raise InputError(
+                f'{self.path} is something else than predictions; move it away, or give the name of another file to write'
+            )
         if of == self.of and head:
-            good = len(head)+1
+            good = len(head) + 1
             for l in lines:
-                try: key, row = json.loads(l); self.rows[key] = row
-                except (ValueError, TypeError, RecursionError): break
-                good += len(l)+1
+                try:
+                    key, row = json.loads(l)
+                    self.rows[key] = row
+                except (ValueError, TypeError, RecursionError):
+                    break
+                good += len(l) + 1
         elif lines:
-            self.file.close(); k = next(k for k in of if of[k] != self.of[k])
-            raise InputError(f'{self.path} has {len(lines)} slides that were predicted otherwise: {k} was {str(of[k])[:16]} and is {str(self.of[k])[:16]}; go on as before, delete it, or give the name of another file to write')
+            self.file.close()
+            k = next(k for k in of if of[k] != self.of[k])
+            raise InputError(
+                f'{self.path} has {len(lines)} slides that were predicted otherwise: {k} was {str(of[k])[:16]} and is {str(self.of[k])[:16]}; go on as before, delete it, or give the name of another file to write'
+            )
         self.file.truncate(good)
         try:
-            if not good: self._write(json.dumps(self.of))
-        except InputError: self.__exit__(); raise
+            if not good:
+                self._write(json.dumps(self.of))
+        except InputError:
+            self.__exit__()
+            raise
         return self
 
     def _write(self, text):
-        try: self.file.write(text.encode()+b'\n'); self.file.flush(); os.fsync(self.file.fileno())
-        except OSError as e: raise InputError(f'{self.path} cannot be written ({e.strerror}); what is in it is kept, and the same command goes on') from None
+        try:
+            self.file.write(text.encode() + b'\n')
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as e:
+            raise InputError(
+                f'{self.path} cannot be written ({e.strerror}); what is in it is kept, and the same command goes on'
+            ) from None
 
     def add(self, key, row):
         "Keep a row, on the disk when this returns."
-        self._write(json.dumps([key, row])); self.rows[key] = row
+        self._write(json.dumps([key, row]))
+        self.rows[key] = row
 
     def done(self):
         "All is in the table: the journal is not needed any more."
         self.path.unlink(missing_ok=True)
 
     def __exit__(self, *_):
-        if not self.rows: self.path.unlink(missing_ok=True) # nothing is worth keeping
-        self.file.close() # others may have it from now on
+        if not self.rows:
+            self.path.unlink(missing_ok=True)  # nothing is worth keeping
+        self.file.close()  # others may have it from now on
 
 # %% ../nbs/13_inference.ipynb #i0000018
-def label_columns(task, labels): return ['label'] if task == 'binary' else labels # of a table, for the name of a task: what evaluates two classes looks for that name
+def label_columns(task, labels):
+    return (
+        ['label'] if task == 'binary' else labels
+    )  # of a table, for the name of a task: what evaluates two classes looks for that name
 
-def prediction_columns(task, labels): # names
+
+def prediction_columns(task, labels):  # names
     "The columns of a table of predictions."
     return ['slide_id', *labels, 'split', *task.named(labels), 'seconds', 'model', 'version']
 
-def write_predictions(path, rows, task=Binary(), labels=('label',), model=''): # the path
+
+def write_predictions(path, rows, task=Binary(), labels=('label',), model=''):  # the path
     "A table of predictions: of each slide a row of `predict`, with its split; `model` is its hash."
+
     def table(r):
         known, p = r['label'], r['probability']
-        known = [None]*len(labels) if known is None else list(known) if isinstance(known, (list, tuple)) else [known]
-        return dict(slide_id=r['slide_id'], split=r['split'], **{l: None if v is None or v != v else f'{v:g}' for l, v in zip(labels, known)}, **{n: f'{v:.8g}' for n, v in zip(task.named(labels), p if isinstance(p, (list, tuple)) else [p])},
-                    seconds=f"{r['seconds']:.3f}", model=model[:16], version=streaming_pathology.__version__)
+        known = (
+            [None] * len(labels)
+            if known is None
+            else list(known)
+            if isinstance(known, (list, tuple))
+            else [known]
+        )
+        return dict(
+            slide_id=r['slide_id'],
+            split=r['split'],
+            **{l: None if v is None or v != v else f'{v:g}' for l, v in zip(labels, known)},
+            **{
+                n: f'{v:.8g}'
+                for n, v in zip(task.named(labels), p if isinstance(p, (list, tuple)) else [p])
+            },
+            seconds=f'{r["seconds"]:.3f}',
+            model=model[:16],
+            version=streaming_pathology.__version__,
+        )
+
     return write_csv(path, map(table, rows), prediction_columns(task, labels))
 
-def _key(case): # changes where the slide does
-    return hashlib.sha256(repr([case.slide_id, str(Path(case.path).absolute()), file_stamp(case.path), case.spacing, case.mask and (str(case.mask), file_stamp(case.mask))]).encode()).hexdigest()
+
+def _key(case):  # changes where the slide does
+    return hashlib.sha256(
+        repr(
+            [
+                case.slide_id,
+                str(Path(case.path).absolute()),
+                file_stamp(case.path),
+                case.spacing,
+                case.mask and (str(case.mask), file_stamp(case.mask)),
+            ]
+        ).encode()
+    ).hexdigest()
+
 
 def predict_table(
     model,
@@ -262,28 +481,68 @@ def predict_table(
     skip=False,  # write the table also where slides failed, without them
     ranks=Alone(),  # several processes share the slides
     progress=True,
-): # (rows, sentences on the slides that failed), on all ranks
+):  # (rows, sentences on the slides that failed), on all ranks
     "Predict slides into a table; broken off, the same call goes on. Where slides failed there is no table, but what is done is kept for the next call."
-    if tta not in TTA: raise InputError(f"tta is {tta!r}; use one of {', '.join(TTA)}")
-    task, out, amp = task_of(card['task']), Path(out), {None: card['amp'], 'none': None}.get(amp, amp)
+    if tta not in TTA:
+        raise InputError(f'tta is {tta!r}; use one of {", ".join(TTA)}')
+    task, out, amp = (
+        task_of(card['task']),
+        Path(out),
+        {None: card['amp'], 'none': None}.get(amp, amp),
+    )
     keys = ranks.first(lambda: [_key(c) for c in cases])
-    journal = Journal(out, dict(model=card['sha256'], version=streaming_pathology.__version__, amp=amp, tta=tta))
+    journal = Journal(
+        out, dict(model=card['sha256'], version=streaming_pathology.__version__, amp=amp, tta=tta)
+    )
     with journal if ranks.rank == 0 else nullcontext():
-        known = ranks.first(lambda: {k: r for k, r in journal.rows.items() if isinstance(r, dict) and {'probability', 'logits', 'box', 'seconds'} <= r.keys()})
+        known = ranks.first(
+            lambda: {
+                k: r
+                for k, r in journal.rows.items()
+                if isinstance(r, dict) and {'probability', 'logits', 'box', 'seconds'} <= r.keys()
+            }
+        )
         todo = [i for i, k in enumerate(keys) if k not in known]
         new, kept = [], 0
+
         def keep():
             nonlocal kept
             for i, r in zip(todo[kept:], new[kept:]):
-                if 'error' in r: continue
+                if 'error' in r:
+                    continue
                 known[keys[i]] = r
-                if ranks.rank == 0: journal.add(keys[i], r)
+                if ranks.rank == 0:
+                    journal.add(keys[i], r)
             kept = len(new)
-        loader = slide_loader(dataset(card, [cases[i] for i in todo]), workers=workers, rank=ranks.rank, ranks=ranks.size)
-        predict(Turned(model, TTA[tta]), loader, device, amp, progress, task=task, ranks=ranks, rows=new, rest=keep, failed=True)
+
+        loader = slide_loader(
+            dataset(card, [cases[i] for i in todo]),
+            workers=workers,
+            rank=ranks.rank,
+            ranks=ranks.size,
+        )
+        predict(
+            Turned(model, TTA[tta]),
+            loader,
+            device,
+            amp,
+            progress,
+            task=task,
+            ranks=ranks,
+            rows=new,
+            rest=keep,
+            failed=True,
+        )
         failed = [r['error'] for r in new if 'error' in r]
-        rows = [known[k] | dict(label=c.label, split=c.split) for c, k in zip(cases, keys) if k in known]
-        if ranks.rank == 0 and rows and (skip or not failed): write_predictions(out, rows, task, label_columns(task.name, card['labels']), card['sha256']); journal.done()
+        rows = [
+            known[k] | dict(label=c.label, split=c.split) for c, k in zip(cases, keys) if k in known
+        ]
+        if ranks.rank == 0 and rows and (skip or not failed):
+            write_predictions(
+                out, rows, task, label_columns(task.name, card['labels']), card['sha256']
+            )
+            journal.done()
     (data := dataset(card, cases)).boxes.update({r['slide_id']: tuple(r['box']) for r in rows})
-    if ranks.rank == 0 and (said := cropped(data)): warnings.warn(said)
+    if ranks.rank == 0 and (said := cropped(data)):
+        warnings.warn(said)
     return rows, failed

@@ -15,161 +15,300 @@ from .errors import InputError
 # %% ../nbs/09_losses.ipynb #l0000006
 class Task:
     "What the labels of slides mean. Labels are (N,) numbers, or (N, columns) where a slide has several; logits are (N, n_out)."
-    name, n_out, columns = '', 1, 1
-    exclusive = False # each slide is of one class, and classes can be drawn equally often
-    joint = False     # the loss of one slide depends on the others of its mini-batch
 
-    def losses(self, logits, labels): # (N,)
+    name, n_out, columns = '', 1, 1
+    exclusive = False  # each slide is of one class, and classes can be drawn equally often
+    joint = False  # the loss of one slide depends on the others of its mini-batch
+
+    def losses(self, logits, labels):  # (N,)
         "Of each slide."
         raise NotImplementedError
 
-    def loss(self, logits, labels): # a scalar
+    def loss(self, logits, labels):  # a scalar
         "Of a mini-batch: the mean over its slides."
         return self.losses(logits, labels).mean()
 
-    def predicted(self, logits): # (N,), or (N, k)
+    def predicted(self, logits):  # (N,), or (N, k)
         "What is reported of a slide."
         raise NotImplementedError
 
-    def wrong(self, label): # a sentence, or None
+    def wrong(self, label):  # a sentence, or None
         "What is wrong with the label of a slide: a number, or a tuple of them."
 
-    def named(self, labels): # names
+    def named(self, labels):  # names
         "Of what is reported of a slide, as the columns of a table; `labels` are the names of the labels."
         raise NotImplementedError
 
-    def fits(self, logits): # the same
+    def fits(self, logits):  # the same
         "Refuse a network with other outputs than the task has."
-        if logits.shape[1] != self.n_out: raise InputError(f"the network has {logits.shape[1]} outputs where the task {self.name} needs {self.n_out}: build it with n_out={self.n_out}, or give another task")
+        if logits.shape[1] != self.n_out:
+            raise InputError(
+                f'the network has {logits.shape[1]} outputs where the task {self.name} needs {self.n_out}: build it with n_out={self.n_out}, or give another task'
+            )
         return logits
 
-    def settings(self): # dict
+    def settings(self):  # dict
         "What `task_of` makes the same task of."
-        return dict(name=self.name, **{k: getattr(self, k) for k in inspect.signature(type(self)).parameters})
+        return dict(
+            name=self.name,
+            **{k: getattr(self, k) for k in inspect.signature(type(self)).parameters},
+        )
 
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in [*self.settings().items()][1:])})"
+    def __repr__(self):
+        return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in [*self.settings().items()][1:])})'
 
-def _whole(label, k): return None if label in range(k) else f'label {label:g} is none of 0 to {k-1}'
+
+def _whole(label, k):
+    return None if label in range(k) else f'label {label:g} is none of 0 to {k - 1}'
+
 
 def _weights(weights, k):
     "One positive number a class, or None."
-    if weights is None: return None
+    if weights is None:
+        return None
     w = tuple(float(v) for v in weights)
-    if len(w) != k or not all(math.isfinite(v) and v > 0 for v in w): raise InputError(f'class weights {w}: give one number above 0 for each of the {k} classes')
+    if len(w) != k or not all(math.isfinite(v) and v > 0 for v in w):
+        raise InputError(f'class weights {w}: give one number above 0 for each of the {k} classes')
     return w
 
-def balanced_weights(labels, k): # k numbers, whose mean over the slides is 1
+
+def balanced_weights(labels, k):  # k numbers, whose mean over the slides is 1
     "Class weights that let each class count alike: one over its share."
     n = np.bincount(np.asarray(labels, int), minlength=k)
-    if not n.all(): raise InputError(f'there is no slide of class {int(np.argmin(n))} to balance')
-    return (n.sum()/(k*n)).tolist()
+    if not n.all():
+        raise InputError(f'there is no slide of class {int(np.argmin(n))} to balance')
+    return (n.sum() / (k * n)).tolist()
 
 # %% ../nbs/09_losses.ipynb #l0000008
 class Binary(Task):
     "Two classes, 0 and 1: cross-entropy."
+
     name, exclusive, classes = 'binary', True, 2
-    def __init__(self, weights=None): self.weights = _weights(weights, 2)
+
+    def __init__(self, weights=None):
+        self.weights = _weights(weights, 2)
+
     def losses(self, logits, labels):
-        return _weighted(F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction='none'), labels, self.weights)
-    def predicted(self, logits): return logits[:, 0].sigmoid()
-    def named(self, labels): return ['probability']
-    def wrong(self, label): return _whole(label, 2)
+        return _weighted(
+            F.binary_cross_entropy_with_logits(
+                logits[:, 0], labels.to(logits.dtype), reduction='none'
+            ),
+            labels,
+            self.weights,
+        )
+
+    def predicted(self, logits):
+        return logits[:, 0].sigmoid()
+
+    def named(self, labels):
+        return ['probability']
+
+    def wrong(self, label):
+        return _whole(label, 2)
+
 
 class Multiclass(Task):
     "`classes` classes, 0 and up, that exclude each other: cross-entropy."
+
     name, exclusive = 'multiclass', True
-    def __init__(self, classes, weights=None): self.n_out = self.classes = classes; self.weights = _weights(weights, classes)
-    def losses(self, logits, labels): return _weighted(F.cross_entropy(logits, labels.long(), reduction='none'), labels, self.weights)
-    def predicted(self, logits): return logits.softmax(1)
-    def named(self, labels): return [f'probability_{i}' for i in range(self.classes)]
-    def wrong(self, label): return _whole(label, self.n_out)
+
+    def __init__(self, classes, weights=None):
+        self.n_out = self.classes = classes
+        self.weights = _weights(weights, classes)
+
+    def losses(self, logits, labels):
+        return _weighted(
+            F.cross_entropy(logits, labels.long(), reduction='none'), labels, self.weights
+        )
+
+    def predicted(self, logits):
+        return logits.softmax(1)
+
+    def named(self, labels):
+        return [f'probability_{i}' for i in range(self.classes)]
+
+    def wrong(self, label):
+        return _whole(label, self.n_out)
+
 
 class Multilabel(Task):
     "Several labels a slide, each 0 or 1: the mean of their cross-entropies. A label that is not known, nan, does not count."
+
     name = 'multilabel'
-    def __init__(self, classes, weights=None): self.n_out = self.columns = self.classes = classes; self.weights = _weights(weights, classes)
+
+    def __init__(self, classes, weights=None):
+        self.n_out = self.columns = self.classes = classes
+        self.weights = _weights(weights, classes)
+
     def losses(self, logits, labels):
         known = ~labels.isnan()
-        each = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num().to(logits.dtype), reduction='none')*known
-        if self.weights: each = each*logits.new_tensor(self.weights)
-        return each.sum(1)/known.sum(1).clamp(min=1)
-    def predicted(self, logits): return logits.sigmoid()
-    def named(self, labels): return [f'probability_{l}' for l in labels]
-    def wrong(self, label): return next((f'label {v:g} is none of 0 and 1' for v in label if v not in (0, 1) and not math.isnan(v)), None)
+        each = (
+            F.binary_cross_entropy_with_logits(
+                logits, labels.nan_to_num().to(logits.dtype), reduction='none'
+            )
+            * known
+        )
+        if self.weights:
+            each = each * logits.new_tensor(self.weights)
+        return each.sum(1) / known.sum(1).clamp(min=1)
 
-def _weighted(losses, labels, weights): return losses if weights is None else losses*losses.new_tensor(weights)[labels.long()]
+    def predicted(self, logits):
+        return logits.sigmoid()
+
+    def named(self, labels):
+        return [f'probability_{l}' for l in labels]
+
+    def wrong(self, label):
+        return next(
+            (
+                f'label {v:g} is none of 0 and 1'
+                for v in label
+                if v not in (0, 1) and not math.isnan(v)
+            ),
+            None,
+        )
+
+
+def _weighted(losses, labels, weights):
+    return losses if weights is None else losses * losses.new_tensor(weights)[labels.long()]
 
 # %% ../nbs/09_losses.ipynb #l0000011
 class Ordinal(Task):
     "`classes` grades, 0 and up, in an order: the likelihood of the steps up to the grade."
+
     name, exclusive = 'ordinal', True
-    def __init__(self, classes, weights=None): self.n_out, self.classes, self.weights = classes-1, classes, _weights(weights, classes)
-    def logs(self, logits): # (N, classes)
+
+    def __init__(self, classes, weights=None):
+        self.n_out, self.classes, self.weights = classes - 1, classes, _weights(weights, classes)
+
+    def logs(self, logits):  # (N, classes)
         "The logarithm of each grade's probability."
         up, stay = F.logsigmoid(logits).cumsum(1), F.logsigmoid(-logits)
         nothing = logits.new_zeros(len(logits), 1)
-        return torch.cat([nothing, up], 1)+torch.cat([stay, nothing], 1)
-    def losses(self, logits, labels): return _weighted(-self.logs(logits).gather(1, labels.long()[:, None])[:, 0], labels, self.weights)
-    def predicted(self, logits): return self.logs(logits).exp()
-    def named(self, labels): return [f'probability_{i}' for i in range(self.classes)]
-    def wrong(self, label): return _whole(label, self.classes)
+        return torch.cat([nothing, up], 1) + torch.cat([stay, nothing], 1)
+
+    def losses(self, logits, labels):
+        return _weighted(
+            -self.logs(logits).gather(1, labels.long()[:, None])[:, 0], labels, self.weights
+        )
+
+    def predicted(self, logits):
+        return self.logs(logits).exp()
+
+    def named(self, labels):
+        return [f'probability_{i}' for i in range(self.classes)]
+
+    def wrong(self, label):
+        return _whole(label, self.classes)
 
 # %% ../nbs/09_losses.ipynb #l0000014
 class Regression(Task):
     "A measure: squared error, in units of `std`."
+
     name = 'regression'
-    def __init__(self, mean=0., std=1.):
-        if not (math.isfinite(mean) and math.isfinite(std) and std > 0): raise InputError(f'a measure of mean {mean} and deviation {std} cannot be learnt: the labels have to differ')
+
+    def __init__(self, mean=0.0, std=1.0):
+        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+            raise InputError(
+                f'a measure of mean {mean} and deviation {std} cannot be learnt: the labels have to differ'
+            )
         self.mean, self.std = float(mean), float(std)
-    def losses(self, logits, labels): return (logits[:, 0]-(labels.to(logits.dtype)-self.mean)/self.std)**2
-    def predicted(self, logits): return self.mean+self.std*logits[:, 0]
-    def named(self, labels): return [f'predicted_{labels[0]}']
+
+    def losses(self, logits, labels):
+        return (logits[:, 0] - (labels.to(logits.dtype) - self.mean) / self.std) ** 2
+
+    def predicted(self, logits):
+        return self.mean + self.std * logits[:, 0]
+
+    def named(self, labels):
+        return [f'predicted_{labels[0]}']
 
 # %% ../nbs/09_losses.ipynb #l0000016
 class Survival(Task):
     "A time and whether the event was seen, 1, or not, 0: Cox's partial likelihood over a mini-batch."
+
     name, columns, joint = 'survival', 2, True
+
     def loss(self, logits, labels):
         (time, event), risk = labels.to(logits.dtype).T, logits[:, 0]
-        at_risk = (time[None] >= time[:, None])
+        at_risk = time[None] >= time[:, None]
         pooled = risk[None].masked_fill(~at_risk, -math.inf).logsumexp(1)
-        return (event*(pooled-risk)).sum()/event.sum().clamp(min=1)
-    def losses(self, logits, labels): raise InputError('the loss of survival is that of a mini-batch, and no slide has one of its own')
-    def predicted(self, logits): return logits[:, 0]
-    def named(self, labels): return ['log_risk']
+        return (event * (pooled - risk)).sum() / event.sum().clamp(min=1)
+
+    def losses(self, logits, labels):
+        raise InputError(
+            'the loss of survival is that of a mini-batch, and no slide has one of its own'
+        )
+
+    def predicted(self, logits):
+        return logits[:, 0]
+
+    def named(self, labels):
+        return ['log_risk']
+
     def wrong(self, label):
         time, event = label
-        return f'time {time:g} and event {event:g}: give a time above 0, and 1 for an event or 0' if not (time > 0 and event in (0, 1)) else None
+        return (
+            f'time {time:g} and event {event:g}: give a time above 0, and 1 for an event or 0'
+            if not (time > 0 and event in (0, 1))
+            else None
+        )
 
-def joint_gradient(task, logits, labels): # (loss, (N, n_out))
+
+def joint_gradient(task, logits, labels):  # (loss, (N, n_out))
     "The loss of a mini-batch and its gradient by each slide's logits, to go through the slides with one after the other."
     logits = logits.detach().requires_grad_()
-    with torch.enable_grad(): loss = task.loss(logits, labels)
+    with torch.enable_grad():
+        loss = task.loss(logits, labels)
     return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
 # %% ../nbs/09_losses.ipynb #l0000019
 TASKS = {t.name: t for t in (Binary, Multiclass, Multilabel, Ordinal, Regression, Survival)}
 
-def make_task(name, labels, balanced=False): # `Task`
+
+def make_task(name, labels, balanced=False):  # `Task`
     "The task of a name for the labels of a training set: as many classes as they have, mean and deviation of a measure; `balanced`: with class weights. Labels that do not fit raise `InputError`."
-    if name not in TASKS: raise InputError(f"task is {name!r}; use one of {', '.join(TASKS)}")
+    if name not in TASKS:
+        raise InputError(f'task is {name!r}; use one of {", ".join(TASKS)}')
     labels = np.asarray(labels, float)
     several = name in ('multilabel', 'survival')
-    if not len(labels) or (labels.ndim == 2) != several: raise InputError(f"the task {name} takes {'several numbers' if several else 'one number'} a slide as its label")
-    if name == 'regression': task = Regression(labels.mean(), labels.std())
-    elif name == 'survival': task = Survival()
-    elif name == 'multilabel': task = Multilabel(labels.shape[1])
-    else: task = Binary() if name == 'binary' else TASKS[name](max(2, int(np.nan_to_num(labels, nan=-1, posinf=-1).max())+1))
-    if several and labels.shape[1] != task.columns: raise InputError(f'the task {name} takes {task.columns} numbers a slide as its label, not {labels.shape[1]}')
+    if not len(labels) or (labels.ndim == 2) != several:
+        raise InputError(
+            f'the task {name} takes {"several numbers" if several else "one number"} a slide as its label'
+        )
+    if name == 'regression':
+        task = Regression(labels.mean(), labels.std())
+    elif name == 'survival':
+        task = Survival()
+    elif name == 'multilabel':
+        task = Multilabel(labels.shape[1])
+    else:
+        task = (
+            Binary()
+            if name == 'binary'
+            else TASKS[name](max(2, int(np.nan_to_num(labels, nan=-1, posinf=-1).max()) + 1))
+        )
+    if several and labels.shape[1] != task.columns:
+        raise InputError(
+            f'the task {name} takes {task.columns} numbers a slide as its label, not {labels.shape[1]}'
+        )
     for l in labels:
-        if wrong := task.wrong(tuple(l.tolist()) if several else l.item()): raise InputError(f'{wrong} (task {name})')
-    if name == 'survival' and not labels[:, 1].any(): raise InputError('no slide has an event, so there is no survival to learn')
+        if wrong := task.wrong(tuple(l.tolist()) if several else l.item()):
+            raise InputError(f'{wrong} (task {name})')
+    if name == 'survival' and not labels[:, 1].any():
+        raise InputError('no slide has an event, so there is no survival to learn')
     if balanced:
-        if not task.exclusive: raise InputError(f'the task {name} has no classes to balance')
+        if not task.exclusive:
+            raise InputError(f'the task {name} has no classes to balance')
         task.weights = _weights(balanced_weights(labels, task.classes), task.classes)
     return task
 
-def task_of(settings): # `Task`
+
+def task_of(settings):  # `Task`
     "The task of its `settings`."
-    try: return TASKS[settings['name']](**{k: v for k, v in settings.items() if k != 'name'})
-    except (KeyError, TypeError): raise InputError(f'{settings} does not say what the labels mean; known are {", ".join(TASKS)}') from None
+    try:
+        return TASKS[settings['name']](**{k: v for k, v in settings.items() if k != 'name'})
+    except (KeyError, TypeError):
+        raise InputError(
+            f'{settings} does not say what the labels mean; known are {", ".join(TASKS)}'
+        ) from None

@@ -17,69 +17,124 @@ from .bags import Bag, BagDataset, PatchGrid
 # %% ../nbs/12_mil.ipynb #m0000007
 class InstanceMIL(nn.Module):
     "A network of patches, (N, 3, size, size) uint8 -> logits (N, 1), as one of slides: `Bag` -> (1, 1), or in training (k, 1), those of its `k` most suspicious patches. Campanella et al. 2019; the paper, section IV-B."
+
     def __init__(
         self,
         network,  # `StreamingClassifier`, or any other of patches
         k=1,  # patches of a slide that learn its label
         batch=64,  # patches at a time
-    ):     
+    ):
         super().__init__()
         at_least_one(k=k, batch=batch)
-        self.network, self.k, self.batch, self.labels, self.chosen = network, k, batch, None, {} # chosen: by slide, the places that a first phase found
+        self.network, self.k, self.batch, self.labels, self.chosen = (
+            network,
+            k,
+            batch,
+            None,
+            {},
+        )  # chosen: by slide, the places that a first phase found
 
-    def classify(self, patches): # (N, 1)
+    def classify(self, patches):  # (N, 1)
         "The logits of patches."
-        return self.network(patches.to(next(self.parameters()).device).contiguous(memory_format=torch.channels_last)) # in which convolutions of a CPU are faster
+        return self.network(
+            patches.to(next(self.parameters()).device).contiguous(memory_format=torch.channels_last)
+        )  # in which convolutions of a CPU are faster
 
     @torch.no_grad()
-    def scores(self, bag): # (n, 1)
+    def scores(self, bag):  # (n, 1)
         "The logits of all patches of a bag."
         return torch.cat([self.classify(bag.patches(p)) for p in bag.places.split(self.batch)])
 
-    def relevance(self, bag): # (n,)
+    def relevance(self, bag):  # (n,)
         "The probabilities of all patches of a bag."
         return self.scores(bag)[:, 0].float().sigmoid()
 
-    def most_suspicious(self, bag): # logits (k, 1); (k, 3): where they are
+    def most_suspicious(self, bag):  # logits (k, 1); (k, 3): where they are
         "The first where several are equally so; all of a bag that has less than `k`."
         scores = self.scores(bag)
-        if scores.shape[1] != 1: raise InputError(f'the most suspicious patch is that of the highest logit, and this network gives {scores.shape[1]} of each: this is for two classes')
-        top = scores[:, 0].nan_to_num(torch.inf).sort(descending=True, stable=True).indices[:self.k]
+        if scores.shape[1] != 1:
+            raise InputError(
+                f'the most suspicious patch is that of the highest logit, and this network gives {scores.shape[1]} of each: this is for two classes'
+            )
+        top = (
+            scores[:, 0].nan_to_num(torch.inf).sort(descending=True, stable=True).indices[: self.k]
+        )
         return scores[top], bag.places[top.cpu()]
 
-    def freeze_until(self, stage): self.network.freeze_until(stage); return self
-    def calibrate(self, patches): self.network.calibrate(patches); return self
+    def freeze_until(self, stage):
+        self.network.freeze_until(stage)
+        return self
+
+    def calibrate(self, patches):
+        self.network.calibrate(patches)
+        return self
 
     def forward(self, bag):
-        if not isinstance(bag, Bag): raise InputError(f'this network takes a Bag, as BagDataset gives it, not {type(bag).__name__}')
+        if not isinstance(bag, Bag):
+            raise InputError(
+                f'this network takes a Bag, as BagDataset gives it, not {type(bag).__name__}'
+            )
         if not self.training:
             scores, places = self.most_suspicious(bag)
-            bag.top = places.tolist(); return scores[:1]
-        if bag.learns: places, self.labels = bag.learns; return self.classify(bag.patches(places))
+            bag.top = places.tolist()
+            return scores[:1]
+        if bag.learns:
+            places, self.labels = bag.learns
+            return self.classify(bag.patches(places))
         self.labels = None
-        if bag.slide_id not in self.chosen: raise InputError(f'slide {bag.slide_id!r}: no patch was chosen in this epoch; train with the callback TwoPhases over these slides')
+        if bag.slide_id not in self.chosen:
+            raise InputError(
+                f'slide {bag.slide_id!r}: no patch was chosen in this epoch; train with the callback TwoPhases over these slides'
+            )
         return self.classify(bag.patches(self.chosen[bag.slide_id]))
 
     def loss(self, task, logits, label):
         "Patches that are known to be positive or negative learn that, and not the label of their slide."
         return task.loss(logits, label if self.labels is None else self.labels.to(logits))
 
+
 class TwoPhases:
     "Callback: before an epoch all patches of all training slides are looked at, as they are augmented in that epoch; each slide then learns from the most suspicious."
+
     def __init__(
         self,
         data,  # `BagDataset` of the training slides
         workers=0,  # processes that read ahead
-    ):  
+    ):
         self.data, self.workers, self.loader, self.epoch, self.rows = data, workers, None, None, []
+
     def before_epoch(self, s):
-        if s.epoch != self.epoch: self.epoch, self.rows = s.epoch, []
-        self.loader = self.loader or slide_loader(self.data, workers=self.workers, rank=s.ranks.rank, ranks=s.ranks.size) # whose processes stay
-        predict(s.model, self.loader, s.device, s.amp, s.progress, f'epoch {s.epoch+1}, all patches', s.task, s.ranks, self.rows, s.rest, s.epoch)
+        if s.epoch != self.epoch:
+            self.epoch, self.rows = s.epoch, []
+        self.loader = self.loader or slide_loader(
+            self.data, workers=self.workers, rank=s.ranks.rank, ranks=s.ranks.size
+        )  # whose processes stay
+        predict(
+            s.model,
+            self.loader,
+            s.device,
+            s.amp,
+            s.progress,
+            f'epoch {s.epoch + 1}, all patches',
+            s.task,
+            s.ranks,
+            self.rows,
+            s.rest,
+            s.epoch,
+        )
         self.choose(s)
-    def choose(self, s): s.model.chosen = {r['slide_id']: r['top'] for r in self.rows}
+
+    def choose(self, s):
+        s.model.chosen = {r['slide_id']: r['top'] for r in self.rows}
+
     def resumed(self, s):
-        if s.step: self.choose(s)
-        elif s.accepted: self.rows = [] # of other slides, or weights
-    def state(self): return dict(epoch=self.epoch, rows=self.rows)
-    def restore(self, state): self.epoch, self.rows = state['epoch'], [*state['rows']]
+        if s.step:
+            self.choose(s)
+        elif s.accepted:
+            self.rows = []  # of other slides, or weights
+
+    def state(self):
+        return dict(epoch=self.epoch, rows=self.rows)
+
+    def restore(self, state):
+        self.epoch, self.rows = state['epoch'], [*state['rows']]

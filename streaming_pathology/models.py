@@ -20,14 +20,19 @@ from .engine.rules import Reduction, rule
 from .engine.stream import stream
 
 # %% ../nbs/04_models.ipynb #f45a3578
-imagenet_mean, imagenet_std = (.485, .456, .406), (.229, .224, .225)
+imagenet_mean, imagenet_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 class Normalise(nn.Module):
     "`(x/255 - mean)/std` for images (N, C, H, W) of uint8 or float in 0 to 255; `mean` and `std` are C fractions of white, as ImageNet's of three colours."
+
     def __init__(self, mean=imagenet_mean, std=imagenet_std):
         super().__init__()
-        for name, v in (('mean', mean), ('std', std)): self.register_buffer(name, 255*torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1))
-    def forward(self, x): return (x-self.mean)/self.std
+        for name, v in (('mean', mean), ('std', std)):
+            self.register_buffer(name, 255 * torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
 
 # %% ../nbs/04_models.ipynb #efd13a31
 def _from_torchvision(arch, weights):
@@ -35,63 +40,125 @@ def _from_torchvision(arch, weights):
     enum = torchvision.models.get_model_weights(arch)
     if not isinstance(weights, WeightsEnum):
         name = weights.rpartition('.')[2]
-        if name not in enum.__members__: raise InputError(f"weights={weights!r} is neither a file nor one of torchvision's for {arch}: {', '.join(enum.__members__)}.")
+        if name not in enum.__members__:
+            raise InputError(
+                f"weights={weights!r} is neither a file nor one of torchvision's for {arch}: {', '.join(enum.__members__)}."
+            )
         weights = enum[name]
-    if not isinstance(weights, enum): raise InputError(f'weights={weights} are not for {arch}: use one of {", ".join(map(str, enum))}.')
-    try: return weights.get_state_dict(progress=True, check_hash=True)
-    except Exception as e: raise InputError(f'{weights} could not be downloaded from {weights.url} ({e}): download the file by hand and give its path as weights.') from e
+    if not isinstance(weights, enum):
+        raise InputError(
+            f'weights={weights} are not for {arch}: use one of {", ".join(map(str, enum))}.'
+        )
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except Exception as e:
+        raise InputError(
+            f'{weights} could not be downloaded from {weights.url} ({e}): download the file by hand and give its path as weights.'
+        ) from e
 
-def load_tensors(path, what='file of weights'): # what was saved: tensors, numbers, text and lists and dicts of them
+
+def load_tensors(
+    path, what='file of weights'
+):  # what was saved: tensors, numbers, text and lists and dicts of them
     "`torch.load` with `weights_only=True`; a file that is missing, damaged or unsafe is told in one sentence that calls it `what`."
     path = Path(path)
-    if not path.exists(): raise InputError(f'{path}: there is no such {what}')
-    if path.is_dir(): raise InputError(f'{path} is a folder; give a {what}')
-    if not path.stat().st_size: raise InputError(f'{path} is empty (0 bytes), not a {what}')
+    if not path.exists():
+        raise InputError(f'{path}: there is no such {what}')
+    if path.is_dir():
+        raise InputError(f'{path} is a folder; give a {what}')
+    if not path.stat().st_size:
+        raise InputError(f'{path} is empty (0 bytes), not a {what}')
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # of foreign files; they are refused here
+            warnings.simplefilter('ignore')  # of foreign files; they are refused here
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as parts:
-                    if wrong := parts.testzip(): raise ValueError(f'the checksum of {wrong} is wrong') # torch.load does not look
+                    if wrong := parts.testzip():
+                        raise ValueError(
+                            f'the checksum of {wrong} is wrong'
+                        )  # torch.load does not look
             return torch.load(path, map_location='cpu', weights_only=True)
-    except PermissionError as e: raise InputError(f'{path} cannot be read: {e.strerror}') from None
-    except MemoryError: raise
+    except PermissionError as e:
+        raise InputError(f'{path} cannot be read: {e.strerror}') from None
+    except MemoryError:
+        raise
     except Exception as e:
-        unsafe = any(s in str(e).lower() for s in ('unsupported global', 'unsupported class', 'unsafe'))
-        raise InputError(f'{path} ' + ('holds more than tensors and numbers, which could run code; it is not loaded' if unsafe else f'is damaged, or no {what}')) from None
+        unsafe = any(
+            s in str(e).lower() for s in ('unsupported global', 'unsupported class', 'unsafe')
+        )
+        raise InputError(
+            f'{path} '
+            + (
+                'holds more than tensors and numbers, which could run code; it is not loaded'
+                if unsafe
+                else f'is damaged, or no {what}'
+            )
+        ) from None
 
 # %% ../nbs/04_models.ipynb #891792f9
 def _from_file(path, sha256=None):
     "The state dict in the file at `path`, whose checksum must be `sha256` if that is given."
     path = Path(path)
-    if not path.is_file(): raise InputError(f'{path}: there is no such file of weights.')
+    if not path.is_file():
+        raise InputError(f'{path}: there is no such file of weights.')
     if sha256 and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256.lower():
-        raise InputError(f'{path}: its sha256 is {found}, not {sha256}: the file is damaged or another one; fetch it again.')
+        raise InputError(
+            f'{path}: its sha256 is {found}, not {sha256}: the file is damaged or another one; fetch it again.'
+        )
     state = load_tensors(path)
     for key in ('state_dict', 'model'):
-        if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f'{path}: holds {type(state).__name__} instead of a state dict of tensors; save model.state_dict().')
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(v, torch.Tensor) for v in state.values())
+    ):
+        raise InputError(
+            f'{path}: holds {type(state).__name__} instead of a state dict of tensors; save model.state_dict().'
+        )
     return state
+
 
 def _backbone(state):
     "The tensors of a backbone under torchvision's names: without the classification layer, counters, and the prefixes of `DataParallel` and of `StreamingClassifier`."
     names = {k: k.removeprefix('module.').removeprefix('trunk.') for k in state}
-    return {n: state[k] for k, n in names.items() if not n.startswith(('fc.', 'head.', 'normalise.')) and not n.endswith('num_batches_tracked')}
+    return {
+        n: state[k]
+        for k, n in names.items()
+        if not n.startswith(('fc.', 'head.', 'normalise.'))
+        and not n.endswith('num_batches_tracked')
+    }
 
-def _named(weights, sha256): # whether they are torchvision's, and not in a file
-    if not weights or not isinstance(weights, (str, Path, WeightsEnum)): raise InputError(f"weights={weights!r} is neither one of torchvision's nor the path of a file.")
-    named = isinstance(weights, WeightsEnum) or (isinstance(weights, str) and not Path(weights).suffix in ('.pt', '.pth', '.bin') and '/' not in weights and not Path(weights).exists())
-    if named and sha256: raise InputError(f'sha256 is the checksum of a file, but weights={weights} is a name: leave it out, torchvision checks its own.')
+
+def _named(weights, sha256):  # whether they are torchvision's, and not in a file
+    if not weights or not isinstance(weights, (str, Path, WeightsEnum)):
+        raise InputError(
+            f"weights={weights!r} is neither one of torchvision's nor the path of a file."
+        )
+    named = isinstance(weights, WeightsEnum) or (
+        isinstance(weights, str)
+        and not Path(weights).suffix in ('.pt', '.pth', '.bin')
+        and '/' not in weights
+        and not Path(weights).exists()
+    )
+    if named and sha256:
+        raise InputError(
+            f'sha256 is the checksum of a file, but weights={weights} is a name: leave it out, torchvision checks its own.'
+        )
     return named
+
 
 def weights_of(
     arch,  # a name of torchvision's
     weights,  # torchvision's weights (enum or name), or the path of a file with a state dict
     sha256=None,  # checksum that the file must have
-): # the state dict
+):  # the state dict
     "The weights that somebody has named. Raises `InputError` where there are none."
-    return _from_torchvision(arch, weights) if _named(weights, sha256) else _from_file(weights, sha256)
+    return (
+        _from_torchvision(arch, weights) if _named(weights, sha256) else _from_file(weights, sha256)
+    )
+
 
 def load_backbone(
     net,  # a torchvision network
@@ -100,73 +167,132 @@ def load_backbone(
     sha256=None,  # checksum that the file must have
 ):
     "Load `weights` into `net`; its classification layer may be missing or have another size. Raises `InputError` if they do not fit."
-    own = _backbone(net.state_dict()); takes = own['conv1.weight'].shape[1] if 'conv1.weight' in own else 3
-    if _named(weights, sha256) and takes != 3: raise InputError(f'weights={weights} are made for images of 3 channels, not {takes}: take weights=None, or the file of a network with in_chans={takes}.')
+    own = _backbone(net.state_dict())
+    takes = own['conv1.weight'].shape[1] if 'conv1.weight' in own else 3
+    if _named(weights, sha256) and takes != 3:
+        raise InputError(
+            f'weights={weights} are made for images of 3 channels, not {takes}: take weights=None, or the file of a network with in_chans={takes}.'
+        )
     state = _backbone(weights_of(arch, weights, sha256))
     first = state.get('conv1.weight')
-    if first is not None and first.ndim == 4 and first.shape[1] != takes: raise InputError(f'{weights}: the weights are made for images of {first.shape[1]} channels, not {takes}: give in_chans={first.shape[1]} or other weights.')
-    wrong = [k for k in own if k not in state or state[k].shape != own[k].shape] + [k for k in state if k not in own]
-    if wrong: raise InputError(f"{weights}: the weights are not {arch}'s ({len(wrong)} tensors differ, the first is {wrong[0]}); give the file of a {arch} or another architecture.")
+    if first is not None and first.ndim == 4 and first.shape[1] != takes:
+        raise InputError(
+            f'{weights}: the weights are made for images of {first.shape[1]} channels, not {takes}: give in_chans={first.shape[1]} or other weights.'
+        )
+    wrong = [k for k in own if k not in state or state[k].shape != own[k].shape] + [
+        k for k in state if k not in own
+    ]
+    if wrong:
+        raise InputError(
+            f"{weights}: the weights are not {arch}'s ({len(wrong)} tensors differ, the first is {wrong[0]}); give the file of a {arch} or another architecture."
+        )
     bad = [k for k in own if not state[k].is_floating_point() or not state[k].isfinite().all()]
-    if bad: raise InputError(f'{weights}: {bad[0]} holds {state[bad[0]].dtype} or numbers that are not finite: it is damaged, or quantised; give weights in float.')
+    if bad:
+        raise InputError(
+            f'{weights}: {bad[0]} holds {state[bad[0]].dtype} or numbers that are not finite: it is damaged, or quantised; give weights in float.'
+        )
     net.load_state_dict(state, strict=False)
 
 # %% ../nbs/04_models.ipynb #c52c51aa
-def _flat(x): return x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+def _flat(x):
+    return x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+
 
 def attention_pool(
     features,  # (N, C, H, W)
     scores,  # (N, 1, H, W)
-): # (N, C)
+):  # (N, C)
     "The mean of `features` over all positions, weighted by the softmax of `scores`. A streamed network sums it up strip by strip."
-    if has_torch_function((features, scores)): return handle_torch_function(attention_pool, (features, scores), features, scores)
+    if has_torch_function((features, scores)):
+        return handle_torch_function(attention_pool, (features, scores), features, scores)
     h, s = _flat(features), _flat(scores)
-    return (h*s.softmax(2)).sum(2).to(features.dtype)
+    return (h * s.softmax(2)).sum(2).to(features.dtype)
+
 
 @rule(attention_pool)
 def _attention_pool(features, scores):
     def add(total, part, features, scores):
         h, s = _flat(features), _flat(scores)
-        top = s.detach().amax(2, keepdim=True).clamp(min=torch.finfo(s.dtype).min)      # (N, 1, 1); any number will do, the largest keeps exp in range
-        if total is not None: top = torch.maximum(top, total[:, :1].detach())
-        w = (s-top).exp()
-        new = torch.cat([w.sum(2, keepdim=True), (h*w).sum(2, keepdim=True)], 1)
-        return torch.cat([top, new if total is None else new+total[:, 1:]*(total[:, :1].detach()-top).exp()], 1)
-    return Reduction(add, [features, scores], finish=lambda total: total[:, 2:, 0]/total[:, 1:2, 0])
+        top = (
+            s.detach().amax(2, keepdim=True).clamp(min=torch.finfo(s.dtype).min)
+        )  # (N, 1, 1); any number will do, the largest keeps exp in range
+        if total is not None:
+            top = torch.maximum(top, total[:, :1].detach())
+        w = (s - top).exp()
+        new = torch.cat([w.sum(2, keepdim=True), (h * w).sum(2, keepdim=True)], 1)
+        return torch.cat(
+            [
+                top,
+                new if total is None else new + total[:, 1:] * (total[:, :1].detach() - top).exp(),
+            ],
+            1,
+        )
+
+    return Reduction(
+        add, [features, scores], finish=lambda total: total[:, 2:, 0] / total[:, 1:2, 0]
+    )
+
 
 class GatedAttention(nn.Module):
     "Pooling by gated attention over all positions: (N, C, H, W) -> (N, C) (Ilse et al. 2018, equation 9)."
+
     def __init__(self, channels, hidden=128):
         super().__init__()
-        self.value, self.gate, self.weight = nn.Conv2d(channels, hidden, 1), nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, 1, 1, bias=False)
-    def scores(self, x): return self.weight(self.value(x).tanh()*self.gate(x).sigmoid())
-    def forward(self, x): return attention_pool(x, self.scores(x))
+        self.value, self.gate, self.weight = (
+            nn.Conv2d(channels, hidden, 1),
+            nn.Conv2d(channels, hidden, 1),
+            nn.Conv2d(hidden, 1, 1, bias=False),
+        )
+
+    def scores(self, x):
+        return self.weight(self.value(x).tanh() * self.gate(x).sigmoid())
+
+    def forward(self, x):
+        return attention_pool(x, self.scores(x))
 
 # %% ../nbs/04_models.ipynb #modl0001
 class _Attending(nn.Sequential):
     "A trunk and a head that pools by attention; gives its scores (N, 1, H, W) beside the logits."
+
     def forward(self, x):
         trunk, head = self
-        x = trunk(x); scores = head.pool.scores(x)
+        x = trunk(x)
+        scores = head.pool.scores(x)
         return head.fc(head.flatten(attention_pool(x, scores))), scores
 
+
 archs = ('resnet18', 'resnet34', 'resnet50')
-pools = {'avg': lambda channels: nn.AdaptiveAvgPool2d(1), 'max': lambda channels: nn.AdaptiveMaxPool2d(1), 'attention': GatedAttention}
+pools = {
+    'avg': lambda channels: nn.AdaptiveAvgPool2d(1),
+    'max': lambda channels: nn.AdaptiveMaxPool2d(1),
+    'attention': GatedAttention,
+}
 stages = ('normalise', 'conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4')
+
 
 def _check(arch, n_out, weights, pool, sha256, mean, std, in_chans):
     "Refuse what no `StreamingClassifier` can be made of."
-    if arch not in archs: raise InputError(f"arch={arch!r} is not known: use one of {', '.join(archs)}.")
-    if isinstance(n_out, bool) or not isinstance(n_out, int) or n_out < 1: raise InputError(f'n_out={n_out!r} is not a number of logits: give an integer from 1 on.')
-    if isinstance(in_chans, bool) or not isinstance(in_chans, int) or in_chans < 1: raise InputError(f'in_chans={in_chans!r} is not a number of channels: give an integer from 1 on.')
+    if arch not in archs:
+        raise InputError(f'arch={arch!r} is not known: use one of {", ".join(archs)}.')
+    if isinstance(n_out, bool) or not isinstance(n_out, int) or n_out < 1:
+        raise InputError(f'n_out={n_out!r} is not a number of logits: give an integer from 1 on.')
+    if isinstance(in_chans, bool) or not isinstance(in_chans, int) or in_chans < 1:
+        raise InputError(
+            f'in_chans={in_chans!r} is not a number of channels: give an integer from 1 on.'
+        )
     if np.shape(mean) != (in_chans,) or np.shape(std) != (in_chans,) or not min(std) > 0:
-        raise InputError(f"mean={mean}, std={std}: give {'three' if in_chans == 3 else f'in_chans={in_chans}'} numbers each, std above 0, as fractions of white.")
-    if sha256 and not isinstance(weights, (str, Path)): raise InputError('sha256 is the checksum of a file: give its path as weights.')
-    if pool not in pools: raise InputError(f"pool={pool!r} is not known: use one of {', '.join(map(repr, pools))}.")
+        raise InputError(
+            f'mean={mean}, std={std}: give {"three" if in_chans == 3 else f"in_chans={in_chans}"} numbers each, std above 0, as fractions of white.'
+        )
+    if sha256 and not isinstance(weights, (str, Path)):
+        raise InputError('sha256 is the checksum of a file: give its path as weights.')
+    if pool not in pools:
+        raise InputError(f'pool={pool!r} is not known: use one of {", ".join(map(repr, pools))}.')
 
 # %% ../nbs/04_models.ipynb #2ab96775
 class StreamingClassifier(nn.Module):
     "A ResNet on whole images (N, in_chans, H, W), uint8 or float in 0 to 255, to logits (N, n_out), streamed from the pixels to the logits (paper, IV-A)."
+
     def __init__(
         self,
         arch='resnet18',  # 'resnet18', 'resnet34' (the paper's) or 'resnet50'
@@ -192,76 +318,133 @@ class StreamingClassifier(nn.Module):
         net = getattr(torchvision.models, arch)(weights=None, zero_init_residual=weights is None)
         if in_chans != 3:
             net.conv1 = nn.Conv2d(in_chans, 64, 7, 2, 3, bias=False)
-            nn.init.kaiming_normal_(net.conv1.weight, mode='fan_out', nonlinearity='relu')      # as torchvision begins
-        if weights is not None: load_backbone(net, arch, weights, sha256)
-        self.arch, self.in_chans, self.train_affine = arch, in_chans, weights is None if train_affine is None else train_affine
-        body = nn.Sequential(OrderedDict([('normalise', Normalise(mean, std)), *((k, getattr(net, k)) for k in stages[1:])]))
+            nn.init.kaiming_normal_(
+                net.conv1.weight, mode='fan_out', nonlinearity='relu'
+            )  # as torchvision begins
+        if weights is not None:
+            load_backbone(net, arch, weights, sha256)
+        self.arch, self.in_chans, self.train_affine = (
+            arch,
+            in_chans,
+            weights is None if train_affine is None else train_affine,
+        )
+        body = nn.Sequential(
+            OrderedDict(
+                [('normalise', Normalise(mean, std)), *((k, getattr(net, k)) for k in stages[1:])]
+            )
+        )
         self.trunk = stream(body, strip, memory=memory)
-        self.head = nn.Sequential(OrderedDict(pool=pools[pool](net.fc.in_features), flatten=nn.Flatten(), fc=nn.Linear(net.fc.in_features, n_out)))
+        self.head = nn.Sequential(
+            OrderedDict(
+                pool=pools[pool](net.fc.in_features),
+                flatten=nn.Flatten(),
+                fc=nn.Linear(net.fc.in_features, n_out),
+            )
+        )
         self.__dict__['_made'] = {}
         self.freeze_until(None)
         self.train()
 
     def forward(self, x, attention=False):
         "Logits (N, n_out); with `attention` also the attention (N, 1, H/32, W/32) that each position gets, found in the same pass. It sums to one over an image."
-        if len(x.shape) != 4 or x.shape[1] != self.in_chans: raise InputError(f'images are (N, {self.in_chans}, H, W), not {tuple(x.shape)}.')
-        if (kind := getattr(x, 'dtype', None)) == torch.bool or isinstance(kind, torch.dtype) and kind.is_complex: raise InputError(f'images are uint8 or float in 0 to 255, not {kind}.')
-        if not attention: return self.whole()(x)
-        if not isinstance(self.head.pool, GatedAttention): raise InputError("attention needs a network that pools by attention: make it with pool='attention'.")
+        if len(x.shape) != 4 or x.shape[1] != self.in_chans:
+            raise InputError(f'images are (N, {self.in_chans}, H, W), not {tuple(x.shape)}.')
+        if (
+            (kind := getattr(x, 'dtype', None)) == torch.bool
+            or isinstance(kind, torch.dtype)
+            and kind.is_complex
+        ):
+            raise InputError(f'images are uint8 or float in 0 to 255, not {kind}.')
+        if not attention:
+            return self.whole()(x)
+        if not isinstance(self.head.pool, GatedAttention):
+            raise InputError(
+                "attention needs a network that pools by attention: make it with pool='attention'."
+            )
         logits, scores = self.whole(_Attending)(x)
         return logits, _flat(scores).softmax(2).view_as(scores)
 
     def whole(self, join=nn.Sequential):
         "Trunk and head as one streamed network: the same layers, not registered twice."
         w = self._made.get(join)
-        if w is None or w.module[0] is not self.trunk.module or w.module[1] is not self.head or w.options != self.trunk.options:
+        if (
+            w is None
+            or w.module[0] is not self.trunk.module
+            or w.module[1] is not self.head
+            or w.options != self.trunk.options
+        ):
             w = self._made[join] = stream(join(self.trunk.module, self.head), **self.trunk.options)
         return w
 
     def train(self, mode=True):
         super().train(mode)
-        for m in self._norms(): m.eval()
+        for m in self._norms():
+            m.eval()
         return self
 
-    def _norms(self): return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    def _norms(self):
+        return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 # %% ../nbs/04_models.ipynb #modl0002
 @patch
-def features(self:StreamingClassifier, x):
+def features(self: StreamingClassifier, x):
     "The feature map (N, C, H/32, W/32) of images (N, in_chans, H, W)."
     return self.trunk(x)
 
+
 @patch
-def attention(self:StreamingClassifier, x):
+def attention(self: StreamingClassifier, x):
     "The attention (N, 1, H/32, W/32) that each position of images (N, in_chans, H, W) gets, alone."
     return self(x, attention=True)[1]
 
 # %% ../nbs/04_models.ipynb #64a7e2bd
 @patch
-def freeze_until(self:StreamingClassifier, stage):
+def freeze_until(self: StreamingClassifier, stage):
     "Train only from `stage` on: 'conv1' or None (all), 'layer1' to 'layer4' (the paper begins with 'layer4'), or 'head'."
     names = ('conv1', 'layer1', 'layer2', 'layer3', 'layer4', 'head')
-    if stage is not None and stage not in names: raise InputError(f"freeze_until({stage!r}): there is no such stage; use one of {', '.join(names)}.")
+    if stage is not None and stage not in names:
+        raise InputError(
+            f'freeze_until({stage!r}): there is no such stage; use one of {", ".join(names)}.'
+        )
     first = 0 if stage is None else (*stages, 'head').index(stage)
-    for i, part in enumerate([*self.trunk.module, self.head]): part.requires_grad_(i >= first)
+    for i, part in enumerate([*self.trunk.module, self.head]):
+        part.requires_grad_(i >= first)
     if not self.train_affine:
-        for m in self._norms(): m.requires_grad_(False)
+        for m in self._norms():
+            m.requires_grad_(False)
     return self
+
 
 @patch
 @torch.no_grad()
-def calibrate(self:StreamingClassifier, patches):
+def calibrate(self: StreamingClassifier, patches):
     "Set BatchNorm's running statistics to those of `patches` (N, in_chans, h, w), a sample of tissue as it will be seen in training."
-    if patches.ndim != 4 or len(patches)*patches.shape[2]*patches.shape[3] < 2*32*32: raise InputError(f'calibrate needs a batch (N, {self.in_chans}, h, w) of patches, not {tuple(patches.shape)}.')
-    if patches.shape[1] != self.in_chans: raise InputError(f'calibrate needs patches of {self.in_chans} channels, not {patches.shape[1]}.')
-    norms = self._norms(); before = [(m.momentum, {k: b.clone() for k, b in m.named_buffers()}) for m in norms]
+    if patches.ndim != 4 or len(patches) * patches.shape[2] * patches.shape[3] < 2 * 32 * 32:
+        raise InputError(
+            f'calibrate needs a batch (N, {self.in_chans}, h, w) of patches, not {tuple(patches.shape)}.'
+        )
+    if patches.shape[1] != self.in_chans:
+        raise InputError(
+            f'calibrate needs patches of {self.in_chans} channels, not {patches.shape[1]}.'
+        )
+    norms = self._norms()
+    before = [(m.momentum, {k: b.clone() for k, b in m.named_buffers()}) for m in norms]
     try:
-        for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None
+            m.train()
         self.trunk.module(patches.to(norms[0].weight.dtype))
-        if not all(m.running_var.isfinite().all() for m in norms): raise InputError('calibrate got patches whose features are not finite: look for nan among their pixels.')
+        if not all(m.running_var.isfinite().all() for m in norms):
+            raise InputError(
+                'calibrate got patches whose features are not finite: look for nan among their pixels.'
+            )
     except BaseException:
-        for m, (_, b) in zip(norms, before): m.load_state_dict(b, strict=False)
+        for m, (_, b) in zip(norms, before):
+            m.load_state_dict(b, strict=False)
         raise
     finally:
-        for m, (b, _) in zip(norms, before): m.momentum = b; m.eval()
+        for m, (b, _) in zip(norms, before):
+            m.momentum = b
+            m.eval()
     return self

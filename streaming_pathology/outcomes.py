@@ -10,25 +10,44 @@ __all__ = ['KAPPAS', 'check_classes', 'confusion_matrix', 'kappa', 'plot_confusi
 import warnings
 import numpy as np
 from .errors import InputError
-from .auc import Interval, auc, auc_interval, check_level, group_numbers, resampled
+from streaming_pathology.auc import (
+    Interval,
+    auc,
+    auc_interval,
+    check_level,
+    group_numbers,
+    resampled,
+)
 
 # %% ../nbs/13_outcomes.ipynb #out000005
 KAPPAS = dict(quadratic=2, linear=1, none=0)
 
-def check_classes(labels, predicted, classes=None): # two int (n,), how many classes
-    "Whole numbers from 0 on, as many labels as predictions; `InputError` otherwise."
-    try: y, p = (np.asarray(v, float) for v in (labels, predicted))
-    except (TypeError, ValueError) as e: raise InputError(f'classes have to be numbers: {e}') from None
-    if y.ndim != 1 or y.shape != p.shape: raise InputError(f'{y.shape} labels but {p.shape} predictions: give one class each of the same slides')
-    if not len(y): raise InputError('no slides to evaluate: give at least one')
-    for name, v in (('label', y), ('prediction', p)):
-        if (bad := ~((v >= 0) & (v == np.floor(v)) & (v < (classes or np.inf)))).any(): raise InputError(f"{name} number {bad.argmax()} is {v[bad.argmax()]:g}: classes are whole numbers from 0{f' to {classes-1}' if classes else ''}")
-    return y.astype(int), p.astype(int), classes or int(max(y.max(), p.max()))+1
 
-def confusion_matrix(labels, predicted, classes=None): # int (classes, classes)
+def check_classes(labels, predicted, classes=None):  # two int (n,), how many classes
+    "Whole numbers from 0 on, as many labels as predictions; `InputError` otherwise."
+    try:
+        y, p = (np.asarray(v, float) for v in (labels, predicted))
+    except (TypeError, ValueError) as e:
+        raise InputError(f'classes have to be numbers: {e}') from None
+    if y.ndim != 1 or y.shape != p.shape:
+        raise InputError(
+            f'{y.shape} labels but {p.shape} predictions: give one class each of the same slides'
+        )
+    if not len(y):
+        raise InputError('no slides to evaluate: give at least one')
+    for name, v in (('label', y), ('prediction', p)):
+        if (bad := ~((v >= 0) & (v == np.floor(v)) & (v < (classes or np.inf)))).any():
+            raise InputError(
+                f'{name} number {bad.argmax()} is {v[bad.argmax()]:g}: classes are whole numbers from 0{f" to {classes - 1}" if classes else ""}'
+            )
+    return y.astype(int), p.astype(int), classes or int(max(y.max(), p.max())) + 1
+
+
+def confusion_matrix(labels, predicted, classes=None):  # int (classes, classes)
     "How often each class (a row) was called which (a column)"
     y, p, k = check_classes(labels, predicted, classes)
-    return np.bincount(y*k+p, minlength=k*k).reshape(k, k)
+    return np.bincount(y * k + p, minlength=k * k).reshape(k, k)
+
 
 def kappa(
     labels,  # class of each slide, from 0 on
@@ -37,29 +56,58 @@ def kappa(
     classes=None,  # how many there are; None: as many as are seen
     n=10_000,  # bootstrap draws
     seed=0,  # of the draws
-    level=.95,  # of the interval
+    level=0.95,  # of the interval
     groups=None,  # patient of each slide; None: each is another's
-): # float, `Interval`
+):  # float, `Interval`
     "Cohen's kappa, and its percentile bootstrap interval; draws in which all is one class say nothing, and are drawn again"
-    y, p, k = check_classes(labels, predicted, classes); check_level(level)
-    if weights not in KAPPAS: raise InputError(f"weights {weights!r} are not known: use one of {', '.join(KAPPAS)}")
-    if len({*y, *p}) < 2: raise InputError(f'all {len(y)} slides are of class {y[0]}, and called so: agreement beyond chance needs two classes')
-    i = np.arange(k); cost = (i[:, None] != i).astype(float) if weights == 'none' else abs(i[:, None]-i)**float(KAPPAS[weights])
-    def of(w): # the counts of all cells, of each draw
-        cells = np.zeros((len(w), k*k))
-        for cell in np.unique(y*k+p): cells[:, cell] = w[:, y*k+p == cell].sum(1)
-        cells = cells.reshape(-1, k, k)
-        chance = np.einsum('di,dj,ij->d', cells.sum(2), cells.sum(1), cost)/cells.sum((1, 2))
-        with np.errstate(invalid='ignore', divide='ignore'): return np.where(chance > 0, 1-(cells*cost).sum((1, 2))/chance, np.nan)
-    found, redrawn = resampled(of, group_numbers(groups, len(y)), n, seed)
-    return float(of(np.ones((1, len(y)), int))[0]), Interval(*map(float, np.quantile(found, [(1-level)/2, (1+level)/2])), n, redrawn, seed, level)
+    y, p, k = check_classes(labels, predicted, classes)
+    check_level(level)
+    if weights not in KAPPAS:
+        raise InputError(f'weights {weights!r} are not known: use one of {", ".join(KAPPAS)}')
+    if len({*y, *p}) < 2:
+        raise InputError(
+            f'all {len(y)} slides are of class {y[0]}, and called so: agreement beyond chance needs two classes'
+        )
+    i = np.arange(k)
+    cost = (
+        (i[:, None] != i).astype(float)
+        if weights == 'none'
+        else abs(i[:, None] - i) ** float(KAPPAS[weights])
+    )
 
-def plot_confusion(labels, predicted, ax, names=None, classes=None): # names: of the classes
+    def of(w):  # the counts of all cells, of each draw
+        cells = np.zeros((len(w), k * k))
+        for cell in np.unique(y * k + p):
+            cells[:, cell] = w[:, y * k + p == cell].sum(1)
+        cells = cells.reshape(-1, k, k)
+        chance = np.einsum('di,dj,ij->d', cells.sum(2), cells.sum(1), cost) / cells.sum((1, 2))
+        with np.errstate(invalid='ignore', divide='ignore'):
+            return np.where(chance > 0, 1 - (cells * cost).sum((1, 2)) / chance, np.nan)
+
+    found, redrawn = resampled(of, group_numbers(groups, len(y)), n, seed)
+    return float(of(np.ones((1, len(y)), int))[0]), Interval(
+        *map(float, np.quantile(found, [(1 - level) / 2, (1 + level) / 2])), n, redrawn, seed, level
+    )
+
+
+def plot_confusion(labels, predicted, ax, names=None, classes=None):  # names: of the classes
     "Draw the confusion matrix into `ax`: counts, and shades by the share of a row; returns `ax`"
-    m = confusion_matrix(labels, predicted, classes); share = m/np.maximum(m.sum(1, keepdims=True), 1); names = names or [str(i) for i in range(len(m))]
+    m = confusion_matrix(labels, predicted, classes)
+    share = m / np.maximum(m.sum(1, keepdims=True), 1)
+    names = names or [str(i) for i in range(len(m))]
     ax.imshow(share, cmap='Purples', vmin=0, vmax=1.15)
-    for (i, j), v in np.ndenumerate(m): ax.text(j, i, v or '·', ha='center', va='center', color='w' if share[i, j] > .6 else '.25')
-    ax.set(xticks=range(len(m)), yticks=range(len(m)), xticklabels=names, yticklabels=names, xlabel='called', ylabel='is'); ax.tick_params(length=0); ax.spines[:].set_visible(False)
+    for (i, j), v in np.ndenumerate(m):
+        ax.text(j, i, v or '·', ha='center', va='center', color='w' if share[i, j] > 0.6 else '.25')
+    ax.set(
+        xticks=range(len(m)),
+        yticks=range(len(m)),
+        xticklabels=names,
+        yticklabels=names,
+        xlabel='called',
+        ylabel='is',
+    )
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
     return ax
 
 # %% ../nbs/13_outcomes.ipynb #out000009
@@ -68,23 +116,47 @@ def class_aucs(
     probabilities,  # (n, classes)
     groups=None,
     **kwargs,  # level, method: see `auc_interval`
-): 
+):
     "The AUC of each class against the rest with its interval, `[(auc, Interval) or None where a class has no slides or all]`"
     p = np.asarray(probabilities, float)
-    if p.ndim != 2 or len(p) != len(labels): raise InputError(f'probabilities of shape {p.shape} for {len(labels)} slides: give one row a slide, with one of each class')
-    if not np.isfinite(p).all(): raise InputError(f'the probabilities of slide number {(~np.isfinite(p).all(1)).argmax()} are not finite')
+    if p.ndim != 2 or len(p) != len(labels):
+        raise InputError(
+            f'probabilities of shape {p.shape} for {len(labels)} slides: give one row a slide, with one of each class'
+        )
+    if not np.isfinite(p).all():
+        raise InputError(
+            f'the probabilities of slide number {(~np.isfinite(p).all(1)).argmax()} are not finite'
+        )
     y, _, k = check_classes(labels, p.argmax(1), p.shape[1])
-    return [(auc(y == c, p[:, c]), auc_interval(y == c, p[:, c], groups=groups, **kwargs)) if 0 < (y == c).sum() < len(y) else None for c in range(k)]
+    return [
+        (auc(y == c, p[:, c]), auc_interval(y == c, p[:, c], groups=groups, **kwargs))
+        if 0 < (y == c).sum() < len(y)
+        else None
+        for c in range(k)
+    ]
 
 # %% ../nbs/13_outcomes.ipynb #out000012
-def check_survival(times, events, risks): # float, bool, float (n,)
+def check_survival(times, events, risks):  # float, bool, float (n,)
     "Times above 0, events 0 or 1, and finite risks, one each of the same slides"
-    try: t, e, r = (np.asarray(v, float) for v in (times, events, risks))
-    except (TypeError, ValueError) as err: raise InputError(f'times, events and risks have to be numbers: {err}') from None
-    if t.ndim != 1 or not t.shape == e.shape == r.shape: raise InputError(f'{t.shape} times, {e.shape} events and {r.shape} risks: give one each of the same slides')
-    for name, bad, says in (('time', ~(np.isfinite(t) & (t > 0)), 'has to be above 0'), ('event', (e != 0) & (e != 1), 'has to be 0 or 1'), ('risk', ~np.isfinite(r), 'has to be finite')):
-        if bad.any(): raise InputError(f'{name} number {bad.argmax()} is {dict(time=t, event=e, risk=r)[name][bad.argmax()]:g}: it {says}')
+    try:
+        t, e, r = (np.asarray(v, float) for v in (times, events, risks))
+    except (TypeError, ValueError) as err:
+        raise InputError(f'times, events and risks have to be numbers: {err}') from None
+    if t.ndim != 1 or not t.shape == e.shape == r.shape:
+        raise InputError(
+            f'{t.shape} times, {e.shape} events and {r.shape} risks: give one each of the same slides'
+        )
+    for name, bad, says in (
+        ('time', ~(np.isfinite(t) & (t > 0)), 'has to be above 0'),
+        ('event', (e != 0) & (e != 1), 'has to be 0 or 1'),
+        ('risk', ~np.isfinite(r), 'has to be finite'),
+    ):
+        if bad.any():
+            raise InputError(
+                f'{name} number {bad.argmax()} is {dict(time=t, event=e, risk=r)[name][bad.argmax()]:g}: it {says}'
+            )
     return t, e == 1, r
+
 
 def concordance(
     times,  # until the event, or until the patient was seen last
@@ -92,31 +164,55 @@ def concordance(
     risks,  # higher means that it is expected earlier
     n=10_000,  # bootstrap draws
     seed=0,  # of the draws
-    level=.95,  # of the interval
+    level=0.95,  # of the interval
     groups=None,  # patient of each slide; None: each is another's
-): # float, `Interval`
+):  # float, `Interval`
     "Harrell's concordance, and its percentile bootstrap interval; draws without a pair that can be judged are drawn again"
-    t, e, r = check_survival(times, events, risks); check_level(level)
-    first = (e[:, None] & ((t[:, None] < t) | ((t[:, None] == t) & ~e))).astype(np.float32) # who is known to have come before whom
-    right = first*(r[:, None] > r)+first*(r[:, None] == r)/2
-    if not first.any(): raise InputError('no pair of slides of which it is known who had the event first: give more of them, or longer times')
-    def of(w):
-        w = w.astype(np.float32); pairs = np.einsum('di,di->d', w@first, w, dtype=float)
-        with np.errstate(invalid='ignore', divide='ignore'): return np.where(pairs > 0, np.einsum('di,di->d', w@right, w, dtype=float)/pairs, np.nan)
-    found, redrawn = resampled(of, group_numbers(groups, len(t)), n, seed)
-    return float(right.sum(dtype=float)/first.sum(dtype=float)), Interval(*map(float, np.quantile(found, [(1-level)/2, (1+level)/2])), n, redrawn, seed, level)
+    t, e, r = check_survival(times, events, risks)
+    check_level(level)
+    first = (e[:, None] & ((t[:, None] < t) | ((t[:, None] == t) & ~e))).astype(
+        np.float32
+    )  # who is known to have come before whom
+    right = first * (r[:, None] > r) + first * (r[:, None] == r) / 2
+    if not first.any():
+        raise InputError(
+            'no pair of slides of which it is known who had the event first: give more of them, or longer times'
+        )
 
-def _two_groups(times, events, high): # times, events as bool, whether each is of high risk
-    t, e, _ = check_survival(times, events, np.zeros(len(times))); high = np.asarray(high, bool)
-    if high.shape != t.shape: raise InputError(f'{len(t)} times and {high.shape} groups of risk: give one for each')
+    def of(w):
+        w = w.astype(np.float32)
+        pairs = np.einsum('di,di->d', w @ first, w, dtype=float)
+        with np.errstate(invalid='ignore', divide='ignore'):
+            return np.where(
+                pairs > 0, np.einsum('di,di->d', w @ right, w, dtype=float) / pairs, np.nan
+            )
+
+    found, redrawn = resampled(of, group_numbers(groups, len(t)), n, seed)
+    return float(right.sum(dtype=float) / first.sum(dtype=float)), Interval(
+        *map(float, np.quantile(found, [(1 - level) / 2, (1 + level) / 2])), n, redrawn, seed, level
+    )
+
+
+def _two_groups(times, events, high):  # times, events as bool, whether each is of high risk
+    t, e, _ = check_survival(times, events, np.zeros(len(times)))
+    high = np.asarray(high, bool)
+    if high.shape != t.shape:
+        raise InputError(f'{len(t)} times and {high.shape} groups of risk: give one for each')
     return t, e, high
 
-def logrank(times, events, high): # p
+
+def logrank(times, events, high):  # p
     "The two-sided p-value of the log-rank test between two groups; nan where one is empty or nobody has an event"
-    from scipy.stats import CensoredData, logrank # slow to import, so only where it is used
+    from scipy.stats import CensoredData, logrank  # slow to import, so only where it is used
+
     t, e, high = _two_groups(times, events, high)
-    if high.all() or not high.any() or not e.any(): return float('nan')
-    with np.errstate(all='ignore'): return float(logrank(*(CensoredData.right_censored(t[g], ~e[g]) for g in (high, ~high))).pvalue)
+    if high.all() or not high.any() or not e.any():
+        return float('nan')
+    with np.errstate(all='ignore'):
+        return float(
+            logrank(*(CensoredData.right_censored(t[g], ~e[g]) for g in (high, ~high))).pvalue
+        )
+
 
 def plot_survival(
     times,
@@ -125,20 +221,47 @@ def plot_survival(
     ax,  # matplotlib axis to draw into
     names=('high risk', 'low risk'),
     colours=('#a8322a', '#2f6690'),
-    level=.95,
+    level=0.95,
 ):
     "Draw Kaplan-Meier curves of two groups into `ax`, with their bands and the log-rank test; returns `ax`"
     from scipy.stats import CensoredData, ecdf
+
     t, e, high = _two_groups(times, events, high)
     for g, name, colour in zip((high, ~high), names, colours):
-        if not g.any(): continue
-        sf = ecdf(CensoredData.right_censored(t[g], ~e[g])).sf; x = np.r_[0, sf.quantiles]
-        ax.step(x, np.r_[1, sf.probabilities], where='post', color=colour, lw=1.8, label=f'{name}, {g.sum()} of whom {(e & g).sum()} had the event')
+        if not g.any():
+            continue
+        sf = ecdf(CensoredData.right_censored(t[g], ~e[g])).sf
+        x = np.r_[0, sf.quantiles]
+        ax.step(
+            x,
+            np.r_[1, sf.probabilities],
+            where='post',
+            color=colour,
+            lw=1.8,
+            label=f'{name}, {g.sum()} of whom {(e & g).sum()} had the event',
+        )
         if e[g].any():
-            with warnings.catch_warnings(), np.errstate(all='ignore'): warnings.simplefilter('ignore'); ci = sf.confidence_interval(level, method='log-log')
-            low, high_ = (np.r_[1, np.nan_to_num(v.probabilities, nan=b)] for v, b in ((ci.low, 0), (ci.high, 1))); ax.fill_between(x, low, high_, step='post', color=colour, alpha=.13, lw=0)
-        lost = t[g & ~e]; ax.plot(lost, sf.evaluate(lost), '|', color=colour, ms=6, mew=.9)
+            with warnings.catch_warnings(), np.errstate(all='ignore'):
+                warnings.simplefilter('ignore')
+                ci = sf.confidence_interval(level, method='log-log')
+            low, high_ = (
+                np.r_[1, np.nan_to_num(v.probabilities, nan=b)]
+                for v, b in ((ci.low, 0), (ci.high, 1))
+            )
+            ax.fill_between(x, low, high_, step='post', color=colour, alpha=0.13, lw=0)
+        lost = t[g & ~e]
+        ax.plot(lost, sf.evaluate(lost), '|', color=colour, ms=6, mew=0.9)
     p = logrank(t, e, high)
-    ax.set(xlim=(0, t.max()*1.02), ylim=(0, 1.03), xlabel='time', ylabel='share without the event'); ax.spines[['top', 'right']].set_visible(False)
-    ax.legend(frameon=False, fontsize='small', loc='best', title=None if np.isnan(p) else f'log-rank p = {p:.2g}', alignment='left', title_fontsize='small')
+    ax.set(
+        xlim=(0, t.max() * 1.02), ylim=(0, 1.03), xlabel='time', ylabel='share without the event'
+    )
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(
+        frameon=False,
+        fontsize='small',
+        loc='best',
+        title=None if np.isnan(p) else f'log-rank p = {p:.2g}',
+        alignment='left',
+        title_fontsize='small',
+    )
     return ax

@@ -11,36 +11,87 @@ import matplotlib.figure
 from fastcore.xml import *
 
 # %% ../nbs/14_pages.ipynb #pag000005
-ACCENT, SECOND = '#6b3f94', '#c2723b' # colours of figures
+ACCENT, SECOND = '#6b3f94', '#c2723b'  # colours of figures
 
-def data_uri(data, kind): # bytes, jpeg or svg+xml or another: text
+
+def data_uri(data, kind):  # bytes, jpeg or svg+xml or another: text
     "An image inside a page"
     return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
+
 
 def figure_uri(
     draw,  # called with a matplotlib axis
     size=(4.6, 4.2),  # inches
-)->str:
+) -> str:
     "What `draw` draws, as the data URI of an SVG with the reader's own fonts"
-    with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'report', 'font.size': 10.5, 'axes.edgecolor': '.45', 'axes.labelcolor': '.25', 'xtick.color': '.35', 'ytick.color': '.35', 'text.color': '.2'}):
+    with matplotlib.rc_context(
+        {
+            'svg.fonttype': 'none',
+            'svg.hashsalt': 'report',
+            'font.size': 10.5,
+            'axes.edgecolor': '.45',
+            'axes.labelcolor': '.25',
+            'xtick.color': '.35',
+            'ytick.color': '.35',
+            'text.color': '.2',
+        }
+    ):
         fig = matplotlib.figure.Figure(figsize=size, layout='constrained')
         draw(fig.add_subplot())
-        f = io.StringIO(); fig.savefig(f, format='svg', transparent=True, metadata={'Date': None})
-    return data_uri(f.getvalue().replace("'DejaVu Sans'", "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans'").encode(), 'svg+xml')
+        f = io.StringIO()
+        fig.savefig(f, format='svg', transparent=True, metadata={'Date': None})
+    return data_uri(
+        f.getvalue()
+        .replace("'DejaVu Sans'", "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans'")
+        .encode(),
+        'svg+xml',
+    )
+
 
 def table(caption, head, rows, hide=False, **kwargs):
     "A table with its caption, which may be hidden, that scrolls on a narrow screen"
-    return Div(Table(Caption(caption, cls='hidden' if hide else None), Thead(Tr(*(Th(h, scope='col') if h else Td() for h in head))) if head else None,
-        Tbody(*(Tr(Th(str(r[0]), scope='row'), *(Td('–' if c is None else str(c)) for c in r[1:])) for r in rows)), **kwargs), cls='scroll', tabindex='0', role='region', aria_label=caption)
+    return Div(
+        Table(
+            Caption(caption, cls='hidden' if hide else None),
+            Thead(Tr(*(Th(h, scope='col') if h else Td() for h in head))) if head else None,
+            Tbody(
+                *(
+                    Tr(
+                        Th(str(r[0]), scope='row'),
+                        *(Td('–' if c is None else str(c)) for c in r[1:]),
+                    )
+                    for r in rows
+                )
+            ),
+            **kwargs,
+        ),
+        cls='scroll',
+        tabindex='0',
+        role='region',
+        aria_label=caption,
+    )
 
-def plural(n, what): return f'{n:,} {what}{"" if n == 1 else "s"}' # text
 
-def spent(s): # seconds; text
+def plural(n, what):
+    return f'{n:,} {what}{"" if n == 1 else "s"}'  # text
+
+
+def spent(s):  # seconds; text
     "A time as a person would say it"
-    return '–' if not math.isfinite(s) else f'{s:.2g} s' if s < 10 else f'{s:.0f} s' if s < 60 else f'{int(s//60)} min {int(s%60)} s' if s < 3600 else f'{int(s//3600)} h {int(s%3600//60)} min'
+    return (
+        '–'
+        if not math.isfinite(s)
+        else f'{s:.2g} s'
+        if s < 10
+        else f'{s:.0f} s'
+        if s < 60
+        else f'{int(s // 60)} min {int(s % 60)} s'
+        if s < 3600
+        else f'{int(s // 3600)} h {int(s % 3600 // 60)} min'
+    )
 
 # %% ../nbs/14_pages.ipynb #pag000008
-STYLE = '''
+STYLE = """
 :root { color-scheme: light dark; --ink: #241f2b; --soft: #665f70; --paper: #fdfcfd; --card: #fff; --rule: #e4dfe9; --accent: #6b3f94; --wash: #f4eff8; --bad: #a8322a; --good: #2d6a4a; --fade: .75;
   font: 16px/1.6 system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif; }
 @media (prefers-color-scheme: dark) { :root { --ink: #ece8f0; --soft: #aaa2b4; --paper: #17141b; --card: #201c26; --rule: #3a3444; --accent: #c3a0e6; --wash: #262030; --bad: #f0928a; --good: #8ccfaa; }
@@ -93,10 +144,11 @@ footer { padding-bottom: 3rem; }
 @media print { :root { color-scheme: light; font-size: 11px; --paper: #fff; --ink: #000; --soft: #444; --rule: #ccc; --card: #fff; --wash: #f4eff8; --accent: #6b3f94; --bad: #a8322a; --good: #2d6a4a; } nav, .js .controls { display: none; }
   header { padding-bottom: 1rem; } body { print-color-adjust: exact; -webkit-print-color-adjust: exact; } section { padding: 1.2rem 0; } figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
   img.plot { filter: none; } }
-'''
+"""
 
 # %% ../nbs/14_pages.ipynb #pag000010
-PAGE = '<!doctype html>\n<html lang="en"><head><meta name="generator" content="streaming_pathology">' # how every page begins
+PAGE = '<!doctype html>\n<html lang="en"><head><meta name="generator" content="streaming_pathology">'  # how every page begins
+
 
 def html_page(
     title,  # in large
@@ -110,15 +162,52 @@ def html_page(
     files=(),  # scripts beside the page, as paths relative to it
     beside=False,  # whether pictures lie beside the page too
     tab=None,  # the name of its tab; None: the title
-)->str:
+) -> str:
     "A page in the style of reports, which requests nothing"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    pictures, scripts = ['data:']+["'self' file:"]*beside, ["'self' file:"]*bool(files)+[f"'sha256-{digest}'"]*bool(script)
-    policy = f"default-src 'none'; img-src {' '.join(pictures)}; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"+f"; script-src {' '.join(scripts)}"*bool(scripts)
-    head = Head(Meta(charset='utf-8'), Meta(http_equiv='Content-Security-Policy', content=policy), Meta(name='viewport', content='width=device-width, initial-scale=1'), Meta(name='referrer', content='no-referrer'),
-                Title(tab or title), Link(rel='icon', href='data:,'))
+    pictures, scripts = (
+        ['data:'] + ["'self' file:"] * beside,
+        ["'self' file:"] * bool(files) + [f"'sha256-{digest}'"] * bool(script),
+    )
+    policy = (
+        f"default-src 'none'; img-src {' '.join(pictures)}; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
+        + f'; script-src {" ".join(scripts)}' * bool(scripts)
+    )
+    head = Head(
+        Meta(charset='utf-8'),
+        Meta(http_equiv='Content-Security-Policy', content=policy),
+        Meta(name='viewport', content='width=device-width, initial-scale=1'),
+        Meta(name='referrer', content='no-referrer'),
+        Title(tab or title),
+        Link(rel='icon', href='data:,'),
+    )
     links = [A(name, href=f'#{i}') for i, name, _ in sections if name] if nav is None else nav
-    body = Body(Header(P(above, cls='eyebrow'), H1(title), Nav(*links, aria_label='Sections' if nav is None else 'Pages')),
-                Main(*(Section(H2(name, id=f'{i}-title', cls='hidden' if i == 'result' else None) if name else None, *c, id=i, **{'aria_labelledby': f'{i}-title'} if name else {'aria_label': title}) for i, name, c in sections)), Footer(P(below) if isinstance(below, str) else below), box)
+    body = Body(
+        Header(
+            P(above, cls='eyebrow'),
+            H1(title),
+            Nav(*links, aria_label='Sections' if nav is None else 'Pages'),
+        ),
+        Main(
+            *(
+                Section(
+                    H2(name, id=f'{i}-title', cls='hidden' if i == 'result' else None)
+                    if name
+                    else None,
+                    *c,
+                    id=i,
+                    **{'aria_labelledby': f'{i}-title'} if name else {'aria_label': title},
+                )
+                for i, name, c in sections
+            )
+        ),
+        Footer(P(below) if isinstance(below, str) else below),
+        box,
+    )
     head, body = (to_xml(x, indent=False) for x in (head, body))
-    return f'{PAGE}{head[len("<head>"):-len("</head>")]}<style>{STYLE}{style}</style></head>\n{body[:-len("</body>")]}'+''.join(f'<script src="{f}"></script>' for f in files)+f'<script>{script}</script>'*bool(script)+'</body></html>\n'
+    return (
+        f'{PAGE}{head[len("<head>") : -len("</head>")]}<style>{STYLE}{style}</style></head>\n{body[: -len("</body>")]}'
+        + ''.join(f'<script src="{f}"></script>' for f in files)
+        + f'<script>{script}</script>' * bool(script)
+        + '</body></html>\n'
+    )

@@ -33,68 +33,159 @@ from .distributed import Ranks
 from .cli import environment
 
 # %% ../nbs/16_pipeline.ipynb #p0000007
-def _ours(path, size, seed): return pixels(augment(pyvips.Image.new_from_file(path, access='random'), Augmentation(stain=.05, scale=.05).draw(seed, 0, 'biopsy'), size))
+def _ours(path, size, seed):
+    return pixels(
+        augment(
+            pyvips.Image.new_from_file(path, access='random'),
+            Augmentation(stain=0.05, scale=0.05).draw(seed, 0, 'biopsy'),
+            size,
+        )
+    )
 
-def _ours_as_the_paper(path, size, seed): return pixels(augment(pyvips.Image.new_from_file(path, access='random'), Augmentation().draw(seed, 0, 'biopsy'), size))
+
+def _ours_as_the_paper(path, size, seed):
+    return pixels(
+        augment(
+            pyvips.Image.new_from_file(path, access='random'),
+            Augmentation().draw(seed, 0, 'biopsy'),
+            size,
+        )
+    )
+
 
 def _chain(path, size, seed):
     rng, image = np.random.default_rng(seed), pyvips.Image.new_from_file(path, access='random')
-    image = image.rotate(float(rng.uniform(0, 360)), interpolate=pyvips.Interpolate.new('bilinear'), background=[255]*3)
-    if rng.random() < .5: image = image.fliphor()
-    if rng.random() < .5: image = image.flipver()
-    image = (image.colourspace('lch')*rng.uniform(.95, 1.05, 3).tolist()).copy(interpretation='lch').colourspace('srgb')
-    field = ndimage.gaussian_filter(rng.uniform(-1, 1, (-(-image.height//16), -(-image.width//16), 2)), (150/16, 150/16, 0))*1000
-    field = pyvips.Image.new_from_array(field.astype(np.float32)).resize(16, kernel='linear').crop(0, 0, image.width, image.height)
-    image = image.mapim(pyvips.Image.xyz(image.width, image.height)+field, interpolate=pyvips.Interpolate.new('bilinear'), background=[255]*3, extend='background')
-    image = image.gravity('centre', size[1], size[0], extend='background', background=[255]*3)
+    image = image.rotate(
+        float(rng.uniform(0, 360)),
+        interpolate=pyvips.Interpolate.new('bilinear'),
+        background=[255] * 3,
+    )
+    if rng.random() < 0.5:
+        image = image.fliphor()
+    if rng.random() < 0.5:
+        image = image.flipver()
+    image = (
+        (image.colourspace('lch') * rng.uniform(0.95, 1.05, 3).tolist())
+        .copy(interpretation='lch')
+        .colourspace('srgb')
+    )
+    field = (
+        ndimage.gaussian_filter(
+            rng.uniform(-1, 1, (-(-image.height // 16), -(-image.width // 16), 2)),
+            (150 / 16, 150 / 16, 0),
+        )
+        * 1000
+    )
+    field = (
+        pyvips.Image.new_from_array(field.astype(np.float32))
+        .resize(16, kernel='linear')
+        .crop(0, 0, image.width, image.height)
+    )
+    image = image.mapim(
+        pyvips.Image.xyz(image.width, image.height) + field,
+        interpolate=pyvips.Interpolate.new('bilinear'),
+        background=[255] * 3,
+        extend='background',
+    )
+    image = image.gravity('centre', size[1], size[0], extend='background', background=[255] * 3)
     return image.numpy()
+
 
 def _torchvision(path, size, seed):
     torch.manual_seed(seed)
-    x = torch.from_numpy(pyvips.Image.new_from_file(path, access='sequential').numpy()).permute(2, 0, 1)
-    return v2.Compose([v2.RandomRotation(180, InterpolationMode.BILINEAR, fill=255), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
-                       v2.ColorJitter(brightness=.05, saturation=.05, hue=.05), v2.CenterCrop(size)])(x)
+    x = torch.from_numpy(pyvips.Image.new_from_file(path, access='sequential').numpy()).permute(
+        2, 0, 1
+    )
+    return v2.Compose(
+        [
+            v2.RandomRotation(180, InterpolationMode.BILINEAR, fill=255),
+            v2.RandomHorizontalFlip(),
+            v2.RandomVerticalFlip(),
+            v2.ColorJitter(brightness=0.05, saturation=0.05, hue=0.05),
+            v2.CenterCrop(size),
+        ]
+    )(x)
 
-WAYS = {'this package, all': _ours, 'this package, what the paper varies': _ours_as_the_paper, 'chain': _chain, 'torchvision, not deformed': _torchvision}
+
+WAYS = {
+    'this package, all': _ours,
+    'this package, what the paper varies': _ours_as_the_paper,
+    'chain': _chain,
+    'torchvision, not deformed': _torchvision,
+}
 
 # %% ../nbs/16_pipeline.ipynb #p0000008
-def process_status(key): # bytes
+def process_status(key):  # bytes
     "What Linux says of this process: `VmRSS`, the memory it has, or `VmHWM`, the most it had."
     for line in Path('/proc/self/status').read_text().splitlines():
-        if line.startswith(key+':'): return int(line.split()[1])*1024
+        if line.startswith(key + ':'):
+            return int(line.split()[1]) * 1024
+
 
 def _measure(f, args, cores, answer):
     try:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores]); torch.set_num_threads(cores)
-        before, start, cpu = process_status('VmRSS'), time.perf_counter(), time.process_time(); f(*args)
-        answer.put(dict(seconds=time.perf_counter()-start, cpu=time.process_time()-cpu, peak=process_status('VmHWM'), above=process_status('VmHWM')-before))
-    except Exception as e: answer.put({'error': f'{type(e).__name__}: {e}'[:200]})
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+        torch.set_num_threads(cores)
+        before, start, cpu = process_status('VmRSS'), time.perf_counter(), time.process_time()
+        f(*args)
+        answer.put(
+            dict(
+                seconds=time.perf_counter() - start,
+                cpu=time.process_time() - cpu,
+                peak=process_status('VmHWM'),
+                above=process_status('VmHWM') - before,
+            )
+        )
+    except Exception as e:
+        answer.put({'error': f'{type(e).__name__}: {e}'[:200]})
 
-def fresh_process(target, *args): # what it answers, or a dict with the error
+
+def fresh_process(target, *args):  # what it answers, or a dict with the error
     "The answer that `target(*args, queue)` puts into the queue, in a fresh process."
-    ctx = multiprocessing.get_context('spawn'); answer = ctx.Queue()
-    p = ctx.Process(target=target, args=(*args, answer)); p.start()
+    ctx = multiprocessing.get_context('spawn')
+    answer = ctx.Queue()
+    p = ctx.Process(target=target, args=(*args, answer))
+    p.start()
     while True:
-        try: found = answer.get(timeout=1); break
+        try:
+            found = answer.get(timeout=1)
+            break
         except Exception:
-            if not p.is_alive(): found = {'error': f'the process ended with exit status {p.exitcode}'}; break
+            if not p.is_alive():
+                found = {'error': f'the process ended with exit status {p.exitcode}'}
+                break
     p.join()
     return found
 
-def apart(f, *args, cores=1): # dict: seconds, cpu, peak (bytes of the whole process), above (what it had before), or error
+
+def apart(
+    f, *args, cores=1
+):  # dict: seconds, cpu, peak (bytes of the whole process), above (what it had before), or error
     "A call in a fresh process on some of the cores."
     vips, os.environ['VIPS_CONCURRENCY'] = os.environ.get('VIPS_CONCURRENCY'), str(cores)
-    try: return fresh_process(_measure, f, args, cores)
+    try:
+        return fresh_process(_measure, f, args, cores)
     finally:
-        if vips is None: del os.environ['VIPS_CONCURRENCY']
-        else: os.environ['VIPS_CONCURRENCY'] = vips
+        if vips is None:
+            del os.environ['VIPS_CONCURRENCY']
+        else:
+            os.environ['VIPS_CONCURRENCY'] = vips
 
-def large_biopsy(path, size, seed=0, spacing=.96):
+
+def large_biopsy(path, size, seed=0, spacing=0.96):
     "A painted biopsy of `size` on white, as a tiled JPEG TIFF: painted once at a quarter of its sides, and repeated."
-    h, w = (max(256, n//4) for n in size)
-    b = paint_biopsy((h, w), spacing, .3, seed)
-    tile = pyvips.Image.new_from_array(np.where(b.mask[..., None] > 0, b.image, 255).astype(np.uint8))
-    write_tiff(tile.replicate(-(-size[1]//w), -(-size[0]//h)).crop(0, 0, size[1], size[0]), path, spacing, 'jpeg')
+    h, w = (max(256, n // 4) for n in size)
+    b = paint_biopsy((h, w), spacing, 0.3, seed)
+    tile = pyvips.Image.new_from_array(
+        np.where(b.mask[..., None] > 0, b.image, 255).astype(np.uint8)
+    )
+    write_tiff(
+        tile.replicate(-(-size[1] // w), -(-size[0] // h)).crop(0, 0, size[1], size[0]),
+        path,
+        spacing,
+        'jpeg',
+    )
+
 
 def beside_chain(repeats=3, sizes=((16384, 16384),), log=print):
     "An augmented biopsy, by each way in turn, on one core."
@@ -104,8 +195,10 @@ def beside_chain(repeats=3, sizes=((16384, 16384),), log=print):
             path, rounds = f'{folder}/biopsy.tif', {n: [] for n in WAYS}
             large_biopsy(path, size)
             for k, n in itertools.product(range(repeats), WAYS):
-                if k and 'error' in rounds[n][0] or k and rounds[n][0].get('seconds', 0) > 300: continue   # once is enough to know
-                rounds[n].append(apart(WAYS[n], path, size, k)); log(f'{size[0]} x {size[1]}, {n}: {rounds[n][-1]}')
+                if k and 'error' in rounds[n][0] or k and rounds[n][0].get('seconds', 0) > 300:
+                    continue  # once is enough to know
+                rounds[n].append(apart(WAYS[n], path, size, k))
+                log(f'{size[0]} x {size[1]}, {n}: {rounds[n][-1]}')
             result['sizes'].append(dict(size=[*size], rounds=rounds))
     return result
 
@@ -115,139 +208,362 @@ def trimming(repeats=3, sizes=((8192, 8192),), slides=20, workers=(1, 2), log=pr
     result = {'machine': environment(), 'seed': 0, 'runs': []}
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
-            manifest = write_cohort(f'{folder}/{size[0]}x{size[1]}', slides, size, .48, workers=2, progress=False)
+            manifest = write_cohort(
+                f'{folder}/{size[0]}x{size[1]}', slides, size, 0.48, workers=2, progress=False
+            )
             for k, n in itertools.product(range(repeats), workers):
                 start = time.perf_counter()
-                said = trim_slides(read_manifest(manifest), f'{folder}/{size}_{k}_{n}', Trim(), n, progress=False)
-                seconds = time.perf_counter()-start
-                result['runs'].append(dict(size=[*size], slides=slides, workers=n, seconds=seconds, per_minute=60*slides/seconds, biopsies=said['biopsies'], failed=said['failed'])); log(result['runs'][-1])
+                said = trim_slides(
+                    read_manifest(manifest), f'{folder}/{size}_{k}_{n}', Trim(), n, progress=False
+                )
+                seconds = time.perf_counter() - start
+                result['runs'].append(
+                    dict(
+                        size=[*size],
+                        slides=slides,
+                        workers=n,
+                        seconds=seconds,
+                        per_minute=60 * slides / seconds,
+                        biopsies=said['biopsies'],
+                        failed=said['failed'],
+                    )
+                )
+                log(result['runs'][-1])
     return result
 
-def loading(repeats=3, sizes=((4096, 4096),), slides=8, device_seconds=(.5, 2.), workers=(0, 1, 2), log=print):
+
+def loading(
+    repeats=3,
+    sizes=((4096, 4096),),
+    slides=8,
+    device_seconds=(0.5, 2.0),
+    workers=(0, 1, 2),
+    log=print,
+):
     "How long a device waits for the first augmented slide of an epoch, and the share of the rest of the epoch that it waits, for some seconds of its work on each slide."
     result = {'machine': environment(), 'seed': 0, 'runs': []}
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
-            manifest = write_cohort(f'{folder}/{size[0]}x{size[1]}', slides, size, .96, workers=2, progress=False)
-            data = SlideDataset(read_manifest(manifest), .96, size, Augmentation())
+            manifest = write_cohort(
+                f'{folder}/{size[0]}x{size[1]}', slides, size, 0.96, workers=2, progress=False
+            )
+            data = SlideDataset(read_manifest(manifest), 0.96, size, Augmentation())
             for k, n, busy in itertools.product(range(repeats), workers, device_seconds):
                 loader = slide_loader(data, train=True, workers=n, oversample=False)
-                for epoch in range(2):      # the first one starts the workers
-                    loader.sampler.set_epoch(epoch); items, waits, start = iter(loader), [], time.perf_counter()
+                for epoch in range(2):  # the first one starts the workers
+                    loader.sampler.set_epoch(epoch)
+                    items, waits, start = iter(loader), [], time.perf_counter()
                     for _ in range(slides):
-                        t = time.perf_counter(); next(items); waits.append(time.perf_counter()-t); time.sleep(busy)
-                    whole = time.perf_counter()-start
+                        t = time.perf_counter()
+                        next(items)
+                        waits.append(time.perf_counter() - t)
+                        time.sleep(busy)
+                    whole = time.perf_counter() - start
                 del loader, items
-                result['runs'].append(dict(size=[*size], slides=slides, workers=n, device_seconds=busy, first=waits[0], waits=sum(waits[1:])/(whole-waits[0]))); log(result['runs'][-1])
+                result['runs'].append(
+                    dict(
+                        size=[*size],
+                        slides=slides,
+                        workers=n,
+                        device_seconds=busy,
+                        first=waits[0],
+                        waits=sum(waits[1:]) / (whole - waits[0]),
+                    )
+                )
+                log(result['runs'][-1])
     return result
 
 # %% ../nbs/16_pipeline.ipynb #p0000032
 class _OnePatchEach(torch.utils.data.Dataset):
     "A patch read by OpenSlide: uint8 (3, size, size), and the number of its slide."
+
     def __init__(self, data, bags):
         at = [tissue_box(Slide(c.path), data.spacing) for c in data.cases]
         self.size, self.slides = data.grid.size, {}
-        self.places = [(str(c.path), n, top+t, left+l) for n, (c, (top, left, *_), b) in enumerate(zip(data.cases, at, bags)) for t, l, _ in b.places.tolist()]
-    def __len__(self): return len(self.places)
+        self.places = [
+            (str(c.path), n, top + t, left + l)
+            for n, (c, (top, left, *_), b) in enumerate(zip(data.cases, at, bags))
+            for t, l, _ in b.places.tolist()
+        ]
+
+    def __len__(self):
+        return len(self.places)
+
     def __getitem__(self, i):
         path, slide, top, left = self.places[i]
-        if path not in self.slides: self.slides[path] = openslide.OpenSlide(path)
-        return torch.from_numpy(np.array(self.slides[path].read_region((left, top), 0, (self.size, self.size)).convert('RGB'))).permute(2, 0, 1), slide
+        if path not in self.slides:
+            self.slides[path] = openslide.OpenSlide(path)
+        return torch.from_numpy(
+            np.array(
+                self.slides[path].read_region((left, top), 0, (self.size, self.size)).convert('RGB')
+            )
+        ).permute(2, 0, 1), slide
 
-def _plain_phase(net, loader): # the highest logit of each slide
+
+def _plain_phase(net, loader):  # the highest logit of each slide
     best = {}
     for x, slides in loader:
-        for y, n in zip(net((x/255-MEAN)/STD)[:, 0].tolist() if net else [0.]*len(x), slides.tolist()): best[n] = max(best.get(n, -math.inf), y)
+        for y, n in zip(
+            net((x / 255 - MEAN) / STD)[:, 0].tolist() if net else [0.0] * len(x), slides.tolist()
+        ):
+            best[n] = max(best.get(n, -math.inf), y)
     return [*best.values()]
 
+
 def _our_phase(net, loader):
-    if net: return [r['logits'][0] for r in predict(net, loader, progress=False)]
-    return [float(len([item['image'].patches(p) for p in item['image'].places.split(64)])) for item in loader]
+    if net:
+        return [r['logits'][0] for r in predict(net, loader, progress=False)]
+    return [
+        float(len([item['image'].patches(p) for p in item['image'].places.split(64)]))
+        for item in loader
+    ]
+
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in (imagenet_mean, imagenet_std))
 
-def _multiplied(n=2048): # operations a second of a matrix product, the fastest of five
+
+def _multiplied(n=2048):  # operations a second of a matrix product, the fastest of five
     a, times = torch.randn(n, n), []
-    for _ in range(5): start = time.perf_counter(); a@a; times.append(time.perf_counter()-start)
-    return 2*n**3/min(times)
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
+
 
 @torch.no_grad()
-def first_phase(repeats=5, sizes=((1536, 3072),), slides=3, workers=(0, 2), patch=224, arch='resnet18', log=print):
+def first_phase(
+    repeats=5,
+    sizes=((1536, 3072),),
+    slides=3,
+    workers=(0, 2),
+    patch=224,
+    arch='resnet18',
+    log=print,
+):
     "Patches a second of all patches of painted slides, by this package and by a plain loop in turn; workers are started before."
     result = {'machine': environment(), 'seed': 0, 'patch': patch, 'arch': arch, 'runs': []}
-    torch.manual_seed(0); ours = InstanceMIL(StreamingClassifier(arch)).eval(); plain = getattr(torchvision.models, arch)(num_classes=1).eval()
-    plain.load_state_dict({k.removeprefix('trunk.').removeprefix('head.'): v for k, v in ours.network.state_dict().items() if 'normalise' not in k})
-    with FlopCounterMode(display=False) as counted: plain(torch.zeros(1, 3, patch, patch))
-    result['operations'] = counted.get_total_flops() # of a patch
+    torch.manual_seed(0)
+    ours = InstanceMIL(StreamingClassifier(arch)).eval()
+    plain = getattr(torchvision.models, arch)(num_classes=1).eval()
+    plain.load_state_dict(
+        {
+            k.removeprefix('trunk.').removeprefix('head.'): v
+            for k, v in ours.network.state_dict().items()
+            if 'normalise' not in k
+        }
+    )
+    with FlopCounterMode(display=False) as counted:
+        plain(torch.zeros(1, 3, patch, patch))
+    result['operations'] = counted.get_total_flops()  # of a patch
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
             cases = []
-            for i in range(slides): large_biopsy(path := f'{folder}/{size[0]}x{size[1]}_{i}.tiff', size, i); cases.append(Case(f's{i}', i % 2, path))
-            data = BagDataset(cases, .96, grid=PatchGrid(patch)); bags = [data[i]['image'] for i in range(slides)]; n_patches = sum(map(len, bags))
-            ways = {('ours', n): (_our_phase, ours, slide_loader(data, workers=n)) for n in workers} | {('plain', n): (_plain_phase, plain, torch.utils.data.DataLoader(_OnePatchEach(data, bags), 64, num_workers=n, persistent_workers=n > 0)) for n in workers}
-            for f, _, loader in ways.values(): f(None, loader)
+            for i in range(slides):
+                large_biopsy(path := f'{folder}/{size[0]}x{size[1]}_{i}.tiff', size, i)
+                cases.append(Case(f's{i}', i % 2, path))
+            data = BagDataset(cases, 0.96, grid=PatchGrid(patch))
+            bags = [data[i]['image'] for i in range(slides)]
+            n_patches = sum(map(len, bags))
+            ways = {
+                ('ours', n): (_our_phase, ours, slide_loader(data, workers=n)) for n in workers
+            } | {
+                ('plain', n): (
+                    _plain_phase,
+                    plain,
+                    torch.utils.data.DataLoader(
+                        _OnePatchEach(data, bags), 64, num_workers=n, persistent_workers=n > 0
+                    ),
+                )
+                for n in workers
+            }
+            for f, _, loader in ways.values():
+                f(None, loader)
             for k in range(repeats):
-                result['runs'].append(dict(way='matrix product', per_second=_multiplied()/result['operations']))
+                result['runs'].append(
+                    dict(way='matrix product', per_second=_multiplied() / result['operations'])
+                )
                 found = []
-                for ((way, n), (f, net, loader)), alone in itertools.product(ways.items(), (False, True)):
-                    start = time.perf_counter(); best = f(None if alone else net, loader); seconds = time.perf_counter()-start
-                    if not alone: found.append(best)
-                    result['runs'].append(dict(size=[*size], way=way, alone=alone, workers=n, patches=n_patches, seconds=seconds, per_second=n_patches/seconds)); log(result['runs'][-1])
-                assert np.ptp(found, axis=0).max() < .01, found # all of them find the same
+                for ((way, n), (f, net, loader)), alone in itertools.product(
+                    ways.items(), (False, True)
+                ):
+                    start = time.perf_counter()
+                    best = f(None if alone else net, loader)
+                    seconds = time.perf_counter() - start
+                    if not alone:
+                        found.append(best)
+                    result['runs'].append(
+                        dict(
+                            size=[*size],
+                            way=way,
+                            alone=alone,
+                            workers=n,
+                            patches=n_patches,
+                            seconds=seconds,
+                            per_second=n_patches / seconds,
+                        )
+                    )
+                    log(result['runs'][-1])
+                assert np.ptp(found, axis=0).max() < 0.01, found  # all of them find the same
             del ways, loader
     return result
 
 # %% ../nbs/16_pipeline.ipynb #p0000016
 def _epoch(rank, ranks, together, folder, size, slides, batch):
-    torch.set_num_threads(1); os.sched_setaffinity(0, [sorted(os.sched_getaffinity(0))[rank]]); torch.manual_seed(0)
-    if together: dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=ranks)
-    items = [dict(image=torch.randint(0, 256, (3, *size), dtype=torch.uint8), label=torch.tensor(i % 2.), slide_id=f'{i}') for i in range(slides)]
-    history = fit(StreamingClassifier(strip=256), items, epochs=1+(ranks if together else 1), batch=batch, ranks=Ranks() if together else Alone(), progress=False)
-    Path(folder, f'seconds{rank}').write_text(str(history[-1]['seconds'])) # of the last epoch; every process is warm from as many slides
-    if together: dist.destroy_process_group()
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, [sorted(os.sched_getaffinity(0))[rank]])
+    torch.manual_seed(0)
+    if together:
+        dist.init_process_group(
+            'gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=ranks
+        )
+    items = [
+        dict(
+            image=torch.randint(0, 256, (3, *size), dtype=torch.uint8),
+            label=torch.tensor(i % 2.0),
+            slide_id=f'{i}',
+        )
+        for i in range(slides)
+    ]
+    history = fit(
+        StreamingClassifier(strip=256),
+        items,
+        epochs=1 + (ranks if together else 1),
+        batch=batch,
+        ranks=Ranks() if together else Alone(),
+        progress=False,
+    )
+    Path(folder, f'seconds{rank}').write_text(
+        str(history[-1]['seconds'])
+    )  # of the last epoch; every process is warm from as many slides
+    if together:
+        dist.destroy_process_group()
+
 
 def beside_one(repeats=5, sizes=((768, 768),), slides=8, batch=8, log=print):
     "Slides a second that one process trains, that two ranks train, and that two processes train which know nothing of each other, in turn, a thread each."
     result = {'machine': environment(), 'seed': 0, 'runs': []}
-    for size, k, (way, n) in itertools.product(sizes, range(repeats), (('one', 1), ('ranks', 2), ('apart', 2))):
+    for size, k, (way, n) in itertools.product(
+        sizes, range(repeats), (('one', 1), ('ranks', 2), ('apart', 2))
+    ):
         with tempfile.TemporaryDirectory() as folder:
-            multiprocessing.spawn(_epoch, (n, way == 'ranks', folder, size, slides, batch), nprocs=n); seconds = max(float(p.read_text()) for p in Path(folder).glob('seconds*'))
-        result['runs'].append(dict(size=[*size], slides=slides, batch=batch, way=way, seconds=seconds, per_second=slides*(1+(way == 'apart'))/seconds)); log(result['runs'][-1])
+            multiprocessing.spawn(
+                _epoch, (n, way == 'ranks', folder, size, slides, batch), nprocs=n
+            )
+            seconds = max(float(p.read_text()) for p in Path(folder).glob('seconds*'))
+        result['runs'].append(
+            dict(
+                size=[*size],
+                slides=slides,
+                batch=batch,
+                way=way,
+                seconds=seconds,
+                per_second=slides * (1 + (way == 'apart')) / seconds,
+            )
+        )
+        log(result['runs'][-1])
     return result
 
-class _Malloc(ctypes.Structure): _fields_ = [(n, ctypes.c_size_t) for n in 'arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost'.split()]
 
-def held(): # dict
+class _Malloc(ctypes.Structure):
+    _fields_ = [
+        (n, ctypes.c_size_t)
+        for n in 'arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost'.split()
+    ]
+
+
+def held():  # dict
     "What this process holds: bytes of memory, how many of them somebody uses (the rest is between blocks in use, and is used again), open files, threads, processes that it has started."
-    gc.collect(); libc = ctypes.CDLL(None); libc.mallinfo2.restype = _Malloc; m = libc.mallinfo2()
-    return dict(memory=process_status('VmRSS'), used=m.uordblks+m.hblkhd, files=len(os.listdir('/proc/self/fd')), threads=threading.active_count(), processes=[p for p in os.listdir('/proc') if p.isdigit() and _parent(p) == os.getpid()])
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _Malloc
+    m = libc.mallinfo2()
+    return dict(
+        memory=process_status('VmRSS'),
+        used=m.uordblks + m.hblkhd,
+        files=len(os.listdir('/proc/self/fd')),
+        threads=threading.active_count(),
+        processes=[p for p in os.listdir('/proc') if p.isdigit() and _parent(p) == os.getpid()],
+    )
+
 
 def _parent(process):
-    try: return int(Path(f'/proc/{process}/stat').read_text().rpartition(') ')[2].split()[1])
-    except (OSError, ValueError): return None
+    try:
+        return int(Path(f'/proc/{process}/stat').read_text().rpartition(') ')[2].split()[1])
+    except (OSError, ValueError):
+        return None
+
 
 class Held:
     "Callback: what is held after every so many steps."
-    def __init__(self, every): self.every, self.step, self.all = every, 0, []
+
+    def __init__(self, every):
+        self.every, self.step, self.all = every, 0, []
+
     def after_step(self, s):
         self.step += 1
-        if self.step % self.every == 0: self.all.append(dict(step=self.step, **held()))
+        if self.step % self.every == 0:
+            self.all.append(dict(step=self.step, **held()))
+
 
 def _long(steps, size, workers, every, answer):
-    torch.set_num_threads(os.cpu_count()); lean_memory()
+    torch.set_num_threads(os.cpu_count())
+    lean_memory()
     with tempfile.TemporaryDirectory() as folder:
-        cases = read_manifest(write_cohort(f'{folder}/cohort', 12, size, 4., progress=False)); data = SlideDataset(cases, 4., augment=Augmentation(), canvas=True)
-        train, tuning = (slide_loader(data.part(p, augment=data.augment if p == 'train' else None), p == 'train', workers=workers) for p in ('train', 'tuning'))
-        model, seen = StreamingClassifier(strip=64), Held(every); before = held()
-        epochs = -(-steps//len(train))
-        fit(model, train, tuning, epochs=epochs, batch=1, lr=1e-5, progress=False, callbacks=[CSVLog(f'{folder}/log.csv'), EMA(.9), Checkpoints(f'{folder}/points', minutes=.2), TensorBoardLog(f'{folder}/tensorboard'), seen])
-        del train, tuning; time.sleep(.5); after = held()
-    answer.put(dict(steps=seen.step, size=[*size], workers=workers, before=before, seen=seen.all, after=after))
+        cases = read_manifest(write_cohort(f'{folder}/cohort', 12, size, 4.0, progress=False))
+        data = SlideDataset(cases, 4.0, augment=Augmentation(), canvas=True)
+        train, tuning = (
+            slide_loader(
+                data.part(p, augment=data.augment if p == 'train' else None),
+                p == 'train',
+                workers=workers,
+            )
+            for p in ('train', 'tuning')
+        )
+        model, seen = StreamingClassifier(strip=64), Held(every)
+        before = held()
+        epochs = -(-steps // len(train))
+        fit(
+            model,
+            train,
+            tuning,
+            epochs=epochs,
+            batch=1,
+            lr=1e-5,
+            progress=False,
+            callbacks=[
+                CSVLog(f'{folder}/log.csv'),
+                EMA(0.9),
+                Checkpoints(f'{folder}/points', minutes=0.2),
+                TensorBoardLog(f'{folder}/tensorboard'),
+                seen,
+            ],
+        )
+        del train, tuning
+        time.sleep(0.5)
+        after = held()
+    answer.put(
+        dict(
+            steps=seen.step,
+            size=[*size],
+            workers=workers,
+            before=before,
+            seen=seen.all,
+            after=after,
+        )
+    )
+
 
 def long_run(repeats=1, sizes=((96, 160),), steps=500, workers=(0, 2), every=25, log=print):
     "What a training holds on its way through many steps, and what is left of it."
     result = {'machine': environment(), 'seed': 0, 'runs': []}
     for size, _, n in itertools.product(sizes, range(repeats), workers):
         found = fresh_process(_long, steps, size, n, every)
-        result['runs'].append(found); log({k: v if k != 'seen' else [round(s['memory']/1e6) for s in v] for k, v in found.items()})
+        result['runs'].append(found)
+        log(
+            {
+                k: v if k != 'seen' else [round(s['memory'] / 1e6) for s in v]
+                for k, v in found.items()
+            }
+        )
     return result

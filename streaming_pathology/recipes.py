@@ -16,60 +16,117 @@ from .training import Alone, fit
 from .checkpoints import load_checkpoint, load_weights, save_checkpoint
 
 # %% ../nbs/10_recipes.ipynb #r0000006
-def best_window(losses, width=5): # range of their places
+def best_window(losses, width=5):  # range of their places
     "The window of the lowest mean loss, the first of several; all of them where there are fewer than `width`."
     losses = np.asarray(losses, float)
-    if not len(losses) or not np.isfinite(losses).all(): raise InputError(f'a window is chosen by tuning losses, one an epoch, not by {losses.tolist()}: give tuning slides')
+    if not len(losses) or not np.isfinite(losses).all():
+        raise InputError(
+            f'a window is chosen by tuning losses, one an epoch, not by {losses.tolist()}: give tuning slides'
+        )
     width = min(width, len(losses))
     start = int(np.argmin(np.convolve(losses, np.ones(width), 'valid').round(12)))
-    return range(start, start+width)
+    return range(start, start + width)
 
-def average_weights(states): # a state dict
+
+def average_weights(states):  # a state dict
     "The mean of several state dicts, taken in float64; whole numbers, which count batches, are those of the last."
-    states = list(states); first, last = states[0], states[-1]
-    if any(s.keys() != first.keys() or any(s[k].shape != first[k].shape for k in s) for s in states): raise InputError('weights of different networks cannot be averaged')
-    return {k: sum(s[k].double() for s in states).div(len(states)).to(v.dtype) if v.is_floating_point() else v for k, v in last.items()}
+    states = list(states)
+    first, last = states[0], states[-1]
+    if any(
+        s.keys() != first.keys() or any(s[k].shape != first[k].shape for k in s) for s in states
+    ):
+        raise InputError('weights of different networks cannot be averaged')
+    return {
+        k: sum(s[k].double() for s in states).div(len(states)).to(v.dtype)
+        if v.is_floating_point()
+        else v
+        for k, v in last.items()
+    }
 
 # %% ../nbs/10_recipes.ipynb #r0000010
 class WindowCheckpoints:
     "Callback: keeps the weights of the epochs of the best window, `epoch_0001.pt` and so on, in a folder."
+
     judges = True
-    def __init__(self, folder, width=5): self.folder, self.width = Path(folder), width
-    def path(self, epoch): return self.folder/f'epoch_{epoch:04}.pt' # counted from 1
-    def before_fit(self, s): self.epochs, self.losses = [], []
+
+    def __init__(self, folder, width=5):
+        self.folder, self.width = Path(folder), width
+
+    def path(self, epoch):
+        return self.folder / f'epoch_{epoch:04}.pt'  # counted from 1
+
+    def before_fit(self, s):
+        self.epochs, self.losses = [], []
+
     def after_epoch(self, s):
         row = s.history[-1]
-        if 'tuning_loss' not in row: raise InputError('checkpoints are chosen by the tuning loss: give tuning slides')
-        self.epochs.append(row['epoch']); self.losses.append(row['tuning_loss'])
-        if s.ranks.rank: return
-        save_checkpoint(self.path(row['epoch']), model=dict(s.evaluated.state_dict()), epoch=row['epoch'], tuning_loss=row['tuning_loss'])
-        wanted = {*self.window(), *self.epochs[1-self.width or len(self.epochs):]}
-        for e in set(self.epochs)-wanted: self.path(e).unlink(missing_ok=True)
-    def state(self): return dict(epochs=self.epochs, losses=self.losses)
-    def restore(self, state): self.epochs, self.losses = state['epochs'], state['losses']
-    def window(self): return [self.epochs[i] for i in best_window(self.losses, self.width)]
+        if 'tuning_loss' not in row:
+            raise InputError('checkpoints are chosen by the tuning loss: give tuning slides')
+        self.epochs.append(row['epoch'])
+        self.losses.append(row['tuning_loss'])
+        if s.ranks.rank:
+            return
+        save_checkpoint(
+            self.path(row['epoch']),
+            model=dict(s.evaluated.state_dict()),
+            epoch=row['epoch'],
+            tuning_loss=row['tuning_loss'],
+        )
+        wanted = {*self.window(), *self.epochs[1 - self.width or len(self.epochs) :]}
+        for e in set(self.epochs) - wanted:
+            self.path(e).unlink(missing_ok=True)
+
+    def state(self):
+        return dict(epochs=self.epochs, losses=self.losses)
+
+    def restore(self, state):
+        self.epochs, self.losses = state['epochs'], state['losses']
+
+    def window(self):
+        return [self.epochs[i] for i in best_window(self.losses, self.width)]
+
     def resumed(self, s):
-        if s.ranks.rank == 0 and self.losses: self._there()
-    def _there(self): # {epoch: weights} of the window
+        if s.ranks.rank == 0 and self.losses:
+            self._there()
+
+    def _there(self):  # {epoch: weights} of the window
         found = {}
         for e in self.window():
-            try: state = load_checkpoint(self.path(e))
-            except InputError as wrong: warnings.warn(f'{wrong}; the other epochs of its window are used'); continue
-            if (state.get('epoch'), state.get('tuning_loss')) == (e, self.losses[self.epochs.index(e)]): found[e] = state['model']
-            else: warnings.warn(f'{self.path(e)} is not of this training; the other epochs of its window are used')
+            try:
+                state = load_checkpoint(self.path(e))
+            except InputError as wrong:
+                warnings.warn(f'{wrong}; the other epochs of its window are used')
+                continue
+            if (state.get('epoch'), state.get('tuning_loss')) == (
+                e,
+                self.losses[self.epochs.index(e)],
+            ):
+                found[e] = state['model']
+            else:
+                warnings.warn(
+                    f'{self.path(e)} is not of this training; the other epochs of its window are used'
+                )
         return found
-    def weights(self, which): # a state dict
+
+    def weights(self, which):  # a state dict
         "Of the window's middle, or the average of all."
-        if not self.losses: raise InputError('no epoch of this stage was judged by these tuning slides; go on without the change')
+        if not self.losses:
+            raise InputError(
+                'no epoch of this stage was judged by these tuning slides; go on without the change'
+            )
         states, window = self._there(), self.window()
-        if not states: raise InputError(f'{self.folder} has none of the epochs {window[0]} to {window[-1]}, which the stage hands on; train again, in another folder')
-        middle = min(states, key=lambda e: abs(e-window[len(window)//2]))
+        if not states:
+            raise InputError(
+                f'{self.folder} has none of the epochs {window[0]} to {window[-1]}, which the stage hands on; train again, in another folder'
+            )
+        middle = min(states, key=lambda e: abs(e - window[len(window) // 2]))
         return average_weights([states[middle]] if which == 'middle' else states.values())
 
 # %% ../nbs/10_recipes.ipynb #r0000012
 @dataclass(frozen=True)
 class Stage:
     "A part of a schedule."
+
     epochs: int
     lr: float
     # of the network, as for `freeze_until`: what comes before stays as it is; None: all is trained
@@ -77,19 +134,29 @@ class Stage:
     # weights at the end: the 'average' of the best window, or its 'middle'
     hands_on: str = 'average'
     optimizer: str = 'sgd'
-    momentum: float = .9
+    momentum: float = 0.9
     batch: int = 16
 
     def __post_init__(self):
-        if self.hands_on not in ('average', 'middle'): raise InputError(f"a stage hands on its window's 'average' or 'middle', not {self.hands_on!r}")
+        if self.hands_on not in ('average', 'middle'):
+            raise InputError(
+                f"a stage hands on its window's 'average' or 'middle', not {self.hands_on!r}"
+            )
 
-paper_streaming = (Stage(25, 2e-4, 'layer4', 'middle'), Stage(50, 6e-5)) # paper, IV-A
-paper_mil = (Stage(100, 1e-5, None, 'middle'), Stage(100, 3e-6))         # paper, IV-B
 
-def scaled(recipe, epochs): # stages
+paper_streaming = (Stage(25, 2e-4, 'layer4', 'middle'), Stage(50, 6e-5))  # paper, IV-A
+paper_mil = (Stage(100, 1e-5, None, 'middle'), Stage(100, 3e-6))  # paper, IV-B
+
+
+def scaled(recipe, epochs):  # stages
     "The recipe in another number of epochs, in the same proportion and at least one each."
-    if epochs < len(recipe): raise InputError(f'{epochs} epochs are too few for the {len(recipe)} stages of the recipe')
-    return tuple(replace(s, epochs=int(n)) for s, n in zip(recipe, apportion(epochs, [s.epochs for s in recipe])))
+    if epochs < len(recipe):
+        raise InputError(f'{epochs} epochs are too few for the {len(recipe)} stages of the recipe')
+    return tuple(
+        replace(s, epochs=int(n))
+        for s, n in zip(recipe, apportion(epochs, [s.epochs for s in recipe]))
+    )
+
 
 def run_recipe(
     model,
@@ -102,18 +169,42 @@ def run_recipe(
     resume=None,  # a point to go on from, of whichever stage
     ranks=Alone(),
     **kwargs,  # for `fit`: seed, device, amp, task, clip, accept_changes, progress
-): 
+):
     "Train in stages; the model ends with the weights that the last one hands on. Returns one dict an epoch, with its stage; epochs are counted through, so that none repeats the augmentations of another."
     history, at = [], 0
-    if resume is not None: at = resume.get('stage') or 0
-    if resume is not None and not 0 < at <= len(recipe): raise InputError(f'a point of stage {at or None} belongs to no recipe of {len(recipe)} stages')
+    if resume is not None:
+        at = resume.get('stage') or 0
+    if resume is not None and not 0 < at <= len(recipe):
+        raise InputError(
+            f'a point of stage {at or None} belongs to no recipe of {len(recipe)} stages'
+        )
     for k, stage in enumerate(recipe, 1):
-        if k < at: continue
-        if hasattr(model, 'freeze_until'): model.freeze_until(stage.train_from)
-        elif stage.train_from: raise InputError(f'stage {k} trains from {stage.train_from!r} on, and this model has no freeze_until')
-        kept = WindowCheckpoints(Path(folder)/f'stage_{k}', width)
-        settings = {n: getattr(stage, n) for n in ('epochs', 'lr', 'momentum', 'optimizer', 'batch')}
-        history = fit(model, train, tuning, history=history, callbacks=[*callbacks, kept], resume=resume if k == at else None, stage=k, ranks=ranks, **settings, **kwargs)
-        if ranks.rank == 0: load_weights(model, dict(model=kept.weights(stage.hands_on)))
-        for v in model.state_dict().values(): ranks.same(v)
+        if k < at:
+            continue
+        if hasattr(model, 'freeze_until'):
+            model.freeze_until(stage.train_from)
+        elif stage.train_from:
+            raise InputError(
+                f'stage {k} trains from {stage.train_from!r} on, and this model has no freeze_until'
+            )
+        kept = WindowCheckpoints(Path(folder) / f'stage_{k}', width)
+        settings = {
+            n: getattr(stage, n) for n in ('epochs', 'lr', 'momentum', 'optimizer', 'batch')
+        }
+        history = fit(
+            model,
+            train,
+            tuning,
+            history=history,
+            callbacks=[*callbacks, kept],
+            resume=resume if k == at else None,
+            stage=k,
+            ranks=ranks,
+            **settings,
+            **kwargs,
+        )
+        if ranks.rank == 0:
+            load_weights(model, dict(model=kept.weights(stage.hands_on)))
+        for v in model.state_dict().values():
+            ranks.same(v)
     return history

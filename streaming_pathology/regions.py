@@ -21,92 +21,166 @@ from .heatmaps import check_map, overlay
 @dataclass(frozen=True)
 class Field:
     "Where a map lies on a slide, in pixels of the finest level"
-    size: tuple      # (height, width) of the slide
-    spacing: float   # microns per pixel of the slide
-    origin: tuple    # (top, left) of the map's first place; may lie outside of the slide
-    place: tuple     # (height, width) of a place of the map
 
-    def at(self, rows, columns): # (x, y)
+    size: tuple  # (height, width) of the slide
+    spacing: float  # microns per pixel of the slide
+    origin: tuple  # (top, left) of the map's first place; may lie outside of the slide
+    place: tuple  # (height, width) of a place of the map
+
+    def at(self, rows, columns):  # (x, y)
         "Of places, counted from the upper left corner of the map, which may be fractions, as x and y"
-        return self.origin[1]+np.asarray(columns)*self.place[1], self.origin[0]+np.asarray(rows)*self.place[0]
+        return self.origin[1] + np.asarray(columns) * self.place[1], self.origin[0] + np.asarray(
+            rows
+        ) * self.place[0]
+
 
 def field_of(
     data,  # `SlideDataset`
     i,  # index of a case
     image,  # (height, width) of its image, in pixels at the spacing of the dataset
     shape,  # (rows, columns) of the map, over the same field of view
-)->Field:
+) -> Field:
     "The field of a map of the image of a case, which has not been augmented"
     c = data.cases[i]
     with Slide(c.path, spacing=c.spacing, warn=False) as s:
-        top, left, *box = tissue_box(s, data.spacing, mask=tissue_mask(s, source=c.mask, pen=data.pen))
-        scale = data.spacing/s.spacing
-        first = [(at+max(0, n-N)//2-(N-min(n, N))//2)*scale for at, n, N in zip((top, left), box, image)]
-        return Field(s.size, s.spacing, tuple(first), tuple(N*scale/n for N, n in zip(image, shape)))
+        top, left, *box = tissue_box(
+            s, data.spacing, mask=tissue_mask(s, source=c.mask, pen=data.pen)
+        )
+        scale = data.spacing / s.spacing
+        first = [
+            (at + max(0, n - N) // 2 - (N - min(n, N)) // 2) * scale
+            for at, n, N in zip((top, left), box, image)
+        ]
+        return Field(
+            s.size, s.spacing, tuple(first), tuple(N * scale / n for N, n in zip(image, shape))
+        )
 
 # %% ../nbs/14_regions.ipynb #reg000008
 @dataclass(frozen=True)
 class Region:
     "Part of a slide on which a map is above a threshold"
+
     # of arrays (n, 2) of x and y in pixels of the slide, the outer one first, then holes; the last
     # point is the first
     rings: list
-    area: float    # square microns
-    mean: float    # of the map
+    area: float  # square microns
+    mean: float  # of the map
     highest: float
-    peak: tuple    # (x, y) of its highest place
+    peak: tuple  # (x, y) of its highest place
 
-def _area(ring): x, y = ring.T; return float((x[:-1]*y[1:]-x[1:]*y[:-1]).sum()/2) # below zero where it turns the other way
+
+def _area(ring):
+    x, y = ring.T
+    return float(
+        (x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2
+    )  # below zero where it turns the other way
+
 
 def regions(
     heat,  # (h, w)
     field,  # where it lies
     threshold,  # above which it is a region
-    least=0.,  # square microns; what is smaller is left out
-)->list: # of `Region`, the highest first
+    least=0.0,  # square microns; what is smaller is left out
+) -> list:  # of `Region`, the highest first
     "The regions of a slide in which a map is above a threshold"
     heat = check_map(heat)
-    if not np.isfinite(threshold) or threshold <= 0: raise InputError(f'threshold {threshold} of a map: it has to be above 0')
-    around = np.pad(heat, 1); labels, n = ndimage.label(around > threshold); found = []
+    if not np.isfinite(threshold) or threshold <= 0:
+        raise InputError(f'threshold {threshold} of a map: it has to be above 0')
+    around = np.pad(heat, 1)
+    labels, n = ndimage.label(around > threshold)
+    found = []
     for k, where in enumerate(ndimage.find_objects(labels), 1):
-        (r, c), mine = (slice(max(s.start-1, 0), s.stop+1) for s in where), None
-        mine = labels[r, c] == k; values = np.where(mine, around[r, c], np.minimum(around[r, c], threshold*(1-1e-6)))
-        polygons, offsets = contourpy.contour_generator(z=values.astype(float), fill_type='OuterOffset').filled(threshold, np.inf)
+        (r, c), mine = (slice(max(s.start - 1, 0), s.stop + 1) for s in where), None
+        mine = labels[r, c] == k
+        values = np.where(mine, around[r, c], np.minimum(around[r, c], threshold * (1 - 1e-6)))
+        polygons, offsets = contourpy.contour_generator(
+            z=values.astype(float), fill_type='OuterOffset'
+        ).filled(threshold, np.inf)
         rings = []
-        for points, at in zip(polygons, offsets): # columns and rows of the padded part, whose first place's middle is at 0
+        for points, at in zip(
+            polygons, offsets
+        ):  # columns and rows of the padded part, whose first place's middle is at 0
             for j, (a, b) in enumerate(zip(at, at[1:])):
-                x, y = field.at(points[a:b, 1]+r.start-1+.5, points[a:b, 0]+c.start-1+.5); ring = np.stack([x, y], 1)
+                x, y = field.at(
+                    points[a:b, 1] + r.start - 1 + 0.5, points[a:b, 0] + c.start - 1 + 0.5
+                )
+                ring = np.stack([x, y], 1)
                 rings.append(ring if (_area(ring) > 0) == (j == 0) else ring[::-1])
-        area = abs(sum(map(_area, rings)))*field.spacing**2
-        if not rings or area < least: continue
-        own = np.where(mine, values, -1); i, j = np.unravel_index(own.argmax(), own.shape); x, y = field.at(i+r.start-.5, j+c.start-.5)
-        found.append(Region(rings, area, float(values[mine].mean()), float(own.max()), (float(x), float(y))))
+        area = abs(sum(map(_area, rings))) * field.spacing**2
+        if not rings or area < least:
+            continue
+        own = np.where(mine, values, -1)
+        i, j = np.unravel_index(own.argmax(), own.shape)
+        x, y = field.at(i + r.start - 0.5, j + c.start - 0.5)
+        found.append(
+            Region(rings, area, float(values[mine].mean()), float(own.max()), (float(x), float(y)))
+        )
     return sorted(found, key=lambda g: -g.highest)
+
 
 def as_geojson(
     found,  # of `Region`
     name='region',  # what QuPath calls their class
     colour=(200, 60, 40),  # red, green, blue
     slide_id='',
-)->dict: # what JSON can hold
+) -> dict:  # what JSON can hold
     "A FeatureCollection that QuPath opens as annotations, with their measurements; the same regions have the same ids"
+
     def feature(k, g):
         rings = [[[round(float(x), 1), round(float(y), 1)] for x, y in ring] for ring in g.rings]
-        return dict(type='Feature', id=str(uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([slide_id, name, rings]))), geometry=dict(type='Polygon', coordinates=rings),
-                    properties=dict(objectType='annotation', name=f'{name} {k}', classification=dict(name=name, color=list(colour)), measurements={'Area µm^2': round(g.area, 1), 'Mean': round(g.mean, 6), 'Highest': round(g.highest, 6)}))
+        return dict(
+            type='Feature',
+            id=str(uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([slide_id, name, rings]))),
+            geometry=dict(type='Polygon', coordinates=rings),
+            properties=dict(
+                objectType='annotation',
+                name=f'{name} {k}',
+                classification=dict(name=name, color=list(colour)),
+                measurements={
+                    'Area µm^2': round(g.area, 1),
+                    'Mean': round(g.mean, 6),
+                    'Highest': round(g.highest, 6),
+                },
+            ),
+        )
+
     return dict(type='FeatureCollection', features=[feature(k, g) for k, g in enumerate(found, 1)])
 
-def region_rows(found, slide_id): # of a table
-    return [dict(slide_id=slide_id, region=k, area_um2=f'{g.area:.1f}', mean=f'{g.mean:.6g}', highest=f'{g.highest:.6g}', peak_x=f'{g.peak[0]:.0f}', peak_y=f'{g.peak[1]:.0f}', left=f'{g.rings[0][:, 0].min():.0f}', top=f'{g.rings[0][:, 1].min():.0f}', right=f'{g.rings[0][:, 0].max():.0f}', bottom=f'{g.rings[0][:, 1].max():.0f}') for k, g in enumerate(found, 1)]
+
+def region_rows(found, slide_id):  # of a table
+    return [
+        dict(
+            slide_id=slide_id,
+            region=k,
+            area_um2=f'{g.area:.1f}',
+            mean=f'{g.mean:.6g}',
+            highest=f'{g.highest:.6g}',
+            peak_x=f'{g.peak[0]:.0f}',
+            peak_y=f'{g.peak[1]:.0f}',
+            left=f'{g.rings[0][:, 0].min():.0f}',
+            top=f'{g.rings[0][:, 1].min():.0f}',
+            right=f'{g.rings[0][:, 0].max():.0f}',
+            bottom=f'{g.rings[0][:, 1].max():.0f}',
+        )
+        for k, g in enumerate(found, 1)
+    ]
 
 # %% ../nbs/14_regions.ipynb #reg000012
-def whole_map(heat, field, side=8192): # float32 (h, w), microns per pixel
+def whole_map(heat, field, side=8192):  # float32 (h, w), microns per pixel
     "A map on the field of view of its whole slide, whose longest side has at most `side` pixels, zero where there is none; each pixel is that of the place that its middle lies in"
-    heat = check_map(heat); k = max(1, int(min(*field.place, COARSEST/field.spacing)), -(-max(field.size)//side)) # pixels of the slide, a side
-    i, j = (np.floor(((np.arange(-(-N//k))+.5)*k-o)/p).astype(int) for N, o, p in zip(field.size, field.origin, field.place))
-    out = np.zeros((len(i), len(j)), np.float32); rows, columns = (np.flatnonzero((v >= 0) & (v < n)) for v, n in zip((i, j), heat.shape))
+    heat = check_map(heat)
+    k = max(
+        1, int(min(*field.place, COARSEST / field.spacing)), -(-max(field.size) // side)
+    )  # pixels of the slide, a side
+    i, j = (
+        np.floor(((np.arange(-(-N // k)) + 0.5) * k - o) / p).astype(int)
+        for N, o, p in zip(field.size, field.origin, field.place)
+    )
+    out = np.zeros((len(i), len(j)), np.float32)
+    rows, columns = (np.flatnonzero((v >= 0) & (v < n)) for v, n in zip((i, j), heat.shape))
     out[np.ix_(rows, columns)] = heat[np.ix_(i[rows], j[columns])]
-    return out, k*field.spacing
+    return out, k * field.spacing
+
 
 def write_exports(
     folder,  # to write into
@@ -117,12 +191,21 @@ def write_exports(
     threshold,  # see `regions`
     top,  # value of full colour
     name='region',
-    least=0.,
-)->list: # rows of a table: see `region_rows`
+    least=0.0,
+) -> list:  # rows of a table: see `region_rows`
     "Write overlay/ID.png, tiff/ID.tiff and geojson/ID.geojson into a folder"
-    folder = Path(folder); found = regions(heat, field, threshold, least)
-    with whole_file(folder/f'overlay/{slide_id}.png') as f: Image.fromarray(overlay(image, heat, top=top)).save(f, 'PNG')
+    folder = Path(folder)
+    found = regions(heat, field, threshold, least)
+    with whole_file(folder / f'overlay/{slide_id}.png') as f:
+        Image.fromarray(overlay(image, heat, top=top)).save(f, 'PNG')
     whole, spacing = whole_map(heat, field)
-    write_tiff(np.rint(255*np.clip(whole/top, 0, 1)).astype(np.uint8), folder/f'tiff/{slide_id}.tiff', spacing)
-    write_whole(folder/f'geojson/{slide_id}.geojson', json.dumps(as_geojson(found, name, slide_id=slide_id))+'\n')
+    write_tiff(
+        np.rint(255 * np.clip(whole / top, 0, 1)).astype(np.uint8),
+        folder / f'tiff/{slide_id}.tiff',
+        spacing,
+    )
+    write_whole(
+        folder / f'geojson/{slide_id}.geojson',
+        json.dumps(as_geojson(found, name, slide_id=slide_id)) + '\n',
+    )
     return region_rows(found, slide_id)

@@ -21,454 +21,1400 @@ from .files import write_csv, write_whole
 from .cohorts import read_table
 from .checkpoints import REPORT, absolute, claim, staged
 from .aggregators import aggregators
-from .auc import INTERVALS, Interval, check_level, check_scores, difference_shown, percent
-from .evaluation import Metrics, patients_of, plot_roc, read_patients, read_predictions
+from streaming_pathology.auc import (
+    INTERVALS,
+    Interval,
+    check_level,
+    check_scores,
+    difference_shown,
+    percent,
+)
+from streaming_pathology.evaluation import (
+    Metrics,
+    patients_of,
+    plot_roc,
+    read_patients,
+    read_predictions,
+)
 from .results import figures_of, read_outcomes, results, sentences_of
-from .review import FALSE, SUGGESTED, called, category_table, errors_of, numbered, read_categories
+from streaming_pathology.review import (
+    FALSE,
+    SUGGESTED,
+    called,
+    category_table,
+    errors_of,
+    numbered,
+    read_categories,
+)
 from .heatmaps import FORMAT, METHODS, load_heatmap, save_heatmap
 from .pages import ACCENT, SECOND, figure_uri, html_page, plural, spent, table
-from .viewer import Layer, copy_viewer, outline_of, read_picture, save_picture, slide_page, viewer_files, write_layer, write_tiles
+from streaming_pathology.viewer import (
+    Layer,
+    copy_viewer,
+    outline_of,
+    read_picture,
+    save_picture,
+    slide_page,
+    viewer_files,
+    write_layer,
+    write_tiles,
+)
 
 # %% ../nbs/15_report.ipynb #rpt00005
 def _toy_slide(rng, positive, size=(360, 520)):
     "A pink core on white, with dark nests where `positive`, and the map of the nests"
     h, w = size
     yy, xx = np.mgrid[:h, :w]
-    middle = h/2 + 40*np.sin(xx/w*rng.uniform(2, 6)+rng.uniform(0, 6))
-    core = (abs(yy-middle) < 70+12*np.sin(xx/23)) & (abs(xx-w/2) < w*.44)
-    nests = sum(np.exp(-((xx-rng.uniform(.15, .85)*w)**2+(yy-h/2-rng.uniform(-50, 50))**2)/rng.uniform(300, 900)) for _ in range(4 if positive else 0))*core
-    nuclei = rng.random(size) < np.where(core, .02+.25*np.clip(nests, 0, 1), 0)
-    nuclei = np.asarray(Image.fromarray((nuclei*255).astype(np.uint8)).filter(ImageFilter.MaxFilter(3)))[..., None]/255
-    rgb = np.where(core[..., None], (232, 180, 206), (247, 245, 247))*(1-nuclei)+np.array((92, 62, 140))*nuclei
-    heat = np.clip(nests+.12*core*rng.random(size), 0, None)
-    return Image.fromarray(rgb.astype(np.uint8)).filter(ImageFilter.GaussianBlur(.8)), heat.reshape(h//8, 8, w//8, 8).mean((1, 3))
+    middle = h / 2 + 40 * np.sin(xx / w * rng.uniform(2, 6) + rng.uniform(0, 6))
+    core = (abs(yy - middle) < 70 + 12 * np.sin(xx / 23)) & (abs(xx - w / 2) < w * 0.44)
+    nests = (
+        sum(
+            np.exp(
+                -(
+                    (xx - rng.uniform(0.15, 0.85) * w) ** 2
+                    + (yy - h / 2 - rng.uniform(-50, 50)) ** 2
+                )
+                / rng.uniform(300, 900)
+            )
+            for _ in range(4 if positive else 0)
+        )
+        * core
+    )
+    nuclei = rng.random(size) < np.where(core, 0.02 + 0.25 * np.clip(nests, 0, 1), 0)
+    nuclei = (
+        np.asarray(
+            Image.fromarray((nuclei * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(3))
+        )[..., None]
+        / 255
+    )
+    rgb = (
+        np.where(core[..., None], (232, 180, 206), (247, 245, 247)) * (1 - nuclei)
+        + np.array((92, 62, 140)) * nuclei
+    )
+    heat = np.clip(nests + 0.12 * core * rng.random(size), 0, None)
+    return Image.fromarray(rgb.astype(np.uint8)).filter(
+        ImageFilter.GaussianBlur(0.8)
+    ), heat.reshape(h // 8, 8, w // 8, 8).mean((1, 3))
 
 # %% ../nbs/15_report.ipynb #rpt00006
 def toy_run(
     folder,  # where to write it
     n=24,  # labelled test slides
     seed=0,
-)->Path:
+) -> Path:
     "A run folder with made-up slides and figures, to try the report on"
     folder, rng = Path(folder), np.random.default_rng(seed)
-    settings = dict(title='Toy run', synthetic=True, arch='resnet18', pool='avg', spacing=1.0, size=4096, strip=512, epochs=12, lr=.01, momentum=.9, batch=16, seed=seed)
-    write_whole(folder/'settings.toml', ''.join(f'{k} = {json.dumps(v)}\n' for k, v in settings.items()))
-    write_whole(folder/'environment.json', json.dumps(dict(date='2026-01-01 12:00', machine=dict(cpus=2, memory_gb=8, gpu=None), python='3.11', packages=dict(torch='2.14', numpy='2.3')), indent=1))
-    labels, rows = [i % 2 for i in range(n)]+[None], []
+    settings = dict(
+        title='Toy run',
+        synthetic=True,
+        arch='resnet18',
+        pool='avg',
+        spacing=1.0,
+        size=4096,
+        strip=512,
+        epochs=12,
+        lr=0.01,
+        momentum=0.9,
+        batch=16,
+        seed=seed,
+    )
+    write_whole(
+        folder / 'settings.toml', ''.join(f'{k} = {json.dumps(v)}\n' for k, v in settings.items())
+    )
+    write_whole(
+        folder / 'environment.json',
+        json.dumps(
+            dict(
+                date='2026-01-01 12:00',
+                machine=dict(cpus=2, memory_gb=8, gpu=None),
+                python='3.11',
+                packages=dict(torch='2.14', numpy='2.3'),
+            ),
+            indent=1,
+        ),
+    )
+    labels, rows = [i % 2 for i in range(n)] + [None], []
     for i, y in enumerate(labels):
-        p, name = 1/(1+math.exp(-rng.normal(2.4*(y or 0)-1.2, 1.3))), 'sample' if y is None else f'biopsy_{i:03}'
-        rows.append(dict(slide_id=name, label=y, split='test', probability=round(p, 4), seconds=round(rng.uniform(1, 2), 2)))
+        p, name = (
+            1 / (1 + math.exp(-rng.normal(2.4 * (y or 0) - 1.2, 1.3))),
+            'sample' if y is None else f'biopsy_{i:03}',
+        )
+        rows.append(
+            dict(
+                slide_id=name,
+                label=y,
+                split='test',
+                probability=round(p, 4),
+                seconds=round(rng.uniform(1, 2), 2),
+            )
+        )
         image, heat = _toy_slide(rng, y)
-        save_picture(folder/f'images/{name}.jpg', image, 4.); save_heatmap(folder/f'heatmaps/{name}.npy', heat)
-    write_csv(folder/'predictions.csv', rows)
-    write_csv(folder/'cohort.csv', [r | dict(patient_id=r['slide_id']) for r in rows]+[dict(slide_id=f'train_{i}', label=i % 2, split='train' if i % 5 else 'tuning', patient_id=f'p{i//2}') for i in range(60)], ('slide_id', 'label', 'split', 'patient_id'))
-    loss = lambda e, a: .69*math.exp(-e/6)+a+.02*rng.random()
-    write_csv(folder/'log.csv', [dict(epoch=e, train_loss=loss(e, .05), tuning_loss=loss(e, .16), tuning_auc=1-.4*math.exp(-e/3), lr=.01, seconds=20+rng.random(), peak_mb=900+e) for e in range(12)])
-    write_whole(folder/'metrics.json', json.dumps(results(folder/'predictions.csv', n=2000))+'\n')
+        save_picture(folder / f'images/{name}.jpg', image, 4.0)
+        save_heatmap(folder / f'heatmaps/{name}.npy', heat)
+    write_csv(folder / 'predictions.csv', rows)
+    write_csv(
+        folder / 'cohort.csv',
+        [r | dict(patient_id=r['slide_id']) for r in rows]
+        + [
+            dict(
+                slide_id=f'train_{i}',
+                label=i % 2,
+                split='train' if i % 5 else 'tuning',
+                patient_id=f'p{i // 2}',
+            )
+            for i in range(60)
+        ],
+        ('slide_id', 'label', 'split', 'patient_id'),
+    )
+    loss = lambda e, a: 0.69 * math.exp(-e / 6) + a + 0.02 * rng.random()
+    write_csv(
+        folder / 'log.csv',
+        [
+            dict(
+                epoch=e,
+                train_loss=loss(e, 0.05),
+                tuning_loss=loss(e, 0.16),
+                tuning_auc=1 - 0.4 * math.exp(-e / 3),
+                lr=0.01,
+                seconds=20 + rng.random(),
+                peak_mb=900 + e,
+            )
+            for e in range(12)
+        ],
+    )
+    write_whole(
+        folder / 'metrics.json', json.dumps(results(folder / 'predictions.csv', n=2000)) + '\n'
+    )
     return folder
 
 # %% ../nbs/15_report.ipynb #rpt00009
 @dataclass
 class Run:
     "What a run folder holds, checked"
+
     folder: Path
     settings: dict
     predictions: list
-    found: dict|None=None                       # as `results` gives it; None: no figure can be computed
-    notes: dict=field(default_factory=dict)     # what is missing, a sentence for each piece
-    figures: dict=field(default_factory=dict)   # as `figures_of` gives them
-    log: list=field(default_factory=list)       # rows of floats, nan where empty
-    cohort: list=field(default_factory=list)
-    environment: dict=field(default_factory=dict)
-    anonymous: bool=False                       # slides are called by numbers
+    found: dict | None = None  # as `results` gives it; None: no figure can be computed
+    notes: dict = field(default_factory=dict)  # what is missing, a sentence for each piece
+    figures: dict = field(default_factory=dict)  # as `figures_of` gives them
+    log: list = field(default_factory=list)  # rows of floats, nan where empty
+    cohort: list = field(default_factory=list)
+    environment: dict = field(default_factory=dict)
+    anonymous: bool = False  # slides are called by numbers
+
     @property
-    def metrics(self): return Metrics(**{f.name: self.found[f.name] for f in fields(Metrics)}) if self.found and self.found['task'] == 'binary' else None
+    def metrics(self):
+        return (
+            Metrics(**{f.name: self.found[f.name] for f in fields(Metrics)})
+            if self.found and self.found['task'] == 'binary'
+            else None
+        )
+
     @property
-    def title(self): return str(self.settings.get('title') or self.folder.resolve().name)
+    def title(self):
+        return str(self.settings.get('title') or self.folder.resolve().name)
+
     @property
-    def two(self): return self.settings.get('task', 'binary') == 'binary' # classes
+    def two(self):
+        return self.settings.get('task', 'binary') == 'binary'  # classes
+
     @property
-    def patches(self): return self.settings.get('command') == 'sp_mil' # the network sees patches, not a whole image
+    def patches(self):
+        return (
+            self.settings.get('command') == 'sp_mil'
+        )  # the network sees patches, not a whole image
+
     @property
-    def drawn(self): # what a heatmap of the run is called, and what it shows
+    def drawn(self):  # what a heatmap of the run is called, and what it shows
         by = aggregators.get(self.settings.get('aggregator'))
-        if by and by.relevance_is == 'attention': return METHODS['attention'], 'the attention that each patch gets, as a share of the largest in its slide'
-        return (METHODS['patches'], 'the probability of each patch') if self.patches else (METHODS['smoothgrad'], 'where its logit is most sensitive (SmoothGrad)')
+        if by and by.relevance_is == 'attention':
+            return METHODS[
+                'attention'
+            ], 'the attention that each patch gets, as a share of the largest in its slide'
+        return (
+            (METHODS['patches'], 'the probability of each patch')
+            if self.patches
+            else (METHODS['smoothgrad'], 'where its logit is most sensitive (SmoothGrad)')
+        )
+
     @property
-    def source(self): # of what is not the paper's own
-        if (by := aggregators.get(self.settings.get('aggregator'))): return f'the features of patches are put together by the aggregator {by.name}'+(f' of {by.source}' if by.source else '')
-        if self.settings.get('annotation'): return 'that patches learn from masks is as in Bulten et al. 2020'
-        return 'multiple-instance learning is that of Campanella et al. 2019' if self.patches else 'SmoothGrad is by Smilkov et al. 2017'
+    def source(self):  # of what is not the paper's own
+        if by := aggregators.get(self.settings.get('aggregator')):
+            return f'the features of patches are put together by the aggregator {by.name}' + (
+                f' of {by.source}' if by.source else ''
+            )
+        if self.settings.get('annotation'):
+            return 'that patches learn from masks is as in Bulten et al. 2020'
+        return (
+            'multiple-instance learning is that of Campanella et al. 2019'
+            if self.patches
+            else 'SmoothGrad is by Smilkov et al. 2017'
+        )
+
     @property
-    def split(self): return self.found['split'] if self.found and 'split' in self.found else 'test'
+    def split(self):
+        return self.found['split'] if self.found and 'split' in self.found else 'test'
+
     def of_split(self):
         "Labelled slides, the largest error first"
         return [p for p in self.ordered if p.split == self.split and p.label is not None]
-    def unlabelled(self): return [p for p in self.ordered if p.label is None]
+
+    def unlabelled(self):
+        return [p for p in self.ordered if p.label is None]
+
     @cached_property
-    def number(self): return numbered(self.predictions, self.split)
+    def number(self):
+        return numbered(self.predictions, self.split)
+
     @property
-    def ordered(self): return sorted(self.predictions, key=lambda p: self.number[p.slide_id])
-    def name(self, slide_id): return called(self.number[slide_id]) if self.anonymous else slide_id
+    def ordered(self):
+        return sorted(self.predictions, key=lambda p: self.number[p.slide_id])
+
+    def name(self, slide_id):
+        return called(self.number[slide_id]) if self.anonymous else slide_id
+
 
 def _parse(path, read, way='a report is made from the folder that sp_train or sp_demo wrote'):
-    try: v = read(path.read_text(encoding='utf-8'))
-    except FileNotFoundError: raise InputError(f'{path} does not exist: {way}') from None
-    except (OSError, ValueError) as e: raise InputError(f'{path} is damaged and cannot be read: {str(e).splitlines()[0]}') from None
-    if not isinstance(v, dict): raise InputError(f'{path} is damaged: it should hold names and values')
+    try:
+        v = read(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise InputError(f'{path} does not exist: {way}') from None
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f'{path} is damaged and cannot be read: {str(e).splitlines()[0]}'
+        ) from None
+    if not isinstance(v, dict):
+        raise InputError(f'{path} is damaged: it should hold names and values')
     return v
 
 # %% ../nbs/15_report.ipynb #rpt00010
-MAIN = dict(binary=('Area under the ROC curve', 'auc'), classes=('Quadratic kappa', 'kappa'), survival=('Concordance index', 'concordance'), measure=('Mean absolute error', 'mean_absolute_error')) # the figure that matters, of each task that has one
+MAIN = dict(
+    binary=('Area under the ROC curve', 'auc'),
+    classes=('Quadratic kappa', 'kappa'),
+    survival=('Concordance index', 'concordance'),
+    measure=('Mean absolute error', 'mean_absolute_error'),
+)  # the figure that matters, of each task that has one
 
-def _figures(folder, two, by, cohort): # dict; two: of a task with two classes
+
+def _figures(folder, two, by, cohort):  # dict; two: of a task with two classes
     "The figures of predictions.csv, as metrics.json says they were computed"
-    path, kwargs, m = folder/'metrics.json', {}, None
+    path, kwargs, m = folder / 'metrics.json', {}, None
     if path.exists():
         m = _parse(path, json.loads)
-        if two and (lost := [k for k in ('auc', 'draws', 'seed', 'level', 'split') if k not in m]): raise InputError(f'{path} has no {", ".join(lost)}: run sp_evaluate again, with --out elsewhere, and put what it writes in its place')
-        kwargs = dict(zip(('n', 'seed', 'level', 'split', 'method'), (m.get('draws', 10_000), m.get('seed', 0), m.get('level', .95), m.get('split', 'test'), m.get('method', 'logit'))))
-        if (chosen := m.get('threshold_from')) != kwargs['split']: kwargs['threshold_split'] = chosen
+        if two and (lost := [k for k in ('auc', 'draws', 'seed', 'level', 'split') if k not in m]):
+            raise InputError(
+                f'{path} has no {", ".join(lost)}: run sp_evaluate again, with --out elsewhere, and put what it writes in its place'
+            )
+        kwargs = dict(
+            zip(
+                ('n', 'seed', 'level', 'split', 'method'),
+                (
+                    m.get('draws', 10_000),
+                    m.get('seed', 0),
+                    m.get('level', 0.95),
+                    m.get('split', 'test'),
+                    m.get('method', 'logit'),
+                ),
+            )
+        )
+        if (chosen := m.get('threshold_from')) != kwargs['split']:
+            kwargs['threshold_split'] = chosen
     try:
-        if m and (w := m.get('at_sensitivity')): kwargs['sensitivity'] = w['wanted']
-        got = results(folder/'predictions.csv', by=by, cohort=cohort, **kwargs)
-    except InputError: raise
-    except (TypeError, ValueError, KeyError) as e: raise InputError(f'{path} is damaged ({type(e).__name__}: {e}): run sp_evaluate again, with --out elsewhere, and put what it writes in its place') from None
-    for k in [MAIN.get(got['task'], (None, None))[1]]+['threshold', *['low', 'high']*(not cohort)]*bool(m and 'low' in m): # whose patients may be others
-        if m and k in got and not abs(got[k]-(m[k] if isinstance(m.get(k), (int, float)) else math.nan)) < 5e-4: raise InputError(f'{path} says {k.replace("auc", "AUC")} {m.get(k)} but predictions.csv and cohort.csv beside it give {got[k]:.4f}: run sp_evaluate again, with --out elsewhere, and put what it writes in its place')
+        if m and (w := m.get('at_sensitivity')):
+            kwargs['sensitivity'] = w['wanted']
+        got = results(folder / 'predictions.csv', by=by, cohort=cohort, **kwargs)
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError) as e:
+        raise InputError(
+            f'{path} is damaged ({type(e).__name__}: {e}): run sp_evaluate again, with --out elsewhere, and put what it writes in its place'
+        ) from None
+    for k in [MAIN.get(got['task'], (None, None))[1]] + [
+        'threshold',
+        *['low', 'high'] * (not cohort),
+    ] * bool(m and 'low' in m):  # whose patients may be others
+        if (
+            m
+            and k in got
+            and not abs(got[k] - (m[k] if isinstance(m.get(k), (int, float)) else math.nan)) < 5e-4
+        ):
+            raise InputError(
+                f'{path} says {k.replace("auc", "AUC")} {m.get(k)} but predictions.csv and cohort.csv beside it give {got[k]:.4f}: run sp_evaluate again, with --out elsewhere, and put what it writes in its place'
+            )
     return got
 
+
 def _log_row(row, path):
-    try: return {k: float(v) if (v or '').strip() else math.nan for k, v in row.items() if k}
-    except (TypeError, ValueError) as e: raise InputError(f'{path}, epoch {row.get("epoch")!r}: {e}') from None
+    try:
+        return {k: float(v) if (v or '').strip() else math.nan for k, v in row.items() if k}
+    except (TypeError, ValueError) as e:
+        raise InputError(f'{path}, epoch {row.get("epoch")!r}: {e}') from None
 
 # %% ../nbs/15_report.ipynb #rpt00011
 def read_run(
     folder,  # as sp_train or sp_demo wrote it
     by=(),  # columns of `cohort` to show groups of
     cohort=None,  # manifest; None: cohort.csv in the run folder
-)->Run:
+) -> Run:
     "Everything the report needs of a run folder; `InputError` names the file that is damaged, or needed and missing"
     folder = Path(folder)
-    if not folder.is_dir(): raise InputError(f'{folder} is no folder: give the one that sp_train or sp_demo wrote')
-    run = Run(folder, _parse(folder/'settings.toml', tomllib.loads), [])
-    if run.two: run.predictions = read_predictions(folder/'predictions.csv')
-    elif (folder/'predictions.csv').exists(): read_outcomes(folder/'predictions.csv')
-    else: raise InputError(f"{folder/'predictions.csv'} does not exist: a report is made from the folder that sp_train wrote")
-    read_patients(folder/'cohort.csv', False) # what is damaged is told; what remains is that there are too few slides
+    if not folder.is_dir():
+        raise InputError(f'{folder} is no folder: give the one that sp_train or sp_demo wrote')
+    run = Run(folder, _parse(folder / 'settings.toml', tomllib.loads), [])
+    if run.two:
+        run.predictions = read_predictions(folder / 'predictions.csv')
+    elif (folder / 'predictions.csv').exists():
+        read_outcomes(folder / 'predictions.csv')
+    else:
+        raise InputError(
+            f'{folder / "predictions.csv"} does not exist: a report is made from the folder that sp_train wrote'
+        )
+    read_patients(
+        folder / 'cohort.csv', False
+    )  # what is damaged is told; what remains is that there are too few slides
     try:
-        run.found = _figures(folder, run.two, by, cohort); run.figures = figures_of(run.found, folder/'predictions.csv', cohort, ACCENT)
+        run.found = _figures(folder, run.two, by, cohort)
+        run.figures = figures_of(run.found, folder / 'predictions.csv', cohort, ACCENT)
     except InputError as e:
-        if by or cohort or (folder/'metrics.json').exists(): raise
-        run.notes['metrics'] = f'{"No AUC" if run.two else "No figure"}: {str(e).replace(str(folder/"predictions.csv"), "predictions.csv")}.'
+        if by or cohort or (folder / 'metrics.json').exists():
+            raise
+        run.notes['metrics'] = (
+            f'{"No AUC" if run.two else "No figure"}: {str(e).replace(str(folder / "predictions.csv"), "predictions.csv")}.'
+        )
+
     def optional(name, read, say):
-        if (folder/name).exists(): return read(folder/name)
+        if (folder / name).exists():
+            return read(folder / name)
         run.notes[name] = say
         return None
-    optional('metrics.json', lambda f: f, 'There is no metrics.json in the run folder: the figures were computed from predictions.csv for this report.')
-    run.log = [_log_row(r, folder/'log.csv') for r in optional('log.csv', lambda f: read_table(f, ('epoch', 'train_loss')), 'There is no log.csv in the run folder, so the curves of training are missing.') or ()]
-    run.cohort = optional('cohort.csv', lambda f: read_table(f, ('slide_id', *['label'][:run.two], 'split')), 'There is no cohort.csv in the run folder: slides that were not predicted are not counted.') or []
-    run.environment = optional('environment.json', lambda f: _parse(f, json.loads), 'There is no environment.json in the run folder: machine and versions are not known.') or {}
+
+    optional(
+        'metrics.json',
+        lambda f: f,
+        'There is no metrics.json in the run folder: the figures were computed from predictions.csv for this report.',
+    )
+    run.log = [
+        _log_row(r, folder / 'log.csv')
+        for r in optional(
+            'log.csv',
+            lambda f: read_table(f, ('epoch', 'train_loss')),
+            'There is no log.csv in the run folder, so the curves of training are missing.',
+        )
+        or ()
+    ]
+    run.cohort = (
+        optional(
+            'cohort.csv',
+            lambda f: read_table(f, ('slide_id', *['label'][: run.two], 'split')),
+            'There is no cohort.csv in the run folder: slides that were not predicted are not counted.',
+        )
+        or []
+    )
+    run.environment = (
+        optional(
+            'environment.json',
+            lambda f: _parse(f, json.loads),
+            'There is no environment.json in the run folder: machine and versions are not known.',
+        )
+        or {}
+    )
     return run
 
 # %% ../nbs/15_report.ipynb #rpt00014
 def _curves(run, columns, ylabel, ylim=None):
     "One figure of some of the log's columns, or None where it has none of them"
     epochs = [r['epoch'] for r in run.log]
-    there = [(c, v) for c in columns if np.isfinite(v := [r.get(c, math.nan) for r in run.log]).any()]
+    there = [
+        (c, v) for c in columns if np.isfinite(v := [r.get(c, math.nan) for r in run.log]).any()
+    ]
+
     def draw(ax):
-        for (c, v), colour in zip(there, (ACCENT, SECOND)): ax.plot(epochs, v, color=colour, lw=1.8, marker='o', ms=3.5, label=c.replace('_', ' ').replace('auc', 'AUC'))
-        ax.set(xlabel='epoch', ylabel=ylabel, ylim=ylim); ax.grid(axis='y', color='.5', alpha=.18, lw=.8); ax.spines[['top', 'right']].set_visible(False)
+        for (c, v), colour in zip(there, (ACCENT, SECOND)):
+            ax.plot(
+                epochs,
+                v,
+                color=colour,
+                lw=1.8,
+                marker='o',
+                ms=3.5,
+                label=c.replace('_', ' ').replace('auc', 'AUC'),
+            )
+        ax.set(xlabel='epoch', ylabel=ylabel, ylim=ylim)
+        ax.grid(axis='y', color='.5', alpha=0.18, lw=0.8)
+        ax.spines[['top', 'right']].set_visible(False)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        if len(there) > 1: ax.legend(frameon=False)
+        if len(there) > 1:
+            ax.legend(frameon=False)
+
     return figure_uri(draw, (5, 3)) if there else None
 
 # %% ../nbs/15_report.ipynb #rpt00015
 def _summary(run):
     m, tail = run.metrics, ()
-    if run.settings.get('synthetic') is True: tail = (P(Strong('Synthetic cohort.'), ' The labelled slides were painted by a program. The figures show that the software works; they say nothing about patients.', cls='note'),)
-    if not run.found: return Div(P('No AUC' if run.two else 'No figure', cls='figure'), P(run.notes['metrics']), *tail)
-    if not m: return Div(*_other(run.found), *(P(n, cls='note') for n in run.found['notes']), *tail)
-    if m.low <= .5: tail += (P('The interval reaches down to 0.5: on these slides the network cannot be told from guessing.', cls='note'),)
-    if m.bootstrap_low == m.bootstrap_high: tail += (P('Every resample gives the same AUC, because the two classes do not overlap on these slides: the paper’s interval has no width then, and says nothing about other slides.', cls='note'),)
-    return Div(P(Span(MAIN['binary'][0], cls='eyebrow'), Span(f'{m.auc:.3f}', cls='figure')),
+    if run.settings.get('synthetic') is True:
+        tail = (
+            P(
+                Strong('Synthetic cohort.'),
+                ' The labelled slides were painted by a program. The figures show that the software works; they say nothing about patients.',
+                cls='note',
+            ),
+        )
+    if not run.found:
+        return Div(
+            P('No AUC' if run.two else 'No figure', cls='figure'), P(run.notes['metrics']), *tail
+        )
+    if not m:
+        return Div(*_other(run.found), *(P(n, cls='note') for n in run.found['notes']), *tail)
+    if m.low <= 0.5:
+        tail += (
+            P(
+                'The interval reaches down to 0.5: on these slides the network cannot be told from guessing.',
+                cls='note',
+            ),
+        )
+    if m.bootstrap_low == m.bootstrap_high:
+        tail += (
+            P(
+                'Every resample gives the same AUC, because the two classes do not overlap on these slides: the paper’s interval has no width then, and says nothing about other slides.',
+                cls='note',
+            ),
+        )
+    return Div(
+        P(Span(MAIN['binary'][0], cls='eyebrow'), Span(f'{m.auc:.3f}', cls='figure')),
         P(f'{percent(m.level)} interval ', Strong(str(m.interval))),
-        Div(Span(cls='span', style=f'left:{m.low:.1%};width:{m.high-m.low:.1%}'), Span(cls='dot', style=f'left:{m.auc:.1%}'), cls='line', role='img', aria_label=f'AUC {m.auc:.3f} and its interval {m.low:.3f} to {m.high:.3f} on a line from 0 to 1'),
+        Div(
+            Span(cls='span', style=f'left:{m.low:.1%};width:{m.high - m.low:.1%}'),
+            Span(cls='dot', style=f'left:{m.auc:.1%}'),
+            cls='line',
+            role='img',
+            aria_label=f'AUC {m.auc:.3f} and its interval {m.low:.3f} to {m.high:.3f} on a line from 0 to 1',
+        ),
         Div(Span('0'), Span('0.5, guessing'), Span('1'), cls='scale', aria_hidden='true'),
-        P(f'{plural(m.n, "slide")} of the {m.split} split, {m.positives} positive and {m.n-m.positives} negative{f", of {m.patients} patients, who count as one each" if m.patients else ""}. The interval is by {INTERVALS[m.method]}; the paper’s, the middle {percent(m.level)} of {m.draws:,} bootstrap draws, is {m.bootstrap} (seed {m.seed}, {m.redrawn:,} with one class only drawn again).', cls='small'), *tail)
+        P(
+            f'{plural(m.n, "slide")} of the {m.split} split, {m.positives} positive and {m.n - m.positives} negative{f", of {m.patients} patients, who count as one each" if m.patients else ""}. The interval is by {INTERVALS[m.method]}; the paper’s, the middle {percent(m.level)} of {m.draws:,} bootstrap draws, is {m.bootstrap} (seed {m.seed}, {m.redrawn:,} with one class only drawn again).',
+            cls='small',
+        ),
+        *tail,
+    )
+
 
 def _facts(run):
     m, facts = run.metrics, []
-    if m: facts = [(k, f'{getattr(m, k):.0%}', f'{m.intervals[k][0]:.0%} to {m.intervals[k][1]:.0%}') for k in ('sensitivity', 'specificity', 'accuracy')]
-    if seconds := [r['seconds'] for r in run.log if math.isfinite(r.get('seconds', math.nan))]: facts.append(('training', spent(sum(seconds))))
-    if peak := [r['peak_mb'] for r in run.log if math.isfinite(r.get('peak_mb', math.nan))]: facts.append(('peak memory', f'{max(peak)/1000:.2f} GB' if max(peak) >= 1000 else f'{max(peak):.0f} MB'))
-    if each := [p.seconds for p in run.predictions if p.seconds is not None]: facts.append(('network, one slide', spent(median(each))))
-    chosen = m and {m.split: 'the one with the highest accuracy on these same slides, as in the paper, and so a little flattering'}.get(m.threshold_from, f'chosen on the {m.threshold_from} split')
-    return (Dl(*(Div(Dt(k), Dd(v, *(Span(i, cls='eyebrow') for i in interval))) for k, v, *interval in facts), cls='facts'), P(f'A slide is called positive where its probability is at least {m.threshold:.3f}: {chosen}.', cls='small') if m else None)
+    if m:
+        facts = [
+            (k, f'{getattr(m, k):.0%}', f'{m.intervals[k][0]:.0%} to {m.intervals[k][1]:.0%}')
+            for k in ('sensitivity', 'specificity', 'accuracy')
+        ]
+    if seconds := [r['seconds'] for r in run.log if math.isfinite(r.get('seconds', math.nan))]:
+        facts.append(('training', spent(sum(seconds))))
+    if peak := [r['peak_mb'] for r in run.log if math.isfinite(r.get('peak_mb', math.nan))]:
+        facts.append(
+            (
+                'peak memory',
+                f'{max(peak) / 1000:.2f} GB' if max(peak) >= 1000 else f'{max(peak):.0f} MB',
+            )
+        )
+    if each := [p.seconds for p in run.predictions if p.seconds is not None]:
+        facts.append(('network, one slide', spent(median(each))))
+    chosen = m and {
+        m.split: 'the one with the highest accuracy on these same slides, as in the paper, and so a little flattering'
+    }.get(m.threshold_from, f'chosen on the {m.threshold_from} split')
+    return (
+        Dl(
+            *(
+                Div(Dt(k), Dd(v, *(Span(i, cls='eyebrow') for i in interval)))
+                for k, v, *interval in facts
+            ),
+            cls='facts',
+        ),
+        P(
+            f'A slide is called positive where its probability is at least {m.threshold:.3f}: {chosen}.',
+            cls='small',
+        )
+        if m
+        else None,
+    )
 
-def _other(found): # components
+
+def _other(found):  # components
     name, key = MAIN.get(found['task'], (None, None))
-    return P(Span(name, cls='eyebrow'), Span(f'{found[key]:.3f}', cls='figure')) if key else None, *(P(f'{t}.') for t in sentences_of(found))
+    return P(
+        Span(name, cls='eyebrow'), Span(f'{found[key]:.3f}', cls='figure')
+    ) if key else None, *(P(f'{t}.') for t in sentences_of(found))
 
 # %% ../nbs/15_report.ipynb #rpt00016
-def _named(run, name, size=(4.6, 4.2)): return figure_uri(run.figures[name], size) # data URI
+def _named(run, name, size=(4.6, 4.2)):
+    return figure_uri(run.figures[name], size)  # data URI
+
 
 def _calibration(run):
-    c, t, area = run.found['calibration'], run.found.get('temperature'), run.found['average_precision']
-    def words(c): return f"Brier score {c['brier']:.3f} ({c['low']:.3f} to {c['high']:.3f}), expected calibration error {c['ece']:.3f}"
-    return (P(f"{words(c)}. By the share of positive slides alone the Brier score would be {c['reference']:.3f}."), P(f"At a temperature of {t['value']:.2f}, chosen on the {t['chosen_on']} split: {words(t['calibration'])}.") if t else None, *(P(n, cls='small') for n in run.found['notes']),
-        Div(Figure(Img(src=_named(run, 'reliability'), alt=f'Reliability: share of positive slides by predicted probability. {words(c)}.', cls='plot')),
-            Figure(Img(src=_named(run, 'precision_recall'), alt=f"Precision by sensitivity, average precision {area['value']:.3f} ({area['low']:.3f} to {area['high']:.3f})", cls='plot')), cls='pair'))
+    c, t, area = (
+        run.found['calibration'],
+        run.found.get('temperature'),
+        run.found['average_precision'],
+    )
+
+    def words(c):
+        return f'Brier score {c["brier"]:.3f} ({c["low"]:.3f} to {c["high"]:.3f}), expected calibration error {c["ece"]:.3f}'
+
+    return (
+        P(
+            f'{words(c)}. By the share of positive slides alone the Brier score would be {c["reference"]:.3f}.'
+        ),
+        P(
+            f'At a temperature of {t["value"]:.2f}, chosen on the {t["chosen_on"]} split: {words(t["calibration"])}.'
+        )
+        if t
+        else None,
+        *(P(n, cls='small') for n in run.found['notes']),
+        Div(
+            Figure(
+                Img(
+                    src=_named(run, 'reliability'),
+                    alt=f'Reliability: share of positive slides by predicted probability. {words(c)}.',
+                    cls='plot',
+                )
+            ),
+            Figure(
+                Img(
+                    src=_named(run, 'precision_recall'),
+                    alt=f'Precision by sensitivity, average precision {area["value"]:.3f} ({area["low"]:.3f} to {area["high"]:.3f})',
+                    cls='plot',
+                )
+            ),
+            cls='pair',
+        ),
+    )
+
 
 def _groups(run):
-    def share(r, k): return None if r[k] is None else f'{r[k]:.0%} ({r[f"{k}_low"]:.0%} to {r[f"{k}_high"]:.0%})'
-    def row(r): return r['group'], r['n'], r['positives'], 'one class' if r['auc'] is None else f"{r['auc']:.3f} ({r['low']:.3f} to {r['high']:.3f})"+' against all negative slides'*(r['against'] != 'its own'), share(r, 'sensitivity'), share(r, 'specificity')
-    found = run.found['groups']; drawn = [(c, rows) for c, rows in found.items() if f'groups_{c}' in run.figures]
-    return *(table(f'By {c}', (c, 'slides', 'positive', 'AUC', 'sensitivity', 'specificity'), [row(r) for r in rows], cls='numbers') for c, rows in found.items()), \
-        Div(*(Figure(Img(src=_named(run, f'groups_{c}', (5, 1.2+.35*len(rows))), alt=f'AUC by {c} with intervals; the line is that of all slides', cls='plot')) for c, rows in drawn), cls='pair') if drawn else None
+    def share(r, k):
+        return None if r[k] is None else f'{r[k]:.0%} ({r[f"{k}_low"]:.0%} to {r[f"{k}_high"]:.0%})'
+
+    def row(r):
+        return (
+            r['group'],
+            r['n'],
+            r['positives'],
+            'one class'
+            if r['auc'] is None
+            else f'{r["auc"]:.3f} ({r["low"]:.3f} to {r["high"]:.3f})'
+            + ' against all negative slides' * (r['against'] != 'its own'),
+            share(r, 'sensitivity'),
+            share(r, 'specificity'),
+        )
+
+    found = run.found['groups']
+    drawn = [(c, rows) for c, rows in found.items() if f'groups_{c}' in run.figures]
+    return *(
+        table(
+            f'By {c}',
+            (c, 'slides', 'positive', 'AUC', 'sensitivity', 'specificity'),
+            [row(r) for r in rows],
+            cls='numbers',
+        )
+        for c, rows in found.items()
+    ), Div(
+        *(
+            Figure(
+                Img(
+                    src=_named(run, f'groups_{c}', (5, 1.2 + 0.35 * len(rows))),
+                    alt=f'AUC by {c} with intervals; the line is that of all slides',
+                    cls='plot',
+                )
+            )
+            for c, rows in drawn
+        ),
+        cls='pair',
+    ) if drawn else None
 
 # %% ../nbs/15_report.ipynb #rpt00019
 @dataclass
 class Shown:
     "A slide in a report"
+
     number: int
     name: str
-    prediction: object      # its `Prediction`
+    prediction: object  # its `Prediction`
     picture: object = None  # its `Picture`, or None
-    heat: bool = False      # whether there is a heatmap of the run itself
-    layers: list = field(default_factory=list) # of `Layer`, all its maps
-    tiles: dict|None = None
+    heat: bool = False  # whether there is a heatmap of the run itself
+    layers: list = field(default_factory=list)  # of `Layer`, all its maps
+    tiles: dict | None = None
+
     @property
-    def called(self): return self.name if self.name.startswith('Slide ') else f'Slide {self.name}'
+    def called(self):
+        return self.name if self.name.startswith('Slide ') else f'Slide {self.name}'
+
     @property
-    def label(self): return 'unlabelled' if self.prediction.label is None else 'label positive' if self.prediction.label else 'label negative'
+    def label(self):
+        return (
+            'unlabelled'
+            if self.prediction.label is None
+            else 'label positive'
+            if self.prediction.label
+            else 'label negative'
+        )
+
 
 def _piece(folder, kind, slide_id, suffix):
     "Path of a slide's image or map in a folder of its kind, or None; never outside of that"
-    base = (folder/kind).resolve()
-    try: path = (base/f'{slide_id}{suffix}').resolve()
-    except (OSError, ValueError): return None
-    try: return path if path.is_relative_to(base) and path.is_file() else None
-    except OSError: return None                                       # a name too long to be a file
+    base = (folder / kind).resolve()
+    try:
+        path = (base / f'{slide_id}{suffix}').resolve()
+    except (OSError, ValueError):
+        return None
+    try:
+        return path if path.is_relative_to(base) and path.is_file() else None
+    except OSError:
+        return None  # a name too long to be a file
+
 
 def _common_top(run, slides):
     "Value of full colour for all slides together, None without heatmaps; probabilities have a scale of their own"
-    maps = [load_heatmap(f).ravel() for p in slides if (f := _piece(run.folder, 'heatmaps', p.slide_id, '.npy'))]
-    return None if not maps else 1. if run.patches else float(np.percentile(np.concatenate(maps), 99.5))
+    maps = [
+        load_heatmap(f).ravel()
+        for p in slides
+        if (f := _piece(run.folder, 'heatmaps', p.slide_id, '.npy'))
+    ]
+    return (
+        None
+        if not maps
+        else 1.0
+        if run.patches
+        else float(np.percentile(np.concatenate(maps), 99.5))
+    )
 
-def _show(run, s, folder, top, maps): # the same, with its files
+
+def _show(run, s, folder, top, maps):  # the same, with its files
     "Write pictures, maps and tiles of a slide into a report."
-    if not (path := _piece(run.folder, 'images', s.prediction.slide_id, '.jpg')): return s
-    s.picture = read_picture(path); at = folder/f'pictures/{s.number:03}'
-    with Image.open(path) as im: im.draft('RGB', (1024, 1024)); save_picture(at.with_suffix('.jpg'), im.convert('RGB'), None, 512, 80)
-    if viewer_files(): (folder/'tiles').mkdir(exist_ok=True); s.tiles = write_tiles(path, folder/f'tiles/{s.number:03}') | dict(path=f'../tiles/{s.number:03}')
-    if (f := _piece(run.folder, 'heatmaps', s.prediction.slide_id, '.npy')):
+    if not (path := _piece(run.folder, 'images', s.prediction.slide_id, '.jpg')):
+        return s
+    s.picture = read_picture(path)
+    at = folder / f'pictures/{s.number:03}'
+    with Image.open(path) as im:
+        im.draft('RGB', (1024, 1024))
+        save_picture(at.with_suffix('.jpg'), im.convert('RGB'), None, 512, 80)
+    if viewer_files():
+        (folder / 'tiles').mkdir(exist_ok=True)
+        s.tiles = write_tiles(path, folder / f'tiles/{s.number:03}') | dict(
+            path=f'../tiles/{s.number:03}'
+        )
+    if f := _piece(run.folder, 'heatmaps', s.prediction.slide_id, '.npy'):
         heat, (h, w), s.heat = load_heatmap(f), s.picture.size, True
-        if abs(heat.shape[0]*w-heat.shape[1]*h) > 1.5*(w+h): raise InputError(f'{f} has the shape {heat.shape}, its image has {(h, w)}: a heatmap has to cover the same field of view')
-        for kind, t in (('common', top), ('own', None)): write_layer(f'{at}-{kind}.webp', heat, t)
-        own = float(np.percentile(heat, 99.5)) or float(heat.max()); s.layers = [Layer(f'{run.drawn[0]}, one scale for all slides', f'../pictures/{s.number:03}-common.webp', outline=outline_of(heat, top/2) if top else ''),
-                                                                            Layer(f'{run.drawn[0]}, on its own scale', f'../pictures/{s.number:03}-own.webp', outline=outline_of(heat, own/2) if own else '', shown=False)]
+        if abs(heat.shape[0] * w - heat.shape[1] * h) > 1.5 * (w + h):
+            raise InputError(
+                f'{f} has the shape {heat.shape}, its image has {(h, w)}: a heatmap has to cover the same field of view'
+            )
+        for kind, t in (('common', top), ('own', None)):
+            write_layer(f'{at}-{kind}.webp', heat, t)
+        own = float(np.percentile(heat, 99.5)) or float(heat.max())
+        s.layers = [
+            Layer(
+                f'{run.drawn[0]}, one scale for all slides',
+                f'../pictures/{s.number:03}-common.webp',
+                outline=outline_of(heat, top / 2) if top else '',
+            ),
+            Layer(
+                f'{run.drawn[0]}, on its own scale',
+                f'../pictures/{s.number:03}-own.webp',
+                outline=outline_of(heat, own / 2) if own else '',
+                shown=False,
+            ),
+        ]
     for k, m in enumerate(maps):
-        if (l := m.layer(s, f'{at}-{k}.webp')): s.layers.append(replace(l, picture=f'../pictures/{s.number:03}-{k}.webp', shown=not s.layers))
+        if l := m.layer(s, f'{at}-{k}.webp'):
+            s.layers.append(
+                replace(l, picture=f'../pictures/{s.number:03}-{k}.webp', shown=not s.layers)
+            )
     return s
 
 # %% ../nbs/15_report.ipynb #rpt00020
 @dataclass
 class Maps:
     "A folder that sp_heatmap wrote"
+
     folder: Path
     name: str
-    threshold: float # of its outline, as a share of full colour
-    def layer(self, s, path): # a `Layer`, or None where there is no map of the slide
-        "Write the map of a slide as a picture."
-        if not (f := _piece(self.folder, 'maps', s.prediction.slide_id, '.npy')): return None
-        heat, about = load_heatmap(f), _parse(f.with_suffix('.json'), json.loads, 'let sp_heatmap draw it again')
-        try:
-            seen, step, top = tuple(map(int, about['seen'])), float(about['step']), float(about['top'])
-            if len(seen) != 2 or not all(0 < v < math.inf for v in (step, top)): raise ValueError(f'seen {about["seen"]}, step {step}, top {top}')
-        except (KeyError, TypeError, ValueError) as e: raise InputError(f"{f.with_suffix('.json')} does not say where its map lies ({type(e).__name__}: {e}); let sp_heatmap draw it again") from None
-        if seen != s.picture.seen: raise InputError(f'{f} is of an image of {[*seen]} pixels, and that of this run has {[*s.picture.seen]}: give maps that sp_heatmap drew of the same network')
-        write_layer(path, heat, top); extent = tuple(n*step/N for n, N in zip(heat.shape, seen))
-        return Layer(self.name, '', extent, outline_of(heat, self.threshold*top, extent))
+    threshold: float  # of its outline, as a share of full colour
 
-def read_maps(folder, run)->Maps:
+    def layer(self, s, path):  # a `Layer`, or None where there is no map of the slide
+        "Write the map of a slide as a picture."
+        if not (f := _piece(self.folder, 'maps', s.prediction.slide_id, '.npy')):
+            return None
+        heat, about = (
+            load_heatmap(f),
+            _parse(f.with_suffix('.json'), json.loads, 'let sp_heatmap draw it again'),
+        )
+        try:
+            seen, step, top = (
+                tuple(map(int, about['seen'])),
+                float(about['step']),
+                float(about['top']),
+            )
+            if len(seen) != 2 or not all(0 < v < math.inf for v in (step, top)):
+                raise ValueError(f'seen {about["seen"]}, step {step}, top {top}')
+        except (KeyError, TypeError, ValueError) as e:
+            raise InputError(
+                f'{f.with_suffix(".json")} does not say where its map lies ({type(e).__name__}: {e}); let sp_heatmap draw it again'
+            ) from None
+        if seen != s.picture.seen:
+            raise InputError(
+                f'{f} is of an image of {[*seen]} pixels, and that of this run has {[*s.picture.seen]}: give maps that sp_heatmap drew of the same network'
+            )
+        write_layer(path, heat, top)
+        extent = tuple(n * step / N for n, N in zip(heat.shape, seen))
+        return Layer(self.name, '', extent, outline_of(heat, self.threshold * top, extent))
+
+
+def read_maps(folder, run) -> Maps:
     "A folder of maps; `InputError` where it is none, or of another network"
-    folder = Path(folder); said = _parse(folder/'heatmaps.json', json.loads, 'give a folder that sp_heatmap wrote')
+    folder = Path(folder)
+    said = _parse(folder / 'heatmaps.json', json.loads, 'give a folder that sp_heatmap wrote')
     try:
-        model, name, threshold, whole = str(said['model']), METHODS[said['method']], float(said['threshold']), said['format'] == FORMAT
-        if not 0 < threshold < math.inf: raise ValueError(f'threshold {threshold}')
-    except (KeyError, TypeError, ValueError) as e: raise InputError(f"{folder/'heatmaps.json'} cannot be read ({type(e).__name__}: {e}); give a folder that sp_heatmap wrote") from None
-    mine = {r.get('model') for r in read_table(run.folder/'predictions.csv', ('slide_id',), ('model',))}-{None, ''}
-    if not whole or mine and not any(model.startswith(m) for m in mine): raise InputError(f'{folder} holds maps of another network than that of {run.folder}; give those that sp_heatmap drew of its checkpoints/best.pt')
+        model, name, threshold, whole = (
+            str(said['model']),
+            METHODS[said['method']],
+            float(said['threshold']),
+            said['format'] == FORMAT,
+        )
+        if not 0 < threshold < math.inf:
+            raise ValueError(f'threshold {threshold}')
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(
+            f'{folder / "heatmaps.json"} cannot be read ({type(e).__name__}: {e}); give a folder that sp_heatmap wrote'
+        ) from None
+    mine = {
+        r.get('model')
+        for r in read_table(run.folder / 'predictions.csv', ('slide_id',), ('model',))
+    } - {None, ''}
+    if not whole or mine and not any(model.startswith(m) for m in mine):
+        raise InputError(
+            f'{folder} holds maps of another network than that of {run.folder}; give those that sp_heatmap drew of its checkpoints/best.pt'
+        )
     return Maps(folder, run.drawn[0] if name == METHODS['patches'] else name, threshold)
 
 # %% ../nbs/15_report.ipynb #rpt00021
 def _verdict(p, threshold):
-    if threshold is None: return '', ''
+    if threshold is None:
+        return '', ''
     called = p.probability >= threshold
-    if p.label is None: return f'called {"positive" if called else "negative"}', ''
-    if called == bool(p.label): return 'right', 'right'
+    if p.label is None:
+        return f'called {"positive" if called else "negative"}', ''
+    if called == bool(p.label):
+        return 'right', 'right'
     return ('false positive', 'wrong') if called else ('false negative', 'wrong')
 
-def _line(run, p, threshold=None): # the probability on a line
-    if threshold is None and run.metrics: threshold = run.metrics.threshold
-    return Div(Span(cls='span', style=f'width:{p.probability:.1%}'), None if threshold is None else Span(cls='tick', style=f'left:{min(threshold, 1):.1%}'), cls='line', aria_hidden='true'), P(f'probability {p.probability:.3f}', cls='small')
 
-def _view(s): # what a card shows of a slide
-    if not s.picture: return P('no picture', cls='view none')
-    h, w = s.picture.size; at = f'pictures/{s.number:03}'
-    heats = [(c, f'{at}-{c}.webp') for c in ('common', 'own')] if s.heat else [('', s.layers[0].picture.removeprefix('../'))] if s.layers else []
-    return A(Img(src=f'{at}.jpg', alt=f'{s.called}, {s.label}', cls='tissue'), *(Img(src=f, alt='', cls=f'heat {c}') for c, f in heats),
-             cls='view', href=f'slides/{s.number:03}.html', style=f'--r:{w/h:.4f}')
+def _line(run, p, threshold=None):  # the probability on a line
+    if threshold is None and run.metrics:
+        threshold = run.metrics.threshold
+    return Div(
+        Span(cls='span', style=f'width:{p.probability:.1%}'),
+        None if threshold is None else Span(cls='tick', style=f'left:{min(threshold, 1):.1%}'),
+        cls='line',
+        aria_hidden='true',
+    ), P(f'probability {p.probability:.3f}', cls='small')
+
+
+def _view(s):  # what a card shows of a slide
+    if not s.picture:
+        return P('no picture', cls='view none')
+    h, w = s.picture.size
+    at = f'pictures/{s.number:03}'
+    heats = (
+        [(c, f'{at}-{c}.webp') for c in ('common', 'own')]
+        if s.heat
+        else [('', s.layers[0].picture.removeprefix('../'))]
+        if s.layers
+        else []
+    )
+    return A(
+        Img(src=f'{at}.jpg', alt=f'{s.called}, {s.label}', cls='tissue'),
+        *(Img(src=f, alt='', cls=f'heat {c}') for c, f in heats),
+        cls='view',
+        href=f'slides/{s.number:03}.html',
+        style=f'--r:{w / h:.4f}',
+    )
+
 
 def _card(run, s):
     (verdict, kind), p = _verdict(s.prediction, run.metrics and run.metrics.threshold), s.prediction
-    return Li(Div(_view(s), cls='frame'), H3(s.name), P(Span(verdict, cls=f'verdict {kind}') if verdict else None, Span(s.label), None if s.layers or not s.picture else Span('no heatmap'), cls='tags'), *_line(run, p),
-        cls=f'card {kind}', data_name=s.name, data_p=f'{p.probability:.6f}', data_error=f'{abs(p.probability-(p.label or 0)):.6f}')
+    return Li(
+        Div(_view(s), cls='frame'),
+        H3(s.name),
+        P(
+            Span(verdict, cls=f'verdict {kind}') if verdict else None,
+            Span(s.label),
+            None if s.layers or not s.picture else Span('no heatmap'),
+            cls='tags',
+        ),
+        *_line(run, p),
+        cls=f'card {kind}',
+        data_name=s.name,
+        data_p=f'{p.probability:.6f}',
+        data_error=f'{abs(p.probability - (p.label or 0)):.6f}',
+    )
 
-def _page_of(run, s, shown, best): # HTML; best: threshold of maximum accuracy
+
+def _page_of(run, s, shown, best):  # HTML; best: threshold of maximum accuracy
     "The page of one slide."
-    k = shown.index(s); (verdict, kind), p = _verdict(s.prediction, run.metrics and run.metrics.threshold), s.prediction
-    nav = [A('All slides', href='../index.html#slides'), *(A(f'{word}: {t.name}', href=f'{t.number:03}.html') for word, t in zip(('Previous', 'Next'), (shown[k-1] if k else None, shown[k+1] if k+1 < len(shown) else None)) if t)]
-    h, w = s.picture.size; mm = f', {w*s.picture.spacing/1000:.3g} x {h*s.picture.spacing/1000:.3g} mm' if s.picture.spacing else ''; other = _verdict(p, best)[0] if best is not None and p.label is not None else verdict
-    facts = (Div(P(Span(verdict, cls=f'verdict {kind}') if verdict else None, Span(s.label), Span(f'split {p.split or "none"}'), cls='tags'), *_line(run, p)), P(f'At {best:.3f}, the point of maximum accuracy, it is {other}.', cls='small') if other != verdict else None,
-             P(f'What the network saw, width by height: {s.picture.seen[1]:,} x {s.picture.seen[0]:,} pixels{mm}; the picture has {w:,} x {h:,}.', cls='small'),
-             P(f"Over it {'lies' if len(s.layers) == 1 else 'lie'}: {'; '.join(l.name for l in s.layers)}."+f' The first shows {run.drawn[1]}.'*s.heat+' Outlines are where a map is above half of its full colour, or the threshold that sp_heatmap was given.' if s.layers else 'There is no map of this slide.', cls='small'))
-    return slide_page(s.name, f'{run.title} · slide {k+1} of {len(shown)}', f'../pictures/{s.number:03}.jpg', s.picture.size, s.layers, s.tiles, s.picture.spacing, facts, nav, 'This page requests nothing; its pictures lie beside it.', '../openseadragon.min.js', f'{s.called}, {s.label}')
+    k = shown.index(s)
+    (verdict, kind), p = _verdict(s.prediction, run.metrics and run.metrics.threshold), s.prediction
+    nav = [
+        A('All slides', href='../index.html#slides'),
+        *(
+            A(f'{word}: {t.name}', href=f'{t.number:03}.html')
+            for word, t in zip(
+                ('Previous', 'Next'),
+                (shown[k - 1] if k else None, shown[k + 1] if k + 1 < len(shown) else None),
+            )
+            if t
+        ),
+    ]
+    h, w = s.picture.size
+    mm = (
+        f', {w * s.picture.spacing / 1000:.3g} x {h * s.picture.spacing / 1000:.3g} mm'
+        if s.picture.spacing
+        else ''
+    )
+    other = _verdict(p, best)[0] if best is not None and p.label is not None else verdict
+    facts = (
+        Div(
+            P(
+                Span(verdict, cls=f'verdict {kind}') if verdict else None,
+                Span(s.label),
+                Span(f'split {p.split or "none"}'),
+                cls='tags',
+            ),
+            *_line(run, p),
+        ),
+        P(f'At {best:.3f}, the point of maximum accuracy, it is {other}.', cls='small')
+        if other != verdict
+        else None,
+        P(
+            f'What the network saw, width by height: {s.picture.seen[1]:,} x {s.picture.seen[0]:,} pixels{mm}; the picture has {w:,} x {h:,}.',
+            cls='small',
+        ),
+        P(
+            f'Over it {"lies" if len(s.layers) == 1 else "lie"}: {"; ".join(l.name for l in s.layers)}.'
+            + f' The first shows {run.drawn[1]}.' * s.heat
+            + ' Outlines are where a map is above half of its full colour, or the threshold that sp_heatmap was given.'
+            if s.layers
+            else 'There is no map of this slide.',
+            cls='small',
+        ),
+    )
+    return slide_page(
+        s.name,
+        f'{run.title} · slide {k + 1} of {len(shown)}',
+        f'../pictures/{s.number:03}.jpg',
+        s.picture.size,
+        s.layers,
+        s.tiles,
+        s.picture.spacing,
+        facts,
+        nav,
+        'This page requests nothing; its pictures lie beside it.',
+        '../openseadragon.min.js',
+        f'{s.called}, {s.label}',
+    )
 
 # %% ../nbs/15_report.ipynb #rpt00023
-def category_tables(models): # components: the paper's Table III
-    return [table(f'{kind.capitalize()}s', ('category', *(f'{name} ({n})' for name, n in zip(models, totals))), [(c, *ns) for c, ns in rows], cls='numbers') for kind, totals, rows in category_table(models) if rows]
+def category_tables(models):  # components: the paper's Table III
+    return [
+        table(
+            f'{kind.capitalize()}s',
+            ('category', *(f'{name} ({n})' for name, n in zip(models, totals))),
+            [(c, *ns) for c, ns in rows],
+            cls='numbers',
+        )
+        for kind, totals, rows in category_table(models)
+        if rows
+    ]
 
-def _asked(number, name, kind): return dict(cls='category', data_slide=name, data_number=number, data_error=kind) # of a field
 
-def _error(run, s, kind, threshold, given): # a card
-    return Li(Div(_view(s), cls='frame'), H3(s.name), *_line(run, s.prediction, threshold), Label('Category', Span(f' of {s.name}', cls='hidden'), Input(type='text', value=given or None, list=f'reasons-{FALSE.index(kind)}', autocomplete='off', **_asked(s.number, s.name, kind)), cls='why'), cls='card')
+def _asked(number, name, kind):
+    return dict(cls='category', data_slide=name, data_number=number, data_error=kind)  # of a field
+
+
+def _error(run, s, kind, threshold, given):  # a card
+    return Li(
+        Div(_view(s), cls='frame'),
+        H3(s.name),
+        *_line(run, s.prediction, threshold),
+        Label(
+            'Category',
+            Span(f' of {s.name}', cls='hidden'),
+            Input(
+                type='text',
+                value=given or None,
+                list=f'reasons-{FALSE.index(kind)}',
+                autocomplete='off',
+                **_asked(s.number, s.name, kind),
+            ),
+            cls='why',
+        ),
+        cls='card',
+    )
+
 
 def _errors(run, shown, wrong, threshold, given):
-    of = {s.prediction.slide_id: s for s in shown}; cards = {k: [_error(run, of[e.slide_id], k, threshold, given.get(e.slide_id)) for e in wrong if e.kind == k and e.slide_id in of] for k in FALSE}
-    counts = [plural(sum(e.kind == k for e in wrong), k) for k in FALSE]; others = sum(_verdict(p, run.metrics.threshold)[1] == 'wrong' for p in run.of_split()); missing = len(wrong)-sum(map(len, cards.values()))
-    return (P(f'At {threshold:.3f}, the point of maximum accuracy on these slides, there are {" and ".join(counts)}.'+f' Verdicts elsewhere are at {run.metrics.threshold:.3f}, chosen on the {run.metrics.threshold_from} split, where {others} of {plural(len(run.of_split()), "slide")} are wrong.'*(abs(threshold-run.metrics.threshold) > 1e-9)+' Look at each, write what may be the reason, and save the table; sp_report and sp_compare count the categories, as in the paper (section V, Table III).'*bool(wrong)),
-        P(f'{plural(missing, "error")} beyond the slides that this page shows.', cls='small') if missing else None, Div(*category_tables({run.title: (wrong, given)}), cls='pair') if given else None,
-        *(Input(type='hidden', value=c, **_asked(run.number[i], run.name(i), e.kind)) for e in wrong if (i := e.slide_id) not in of and (c := given.get(i))), # beyond the slides that the page shows
-        *(ft('datalist', *(Option(value=c) for c in SUGGESTED[k]), id=f'reasons-{i}') for i, k in enumerate(FALSE)),
-        *(x for k in FALSE if cards[k] for x in (H3(f'{k.capitalize()}s'), Ul(*cards[k], cls='gallery'))),
-        P('What you write is kept by this browser until you forget it; other pages opened from this disk could read it.', cls='small needs-script') if wrong else None,
-        P(Button('Save the categories', type='button', id='save', data_by='number' if run.anonymous else 'slide_id', data_run=hashlib.sha256(repr((run.predictions, given)).encode()).hexdigest()[:16]), Button('Forget what I wrote', type='button', id='forget'), Span('', id='saved', role='status'), cls='needs-script') if wrong else None)
+    of = {s.prediction.slide_id: s for s in shown}
+    cards = {
+        k: [
+            _error(run, of[e.slide_id], k, threshold, given.get(e.slide_id))
+            for e in wrong
+            if e.kind == k and e.slide_id in of
+        ]
+        for k in FALSE
+    }
+    counts = [plural(sum(e.kind == k for e in wrong), k) for k in FALSE]
+    others = sum(_verdict(p, run.metrics.threshold)[1] == 'wrong' for p in run.of_split())
+    missing = len(wrong) - sum(map(len, cards.values()))
+    return (
+        P(
+            f'At {threshold:.3f}, the point of maximum accuracy on these slides, there are {" and ".join(counts)}.'
+            + f' Verdicts elsewhere are at {run.metrics.threshold:.3f}, chosen on the {run.metrics.threshold_from} split, where {others} of {plural(len(run.of_split()), "slide")} are wrong.'
+            * (abs(threshold - run.metrics.threshold) > 1e-9)
+            + ' Look at each, write what may be the reason, and save the table; sp_report and sp_compare count the categories, as in the paper (section V, Table III).'
+            * bool(wrong)
+        ),
+        P(f'{plural(missing, "error")} beyond the slides that this page shows.', cls='small')
+        if missing
+        else None,
+        Div(*category_tables({run.title: (wrong, given)}), cls='pair') if given else None,
+        *(
+            Input(type='hidden', value=c, **_asked(run.number[i], run.name(i), e.kind))
+            for e in wrong
+            if (i := e.slide_id) not in of and (c := given.get(i))
+        ),  # beyond the slides that the page shows
+        *(
+            ft('datalist', *(Option(value=c) for c in SUGGESTED[k]), id=f'reasons-{i}')
+            for i, k in enumerate(FALSE)
+        ),
+        *(
+            x
+            for k in FALSE
+            if cards[k]
+            for x in (H3(f'{k.capitalize()}s'), Ul(*cards[k], cls='gallery'))
+        ),
+        P(
+            'What you write is kept by this browser until you forget it; other pages opened from this disk could read it.',
+            cls='small needs-script',
+        )
+        if wrong
+        else None,
+        P(
+            Button(
+                'Save the categories',
+                type='button',
+                id='save',
+                data_by='number' if run.anonymous else 'slide_id',
+                data_run=hashlib.sha256(repr((run.predictions, given)).encode()).hexdigest()[:16],
+            ),
+            Button('Forget what I wrote', type='button', id='forget'),
+            Span('', id='saved', role='status'),
+            cls='needs-script',
+        )
+        if wrong
+        else None,
+    )
 
-def _controls(heats, scales): # whether there are maps, and whether on two scales
-    radio = lambda name, value, text, on: Label(Input(type='radio', name=name, value=value, checked=on), f' {text}')
-    return Form(Fieldset(Legend('Order'), radio('order', 'error', 'largest error first', True), radio('order', 'p', 'highest probability first', False), radio('order', 'name', 'name', False)),
-        Fieldset(Legend('Show'), radio('show', 'all', 'all', True), radio('show', 'wrong', 'errors only', False)),
-        heats and Fieldset(Legend('Heatmap'), Label('opacity ', Input(type='range', cls='fade', min='0', max='100', value='75')), Label(Input(type='checkbox', id='heat', checked=True), ' shown')) or None,
-        scales and Fieldset(Legend('Colours'), radio('scale', 'common', 'one scale for all slides', True), radio('scale', 'own', 'each slide its own', False)) or None, cls='controls', autocomplete='off')
+
+def _controls(heats, scales):  # whether there are maps, and whether on two scales
+    radio = lambda name, value, text, on: Label(
+        Input(type='radio', name=name, value=value, checked=on), f' {text}'
+    )
+    return Form(
+        Fieldset(
+            Legend('Order'),
+            radio('order', 'error', 'largest error first', True),
+            radio('order', 'p', 'highest probability first', False),
+            radio('order', 'name', 'name', False),
+        ),
+        Fieldset(
+            Legend('Show'),
+            radio('show', 'all', 'all', True),
+            radio('show', 'wrong', 'errors only', False),
+        ),
+        heats
+        and Fieldset(
+            Legend('Heatmap'),
+            Label('opacity ', Input(type='range', cls='fade', min='0', max='100', value='75')),
+            Label(Input(type='checkbox', id='heat', checked=True), ' shown'),
+        )
+        or None,
+        scales
+        and Fieldset(
+            Legend('Colours'),
+            radio('scale', 'common', 'one scale for all slides', True),
+            radio('scale', 'own', 'each slide its own', False),
+        )
+        or None,
+        cls='controls',
+        autocomplete='off',
+    )
+
 
 def _gallery(run, shown, most):
     "Cards of the labelled slides, largest error first, and of the unlabelled ones"
-    cards, others = ([_card(run, s) for s in shown if (s.prediction.label is None) == none] for none in (False, True))
-    if not shown: return P('There are no labelled slides.' if most else 'No slide was asked for (--most 0).', cls='note'),
-    notes = [f'{len(run.of_split()):,} slides are too many for one page: these are the {plural(most, "slide")} with the largest error.'] if len(run.of_split()) > most else []
-    for what, there, where in (('Pictures', 'picture', 'images'), ('Heatmaps', 'layers', 'heatmaps')):
-        if (n := sum(bool(getattr(s, there)) for s in shown)) < len(shown): notes.append(f'{what} were made of {n} of {plural(len(shown), "slide")}; the others have no file in {where}/.')
-    over = run.drawn[1] if any(s.heat for s in shown) else next((f'the map of {s.layers[0].name}' for s in shown if s.layers), None)
-    return (P('What the network saw'+f', and over it {over}, from '*bool(over), (Span('little', cls='ramp'), ' to much') if over else None, '. The line under a slide is its probability, the tick the threshold.'+' Select a slide to see it in full.'*any(s.picture for s in shown)),
-        *(P(n, cls='small') for n in notes), _controls(bool(over), any(s.heat for s in shown)), P('', id='count', cls='small', role='status'), Ul(*cards, cls='gallery', id='labelled') if cards else P('There are no labelled slides.', cls='note'),
-        (H3('Unlabelled slides'), P('Nobody has told the network or this report what they show, so they count in no figure.'), Ul(*others, cls='gallery')) if others else None)
+    cards, others = (
+        [_card(run, s) for s in shown if (s.prediction.label is None) == none]
+        for none in (False, True)
+    )
+    if not shown:
+        return (
+            P(
+                'There are no labelled slides.' if most else 'No slide was asked for (--most 0).',
+                cls='note',
+            ),
+        )
+    notes = (
+        [
+            f'{len(run.of_split()):,} slides are too many for one page: these are the {plural(most, "slide")} with the largest error.'
+        ]
+        if len(run.of_split()) > most
+        else []
+    )
+    for what, there, where in (
+        ('Pictures', 'picture', 'images'),
+        ('Heatmaps', 'layers', 'heatmaps'),
+    ):
+        if (n := sum(bool(getattr(s, there)) for s in shown)) < len(shown):
+            notes.append(
+                f'{what} were made of {n} of {plural(len(shown), "slide")}; the others have no file in {where}/.'
+            )
+    over = (
+        run.drawn[1]
+        if any(s.heat for s in shown)
+        else next((f'the map of {s.layers[0].name}' for s in shown if s.layers), None)
+    )
+    return (
+        P(
+            'What the network saw' + f', and over it {over}, from ' * bool(over),
+            (Span('little', cls='ramp'), ' to much') if over else None,
+            '. The line under a slide is its probability, the tick the threshold.'
+            + ' Select a slide to see it in full.' * any(s.picture for s in shown),
+        ),
+        *(P(n, cls='small') for n in notes),
+        _controls(bool(over), any(s.heat for s in shown)),
+        P('', id='count', cls='small', role='status'),
+        Ul(*cards, cls='gallery', id='labelled')
+        if cards
+        else P('There are no labelled slides.', cls='note'),
+        (
+            H3('Unlabelled slides'),
+            P(
+                'Nobody has told the network or this report what they show, so they count in no figure.'
+            ),
+            Ul(*others, cls='gallery'),
+        )
+        if others
+        else None,
+    )
 
 # %% ../nbs/15_report.ipynb #rpt00026
 @dataclass
 class Against:
     "What sp_compare wrote of this run and another"
+
     names: list
-    difference: tuple # of the AUCs, and its interval
-    aucs: list   # of both: AUC, low, high
-    p: dict      # of each test, as text
+    difference: tuple  # of the AUCs, and its interval
+    aucs: list  # of both: AUC, low, high
+    p: dict  # of each test, as text
     level: float
     labels: list
-    scores: list # of both
-    patients: list|None # where they have several slides
+    scores: list  # of both
+    patients: list | None  # where they have several slides
 
-def read_comparison(folder, run, anonymous=False)->Against:
+
+def read_comparison(folder, run, anonymous=False) -> Against:
     "`InputError` where it is not of this run's predictions"
-    folder = Path(folder); said = _parse(folder/'comparison.json', json.loads, 'give the folder that sp_compare wrote'); rows = read_table(folder/'comparison.csv', ('slide_id', 'label', 'probability_a', 'probability_b'))
+    folder = Path(folder)
+    said = _parse(folder / 'comparison.json', json.loads, 'give the folder that sp_compare wrote')
+    rows = read_table(
+        folder / 'comparison.csv', ('slide_id', 'label', 'probability_a', 'probability_b')
+    )
     try:
-        y, *scores = ([float(r[k]) for r in rows] for k in ('label', 'probability_a', 'probability_b')); (one, two), d = map(str, [*said['names'], *['']*isinstance(said['names'], str)]), said['paired']
-        found = Against([one, two], (float(said['difference']), float(d['low']), float(d['high'])), [tuple(float(v[k]) for k in ('auc', 'low', 'high')) for v in (said['auc'][0], said['auc'][1])],
-                        {k: '–' if v is None else f'{float(v):.3g}' for k, v in (('DeLong', said['delong']['p']), ('permutation', said['permutation_p']))}, float(d['level']), y, scores, patients_of([r['slide_id'] for r in rows], read_patients(run.folder/'cohort.csv', False)))
+        y, *scores = (
+            [float(r[k]) for r in rows] for k in ('label', 'probability_a', 'probability_b')
+        )
+        (one, two), d = (
+            map(str, [*said['names'], *[''] * isinstance(said['names'], str)]),
+            said['paired'],
+        )
+        found = Against(
+            [one, two],
+            (float(said['difference']), float(d['low']), float(d['high'])),
+            [
+                tuple(float(v[k]) for k in ('auc', 'low', 'high'))
+                for v in (said['auc'][0], said['auc'][1])
+            ],
+            {
+                k: '–' if v is None else f'{float(v):.3g}'
+                for k, v in (
+                    ('DeLong', said['delong']['p']),
+                    ('permutation', said['permutation_p']),
+                )
+            },
+            float(d['level']),
+            y,
+            scores,
+            patients_of(
+                [r['slide_id'] for r in rows], read_patients(run.folder / 'cohort.csv', False)
+            ),
+        )
         check_level(found.level)
-        for s in scores: check_scores(y, s)
-        if not all(map(math.isfinite, [*found.difference, *sum(found.aucs, ())])): raise ValueError('its figures are no numbers')
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as e: raise InputError(f'{folder} holds a comparison that cannot be read ({type(e).__name__}: {e}); write it again by sp_compare') from None
-    mine = {p.slide_id: p.probability for p in run.predictions}; own = [all(abs(mine.get(r['slide_id'], math.nan)-p) < 1e-6 for r, p in zip(rows, s)) for s in scores]
-    if not any(own): raise InputError(f'{folder} compares {one} and {two}, and neither has the predictions of {run.folder}: write it again by sp_compare')
-    if anonymous: found.names = ['this run', 'the other run'][::1 if own[0] else -1]
+        for s in scores:
+            check_scores(y, s)
+        if not all(map(math.isfinite, [*found.difference, *sum(found.aucs, ())])):
+            raise ValueError('its figures are no numbers')
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(
+            f'{folder} holds a comparison that cannot be read ({type(e).__name__}: {e}); write it again by sp_compare'
+        ) from None
+    mine = {p.slide_id: p.probability for p in run.predictions}
+    own = [
+        all(abs(mine.get(r['slide_id'], math.nan) - p) < 1e-6 for r, p in zip(rows, s))
+        for s in scores
+    ]
+    if not any(own):
+        raise InputError(
+            f'{folder} compares {one} and {two}, and neither has the predictions of {run.folder}: write it again by sp_compare'
+        )
+    if anonymous:
+        found.names = ['this run', 'the other run'][:: 1 if own[0] else -1]
     return found
 
+
 def _against(a):
-    (d, low, high), rows = a.difference, [(n, f'{v:.3f}', f'{x:.3f} to {y:.3f}') for n, (v, x, y) in zip(a.names, a.aucs)]
+    (d, low, high), rows = (
+        a.difference,
+        [(n, f'{v:.3f}', f'{x:.3f} to {y:.3f}') for n, (v, x, y) in zip(a.names, a.aucs)],
+    )
+
     def draw(ax):
-        for s, n, (_, *ends), colour in zip(a.scores, a.names, a.aucs, (ACCENT, SECOND)): plot_roc(a.labels, s, ax, n, colour, interval=Interval(*ends, 0, 0, 0, a.level), groups=a.patients)
-    return P(difference_shown(a.names, (low, high)), cls='note'), Div(Div(table('AUC', ('', '', f'{percent(a.level)} interval'), [*rows, ('difference', f'{d:+.3f}', f'{low:+.3f} to {high:+.3f}')], cls='numbers'), table('The difference', ('test', 'p'), [*a.p.items()], cls='numbers'),
-            P(f"On the {plural(len(a.labels), 'slide')} that both have predicted; the interval of the difference is a paired bootstrap.", cls='small')),
-        Figure(Img(src=figure_uri(draw), cls='plot', alt='ROC curves: '+'; '.join(f'{n}, AUC {v} ({i})' for n, v, i in rows))), cls='answer')
+        for s, n, (_, *ends), colour in zip(a.scores, a.names, a.aucs, (ACCENT, SECOND)):
+            plot_roc(
+                a.labels,
+                s,
+                ax,
+                n,
+                colour,
+                interval=Interval(*ends, 0, 0, 0, a.level),
+                groups=a.patients,
+            )
+
+    return P(difference_shown(a.names, (low, high)), cls='note'), Div(
+        Div(
+            table(
+                'AUC',
+                ('', '', f'{percent(a.level)} interval'),
+                [*rows, ('difference', f'{d:+.3f}', f'{low:+.3f} to {high:+.3f}')],
+                cls='numbers',
+            ),
+            table('The difference', ('test', 'p'), [*a.p.items()], cls='numbers'),
+            P(
+                f'On the {plural(len(a.labels), "slide")} that both have predicted; the interval of the difference is a paired bootstrap.',
+                cls='small',
+            ),
+        ),
+        Figure(
+            Img(
+                src=figure_uri(draw),
+                cls='plot',
+                alt='ROC curves: ' + '; '.join(f'{n}, AUC {v} ({i})' for n, v, i in rows),
+            )
+        ),
+        cls='answer',
+    )
 
 # %% ../nbs/15_report.ipynb #rpt00028
 def _flat(d, prefix=''):
     "Nested names and values as rows"
     for k, v in d.items():
-        if isinstance(v, dict): yield from _flat(v, f'{prefix}{k} · ')
-        else: yield f'{prefix}{k}', ', '.join(map(str, v)) if isinstance(v, list) else v
+        if isinstance(v, dict):
+            yield from _flat(v, f'{prefix}{k} · ')
+        else:
+            yield f'{prefix}{k}', ', '.join(map(str, v)) if isinstance(v, list) else v
+
 
 def _cohort(run):
     "From the manifest to the figures: how many slides there are, and why the others are in none."
-    rows = run.cohort or [dict(slide_id=p.slide_id, split=p.split, label='' if p.label is None else p.label) for p in run.predictions]
-    kinds = {None: 'no label', 0.: 'negative', 1.: 'positive'}
+    rows = run.cohort or [
+        dict(slide_id=p.slide_id, split=p.split, label='' if p.label is None else p.label)
+        for p in run.predictions
+    ]
+    kinds = {None: 'no label', 0.0: 'negative', 1.0: 'positive'}
     kind = lambda r: kinds[float(r['label']) if str(r['label']) else None] if run.two else 'slides'
-    try: n = Counter((r['split'] or 'none', kind(r)) for r in rows)
-    except (ValueError, KeyError) as e: raise InputError(f'{run.folder/"cohort.csv"}: a label is not 0, 1 or empty ({e})') from None
+    try:
+        n = Counter((r['split'] or 'none', kind(r)) for r in rows)
+    except (ValueError, KeyError) as e:
+        raise InputError(
+            f'{run.folder / "cohort.csv"}: a label is not 0, 1 or empty ({e})'
+        ) from None
     columns = ('positive', 'negative', 'no label') if run.two else ('slides',)
-    splits = sorted({s for s, _ in n}, key=lambda s: (('train', 'tuning', 'test')+(s,)).index(s))
-    people = lambda s: len({r['patient_id'] for r in rows if (r['split'] or 'none') == s and r.get('patient_id')}) or None
-    return table('Slides by split', ('split', *columns, 'patients'), [(s, *(n[s, c] for c in columns), people(s)) for s in splits], cls='numbers')
+    splits = sorted({s for s, _ in n}, key=lambda s: (('train', 'tuning', 'test') + (s,)).index(s))
+    people = lambda s: (
+        len({r['patient_id'] for r in rows if (r['split'] or 'none') == s and r.get('patient_id')})
+        or None
+    )
+    return table(
+        'Slides by split',
+        ('split', *columns, 'patients'),
+        [(s, *(n[s, c] for c in columns), people(s)) for s in splits],
+        cls='numbers',
+    )
 
-LEFT = dict(train='to learn from', tuning='to choose epochs and thresholds by') # why a split is in no figure
+
+LEFT = dict(
+    train='to learn from', tuning='to choose epochs and thresholds by'
+)  # why a split is in no figure
+
 
 def _flow(run):
-    if not run.two: return None
-    of, ids = {p.slide_id: p for p in run.predictions}, [r['slide_id'] for r in run.cohort] or [p.slide_id for p in run.predictions]
-    why = Counter('not predicted' if not (p := of.get(i)) else 'in the figures' if p.split == run.split and p.label is not None else 'no label' if p.label is None else LEFT.get(p.split, f'of the {p.split or "no"} split') for i in ids)
-    beside = len(of.keys()-set(ids)); learnt = Counter(r['split'] for r in run.cohort if r['slide_id'] not in of)
-    rows = [('in the manifest', len(ids)), *((f'left out: {LEFT.get(k, "no prediction, split "+(k or "none"))}', v) for k, v in sorted(learnt.items(), key=lambda kv: ('train', 'tuning', kv[0]).index(kv[0]))),
-            *((f'left out: {k}', v) for k, v in why.items() if k not in ('in the figures', 'not predicted')), *([('predicted, but in no manifest', beside)] if beside else []), (f'in the figures, split {run.split}', why['in the figures'])]
+    if not run.two:
+        return None
+    of, ids = (
+        {p.slide_id: p for p in run.predictions},
+        [r['slide_id'] for r in run.cohort] or [p.slide_id for p in run.predictions],
+    )
+    why = Counter(
+        'not predicted'
+        if not (p := of.get(i))
+        else 'in the figures'
+        if p.split == run.split and p.label is not None
+        else 'no label'
+        if p.label is None
+        else LEFT.get(p.split, f'of the {p.split or "no"} split')
+        for i in ids
+    )
+    beside = len(of.keys() - set(ids))
+    learnt = Counter(r['split'] for r in run.cohort if r['slide_id'] not in of)
+    rows = [
+        ('in the manifest', len(ids)),
+        *(
+            (f'left out: {LEFT.get(k, "no prediction, split " + (k or "none"))}', v)
+            for k, v in sorted(
+                learnt.items(), key=lambda kv: ('train', 'tuning', kv[0]).index(kv[0])
+            )
+        ),
+        *(
+            (f'left out: {k}', v)
+            for k, v in why.items()
+            if k not in ('in the figures', 'not predicted')
+        ),
+        *([('predicted, but in no manifest', beside)] if beside else []),
+        (f'in the figures, split {run.split}', why['in the figures']),
+    ]
     return table('From the manifest to the figures', ('', 'slides'), rows, cls='numbers')
 
+
 def _predictions(run):
-    rows = [(run.name(p.slide_id), p.split, None if p.label is None else f'{p.label:g}', f'{p.probability:.4f}', _verdict(p, run.metrics and run.metrics.threshold)[0], None if p.seconds is None else f'{p.seconds:.2f}') for p in run.predictions]
-    return Details(Summary(plural(len(rows), 'prediction')), table('Prediction of every slide', ('slide', 'split', 'label', 'probability', 'verdict', 'seconds'), rows, hide=True, cls='numbers'), open=len(rows) <= 60)
+    rows = [
+        (
+            run.name(p.slide_id),
+            p.split,
+            None if p.label is None else f'{p.label:g}',
+            f'{p.probability:.4f}',
+            _verdict(p, run.metrics and run.metrics.threshold)[0],
+            None if p.seconds is None else f'{p.seconds:.2f}',
+        )
+        for p in run.predictions
+    ]
+    return Details(
+        Summary(plural(len(rows), 'prediction')),
+        table(
+            'Prediction of every slide',
+            ('slide', 'split', 'label', 'probability', 'verdict', 'seconds'),
+            rows,
+            hide=True,
+            cls='numbers',
+        ),
+        open=len(rows) <= 60,
+    )
 
 # %% ../nbs/15_report.ipynb #rpt00029
 def _training(run):
-    if not run.log: return (P(run.notes.get('log.csv', 'log.csv has no epochs yet, so the curves of training are missing.'), cls='note'),)
+    if not run.log:
+        return (
+            P(
+                run.notes.get(
+                    'log.csv', 'log.csv has no epochs yet, so the curves of training are missing.'
+                ),
+                cls='note',
+            ),
+        )
     last, has = run.log[-1], lambda k: math.isfinite(last.get(k, math.nan))
-    alt = f'After {plural(len(run.log), "epoch")}: training loss {last["train_loss"]:.3f}'+(f', tuning loss {last["tuning_loss"]:.3f}' if has('tuning_loss') else '')
-    figures = [(_curves(run, ['train_loss', 'tuning_loss'], 'loss'), f'Loss by epoch. {alt}.'),
-               (_curves(run, ['tuning_auc'], 'AUC on the tuning split', (0, 1.03)), 'Tuning AUC by epoch'+(f', {last["tuning_auc"]:.3f} after the last.' if has('tuning_auc') else '.'))]
-    return (P(f'{alt}'+(f', tuning AUC {last["tuning_auc"]:.3f}' if has('tuning_auc') else '')+'.'), Div(*(Figure(Img(src=u, alt=a, cls='plot')) for u, a in figures if u), cls='pair'))
+    alt = f'After {plural(len(run.log), "epoch")}: training loss {last["train_loss"]:.3f}' + (
+        f', tuning loss {last["tuning_loss"]:.3f}' if has('tuning_loss') else ''
+    )
+    figures = [
+        (_curves(run, ['train_loss', 'tuning_loss'], 'loss'), f'Loss by epoch. {alt}.'),
+        (
+            _curves(run, ['tuning_auc'], 'AUC on the tuning split', (0, 1.03)),
+            'Tuning AUC by epoch'
+            + (f', {last["tuning_auc"]:.3f} after the last.' if has('tuning_auc') else '.'),
+        ),
+    ]
+    return (
+        P(f'{alt}' + (f', tuning AUC {last["tuning_auc"]:.3f}' if has('tuning_auc') else '') + '.'),
+        Div(*(Figure(Img(src=u, alt=a, cls='plot')) for u, a in figures if u), cls='pair'),
+    )
+
 
 CODE = 'https://github.com/streaming-pathology/streaming_pathology'
+
 
 def _made(run):
     seconds = [r['seconds'] for r in run.log if math.isfinite(r.get('seconds', math.nan))]
     peak = [r['peak_mb'] for r in run.log if math.isfinite(r.get('peak_mb', math.nan))]
     each = [p.seconds for p in run.predictions if p.seconds is not None]
-    times = [(k, v) for k, v in [('training in all', seconds and spent(sum(seconds))), ('one epoch, median', seconds and spent(median(seconds))), ('peak memory', peak and f'{max(peak):,.0f} MB'),
-             ('network, one slide, median', each and spent(median(each)))] if v]
-    return (*(P(run.notes[k], cls='note') for k in ('metrics.json', 'cohort.csv', 'environment.json') if k in run.notes), Div(Div(_flow(run), _cohort(run)), table('Times and memory', (), times) if times else None, cls='pair'),
-        Div(table('Settings', (), _flat(run.settings)), table('Machine and versions', (), _flat(run.environment)) if run.environment else None, cls='pair'),
-        P('The code: ', A(CODE.partition('://')[2], href=CODE, rel='noreferrer'), f', commit {c[:12]}.' if (c := run.environment.get('git_commit')) else '.', cls='small'), P('Training, interval and heatmaps follow Pinckaers et al., ', Em('Detection of prostate cancer in whole-slide images through end-to-end training with image-level labels'), f", IEEE Transactions on Medical Imaging 2021; {run.source}.", cls='small'))
+    times = [
+        (k, v)
+        for k, v in [
+            ('training in all', seconds and spent(sum(seconds))),
+            ('one epoch, median', seconds and spent(median(seconds))),
+            ('peak memory', peak and f'{max(peak):,.0f} MB'),
+            ('network, one slide, median', each and spent(median(each))),
+        ]
+        if v
+    ]
+    return (
+        *(
+            P(run.notes[k], cls='note')
+            for k in ('metrics.json', 'cohort.csv', 'environment.json')
+            if k in run.notes
+        ),
+        Div(
+            Div(_flow(run), _cohort(run)),
+            table('Times and memory', (), times) if times else None,
+            cls='pair',
+        ),
+        Div(
+            table('Settings', (), _flat(run.settings)),
+            table('Machine and versions', (), _flat(run.environment)) if run.environment else None,
+            cls='pair',
+        ),
+        P(
+            'The code: ',
+            A(CODE.partition('://')[2], href=CODE, rel='noreferrer'),
+            f', commit {c[:12]}.' if (c := run.environment.get('git_commit')) else '.',
+            cls='small',
+        ),
+        P(
+            'Training, interval and heatmaps follow Pinckaers et al., ',
+            Em(
+                'Detection of prostate cancer in whole-slide images through end-to-end training with image-level labels'
+            ),
+            f', IEEE Transactions on Medical Imaging 2021; {run.source}.',
+            cls='small',
+        ),
+    )
 
 # %% ../nbs/15_report.ipynb #rpt00031
-GALLERY_STYLE = '''
+GALLERY_STYLE = """
 .scale { display: flex; justify-content: space-between; color: var(--soft); font-size: .8rem; margin-bottom: 1.2rem; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1.2rem 2rem; margin: 1rem 0 1.5rem; }
 .facts dt { color: var(--soft); font-size: .875rem; }
@@ -488,10 +1434,10 @@ a.view { cursor: zoom-in; }
 .why { display: block; font-size: .875rem; } .why input { display: block; width: 100%; font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft); border-radius: .3rem; padding: .25rem .5rem; }
 .needs-script { display: none; } .js .needs-script { display: flex; gap: 1rem; align-items: center; margin-top: 1.5rem; }
 @media print { .js .needs-script, #count { display: none; } .card { break-inside: avoid; } .gallery { grid-template-columns: repeat(3, 1fr); } }
-'''
+"""
 
 # %% ../nbs/15_report.ipynb #rpt00032
-GALLERY_SCRIPT = '''
+GALLERY_SCRIPT = """
 const all = (s, e = document) => [...e.querySelectorAll(s)], one = (s, e = document) => e.querySelector(s), root = document.documentElement;
 root.classList.add('js');
 const list = one('#labelled'), form = one('.controls');
@@ -525,35 +1471,113 @@ one('#save')?.addEventListener('click', () => {
   one('#saved').textContent = `${written.filter(i => i.value.trim()).length} of ${written.length} have a category`;
 });
 arrange();
-'''
+"""
 
 # %% ../nbs/15_report.ipynb #rpt00034
-PUBLIC = {'command', 'task', 'arch', 'pool', 'augment', 'optimizer', 'balance', 'recipe', 'aggregator', 'amp', 'normalise', 'size', 'strip', 'memory', 'magnify', 'tta', 'device'} # settings whose words name nobody
+PUBLIC = {
+    'command',
+    'task',
+    'arch',
+    'pool',
+    'augment',
+    'optimizer',
+    'balance',
+    'recipe',
+    'aggregator',
+    'amp',
+    'normalise',
+    'size',
+    'strip',
+    'memory',
+    'magnify',
+    'tta',
+    'device',
+}  # settings whose words name nobody
 
-NAMING = ('slide_id', 'patient_id', 'path', 'mask', 'annotation') # columns of a manifest that do
-MACHINE = ('date', 'python', 'packages', 'git_commit', 'machine', 'system', 'cpu', 'cpus', 'threads', 'memory_gb', 'gpu') # what `environment` says
+NAMING = ('slide_id', 'patient_id', 'path', 'mask', 'annotation')  # columns of a manifest that do
+MACHINE = (
+    'date',
+    'python',
+    'packages',
+    'git_commit',
+    'machine',
+    'system',
+    'cpu',
+    'cpus',
+    'threads',
+    'memory_gb',
+    'gpu',
+)  # what `environment` says
+
 
 def _leave_out_names(run, by):
-    if named := [c for c in by if c in NAMING]: raise InputError(f'groups by {named[0]} would show names, which are to be left out; give another column')
-    run.anonymous, s, e = True, run.settings, {k: v for k, v in run.environment.items() if k in MACHINE}
-    run.settings = {k: v for k, v in s.items() if k in PUBLIC or not isinstance(v, (str, list, dict))} | {k: 'given' for k in ('annotation',) if s.get(k)} | dict(title='A run')
-    if isinstance(e.get('machine'), dict): e['machine'] = {k: v for k, v in e['machine'].items() if k in MACHINE}
+    if named := [c for c in by if c in NAMING]:
+        raise InputError(
+            f'groups by {named[0]} would show names, which are to be left out; give another column'
+        )
+    run.anonymous, s, e = (
+        True,
+        run.settings,
+        {k: v for k, v in run.environment.items() if k in MACHINE},
+    )
+    run.settings = (
+        {k: v for k, v in s.items() if k in PUBLIC or not isinstance(v, (str, list, dict))}
+        | {k: 'given' for k in ('annotation',) if s.get(k)}
+        | dict(title='A run')
+    )
+    if isinstance(e.get('machine'), dict):
+        e['machine'] = {k: v for k, v in e['machine'].items() if k in MACHINE}
     run.environment = e
 
-def _index(run, shown, most, wrong, best, given, against): # HTML
+
+def _index(run, shown, most, wrong, best, given, against):  # HTML
     where = f'Written by streaming_pathology{"" if run.anonymous else f" from {run.folder.resolve().name}/"}. It requests nothing: what it shows lies in its folder.'
-    roc = run.figures.get('roc') if run.found else None; other = next(iter(run.figures.items()), None) if run.found and not run.metrics else None
-    figure = Figure(Img(src=figure_uri(roc), cls='plot', alt=f'ROC curve with bootstrap band: {run.metrics}')) if roc else Figure(Img(src=figure_uri(other[1]), cls='plot', alt=f'{other[0]}: {"; ".join(sentences_of(run.found))}')) if other else None
+    roc = run.figures.get('roc') if run.found else None
+    other = next(iter(run.figures.items()), None) if run.found and not run.metrics else None
+    figure = (
+        Figure(
+            Img(
+                src=figure_uri(roc), cls='plot', alt=f'ROC curve with bootstrap band: {run.metrics}'
+            )
+        )
+        if roc
+        else Figure(
+            Img(
+                src=figure_uri(other[1]),
+                cls='plot',
+                alt=f'{other[0]}: {"; ".join(sentences_of(run.found))}',
+            )
+        )
+        if other
+        else None
+    )
     sections = [('result', 'Result', (Div(_summary(run), figure, cls='answer'), *_facts(run)))]
-    if against: sections.append(('comparison', 'Comparison', _against(against)))
+    if against:
+        sections.append(('comparison', 'Comparison', _against(against)))
     if run.metrics:
-        if run.found.get('groups'): sections.append(('groups', 'Groups', _groups(run)))
-        sections += [('calibration', 'Calibration', _calibration(run)), ('errors', 'Errors', _errors(run, shown, wrong, best, given))]
-    if run.two: sections.append(('slides', 'Slides', _gallery(run, shown, most)))
+        if run.found.get('groups'):
+            sections.append(('groups', 'Groups', _groups(run)))
+        sections += [
+            ('calibration', 'Calibration', _calibration(run)),
+            ('errors', 'Errors', _errors(run, shown, wrong, best, given)),
+        ]
+    if run.two:
+        sections.append(('slides', 'Slides', _gallery(run, shown, most)))
     sections.append(('training', 'Training', _training(run)))
-    if run.two: sections.append(('predictions', 'Predictions', (_predictions(run),)))
+    if run.two:
+        sections.append(('predictions', 'Predictions', (_predictions(run),)))
     sections.append(('made', 'How it was made', _made(run)))
-    return html_page(run.title, 'Report of a run', sections, where, style=GALLERY_STYLE, script=GALLERY_SCRIPT*run.two, beside=True, tab=f'{run.title} · report')
+    return html_page(
+        run.title,
+        'Report of a run',
+        sections,
+        where,
+        style=GALLERY_STYLE,
+        script=GALLERY_SCRIPT * run.two,
+        beside=True,
+        tab=f'{run.title} · report',
+    )
+
 
 def write_report(
     run_folder,  # as sp_train or sp_demo wrote it
@@ -567,25 +1591,52 @@ def write_report(
     maps=(),  # folders that sp_heatmap wrote of the same network, as further layers
     comparison=None,  # folder that sp_compare wrote of this run and another
     categories=None,  # CSV of `CATEGORIES`, as the report saves it
-)->Path: # index.html
+) -> Path:  # index.html
     "Write a report as a folder, all of it or nothing; `InputError` names what is damaged, or needed and missing"
     run = read_run(run_folder, by, cohort)
-    own = absolute(run.folder)/'report'; out = absolute(out) if out else own
-    if out != own and out.is_relative_to(own.parent): raise InputError(f'{out} lies in the run; give the name of a folder elsewhere, or leave it out')
-    claim(out, True, REPORT, [*[run.folder]*(out != own), *(p for p in (cohort, comparison, categories, *maps) if p)])
-    if len({absolute(m) for m in maps}) < len(maps): raise InputError('a folder of maps is given twice; give each once')
-    if (maps or categories) and not run.two: raise InputError(f'{(*maps, categories)[0]}: maps and categories are shown with slides of two classes, and this run is not of those; leave it out')
-    maps, against = [read_maps(m, run) for m in maps], read_comparison(comparison, run, anonymous) if comparison else None
-    twice = Counter(m.name for m in maps); maps = [replace(m, name=m.name+f' {k}'*(twice[m.name] > 1)) for k, m in enumerate(maps, 1)]
-    if anonymous: _leave_out_names(run, by)
-    wrong, best = errors_of(run.predictions, run.split) if run.metrics else ([], None) # and the threshold of maximum accuracy
-    if categories and not run.metrics: raise InputError(f'{categories}: this run has no errors that could be known; leave it out')
+    own = absolute(run.folder) / 'report'
+    out = absolute(out) if out else own
+    if out != own and out.is_relative_to(own.parent):
+        raise InputError(
+            f'{out} lies in the run; give the name of a folder elsewhere, or leave it out'
+        )
+    claim(
+        out,
+        True,
+        REPORT,
+        [*[run.folder] * (out != own), *(p for p in (cohort, comparison, categories, *maps) if p)],
+    )
+    if len({absolute(m) for m in maps}) < len(maps):
+        raise InputError('a folder of maps is given twice; give each once')
+    if (maps or categories) and not run.two:
+        raise InputError(
+            f'{(*maps, categories)[0]}: maps and categories are shown with slides of two classes, and this run is not of those; leave it out'
+        )
+    maps, against = (
+        [read_maps(m, run) for m in maps],
+        read_comparison(comparison, run, anonymous) if comparison else None,
+    )
+    twice = Counter(m.name for m in maps)
+    maps = [replace(m, name=m.name + f' {k}' * (twice[m.name] > 1)) for k, m in enumerate(maps, 1)]
+    if anonymous:
+        _leave_out_names(run, by)
+    wrong, best = (
+        errors_of(run.predictions, run.split) if run.metrics else ([], None)
+    )  # and the threshold of maximum accuracy
+    if categories and not run.metrics:
+        raise InputError(f'{categories}: this run has no errors that could be known; leave it out')
     given = read_categories(categories, wrong, run.number) if categories else {}
-    seen = run.of_split()[:most]+run.unlabelled()[:most] if run.two else []
+    seen = run.of_split()[:most] + run.unlabelled()[:most] if run.two else []
     with staged(out, True, REPORT) as folder:
-        if seen: copy_viewer(folder)
-        top = _common_top(run, seen); shown = [_show(run, Shown(run.number[p.slide_id], run.name(p.slide_id), p), folder, top, maps) for p in seen]
+        if seen:
+            copy_viewer(folder)
+        top = _common_top(run, seen)
+        shown = [
+            _show(run, Shown(run.number[p.slide_id], run.name(p.slide_id), p), folder, top, maps)
+            for p in seen
+        ]
         pages = [s for s in shown if s.picture]
-        for s in pages: write_whole(folder/f'slides/{s.number:03}.html', _page_of(run, s, pages, best))
-        write_whole(folder/'index.html', _index(run, shown, most, wrong, best, given, against))
-    return out/'index.html'
+        for s in pages:
+            write_whole(folder / f'slides/{s.number:03}.html', _page_of(run, s, pages, best))
+        write_whole(folder / 'index.html', _index(run, shown, most, wrong, best, given, against))
+    return out / 'index.html'

@@ -13,15 +13,42 @@ import numpy as np
 from .errors import InputError
 from .cohorts import finite_number, read_table
 from .auc import Interval
-from .evaluation import average_precision, column_of, evaluate, operating_point, patients_of, plot_pr, plot_roc, point_intervals, read_patients, read_predictions
-from .calibration import calibration, fit_temperature, plot_reliability, scaled_probabilities
+from streaming_pathology.evaluation import (
+    average_precision,
+    column_of,
+    evaluate,
+    operating_point,
+    patients_of,
+    plot_pr,
+    plot_roc,
+    point_intervals,
+    read_patients,
+    read_predictions,
+)
+from streaming_pathology.calibration import (
+    calibration,
+    fit_temperature,
+    plot_reliability,
+    scaled_probabilities,
+)
 from .groups import by_group, plot_groups
-from .outcomes import class_aucs, concordance, confusion_matrix, kappa, logrank, plot_confusion, plot_survival
+from streaming_pathology.outcomes import (
+    class_aucs,
+    concordance,
+    confusion_matrix,
+    kappa,
+    logrank,
+    plot_confusion,
+    plot_survival,
+)
 
 # %% ../nbs/13_results.ipynb #res000005
-def _patients(path, cohort, needed=False): # see `read_patients`
-    beside = Path(path).parent/'cohort.csv'
-    return read_patients(cohort or beside, needed) or read_patients(beside, False) # a manifest with sites may leave them to the run
+def _patients(path, cohort, needed=False):  # see `read_patients`
+    beside = Path(path).parent / 'cohort.csv'
+    return read_patients(cohort or beside, needed) or read_patients(
+        beside, False
+    )  # a manifest with sites may leave them to the run
+
 
 def results(
     path,  # predictions.csv of `sp_predict`, `sp_train` or `sp_mil`
@@ -35,111 +62,390 @@ def results(
     by=(),  # its columns to show groups of
     n=10_000,  # bootstrap draws
     seed=0,  # of the draws
-    level=.95,  # of the intervals
+    level=0.95,  # of the intervals
     method='logit',  # of the AUC's interval: see `auc_interval`
-)->dict: # what JSON can hold; its `task` says of what kind
+) -> dict:  # what JSON can hold; its `task` says of what kind
     "All figures of one split of a table of predictions; `InputError` names the file and what is wrong with it"
     kind, labels, predicted, rows = read_outcomes(path)
     patients = _patients(path, cohort, cohort is not None and not by)
-    def of(name): # known labels (n, columns), predictions (n, k), patients as `patients_of` gives them, ids, of a split
-        there = [r for r in rows if r['split'] == name and all(r[l] is not None for l in labels[:None if kind != 'multilabel' else 0])]
-        if not there: raise InputError(f'{path} has no labelled slide with split {name!r}: the splits of its slides, labelled or not, are {", ".join(sorted({repr(r["split"]) for r in rows}))}')
-        return np.array([[np.nan if r[l] is None else r[l] for l in labels] for r in there]), np.array([[r[p] for p in predicted] for r in there]), patients_of(ids := [r['slide_id'] for r in there], patients), ids
-    if kind != 'binary' and (given := [k for k, v in dict(sensitivity=sensitivity, by=by, threshold_split=threshold_split if kind != 'survival' else None, method=method if kind in ('survival', 'measure') and method != 'logit' else None).items() if v]): raise InputError(f'{path}: {given[0]} is a matter of two classes, and this table is not of those; leave it out')
-    if cohort and (lost := [r['slide_id'] for r in rows if r['slide_id'] not in {t['slide_id'] for t in read_table(cohort, ('slide_id',))}]): raise InputError(f'{cohort} has no row of {len(lost)} of the slides of {path}, the first is {lost[0]!r}; give the manifest that they are of')
+
+    def of(
+        name,
+    ):  # known labels (n, columns), predictions (n, k), patients as `patients_of` gives them, ids, of a split
+        there = [
+            r
+            for r in rows
+            if r['split'] == name
+            and all(r[l] is not None for l in labels[: None if kind != 'multilabel' else 0])
+        ]
+        if not there:
+            raise InputError(
+                f'{path} has no labelled slide with split {name!r}: the splits of its slides, labelled or not, are {", ".join(sorted({repr(r["split"]) for r in rows}))}'
+            )
+        return (
+            np.array([[np.nan if r[l] is None else r[l] for l in labels] for r in there]),
+            np.array([[r[p] for p in predicted] for r in there]),
+            patients_of(ids := [r['slide_id'] for r in there], patients),
+            ids,
+        )
+
+    if kind != 'binary' and (
+        given := [
+            k
+            for k, v in dict(
+                sensitivity=sensitivity,
+                by=by,
+                threshold_split=threshold_split if kind != 'survival' else None,
+                method=method if kind in ('survival', 'measure') and method != 'logit' else None,
+            ).items()
+            if v
+        ]
+    ):
+        raise InputError(
+            f'{path}: {given[0]} is a matter of two classes, and this table is not of those; leave it out'
+        )
+    if cohort and (
+        lost := [
+            r['slide_id']
+            for r in rows
+            if r['slide_id'] not in {t['slide_id'] for t in read_table(cohort, ('slide_id',))}
+        ]
+    ):
+        raise InputError(
+            f'{cohort} has no row of {len(lost)} of the slides of {path}, the first is {lost[0]!r}; give the manifest that they are of'
+        )
     options = dict(n=n, seed=seed, level=level)
-    if by: cohort = cohort or Path(path).parent/'cohort.csv'
-    try: return KINDS[kind](of, split, threshold_split, sensitivity, cohort, by, method, options, labels)
-    except InputError as e: raise InputError(str(e) if str(path) in str(e) else f'{path}, split {split!r}: {e}') from None
+    if by:
+        cohort = cohort or Path(path).parent / 'cohort.csv'
+    try:
+        return KINDS[kind](
+            of, split, threshold_split, sensitivity, cohort, by, method, options, labels
+        )
+    except InputError as e:
+        raise InputError(
+            str(e) if str(path) in str(e) else f'{path}, split {split!r}: {e}'
+        ) from None
+
 
 def _two(of, split, threshold_split, sensitivity, cohort, by, method, options, labels):
-    y, p, groups, ids = of(split); y, p = y[:, 0], p[:, 0]
-    chosen = of(threshold_split) if threshold_split else None; ty, tp = (chosen[0][:, 0], chosen[1][:, 0]) if chosen else (y, p)
-    try: threshold = operating_point(ty, tp).threshold if chosen else None
-    except InputError as e: raise InputError(f'the split {threshold_split!r} to choose thresholds on: {e}') from None
-    m = evaluate(y, p, split=split, threshold=threshold, threshold_from=threshold_split, groups=groups, method=method, **options)
+    y, p, groups, ids = of(split)
+    y, p = y[:, 0], p[:, 0]
+    chosen = of(threshold_split) if threshold_split else None
+    ty, tp = (chosen[0][:, 0], chosen[1][:, 0]) if chosen else (y, p)
+    try:
+        threshold = operating_point(ty, tp).threshold if chosen else None
+    except InputError as e:
+        raise InputError(f'the split {threshold_split!r} to choose thresholds on: {e}') from None
+    m = evaluate(
+        y,
+        p,
+        split=split,
+        threshold=threshold,
+        threshold_from=threshold_split,
+        groups=groups,
+        method=method,
+        **options,
+    )
     area, ci = average_precision(y, p, groups=groups, **options)
-    found, notes = asdict(m) | dict(task='binary', average_precision=dict(value=area, low=ci.low, high=ci.high), calibration=_calibrated(y, p, groups, options)), []
+    found, notes = (
+        asdict(m)
+        | dict(
+            task='binary',
+            average_precision=dict(value=area, low=ci.low, high=ci.high),
+            calibration=_calibrated(y, p, groups, options),
+        ),
+        [],
+    )
     if chosen:
-        try: t = fit_temperature(ty, tp); found['temperature'] = dict(value=t, chosen_on=threshold_split, calibration=_calibrated(y, scaled_probabilities(p, t), groups, options))
-        except InputError as e: notes.append(f'No temperature: {e}.')
+        try:
+            t = fit_temperature(ty, tp)
+            found['temperature'] = dict(
+                value=t,
+                chosen_on=threshold_split,
+                calibration=_calibrated(y, scaled_probabilities(p, t), groups, options),
+            )
+        except InputError as e:
+            notes.append(f'No temperature: {e}.')
     if sensitivity is not None:
         point = operating_point(y, p, operating_point(ty, tp, least=sensitivity).threshold)
-        found['at_sensitivity'] = dict(wanted=sensitivity, threshold_from=threshold_split or split, **asdict(point), intervals={k: [*v] for k, v in point_intervals(y, p, point.threshold, options['level'], groups).items()})
+        found['at_sensitivity'] = dict(
+            wanted=sensitivity,
+            threshold_from=threshold_split or split,
+            **asdict(point),
+            intervals={
+                k: [*v]
+                for k, v in point_intervals(y, p, point.threshold, options['level'], groups).items()
+            },
+        )
     for column in by:
         values = column_of(cohort, column)
-        if not any(i in values for i in ids): raise InputError(f'{cohort} says nothing in {column!r} of any of the {len(ids)} slides; give a column that does')
-        found.setdefault('groups', {})[column] = by_group(y, p, [values.get(i) for i in ids], m.threshold, options['level'], groups)
+        if not any(i in values for i in ids):
+            raise InputError(
+                f'{cohort} says nothing in {column!r} of any of the {len(ids)} slides; give a column that does'
+            )
+        found.setdefault('groups', {})[column] = by_group(
+            y, p, [values.get(i) for i in ids], m.threshold, options['level'], groups
+        )
     return found | dict(notes=notes)
 
-def _calibrated(y, p, groups, options): c = calibration(y, p, groups=groups, **options); return dict(brier=c.brier, low=c.interval.low, high=c.interval.high, reference=c.reference, ece=c.ece, bins=c.bins)
 
-def read_outcomes(path): # kind, names of the columns of labels and of predictions, rows: dicts of slide_id, split and numbers, None where a label is not known
+def _calibrated(y, p, groups, options):
+    c = calibration(y, p, groups=groups, **options)
+    return dict(
+        brier=c.brier,
+        low=c.interval.low,
+        high=c.interval.high,
+        reference=c.reference,
+        ece=c.ece,
+        bins=c.bins,
+    )
+
+
+def read_outcomes(
+    path,
+):  # kind, names of the columns of labels and of predictions, rows: dicts of slide_id, split and numbers, None where a label is not known
     "A table of predictions of any task, which its columns tell"
-    first = read_table(path, ('slide_id', 'split'), (), 'run sp_predict first, or give the path of a predictions.csv')[:1]
-    if not first: raise InputError(f'{path} has no rows: run sp_predict on at least one slide')
+    first = read_table(
+        path,
+        ('slide_id', 'split'),
+        (),
+        'run sp_predict first, or give the path of a predictions.csv',
+    )[:1]
+    if not first:
+        raise InputError(f'{path} has no rows: run sp_predict on at least one slide')
     names = [*first[0]]
-    if 'probability' in names: kind, labels, predicted = 'binary', ['label'], ['probability']
+    if 'probability' in names:
+        kind, labels, predicted = 'binary', ['label'], ['probability']
     else:
-        labels, rest = names[1:names.index('split')], names[names.index('split')+1:]
-        predicted = [k for k in rest if k.startswith(('probability_', 'predicted_')) or k == 'log_risk']
-        kind = 'survival' if predicted == ['log_risk'] else 'classes' if predicted and predicted == [f'probability_{i}' for i in range(len(predicted))] else 'multilabel' if predicted == [f'probability_{l}' for l in labels] else 'measure' if predicted == [f'predicted_{l}' for l in labels] else None
-        if names[0] != 'slide_id' or not labels or not predicted or (kind == 'survival') != (len(labels) == 2 and predicted == ['log_risk']) and kind != 'multilabel' or kind in ('classes', 'measure') and len(labels) != 1: kind = None
-        if kind is None: raise InputError(f"{path} is no table of predictions: give one that sp_predict wrote, with slide_id, the labels, split, and probability, or probability_0 and so on, log_risk, or predicted_...")
-    if kind == 'binary': return kind, labels, predicted, [dict(slide_id=r.slide_id, split=r.split, label=r.label, probability=r.probability) for r in read_predictions(path)]
+        labels, rest = names[1 : names.index('split')], names[names.index('split') + 1 :]
+        predicted = [
+            k for k in rest if k.startswith(('probability_', 'predicted_')) or k == 'log_risk'
+        ]
+        kind = (
+            'survival'
+            if predicted == ['log_risk']
+            else 'classes'
+            if predicted and predicted == [f'probability_{i}' for i in range(len(predicted))]
+            else 'multilabel'
+            if predicted == [f'probability_{l}' for l in labels]
+            else 'measure'
+            if predicted == [f'predicted_{l}' for l in labels]
+            else None
+        )
+        if (
+            names[0] != 'slide_id'
+            or not labels
+            or not predicted
+            or (kind == 'survival') != (len(labels) == 2 and predicted == ['log_risk'])
+            and kind != 'multilabel'
+            or kind in ('classes', 'measure')
+            and len(labels) != 1
+        ):
+            kind = None
+        if kind is None:
+            raise InputError(
+                f'{path} is no table of predictions: give one that sp_predict wrote, with slide_id, the labels, split, and probability, or probability_0 and so on, log_risk, or predicted_...'
+            )
+    if kind == 'binary':
+        return (
+            kind,
+            labels,
+            predicted,
+            [
+                dict(slide_id=r.slide_id, split=r.split, label=r.label, probability=r.probability)
+                for r in read_predictions(path)
+            ],
+        )
+
     def number(r, k):
-        try: return finite_number(r[k], k) if r[k] or k in predicted else None
-        except ValueError as e: raise InputError(f'{path}, slide {r["slide_id"]!r}: {e}') from None
+        try:
+            return finite_number(r[k], k) if r[k] or k in predicted else None
+        except ValueError as e:
+            raise InputError(f'{path}, slide {r["slide_id"]!r}: {e}') from None
+
     def checked(r):
-        if wrong := [k for k in predicted if k.startswith('probability_') and not 0 <= r[k] <= 1]: raise InputError(f'{path}, slide {r["slide_id"]!r}: {wrong[0]} {r[wrong[0]]:g} has to lie between 0 and 1')
+        if wrong := [k for k in predicted if k.startswith('probability_') and not 0 <= r[k] <= 1]:
+            raise InputError(
+                f'{path}, slide {r["slide_id"]!r}: {wrong[0]} {r[wrong[0]]:g} has to lie between 0 and 1'
+            )
         return r
-    rows = [checked(dict(slide_id=r['slide_id'], split=r['split'], **{k: number(r, k) for k in (*labels, *predicted)})) for r in read_table(path, ('slide_id', *labels, 'split', *predicted))]
-    if len({r['slide_id'] for r in rows}) < len(rows): raise InputError(f'{path} has a slide more than once: keep one row a slide')
+
+    rows = [
+        checked(
+            dict(
+                slide_id=r['slide_id'],
+                split=r['split'],
+                **{k: number(r, k) for k in (*labels, *predicted)},
+            )
+        )
+        for r in read_table(path, ('slide_id', *labels, 'split', *predicted))
+    ]
+    if len({r['slide_id'] for r in rows}) < len(rows):
+        raise InputError(f'{path} has a slide more than once: keep one row a slide')
     return kind, labels, predicted, rows
 
 # %% ../nbs/13_results.ipynb #res000007
 def _classes(of, split, threshold_split, sensitivity, cohort, by, method, options, labels):
-    y, p, groups, _ = of(split); y, called = y[:, 0], p.argmax(1)
+    y, p, groups, _ = of(split)
+    y, called = y[:, 0], p.argmax(1)
     value, ci = kappa(y, called, classes=p.shape[1], groups=groups, **options)
-    return dict(task='classes', kappa=value, low=ci.low, high=ci.high, redrawn=ci.redrawn, weights='quadratic', accuracy=float((y == called).mean()), n=len(y), draws=options['n'], seed=options['seed'], level=options['level'], split=split,
-                confusion=confusion_matrix(y, called, p.shape[1]).tolist(), classes=[None if a is None else dict(auc=a[0], low=a[1].low, high=a[1].high) for a in class_aucs(y, p, groups, method=method, level=options['level'])], notes=[])
+    return dict(
+        task='classes',
+        kappa=value,
+        low=ci.low,
+        high=ci.high,
+        redrawn=ci.redrawn,
+        weights='quadratic',
+        accuracy=float((y == called).mean()),
+        n=len(y),
+        draws=options['n'],
+        seed=options['seed'],
+        level=options['level'],
+        split=split,
+        confusion=confusion_matrix(y, called, p.shape[1]).tolist(),
+        classes=[
+            None if a is None else dict(auc=a[0], low=a[1].low, high=a[1].high)
+            for a in class_aucs(y, p, groups, method=method, level=options['level'])
+        ],
+        notes=[],
+    )
+
 
 def _multilabel(of, split, threshold_split, sensitivity, cohort, by, method, options, labels):
-    y, p, groups, _ = of(split); found, notes = {}, []
+    y, p, groups, _ = of(split)
+    found, notes = {}, []
     for k, label in enumerate(labels):
         known = np.isfinite(y[:, k])
-        try: found[label] = asdict(evaluate(y[known, k], p[known, k], split=split, groups=groups and [g for g, i in zip(groups, known) if i], method=method, **options))
-        except InputError as e: notes.append(f'{label}: {e}.')
-    if not found: raise InputError('; '.join(notes))
+        try:
+            found[label] = asdict(
+                evaluate(
+                    y[known, k],
+                    p[known, k],
+                    split=split,
+                    groups=groups and [g for g, i in zip(groups, known) if i],
+                    method=method,
+                    **options,
+                )
+            )
+        except InputError as e:
+            notes.append(f'{label}: {e}.')
+    if not found:
+        raise InputError('; '.join(notes))
     return dict(task='multilabel', labels=found, notes=notes)
 
+
 def _survival(of, split, threshold_split, sensitivity, cohort, by, method, options, labels):
-    (y, risk, groups, _), (_, before, *_) = of(split), of(threshold_split or split); t, e, risk = *y.T, risk[:, 0]
-    value, ci = concordance(t, e, risk, groups=groups, **options); threshold = float(np.median(before)); high = risk > threshold
-    return dict(task='survival', concordance=value, low=ci.low, high=ci.high, n=len(t), events=int(e.sum()), draws=options['n'], redrawn=ci.redrawn, seed=options['seed'], level=options['level'], split=split,
-                threshold=threshold, threshold_from=threshold_split or split, high_risk=int(high.sum()), logrank_p=None if math.isnan(q := logrank(t, e, high)) else q, notes=[])
+    (y, risk, groups, _), (_, before, *_) = of(split), of(threshold_split or split)
+    t, e, risk = *y.T, risk[:, 0]
+    value, ci = concordance(t, e, risk, groups=groups, **options)
+    threshold = float(np.median(before))
+    high = risk > threshold
+    return dict(
+        task='survival',
+        concordance=value,
+        low=ci.low,
+        high=ci.high,
+        n=len(t),
+        events=int(e.sum()),
+        draws=options['n'],
+        redrawn=ci.redrawn,
+        seed=options['seed'],
+        level=options['level'],
+        split=split,
+        threshold=threshold,
+        threshold_from=threshold_split or split,
+        high_risk=int(high.sum()),
+        logrank_p=None if math.isnan(q := logrank(t, e, high)) else q,
+        notes=[],
+    )
+
 
 def _measure(of, split, threshold_split, sensitivity, cohort, by, method, options, labels):
     from scipy.stats import spearmanr
-    y, p, *_ = of(split); y, p = y[:, 0], p[:, 0]; rank = float(spearmanr(y, p).statistic) if len({*y}) > 1 and len({*p}) > 1 else None
-    return dict(task='measure', mean_absolute_error=float(abs(y-p).mean()), rank_correlation=rank, n=len(y), split=split, notes=[])
 
-KINDS = dict(binary=_two, classes=_classes, multilabel=_multilabel, survival=_survival, measure=_measure)
+    y, p, *_ = of(split)
+    y, p = y[:, 0], p[:, 0]
+    rank = float(spearmanr(y, p).statistic) if len({*y}) > 1 and len({*p}) > 1 else None
+    return dict(
+        task='measure',
+        mean_absolute_error=float(abs(y - p).mean()),
+        rank_correlation=rank,
+        n=len(y),
+        split=split,
+        notes=[],
+    )
 
-def sentences_of(r)->list: # texts
+
+KINDS = dict(
+    binary=_two, classes=_classes, multilabel=_multilabel, survival=_survival, measure=_measure
+)
+
+
+def sentences_of(r) -> list:  # texts
     "The figures of `results` in words, the one that matters first"
-    def among(v, low, high): return f'{v:.3f} ({low:.3f} to {high:.3f})'
-    if r['task'] == 'survival': return [f"concordance {among(r['concordance'], r['low'], r['high'])}, {r['n']} slides, {r['events']} events", f"{r['high_risk']} slide{'s'*(r['high_risk'] != 1)} of high risk, above {r['threshold']:.3g}, the median of the split {r['threshold_from']}"+('' if r['logrank_p'] is None else f"; log-rank p {r['logrank_p']:.3g}")]
-    if r['task'] == 'classes': return [f"quadratic kappa {among(r['kappa'], r['low'], r['high'])}, {r['n']} slides, accuracy {r['accuracy']:.3f}", *(f"class {k} against the rest: AUC {among(a['auc'], a['low'], a['high'])}" for k, a in enumerate(r['classes']) if a)]
-    if r['task'] == 'multilabel': return [f"{k}: AUC {among(m['auc'], m['low'], m['high'])}, {m['n']} slides, {m['positives']} positive" for k, m in r['labels'].items()]
-    if r['task'] == 'measure': return [f"mean absolute error {r['mean_absolute_error']:.4g}, {r['n']} slides"+('' if r['rank_correlation'] is None else f", rank correlation {r['rank_correlation']:.3f}")]
-    def point(m): return f"accuracy {among(m['accuracy'], *m['intervals']['accuracy'])}, sensitivity {among(m['sensitivity'], *m['intervals']['sensitivity'])}, specificity {among(m['specificity'], *m['intervals']['specificity'])} at {m['threshold']:.3f}, chosen on {m['threshold_from']}"
+
+    def among(v, low, high):
+        return f'{v:.3f} ({low:.3f} to {high:.3f})'
+
+    if r['task'] == 'survival':
+        return [
+            f'concordance {among(r["concordance"], r["low"], r["high"])}, {r["n"]} slides, {r["events"]} events',
+            f'{r["high_risk"]} slide{"s" * (r["high_risk"] != 1)} of high risk, above {r["threshold"]:.3g}, the median of the split {r["threshold_from"]}'
+            + ('' if r['logrank_p'] is None else f'; log-rank p {r["logrank_p"]:.3g}'),
+        ]
+    if r['task'] == 'classes':
+        return [
+            f'quadratic kappa {among(r["kappa"], r["low"], r["high"])}, {r["n"]} slides, accuracy {r["accuracy"]:.3f}',
+            *(
+                f'class {k} against the rest: AUC {among(a["auc"], a["low"], a["high"])}'
+                for k, a in enumerate(r['classes'])
+                if a
+            ),
+        ]
+    if r['task'] == 'multilabel':
+        return [
+            f'{k}: AUC {among(m["auc"], m["low"], m["high"])}, {m["n"]} slides, {m["positives"]} positive'
+            for k, m in r['labels'].items()
+        ]
+    if r['task'] == 'measure':
+        return [
+            f'mean absolute error {r["mean_absolute_error"]:.4g}, {r["n"]} slides'
+            + (
+                ''
+                if r['rank_correlation'] is None
+                else f', rank correlation {r["rank_correlation"]:.3f}'
+            )
+        ]
+
+    def point(m):
+        return f'accuracy {among(m["accuracy"], *m["intervals"]["accuracy"])}, sensitivity {among(m["sensitivity"], *m["intervals"]["sensitivity"])}, specificity {among(m["specificity"], *m["intervals"]["specificity"])} at {m["threshold"]:.3f}, chosen on {m["threshold_from"]}'
+
     c = r['calibration']
-    said = [f"AUC {among(r['auc'], r['low'], r['high'])}, by the paper's bootstrap {r['bootstrap_low']:.3f} to {r['bootstrap_high']:.3f}; {r['n']} slides"+(f" of {r['patients']} patients" if r['patients'] else '')+f", {r['positives']} positive", point(r),
-            f"average precision {among(*r['average_precision'].values())}", f"Brier score {among(c['brier'], c['low'], c['high'])}, {c['reference']:.3f} by the share of positives alone; expected calibration error {c['ece']:.3f}"]
-    if t := r.get('temperature'): said.append(f"at a temperature of {t['value']:.2f}, chosen on {t['chosen_on']}: Brier score {t['calibration']['brier']:.3f}, expected calibration error {t['calibration']['ece']:.3f}")
-    if w := r.get('at_sensitivity'): said.append(f"wanted, a sensitivity of {w['wanted']:g}: {point(w)}")
-    for column, rows in r.get('groups', {}).items(): said += [f"{column} {g['group']}: {g['n']} slides, "+('one class, no AUC' if g['auc'] is None else f"AUC {among(g['auc'], g['low'], g['high'])}"+' against all negative slides'*(g['against'] != 'its own')) for g in rows]
+    said = [
+        f"AUC {among(r['auc'], r['low'], r['high'])}, by the paper's bootstrap {r['bootstrap_low']:.3f} to {r['bootstrap_high']:.3f}; {r['n']} slides"
+        + (f' of {r["patients"]} patients' if r['patients'] else '')
+        + f', {r["positives"]} positive',
+        point(r),
+        f'average precision {among(*r["average_precision"].values())}',
+        f'Brier score {among(c["brier"], c["low"], c["high"])}, {c["reference"]:.3f} by the share of positives alone; expected calibration error {c["ece"]:.3f}',
+    ]
+    if t := r.get('temperature'):
+        said.append(
+            f'at a temperature of {t["value"]:.2f}, chosen on {t["chosen_on"]}: Brier score {t["calibration"]["brier"]:.3f}, expected calibration error {t["calibration"]["ece"]:.3f}'
+        )
+    if w := r.get('at_sensitivity'):
+        said.append(f'wanted, a sensitivity of {w["wanted"]:g}: {point(w)}')
+    for column, rows in r.get('groups', {}).items():
+        said += [
+            f'{column} {g["group"]}: {g["n"]} slides, '
+            + (
+                'one class, no AUC'
+                if g['auc'] is None
+                else f'AUC {among(g["auc"], g["low"], g["high"])}'
+                + ' against all negative slides' * (g['against'] != 'its own')
+            )
+            for g in rows
+        ]
     return said
 
 # %% ../nbs/13_results.ipynb #res000012
@@ -148,17 +454,59 @@ def figures_of(
     path,  # its table of predictions
     cohort=None,  # as it was given there
     colour='#2f6690',
-)->dict: # {name: function that draws into a matplotlib axis}
+) -> dict:  # {name: function that draws into a matplotlib axis}
     "The figures that a paper or a report shows of `results`"
     kind, labels, predicted, rows = read_outcomes(path)
-    rows = [r for r in rows if r['split'] == found.get('split') and all(r[l] is not None for l in labels)]
+    rows = [
+        r
+        for r in rows
+        if r['split'] == found.get('split') and all(r[l] is not None for l in labels)
+    ]
     y, p = (np.array([[r[k] for k in names] for r in rows]) for names in (labels, predicted))
     groups = patients_of([r['slide_id'] for r in rows], _patients(path, cohort))
     if kind == 'binary':
-        y, p, options = y[:, 0], p[:, 0], dict(n=found['draws'], seed=found['seed'], level=found['level'])
-        return dict(roc=lambda ax: plot_roc(y, p, ax, colour=colour, groups=groups, interval=Interval(found['low'], found['high'], 0, 0, found['seed'], found['level'], found['method'])),
-                    precision_recall=lambda ax: plot_pr(y, p, ax, colour=colour, groups=groups, **options), reliability=lambda ax: plot_reliability(y, p, ax, colour=colour, groups=groups, level=found['level']),
-                    **{f'groups_{c}': lambda ax, rows=rows: plot_groups(rows, ax, found['auc'], colour) for c, rows in found.get('groups', {}).items() if any(r['auc'] is not None for r in rows)})
-    if kind == 'classes': return dict(confusion=lambda ax: plot_confusion(y[:, 0].astype(int), p.argmax(1), ax, classes=p.shape[1]))
-    if kind == 'survival': return dict(survival=lambda ax: plot_survival(*y.T, p[:, 0] > found['threshold'], ax, level=found['level']))
+        y, p, options = (
+            y[:, 0],
+            p[:, 0],
+            dict(n=found['draws'], seed=found['seed'], level=found['level']),
+        )
+        return dict(
+            roc=lambda ax: plot_roc(
+                y,
+                p,
+                ax,
+                colour=colour,
+                groups=groups,
+                interval=Interval(
+                    found['low'],
+                    found['high'],
+                    0,
+                    0,
+                    found['seed'],
+                    found['level'],
+                    found['method'],
+                ),
+            ),
+            precision_recall=lambda ax: plot_pr(y, p, ax, colour=colour, groups=groups, **options),
+            reliability=lambda ax: plot_reliability(
+                y, p, ax, colour=colour, groups=groups, level=found['level']
+            ),
+            **{
+                f'groups_{c}': lambda ax, rows=rows: plot_groups(rows, ax, found['auc'], colour)
+                for c, rows in found.get('groups', {}).items()
+                if any(r['auc'] is not None for r in rows)
+            },
+        )
+    if kind == 'classes':
+        return dict(
+            confusion=lambda ax: plot_confusion(
+                y[:, 0].astype(int), p.argmax(1), ax, classes=p.shape[1]
+            )
+        )
+    if kind == 'survival':
+        return dict(
+            survival=lambda ax: plot_survival(
+                *y.T, p[:, 0] > found['threshold'], ax, level=found['level']
+            )
+        )
     return {}

@@ -17,69 +17,167 @@ from .evaluation import operating_point, read_predictions
 # %% ../nbs/13_review.ipynb #rev000006
 FALSE = ('false positive', 'false negative')
 
+
 @dataclass(frozen=True)
 class Wrong:
     "A slide that is on the wrong side of a threshold"
+
     slide_id: str
-    kind: str # one of `FALSE`
+    kind: str  # one of `FALSE`
     probability: float
+
 
 def errors_of(
     rows,  # as `read_predictions` gives them, or the path of a predictions.csv
     split='test',  # slides to look at
     threshold=None,  # None: that of maximum accuracy on these slides, as in the paper, section V
-)->tuple: # list of `Wrong`, false positives first, the largest error first; the threshold
+) -> tuple:  # list of `Wrong`, false positives first, the largest error first; the threshold
     "The false positives and false negatives of a split"
-    if isinstance(rows, (str, Path)): rows = read_predictions(rows)
+    if isinstance(rows, (str, Path)):
+        rows = read_predictions(rows)
     known = [r for r in rows if r.split == split and r.label is not None]
-    if threshold is None: threshold = operating_point([r.label for r in known], [r.probability for r in known]).threshold
-    found = [Wrong(r.slide_id, FALSE[int(r.label)], r.probability) for r in known if (r.probability >= threshold) != bool(r.label)]
-    return sorted(found, key=lambda e: (FALSE.index(e.kind), e.probability*(1 if e.kind == FALSE[1] else -1), e.slide_id)), threshold
+    if threshold is None:
+        threshold = operating_point(
+            [r.label for r in known], [r.probability for r in known]
+        ).threshold
+    found = [
+        Wrong(r.slide_id, FALSE[int(r.label)], r.probability)
+        for r in known
+        if (r.probability >= threshold) != bool(r.label)
+    ]
+    return sorted(
+        found,
+        key=lambda e: (
+            FALSE.index(e.kind),
+            e.probability * (1 if e.kind == FALSE[1] else -1),
+            e.slide_id,
+        ),
+    ), threshold
 
 # %% ../nbs/13_review.ipynb #rev000010
-SUGGESTED = {FALSE[0]: ('normal mimicking tumour', 'inflammation', 'tissue artefact', 'bladder epithelium', 'colon epithelium'),
-             FALSE[1]: ('little tumour', 'tissue artefact', 'low-grade tumour', 'inflammation-like', 'unclear')} # the paper, Table III
-CATEGORIES = ('slide_id', 'error', 'category') # columns of the table that the report saves; without names it has `number` for `slide_id`
+SUGGESTED = {
+    FALSE[0]: (
+        'normal mimicking tumour',
+        'inflammation',
+        'tissue artefact',
+        'bladder epithelium',
+        'colon epithelium',
+    ),
+    FALSE[1]: (
+        'little tumour',
+        'tissue artefact',
+        'low-grade tumour',
+        'inflammation-like',
+        'unclear',
+    ),
+}  # the paper, Table III
+CATEGORIES = (
+    'slide_id',
+    'error',
+    'category',
+)  # columns of the table that the report saves; without names it has `number` for `slide_id`
+
 
 def read_categories(
     path,  # CSV of `CATEGORIES`; a category may be empty
     wrong,  # list of `Wrong`
     numbers=None,  # as `numbered` gives them, where the report may have been one without names
-)->dict: # {slide_id: category}
+) -> dict:  # {slide_id: category}
     "The categories that a reviewer gave to errors; `InputError` where they are not of these"
-    kinds, found, names = {e.slide_id: e.kind for e in wrong}, {}, {str(k): i for i, k in (numbers or {}).items()}
-    for r in read_table(path, CATEGORIES[1:], ('slide_id', 'number'), 'save it in the report of a run', ',;'):
-        if ('slide_id' in r) == ('number' in r): raise InputError(f'{path} has to have one of the columns slide_id and number; save it in the report of a run')
-        said = r.get('slide_id', r.get('number')); i = names.get(said, '') if 'number' in r else said
-        if i not in kinds: raise InputError(f'{path}: slide {said!r} is no error of this model at the threshold of its report; give the categories of the same run')
-        if r['error'] != kinds[i]: raise InputError(f'{path}: slide {said!r} is a {kinds[i]} of this model, and the table says {r["error"]!r}; give the categories of the same run')
-        if i in found: raise InputError(f'{path} has slide {said!r} twice; keep one row a slide')
-        found[i] = ' '.join(r['category'].removeprefix("'").split()) # which keeps spreadsheets from computing it
+    kinds, found, names = (
+        {e.slide_id: e.kind for e in wrong},
+        {},
+        {str(k): i for i, k in (numbers or {}).items()},
+    )
+    for r in read_table(
+        path, CATEGORIES[1:], ('slide_id', 'number'), 'save it in the report of a run', ',;'
+    ):
+        if ('slide_id' in r) == ('number' in r):
+            raise InputError(
+                f'{path} has to have one of the columns slide_id and number; save it in the report of a run'
+            )
+        said = r.get('slide_id', r.get('number'))
+        i = names.get(said, '') if 'number' in r else said
+        if i not in kinds:
+            raise InputError(
+                f'{path}: slide {said!r} is no error of this model at the threshold of its report; give the categories of the same run'
+            )
+        if r['error'] != kinds[i]:
+            raise InputError(
+                f'{path}: slide {said!r} is a {kinds[i]} of this model, and the table says {r["error"]!r}; give the categories of the same run'
+            )
+        if i in found:
+            raise InputError(f'{path} has slide {said!r} twice; keep one row a slide')
+        found[i] = ' '.join(
+            r['category'].removeprefix("'").split()
+        )  # which keeps spreadsheets from computing it
     return {i: c for i, c in found.items() if c}
 
 # %% ../nbs/13_review.ipynb #rev000011
 def numbered(
     rows,  # `Prediction`s
     split='test',  # that of the figures
-)->dict: # {slide_id: number}
+) -> dict:  # {slide_id: number}
     "How reports number slides, from 1 on: labelled ones of the split, the largest error first, then unlabelled ones, then others"
-    def place(r): return (2, 0) if r.split != split and r.label is not None else (1, 0) if r.label is None else (0, -abs(r.probability-r.label))
-    return {r.slide_id: k for k, r in enumerate(sorted(rows, key=lambda r: (place(r), r.slide_id)), 1)}
 
-def called(number): return f'Slide {number}' # in a report without names
+    def place(r):
+        return (
+            (2, 0)
+            if r.split != split and r.label is not None
+            else (1, 0)
+            if r.label is None
+            else (0, -abs(r.probability - r.label))
+        )
+
+    return {
+        r.slide_id: k for k, r in enumerate(sorted(rows, key=lambda r: (place(r), r.slide_id)), 1)
+    }
+
+
+def called(number):
+    return f'Slide {number}'  # in a report without names
+
 
 def category_table(
     models,  # {name: (list of `Wrong`, {slide_id: category})}
-)->list: # of (kind, [number of errors of each model], [(category, [number of each model])])
+) -> list:  # of (kind, [number of errors of each model], [(category, [number of each model])])
     "The errors of one or several models by their categories, the most frequent first, as the paper's Table III"
     found = []
     for kind in FALSE:
-        counts = {name: Counter(given.get(e.slide_id, '').casefold() for e in wrong if e.kind == kind) for name, (wrong, given) in models.items()}
-        spelt = {c.casefold(): c for _, given in reversed(models.values()) for c in reversed(given.values())} | {'': 'not looked at yet'}
+        counts = {
+            name: Counter(given.get(e.slide_id, '').casefold() for e in wrong if e.kind == kind)
+            for name, (wrong, given) in models.items()
+        }
+        spelt = {
+            c.casefold(): c
+            for _, given in reversed(models.values())
+            for c in reversed(given.values())
+        } | {'': 'not looked at yet'}
         totals = sum(counts.values(), Counter())
-        found.append((kind, [c.total() for c in counts.values()], [(spelt[k], [c[k] for c in counts.values()]) for k in sorted(totals, key=lambda k: (not k, -totals[k], k))]))
+        found.append(
+            (
+                kind,
+                [c.total() for c in counts.values()],
+                [
+                    (spelt[k], [c[k] for c in counts.values()])
+                    for k in sorted(totals, key=lambda k: (not k, -totals[k], k))
+                ],
+            )
+        )
     return found
 
-def markdown_of(models): # text
+
+def markdown_of(models):  # text
     "That table for a paper or a notebook."
-    return '\n\n'.join('\n'.join([f'| {kind}s | '+' | '.join(f'{name} ({n})' for name, n in zip(models, totals))+' |', '|---'*(len(models)+1)+'|', *(f"| {c} | {' | '.join(map(str, ns))} |" for c, ns in rows)]) for kind, totals, rows in category_table(models))
+    return '\n\n'.join(
+        '\n'.join(
+            [
+                f'| {kind}s | '
+                + ' | '.join(f'{name} ({n})' for name, n in zip(models, totals))
+                + ' |',
+                '|---' * (len(models) + 1) + '|',
+                *(f'| {c} | {" | ".join(map(str, ns))} |' for c, ns in rows),
+            ]
+        )
+        for kind, totals, rows in category_table(models)
+    )

@@ -18,45 +18,63 @@ from .heatmaps import pool_map
 def pool_truth(
     mask,  # (H, W), bool or 0 and 1: pixels that are marked
     place,  # pixels a side, of a place of the map
-    share=.5,  # least share of the pixels of a place that makes it marked; above 0
-)->np.ndarray: # bool (ceil(H/place), ceil(W/place))
+    share=0.5,  # least share of the pixels of a place that makes it marked; above 0
+) -> np.ndarray:  # bool (ceil(H/place), ceil(W/place))
     "A mask brought to the places of a map; at the edges a place counts the pixels that it has"
-    if not 0 < share <= 1: raise InputError(f'share={share}: the least share of marked pixels is above 0 and up to 1')
-    return pool_map(as_marked(mask), place) >= share-1e-6
+    if not 0 < share <= 1:
+        raise InputError(f'share={share}: the least share of marked pixels is above 0 and up to 1')
+    return pool_map(as_marked(mask), place) >= share - 1e-6
 
-def as_marked(truth): # bool (h, w)
+
+def as_marked(truth):  # bool (h, w)
     "What is marked, as bool; `InputError` where it is no mask"
     t = np.asarray(truth)
-    if t.ndim != 2 or not t.size: raise InputError(f'truth of shape {t.shape}: give a mask (h, w)')
-    if t.dtype != bool and not np.isin(t, (0, 1)).all(): raise InputError('truth holds other numbers than 0 and 1: say which are meant, as in mask == 3')
+    if t.ndim != 2 or not t.size:
+        raise InputError(f'truth of shape {t.shape}: give a mask (h, w)')
+    if t.dtype != bool and not np.isin(t, (0, 1)).all():
+        raise InputError(
+            'truth holds other numbers than 0 and 1: say which are meant, as in mask == 3'
+        )
     return t.astype(bool)
 
 # %% ../nbs/14_sanity.ipynb #san0008
-def check_pair(heat, truth): # float64 (h, w), bool (h, w)
+def check_pair(heat, truth):  # float64 (h, w), bool (h, w)
     "A map and what is marked, or `InputError`: same shape, finite, and marked somewhere but not everywhere"
     heat, truth = np.asarray(heat), as_marked(truth)
-    if heat.shape != truth.shape: raise InputError(f'a map of shape {heat.shape} and a truth of shape {truth.shape}: bring both to the same places, as with pool_truth')
-    if heat.dtype.kind not in 'fiub' or not np.isfinite(heat).all(): raise InputError('the map has values that are not finite numbers')
-    if truth.all() or not truth.any(): raise InputError(f"the truth marks {'every place' if truth.any() else 'nothing'}: no map can be right or wrong there")
+    if heat.shape != truth.shape:
+        raise InputError(
+            f'a map of shape {heat.shape} and a truth of shape {truth.shape}: bring both to the same places, as with pool_truth'
+        )
+    if heat.dtype.kind not in 'fiub' or not np.isfinite(heat).all():
+        raise InputError('the map has values that are not finite numbers')
+    if truth.all() or not truth.any():
+        raise InputError(
+            f'the truth marks {"every place" if truth.any() else "nothing"}: no map can be right or wrong there'
+        )
     return heat.astype(float), truth
+
 
 def pointing_game(
     heat,  # (h, w), in any unit; may be below zero
     truth,  # (h, w), bool or 0 and 1
-    slack=0.,  # places, straight, by which the highest place may miss
-)->float: # from 0 to 1: the share of the highest places that hit, which is 0 or 1 where one is highest
+    slack=0.0,  # places, straight, by which the highest place may miss
+) -> (
+    float
+):  # from 0 to 1: the share of the highest places that hit, which is 0 or 1 where one is highest
     "Whether the highest place of a map falls on the truth, or at most `slack` places beside it (Zhang et al. 2016, Top-down neural attention by excitation backprop)"
     heat, truth = check_pair(heat, truth)
-    if not 0 <= slack < np.inf: raise InputError(f'slack={slack}: it is a distance in places, and cannot be negative')
+    if not 0 <= slack < np.inf:
+        raise InputError(f'slack={slack}: it is a distance in places, and cannot be negative')
     return float((ndimage.distance_transform_edt(~truth) <= slack)[heat == heat.max()].mean())
 
 # %% ../nbs/14_sanity.ipynb #san0011
 def pixel_auprc(
     heat,  # (h, w), in any unit; only its order counts
     truth,  # (h, w), bool or 0 and 1
-)->tuple: # area, from 0 to 1, and the share of places that are marked
+) -> tuple:  # area, from 0 to 1, and the share of places that are marked
     "Area under the curve of precision and recall over the places of a map (average precision, as scikit-learn has it), and what a map that says nothing gets"
-    from sklearn.metrics import average_precision_score # slow to import, so only where it is used
+    from sklearn.metrics import average_precision_score  # slow to import, so only where it is used
+
     heat, truth = check_pair(heat, truth)
     return float(average_precision_score(truth.ravel(), heat.ravel())), float(truth.mean())
 
@@ -65,25 +83,49 @@ def randomised(
     model,  # any nn.Module; it is left as it is
     seed=0,  # of the weights
     layers=None,  # layers whose weights are drawn, counted from the output; None: all
-): # a copy
+):  # a copy
     "A copy of a model whose weights are drawn again, whole or from its last layer downwards (Adebayo et al. 2018, Sanity checks for saliency maps); of a `FeatureMIL` first those of the aggregator, then those of the backbone"
-    if layers is not None: at_least_one(layers=layers)
+    if layers is not None:
+        at_least_one(layers=layers)
     new, before = copy.deepcopy(model), []
-    if isinstance(new, FeatureMIL) and new.encoder is not None: # which copies share
-        e = Encoder(copy.deepcopy(new.encoder.network), new.encoder.transform, new.encoder.pil, new.encoder.card)
-        (new._modules if 'encoder' in new._modules else new.__dict__)['encoder'], before = e, [*e.modules()]
-    found = [m for m in dict.fromkeys([*before, *new.modules()]) if next(m.parameters(recurse=False), None) is not None]
-    if not found: raise InputError(f'{type(model).__name__} has no weights that could be drawn again')
+    if isinstance(new, FeatureMIL) and new.encoder is not None:  # which copies share
+        e = Encoder(
+            copy.deepcopy(new.encoder.network),
+            new.encoder.transform,
+            new.encoder.pil,
+            new.encoder.card,
+        )
+        (new._modules if 'encoder' in new._modules else new.__dict__)['encoder'], before = (
+            e,
+            [*e.modules()],
+        )
+    found = [
+        m
+        for m in dict.fromkeys([*before, *new.modules()])
+        if next(m.parameters(recurse=False), None) is not None
+    ]
+    if not found:
+        raise InputError(f'{type(model).__name__} has no weights that could be drawn again')
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in (p for m in found[::-1][:layers] for p in m.parameters(recurse=False)):
-            w = p.detach().double().cpu(); p.copy_(torch.randn(w.shape, generator=generator, dtype=w.dtype)*w.std(correction=0)+w.mean())
+            w = p.detach().double().cpu()
+            p.copy_(
+                torch.randn(w.shape, generator=generator, dtype=w.dtype) * w.std(correction=0)
+                + w.mean()
+            )
     return new
 
-def rank_correlation(a, b): # from -1 to 1
+
+def rank_correlation(a, b):  # from -1 to 1
     "Spearman's rank correlation of two maps (h, w) of one shape"
     a, b = (np.asarray(v, float) for v in (a, b))
-    if a.shape != b.shape or not a.size: raise InputError(f'maps of shapes {a.shape} and {b.shape}: only maps of the same places can be alike')
-    if not (np.isfinite(a).all() and np.isfinite(b).all()): raise InputError('a map has values that are not finite')
-    if np.ptp(a) == 0 or np.ptp(b) == 0: raise InputError('a map is the same everywhere: it has no order that could be compared')
+    if a.shape != b.shape or not a.size:
+        raise InputError(
+            f'maps of shapes {a.shape} and {b.shape}: only maps of the same places can be alike'
+        )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise InputError('a map has values that are not finite')
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        raise InputError('a map is the same everywhere: it has no order that could be compared')
     return float(stats.spearmanr(a, b, axis=None).statistic)

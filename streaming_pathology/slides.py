@@ -23,7 +23,14 @@ from scipy import ndimage, sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 from .errors import InputError
-from .files import _Tiff, open_reader, reason, resolve_spacing, sample_slide, transparent
+from streaming_pathology.files import (
+    _Tiff,
+    open_reader,
+    reason,
+    resolve_spacing,
+    sample_slide,
+    transparent,
+)
 
 # %% ../nbs/05_slides.ipynb #5b10c766
 def area_average(
@@ -32,20 +39,29 @@ def area_average(
     factor: float,  # length of a window, in pixels
     n: int,  # number of windows
     axis: int = 0,
-): # float32 array with n entries along the axis
+):  # float32 array with n entries along the axis
     "Mean of `x` over the windows [start + i*factor, start + (i+1)*factor), pixels cut by a window's end counted in part."
-    edges = start + factor*np.arange(n+1)
-    first, total = np.floor(edges[:-1]+1e-9).astype(int), np.float32(0)
+    edges = start + factor * np.arange(n + 1)
+    first, total = np.floor(edges[:-1] + 1e-9).astype(int), np.float32(0)
     shape = [-1 if a == axis else 1 for a in range(x.ndim)]
-    for k in range(math.ceil(factor)+1):
-        weight = np.clip(np.minimum(edges[1:], first+k+1) - np.maximum(edges[:-1], first+k), 0, None)/factor
-        if weight.max() < 1e-7: continue
-        total = total + x.take(np.minimum(first+k, x.shape[axis]-1), axis)*weight.astype(np.float32).reshape(shape)
+    for k in range(math.ceil(factor) + 1):
+        weight = (
+            np.clip(
+                np.minimum(edges[1:], first + k + 1) - np.maximum(edges[:-1], first + k), 0, None
+            )
+            / factor
+        )
+        if weight.max() < 1e-7:
+            continue
+        total = total + x.take(np.minimum(first + k, x.shape[axis] - 1), axis) * weight.astype(
+            np.float32
+        ).reshape(shape)
     return total
 
 # %% ../nbs/05_slides.ipynb #4bb73eb9
 class Slide:
     "A slide file: any region of it at any spacing. Opened again in every process and thread that uses it, so it can be pickled and survives a fork."
+
     def __init__(
         self,
         path,  # any file that OpenSlide or libvips opens, or the folder of a slide in DICOM
@@ -57,61 +73,103 @@ class Slide:
         self.path, self._own = Path(path), threading.local()
         r = self._open()
         self.spacing, self.contradictions = resolve_spacing(self.path, r.said, spacing, override)
-        for sentence in self.contradictions*warn: warnings.warn(sentence, stacklevel=2)
+        for sentence in self.contradictions * warn:
+            warnings.warn(sentence, stacklevel=2)
         self.size = r.sizes[0]
         self.properties, self.format = r.properties, r.format
-        self.levels = [(h, w, self.spacing*_whole(self.size[0]/h, h)) for h,w in r.sizes]
+        self.levels = [(h, w, self.spacing * _whole(self.size[0] / h, h)) for h, w in r.sizes]
 
     def _open(self):
         "The reader of this process and thread; readers may not be shared."
-        if getattr(self._own, 'process', None) != os.getpid(): self._own.reader, self._own.process = open_reader(self.path), os.getpid()
+        if getattr(self._own, 'process', None) != os.getpid():
+            self._own.reader, self._own.process = open_reader(self.path), os.getpid()
         return self._own.reader
 
     @functools.cached_property
-    def glass(self): return np.round(glass_colour(self.thumbnail(1024))).astype(np.uint8) # (3,): the colour of its background
+    def glass(self):
+        return np.round(glass_colour(self.thumbnail(1024))).astype(
+            np.uint8
+        )  # (3,): the colour of its background
 
     def close(self):
-        if getattr(self._own, 'process', None) == os.getpid(): self._own.reader.close()
+        if getattr(self._own, 'process', None) == os.getpid():
+            self._own.reader.close()
         self._own = threading.local()
 
-    def __enter__(self): return self
-    def __exit__(self, *args): self.close()
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k != '_own'}
-    def __setstate__(self, state): self.__dict__.update(state, _own=threading.local())
-    def __repr__(self): return f"Slide({self.path.name}: {self.size[0]} x {self.size[1]} pixels of {self.spacing:.4g} microns, {len(self.levels)} level{'s'*(len(self.levels)>1)}, {self.format})"
+    def __enter__(self):
+        return self
 
-def _whole(ratio, n): return round(ratio) if abs(ratio-round(ratio))*n < 1.5 else ratio # levels are rounded to whole pixels
+    def __exit__(self, *args):
+        self.close()
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != '_own'}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _own=threading.local())
+
+    def __repr__(self):
+        return f'Slide({self.path.name}: {self.size[0]} x {self.size[1]} pixels of {self.spacing:.4g} microns, {len(self.levels)} level{"s" * (len(self.levels) > 1)}, {self.format})'
+
+
+def _whole(ratio, n):
+    return (
+        round(ratio) if abs(ratio - round(ratio)) * n < 1.5 else ratio
+    )  # levels are rounded to whole pixels
 
 # %% ../nbs/05_slides.ipynb #3723555d
 @patch
-def size_at(self:Slide, spacing:float):
+def size_at(self: Slide, spacing: float):
     "(height, width) in pixels of the whole slide at a spacing in microns per pixel."
-    return tuple(max(1, round(n*self.spacing/spacing)) for n in self.size)
+    return tuple(max(1, round(n * self.spacing / spacing)) for n in self.size)
+
 
 def _check_read(slide, spacing, region):
     "The region as four whole numbers, or `InputError`."
-    if not (isinstance(spacing, (int, float, np.number)) and 0 < spacing < 1e300): raise InputError(f'{slide.path}: cannot read at spacing {str(spacing)[:20]!r}: give microns per pixel, such as 1.0')
-    if spacing < slide.spacing/1.1:
-        raise InputError(f'{slide.path} has {slide.spacing:.4g} microns per pixel and cannot be read at {spacing:.4g}: that would invent detail; ask for {slide.spacing:.4g} or more')
-    if spacing > 4*slide.spacing*max(slide.size): raise InputError(f'{slide.path}: cannot read at spacing {spacing:g}: the whole slide would be less than a pixel; ask for {slide.spacing*max(slide.size):g} or less')
-    if region is None: return 0, 0, *slide.size_at(spacing)
-    try: top, left, height, width = whole = tuple(int(v) for v in region)
-    except (TypeError, ValueError, OverflowError): whole = None
+    if not (isinstance(spacing, (int, float, np.number)) and 0 < spacing < 1e300):
+        raise InputError(
+            f'{slide.path}: cannot read at spacing {str(spacing)[:20]!r}: give microns per pixel, such as 1.0'
+        )
+    if spacing < slide.spacing / 1.1:
+        raise InputError(
+            f'{slide.path} has {slide.spacing:.4g} microns per pixel and cannot be read at {spacing:.4g}: that would invent detail; ask for {slide.spacing:.4g} or more'
+        )
+    if spacing > 4 * slide.spacing * max(slide.size):
+        raise InputError(
+            f'{slide.path}: cannot read at spacing {spacing:g}: the whole slide would be less than a pixel; ask for {slide.spacing * max(slide.size):g} or less'
+        )
+    if region is None:
+        return 0, 0, *slide.size_at(spacing)
+    try:
+        top, left, height, width = whole = tuple(int(v) for v in region)
+    except (TypeError, ValueError, OverflowError):
+        whole = None
     if whole is None or any(a != b for a, b in zip(whole, region)) or min(height, width) < 1:
-        raise InputError(f'{slide.path}: region {region} must be four whole numbers (top, left, height, width), the last two at least 1')
-    if max(map(abs, whole)) > 10**8: raise InputError(f'{slide.path}: region {region} is not of this world: no slide has more than 100 million rows or columns')
+        raise InputError(
+            f'{slide.path}: region {region} must be four whole numbers (top, left, height, width), the last two at least 1'
+        )
+    if max(map(abs, whole)) > 10**8:
+        raise InputError(
+            f'{slide.path}: region {region} is not of this world: no slide has more than 100 million rows or columns'
+        )
     return whole
+
 
 def _fetch(slide, level, top, left, height, width):
     "Pixels of a level, white where there is no slide."
     out = np.full((height, width, 3), 255, np.uint8)
     H, W = slide.levels[level][:2]
-    t, l, b, r = max(top, 0), max(left, 0), min(top+height, H), min(left+width, W)
+    t, l, b, r = max(top, 0), max(left, 0), min(top + height, H), min(left + width, W)
     if t < b and l < r:
-        try: out[t-top:b-top, l-left:r-left] = slide._open().fetch(level, t, l, b-t, r-l)
+        try:
+            out[t - top : b - top, l - left : r - left] = slide._open().fetch(
+                level, t, l, b - t, r - l
+            )
         except (pyvips.Error, openslide.OpenSlideError, OSError) as e:
             slide.close()
-            raise InputError(f'{slide.path} is truncated or damaged: the pixels at row {t}, column {l} of level {level} cannot be read ({reason(e)})') from None
+            raise InputError(
+                f'{slide.path} is truncated or damaged: the pixels at row {t}, column {l} of level {level} cannot be read ({reason(e)})'
+            ) from None
     return out
 
 # %% ../nbs/05_slides.ipynb #2fb5ef79
@@ -121,21 +179,30 @@ def read(
     spacing: float,  # microns per pixel of the result
     # (top, left, height, width) in pixels of the result's spacing; None: the whole slide
     region=None,
-) -> np.ndarray: # uint8 (height, width, 3), RGB
+) -> np.ndarray:  # uint8 (height, width, 3), RGB
     "A region of the slide at any spacing that is not finer than the slide's (but for 10%, by which scanners of one magnification differ), as means over the nearest finer level; white outside the slide."
     top, left, height, width = _check_read(self, spacing, region)
-    if 3*height*width > os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'): raise InputError(f'{self.path}: a region of {height} x {width} pixels does not fit into memory: read a part of it, or use rows')
-    level = max((i for i,(*_, s) in enumerate(self.levels) if s <= spacing*1.001), key=lambda i: self.levels[i][2], default=0)
-    f = spacing/self.levels[level][2]
-    if abs(f-round(f)) < min(1e-4, .1/max(self.levels[level][:2]))*f: f = float(round(f)) # float noise in the file's tags
-    if f == 1: return _fetch(self, level, top, left, height, width)
-    x0, x1 = math.floor(left*f+1e-6), math.ceil((left+width)*f-1e-6)
-    out, band = np.empty((height, width, 3), np.uint8), max(1, int(2**25/(3*f*(x1-x0))))
+    if 3 * height * width > os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'):
+        raise InputError(
+            f'{self.path}: a region of {height} x {width} pixels does not fit into memory: read a part of it, or use rows'
+        )
+    level = max(
+        (i for i, (*_, s) in enumerate(self.levels) if s <= spacing * 1.001),
+        key=lambda i: self.levels[i][2],
+        default=0,
+    )
+    f = spacing / self.levels[level][2]
+    if abs(f - round(f)) < min(1e-4, 0.1 / max(self.levels[level][:2])) * f:
+        f = float(round(f))  # float noise in the file's tags
+    if f == 1:
+        return _fetch(self, level, top, left, height, width)
+    x0, x1 = math.floor(left * f + 1e-6), math.ceil((left + width) * f - 1e-6)
+    out, band = np.empty((height, width, 3), np.uint8), max(1, int(2**25 / (3 * f * (x1 - x0))))
     for i in range(0, height, band):
-        n = min(band, height-i)
-        y0, y1 = math.floor((top+i)*f+1e-6), math.ceil((top+i+n)*f-1e-6)
-        x = area_average(_fetch(self, level, y0, x0, y1-y0, x1-x0), (top+i)*f-y0, f, n)
-        out[i:i+n] = area_average(x, left*f-x0, f, width, axis=1) + .5
+        n = min(band, height - i)
+        y0, y1 = math.floor((top + i) * f + 1e-6), math.ceil((top + i + n) * f - 1e-6)
+        x = area_average(_fetch(self, level, y0, x0, y1 - y0, x1 - x0), (top + i) * f - y0, f, n)
+        out[i : i + n] = area_average(x, left * f - x0, f, width, axis=1) + 0.5
     return out
 
 # %% ../nbs/05_slides.ipynb #5d58577e
@@ -143,72 +210,111 @@ def read(
 def thumbnail(
     self: Slide,
     max_side: int = 1024,  # pixels of the longer side
-): # uint8 (height, width, 3)
+):  # uint8 (height, width, 3)
     "The whole slide, small."
     checked_number(max_side, 'the side of a thumbnail', 1)
-    return self.read(max(self.spacing, max(self.size)*self.spacing/max_side))
+    return self.read(max(self.spacing, max(self.size) * self.spacing / max_side))
+
 
 @patch
-def associated(self:Slide): # dict: name -> uint8 (height, width, 3)
+def associated(self: Slide):  # dict: name -> uint8 (height, width, 3)
     "The images that the scanner added to the slide; the label and the macro photograph can identify a patient and are never among them."
     r = self._open()
     return {name: r.associated_image(name) for name in r.associated}
 
+
 @patch
-def _repr_html_(self:Slide):
+def _repr_html_(self: Slide):
     buffer = BytesIO()
     Image.fromarray(self.thumbnail(200)).save(buffer, 'jpeg', quality=80)
-    rows = dict(file=self.path.name, format=self.format, size=f'{self.size[0]} x {self.size[1]} pixels', spacing=f'{self.spacing:.4g} microns per pixel',
-                levels=', '.join(f'{s:.4g}' for *_,s in self.levels))
-    table = ''.join(f'<tr><td>{k}</td><td>{html.escape(v)}</td></tr>' for k,v in rows.items())
+    rows = dict(
+        file=self.path.name,
+        format=self.format,
+        size=f'{self.size[0]} x {self.size[1]} pixels',
+        spacing=f'{self.spacing:.4g} microns per pixel',
+        levels=', '.join(f'{s:.4g}' for *_, s in self.levels),
+    )
+    table = ''.join(f'<tr><td>{k}</td><td>{html.escape(v)}</td></tr>' for k, v in rows.items())
     return f'<div style="display:flex;gap:1em"><img alt="thumbnail" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"><table>{table}</table></div>'
 
 # %% ../nbs/05_slides.ipynb #s0000002
 class PixelRows:
     "An image read a few rows at a time: `shape` (1, 3, height, width) and `read(top, bottom)`, uint8 (1, 3, bottom-top, width), as a streamed network takes it."
+
     def __init__(
         self,
         pixels,  # function (top, bottom) -> uint8 (bottom-top, width, 3)
         size,  # (height, width)
-    ): self.pixels, self.shape, self.failed = pixels, (1, 3, *size), None
+    ):
+        self.pixels, self.shape, self.failed = pixels, (1, 3, *size), None
 
-    def read(self, top, bottom): return np.ascontiguousarray(self.pixels(top, bottom).transpose(2, 0, 1))[None]
+    def read(self, top, bottom):
+        return np.ascontiguousarray(self.pixels(top, bottom).transpose(2, 0, 1))[None]
 
-    def image(self, band=256): # `pyvips.Image`
+    def image(self, band=256):  # `pyvips.Image`
         "As a lazy libvips image, which can be read once and from top to bottom. What `pixels` raises is kept in `failed`, as libvips only says that the image ended early."
         stream, rest = self._file(band), b''
+
         def read(n):
             nonlocal rest
-            try: rest = rest or memoryview(next(stream, b''))
-            except BaseException as e: self.failed = e; return b'' # Ctrl-C too: what is raised here gets lost in libvips
+            try:
+                rest = rest or memoryview(next(stream, b''))
+            except BaseException as e:
+                self.failed = e
+                return b''  # Ctrl-C too: what is raised here gets lost in libvips
             part, rest = bytes(rest[:n]), rest[n:]
             return part
-        source = pyvips.SourceCustom(); source.on_read(read)
-        return pyvips.Image.new_from_source(source, '', access='sequential', fail_on='truncated', unlimited=True)
+
+        source = pyvips.SourceCustom()
+        source.on_read(read)
+        return pyvips.Image.new_from_source(
+            source, '', access='sequential', fail_on='truncated', unlimited=True
+        )
 
     def _file(self, band):
         "The bytes of a PNG without compression, its pixels read a band ahead."
         *_, height, width = self.shape
         stored = zlib.compressobj(0)
-        def chunk(kind, data): return struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
-        yield b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
+
+        def chunk(kind, data):
+            return (
+                struct.pack('>I', len(data))
+                + kind
+                + data
+                + struct.pack('>I', zlib.crc32(kind + data))
+            )
+
+        yield b'\x89PNG\r\n\x1a\n' + chunk(
+            b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+        )
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(self.pixels, 0, min(band, height))
             for top in range(0, height, band):
-                now, ahead = ahead.result(), pool.submit(self.pixels, top+band, min(top+2*band, height)) if top+band < height else None
-                yield chunk(b'IDAT', stored.compress(np.pad(now.reshape(len(now), -1), ((0, 0), (1, 0)))))     # a row begins with the number of its filter, none
-        yield chunk(b'IDAT', stored.flush())+chunk(b'IEND', b'')
+                now, ahead = (
+                    ahead.result(),
+                    pool.submit(self.pixels, top + band, min(top + 2 * band, height))
+                    if top + band < height
+                    else None,
+                )
+                yield chunk(
+                    b'IDAT', stored.compress(np.pad(now.reshape(len(now), -1), ((0, 0), (1, 0))))
+                )  # a row begins with the number of its filter, none
+        yield chunk(b'IDAT', stored.flush()) + chunk(b'IEND', b'')
 
-def _slide_rows(slide, spacing, region, top, bottom): return slide.read(spacing, (region[0]+top, region[1], bottom-top, region[3]))
+
+def _slide_rows(slide, spacing, region, top, bottom):
+    return slide.read(spacing, (region[0] + top, region[1], bottom - top, region[3]))
+
 
 @patch
-def rows(self:Slide, spacing:float, region=None): # `PixelRows`
+def rows(self: Slide, spacing: float, region=None):  # `PixelRows`
     "A region at a spacing, as in `read`, read as it is asked for."
     region = _check_read(self, spacing, region)
     return PixelRows(functools.partial(_slide_rows, self, spacing, region), region[2:])
 
+
 @patch
-def image(self:Slide, spacing:float, region=None): # `pyvips.Image`
+def image(self: Slide, spacing: float, region=None):  # `pyvips.Image`
     "A region at a spacing, as in `read`, as a lazy libvips image."
     return self.rows(spacing, region).image()
 
@@ -217,41 +323,58 @@ def read_in_worker(slide, spacing, region):
     "`slide.read(spacing, region)`, for process pools, which need a function of a module."
     return slide.read(spacing, region)
 
+
 def _begin_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the process that started it
-    def end_with_it(): parent_process().join(); os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
+
+    def end_with_it():
+        parent_process().join()
+        os._exit(1)
+
     threading.Thread(target=end_with_it, daemon=True).start()
+
 
 def worker_pool(n):
     "A pool of `n` fresh processes, which end with this one, even where it is killed."
     return ProcessPoolExecutor(n, get_context('spawn'), _begin_worker)
 
 # %% ../nbs/05_slides.ipynb #2f56e249
-def optical_density(rgb, white=245.):
+def optical_density(rgb, white=245.0):
     "-log10 of the transmitted light, per channel; `rgb` 0..255, `white` the brightness of the background."
-    return -np.log10(np.clip(np.asarray(rgb, np.float32)/np.float32(white), 1/256, 1))
+    return -np.log10(np.clip(np.asarray(rgb, np.float32) / np.float32(white), 1 / 256, 1))
+
 
 def glass_colour(
     rgb,  # uint8 (height, width, 3)
-): # float (3,)
+):  # float (3,)
     "The colour of the background: the median of the brighter half of what is bright; 245 where hardly anything is."
     bright = rgb[rgb.min(axis=2) > 200]
-    return np.median(bright[bright.sum(1) >= np.percentile(bright.sum(1, dtype=int), 50)], axis=0) if len(bright) > .01*rgb[..., 0].size else np.full(3, 245.)
+    return (
+        np.median(bright[bright.sum(1) >= np.percentile(bright.sum(1, dtype=int), 50)], axis=0)
+        if len(bright) > 0.01 * rgb[..., 0].size
+        else np.full(3, 245.0)
+    )
+
 
 def stain_signal(
     rgb,  # uint8 (height, width, 3)
-): # float32 (height, width)
+):  # float32 (height, width)
     "Colour in optical density over the background: largest channel less smallest."
     density = optical_density(rgb, glass_colour(rgb))
-    return np.where(rgb.max(axis=2) < 30, 0, density.max(axis=2)-density.min(axis=2)) # black was not scanned, and has no colour
+    return np.where(
+        rgb.max(axis=2) < 30, 0, density.max(axis=2) - density.min(axis=2)
+    )  # black was not scanned, and has no colour
+
 
 def otsu(values, bins=256):
     "The threshold that separates two groups of numbers best (least variance within)."
     count, edges = np.histogram(values, bins)
-    middle = (edges[1:]+edges[:-1])/2
-    n, total = np.cumsum(count), np.cumsum(count*middle)
-    with np.errstate(divide='ignore', invalid='ignore'): between = (total[-1]*n/n[-1]-total)**2/(n*(n[-1]-n))
+    middle = (edges[1:] + edges[:-1]) / 2
+    n, total = np.cumsum(count), np.cumsum(count * middle)
+    with np.errstate(divide='ignore', invalid='ignore'):
+        between = (total[-1] * n / n[-1] - total) ** 2 / (n * (n[-1] - n))
     return middle[np.nanargmax(np.where(np.isfinite(between), between, -1))]
+
 
 def _remove_small(mask, area):
     "`mask` without its connected objects of fewer than `area` pixels."
@@ -259,101 +382,175 @@ def _remove_small(mask, area):
     return (np.bincount(objects.ravel()) >= area)[objects] & mask if n else mask
 
 # %% ../nbs/05_slides.ipynb #45b5c680
-def checked_number(v, what, low=0., high=math.inf, open=False): # the same
+def checked_number(v, what, low=0.0, high=math.inf, open=False):  # the same
     "A number, if it is finite and from `low` to `high`; with `open`, above `low`."
-    if not (isinstance(v, numbers.Real) and not isinstance(v, (bool, np.bool_)) and low <= v <= high and abs(v) < 1e300 and (v > low or not open)):
+    if not (
+        isinstance(v, numbers.Real)
+        and not isinstance(v, (bool, np.bool_))
+        and low <= v <= high
+        and abs(v) < 1e300
+        and (v > low or not open)
+    ):
         limits = f'above {low:g}' if open else f'at least {low:g}'
-        raise InputError(f"{what} is {str(v)[:20] if isinstance(v, int) else repr(v)}; it must be a number {limits}{f' and at most {high:g}' if high < math.inf else ''}")
+        raise InputError(
+            f'{what} is {str(v)[:20] if isinstance(v, int) else repr(v)}; it must be a number {limits}{f" and at most {high:g}" if high < math.inf else ""}'
+        )
     return v
 
-def checked_flag(v, what): # bool
+
+def checked_flag(v, what):  # bool
     "True or False, and nothing that only counts as such."
-    if not isinstance(v, (bool, np.bool_)): raise InputError(f'{what} is {v!r}; it must be True or False')
+    if not isinstance(v, (bool, np.bool_)):
+        raise InputError(f'{what} is {v!r}; it must be True or False')
     return bool(v)
 
-def checked_pixels(rgb): # the same
+
+def checked_pixels(rgb):  # the same
     "Pixels, if they are uint8 (height, width, 3)."
-    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or not rgb.size: raise InputError(f'pixels must be uint8 (height, width, 3), not {rgb.dtype} {rgb.shape}: scale them to 0..255 and convert')
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or not rgb.size:
+        raise InputError(
+            f'pixels must be uint8 (height, width, 3), not {rgb.dtype} {rgb.shape}: scale them to 0..255 and convert'
+        )
     return rgb
 
-def checked_colour(colour): # (red, green, blue), three ints
+
+def checked_colour(colour):  # (red, green, blue), three ints
     "A colour, if it is three whole numbers from 0 to 255."
-    try: found = tuple(int(v) for v in colour) if not isinstance(colour, str) else ()
-    except (TypeError, ValueError, OverflowError): found = ()
-    if len(found) != 3 or any(v != w or not 0 <= v <= 255 for v, w in zip(found, colour)): raise InputError(f'{colour!r} is no colour: give (red, green, blue), whole numbers from 0 to 255')
+    try:
+        found = tuple(int(v) for v in colour) if not isinstance(colour, str) else ()
+    except (TypeError, ValueError, OverflowError):
+        found = ()
+    if len(found) != 3 or any(v != w or not 0 <= v <= 255 for v, w in zip(found, colour)):
+        raise InputError(
+            f'{colour!r} is no colour: give (red, green, blue), whole numbers from 0 to 255'
+        )
     return found
 
-def checked_size(size): # (height, width), two ints
+
+def checked_size(size):  # (height, width), two ints
     "A size in pixels, if it is two whole numbers above 0."
-    try: found = tuple(operator.index(n) for n in size)
-    except TypeError: found = ()
-    if len(found) != 2 or not all(0 < n <= 10**7 for n in found): raise InputError(f'{size!r} is no size: give (height, width) in whole pixels, at least 1')
+    try:
+        found = tuple(operator.index(n) for n in size)
+    except TypeError:
+        found = ()
+    if len(found) != 2 or not all(0 < n <= 10**7 for n in found):
+        raise InputError(f'{size!r} is no size: give (height, width) in whole pixels, at least 1')
     return found
+
 
 def pen_marks(
     rgb,  # uint8 (height, width, 3) of a slide stained with haematoxylin and eosin
     spacing: float,  # microns per pixel
-    width: float = 100.,  # microns; what is smaller in both directions is no mark
-): # bool (height, width)
+    width: float = 100.0,  # microns; what is smaller in both directions is no mark
+):  # bool (height, width)
     "Ink of felt pens, with its blurred edge: coloured areas that hold back red light more, or green light less, than both stains together do."
-    sigma = 24/spacing
-    red, green, blue = (ndimage.gaussian_filter(d, sigma) for d in np.moveaxis(optical_density(rgb, glass_colour(rgb)), -1, 0))
-    ink = (red+green+blue > .25) & ((red > 1.2*green) | (green < 1.1*blue)) & (rgb.max(axis=2) >= 30)
-    ink = _remove_small(ink, (width/spacing)**2)
-    return ndimage.distance_transform_edt(~ink)*spacing < 48 if ink.any() else ink
+    sigma = 24 / spacing
+    red, green, blue = (
+        ndimage.gaussian_filter(d, sigma)
+        for d in np.moveaxis(optical_density(rgb, glass_colour(rgb)), -1, 0)
+    )
+    ink = (
+        (red + green + blue > 0.25)
+        & ((red > 1.2 * green) | (green < 1.1 * blue))
+        & (rgb.max(axis=2) >= 30)
+    )
+    ink = _remove_small(ink, (width / spacing) ** 2)
+    return ndimage.distance_transform_edt(~ink) * spacing < 48 if ink.any() else ink
+
 
 def _given_mask(slide, source, spacing, shape):
     "A mask from a file or a network instead of from colour, bool of `shape`."
     if callable(source):
-        if not isinstance(slide, Slide): raise InputError('a network needs a Slide to find the tissue of, not pixels')
+        if not isinstance(slide, Slide):
+            raise InputError('a network needs a Slide to find the tissue of, not pixels')
         found = network_mask(slide, source, spacing)
     else:
         values, image = _mask_values(source, spacing, shape)
-        if image.hasalpha() and not transparent(_Tiff(source).directories): raise InputError(f'{source} has {image.bands} channels and does not say what the last one is: save the mask in grey or in RGB')
-        alpha, values = (values[..., -1] > 0, values[..., :-1]) if image.hasalpha() else (True, values)
+        if image.hasalpha() and not transparent(_Tiff(source).directories):
+            raise InputError(
+                f'{source} has {image.bands} channels and does not say what the last one is: save the mask in grey or in RGB'
+            )
+        alpha, values = (
+            (values[..., -1] > 0, values[..., :-1]) if image.hasalpha() else (True, values)
+        )
         most, lossy = values.max(initial=0), image.get('vips-loader') == 'jpegload'
-        if lossy and 0 < most < 128: raise InputError(f'{source}: a JPEG does not keep numbers of classes (its largest is {most:g}): save the mask as PNG or TIFF')
-        shades = len(np.unique(values)) > 32 and most in (1, 255, 65535) # and not numbers of classes or objects
-        least = most/4 if lossy else most/2 if shades else 0
+        if lossy and 0 < most < 128:
+            raise InputError(
+                f'{source}: a JPEG does not keep numbers of classes (its largest is {most:g}): save the mask as PNG or TIFF'
+            )
+        shades = len(np.unique(values)) > 32 and most in (
+            1,
+            255,
+            65535,
+        )  # and not numbers of classes or objects
+        least = most / 4 if lossy else most / 2 if shades else 0
         found = (values > least).any(-1) & alpha
     return _nearest(found, shape)
 
-def _mask_values(source, spacing, shape): # float32 (h, w, bands), at least `shape` where the file has as much; and its header
+
+def _mask_values(
+    source, spacing, shape
+):  # float32 (h, w, bands), at least `shape` where the file has as much; and its header
     try:
         image = pyvips.Image.new_from_file(str(source), access='sequential', fail_on='truncated')
         h, w, (H, W) = image.height, image.width, shape
-        thin = image.subsample(max(1, w//W), max(1, h//H)) # pixels as they are, no means: they may be numbers of classes
-        values = np.frombuffer(pyvips.Region.new(thin.cast('float')).fetch(0, 0, thin.width, thin.height), np.float32).reshape(thin.height, thin.width, thin.bands)
-    except pyvips.Error as e: raise InputError(f'{source} is not an image of a mask ({reason(e)})') from None
-    if H*spacing/h > 500: raise InputError(f'{source}: a mask of {h} x {w} pixels is too coarse for a slide of {H*spacing/1000:.3g} x {W*spacing/1000:.3g} mm: its pixels may measure 500 microns at most')
-    if abs(h*W/(w*H)-1) > .01+1/min(h, w, H, W): raise InputError(f'{source}: a mask of {h} x {w} pixels does not fit a slide of {H} x {W} at {spacing:g} microns: it must show the whole slide')
+        thin = image.subsample(
+            max(1, w // W), max(1, h // H)
+        )  # pixels as they are, no means: they may be numbers of classes
+        values = np.frombuffer(
+            pyvips.Region.new(thin.cast('float')).fetch(0, 0, thin.width, thin.height), np.float32
+        ).reshape(thin.height, thin.width, thin.bands)
+    except pyvips.Error as e:
+        raise InputError(f'{source} is not an image of a mask ({reason(e)})') from None
+    if H * spacing / h > 500:
+        raise InputError(
+            f'{source}: a mask of {h} x {w} pixels is too coarse for a slide of {H * spacing / 1000:.3g} x {W * spacing / 1000:.3g} mm: its pixels may measure 500 microns at most'
+        )
+    if abs(h * W / (w * H) - 1) > 0.01 + 1 / min(h, w, H, W):
+        raise InputError(
+            f'{source}: a mask of {h} x {w} pixels does not fit a slide of {H} x {W} at {spacing:g} microns: it must show the whole slide'
+        )
     return values, image
 
+
 def _nearest(found, shape):
-    rows, columns = (((np.arange(n)+.5)*m/n).astype(int) for n, m in zip(shape, found.shape))
+    rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(shape, found.shape))
     return found[rows[:, None], columns]
 
-def numbers_in(source): # list
+
+def numbers_in(source):  # list
     "The numbers of classes in all of a mask."
     try:
         image = pyvips.Image.new_from_file(str(source), access='sequential', fail_on='truncated')
         _check_classes(source, image)
-        return np.flatnonzero(np.frombuffer(image.hist_find().cast('double').write_to_memory())).tolist()
-    except pyvips.Error as e: raise InputError(f'{source} is not an image of a mask ({reason(e)})') from None
+        return np.flatnonzero(
+            np.frombuffer(image.hist_find().cast('double').write_to_memory())
+        ).tolist()
+    except pyvips.Error as e:
+        raise InputError(f'{source} is not an image of a mask ({reason(e)})') from None
+
 
 def _check_classes(source, image):
-    if image.bands > 1 or image.get('vips-loader') == 'jpegload': raise InputError(f"{source} {'is a JPEG' if image.bands == 1 else f'has {image.bands} channels'}: numbers of classes are kept in a PNG or TIFF of one channel")
-    if image.format not in ('uchar', 'ushort'): raise InputError(f'{source} holds pixels of the type {image.format}: numbers of classes are kept in 8 or 16 bits')
+    if image.bands > 1 or image.get('vips-loader') == 'jpegload':
+        raise InputError(
+            f'{source} {"is a JPEG" if image.bands == 1 else f"has {image.bands} channels"}: numbers of classes are kept in a PNG or TIFF of one channel'
+        )
+    if image.format not in ('uchar', 'ushort'):
+        raise InputError(
+            f'{source} holds pixels of the type {image.format}: numbers of classes are kept in 8 or 16 bits'
+        )
+
 
 def class_numbers(
     source,  # the path of a mask of a whole slide
     spacing: float,  # microns per pixel of the result
     shape,  # (height, width) of the slide at that spacing
-): # float32 of `shape`
+):  # float32 of `shape`
     "What class each pixel of a slide is of, as a mask says by numbers."
     values, image = _mask_values(source, spacing, shape)
     _check_classes(source, image)
     return _nearest(values[..., 0], shape)
+
 
 def network_mask(
     slide,  # a `Slide`
@@ -361,46 +558,71 @@ def network_mask(
     # w) logits of background and k-1 kinds of tissue
     network,
     spacing: float,  # microns per pixel that the network sees
-): # bool (h, w)
+):  # bool (h, w)
     "Tissue by a trained network, streamed over the slide."
-    import torch # here, as without it a process that reads slides starts in a quarter of the time
+    import torch  # here, as without it a process that reads slides starts in a quarter of the time
     from streaming_pathology.engine.stream import stream
     from streaming_pathology.engine.streaming import Streamed
+
     class Unit(torch.nn.Module):
-        def forward(self, x): return x.float()/255
-    streamed = network if isinstance(network, Streamed) else stream(torch.nn.Sequential(Unit(), network).eval())
-    with torch.no_grad(): y = streamed(slide.rows(spacing))
-    if y.ndim != 4 or len(y) != 1: raise InputError(f'the network gives {tuple(y.shape)}, not a map (1, k, h, w) of logits')
+        def forward(self, x):
+            return x.float() / 255
+
+    streamed = (
+        network
+        if isinstance(network, Streamed)
+        else stream(torch.nn.Sequential(Unit(), network).eval())
+    )
+    with torch.no_grad():
+        y = streamed(slide.rows(spacing))
+    if y.ndim != 4 or len(y) != 1:
+        raise InputError(f'the network gives {tuple(y.shape)}, not a map (1, k, h, w) of logits')
     return (y[0, 0] > 0 if y.shape[1] == 1 else y[0].argmax(0) > 0).cpu().numpy()
+
 
 def tissue_mask(
     slide,  # a `Slide`, or RGB pixels uint8 (height, width, 3)
     # microns per pixel of the mask, or of the pixels given; a coarser slide keeps its own
-    spacing: float = 8.,
+    spacing: float = 8.0,
     threshold=None,  # least colour in optical density; None: by Otsu
-    smallest: float = 20_000.,  # square microns; objects below go
-    largest_hole: float = 50_000.,  # square microns; holes up to this are filled
+    smallest: float = 20_000.0,  # square microns; objects below go
+    largest_hole: float = 50_000.0,  # square microns; holes up to this are filled
     pen: bool = True,  # leave out `pen_marks`; False for other stains than haematoxylin and eosin
     # the path of a mask of the whole slide, or a network as in `network_mask`, instead of colour.
     # Tissue is what is not zero and not transparent; in shades up to white (more than 32 values)
     # what is brighter than half, in a JPEG than a quarter
     source=None,
-): # (bool (height, width), spacing in microns per pixel)
+):  # (bool (height, width), spacing in microns per pixel)
     "Where the tissue is."
-    for name, v in dict(spacing=spacing, threshold=1 if threshold is None else threshold, smallest=smallest, largest_hole=largest_hole).items(): checked_number(v, f'{name} of a tissue mask', open=name == 'spacing')
+    for name, v in dict(
+        spacing=spacing,
+        threshold=1 if threshold is None else threshold,
+        smallest=smallest,
+        largest_hole=largest_hole,
+    ).items():
+        checked_number(v, f'{name} of a tissue mask', open=name == 'spacing')
     if isinstance(slide, Slide):
         spacing = max(spacing, slide.spacing)
-        if source is None: rgb = slide.read(spacing)
-    else: rgb = checked_pixels(np.asarray(slide))
-    if source is not None: mask = _given_mask(slide, source, spacing, slide.size_at(spacing) if isinstance(slide, Slide) else rgb.shape[:2])
+        if source is None:
+            rgb = slide.read(spacing)
     else:
-        signal = ndimage.gaussian_filter(stain_signal(rgb), 8/spacing)
-        if pen: signal[pen_marks(rgb, spacing)] = 0
-        low = np.clip(otsu(signal)/2, .02, .06) if threshold is None else threshold
+        rgb = checked_pixels(np.asarray(slide))
+    if source is not None:
+        mask = _given_mask(
+            slide,
+            source,
+            spacing,
+            slide.size_at(spacing) if isinstance(slide, Slide) else rgb.shape[:2],
+        )
+    else:
+        signal = ndimage.gaussian_filter(stain_signal(rgb), 8 / spacing)
+        if pen:
+            signal[pen_marks(rgb, spacing)] = 0
+        low = np.clip(otsu(signal) / 2, 0.02, 0.06) if threshold is None else threshold
         regions, n = ndimage.label(signal > low)
-        mask = np.isin(regions, np.unique(regions[signal > 2*low])) & (regions > 0)
-    mask = ~_remove_small(~mask, largest_hole/spacing**2)
-    return _remove_small(mask, smallest/spacing**2), spacing
+        mask = np.isin(regions, np.unique(regions[signal > 2 * low])) & (regions > 0)
+    mask = ~_remove_small(~mask, largest_hole / spacing**2)
+    return _remove_small(mask, smallest / spacing**2), spacing
 
 # %% ../nbs/05_slides.ipynb #aba464fc
 def tissue_box(
@@ -408,15 +630,21 @@ def tissue_box(
     spacing: float,  # microns per pixel that the box is given in
     mask=None,  # (bool (height, width), microns per pixel) as by `tissue_mask`, in place of it
     **kwargs,  # for `tissue_mask`
-): # (top, left, height, width) in pixels at `spacing`, a region for `slide.read(spacing, ...)`
+):  # (top, left, height, width) in pixels at `spacing`, a region for `slide.read(spacing, ...)`
     "The smallest box around all tissue; `InputError` if there is none."
     mask, at = mask if mask is not None else tissue_mask(slide, **kwargs)
-    if not mask.any(): raise InputError(f'{slide.path} has no tissue that could be found: look at it, and leave it out if it is blank')
+    if not mask.any():
+        raise InputError(
+            f'{slide.path} has no tissue that could be found: look at it, and leave it out if it is blank'
+        )
     box = []
     for axis, size in zip((1, 0), slide.size_at(spacing)):
-        inside, = np.nonzero(mask.any(axis))
-        first, last = max(0, math.floor(inside[0]*at/spacing)), min(size, math.ceil((inside[-1]+1)*at/spacing))
-        box.append((first, max(1, last-first)))
+        (inside,) = np.nonzero(mask.any(axis))
+        first, last = (
+            max(0, math.floor(inside[0] * at / spacing)),
+            min(size, math.ceil((inside[-1] + 1) * at / spacing)),
+        )
+        box.append((first, max(1, last - first)))
     (top, height), (left, width) = box
     return top, left, height, width
 
@@ -424,112 +652,181 @@ def tissue_box(
 @dataclass(frozen=True, eq=False)
 class Biopsy:
     "One of the biopsies on a slide."
-    number: int        # from 1 on, in the order in which they lie
+
+    number: int  # from 1 on, in the order in which they lie
     # int (height, width): the number of the biopsy at each place of the whole slide, 0 for none
     labels: np.ndarray
-    spacing: float     # microns per pixel of `labels`
+    spacing: float  # microns per pixel of `labels`
     # degrees, counter-clockwise, by which the slide has to be turned for the long axis to stand
     # upright, in (-90, 90]
     angle: float
 
     @property
-    def mask(self): return self.labels == self.number # bool, of the whole slide
+    def mask(self):
+        return self.labels == self.number  # bool, of the whole slide
 
-    def area(self): return np.count_nonzero(self.mask)*self.spacing**2/1e6 # square millimetres
+    def area(self):
+        return np.count_nonzero(self.mask) * self.spacing**2 / 1e6  # square millimetres
 
     def region(
         self,
         spacing: float,  # microns per pixel that the region is given in
-        margin: float = 0.,  # microns around the tissue
-    ): # (top, left, height, width), for `slide.read(spacing, ...)`
+        margin: float = 0.0,  # microns around the tissue
+    ):  # (top, left, height, width), for `slide.read(spacing, ...)`
         "The box around the biopsy."
         ends = []
         for axis in (1, 0):
-            inside, = np.nonzero(self.mask.any(axis))
-            ends.append((math.floor((inside[0]*self.spacing-margin)/spacing), math.ceil(((inside[-1]+1)*self.spacing+margin)/spacing)))
+            (inside,) = np.nonzero(self.mask.any(axis))
+            ends.append(
+                (
+                    math.floor((inside[0] * self.spacing - margin) / spacing),
+                    math.ceil(((inside[-1] + 1) * self.spacing + margin) / spacing),
+                )
+            )
         (top, bottom), (left, right) = ends
-        return top, left, bottom-top, right-left
+        return top, left, bottom - top, right - left
 
-    def __repr__(self): return f'Biopsy({self.number}: {self.area():.3g} square mm, {self.angle:.0f} degrees from upright)'
+    def __repr__(self):
+        return f'Biopsy({self.number}: {self.area():.3g} square mm, {self.angle:.0f} degrees from upright)'
 
 # %% ../nbs/05_slides.ipynb #s0000012
-def _long_axis(points): # direction (2,) of unit length, and how many times longer than wide; of (n, 2) places (down, right)
-    if len(points) < 3: return np.array([1., 0.]), 1.
-    values, vectors = np.linalg.eigh(np.cov((points-points.mean(0)).T)+1e-9*np.eye(2))
-    return vectors[:, 1], math.sqrt(values[1]/values[0])
+def _long_axis(
+    points,
+):  # direction (2,) of unit length, and how many times longer than wide; of (n, 2) places (down, right)
+    if len(points) < 3:
+        return np.array([1.0, 0.0]), 1.0
+    values, vectors = np.linalg.eigh(np.cov((points - points.mean(0)).T) + 1e-9 * np.eye(2))
+    return vectors[:, 1], math.sqrt(values[1] / values[0])
+
 
 def _in_line(a, b, gap, turn):
     "Whether two pieces, (points, rim as a `KDTree`) in microns, are of one biopsy: close, and in line with the longer of them."
     (p, near_a), (q, near_b) = (a, b) if len(a[0]) >= len(b[0]) else (b, a)
-    apart = np.maximum(np.maximum(near_a.mins-near_b.maxes, near_b.mins-near_a.maxes), 0)
-    if math.hypot(*apart) > gap: return False
+    apart = np.maximum(np.maximum(near_a.mins - near_b.maxes, near_b.mins - near_a.maxes), 0)
+    if math.hypot(*apart) > gap:
+        return False
     d, at = near_a.query(near_b.data)
     i = d.argmin()
-    if d[i] > gap: return False
+    if d[i] > gap:
+        return False
     direction, longer = _long_axis(p)
-    if longer < 1.5 or d[i] <= .1*gap: return d[i] <= gap/4
-    return abs((near_b.data[i]-near_a.data[at[i]])@direction)/d[i] >= math.cos(math.radians(turn))
+    if longer < 1.5 or d[i] <= 0.1 * gap:
+        return d[i] <= gap / 4
+    return abs((near_b.data[i] - near_a.data[at[i]]) @ direction) / d[i] >= math.cos(
+        math.radians(turn)
+    )
 
-def _joined(n, pairs): # for each of n things the number of its group
-    return connected_components(sparse.coo_matrix((np.ones(len(pairs)), np.array(pairs, int).reshape(-1, 2).T), (n, n)), directed=False)[1]
+
+def _joined(n, pairs):  # for each of n things the number of its group
+    return connected_components(
+        sparse.coo_matrix((np.ones(len(pairs)), np.array(pairs, int).reshape(-1, 2).T), (n, n)),
+        directed=False,
+    )[1]
+
 
 def _reading_order(places):
     "The order of groups of points (down, right): rows along the common direction, and across it within a row."
     axes = [_long_axis(p) for p in places]
-    weight = [len(p)*(1-1/longer) for p, (_, longer) in zip(places, axes)]
-    doubled = sum(w*complex(*d)**2 for w, (d, _) in zip(weight, axes))
-    along = np.array([math.cos(a := np.angle(doubled)/2), math.sin(a)]) if abs(doubled) > .2*sum(map(len, places)) else np.array([1., 0.])
-    if along[0] < -1e-9 or abs(along[0]) < .5 and along[1] < 0: along = -along      # down, or to the right where they lie flat
+    weight = [len(p) * (1 - 1 / longer) for p, (_, longer) in zip(places, axes)]
+    doubled = sum(w * complex(*d) ** 2 for w, (d, _) in zip(weight, axes))
+    along = (
+        np.array([math.cos(a := np.angle(doubled) / 2), math.sin(a)])
+        if abs(doubled) > 0.2 * sum(map(len, places))
+        else np.array([1.0, 0.0])
+    )
+    if along[0] < -1e-9 or abs(along[0]) < 0.5 and along[1] < 0:
+        along = -along  # down, or to the right where they lie flat
     across = np.array([-along[1], along[0]])
-    if across[1] < -1e-9 or abs(across[1]) < .5 and across[0] < 0: across = -across
-    spans, rows = [(float((p@along).min()), float((p@along).max())) for p in places], []
+    if across[1] < -1e-9 or abs(across[1]) < 0.5 and across[0] < 0:
+        across = -across
+    spans, rows = [(float((p @ along).min()), float((p @ along).max())) for p in places], []
     for i in sorted(range(len(places)), key=lambda i: sum(spans[i])):
         low, high = spans[i]
-        row = next((r for r in rows if any(min(high, spans[j][1])-max(low, spans[j][0]) > .4*min(high-low, spans[j][1]-spans[j][0]) for j in r)), None)
-        if row is None: rows.append([i])
-        else: row.append(i)
-    return [i for r in rows for i in sorted(r, key=lambda i: (places[i]@across).mean())]
+        row = next(
+            (
+                r
+                for r in rows
+                if any(
+                    min(high, spans[j][1]) - max(low, spans[j][0])
+                    > 0.4 * min(high - low, spans[j][1] - spans[j][0])
+                    for j in r
+                )
+            ),
+            None,
+        )
+        if row is None:
+            rows.append([i])
+        else:
+            row.append(i)
+    return [i for r in rows for i in sorted(r, key=lambda i: (places[i] @ across).mean())]
 
 # %% ../nbs/05_slides.ipynb #s0000013
 def biopsies(
     slide,  # a `Slide`
-    gap: float = 500.,  # microns; pieces farther apart are different biopsies
+    gap: float = 500.0,  # microns; pieces farther apart are different biopsies
     # degrees by which the gap between two pieces may point away from the longer one
-    turn: float = 30.,
+    turn: float = 30.0,
     # square millimetres; what is smaller is no biopsy, but may be a crumb of one
-    least: float = .1,
+    least: float = 0.1,
     mask=None,  # (bool (height, width), microns per pixel) as by `tissue_mask`, in place of it
     **kwargs,  # for `tissue_mask`
-) -> list: # of `Biopsy`, in the order in which they lie
+) -> list:  # of `Biopsy`, in the order in which they lie
     "The biopsies on a slide."
-    for name, v in dict(gap=gap, turn=turn, least=least).items(): checked_number(v, f'{name} of biopsies')
+    for name, v in dict(gap=gap, turn=turn, least=least).items():
+        checked_number(v, f'{name} of biopsies')
     found, at = mask if mask is not None else tissue_mask(slide, **kwargs)
     labels, n = ndimage.label(found, np.ones((3, 3)))
-    if not n: return []
+    if not n:
+        return []
     rim = found & ~ndimage.binary_erosion(found)
     pieces = []
     for k, box in enumerate(ndimage.find_objects(labels), 1):
         corner = np.array([s.start for s in box])
         inside = labels[box] == k
-        pieces.append((at*(np.argwhere(inside)+corner), KDTree(at*(np.argwhere(inside & rim[box])+corner))))
-    group = _joined(n, [(i, j) for i, j in itertools.combinations(range(n), 2) if _in_line(pieces[i], pieces[j], gap, turn)])
-    sizes = np.bincount(group, [len(p)*at**2/1e6 for p, _ in pieces])
+        pieces.append(
+            (
+                at * (np.argwhere(inside) + corner),
+                KDTree(at * (np.argwhere(inside & rim[box]) + corner)),
+            )
+        )
+    group = _joined(
+        n,
+        [
+            (i, j)
+            for i, j in itertools.combinations(range(n), 2)
+            if _in_line(pieces[i], pieces[j], gap, turn)
+        ],
+    )
+    sizes = np.bincount(group, [len(p) * at**2 / 1e6 for p, _ in pieces])
     whole = [g for g, s in enumerate(sizes) if s >= least]
-    if not whole: return []
+    if not whole:
+        return []
     members = lambda g: [i for i in range(n) if group[i] == g]
-    number = np.zeros(n+1, np.int32)
-    for place, w in enumerate(_reading_order([np.concatenate([pieces[i][0] for i in members(g)]) for g in whole]), 1):
-        number[1+np.array(members(whole[w]))] = place
-    crumbs = {i for i in range(n) if not number[i+1]}
-    near = {i: min((pieces[j][1].query(pieces[i][1].data)[0].min(), j) for j in range(n) if j not in crumbs) for i in crumbs}
+    number = np.zeros(n + 1, np.int32)
+    for place, w in enumerate(
+        _reading_order([np.concatenate([pieces[i][0] for i in members(g)]) for g in whole]), 1
+    ):
+        number[1 + np.array(members(whole[w]))] = place
+    crumbs = {i for i in range(n) if not number[i + 1]}
+    near = {
+        i: min(
+            (pieces[j][1].query(pieces[i][1].data)[0].min(), j) for j in range(n) if j not in crumbs
+        )
+        for i in crumbs
+    }
     for i, (d, j) in near.items():
-        if d <= gap: number[i+1] = number[j+1]
+        if d <= gap:
+            number[i + 1] = number[j + 1]
     labels = number[labels]
     result = []
-    for k in range(1, len(whole)+1):
+    for k in range(1, len(whole) + 1):
         (down, right), _ = _long_axis(np.argwhere(labels == k))
         angle = -math.degrees(math.atan2(right, down))
-        result.append(Biopsy(k, labels, at, angle+180 if angle <= -90 else angle-180 if angle > 90 else angle))
+        result.append(
+            Biopsy(
+                k, labels, at, angle + 180 if angle <= -90 else angle - 180 if angle > 90 else angle
+            )
+        )
     return result
 
 # %% ../nbs/05_slides.ipynb #s0000014
@@ -538,16 +835,31 @@ def draw_tissue(
     found=None,  # (mask, spacing) by `tissue_mask`, or a list of `Biopsy`; None: by `biopsies`
     ax=None,  # matplotlib axis
     side: int = 800,  # pixels of the longer side
-): # the axis
+):  # the axis
     "The slide with its tissue outlined and its biopsies numbered."
-    if ax is None: _, ax = plt.subplots(figsize=(6, 6*slide.size[0]/slide.size[1]))
-    picture = slide.thumbnail(side); h, w = picture.shape[:2]
-    ax.imshow(picture); ax.axis('off')
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, 6 * slide.size[0] / slide.size[1]))
+    picture = slide.thumbnail(side)
+    h, w = picture.shape[:2]
+    ax.imshow(picture)
+    ax.axis('off')
     found = biopsies(slide) if found is None else found
-    masks = [(found[0], '')] if isinstance(found, tuple) else [(b.mask, str(b.number)) for b in found]
+    masks = (
+        [(found[0], '')] if isinstance(found, tuple) else [(b.mask, str(b.number)) for b in found]
+    )
     for mask, name in masks:
-        if not mask.any(): continue
-        y, x = ((np.arange(-1, m+1)+.5)*n/m-.5 for m, n in zip(mask.shape, (h, w))) # a rim of background, so that outlines are closed
-        ax.contour(x, y, np.pad(mask, 1), [.5], colors='black', linewidths=.8)
-        if name: ax.annotate(name, (x[1:-1][mask.any(0)][0], y[1:-1][mask.any(1)][0]), color='white', backgroundcolor='black', fontsize=8)
+        if not mask.any():
+            continue
+        y, x = (
+            (np.arange(-1, m + 1) + 0.5) * n / m - 0.5 for m, n in zip(mask.shape, (h, w))
+        )  # a rim of background, so that outlines are closed
+        ax.contour(x, y, np.pad(mask, 1), [0.5], colors='black', linewidths=0.8)
+        if name:
+            ax.annotate(
+                name,
+                (x[1:-1][mask.any(0)][0], y[1:-1][mask.any(1)][0]),
+                color='white',
+                backgroundcolor='black',
+                fontsize=8,
+            )
     return ax

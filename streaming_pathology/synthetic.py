@@ -20,93 +20,142 @@ from .files import write_csv, write_tiff, write_whole
 from .slides import optical_density, worker_pool
 
 # %% ../nbs/06_synthetic.ipynb #98bff197
-RUIFROK_JOHNSTON = np.array([[.650, .704, .286], [.072, .990, .105]]) # published vectors of haematoxylin and eosin (2001)
+RUIFROK_JOHNSTON = np.array(
+    [[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]]
+)  # published vectors of haematoxylin and eosin (2001)
 
-SAMPLE_STAINS = np.array([[.761, .560, .327], [.126, .874, .468]]) # of the sample slide, as estimated below
+SAMPLE_STAINS = np.array(
+    [[0.761, 0.560, 0.327], [0.126, 0.874, 0.468]]
+)  # of the sample slide, as estimated below
+
 
 def estimate_stains(
     rgb,  # uint8 (height, width, 3), with both stains in it
-    white: float = 245.,  # brightness of the background
-    least: float = .15,  # pixels with less mean optical density are left out
-    percentile: float = 1.,  # the fan's ends are this far from its extremes, in percent
-): # float (2, 3): unit vectors of haematoxylin and eosin in optical density
+    white: float = 245.0,  # brightness of the background
+    least: float = 0.15,  # pixels with less mean optical density are left out
+    percentile: float = 1.0,  # the fan's ends are this far from its extremes, in percent
+):  # float (2, 3): unit vectors of haematoxylin and eosin in optical density
     "Stain vectors of an H&E image (Macenko 2009)."
     d = optical_density(rgb, white).reshape(-1, 3)
     d = d[d.mean(1) > least]
-    if len(d) < 100: raise InputError(f'cannot estimate stains: only {len(d)} stained pixels')
+    if len(d) < 100:
+        raise InputError(f'cannot estimate stains: only {len(d)} stained pixels')
     plane = np.linalg.svd(np.cov(d.T))[0][:, :2]
     plane *= np.where(plane.sum(0) < 0, -1, 1)
-    angle = np.arctan2(d@plane[:, 1], d@plane[:, 0])
-    ends = [plane@(np.cos(a), np.sin(a)) for a in np.percentile(angle, [percentile, 100-percentile])]
-    ends = np.clip(sorted(ends, key=lambda v: -v[0]), 0, None) # haematoxylin takes more of the red
-    return ends/np.linalg.norm(ends, axis=1, keepdims=True)
+    angle = np.arctan2(d @ plane[:, 1], d @ plane[:, 0])
+    ends = [
+        plane @ (np.cos(a), np.sin(a)) for a in np.percentile(angle, [percentile, 100 - percentile])
+    ]
+    ends = np.clip(sorted(ends, key=lambda v: -v[0]), 0, None)  # haematoxylin takes more of the red
+    return ends / np.linalg.norm(ends, axis=1, keepdims=True)
 
 # %% ../nbs/06_synthetic.ipynb #9358ac1c
 def _spline_matrix(rng, n, scale):
     "Sparse (n, k) cubic B-spline weights of n pixels on a grid of cells of `scale` pixels, at a random offset."
-    at = (np.arange(n)/scale+rng.random()).astype(np.float32)
+    at = (np.arange(n) / scale + rng.random()).astype(np.float32)
     cell, t = at.astype(int), at % 1
-    weights = np.stack([(1-t)**3, 3*t**3-6*t**2+4, -3*t**3+3*t**2+3*t+1, t**3], 1)/6
-    return sparse.csr_matrix((weights.ravel(), (cell[:, None]+np.arange(4)).ravel(), 4*np.arange(n+1)), shape=(n, cell[-1]+4))
+    weights = (
+        np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], 1)
+        / 6
+    )
+    return sparse.csr_matrix(
+        (weights.ravel(), (cell[:, None] + np.arange(4)).ravel(), 4 * np.arange(n + 1)),
+        shape=(n, cell[-1] + 4),
+    )
+
 
 def smooth_noise(
     rng,  # numpy Generator
     shape,  # (height, width)
     scale: float,  # size of the grain in pixels
-): # float32 (height, width), mean about 0, standard deviation about 1
+):  # float32 (height, width), mean about 0, standard deviation about 1
     "Smooth random field."
-    rows, columns = (_spline_matrix(rng, n, max(scale, 1.)) for n in shape)
+    rows, columns = (_spline_matrix(rng, n, max(scale, 1.0)) for n in shape)
     grid = rng.standard_normal((rows.shape[1], columns.shape[1]), np.float32)
-    return np.ascontiguousarray((columns@(rows@grid).T).T)*2.
+    return np.ascontiguousarray((columns @ (rows @ grid).T).T) * 2.0
+
 
 def fibre_noise(rng, along, across, length, width, side=512):
     "Noise smeared `length` pixels along and `width` across, read at the pixel coordinates (along, across); same shape, deviation 1."
-    tile = ndimage.gaussian_filter(rng.standard_normal((side, side), np.float32), (width, length), mode='wrap')
-    return ndimage.map_coordinates(tile/tile.std(), [across, along], order=1, mode='grid-wrap')
+    tile = ndimage.gaussian_filter(
+        rng.standard_normal((side, side), np.float32), (width, length), mode='wrap'
+    )
+    return ndimage.map_coordinates(tile / tile.std(), [across, along], order=1, mode='grid-wrap')
 
 # %% ../nbs/06_synthetic.ipynb #a62fbe5e
 def _grid(size, spacing):
     "Centres of all pixels in microns: (height, 1) and (1, width)."
-    y, x = ((np.arange(n, dtype=np.float32)+.5)*np.float32(spacing) for n in size)
+    y, x = ((np.arange(n, dtype=np.float32) + 0.5) * np.float32(spacing) for n in size)
     return y[:, None], x[None]
+
 
 def paint_core(rng, size, spacing):
     "(depth below the edge, place along, place across), each float32 (height, width) in microns, and the angle of the core."
-    height, width = (n*spacing for n in size)
-    short, upright = min(height, width), height > width*rng.uniform(.9, 1.1)
-    half = min(short*rng.uniform(.2, .3), rng.uniform(300, 500))
-    tilt = rng.uniform(-1, 1)*math.atan2(short-2.6*half, max(height, width))
-    angle = tilt + (math.pi/2 if upright else 0)
+    height, width = (n * spacing for n in size)
+    short, upright = min(height, width), height > width * rng.uniform(0.9, 1.1)
+    half = min(short * rng.uniform(0.2, 0.3), rng.uniform(300, 500))
+    tilt = rng.uniform(-1, 1) * math.atan2(short - 2.6 * half, max(height, width))
+    angle = tilt + (math.pi / 2 if upright else 0)
     c, s = math.cos(angle), math.sin(angle)
     y, x = _grid(size, spacing)
-    y, x = y-height/2, x-width/2
-    along, across = c*x+s*y, c*y-s*x
-    room = min((width/2-half*abs(s))/max(abs(c), 1e-3), (height/2-half*abs(c))/max(abs(s), 1e-3))
-    bend, period, phase = rng.uniform(0, .25)*half, rng.uniform(1.2, 2.5)*room, rng.uniform(0, 2*math.pi)
-    across = across - bend*np.sin(along*(2*math.pi/period)+phase)
-    frayed = (.11*half)*smooth_noise(rng, size, 120/spacing) + 6*smooth_noise(rng, size, 30/spacing) + 3*smooth_noise(rng, size, 9/spacing)
-    depth = np.minimum(half*.92-abs(across), .93*room-abs(along)-rng.uniform(.3, .8)*half*(across/half)**2) + frayed
+    y, x = y - height / 2, x - width / 2
+    along, across = c * x + s * y, c * y - s * x
+    room = min(
+        (width / 2 - half * abs(s)) / max(abs(c), 1e-3),
+        (height / 2 - half * abs(c)) / max(abs(s), 1e-3),
+    )
+    bend, period, phase = (
+        rng.uniform(0, 0.25) * half,
+        rng.uniform(1.2, 2.5) * room,
+        rng.uniform(0, 2 * math.pi),
+    )
+    across = across - bend * np.sin(along * (2 * math.pi / period) + phase)
+    frayed = (
+        (0.11 * half) * smooth_noise(rng, size, 120 / spacing)
+        + 6 * smooth_noise(rng, size, 30 / spacing)
+        + 3 * smooth_noise(rng, size, 9 / spacing)
+    )
+    depth = (
+        np.minimum(
+            half * 0.92 - abs(across),
+            0.93 * room - abs(along) - rng.uniform(0.3, 0.8) * half * (across / half) ** 2,
+        )
+        + frayed
+    )
     return depth, along, across, angle
+
 
 def choose_zone(rng, tissue, along, spacing, fraction):
     "The part of `tissue` of exactly this fraction (bool), in one or a few patches along the core."
-    if fraction <= 0: return np.zeros_like(tissue)
+    if fraction <= 0:
+        return np.zeros_like(tissue)
     where = np.flatnonzero(tissue)
     centre = along.ravel()[where[rng.integers(len(where))]]
     length = np.ptp(along.ravel()[where])
-    field = smooth_noise(rng, tissue.shape, 260/spacing) + .5*smooth_noise(rng, tissue.shape, 90/spacing) - 3.*abs(along-centre)/length
-    zone, n = np.zeros(tissue.size, bool), max(1, round(fraction*len(where)))
-    zone[where[np.argpartition(-field.ravel()[where], n-1)[:n]]] = True
+    field = (
+        smooth_noise(rng, tissue.shape, 260 / spacing)
+        + 0.5 * smooth_noise(rng, tissue.shape, 90 / spacing)
+        - 3.0 * abs(along - centre) / length
+    )
+    zone, n = np.zeros(tissue.size, bool), max(1, round(fraction * len(where)))
+    zone[where[np.argpartition(-field.ravel()[where], n - 1)[:n]]] = True
     return zone.reshape(tissue.shape)
 
 # %% ../nbs/06_synthetic.ipynb #2918a480
-PATTERNS = dict( # radius from, to; gap; wall height; waviness; largest share of the zone. All lengths in microns
-    benign=(38, 85, 14, 19, .16, None), crowded=(34, 58, 1, 26, .11, .95),
-    small=(14, 26, 1, 11, .06, .9), fused=(16, 30, -6, 11, .10, .95), cribriform=(32, 95, 1, 400, .12, .9), solid=(25, 80, 1, 400, .16, .9))
+PATTERNS = dict(  # radius from, to; gap; wall height; waviness; largest share of the zone. All lengths in microns
+    benign=(38, 85, 14, 19, 0.16, None),
+    crowded=(34, 58, 1, 26, 0.11, 0.95),
+    small=(14, 26, 1, 11, 0.06, 0.9),
+    fused=(16, 30, -6, 11, 0.10, 0.95),
+    cribriform=(32, 95, 1, 400, 0.12, 0.9),
+    solid=(25, 80, 1, 400, 0.16, 0.9),
+)
+
 
 @dataclass
 class Glands:
     "n glands: centres and radii in microns; `outline` (n, 512): radius over the angle; `wall` (n, 512): height of the epithelium."
+
     y: np.ndarray
     x: np.ndarray
     turn: np.ndarray
@@ -116,227 +165,390 @@ class Glands:
 
     def place(self, i, angle, inset):
         "(y, x) of points of glands `i` at an angle of the outline, `inset` microns inside it; and the direction outwards there."
-        k = (angle*(512/(2*math.pi))).astype(int) % 512
-        r = self.outline[i, k]-inset
-        a, b = r*np.cos(angle)*self.squash[i], r*np.sin(angle)/self.squash[i]
+        k = (angle * (512 / (2 * math.pi))).astype(int) % 512
+        r = self.outline[i, k] - inset
+        a, b = r * np.cos(angle) * self.squash[i], r * np.sin(angle) / self.squash[i]
         c, s = np.cos(self.turn[i]), np.sin(self.turn[i])
-        y, x = s*a+c*b, c*a-s*b
-        return self.y[i]+y, self.x[i]+x, np.arctan2(y, x)
+        y, x = s * a + c * b, c * a - s * b
+        return self.y[i] + y, self.x[i] + x, np.arctan2(y, x)
 
 # %% ../nbs/06_synthetic.ipynb #51f8cddf
 def place_glands(rng, zone, spacing, pattern, share=None):
     "Glands of a pattern thrown at random into `zone` (bool) until they cover a share of it or find no more room."
     low, high, gap, wall, wavy, most = PATTERNS[pattern]
-    step = max(1, int(6/spacing))
-    room = ndimage.distance_transform_edt(np.pad(zone[::step, ::step], 1))[1:-1, 1:-1]*step*spacing
-    where, target = np.argwhere(room > .35*low), (share or most)*zone.sum()*spacing**2
-    tries = int((6 if pattern == 'benign' else 10)*zone.sum()*spacing**2/(math.pi*low**2))
-    radii = np.sort(rng.uniform(low, high, tries))[::-1]*rng.uniform(.7, 1., tries)
+    step = max(1, int(6 / spacing))
+    room = (
+        ndimage.distance_transform_edt(np.pad(zone[::step, ::step], 1))[1:-1, 1:-1] * step * spacing
+    )
+    where, target = np.argwhere(room > 0.35 * low), (share or most) * zone.sum() * spacing**2
+    tries = int((6 if pattern == 'benign' else 10) * zone.sum() * spacing**2 / (math.pi * low**2))
+    radii = np.sort(rng.uniform(low, high, tries))[::-1] * rng.uniform(0.7, 1.0, tries)
     found = np.empty((0, 3))
     if len(where):
         picks = where[rng.integers(len(where), size=tries)]
-        centres = (picks+rng.random((tries, 2)))*step*spacing
-        radii = np.minimum(radii, room[tuple(picks.T)]*1.6)
-        found = _throw(centres[radii > .65*low], radii[radii > .65*low], gap, target)
-    n, angle = len(found), np.linspace(0, 2*math.pi, 512, endpoint=False)
+        centres = (picks + rng.random((tries, 2))) * step * spacing
+        radii = np.minimum(radii, room[tuple(picks.T)] * 1.6)
+        found = _throw(centres[radii > 0.65 * low], radii[radii > 0.65 * low], gap, target)
+    n, angle = len(found), np.linspace(0, 2 * math.pi, 512, endpoint=False)
+
     def waves(size, orders):
         k = np.array(orders)
-        amplitude, phase = rng.normal(0, size, (n, len(k)))/np.sqrt(k-1), rng.uniform(0, 2*math.pi, (n, len(k)))
-        return 1+(amplitude[..., None]*np.cos(k[:, None]*angle+phase[..., None])).sum(1)
-    outline = found[:, 2:]*waves(wavy, (2, 3, 4, 5))
-    folds = waves(.25 if pattern in ('benign', 'crowded') else .1, (3, 5, 7, 9, 11))
-    return Glands(found[:, 0], found[:, 1], rng.uniform(0, math.pi, n), np.sqrt(rng.uniform(.65, 1., n)), outline.astype(np.float32), (wall*folds).astype(np.float32))
+        amplitude, phase = (
+            rng.normal(0, size, (n, len(k))) / np.sqrt(k - 1),
+            rng.uniform(0, 2 * math.pi, (n, len(k))),
+        )
+        return 1 + (amplitude[..., None] * np.cos(k[:, None] * angle + phase[..., None])).sum(1)
+
+    outline = found[:, 2:] * waves(wavy, (2, 3, 4, 5))
+    folds = waves(0.25 if pattern in ('benign', 'crowded') else 0.1, (3, 5, 7, 9, 11))
+    return Glands(
+        found[:, 0],
+        found[:, 1],
+        rng.uniform(0, math.pi, n),
+        np.sqrt(rng.uniform(0.65, 1.0, n)),
+        outline.astype(np.float32),
+        (wall * folds).astype(np.float32),
+    )
+
 
 def _throw(centres, radii, gap, target):
     "The discs (y, x, radius), one after the other, that keep a gap to those before, until their area reaches `target`."
-    kept, n, area = np.empty((len(centres), 3)), 0, 0.
+    kept, n, area = np.empty((len(centres), 3)), 0, 0.0
     for (y, x), r in zip(centres, radii):
-        if n and (((kept[:n, 0]-y)**2+(kept[:n, 1]-x)**2) < np.maximum(kept[:n, 2]+r+gap, 1)**2).any(): continue
-        kept[n], n, area = (y, x, r), n+1, area+math.pi*r*r
-        if area > target: break
+        if (
+            n
+            and (
+                ((kept[:n, 0] - y) ** 2 + (kept[:n, 1] - x) ** 2)
+                < np.maximum(kept[:n, 2] + r + gap, 1) ** 2
+            ).any()
+        ):
+            continue
+        kept[n], n, area = (y, x, r), n + 1, area + math.pi * r * r
+        if area > target:
+            break
     return kept[:n]
 
 # %% ../nbs/06_synthetic.ipynb #9dfc3267
 def draw_glands(glands, depth, lumen, spacing):
     "Write into `depth` and `lumen` (float32, microns) how far inside a gland and inside its lumen each pixel is."
-    for y, x, turn, squash, outline, wall in zip(glands.y, glands.x, glands.turn, glands.squash, glands.outline, glands.wall):
-        reach = outline.max()/squash+2*spacing
-        rows, columns = (slice(max(0, int((v-reach)/spacing)), max(0, int((v+reach)/spacing)+1)) for v in (y, x))
+    for y, x, turn, squash, outline, wall in zip(
+        glands.y, glands.x, glands.turn, glands.squash, glands.outline, glands.wall
+    ):
+        reach = outline.max() / squash + 2 * spacing
+        rows, columns = (
+            slice(max(0, int((v - reach) / spacing)), max(0, int((v + reach) / spacing) + 1))
+            for v in (y, x)
+        )
         d = depth[rows, columns]
-        if not d.size: continue
-        dy = ((np.arange(d.shape[0], dtype=np.float32)+rows.start+.5)*spacing-y).astype(np.float32)[:, None]
-        dx = ((np.arange(d.shape[1], dtype=np.float32)+columns.start+.5)*spacing-x).astype(np.float32)[None]
+        if not d.size:
+            continue
+        dy = ((np.arange(d.shape[0], dtype=np.float32) + rows.start + 0.5) * spacing - y).astype(
+            np.float32
+        )[:, None]
+        dx = ((np.arange(d.shape[1], dtype=np.float32) + columns.start + 0.5) * spacing - x).astype(
+            np.float32
+        )[None]
         c, s = np.float32(math.cos(turn)), np.float32(math.sin(turn))
-        a, b = (c*dx+s*dy)/np.float32(squash), (c*dy-s*dx)*np.float32(squash)
-        k = (np.arctan2(b, a)*np.float32(512/(2*math.pi))).astype(np.int16) & 511
-        inside = outline[k]-np.hypot(a, b)
+        a, b = (c * dx + s * dy) / np.float32(squash), (c * dy - s * dx) * np.float32(squash)
+        k = (np.arctan2(b, a) * np.float32(512 / (2 * math.pi))).astype(np.int16) & 511
+        inside = outline[k] - np.hypot(a, b)
         np.maximum(d, inside, out=d)
         l = lumen[rows, columns]
-        np.maximum(l, inside-wall[k], out=l)
+        np.maximum(l, inside - wall[k], out=l)
 
 # %% ../nbs/06_synthetic.ipynb #5360549c
 def stamp_nuclei(
     nuclei,  # (n, 6): y, x, half length, half width (microns), angle of the length, darkness
     size,  # (height, width)
     spacing: float,  # microns per pixel
-): # float32 (height, width): darkness, 0 where there is no nucleus
+):  # float32 (height, width): darkness, 0 where there is no nucleus
     "Nuclei as soft ellipses; where two overlap the darker stays."
-    out = np.zeros(size[0]*size[1], np.float32)
-    if not len(nuclei): return out.reshape(size)
+    out = np.zeros(size[0] * size[1], np.float32)
+    if not len(nuclei):
+        return out.reshape(size)
     y, x, a, b, angle, dark = np.asarray(nuclei, np.float32).T
-    for part in np.array_split(np.argsort(a), 1+len(y)//2000): # alike in size, so that no square is larger than it must be
-        reach = math.ceil(float(a[part].max())/spacing+.5)
-        offset = np.arange(-reach, reach+1)
-        row, column = (np.floor(v[part]/spacing).astype(np.int32)[:, None]+offset for v in (y, x)) # (m, k)
-        dy, dx = (row+.5)*np.float32(spacing)-y[part, None], (column+.5)*np.float32(spacing)-x[part, None]
+    for part in np.array_split(
+        np.argsort(a), 1 + len(y) // 2000
+    ):  # alike in size, so that no square is larger than it must be
+        reach = math.ceil(float(a[part].max()) / spacing + 0.5)
+        offset = np.arange(-reach, reach + 1)
+        row, column = (
+            np.floor(v[part] / spacing).astype(np.int32)[:, None] + offset for v in (y, x)
+        )  # (m, k)
+        dy, dx = (
+            (row + 0.5) * np.float32(spacing) - y[part, None],
+            (column + 0.5) * np.float32(spacing) - x[part, None],
+        )
         c, s = np.cos(angle[part])[:, None, None], np.sin(angle[part])[:, None, None]
-        u, v = dy[:, :, None]*s+dx[:, None]*c, dy[:, :, None]*c-dx[:, None]*s
-        a_, b_ = np.maximum(a[part], .5*spacing)[:, None, None], np.maximum(b[part], .5*spacing)[:, None, None]
-        edge = (1-np.sqrt((u/a_)**2+(v/b_)**2))*np.float32(1/spacing)*b_+.5 # about pixels inside the edge
-        value = np.clip(edge, 0, 1)*dark[part, None, None]
-        inside = (value > 0) & ((row >= 0) & (row < size[0]))[:, :, None] & ((column >= 0) & (column < size[1]))[:, None]
-        index = (row[:, :, None]*size[1]+column[:, None])[inside]
+        u, v = dy[:, :, None] * s + dx[:, None] * c, dy[:, :, None] * c - dx[:, None] * s
+        a_, b_ = (
+            np.maximum(a[part], 0.5 * spacing)[:, None, None],
+            np.maximum(b[part], 0.5 * spacing)[:, None, None],
+        )
+        edge = (1 - np.sqrt((u / a_) ** 2 + (v / b_) ** 2)) * np.float32(
+            1 / spacing
+        ) * b_ + 0.5  # about pixels inside the edge
+        value = np.clip(edge, 0, 1) * dark[part, None, None]
+        inside = (
+            (value > 0)
+            & ((row >= 0) & (row < size[0]))[:, :, None]
+            & ((column >= 0) & (column < size[1]))[:, None]
+        )
+        index = (row[:, :, None] * size[1] + column[:, None])[inside]
         np.maximum.at(out, index, value[inside])
     return out.reshape(size)
 
 # %% ../nbs/06_synthetic.ipynb #8f035587
-def _nuclei(rng, y, x, length, width, angle, dark, vary=.15):
+def _nuclei(rng, y, x, length, width, angle, dark, vary=0.15):
     "Rows for `stamp_nuclei`, sizes and darkness varied."
     n = len(y)
-    vary = lambda v, by=vary: v*np.exp(rng.normal(0, by, n))
-    return np.stack([y, x, vary(length/2), vary(width/2), np.broadcast_to(angle, n)+rng.normal(0, .25, n), vary(dark, .2)], 1)
+    vary = lambda v, by=vary: v * np.exp(rng.normal(0, by, n))
+    return np.stack(
+        [
+            y,
+            x,
+            vary(length / 2),
+            vary(width / 2),
+            np.broadcast_to(angle, n) + rng.normal(0, 0.25, n),
+            vary(dark, 0.2),
+        ],
+        1,
+    )
+
 
 def ring_nuclei(rng, glands, pitch, inset, length, width, dark, rows=1):
     "Nuclei around each gland, `pitch` apart, `inset` below its outline, pointing to its middle."
     parts = [np.empty((0, 6))]
     for row in range(rows):
-        n = np.maximum(4, (2*math.pi*(glands.outline.mean(1)-inset)/pitch)).astype(int) if len(glands.y) else np.zeros(0, int)
+        n = (
+            np.maximum(4, (2 * math.pi * (glands.outline.mean(1) - inset) / pitch)).astype(int)
+            if len(glands.y)
+            else np.zeros(0, int)
+        )
         i = np.repeat(np.arange(len(n)), n)
-        angle = (np.arange(len(i))-np.repeat(np.cumsum(n)-n, n)+rng.uniform(-.3, .3, len(i)))/n[i]*2*math.pi
-        y, x, out = glands.place(i, angle, inset+7*row+rng.normal(0, 1.2, len(i)))
+        angle = (
+            (np.arange(len(i)) - np.repeat(np.cumsum(n) - n, n) + rng.uniform(-0.3, 0.3, len(i)))
+            / n[i]
+            * 2
+            * math.pi
+        )
+        y, x, out = glands.place(i, angle, inset + 7 * row + rng.normal(0, 1.2, len(i)))
         parts.append(_nuclei(rng, y, x, length, width, out, dark))
     return np.concatenate(parts)
 
+
 def grid_nuclei(rng, where, spacing, pitch, length, width, angle, dark):
     "Nuclei on a jittered grid, `pitch` microns apart, kept where `where` (bool) holds; angle None: any."
-    rows, columns = (np.arange(0, n*spacing, pitch) for n in where.shape)
-    y, x = (g.ravel()+rng.uniform(-.42, .42, g.size)*pitch for g in np.meshgrid(rows, columns, indexing='ij'))
-    i, j = ((v/spacing).astype(int).clip(0, n-1) for v, n in zip((y, x), where.shape))
+    rows, columns = (np.arange(0, n * spacing, pitch) for n in where.shape)
+    y, x = (
+        g.ravel() + rng.uniform(-0.42, 0.42, g.size) * pitch
+        for g in np.meshgrid(rows, columns, indexing='ij')
+    )
+    i, j = ((v / spacing).astype(int).clip(0, n - 1) for v, n in zip((y, x), where.shape))
     keep = where[i, j]
-    angle = rng.uniform(0, math.pi, keep.sum()) if angle is None else angle[i[keep], j[keep]] if np.ndim(angle) else angle
+    angle = (
+        rng.uniform(0, math.pi, keep.sum())
+        if angle is None
+        else angle[i[keep], j[keep]]
+        if np.ndim(angle)
+        else angle
+    )
     return _nuclei(rng, y[keep], x[keep], length, width, angle, dark)
 
 # %% ../nbs/06_synthetic.ipynb #2cc8cbe0
 @dataclass
 class PaintedBiopsy:
     "A painted biopsy: `image` uint8 (H, W, 3) and `mask` uint8 (H, W): 0 background, 1 stroma, 2 benign gland, 3 tumour."
+
     image: np.ndarray
     mask: np.ndarray
-    label: int # 1: there is tumour
-    spacing: float # microns per pixel
-    tumour_fraction: float # share of the tissue's area that is tumour
+    label: int  # 1: there is tumour
+    spacing: float  # microns per pixel
+    tumour_fraction: float  # share of the tissue's area that is tumour
     seed: int
 
 # %% ../nbs/06_synthetic.ipynb #0e070b24
 def paint_tissue(rng, size, spacing, tumour_fraction, crowded_fraction):
     "Amounts of haematoxylin and eosin, float32 (2, H, W), and the mask."
     edge, along, across, angle = paint_core(rng, size, spacing)
-    box = tuple(slice(max(0, i[0]-4), i[-1]+5) for i in (np.flatnonzero((edge > 0).any(axis)) for axis in (1, 0)))
-    edge, along, across = (v[box] for v in (edge, along, across)) # the background is not worth painting
+    box = tuple(
+        slice(max(0, i[0] - 4), i[-1] + 5)
+        for i in (np.flatnonzero((edge > 0).any(axis)) for axis in (1, 0))
+    )
+    edge, along, across = (
+        v[box] for v in (edge, along, across)
+    )  # the background is not worth painting
     canvas, size, tissue = size, edge.shape, edge > 0
     tumour = choose_zone(rng, tissue, along, spacing, tumour_fraction)
     crowded = choose_zone(rng, tissue & ~tumour, along, spacing, crowded_fraction)
-    density, patterns = rng.uniform(.2, .6), rng.choice(['small', 'fused', 'cribriform', 'solid'], 2, replace=False)
-    first = smooth_noise(rng, size, 200/spacing) > rng.uniform(-.6, .6)
-    depth, lumen, nuclei = np.full(size, -50, np.float32), np.full(size, -50, np.float32), [np.empty((0, 6))]
+    density, patterns = (
+        rng.uniform(0.2, 0.6),
+        rng.choice(['small', 'fused', 'cribriform', 'solid'], 2, replace=False),
+    )
+    first = smooth_noise(rng, size, 200 / spacing) > rng.uniform(-0.6, 0.6)
+    depth, lumen, nuclei = (
+        np.full(size, -50, np.float32),
+        np.full(size, -50, np.float32),
+        [np.empty((0, 6))],
+    )
     for pattern, zone in (('crowded', crowded), ('benign', tissue & ~tumour & ~crowded)):
         glands = place_glands(rng, zone, spacing, pattern, density if pattern == 'benign' else None)
         draw_glands(glands, depth, lumen, spacing)
-        nuclei += [ring_nuclei(rng, glands, 6.2 if pattern == 'benign' else 6., 5.5, 9, 5.6, .8, rows=1+(pattern == 'crowded')), ring_nuclei(rng, glands, 15, 1.5, 2.6, 8, .75)]
+        nuclei += [
+            ring_nuclei(
+                rng,
+                glands,
+                6.2 if pattern == 'benign' else 6.0,
+                5.5,
+                9,
+                5.6,
+                0.8,
+                rows=1 + (pattern == 'crowded'),
+            ),
+            ring_nuclei(rng, glands, 15, 1.5, 2.6, 8, 0.75),
+        ]
     depth[tumour] = lumen[tumour] = -50
     benign = depth > 0
     for pattern, zone in zip(patterns, (tumour & first, tumour & ~first)):
         d, l = np.full(size, -50, np.float32), np.full(size, -50, np.float32)
         glands = place_glands(rng, zone, spacing, pattern)
         draw_glands(glands, d, l, spacing)
-        if pattern == 'cribriform': _punch(rng, d, l, spacing)
-        if pattern in ('small', 'fused'): nuclei.append(ring_nuclei(rng, glands, 9, 6, 9.5, 7.5, .8))
-        else: nuclei.append(grid_nuclei(rng, (d > 4) & (l < -4), spacing, 11.5, 9.5, 7.5, None, .8))
-        np.copyto(depth, d, where=zone); np.copyto(lumen, l, where=zone)
+        if pattern == 'cribriform':
+            _punch(rng, d, l, spacing)
+        if pattern in ('small', 'fused'):
+            nuclei.append(ring_nuclei(rng, glands, 9, 6, 9.5, 7.5, 0.8))
+        else:
+            nuclei.append(grid_nuclei(rng, (d > 4) & (l < -4), spacing, 11.5, 9.5, 7.5, None, 0.8))
+        np.copyto(depth, d, where=zone)
+        np.copyto(lumen, l, where=zone)
     mask, amounts = np.zeros(canvas, np.uint8), np.zeros((2, *canvas), np.float32)
-    mask[box] = np.where(tumour, 3, np.where(benign, 2, 1))*tissue
-    amounts[(slice(None), *box)] = _compose(rng, size, spacing, edge, along, across, angle, depth, lumen, tumour, np.concatenate(nuclei))
+    mask[box] = np.where(tumour, 3, np.where(benign, 2, 1)) * tissue
+    amounts[(slice(None), *box)] = _compose(
+        rng, size, spacing, edge, along, across, angle, depth, lumen, tumour, np.concatenate(nuclei)
+    )
     return amounts, mask
+
 
 def _punch(rng, depth, lumen, spacing):
     "Round holes in cribriform sheets."
     where = np.argwhere(depth[::4, ::4] > 16)
-    if not len(where): return
-    n = int(where.shape[0]*16*spacing**2/500)
-    centres = (where[rng.integers(len(where), size=n)]+rng.random((n, 2)))*4*spacing
+    if not len(where):
+        return
+    n = int(where.shape[0] * 16 * spacing**2 / 500)
+    centres = (where[rng.integers(len(where), size=n)] + rng.random((n, 2))) * 4 * spacing
     y, x, r = _throw(centres, rng.uniform(6, 15, n), 9, np.inf).T
     outline = np.repeat(r[:, None], 512, 1).astype(np.float32)
-    draw_glands(Glands(y, x, np.zeros(len(y)), np.sqrt(rng.uniform(.7, 1, len(y))), outline, 0*outline), np.full_like(depth, -50), lumen, spacing)
+    draw_glands(
+        Glands(y, x, np.zeros(len(y)), np.sqrt(rng.uniform(0.7, 1, len(y))), outline, 0 * outline),
+        np.full_like(depth, -50),
+        lumen,
+        spacing,
+    )
 
 # %% ../nbs/06_synthetic.ipynb #d134c821
 def _compose(rng, size, spacing, edge, along, across, angle, depth, lumen, tumour, nuclei):
     "Amounts of both stains from the geometry."
-    soft = lambda d, width=spacing: np.clip(d/max(width, spacing)+.5, 0, 1)
-    sway, tilt = smooth_noise(rng, size, 130/spacing), smooth_noise(rng, size, 60/spacing)
-    wavy = (across+20*sway+6*tilt+1.6*smooth_noise(rng, size, 16/spacing)+.8*smooth_noise(rng, size, 7/spacing))/spacing
-    bundle = fibre_noise(rng, (along+15*tilt)/spacing, wavy, 17/spacing, 2.4/spacing)
-    fine = fibre_noise(rng, along/spacing, wavy, 6/spacing, max(.35, .7/spacing))
-    grain = smooth_noise(rng, size, max(1, 2.5/spacing))
-    cleft = np.clip((bundle+.4*fine+.5*sway-rng.uniform(.7, 1.5))*1.6, 0, 1)
-    eosin = (.33+.06*bundle+.09*fine+.02*tilt)*(1-.9*cleft)
-    blue = (.05+.012*sway+.03*fine)*(1-.9*cleft)
+    soft = lambda d, width=spacing: np.clip(d / max(width, spacing) + 0.5, 0, 1)
+    sway, tilt = smooth_noise(rng, size, 130 / spacing), smooth_noise(rng, size, 60 / spacing)
+    wavy = (
+        across
+        + 20 * sway
+        + 6 * tilt
+        + 1.6 * smooth_noise(rng, size, 16 / spacing)
+        + 0.8 * smooth_noise(rng, size, 7 / spacing)
+    ) / spacing
+    bundle = fibre_noise(rng, (along + 15 * tilt) / spacing, wavy, 17 / spacing, 2.4 / spacing)
+    fine = fibre_noise(rng, along / spacing, wavy, 6 / spacing, max(0.35, 0.7 / spacing))
+    grain = smooth_noise(rng, size, max(1, 2.5 / spacing))
+    cleft = np.clip((bundle + 0.4 * fine + 0.5 * sway - rng.uniform(0.7, 1.5)) * 1.6, 0, 1)
+    eosin = (0.33 + 0.06 * bundle + 0.09 * fine + 0.02 * tilt) * (1 - 0.9 * cleft)
+    blue = (0.05 + 0.012 * sway + 0.03 * fine) * (1 - 0.9 * cleft)
     gland, hollow = soft(depth), soft(lumen)
-    gap = np.clip(1-abs(depth+2.5)/2.5, 0, 1)*np.clip(sway+.3, 0, 1) # the stroma shrinks away from glands
-    eosin, blue = eosin*(1-.7*gap), blue*(1-.7*gap)
-    apical = np.clip((lumen+12)/12, 0, 1)
-    eosin += gland*(.25+.04*grain+.02*fine-.05*apical-eosin)
-    blue += gland*(.15+.03*grain+.05*tumour-.05*apical-blue)
+    gap = np.clip(1 - abs(depth + 2.5) / 2.5, 0, 1) * np.clip(
+        sway + 0.3, 0, 1
+    )  # the stroma shrinks away from glands
+    eosin, blue = eosin * (1 - 0.7 * gap), blue * (1 - 0.7 * gap)
+    apical = np.clip((lumen + 12) / 12, 0, 1)
+    eosin += gland * (0.25 + 0.04 * grain + 0.02 * fine - 0.05 * apical - eosin)
+    blue += gland * (0.15 + 0.03 * grain + 0.05 * tumour - 0.05 * apical - blue)
     stroma = (depth < -3) & (edge > 3)
-    cluster = smooth_noise(rng, size, 90/spacing)+.5*smooth_noise(rng, size, 12/spacing) > rng.uniform(1.4, 2.8)
-    nuclei = np.concatenate([nuclei, grid_nuclei(rng, stroma & (cleft < .5), spacing, rng.uniform(20, 30), 15, 3.2, angle, .7),
-                             grid_nuclei(rng, stroma & cluster, spacing, 8.5, 6, 5.6, None, .95)])
-    i, j = ((nuclei[:, k]/spacing).astype(int).clip(0, size[k]-1) for k in (0, 1))
+    cluster = smooth_noise(rng, size, 90 / spacing) + 0.5 * smooth_noise(
+        rng, size, 12 / spacing
+    ) > rng.uniform(1.4, 2.8)
+    nuclei = np.concatenate(
+        [
+            nuclei,
+            grid_nuclei(
+                rng, stroma & (cleft < 0.5), spacing, rng.uniform(20, 30), 15, 3.2, angle, 0.7
+            ),
+            grid_nuclei(rng, stroma & cluster, spacing, 8.5, 6, 5.6, None, 0.95),
+        ]
+    )
+    i, j = ((nuclei[:, k] / spacing).astype(int).clip(0, size[k] - 1) for k in (0, 1))
     nuclei = nuclei[(edge[i, j] > 2) & (lumen[i, j] < -2)]
-    spots = stamp_nuclei(nuclei, size, spacing)*(1+.22*grain)
-    secretion = np.clip(smooth_noise(rng, size, 70/spacing)-.8, 0, 1)*np.clip((lumen-6)/8, 0, 1)
-    blue, eosin = blue*(1-hollow), eosin*(1-hollow)+.22*secretion*(1+.1*fine)
-    blue, eosin = np.maximum(blue, spots), eosin+.1*(spots > 0)
-    return np.stack([blue, eosin])*soft(edge, 3)
+    spots = stamp_nuclei(nuclei, size, spacing) * (1 + 0.22 * grain)
+    secretion = np.clip(smooth_noise(rng, size, 70 / spacing) - 0.8, 0, 1) * np.clip(
+        (lumen - 6) / 8, 0, 1
+    )
+    blue, eosin = blue * (1 - hollow), eosin * (1 - hollow) + 0.22 * secretion * (1 + 0.1 * fine)
+    blue, eosin = np.maximum(blue, spots), eosin + 0.1 * (spots > 0)
+    return np.stack([blue, eosin]) * soft(edge, 3)
 
 # %% ../nbs/06_synthetic.ipynb #d2d566e3
 def stain_image(rng, amounts, spacing, stains=None):
     "uint8 (H, W, 3): amounts (2, H, W) stained with a slide's own strength and hue, blurred, on its own background."
-    mix = rng.uniform(.5, 1)
-    vectors = SAMPLE_STAINS*mix+RUIFROK_JOHNSTON*(1-mix)+rng.normal(0, .02, (2, 3)) if stains is None else stains
-    vectors = np.clip(vectors, 0, None)/np.linalg.norm(vectors, axis=1, keepdims=True)
-    tissue = amounts.sum(0) > .01
-    strength = np.array([.17, .26])*np.exp(rng.normal(0, .22, 2))/np.maximum(amounts[:, tissue].mean(1), 1e-6)
-    blur = rng.uniform(.25, .65)/spacing
-    amounts = [ndimage.gaussian_filter(np.maximum(a, 0), blur, truncate=3)*np.float32(s) for a,s in zip(amounts, strength)]
-    white = rng.uniform(238, 250)+rng.normal(0, 1.5, 3)
+    mix = rng.uniform(0.5, 1)
+    vectors = (
+        SAMPLE_STAINS * mix + RUIFROK_JOHNSTON * (1 - mix) + rng.normal(0, 0.02, (2, 3))
+        if stains is None
+        else stains
+    )
+    vectors = np.clip(vectors, 0, None) / np.linalg.norm(vectors, axis=1, keepdims=True)
+    tissue = amounts.sum(0) > 0.01
+    strength = (
+        np.array([0.17, 0.26])
+        * np.exp(rng.normal(0, 0.22, 2))
+        / np.maximum(amounts[:, tissue].mean(1), 1e-6)
+    )
+    blur = rng.uniform(0.25, 0.65) / spacing
+    amounts = [
+        ndimage.gaussian_filter(np.maximum(a, 0), blur, truncate=3) * np.float32(s)
+        for a, s in zip(amounts, strength)
+    ]
+    white = rng.uniform(238, 250) + rng.normal(0, 1.5, 3)
     image = np.empty((*amounts[0].shape, 3), np.uint8)
     for k in range(3):
-        light = np.exp(np.float32(-math.log(10))*(amounts[0]*np.float32(vectors[0, k])+amounts[1]*np.float32(vectors[1, k])))
-        image[..., k] = np.clip(light*np.float32(white[k])+rng.standard_normal(light.shape, np.float32)*1.5+.5, 0, 255)
+        light = np.exp(
+            np.float32(-math.log(10))
+            * (amounts[0] * np.float32(vectors[0, k]) + amounts[1] * np.float32(vectors[1, k]))
+        )
+        image[..., k] = np.clip(
+            light * np.float32(white[k]) + rng.standard_normal(light.shape, np.float32) * 1.5 + 0.5,
+            0,
+            255,
+        )
     return image
+
 
 def _check(size, spacing, **fractions):
     "`InputError` for what cannot be painted."
-    if len(size) != 2 or any(not math.isfinite(n) or int(n) != n or n < 32 for n in size): raise InputError(f'size {size} must be (height, width) in whole pixels, at least 32 each')
-    if not .1 <= spacing <= 20: raise InputError(f'spacing {spacing} must be between 0.1 and 20 microns per pixel')
-    if min(size)*spacing < 200: raise InputError(f'size {tuple(size)} at {spacing} microns per pixel is smaller than 200 microns, too small for a biopsy: paint more pixels or a larger spacing')
+    if len(size) != 2 or any(not math.isfinite(n) or int(n) != n or n < 32 for n in size):
+        raise InputError(f'size {size} must be (height, width) in whole pixels, at least 32 each')
+    if not 0.1 <= spacing <= 20:
+        raise InputError(f'spacing {spacing} must be between 0.1 and 20 microns per pixel')
+    if min(size) * spacing < 200:
+        raise InputError(
+            f'size {tuple(size)} at {spacing} microns per pixel is smaller than 200 microns, too small for a biopsy: paint more pixels or a larger spacing'
+        )
     for name, f in fractions.items():
-        if not 0 <= f <= 1: raise InputError(f'{name} {f} must be between 0 and 1')
+        if not 0 <= f <= 1:
+            raise InputError(f'{name} {f} must be between 0 and 1')
+
 
 def paint_biopsy(
     size=(512, 1024),  # (height, width) in pixels
-    spacing: float = 2.,  # microns per pixel
-    tumour_fraction: float = 0.,  # share of the tissue's area that is tumour; 0: benign
+    spacing: float = 2.0,  # microns per pixel
+    tumour_fraction: float = 0.0,  # share of the tissue's area that is tumour; 0: benign
     seed: int = 0,  # the same numbers give the same pixels
     # share of the tissue where benign glands lie close; None: 0 beside tumour, else drawn
     crowded_fraction=None,
@@ -345,97 +557,188 @@ def paint_biopsy(
     _check(size, spacing, tumour_fraction=tumour_fraction, crowded_fraction=crowded_fraction or 0)
     size = tuple(map(int, size))
     rng = np.random.default_rng([abs(int(seed)), int(seed < 0)])
-    if crowded_fraction is None: crowded_fraction = 0. if tumour_fraction else rng.uniform(0, .6)
+    if crowded_fraction is None:
+        crowded_fraction = 0.0 if tumour_fraction else rng.uniform(0, 0.6)
     amounts, mask = paint_tissue(rng, size, spacing, tumour_fraction, crowded_fraction)
     image = stain_image(rng, amounts, spacing)
-    return PaintedBiopsy(image, mask, int(tumour_fraction > 0), float(spacing), np.count_nonzero(mask == 3)/np.count_nonzero(mask), seed)
+    return PaintedBiopsy(
+        image,
+        mask,
+        int(tumour_fraction > 0),
+        float(spacing),
+        np.count_nonzero(mask == 3) / np.count_nonzero(mask),
+        seed,
+    )
 
 # %% ../nbs/06_synthetic.ipynb #b0e1c063
 def save_biopsy(
     task,  # dict: id, settings of `paint_biopsy`, folder, compression
 ):
     "Paint and write one slide of a cohort and its mask; what is there already stays."
-    slide, mask = (Path(task['folder'])/kind/f"{task['id']}.tiff" for kind in ('slides', 'masks'))
+    slide, mask = (
+        Path(task['folder']) / kind / f'{task["id"]}.tiff' for kind in ('slides', 'masks')
+    )
     if not (slide.exists() and mask.exists()):
         b = paint_biopsy(**task['paint'])
         write_tiff(b.mask, mask, b.spacing, nearest=True)
         write_tiff(b.image, slide, b.spacing, task['compression'])
 
+
 def plan_cohort(n, positive, tumour_fractions, splits, seed):
     "Rows of a cohort: id, label, patient, split and the area of tumour or of crowded glands, as a function of the seed."
     rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(n) < round(n*positive)).astype(int)
+    labels = rng.permutation(np.arange(n) < round(n * positive)).astype(int)
     low, high = np.log(tumour_fractions)
-    rows = [dict(slide_id=f'synthetic_{i:04d}', label=int(l), area=float(np.exp(rng.uniform(low, high))), seed=int(rng.integers(2**31))) for i, l in enumerate(labels)]
+    rows = [
+        dict(
+            slide_id=f'synthetic_{i:04d}',
+            label=int(l),
+            area=float(np.exp(rng.uniform(low, high))),
+            seed=int(rng.integers(2**31)),
+        )
+        for i, l in enumerate(labels)
+    ]
     patient = 0
     for label in (0, 1):
         mine, filled = [r for r in rows if r['label'] == label], dict.fromkeys(splits, 0)
-        goal = dict(zip(splits, np.diff(np.round(np.cumsum([0, *splits.values()])*len(mine)).astype(int))))
+        goal = dict(
+            zip(splits, np.diff(np.round(np.cumsum([0, *splits.values()]) * len(mine)).astype(int)))
+        )
         while mine:
-            split = max(splits, key=lambda name: (goal[name]-filled[name])/max(splits[name], 1e-9))
-            k = min(int(rng.integers(1, 3)), max(1, goal[split]-filled[split]))
+            split = max(
+                splits, key=lambda name: (goal[name] - filled[name]) / max(splits[name], 1e-9)
+            )
+            k = min(int(rng.integers(1, 3)), max(1, goal[split] - filled[split]))
             group, mine = mine[:k], mine[k:]
             filled[split] += len(group)
-            for r in group: r |= dict(patient_id=f'patient_{patient:04d}', split=split)
+            for r in group:
+                r |= dict(patient_id=f'patient_{patient:04d}', split=split)
             patient += 1
     return rows
 
 # %% ../nbs/06_synthetic.ipynb #ad894e06
 def _prepare(folder, settings):
     "Make the folder of a cohort; `InputError` if it cannot be written or holds something else."
-    note = folder/'cohort.json'
+    note = folder / 'cohort.json'
     try:
-        for kind in ('slides', 'masks'): (folder/kind).parent.mkdir(parents=True, exist_ok=True)
+        for kind in ('slides', 'masks'):
+            (folder / kind).parent.mkdir(parents=True, exist_ok=True)
         there = json.loads(note.read_text()) if note.exists() else None
-        if there is None and any(folder.iterdir()): raise InputError(f'{folder} is not empty: choose another folder')
-        if there not in (None, settings): raise InputError(f'{folder} holds a cohort with other settings ({note.name}): choose another folder')
-        for kind in ('slides', 'masks'): (folder/kind).mkdir(exist_ok=True)
+        if there is None and any(folder.iterdir()):
+            raise InputError(f'{folder} is not empty: choose another folder')
+        if there not in (None, settings):
+            raise InputError(
+                f'{folder} holds a cohort with other settings ({note.name}): choose another folder'
+            )
+        for kind in ('slides', 'masks'):
+            (folder / kind).mkdir(exist_ok=True)
         write_whole(note, json.dumps(settings))
-    except json.JSONDecodeError: raise InputError(f'{note} is damaged: choose another folder') from None
-    except OSError as e: raise InputError(f'{folder} cannot be written: {e.strerror}') from None
+    except json.JSONDecodeError:
+        raise InputError(f'{note} is damaged: choose another folder') from None
+    except OSError as e:
+        raise InputError(f'{folder} cannot be written: {e.strerror}') from None
 
 # %% ../nbs/06_synthetic.ipynb #f001b9ce
 def write_cohort(
     folder,  # where to; made if missing
     n: int = 40,  # slides
     size=(512, 1024),  # (height, width) in pixels
-    spacing: float = 2.,  # microns per pixel
-    positive: float = .5,  # share of slides with tumour
+    spacing: float = 2.0,  # microns per pixel
+    positive: float = 0.5,  # share of slides with tumour
     # least and largest share of the tissue that is tumour, uniform in its logarithm
-    tumour_fractions=(.05, .6),
+    tumour_fractions=(0.05, 0.6),
     seed: int = 0,  # the same settings give the same files
-    splits=dict(train=.6, tuning=.15, test=.25),  # shares of slides
+    splits=dict(train=0.6, tuning=0.15, test=0.25),  # shares of slides
     compression='jpeg',  # or 'deflate', exact and four times larger
     workers: int = 0,  # processes; 0: this one
     progress=True,  # a progress bar
-) -> Path: # manifest.csv
+) -> Path:  # manifest.csv
     "Paint a cohort into a folder: slides/*.tiff, masks/*.tiff and, last, manifest.csv."
-    (low, high), size, spacing, seed, n = tumour_fractions, tuple(size), float(spacing), operator.index(seed), operator.index(n)
+    (low, high), size, spacing, seed, n = (
+        tumour_fractions,
+        tuple(size),
+        float(spacing),
+        operator.index(seed),
+        operator.index(n),
+    )
     _check(size, spacing, positive=positive)
-    if compression not in ('jpeg', 'deflate'): raise InputError(f"compression {compression!r} is not known: use 'jpeg' or 'deflate'")
-    if workers < 0 or seed < 0: raise InputError(f'workers {workers} and seed {seed} must not be below 0')
-    if wrong := set(splits)-{'train', 'tuning', 'test'}: raise InputError(f"splits has {wrong.pop()!r}: the splits are 'train', 'tuning' and 'test'")
-    if not 0 < low <= high <= 1: raise InputError(f'tumour_fractions {tumour_fractions} must be (least, largest), above 0 and up to 1')
-    if n < 1: raise InputError(f'a cohort of {n} slides cannot be painted: ask for at least 1')
-    if abs(sum(splits.values())-1) > 1e-6 or min(splits.values()) < 0: raise InputError(f'splits {splits} must be shares that add up to 1')
+    if compression not in ('jpeg', 'deflate'):
+        raise InputError(f"compression {compression!r} is not known: use 'jpeg' or 'deflate'")
+    if workers < 0 or seed < 0:
+        raise InputError(f'workers {workers} and seed {seed} must not be below 0')
+    if wrong := set(splits) - {'train', 'tuning', 'test'}:
+        raise InputError(f"splits has {wrong.pop()!r}: the splits are 'train', 'tuning' and 'test'")
+    if not 0 < low <= high <= 1:
+        raise InputError(
+            f'tumour_fractions {tumour_fractions} must be (least, largest), above 0 and up to 1'
+        )
+    if n < 1:
+        raise InputError(f'a cohort of {n} slides cannot be painted: ask for at least 1')
+    if abs(sum(splits.values()) - 1) > 1e-6 or min(splits.values()) < 0:
+        raise InputError(f'splits {splits} must be shares that add up to 1')
     folder = Path(folder)
-    _prepare(folder, dict(n=n, size=[int(v) for v in size], spacing=spacing, positive=float(positive), tumour_fractions=[float(low), float(high)], seed=seed, splits=splits, compression=compression))
+    _prepare(
+        folder,
+        dict(
+            n=n,
+            size=[int(v) for v in size],
+            spacing=spacing,
+            positive=float(positive),
+            tumour_fractions=[float(low), float(high)],
+            seed=seed,
+            splits=splits,
+            compression=compression,
+        ),
+    )
     rows = plan_cohort(n, positive, tumour_fractions, splits, seed)
-    tasks = [dict(id=r['slide_id'], folder=str(folder), compression=compression, paint=dict(size=tuple(size), spacing=spacing, seed=r['seed'],
-                  tumour_fraction=r['area']*r['label'], crowded_fraction=r['area']*(1-r['label']))) for r in rows]
+    tasks = [
+        dict(
+            id=r['slide_id'],
+            folder=str(folder),
+            compression=compression,
+            paint=dict(
+                size=tuple(size),
+                spacing=spacing,
+                seed=r['seed'],
+                tumour_fraction=r['area'] * r['label'],
+                crowded_fraction=r['area'] * (1 - r['label']),
+            ),
+        )
+        for r in rows
+    ]
     bar = tqdm(total=n, desc='painting slides', disable=not progress)
     if workers:
         pool = worker_pool(workers)
         try:
-            for _ in pool.map(save_biopsy, tasks): bar.update()
-        except BrokenProcessPool: raise InputError(f'a worker ended while painting into {folder}, perhaps for lack of memory: use fewer workers') from None
-        finally: pool.shutdown(cancel_futures=True)
+            for _ in pool.map(save_biopsy, tasks):
+                bar.update()
+        except BrokenProcessPool:
+            raise InputError(
+                f'a worker ended while painting into {folder}, perhaps for lack of memory: use fewer workers'
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
     else:
-        for task in tasks: save_biopsy(task); bar.update()
+        for task in tasks:
+            save_biopsy(task)
+            bar.update()
     bar.close()
     return _write_manifest(folder, rows, spacing)
 
 # %% ../nbs/06_synthetic.ipynb #060487c9
 def _write_manifest(folder, rows, spacing):
-    rows = [dict(r, path=f"slides/{r['slide_id']}.tiff", truth=f"masks/{r['slide_id']}.tiff", spacing=spacing, tumour_fraction=f"{r['area']*r['label']:.4f}") for r in rows]
-    return write_csv(folder/'manifest.csv', rows, ['slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'tumour_fraction', 'truth'])
+    rows = [
+        dict(
+            r,
+            path=f'slides/{r["slide_id"]}.tiff',
+            truth=f'masks/{r["slide_id"]}.tiff',
+            spacing=spacing,
+            tumour_fraction=f'{r["area"] * r["label"]:.4f}',
+        )
+        for r in rows
+    ]
+    return write_csv(
+        folder / 'manifest.csv',
+        rows,
+        ['slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'tumour_fraction', 'truth'],
+    )

@@ -28,56 +28,95 @@ from .errors import InputError, at_least_one
 from .files import write_csv
 
 # %% ../nbs/09_training.ipynb #e0bc5098
-def slide_seed(seed, epoch, step): # for torch
+def slide_seed(seed, epoch, step):  # for torch
     "What random numbers a network draws (dropout) for the slide at place `step` of an epoch: the same in a second pass, on any rank, and after a run was broken off."
     return int(keyed_rng(seed, epoch, step, 'network').integers(2**62))
 
-def rng_state(): # dict that a checkpoint can hold
+
+def rng_state():  # dict that a checkpoint can hold
     "The states of the process's own generators: Python's, NumPy's, torch's, and those of its accelerators."
     kind, words, *rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(kind, words.tolist(), *rest), torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    return dict(
+        python=random.getstate(),
+        numpy=(kind, words.tolist(), *rest),
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    )
+
 
 def set_rng_state(state):
     "Put them back; those of accelerators that are not there any more are left out."
-    random.setstate(state['python']); np.random.set_state(state['numpy']); torch.set_rng_state(state['torch'])
-    for i, s in enumerate(state['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(s, i)
+    random.setstate(state['python'])
+    np.random.set_state(state['numpy'])
+    torch.set_rng_state(state['torch'])
+    for i, s in enumerate(state['cuda'][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(s, i)
 
 # %% ../nbs/09_training.ipynb #a04faf8e
 class Alone:
     "The one process that trains."
-    rank, size, together = 0, 1, 1 # together: how many slides are evaluated before ranks exchange what they know
-    def places(self, first, last): # range
+
+    rank, size, together = (
+        0,
+        1,
+        1,
+    )  # together: how many slides are evaluated before ranks exchange what they know
+
+    def places(self, first, last):  # range
         "Those of this rank."
-        return range(first+(self.rank-first) % self.size, last, self.size)
-    def gather(self, x): # list
+        return range(first + (self.rank - first) % self.size, last, self.size)
+
+    def gather(self, x):  # list
         "What each rank gives, in their order."
         return [x]
-    def merged(self, pairs): # list
+
+    def merged(self, pairs):  # list
         "What all ranks have, (place, value) each, as values in the order of places."
-        return [v for _, v in sorted((p for ps in self.gather(list(pairs)) for p in ps), key=lambda p: p[0])]
-    def add(self, params): "Add up the gradients of all ranks."
-    def same(self, tensor): "Make this tensor that of the first rank."
+        return [
+            v
+            for _, v in sorted(
+                (p for ps in self.gather(list(pairs)) for p in ps), key=lambda p: p[0]
+            )
+        ]
+
+    def add(self, params):
+        "Add up the gradients of all ranks."
+
+    def same(self, tensor):
+        "Make this tensor that of the first rank."
+
     def first(self, f):
         "What `f()` gives, on all ranks."
         return f()
 
 # %% ../nbs/09_training.ipynb #e9d84c35
-def autocast(device, amp): # a context manager
+def autocast(device, amp):  # a context manager
     "Autocast to bf16 or fp16; `amp=None` leaves everything as it is."
     kinds = {None: None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-    if amp not in kinds: raise InputError(f"amp is {amp!r}; use None, 'bf16' or 'fp16'")
+    if amp not in kinds:
+        raise InputError(f"amp is {amp!r}; use None, 'bf16' or 'fp16'")
     return torch.autocast(torch.device(device).type, kinds[amp]) if amp else nullcontext()
 
-def logits_of(model, item, device='cpu', amp=None): # (1, n_out), or (k, n_out) where the network gives several of a slide
+
+def logits_of(
+    model, item, device='cpu', amp=None
+):  # (1, n_out), or (k, n_out) where the network gives several of a slide
     "The logits of one slide, whose image is a tensor or what else the network takes; in float32 where the network ran in less, for the loss."
     x = item['image']
-    with autocast(device, amp): y = model(x.to(device)[None] if isinstance(x, torch.Tensor) else x)
+    with autocast(device, amp):
+        y = model(x.to(device)[None] if isinstance(x, torch.Tensor) else x)
     return y.float() if amp else y
+
 
 def peak_mb(device='cpu'):
     "Peak memory in MB: of the device where it is CUDA, else of this process since it started."
-    if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated(device)/1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)/1e6
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == 'darwin' else 1024)
+        / 1e6
+    )
 
 # %% ../nbs/09_training.ipynb #ea06f42c
 @torch.no_grad()
@@ -95,53 +134,100 @@ def predict(
     epoch=0,  # of the augmentation, where there is one
     # a slide that cannot be used ends it all; True: it gets a row with the `error` alone
     failed=False,
-): 
+):
     "One dict a slide: slide_id, label (None if unknown), probability (what the task predicts), logits (the mean, where the model gives several of a slide), box if the item has it, top (the places of the most suspicious patches of a bag, where the model says them), seconds."
     loader, rows, was = as_loader(data, ranks=ranks), [] if rows is None else rows, model.training
-    n, slides = sum(ranks.gather(len(loader))), slides_of(loader, epoch, len(ranks.places(0, len(rows))))
+    n, slides = (
+        sum(ranks.gather(len(loader))),
+        slides_of(loader, epoch, len(ranks.places(0, len(rows)))),
+    )
     model.eval()
-    with tqdm(total=n, initial=len(rows), desc=desc, unit='slide', leave=False, disable=not progress or ranks.rank > 0) as bar:
+    with tqdm(
+        total=n,
+        initial=len(rows),
+        desc=desc,
+        unit='slide',
+        leave=False,
+        disable=not progress or ranks.rank > 0,
+    ) as bar:
         while len(rows) < n:
-            mine = ranks.places(len(rows), min(n, len(rows)+ranks.together))
-            rows += (new := ranks.merged((i, _tried(failed, model, slides, device, amp, task)) for i in mine))
+            mine = ranks.places(len(rows), min(n, len(rows) + ranks.together))
+            rows += (
+                new := ranks.merged(
+                    (i, _tried(failed, model, slides, device, amp, task)) for i in mine
+                )
+            )
             bar.update(len(new))
-            if rest: rest()
+            if rest:
+                rest()
     model.train(was)
     return rows
 
-def _tried(failed, *args): # the row of a slide, or of an error
-    try: return _predicted(*args)
+
+def _tried(failed, *args):  # the row of a slide, or of an error
+    try:
+        return _predicted(*args)
     except InputError as e:
-        if not failed: raise
+        if not failed:
+            raise
         return dict(error=one_line(e))
 
-def _predicted(model, slides, device, amp, task): # a row
+
+def _predicted(model, slides, device, amp, task):  # a row
     item, start = next(slides), time.perf_counter()
     logits = task.fits(logits_of(model, item, device, amp))
-    if not logits.isfinite().all(): raise InputError(f"slide {item['slide_id']!r}: the network's output is {logits[0].tolist()}; in training, begin again with a lower learning rate, or without amp; else predict without amp, or look whether the checkpoint is damaged")
+    if not logits.isfinite().all():
+        raise InputError(
+            f"slide {item['slide_id']!r}: the network's output is {logits[0].tolist()}; in training, begin again with a lower learning rate, or without amp; else predict without amp, or look whether the checkpoint is damaged"
+        )
     label = item['label'].tolist() if is_known(item['label']) else None
-    return dict(slide_id=item['slide_id'], label=label, probability=task.predicted(logits).mean(0).tolist(), logits=logits.mean(0).tolist(), seconds=time.perf_counter()-start, **{k: item[k] for k in ('box',) if k in item}, **({'top': top} if (top := getattr(item['image'], 'top', None)) else {}))
+    return dict(
+        slide_id=item['slide_id'],
+        label=label,
+        probability=task.predicted(logits).mean(0).tolist(),
+        logits=logits.mean(0).tolist(),
+        seconds=time.perf_counter() - start,
+        **{k: item[k] for k in ('box',) if k in item},
+        **({'top': top} if (top := getattr(item['image'], 'top', None)) else {}),
+    )
 
-def is_known(label): return not label.isnan().all() # of several numbers in a label some may be missing
+
+def is_known(label):
+    return not label.isnan().all()  # of several numbers in a label some may be missing
+
 
 def as_loader(data, train=False, seed=0, ranks=Alone(), oversample=True):
     "A dataset of this package as a loader of single slides, those of one rank; a list as the part of it that is this rank's; loaders as they are."
-    if isinstance(data, Dataset): return slide_loader(data, train=train, seed=seed, oversample=oversample, rank=ranks.rank, ranks=ranks.size)
+    if isinstance(data, Dataset):
+        return slide_loader(
+            data, train=train, seed=seed, oversample=oversample, rank=ranks.rank, ranks=ranks.size
+        )
     sampler = getattr(data, 'sampler', None)
-    if sampler is None: return data if ranks.size == 1 else data[ranks.rank::ranks.size]
+    if sampler is None:
+        return data if ranks.size == 1 else data[ranks.rank :: ranks.size]
     ours = isinstance(sampler, EpochSampler)
     mine = (sampler.rank, sampler.ranks) if ours else (0, 1)
-    if mine != (ranks.rank, ranks.size): raise InputError(f'the loader gives the slides of rank {mine[0]} of {mine[1]}, and this is rank {ranks.rank} of {ranks.size}: give the dataset itself, or slide_loader(..., rank=, ranks=)')
-    if ours: sampler.set_epoch(sampler.epoch) # from its first slide, also where it went on in the middle before: its length is that of what is left
+    if mine != (ranks.rank, ranks.size):
+        raise InputError(
+            f'the loader gives the slides of rank {mine[0]} of {mine[1]}, and this is rank {ranks.rank} of {ranks.size}: give the dataset itself, or slide_loader(..., rank=, ranks=)'
+        )
+    if ours:
+        sampler.set_epoch(
+            sampler.epoch
+        )  # from its first slide, also where it went on in the middle before: its length is that of what is left
     return data
 
-def slides_of(loader, epoch, done=0): # an iterator
+
+def slides_of(loader, epoch, done=0):  # an iterator
     "What is left of an epoch when `done` of the loader's slides are done; a loader with another sampler than this package's has to read those once more."
     sampler, ours = (s := getattr(loader, 'sampler', None)), isinstance(s, EpochSampler)
-    if hasattr(sampler, 'set_epoch'): sampler.set_epoch(*(epoch, done)[:1+ours])
+    if hasattr(sampler, 'set_epoch'):
+        sampler.set_epoch(*(epoch, done)[: 1 + ours])
     slides = iter(loader)
-    for _ in range(0 if ours else done): next(slides)
+    for _ in range(0 if ours else done):
+        next(slides)
     return slides
+
 
 def summary(rows, task=Binary()):
     "The loss over all slides with a label and, for two classes that are both there, the AUC; otherwise nan."
@@ -149,18 +235,32 @@ def summary(rows, task=Binary()):
     y, p = [r['label'] for r in rows], np.array([r['probability'] for r in rows])
     area = math.nan
     if isinstance(task, Binary) and set(y) == {0, 1} and np.isfinite(p).all():
-        from sklearn.metrics import roc_auc_score # slow to import, so only where it is used
+        from sklearn.metrics import roc_auc_score  # slow to import, so only where it is used
+
         area = roc_auc_score(y, p)
-    learnt = rows and not (task.name == 'survival' and not any(event for _, event in y)) # without an event there is no likelihood
-    return dict(loss=task.loss(*(torch.tensor(v, dtype=torch.double) for v in ([r['logits'] for r in rows], y))).item() if learnt else math.nan, auc=float(area))
+    learnt = rows and not (
+        task.name == 'survival' and not any(event for _, event in y)
+    )  # without an event there is no likelihood
+    return dict(
+        loss=task.loss(
+            *(torch.tensor(v, dtype=torch.double) for v in ([r['logits'] for r in rows], y))
+        ).item()
+        if learnt
+        else math.nan,
+        auc=float(area),
+    )
 
 # %% ../nbs/09_training.ipynb #2a8fa5b0
 class TinyNet(nn.Module):
     "One convolution, global pooling and a linear layer: (N, 3, H, W) uint8 -> logits (N, n_out)."
+
     def __init__(self, n_out=1, width=4):
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, width, 5, stride=2), nn.Linear(width, n_out)
-    def forward(self, x): return self.head(self.conv(x.to(self.conv.weight.dtype)/255-.5).relu().amax((2, 3)))
+
+    def forward(self, x):
+        return self.head(self.conv(x.to(self.conv.weight.dtype) / 255 - 0.5).relu().amax((2, 3)))
+
 
 def synth_slides(n=24, seed=0):
     "A list of `n` items as `SlideDataset` gives them: noise, with one bright square if positive."
@@ -168,80 +268,128 @@ def synth_slides(n=24, seed=0):
     for i in range(n):
         h, w = rng.integers(24, 40, 2)
         x = rng.integers(0, 100, (3, h, w), dtype=np.uint8)
-        if i % 2: t, l = rng.integers(0, [h-6, w-6]); x[:, t:t+6, l:l+6] += 90
-        items.append(dict(image=torch.from_numpy(x), label=torch.tensor(float(i % 2)), slide_id=f's{i:03}'))
+        if i % 2:
+            t, l = rng.integers(0, [h - 6, w - 6])
+            x[:, t : t + 6, l : l + 6] += 90
+        items.append(
+            dict(image=torch.from_numpy(x), label=torch.tensor(float(i % 2)), slide_id=f's{i:03}')
+        )
     return items
 
-def synth_learner(n=24, seed=0): # model, train, tuning: what `fit` takes
+
+def synth_learner(n=24, seed=0):  # model, train, tuning: what `fit` takes
     "A tiny network and task for tests."
     torch.manual_seed(seed)
-    return TinyNet(), synth_slides(n, seed), synth_slides(n//2, seed+1)
+    return TinyNet(), synth_slides(n, seed), synth_slides(n // 2, seed + 1)
 
 # %% ../nbs/09_training.ipynb #5aa9cff8
 def train_epoch(
     s,  # `State`
     slides,  # those of this rank that are left of the epoch: an iterator
-): 
+):
     "One pass over the slides, from place `s.step` on."
     s.model.train()
     while s.step < s.length:
-        first = s.step-s.step % s.batch                            # of the mini-batch
-        last = min(first+s.batch, s.length)
-        end = last if s.task.joint or s.ranks.size > 1 else s.step+1 # where training is at rest again
+        first = s.step - s.step % s.batch  # of the mini-batch
+        last = min(first + s.batch, s.length)
+        end = (
+            last if s.task.joint or s.ranks.size > 1 else s.step + 1
+        )  # where training is at rest again
         mine = ((place, known(next(slides))) for place in s.ranks.places(s.step, end))
-        s.losses += s.ranks.merged((joint_backward if s.task.joint else each_backward)(s, mine, last-first))
-        s.bar.update(end-s.step); s.bar.set_postfix(loss=f'{np.mean([v for _, v in s.losses]):.3f}', peak=f'{peak_mb(s.device):.0f}MB')
+        s.losses += s.ranks.merged(
+            (joint_backward if s.task.joint else each_backward)(s, mine, last - first)
+        )
+        s.bar.update(end - s.step)
+        s.bar.set_postfix(
+            loss=f'{np.mean([v for _, v in s.losses]):.3f}', peak=f'{peak_mb(s.device):.0f}MB'
+        )
         s.step = end
-        if end == last: optimizer_step(s, [slide for slide, _ in s.losses[first:]])
+        if end == last:
+            optimizer_step(s, [slide for slide, _ in s.losses[first:]])
         s.rest()
 
-def known(item): # the same
-    if not is_known(item['label']): raise InputError(f"slide {item['slide_id']!r} has no label; leave it out of the training slides")
+
+def known(item):  # the same
+    if not is_known(item['label']):
+        raise InputError(
+            f'slide {item["slide_id"]!r} has no label; leave it out of the training slides'
+        )
     return item
 
-def each_backward(s, items, size): # yields (place, (slide, loss))
-    "The gradient of a mean over `size` slides, one after the other."
-    for place, item in items: yield place, (item['slide_id'], s.backward(place, item, lambda logits, label: s.loss(logits, label)/size)*size)
 
-def joint_backward(s, items, size): # the same
+def each_backward(s, items, size):  # yields (place, (slide, loss))
+    "The gradient of a mean over `size` slides, one after the other."
+    for place, item in items:
+        yield (
+            place,
+            (
+                item['slide_id'],
+                s.backward(place, item, lambda logits, label: s.loss(logits, label) / size) * size,
+            ),
+        )
+
+
+def joint_backward(s, items, size):  # the same
     "The gradient of a loss that needs all slides of a mini-batch: first their logits without a graph, then each slide once more with the gradient of the loss by its logits."
     items = list(items)
-    with torch.no_grad(): mine = [(place, (item['slide_id'], s.logits(place, item).cpu(), item['label'])) for place, item in items]
+    with torch.no_grad():
+        mine = [
+            (place, (item['slide_id'], s.logits(place, item).cpu(), item['label']))
+            for place, item in items
+        ]
     names, logits, labels = zip(*s.ranks.merged(mine))
     loss, gradient = joint_gradient(s.task, torch.cat(logits), torch.stack(labels))
     finite(loss.item(), ', '.join(names), s)
     for place, item in items:
         g = gradient[place % s.batch].to(s.device)
-        s.backward(place, item, lambda logits, _: (logits*g).sum())
+        s.backward(place, item, lambda logits, _: (logits * g).sum())
         yield place, (item['slide_id'], loss.item())
+
 
 def optimizer_step(s, slides):
     "One step on the gradient of a mini-batch, cut to a norm of `s.clip` if that is given."
     s.ranks.add(params := s.params())
     s.scaler.unscale_(s.optimizer)
-    if not s.scaler.is_enabled() and not sound(params): raise InputError(f"the sum of the gradients of slides {', '.join(slides)} is not finite in epoch {s.epoch+1}; {WAY_OUT}")
-    if s.clip: nn.utils.clip_grad_norm_(params, s.clip)
-    s.scaler.step(s.optimizer); s.scaler.update(); s.optimizer.zero_grad()
-    if s.scaler.is_enabled() and s.scaler.get_scale() < 1: raise InputError(f"the gradient of slides {', '.join(slides)} is not finite in epoch {s.epoch+1}, however it is scaled; {WAY_OUT}")
+    if not s.scaler.is_enabled() and not sound(params):
+        raise InputError(
+            f'the sum of the gradients of slides {", ".join(slides)} is not finite in epoch {s.epoch + 1}; {WAY_OUT}'
+        )
+    if s.clip:
+        nn.utils.clip_grad_norm_(params, s.clip)
+    s.scaler.step(s.optimizer)
+    s.scaler.update()
+    s.optimizer.zero_grad()
+    if s.scaler.is_enabled() and s.scaler.get_scale() < 1:
+        raise InputError(
+            f'the gradient of slides {", ".join(slides)} is not finite in epoch {s.epoch + 1}, however it is scaled; {WAY_OUT}'
+        )
     s.tell('after_step')
 
-def sound(params): # whether every gradient is finite
+
+def sound(params):  # whether every gradient is finite
     grads = [p.grad.isfinite().all() for p in params if p.grad is not None]
     return not grads or torch.stack(grads).all().item()
 
-def finite(loss, slides, s): # the loss
-    if not math.isfinite(loss): raise InputError(f'slide {slides!r}: its loss is {loss} in epoch {s.epoch+1}; {WAY_OUT}')
+
+def finite(loss, slides, s):  # the loss
+    if not math.isfinite(loss):
+        raise InputError(f'slide {slides!r}: its loss is {loss} in epoch {s.epoch + 1}; {WAY_OUT}')
     return loss
 
-WAY_OUT = 'lower the learning rate, look at the slide, or train without amp; no weight was changed by it'
+
+WAY_OUT = (
+    'lower the learning rate, look at the slide, or train without amp; no weight was changed by it'
+)
 
 # %% ../nbs/09_training.ipynb #fe36e4b9
 class Halted(Exception):
     "Training was asked to stop; it can go on from its last point."
 
+
 @dataclass
 class State:
     "What a training is made of; handed to callbacks."
+
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -254,105 +402,167 @@ class State:
     clip: float | None = None
     callbacks: tuple = ()
     ranks: Alone = field(default_factory=Alone)
-    settings: dict = field(default_factory=dict) # what `fit` was asked for
-    stage: int | None = None                     # of a recipe
-    length: int = 0                              # slides of an epoch, those of all ranks
-    first: int = 0                               # epochs that went before this training
-    epoch: int = 0                               # counted from 0
-    step: int = 0                                # slides of the epoch that are done
-    losses: list = field(default_factory=list)   # (slide, loss) of each of them
-    rows: list = field(default_factory=list)     # of the tuning slides that are done
+    settings: dict = field(default_factory=dict)  # what `fit` was asked for
+    stage: int | None = None  # of a recipe
+    length: int = 0  # slides of an epoch, those of all ranks
+    first: int = 0  # epochs that went before this training
+    epoch: int = 0  # counted from 0
+    step: int = 0  # slides of the epoch that are done
+    losses: list = field(default_factory=list)  # (slide, loss) of each of them
+    rows: list = field(default_factory=list)  # of the tuning slides that are done
     history: list = field(default_factory=list)  # one dict an epoch
-    began: float = 0.                            # the epoch, by `time.perf_counter`
-    seconds: float = 0.                          # that it has taken
+    began: float = 0.0  # the epoch, by `time.perf_counter`
+    seconds: float = 0.0  # that it has taken
     stop: bool = False
-    accepted: bool = False                       # changes, where it goes on
-    asked: bool = False                          # to halt, on this rank
-    halt: bool = False                           # on any
+    accepted: bool = False  # changes, where it goes on
+    asked: bool = False  # to halt, on this rank
+    halt: bool = False  # on any
     # what tuning slides are shown to, and kept as the best: the model, or an average of it
     evaluated: nn.Module = None
-    draws: dict = field(default_factory=dict)    # `rng_state` when the epoch began
-    drawn: dict = field(default_factory=dict)    # and when it was broken off
+    draws: dict = field(default_factory=dict)  # `rng_state` when the epoch began
+    drawn: dict = field(default_factory=dict)  # and when it was broken off
     progress: bool = True
     bar: tqdm = None
 
-    def logits(self, step, item): # (1, n_out)
+    def logits(self, step, item):  # (1, n_out)
         "Of the slide at place `step` of the epoch."
         torch.manual_seed(slide_seed(self.seed, self.epoch, step))
         return self.task.fits(logits_of(self.model, item, self.device, self.amp))
 
-    def backward(self, step, item, loss): # what `loss`, a function of (logits, label), gives
+    def backward(self, step, item, loss):  # what `loss`, a function of (logits, label), gives
         "Forward and backward of one slide; its gradient is added up."
         logits, label = self.logits(step, item), item['label'].to(self.device)
-        value = loss(logits, label.expand(len(logits), *label.shape)) # a network may give several of a slide
+        value = loss(
+            logits, label.expand(len(logits), *label.shape)
+        )  # a network may give several of a slide
         finite(value.item(), item['slide_id'], self)
         self.scaler.scale(value).backward()
-        if not self.scaler.is_enabled() and not sound(self.params()): raise InputError(f"slide {item['slide_id']!r}: its gradient is not finite in epoch {self.epoch+1}; {WAY_OUT}")
+        if not self.scaler.is_enabled() and not sound(self.params()):
+            raise InputError(
+                f'slide {item["slide_id"]!r}: its gradient is not finite in epoch {self.epoch + 1}; {WAY_OUT}'
+            )
         return value.item()
 
-    def loss(self, logits, label): # a scalar
+    def loss(self, logits, label):  # a scalar
         "That of the task, unless the network has one of its own, a method `loss(task, logits, label)`."
         own = getattr(self.model, 'loss', None)
         return own(self.task, logits, label) if own else self.task.loss(logits, label)
 
-    def params(self): return [p for g in self.optimizer.param_groups for p in g['params']]
+    def params(self):
+        return [p for g in self.optimizer.param_groups for p in g['params']]
 
     def tell(self, event):
         "Call the method `event` of every callback that has it."
         for c in self.callbacks:
-            if self.ranks.rank == 0 or not getattr(c, 'first_rank_only', False): getattr(c, event, lambda s: None)(self)
+            if self.ranks.rank == 0 or not getattr(c, 'first_rank_only', False):
+                getattr(c, event, lambda s: None)(self)
 
     def rest(self):
         "Between two slides: the moment to save, and to leave if somebody asked for it."
-        self.halt, self.seconds = any(self.ranks.gather(self.asked)), time.perf_counter()-self.began
+        self.halt, self.seconds = (
+            any(self.ranks.gather(self.asked)),
+            time.perf_counter() - self.began,
+        )
         self.tell('at_rest')
-        if self.halt: raise self.halted()
+        if self.halt:
+            raise self.halted()
 
-    def halted(self): # an exception that says where
-        done = self.epoch == self.first+self.epochs
-        return Halted(f"stopped in epoch {self.epoch+(not done)}, {'all' if done else self.step} of {self.length} slides done")
+    def halted(self):  # an exception that says where
+        done = self.epoch == self.first + self.epochs
+        return Halted(
+            f'stopped in epoch {self.epoch + (not done)}, {"all" if done else self.step} of {self.length} slides done'
+        )
 
 # %% ../nbs/09_training.ipynb #t5000002
 _KEPT = ('epoch', 'first', 'step', 'losses', 'rows', 'history', 'seconds', 'stop', 'stage', 'draws')
 
-@patch
-def state_dict(self:State): # tensors, numbers, text, and lists and dicts of them
-    "All that the rest of the training depends on; its tensors are those in use, not copies."
-    return dict(model=dict(self.model.state_dict()), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-                gradients={n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}, **{k: getattr(self, k) for k in _KEPT},
-                rng=rng_state(), fit=self.settings, callbacks=[[type(c).__name__, c.state()] for c in self.callbacks if hasattr(c, 'state')])
 
 @patch
-def load_state_dict(self:State, point, accept_changes=False):
+def state_dict(self: State):  # tensors, numbers, text, and lists and dicts of them
+    "All that the rest of the training depends on; its tensors are those in use, not copies."
+    return dict(
+        model=dict(self.model.state_dict()),
+        optimizer=self.optimizer.state_dict(),
+        scaler=self.scaler.state_dict(),
+        gradients={n: p.grad for n, p in self.model.named_parameters() if p.grad is not None},
+        **{k: getattr(self, k) for k in _KEPT},
+        rng=rng_state(),
+        fit=self.settings,
+        callbacks=[[type(c).__name__, c.state()] for c in self.callbacks if hasattr(c, 'state')],
+    )
+
+
+@patch
+def load_state_dict(self: State, point, accept_changes=False):
     "Go on from a point. What was changed since is named and refused; with `accept_changes` it counts from here on, and where it concerns the order of slides or what is trained, the epoch is begun again."
-    if missing := {'fit', 'optimizer', *_KEPT}-point.keys(): raise InputError(f'this is no point of a training to go on from: it lacks {min(missing)!r}')
+    if missing := {'fit', 'optimizer', *_KEPT} - point.keys():
+        raise InputError(f'this is no point of a training to go on from: it lacks {min(missing)!r}')
     then, now = point['fit'], self.settings
     changed = [k for k in now if then.get(k) != now[k]]
-    if changed and not accept_changes: raise InputError(several('the training that is to go on was another one', [f'its {k} changed' if isinstance(now[k], list) else f'its {k} was {then.get(k)} and is {now[k]}' for k in changed]))
+    if changed and not accept_changes:
+        raise InputError(
+            several(
+                'the training that is to go on was another one',
+                [
+                    f'its {k} changed'
+                    if isinstance(now[k], list)
+                    else f'its {k} was {then.get(k)} and is {now[k]}'
+                    for k in changed
+                ],
+            )
+        )
     point = copy.deepcopy(point)
-    try: self.model.load_state_dict(point['model'])
-    except RuntimeError as e: raise InputError(f'the point is of another network: {str(e).splitlines()[1].strip()}') from None
-    again = {'training slides', 'tuning slides', 'seed', 'batch', 'trained', 'optimizer', 'amp', 'task'} & {*changed}
+    try:
+        self.model.load_state_dict(point['model'])
+    except RuntimeError as e:
+        raise InputError(
+            f'the point is of another network: {str(e).splitlines()[1].strip()}'
+        ) from None
+    again = {
+        'training slides',
+        'tuning slides',
+        'seed',
+        'batch',
+        'trained',
+        'optimizer',
+        'amp',
+        'task',
+    } & {*changed}
     if not {'trained', 'optimizer'} & {*changed}:
         self.optimizer.load_state_dict(point['optimizer'])
-        for g in self.optimizer.param_groups: g.update({k: now[k] for k in ('lr', 'momentum') if {k, 'callbacks'} & {*changed} and k in g})
-    if point['scaler']: self.scaler.load_state_dict(point['scaler'])
-    for k in _KEPT: setattr(self, k, point[k])
+        for g in self.optimizer.param_groups:
+            g.update(
+                {k: now[k] for k in ('lr', 'momentum') if {k, 'callbacks'} & {*changed} and k in g}
+            )
+    if point['scaler']:
+        self.scaler.load_state_dict(point['scaler'])
+    for k in _KEPT:
+        setattr(self, k, point[k])
     self.accepted = accept_changes
-    if accept_changes: self.stop = False # who has stopped it may think otherwise now
-    if again: self.step, self.losses, self.rows = 0, [], []
+    if accept_changes:
+        self.stop = False  # who has stopped it may think otherwise now
+    if again:
+        self.step, self.losses, self.rows = 0, [], []
     elif self.ranks.rank == 0:
-        for n, p in self.model.named_parameters(): p.grad = g.to(p) if (g := point['gradients'].get(n)) is not None else None
+        for n, p in self.model.named_parameters():
+            p.grad = g.to(p) if (g := point['gradients'].get(n)) is not None else None
     known = point['callbacks']
     for c in self.callbacks:
-        if getattr(c, 'judges', False) and {'tuning slides', 'task'} & {*changed}: continue # what it has seen cannot be compared
-        if hasattr(c, 'state') and (found := next((k for k in known if k[0] == type(c).__name__), None)): known.remove(found); c.restore(found[1])
-    set_rng_state(point['rng']); self.drawn = point['rng']
+        if getattr(c, 'judges', False) and {'tuning slides', 'task'} & {*changed}:
+            continue  # what it has seen cannot be compared
+        if hasattr(c, 'state') and (
+            found := next((k for k in known if k[0] == type(c).__name__), None)
+        ):
+            known.remove(found)
+            c.restore(found[1])
+    set_rng_state(point['rng'])
+    self.drawn = point['rng']
 
 # %% ../nbs/09_training.ipynb #893945d8
 def make_optimizer(name, params, lr, momentum):
     "SGD with momentum, or AdamW with torch's defaults."
-    if name not in ('sgd', 'adamw'): raise InputError(f"optimizer is {name!r}; use 'sgd' or 'adamw'")
+    if name not in ('sgd', 'adamw'):
+        raise InputError(f"optimizer is {name!r}; use 'sgd' or 'adamw'")
     return torch.optim.SGD(params, lr, momentum) if name == 'sgd' else torch.optim.AdamW(params, lr)
 
 # %% ../nbs/09_training.ipynb #5c5238e9
@@ -364,7 +574,7 @@ def fit(
     *,
     epochs,
     lr=2e-4,  # learning rate, the paper's
-    momentum=.9,  # the paper's; of SGD
+    momentum=0.9,  # the paper's; of SGD
     batch=16,  # slides in a mini-batch, the paper's
     seed=0,  # of the order of slides, and of dropout
     device='cpu',  # 'cuda' for an accelerator
@@ -386,146 +596,349 @@ def fit(
     "Train on the labels of slides, one slide at a time, by default with SGD and momentum; returns one dict an epoch, those of `history` before them. Only parameters that require a gradient are touched. Raises `Halted` where a callback has asked for a halt."
     at_least_one(epochs=epochs, batch=batch)
     for name, v in dict(lr=lr, clip=1 if clip is None else clip).items():
-        if not (v > 0 and math.isfinite(v)): raise InputError(f'{name} is {v}; it has to be above 0')
-    autocast(device, amp); params = {n: p for n, p in model.to(device).named_parameters() if p.requires_grad}
-    if not params: raise InputError('every parameter is frozen; unfreeze some, or freeze less of the network')
-    settings = {'training slides': fingerprint(train), 'tuning slides': fingerprint(tuning)} | dict(trained=[*params], epochs=epochs, lr=lr, momentum=momentum, batch=batch, seed=seed, device=torch.device(device).type, amp=amp, optimizer=optimizer, task=repr(task), clip=clip,
-                    callbacks=[type(c).__name__ for c in callbacks if hasattr(c, 'state')])
-    s = State(model, make_optimizer(optimizer, params.values(), lr, momentum), torch.amp.GradScaler(torch.device(device).type, enabled=amp == 'fp16'), epochs, batch, device, amp, seed, task, clip, tuple(callbacks), ranks, settings, stage, evaluated=model, progress=progress)
+        if not (v > 0 and math.isfinite(v)):
+            raise InputError(f'{name} is {v}; it has to be above 0')
+    autocast(device, amp)
+    params = {n: p for n, p in model.to(device).named_parameters() if p.requires_grad}
+    if not params:
+        raise InputError('every parameter is frozen; unfreeze some, or freeze less of the network')
+    settings = {'training slides': fingerprint(train), 'tuning slides': fingerprint(tuning)} | dict(
+        trained=[*params],
+        epochs=epochs,
+        lr=lr,
+        momentum=momentum,
+        batch=batch,
+        seed=seed,
+        device=torch.device(device).type,
+        amp=amp,
+        optimizer=optimizer,
+        task=repr(task),
+        clip=clip,
+        callbacks=[type(c).__name__ for c in callbacks if hasattr(c, 'state')],
+    )
+    s = State(
+        model,
+        make_optimizer(optimizer, params.values(), lr, momentum),
+        torch.amp.GradScaler(torch.device(device).type, enabled=amp == 'fp16'),
+        epochs,
+        batch,
+        device,
+        amp,
+        seed,
+        task,
+        clip,
+        tuple(callbacks),
+        ranks,
+        settings,
+        stage,
+        evaluated=model,
+        progress=progress,
+    )
     train = as_loader(train, True, seed, ranks, task.exclusive)
-    s.first = s.epoch = len(history); s.history = [*history]
-    for _, v in sorted(model.state_dict().items()): ranks.same(v)
-    if not sum(n := ranks.gather(len(train))): raise InputError('there is no slide to train on')
+    s.first = s.epoch = len(history)
+    s.history = [*history]
+    for _, v in sorted(model.state_dict().items()):
+        ranks.same(v)
+    if not sum(n := ranks.gather(len(train))):
+        raise InputError('there is no slide to train on')
     s.length = sum(n)
     s.tell('before_fit')
-    s.scaler.scale(torch.zeros((), device=device)) # or a rank that has no slide in the first mini-batch knows no scale
-    if resume is not None: s.load_state_dict(resume, accept_changes); s.tell('resumed'); s.tell('continued')
-    while s.epoch < s.first+epochs and not s.stop:
-        s.began = time.perf_counter()-s.seconds
-        if s.step: set_rng_state(s.draws) # of an epoch that was broken off: for a loader that draws its order from it
-        else: s.draws = rng_state(); s.tell('before_epoch')
+    s.scaler.scale(
+        torch.zeros((), device=device)
+    )  # or a rank that has no slide in the first mini-batch knows no scale
+    if resume is not None:
+        s.load_state_dict(resume, accept_changes)
+        s.tell('resumed')
+        s.tell('continued')
+    while s.epoch < s.first + epochs and not s.stop:
+        s.began = time.perf_counter() - s.seconds
+        if s.step:
+            set_rng_state(
+                s.draws
+            )  # of an epoch that was broken off: for a loader that draws its order from it
+        else:
+            s.draws = rng_state()
+            s.tell('before_epoch')
         slides = slides_of(train, s.epoch, len(ranks.places(0, s.step)))
-        if s.step: set_rng_state(s.drawn)
-        with tqdm(desc=f'epoch {s.epoch+1}/{s.first+epochs}', total=s.length, initial=s.step, unit='slide', leave=False, disable=not progress or ranks.rank > 0) as s.bar: train_epoch(s, slides)
-        row = dict(epoch=s.epoch+1, **dict(stage=stage) if stage else {}, train_loss=float(np.mean([v for _, v in s.losses])))
-        if tuning is not None: row.update({f'tuning_{k}': v for k, v in summary(predict(s.evaluated, tuning, device, amp, progress, 'tuning', task, ranks, s.rows, s.rest), task).items()})
-        s.history.append(row | dict(lr=s.optimizer.param_groups[0]['lr'], seconds=time.perf_counter()-s.began, peak_mb=peak_mb(device)))
+        if s.step:
+            set_rng_state(s.drawn)
+        with tqdm(
+            desc=f'epoch {s.epoch + 1}/{s.first + epochs}',
+            total=s.length,
+            initial=s.step,
+            unit='slide',
+            leave=False,
+            disable=not progress or ranks.rank > 0,
+        ) as s.bar:
+            train_epoch(s, slides)
+        row = dict(
+            epoch=s.epoch + 1,
+            **dict(stage=stage) if stage else {},
+            train_loss=float(np.mean([v for _, v in s.losses])),
+        )
+        if tuning is not None:
+            row.update(
+                {
+                    f'tuning_{k}': v
+                    for k, v in summary(
+                        predict(
+                            s.evaluated,
+                            tuning,
+                            device,
+                            amp,
+                            progress,
+                            'tuning',
+                            task,
+                            ranks,
+                            s.rows,
+                            s.rest,
+                        ),
+                        task,
+                    ).items()
+                }
+            )
+        s.history.append(
+            row
+            | dict(
+                lr=s.optimizer.param_groups[0]['lr'],
+                seconds=time.perf_counter() - s.began,
+                peak_mb=peak_mb(device),
+            )
+        )
         s.tell('after_epoch')
-        s.epoch, s.step, s.losses, s.rows, s.began = s.epoch+1, 0, [], [], time.perf_counter()
-        s.rest(); s.seconds = 0.
-    if any(ranks.gather(s.asked)): raise s.halted() # while the last point was written
+        s.epoch, s.step, s.losses, s.rows, s.began = s.epoch + 1, 0, [], [], time.perf_counter()
+        s.rest()
+        s.seconds = 0.0
+    if any(ranks.gather(s.asked)):
+        raise s.halted()  # while the last point was written
     s.tell('after_fit')
     return s.history
 
-def fingerprint(data): # list of one text
+
+def fingerprint(data):  # list of one text
     "Of the slides that a dataset, loader or list has, their labels, and how often those of a class are drawn."
-    cases, sampler = getattr(getattr(data, 'dataset', data), 'cases', None), getattr(data, 'sampler', None)
-    what = [(c.slide_id, c.label) for c in cases] if cases is not None else [(i['slide_id'], i['label'].tolist()) for i in data] if isinstance(data, list) else None if data is None else len(data)
-    if isinstance(sampler, EpochSampler): what = what, [n for _, n in sampler.groups]
+    cases, sampler = (
+        getattr(getattr(data, 'dataset', data), 'cases', None),
+        getattr(data, 'sampler', None),
+    )
+    what = (
+        [(c.slide_id, c.label) for c in cases]
+        if cases is not None
+        else [(i['slide_id'], i['label'].tolist()) for i in data]
+        if isinstance(data, list)
+        else None
+        if data is None
+        else len(data)
+    )
+    if isinstance(sampler, EpochSampler):
+        what = what, [n for _, n in sampler.groups]
     return [hashlib.sha256(repr(what).encode()).hexdigest()]
 
 # %% ../nbs/09_training.ipynb #t5000014
-def curves(history): # matplotlib figure
+def curves(history):  # matplotlib figure
     "The losses of training and tuning, epoch by epoch."
     fig, ax = plt.subplots(figsize=(4, 2.2), dpi=72)
-    for k in ('train_loss', 'tuning_loss'): ax.plot([r['epoch'] for r in history], [r.get(k, math.nan) for r in history], '.-' if len(history) < 10 else '-', label=k.replace('_', ' '))
-    ax.set_xlabel('epoch'); ax.legend(frameon=False)
+    for k in ('train_loss', 'tuning_loss'):
+        ax.plot(
+            [r['epoch'] for r in history],
+            [r.get(k, math.nan) for r in history],
+            '.-' if len(history) < 10 else '-',
+            label=k.replace('_', ' '),
+        )
+    ax.set_xlabel('epoch')
+    ax.legend(frameon=False)
     return fig
 
 # %% ../nbs/09_training.ipynb #06c54991
 class CSVLog:
     "Callback: the history as a CSV file, rewritten whole after every epoch."
+
     first_rank_only = True
-    def __init__(self, path): self.path = Path(path)
+
+    def __init__(self, path):
+        self.path = Path(path)
+
     def after_epoch(self, s):
-        write_csv(self.path, [{k: v if isinstance(v, int) else '' if math.isnan(v) else f'{v:.6g}' for k, v in r.items()} for r in s.history])
+        write_csv(
+            self.path,
+            [
+                {
+                    k: v if isinstance(v, int) else '' if math.isnan(v) else f'{v:.6g}'
+                    for k, v in r.items()
+                }
+                for r in s.history
+            ],
+        )
+
     def continued(self, s):
-        if s.history: self.after_epoch(s) # the file may be gone
+        if s.history:
+            self.after_epoch(s)  # the file may be gone
+
 
 class TensorBoardLog:
     "Callback: every number of the history to TensorBoard."
+
     first_rank_only = True
-    def __init__(self, folder): self.folder = folder
+
+    def __init__(self, folder):
+        self.folder = folder
+
     def before_epoch(self, s):
-        if hasattr(self, 'writer'): return
-        from torch.utils.tensorboard import SummaryWriter # slow to import, so only where it is used
-        self.writer = SummaryWriter(self.folder, purge_step=s.epoch+1)
+        if hasattr(self, 'writer'):
+            return
+        from torch.utils.tensorboard import (
+            SummaryWriter,
+        )  # slow to import, so only where it is used
+
+        self.writer = SummaryWriter(self.folder, purge_step=s.epoch + 1)
+
     def after_epoch(self, s):
-        self.before_epoch(s) # where that one was before the training was broken off
+        self.before_epoch(s)  # where that one was before the training was broken off
         for k, v in s.history[-1].items():
-            if k != 'epoch': self.writer.add_scalar(k, v, s.epoch+1)
+            if k != 'epoch':
+                self.writer.add_scalar(k, v, s.epoch + 1)
         self.writer.flush()
+
     def after_fit(self, s):
-        if hasattr(self, 'writer'): self.writer.close(); del self.writer
+        if hasattr(self, 'writer'):
+            self.writer.close()
+            del self.writer
+
 
 class Tracker:
     "Callback: the row of each epoch, a dict of numbers, goes to a function, such as that of any other tracker."
+
     first_rank_only = True
-    def __init__(self, log): self.log = log
-    def after_epoch(self, s): self.log(s.history[-1])
+
+    def __init__(self, log):
+        self.log = log
+
+    def after_epoch(self, s):
+        self.log(s.history[-1])
+
 
 class LiveCurves:
     "Callback: the `curves` in a notebook, drawn again after every epoch."
+
     first_rank_only = True
+
     def before_fit(self, s):
-        from IPython.display import display # which a notebook has, and who trains without one need not have
+        from IPython.display import (
+            display,
+        )  # which a notebook has, and who trains without one need not have
+
         self.display, self.shown = display, None
+
     def after_epoch(self, s):
-        fig = curves(s.history); plt.close(fig)
-        if self.shown: self.shown.update(fig)
-        else: self.shown = self.display(fig, display_id=True)
+        fig = curves(s.history)
+        plt.close(fig)
+        if self.shown:
+            self.shown.update(fig)
+        else:
+            self.shown = self.display(fig, display_id=True)
 
 # %% ../nbs/09_training.ipynb #1cd12161
 class EarlyStopping:
     "Callback: stop after `patience` epochs in which the tuning loss was not `least` below the best so far."
-    judges = True # by the tuning loss
-    def __init__(self, patience=10, least=0.): self.patience, self.least = patience, least
-    def before_fit(self, s): self.best, self.since = math.inf, 0
+
+    judges = True  # by the tuning loss
+
+    def __init__(self, patience=10, least=0.0):
+        self.patience, self.least = patience, least
+
+    def before_fit(self, s):
+        self.best, self.since = math.inf, 0
+
     def after_epoch(self, s):
-        if 'tuning_loss' not in s.history[-1]: raise InputError('early stopping looks at the tuning loss: give tuning slides, or train without it')
-        loss = s.history[-1]['tuning_loss']; better = loss < self.best-self.least
-        self.best, self.since = (loss, 0) if better else (self.best, self.since+1)
+        if 'tuning_loss' not in s.history[-1]:
+            raise InputError(
+                'early stopping looks at the tuning loss: give tuning slides, or train without it'
+            )
+        loss = s.history[-1]['tuning_loss']
+        better = loss < self.best - self.least
+        self.best, self.since = (loss, 0) if better else (self.best, self.since + 1)
         s.stop = s.stop or self.since >= self.patience
-    def state(self): return dict(best=self.best, since=self.since)
-    def restore(self, state): self.best, self.since = state['best'], state['since']
-    def resumed(self, s): s.stop = s.stop or self.since >= self.patience
+
+    def state(self):
+        return dict(best=self.best, since=self.since)
+
+    def restore(self, state):
+        self.best, self.since = state['best'], state['since']
+
+    def resumed(self, s):
+        s.stop = s.stop or self.since >= self.patience
+
 
 class Cosine:
     "Callback: the learning rate rises linearly over `warmup` epochs, then falls to zero along a cosine."
-    def __init__(self, warmup=1): self.warmup = warmup
-    def before_fit(self, s): self.lrs = [g['lr'] for g in s.optimizer.param_groups]
+
+    def __init__(self, warmup=1):
+        self.warmup = warmup
+
+    def before_fit(self, s):
+        self.lrs = [g['lr'] for g in s.optimizer.param_groups]
+
     def before_epoch(self, s):
-        epoch = s.epoch-s.first
-        done = max(0, epoch-self.warmup)/max(1, s.epochs-self.warmup)
-        f = min(1, (epoch+1)/(self.warmup+1))*(1+math.cos(math.pi*done))/2
-        for g, lr in zip(s.optimizer.param_groups, self.lrs): g['lr'] = lr*f
-    def resumed(self, s): self.before_epoch(s)
-    def state(self): return {} # all follows from the epoch; but it is missed where it is taken away
-    def restore(self, state): pass
+        epoch = s.epoch - s.first
+        done = max(0, epoch - self.warmup) / max(1, s.epochs - self.warmup)
+        f = min(1, (epoch + 1) / (self.warmup + 1)) * (1 + math.cos(math.pi * done)) / 2
+        for g, lr in zip(s.optimizer.param_groups, self.lrs):
+            g['lr'] = lr * f
+
+    def resumed(self, s):
+        self.before_epoch(s)
+
+    def state(self):
+        return {}  # all follows from the epoch; but it is missed where it is taken away
+
+    def restore(self, state):
+        pass
 
 # %% ../nbs/09_training.ipynb #t5000016
 class DryRun:
     "Callback: a slide, the one that needs the most memory, goes forward and backward before training begins."
-    def __init__(self,
-                 item): # as a dataset gives it
+
+    def __init__(self, item):  # as a dataset gives it
         self.item = item
+
     def before_fit(self, s):
         was, shape = rng_state(), ' x '.join(map(str, self.item['image'].shape[-2:]))
         s.model.train()
-        try: s.backward(0, self.item, lambda logits, _: logits.square().sum())
-        except (MemoryError, torch.OutOfMemoryError): raise InputError(f"slide {self.item['slide_id']!r}, {shape} pixels, does not fit into memory; a smaller size or strip or a coarser spacing needs less") from None
-        s.optimizer.zero_grad(); set_rng_state(was)
+        try:
+            s.backward(0, self.item, lambda logits, _: logits.square().sum())
+        except (MemoryError, torch.OutOfMemoryError):
+            raise InputError(
+                f'slide {self.item["slide_id"]!r}, {shape} pixels, does not fit into memory; a smaller size or strip or a coarser spacing needs less'
+            ) from None
+        s.optimizer.zero_grad()
+        set_rng_state(was)
 
 # %% ../nbs/09_training.ipynb #t5000006
 class EMA:
     "Callback: the exponential moving average of the weights, updated after each step of the optimizer."
-    def __init__(self, decay=.999):
-        if not 0 < decay < 1: raise InputError(f'the decay of an average is {decay}; it has to be between 0 and 1')
+
+    def __init__(self, decay=0.999):
+        if not 0 < decay < 1:
+            raise InputError(f'the decay of an average is {decay}; it has to be between 0 and 1')
         self.decay = decay
-    def before_fit(self, s): self.average = AveragedModel(s.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay)); s.evaluated, self.new = self.average.module, True
+
+    def before_fit(self, s):
+        self.average = AveragedModel(s.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+        s.evaluated, self.new = self.average.module, True
+
     def resumed(self, s):
-        if self.new: self.before_fit(s) # of the weights of the point, which knew no average
-    def after_step(self, s): self.average.update_parameters(s.model)
-    def after_fit(self, s): s.model.load_state_dict(self.average.module.state_dict())
-    def state(self): return dict(self.average.state_dict())
-    def restore(self, state): self.average.load_state_dict(state); self.new = False
+        if self.new:
+            self.before_fit(s)  # of the weights of the point, which knew no average
+
+    def after_step(self, s):
+        self.average.update_parameters(s.model)
+
+    def after_fit(self, s):
+        s.model.load_state_dict(self.average.module.state_dict())
+
+    def state(self):
+        return dict(self.average.state_dict())
+
+    def restore(self, state):
+        self.average.load_state_dict(state)
+        self.new = False

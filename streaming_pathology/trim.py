@@ -18,86 +18,169 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 from tqdm.auto import tqdm
 from .errors import InputError
-from .files import COARSEST, FINEST, file_stamp, locked, reason, slide_key, write_csv, write_tiff, write_whole
-from .slides import Biopsy, PixelRows, Slide, biopsies, checked_colour, checked_flag, checked_number, draw_tissue, worker_pool
-from .cohorts import Case, check_files, check_ids, leaks, read_table, safe_id, several
+from streaming_pathology.files import (
+    COARSEST,
+    FINEST,
+    file_stamp,
+    locked,
+    reason,
+    slide_key,
+    write_csv,
+    write_tiff,
+    write_whole,
+)
+from streaming_pathology.slides import (
+    Biopsy,
+    PixelRows,
+    Slide,
+    biopsies,
+    checked_colour,
+    checked_flag,
+    checked_number,
+    draw_tissue,
+    worker_pool,
+)
+from streaming_pathology.cohorts import (
+    Case,
+    check_files,
+    check_ids,
+    leaks,
+    read_table,
+    safe_id,
+    several,
+)
 
 # %% ../nbs/08_trim.ipynb #t0000007
 class _Cut:
     "The pixels of `cut`, in a class so that they can be sent to other processes."
+
     def __init__(self, slide, biopsy, spacing, margin, upright, squeeze, background):
         self.slide, self.spacing, at = slide, spacing, biopsy.spacing
-        t = math.radians(biopsy.angle) if upright else 0.
+        t = math.radians(biopsy.angle) if upright else 0.0
         self.turned = abs(t) > 1e-6
-        self.axes = np.array([[math.cos(t), math.sin(t)], [-math.sin(t), math.cos(t)]]) # columns: down and right of the frame as (down, right) of the slide
+        self.axes = np.array(
+            [[math.cos(t), math.sin(t)], [-math.sin(t), math.cos(t)]]
+        )  # columns: down and right of the frame as (down, right) of the slide
         if self.turned:
-            inside = (np.argwhere(biopsy.mask)+.5)*at@self.axes
-            reach = at/2*abs(self.axes).sum(0)+margin
-            first, last = inside.min(0)-reach, inside.max(0)+reach
-            self.origin, size = self.axes@first, np.ceil((last-first)/spacing).astype(int)
+            inside = (np.argwhere(biopsy.mask) + 0.5) * at @ self.axes
+            reach = at / 2 * abs(self.axes).sum(0) + margin
+            first, last = inside.min(0) - reach, inside.max(0) + reach
+            self.origin, size = self.axes @ first, np.ceil((last - first) / spacing).astype(int)
         else:
             *corner, height, width = biopsy.region(spacing, margin)
-            self.origin, size = np.array(corner)*float(spacing), (height, width)
-        if max(size) > 10**6: raise InputError(f'{slide.path}: a cut of {size[0]} x {size[1]} pixels is too large: ask for a larger spacing')
-        step = np.ceil(np.array(size)*spacing/at).astype(int)
-        start = (self.axes@np.full(2, at/2)+self.origin)/at-.5
+            self.origin, size = np.array(corner) * float(spacing), (height, width)
+        if max(size) > 10**6:
+            raise InputError(
+                f'{slide.path}: a cut of {size[0]} x {size[1]} pixels is too large: ask for a larger spacing'
+            )
+        step = np.ceil(np.array(size) * spacing / at).astype(int)
+        start = (self.axes @ np.full(2, at / 2) + self.origin) / at - 0.5
         labels = ndimage.affine_transform(biopsy.labels, self.axes, start, tuple(step), order=0)
         self.tissue, self.at = labels == biopsy.number, at
-        near = ndimage.distance_transform_edt(~self.tissue)*at <= max(margin, at)
+        near = ndimage.distance_transform_edt(~self.tissue) * at <= max(margin, at)
         others = (labels > 0) & ~self.tissue
-        if others.any(): others = (ndimage.distance_transform_edt(~others)*at < 24) & ~self.tissue
+        if others.any():
+            others = (ndimage.distance_transform_edt(~others) * at < 24) & ~self.tissue
         self.clear = ~near if background else others
         self.fill = np.array(background or slide.glass, np.uint8)
-        self.place = [np.minimum(((np.arange(n)+.5)*spacing/at).astype(int), m-1) for n, m in zip(size, step)]
-        self.kept = [np.flatnonzero(near.any(1-a)[self.place[a]]) if squeeze else np.arange(size[a]) for a in (0, 1)]
+        self.place = [
+            np.minimum(((np.arange(n) + 0.5) * spacing / at).astype(int), m - 1)
+            for n, m in zip(size, step)
+        ]
+        self.kept = [
+            np.flatnonzero(near.any(1 - a)[self.place[a]]) if squeeze else np.arange(size[a])
+            for a in (0, 1)
+        ]
         self.width = int(size[1])
 
     def __call__(self, top, bottom):
         rows, columns = self.kept[0][top:bottom], self.kept[1]
-        image = np.concatenate([self.window(r[0], r[-1]+1) for r in np.split(rows, np.flatnonzero(np.diff(rows) > 1)+1)])[:, columns]
+        image = np.concatenate(
+            [
+                self.window(r[0], r[-1] + 1)
+                for r in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+            ]
+        )[:, columns]
         clear = self.clear[self.place[0][rows][:, None], self.place[1][columns]]
-        if clear.any(): image = np.where(clear[..., None], self.fill, image)
+        if clear.any():
+            image = np.where(clear[..., None], self.fill, image)
         return image
 
-    def mask(self): # bool
+    def mask(self):  # bool
         "Where the tissue is, about as fine as it was found."
-        rows, columns = (k[((np.arange(m := max(1, round(len(k)*self.spacing/self.at)))+.5)*len(k)/m).astype(int)] for k in self.kept)
+        rows, columns = (
+            k[
+                (
+                    (np.arange(m := max(1, round(len(k) * self.spacing / self.at))) + 0.5)
+                    * len(k)
+                    / m
+                ).astype(int)
+            ]
+            for k in self.kept
+        )
         return self.tissue[self.place[0][rows][:, None], self.place[1][columns]]
 
     def window(self, top, bottom):
         "Rows of the frame, nothing left out and nothing painted."
         top, bottom = int(top), int(bottom)
         if not self.turned:
-            down, right = (round(v/self.spacing) for v in self.origin)
-            return self.slide.read(self.spacing, (down+top, right, bottom-top, self.width))
-        step = max(bottom-top, 128)
-        return np.concatenate([self.tile(top, left, bottom-top, min(step, self.width-left)) for left in range(0, self.width, step)], 1)
+            down, right = (round(v / self.spacing) for v in self.origin)
+            return self.slide.read(self.spacing, (down + top, right, bottom - top, self.width))
+        step = max(bottom - top, 128)
+        return np.concatenate(
+            [
+                self.tile(top, left, bottom - top, min(step, self.width - left))
+                for left in range(0, self.width, step)
+            ],
+            1,
+        )
 
     def tile(self, top, left, height, width):
-        start = self.axes@np.full(2, .5)+self.origin/self.spacing-.5 # of pixel (0, 0), in pixels of the slide at this spacing
-        ends = np.array([(i, j) for i in (top, top+height-1) for j in (left, left+width-1)])@self.axes.T+start
-        low, high = np.floor(ends.min(0)).astype(int)-3, np.ceil(ends.max(0)).astype(int)+4
-        source = self.slide.read(self.spacing, (*low.tolist(), *(high-low).tolist()))
+        start = (
+            self.axes @ np.full(2, 0.5) + self.origin / self.spacing - 0.5
+        )  # of pixel (0, 0), in pixels of the slide at this spacing
+        ends = (
+            np.array([(i, j) for i in (top, top + height - 1) for j in (left, left + width - 1)])
+            @ self.axes.T
+            + start
+        )
+        low, high = np.floor(ends.min(0)).astype(int) - 3, np.ceil(ends.max(0)).astype(int) + 4
+        source = self.slide.read(self.spacing, (*low.tolist(), *(high - low).tolist()))
         back = self.axes.T
-        y, x = back@(low-start)-(top, left)
-        turned = pyvips.Image.new_from_array(source).affine([back[1, 1], back[1, 0], back[0, 1], back[0, 0]], odx=x, ody=y, oarea=[0, 0, width, height],
-            interpolate=pyvips.Interpolate.new('bicubic'), extend='background', background=self.slide.glass.tolist())
-        return np.frombuffer(pyvips.Region.new(turned).fetch(0, 0, width, height), np.uint8).reshape(height, width, 3)
+        y, x = back @ (low - start) - (top, left)
+        turned = pyvips.Image.new_from_array(source).affine(
+            [back[1, 1], back[1, 0], back[0, 1], back[0, 0]],
+            odx=x,
+            ody=y,
+            oarea=[0, 0, width, height],
+            interpolate=pyvips.Interpolate.new('bicubic'),
+            extend='background',
+            background=self.slide.glass.tolist(),
+        )
+        return np.frombuffer(
+            pyvips.Region.new(turned).fetch(0, 0, width, height), np.uint8
+        ).reshape(height, width, 3)
+
 
 def cut(
     slide,  # a `Slide`
     biopsy,  # one of `biopsies(slide)`
-    spacing: float = .96,  # microns per pixel of the image; the paper's is 0.96
-    margin: float = 50.,  # microns of glass around the tissue
+    spacing: float = 0.96,  # microns per pixel of the image; the paper's is 0.96
+    margin: float = 50.0,  # microns of glass around the tissue
     upright: bool = False,  # turn the long axis upright
     squeeze: bool = False,  # leave out rows and columns that hold no tissue
     # (red, green, blue) of all that is farther than `margin` from the tissue; None: as it is
     background=None,
-) -> PixelRows: # read as it is asked for
+) -> PixelRows:  # read as it is asked for
     "A biopsy as an image of its own."
-    checked_number(spacing, 'the spacing of a cut', FINEST, COARSEST); checked_number(margin, 'the margin of a cut', 0, 1e5)
-    if not (isinstance(slide, Slide) and isinstance(biopsy, Biopsy)): raise InputError(f'cut takes a Slide and one of its biopsies, not {type(slide).__name__} and {type(biopsy).__name__}')
-    if background is not None: background = checked_colour(background)
+    checked_number(spacing, 'the spacing of a cut', FINEST, COARSEST)
+    checked_number(margin, 'the margin of a cut', 0, 1e5)
+    if not (isinstance(slide, Slide) and isinstance(biopsy, Biopsy)):
+        raise InputError(
+            f'cut takes a Slide and one of its biopsies, not {type(slide).__name__} and {type(biopsy).__name__}'
+        )
+    if background is not None:
+        background = checked_colour(background)
     pixels = _Cut(slide, biopsy, float(spacing), float(margin), upright, squeeze, background)
     return PixelRows(pixels, tuple(map(len, pixels.kept)))
 
@@ -105,114 +188,248 @@ def cut(
 @dataclass(frozen=True)
 class Trim:
     "Settings of `trim_slides`."
-    spacing: float = .96          # microns per pixel of the images; the paper's is 0.96
-    margin: float = 50.           # microns of glass around the tissue
-    upright: bool = False         # turn the long axis upright
-    squeeze: bool = False         # leave out rows and columns that hold no tissue
-    background: tuple | None = None # (red, green, blue) of all that is no tissue; None: as it is
-    quality: int = 90             # of JPEG
-    override_spacing: bool = False # use the manifest's spacing whatever the file says
-    gap: float = 500.             # microns; pieces farther apart are different biopsies
-    least: float = .1             # square millimetres; what is smaller is no biopsy
-    pen: bool = True              # leave out ink of felt pens
+
+    spacing: float = 0.96  # microns per pixel of the images; the paper's is 0.96
+    margin: float = 50.0  # microns of glass around the tissue
+    upright: bool = False  # turn the long axis upright
+    squeeze: bool = False  # leave out rows and columns that hold no tissue
+    background: tuple | None = None  # (red, green, blue) of all that is no tissue; None: as it is
+    quality: int = 90  # of JPEG
+    override_spacing: bool = False  # use the manifest's spacing whatever the file says
+    gap: float = 500.0  # microns; pieces farther apart are different biopsies
+    least: float = 0.1  # square millimetres; what is smaller is no biopsy
+    pen: bool = True  # leave out ink of felt pens
 
     def __post_init__(self):
-        plain = {n: float(checked_number(getattr(self, n), f'{n} of a trimming', low, high)) for n, low, high in (('spacing', FINEST, COARSEST), ('margin', 0, 1e5), ('quality', 1, 100), ('gap', 0, 1e6), ('least', 0, 1e6))}
-        if plain['quality'] % 1: raise InputError(f'quality of a trimming is {self.quality!r}; it must be a whole number')
-        plain |= {n: checked_flag(getattr(self, n), f'{n} of a trimming') for n in ('upright', 'squeeze', 'override_spacing', 'pen')}
-        plain |= dict(quality=int(plain['quality']), background=None if self.background is None else checked_colour(self.background))
-        for n, v in plain.items(): object.__setattr__(self, n, v) # numbers that a file can hold
+        plain = {
+            n: float(checked_number(getattr(self, n), f'{n} of a trimming', low, high))
+            for n, low, high in (
+                ('spacing', FINEST, COARSEST),
+                ('margin', 0, 1e5),
+                ('quality', 1, 100),
+                ('gap', 0, 1e6),
+                ('least', 0, 1e6),
+            )
+        }
+        if plain['quality'] % 1:
+            raise InputError(
+                f'quality of a trimming is {self.quality!r}; it must be a whole number'
+            )
+        plain |= {
+            n: checked_flag(getattr(self, n), f'{n} of a trimming')
+            for n in ('upright', 'squeeze', 'override_spacing', 'pen')
+        }
+        plain |= dict(
+            quality=int(plain['quality']),
+            background=None if self.background is None else checked_colour(self.background),
+        )
+        for n, v in plain.items():
+            object.__setattr__(self, n, v)  # numbers that a file can hold
 
-def _written(out, path): return dict(path=path, bytes=(out/path).stat().st_size)
+
+def _written(out, path):
+    return dict(path=path, bytes=(out / path).stat().st_size)
+
 
 def _done(note, out, stamp):
     "The note on a slide, if the slide is the same and all that the note names is there and as large as it was."
     try:
         said = json.loads(note.read_text())
-        return said if said['stamp'] == stamp and all('mask' in f for f in said['files']) and all(_written(out, f['path'])['bytes'] == f['bytes'] for f in _files(said)) else None
-    except (OSError, ValueError, KeyError, TypeError): return None
+        return (
+            said
+            if said['stamp'] == stamp
+            and all('mask' in f for f in said['files'])
+            and all(_written(out, f['path'])['bytes'] == f['bytes'] for f in _files(said))
+            else None
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
-def _files(said): return said['overview'], *said['files'], *(f['mask'] for f in said['files'] if 'mask' in f) # that a note names
+
+def _files(said):
+    return (
+        said['overview'],
+        *said['files'],
+        *(f['mask'] for f in said['files'] if 'mask' in f),
+    )  # that a note names
+
 
 def _known(task):
     "The note on a slide that is done, or None; and what tells its present state."
-    path, mask, note = Path(task['path']), task['mask'] and Path(task['mask']), Path(task['out'])/'notes'/f"{task['slide_id']}.json"
-    if not path.exists(): return None, None
-    stamp = [file_stamp(path), task['path'], task['spacing'], task['mask'], file_stamp(mask) if mask and mask.exists() else None, task['version']]
+    path, mask, note = (
+        Path(task['path']),
+        task['mask'] and Path(task['mask']),
+        Path(task['out']) / 'notes' / f'{task["slide_id"]}.json',
+    )
+    if not path.exists():
+        return None, None
+    stamp = [
+        file_stamp(path),
+        task['path'],
+        task['spacing'],
+        task['mask'],
+        file_stamp(mask) if mask and mask.exists() else None,
+        task['version'],
+    ]
     said = _done(note, Path(task['out']), stamp)
     return said and {**said, 'seconds': None}, stamp
 
-def trim_slide(task) -> dict: # the note on it
+
+def trim_slide(task) -> dict:  # the note on it
     "Find, cut and write the biopsies of one slide; `task`: slide_id, path, spacing (or None), mask (its path, or None), network (or None) with its version, out, and `settings`, those of `Trim`."
     out, s = Path(task['out']), Trim(**task['settings'])
     path, name, start = Path(task['path']), task['slide_id'], time.perf_counter()
-    note, (said, stamp) = out/'notes'/f'{name}.json', _known(task)
-    if said: return said
-    with Slide(path, task['spacing'], override=s.override_spacing and task['spacing'] is not None, warn=False) as slide:
-        slide.read(s.spacing, (0, 0, 1, 1)) # refuses a spacing that the slide does not have, before anything is written
-        found = biopsies(slide, gap=s.gap, least=s.least, pen=s.pen, source=task['mask'] or task['network'])
-        if not found: raise InputError(f'{path} has no biopsy of at least {s.least:g} square mm that could be found: look at it, and leave it out if it is blank')
-        figure = Figure((5, max(1.5, min(10, 5*slide.size[0]/slide.size[1]))))
+    note, (said, stamp) = out / 'notes' / f'{name}.json', _known(task)
+    if said:
+        return said
+    with Slide(
+        path,
+        task['spacing'],
+        override=s.override_spacing and task['spacing'] is not None,
+        warn=False,
+    ) as slide:
+        slide.read(
+            s.spacing, (0, 0, 1, 1)
+        )  # refuses a spacing that the slide does not have, before anything is written
+        found = biopsies(
+            slide, gap=s.gap, least=s.least, pen=s.pen, source=task['mask'] or task['network']
+        )
+        if not found:
+            raise InputError(
+                f'{path} has no biopsy of at least {s.least:g} square mm that could be found: look at it, and leave it out if it is blank'
+            )
+        figure = Figure((5, max(1.5, min(10, 5 * slide.size[0] / slide.size[1]))))
         draw_tissue(slide, found, figure.add_axes((0, 0, 1, 1)))
-        picture = io.BytesIO(); figure.savefig(picture, format='jpg', dpi=150); write_whole(out/(overview := f'overview/{name}.jpg'), picture.getvalue())
+        picture = io.BytesIO()
+        figure.savefig(picture, format='jpg', dpi=150)
+        write_whole(out / (overview := f'overview/{name}.jpg'), picture.getvalue())
         files = []
         for b in found:
             rows = cut(slide, b, s.spacing, s.margin, s.upright, s.squeeze, s.background)
             where, tissue = f'biopsies/{name}_{b.number}.tiff', f'masks/{name}_{b.number}.tiff'
-            try: write_tiff(rows.image(512), out/where, s.spacing, 'jpeg', quality=s.quality)
-            except (InputError, pyvips.Error) as e: raise rows.failed or InputError(f'{path}: {reason(e)}') from None
-            if rows.failed: raise rows.failed
-            write_tiff(rows.pixels.mask()*np.uint8(255), out/tissue, min(b.spacing, COARSEST), nearest=True)
+            try:
+                write_tiff(rows.image(512), out / where, s.spacing, 'jpeg', quality=s.quality)
+            except (InputError, pyvips.Error) as e:
+                raise rows.failed or InputError(f'{path}: {reason(e)}') from None
+            if rows.failed:
+                raise rows.failed
+            write_tiff(
+                rows.pixels.mask() * np.uint8(255),
+                out / tissue,
+                min(b.spacing, COARSEST),
+                nearest=True,
+            )
             top, left, height, width = b.region(slide.spacing, s.margin)
-            files.append(dict(_written(out, where), mask=_written(out, tissue), source_id=name, biopsy=b.number, height=rows.shape[2], width=rows.shape[3], area=round(b.area(), 4), source=str(path), source_spacing=slide.spacing,
-                              source_top=top, source_left=left, source_height=height, source_width=width, angle=round(b.angle, 2) if s.upright else 0.))
-    said, former = dict(slide_id=name, stamp=stamp, overview=_written(out, overview), files=files, warnings=slide.contradictions), set()
-    with suppress(OSError, ValueError, KeyError, TypeError): former = {f['path'] for f in _files(json.loads(note.read_text()))}
+            files.append(
+                dict(
+                    _written(out, where),
+                    mask=_written(out, tissue),
+                    source_id=name,
+                    biopsy=b.number,
+                    height=rows.shape[2],
+                    width=rows.shape[3],
+                    area=round(b.area(), 4),
+                    source=str(path),
+                    source_spacing=slide.spacing,
+                    source_top=top,
+                    source_left=left,
+                    source_height=height,
+                    source_width=width,
+                    angle=round(b.angle, 2) if s.upright else 0.0,
+                )
+            )
+    said, former = (
+        dict(
+            slide_id=name,
+            stamp=stamp,
+            overview=_written(out, overview),
+            files=files,
+            warnings=slide.contradictions,
+        ),
+        set(),
+    )
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        former = {f['path'] for f in _files(json.loads(note.read_text()))}
     write_whole(note, json.dumps(said))
-    for p in former-{f['path'] for f in _files(said)}: (out/p).unlink(missing_ok=True) # biopsies that a former state of the slide had
-    return {**said, 'seconds': time.perf_counter()-start}
+    for p in former - {f['path'] for f in _files(said)}:
+        (out / p).unlink(missing_ok=True)  # biopsies that a former state of the slide had
+    return {**said, 'seconds': time.perf_counter() - start}
 
 # %% ../nbs/08_trim.ipynb #t0000010
 def each_apart(
     f,  # a function of a module, of one task
     tasks,
     workers: int = 0,  # processes; 0: this one
-): # yields (task, result, exception)
+):  # yields (task, result, exception)
     "`f` of every task, as they are done. A task that takes its process down is tried once more, alone, and does not harm the others."
     if not workers:
         for t in tasks:
-            try: yield t, f(t), None
-            except Exception as e: yield t, None, e
+            try:
+                yield t, f(t), None
+            except Exception as e:
+                yield t, None, e
         return
-    def outcome(future, t): # or None if the process died
-        try: return t, future.result(), None
-        except BrokenProcessPool: return None
-        except Exception as e: return t, None, e
-    waiting, running, suspects, workshop = deque(tasks), {}, [], worker_pool(workers) # which start with the first task
+
+    def outcome(future, t):  # or None if the process died
+        try:
+            return t, future.result(), None
+        except BrokenProcessPool:
+            return None
+        except Exception as e:
+            return t, None, e
+
+    waiting, running, suspects, workshop = (
+        deque(tasks),
+        {},
+        [],
+        worker_pool(workers),
+    )  # which start with the first task
     try:
         while waiting or running:
-            while waiting and len(running) < workers: # no more than that, so that few are under suspicion
+            while (
+                waiting and len(running) < workers
+            ):  # no more than that, so that few are under suspicion
                 t = waiting.popleft()
-                try: running[workshop.submit(f, t)] = t
-                except BrokenProcessPool: waiting.appendleft(t); break
+                try:
+                    running[workshop.submit(f, t)] = t
+                except BrokenProcessPool:
+                    waiting.appendleft(t)
+                    break
             broken = not running
             for future in wait(running, return_when=FIRST_COMPLETED)[0]:
                 t = running.pop(future)
-                if got := outcome(future, t): yield got
-                else: suspects.append(t); broken = True
+                if got := outcome(future, t):
+                    yield got
+                else:
+                    suspects.append(t)
+                    broken = True
             if broken:
-                suspects += running.values(); running = {}
-                workshop.shutdown(cancel_futures=True); workshop = worker_pool(workers)
+                suspects += running.values()
+                running = {}
+                workshop.shutdown(cancel_futures=True)
+                workshop = worker_pool(workers)
         for t in suspects:
-            workshop.shutdown(); workshop = worker_pool(1)
-            yield outcome(workshop.submit(f, t), t) or (t, None, InputError('the process that worked on it died, for want of memory or by a fault of a library'))
-    except BaseException: # whatever is under way is not waited for: files are written whole or not at all
-        for p in list((workshop._processes or {}).values()): p.kill()
+            workshop.shutdown()
+            workshop = worker_pool(1)
+            yield outcome(workshop.submit(f, t), t) or (
+                t,
+                None,
+                InputError(
+                    'the process that worked on it died, for want of memory or by a fault of a library'
+                ),
+            )
+    except (
+        BaseException
+    ):  # whatever is under way is not waited for: files are written whole or not at all
+        for p in list((workshop._processes or {}).values()):
+            p.kill()
         raise
-    finally: workshop.shutdown(cancel_futures=True)
+    finally:
+        workshop.shutdown(cancel_futures=True)
 
 # %% ../nbs/08_trim.ipynb #t0000011
-ORIGIN = 'source_id biopsy height width area source source_spacing source_top source_left source_height source_width angle'.split() # columns of a trimmed manifest that say where an image came from
+ORIGIN = 'source_id biopsy height width area source source_spacing source_top source_left source_height source_width angle'.split()  # columns of a trimmed manifest that say where an image came from
+
 
 def trim_slides(
     cases,  # list of `Case`
@@ -224,70 +441,189 @@ def trim_slides(
     progress: bool = True,  # a progress bar
     # finds the tissue of slides without a mask, as in `network_mask`; sent to the processes
     network=None,
-) -> dict: # slides, biopsies, skipped, failed: {slide_id: reason}, warnings; others: biopsies of a former run's other slides
+) -> dict:  # slides, biopsies, skipped, failed: {slide_id: reason}, warnings; others: biopsies of a former run's other slides
     "Cut the biopsies of a cohort: biopsies/*.tiff, masks/*.tiff of their tissue, overview/*.jpg, failed.csv and, last, manifest.csv, one row a biopsy with the label of its slide. What the manifest does not name does not count."
     out, cases = Path(out), list(cases)
-    check_ids(cases); check_files(cases); checked_number(workers, 'the number of workers')
-    if not isinstance(settings, Trim): raise InputError(f'settings {settings!r} of a trimming: give a Trim')
+    check_ids(cases)
+    check_files(cases)
+    checked_number(workers, 'the number of workers')
+    if not isinstance(settings, Trim):
+        raise InputError(f'settings {settings!r} of a trimming: give a Trim')
     for c in cases:
-        try: safe_id(f'{c.slide_id}_9999')
-        except ValueError as e: raise InputError(f'the biopsies of {c.slide_id!r} could not be named: {e}') from None
-    with _claimed(out, settings): return _trim_slides(cases, out, settings, workers, progress, network)
+        try:
+            safe_id(f'{c.slide_id}_9999')
+        except ValueError as e:
+            raise InputError(f'the biopsies of {c.slide_id!r} could not be named: {e}') from None
+    with _claimed(out, settings):
+        return _trim_slides(cases, out, settings, workers, progress, network)
 
-def _weights_version(network): # a checksum
-    if network is None: return None
+
+def _weights_version(network):  # a checksum
+    if network is None:
+        return None
     import torch
-    return zlib.crc32(b''.join([repr(network).encode(), *(v.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for v in network.state_dict().values())]))
+
+    return zlib.crc32(
+        b''.join(
+            [
+                repr(network).encode(),
+                *(
+                    v.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+                    for v in network.state_dict().values()
+                ),
+            ]
+        )
+    )
+
 
 def _former(out, name, columns):
     "The rows of a table of a former run."
-    try: return read_table(out/name, columns) if (out/name).exists() else []
-    except InputError as e: raise InputError(f'{e}. Delete it and trim all slides of {out} once more: what is done is not done again') from None
+    try:
+        return read_table(out / name, columns) if (out / name).exists() else []
+    except InputError as e:
+        raise InputError(
+            f'{e}. Delete it and trim all slides of {out} once more: what is done is not done again'
+        ) from None
+
 
 def _check_together(cases, former, out):
     "Refuse slides that do not go together with those of a former run."
     names, files = {c.slide_id.casefold(): c for c in cases}, {slide_key(c.path): c for c in cases}
     for r in former:
-        if c := names.get(r['source_id'].casefold()): raise InputError(f"{out} has a slide {r['source_id']!r}, and {c.slide_id!r} differs from it by its capitals only: give it another id")
-        if c := files.get(slide_key(r['source'])): raise InputError(f"{c.path} is in {out} already, as {r['source_id']!r}: give it that id, or choose another folder")
-    if leak := leaks([*cases, *(Case(r['source_id'], None, Path(r['source']), r['patient_id'], r['split']) for r in former)]):
-        raise InputError(several(f'{len(leak)} patients would be in more than one split of {out}; give each one split, or choose another folder', leak))
+        if c := names.get(r['source_id'].casefold()):
+            raise InputError(
+                f'{out} has a slide {r["source_id"]!r}, and {c.slide_id!r} differs from it by its capitals only: give it another id'
+            )
+        if c := files.get(slide_key(r['source'])):
+            raise InputError(
+                f'{c.path} is in {out} already, as {r["source_id"]!r}: give it that id, or choose another folder'
+            )
+    if leak := leaks(
+        [
+            *cases,
+            *(
+                Case(r['source_id'], None, Path(r['source']), r['patient_id'], r['split'])
+                for r in former
+            ),
+        ]
+    ):
+        raise InputError(
+            several(
+                f'{len(leak)} patients would be in more than one split of {out}; give each one split, or choose another folder',
+                leak,
+            )
+        )
+
 
 def _trim_slides(cases, out, settings, workers, progress, network):
     version = _weights_version(network)
-    tasks = {c.slide_id: dict(slide_id=c.slide_id, path=str(c.path.absolute()), spacing=c.spacing, mask=c.mask and str(c.mask.absolute()), network=None if c.mask else network, version=None if c.mask else version,
-                              out=str(out), settings=dataclasses.asdict(settings)) for c in cases}
-    former = [r for r in _former(out, 'manifest.csv', ['source_id', 'source', 'patient_id', 'split']) if r['source_id'] not in tasks]
+    tasks = {
+        c.slide_id: dict(
+            slide_id=c.slide_id,
+            path=str(c.path.absolute()),
+            spacing=c.spacing,
+            mask=c.mask and str(c.mask.absolute()),
+            network=None if c.mask else network,
+            version=None if c.mask else version,
+            out=str(out),
+            settings=dataclasses.asdict(settings),
+        )
+        for c in cases
+    }
+    former = [
+        r
+        for r in _former(out, 'manifest.csv', ['source_id', 'source', 'patient_id', 'split'])
+        if r['source_id'] not in tasks
+    ]
     names = {i.casefold() for i in tasks}
-    former_failed = [r for r in _former(out, 'failed.csv', ['slide_id', 'reason']) if r['slide_id'].casefold() not in names]
+    former_failed = [
+        r
+        for r in _former(out, 'failed.csv', ['slide_id', 'reason'])
+        if r['slide_id'].casefold() not in names
+    ]
     _check_together(cases, former, out)
     done, failed = {n: said for n, t in tasks.items() if (said := _known(t)[0])}, {}
-    with tqdm(total=len(tasks), initial=len(done), desc='trimming slides', disable=not progress) as bar:
-        for t, said, e in each_apart(trim_slide, [t for n, t in tasks.items() if n not in done], workers):
-            name = t['slide_id']; bar.update()
-            if e is None: done[name] = said
-            else: failed[name] = str(e) if t['path'] in str(e) else f"{t['path']}: {str(e) or type(e).__name__}"
-    rows = [dict(slide_id=f"{c.slide_id}_{f['biopsy']}", label=c.label, path=f['path'], patient_id=c.patient_id, split=c.split, spacing=settings.spacing, grade=c.grade, mask=f['mask']['path'], **{k: f[k] for k in ORIGIN})
-            for c in cases if c.slide_id in done for f in done[c.slide_id]['files']]
-    write_csv(out/'failed.csv', [*former_failed, *(dict(slide_id=k, reason=v) for k, v in failed.items())], ['slide_id', 'reason'])
-    write_csv(out/'manifest.csv', [*former, *rows], ['slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'grade', 'mask', *ORIGIN])
-    return dict(slides=len(done), biopsies=len(rows), others=len(former), skipped=sum(d['seconds'] is None for d in done.values()), failed=failed, warnings=[w for d in done.values() for w in d['warnings']])
+    with tqdm(
+        total=len(tasks), initial=len(done), desc='trimming slides', disable=not progress
+    ) as bar:
+        for t, said, e in each_apart(
+            trim_slide, [t for n, t in tasks.items() if n not in done], workers
+        ):
+            name = t['slide_id']
+            bar.update()
+            if e is None:
+                done[name] = said
+            else:
+                failed[name] = (
+                    str(e) if t['path'] in str(e) else f'{t["path"]}: {str(e) or type(e).__name__}'
+                )
+    rows = [
+        dict(
+            slide_id=f'{c.slide_id}_{f["biopsy"]}',
+            label=c.label,
+            path=f['path'],
+            patient_id=c.patient_id,
+            split=c.split,
+            spacing=settings.spacing,
+            grade=c.grade,
+            mask=f['mask']['path'],
+            **{k: f[k] for k in ORIGIN},
+        )
+        for c in cases
+        if c.slide_id in done
+        for f in done[c.slide_id]['files']
+    ]
+    write_csv(
+        out / 'failed.csv',
+        [*former_failed, *(dict(slide_id=k, reason=v) for k, v in failed.items())],
+        ['slide_id', 'reason'],
+    )
+    write_csv(
+        out / 'manifest.csv',
+        [*former, *rows],
+        ['slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'grade', 'mask', *ORIGIN],
+    )
+    return dict(
+        slides=len(done),
+        biopsies=len(rows),
+        others=len(former),
+        skipped=sum(d['seconds'] is None for d in done.values()),
+        failed=failed,
+        warnings=[w for d in done.values() for w in d['warnings']],
+    )
+
 
 @contextmanager
 def _claimed(out, settings):
     "Make the folder, or see that a former run there had the same settings, and keep other processes out of it."
-    note, now = out/'trim.json', json.loads(json.dumps(dataclasses.asdict(settings)))
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise InputError(f'{out} cannot be written ({e.strerror or e})') from None
+    note, now = out / 'trim.json', json.loads(json.dumps(dataclasses.asdict(settings)))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f'{out} cannot be written ({e.strerror or e})') from None
     with locked(out):
         if note.exists():
-            try: before = dict(json.loads(note.read_text()))
-            except (OSError, ValueError, TypeError): raise InputError(f'{note} is damaged: choose another folder') from None
-            if different := [k for k in now if before.get(k) != now[k]]: raise InputError(f"{out} was trimmed with other settings ({different[0]} was {before.get(different[0])!r}, now {now[different[0]]!r}): choose another folder, or the settings of before")
-        elif any(not p.name.startswith('.') for p in out.iterdir()): raise InputError(f'{out} is not empty and no folder of trimmed biopsies: choose another folder')
-        else: write_whole(note, json.dumps(now))
-        def clear(): # of a run that was stopped, this or one before
-            for p in out.rglob('.*.partial'): p.unlink(missing_ok=True)
+            try:
+                before = dict(json.loads(note.read_text()))
+            except (OSError, ValueError, TypeError):
+                raise InputError(f'{note} is damaged: choose another folder') from None
+            if different := [k for k in now if before.get(k) != now[k]]:
+                raise InputError(
+                    f'{out} was trimmed with other settings ({different[0]} was {before.get(different[0])!r}, now {now[different[0]]!r}): choose another folder, or the settings of before'
+                )
+        elif any(not p.name.startswith('.') for p in out.iterdir()):
+            raise InputError(
+                f'{out} is not empty and no folder of trimmed biopsies: choose another folder'
+            )
+        else:
+            write_whole(note, json.dumps(now))
+
+        def clear():  # of a run that was stopped, this or one before
+            for p in out.rglob('.*.partial'):
+                p.unlink(missing_ok=True)
+
         clear()
-        try: yield
-        finally: clear()
+        try:
+            yield
+        finally:
+            clear()

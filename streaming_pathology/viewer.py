@@ -28,48 +28,76 @@ def save_picture(
     spacing,  # microns per pixel; None: not known, or not to be told
     max_side=4096,  # pixels of the longest side of the file
     quality=88,
-)->Path:
+) -> Path:
     "Write a picture that knows its scale, all of it or nothing"
-    im = Image.fromarray(np.asarray(image)); h, w = im.height, im.width
+    im = Image.fromarray(np.asarray(image))
+    h, w = im.height, im.width
     im.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    with whole_file(path) as f: im.save(f, 'JPEG', quality=quality, **dict(comment=json.dumps(dict(spacing=spacing*w/im.width, seen=[h, w]))) if spacing else {})
+    with whole_file(path) as f:
+        im.save(
+            f,
+            'JPEG',
+            quality=quality,
+            **dict(comment=json.dumps(dict(spacing=spacing * w / im.width, seen=[h, w])))
+            if spacing
+            else {},
+        )
     return Path(path)
+
 
 @dataclass(frozen=True)
 class Picture:
     "A picture of a slide"
+
     path: Path
-    size: tuple        # (height, width), pixels of the file
-    spacing: float|None # microns per pixel of it; None: not known
-    seen: tuple        # (height, width) of what the network saw, in pixels at its own spacing
+    size: tuple  # (height, width), pixels of the file
+    spacing: float | None  # microns per pixel of it; None: not known
+    seen: tuple  # (height, width) of what the network saw, in pixels at its own spacing
+
 
 def read_picture(
     path,  # .jpg file
-)->Picture:
+) -> Picture:
     "What a picture says of itself; `InputError` where it is damaged"
     try:
-        with Image.open(path) as im: size, comment = im.size, im.info.get('comment'); im.draft('RGB', (1, 1)); im.load() # all of it, though small
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: raise InputError(f'{path} is damaged and cannot be read as an image: {e}') from None
-    try: said = json.loads(comment); spacing, seen = float(said['spacing']), tuple(map(int, said['seen']))
-    except (TypeError, ValueError, KeyError): said = None
+        with Image.open(path) as im:
+            size, comment = im.size, im.info.get('comment')
+            im.draft('RGB', (1, 1))
+            im.load()  # all of it, though small
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise InputError(f'{path} is damaged and cannot be read as an image: {e}') from None
+    try:
+        said = json.loads(comment)
+        spacing, seen = float(said['spacing']), tuple(map(int, said['seen']))
+    except (TypeError, ValueError, KeyError):
+        said = None
     h, w = size[::-1]
-    return Picture(Path(path), (h, w), *((spacing, seen) if said and spacing > 0 and len(seen) == 2 else (None, (h, w))))
+    return Picture(
+        Path(path),
+        (h, w),
+        *((spacing, seen) if said and spacing > 0 and len(seen) == 2 else (None, (h, w))),
+    )
 
 # %% ../nbs/14_viewer.ipynb #view0009
-TILE = 510 # pixels a side, and one more all round
+TILE = 510  # pixels a side, and one more all round
+
 
 def write_tiles(
     picture,  # file of an image
     folder,  # to write, with a folder for each level, the coarsest one 0
-)->dict:  # what the viewer needs of it
+) -> dict:  # what the viewer needs of it
     "Cut a picture into the tiles of a pyramid, whose coarsest level is one tile"
     folder = Path(folder)
     try:
         image = pyvips.Image.new_from_file(str(picture), access='sequential').colourspace('srgb')
-        image.dzsave(str(folder), suffix='.jpg[Q=82,keep=none]', tile_size=TILE, overlap=1, depth='onetile')
-    except pyvips.Error as e: raise InputError(f'{picture} cannot be cut into tiles: {reason(e)}') from None
+        image.dzsave(
+            str(folder), suffix='.jpg[Q=82,keep=none]', tile_size=TILE, overlap=1, depth='onetile'
+        )
+    except pyvips.Error as e:
+        raise InputError(f'{picture} cannot be cut into tiles: {reason(e)}') from None
     made = folder.with_name(f'{folder.name}_files')
-    for f in (folder.with_name(f'{folder.name}.dzi'), made/'vips-properties.xml'): f.unlink(missing_ok=True)
+    for f in (folder.with_name(f'{folder.name}.dzi'), made / 'vips-properties.xml'):
+        f.unlink(missing_ok=True)
     made.rename(folder)
     return dict(width=image.width, height=image.height, tile=TILE, levels=len([*folder.iterdir()]))
 
@@ -77,49 +105,71 @@ def write_tiles(
 @dataclass(frozen=True)
 class Layer:
     "A map that lies over a picture"
-    name: str     # for a legend
+
+    name: str  # for a legend
     picture: str  # path of it, relative to the page
     # (height, width), as shares of the slide's picture: the last places of a map may reach beyond
     # it
-    extent: tuple = (1., 1.)
-    outline: str = '' # path of an SVG, in units of a thousandth of the slide's picture
-    shown: bool = True # from the start
+    extent: tuple = (1.0, 1.0)
+    outline: str = ''  # path of an SVG, in units of a thousandth of the slide's picture
+    shown: bool = True  # from the start
+
 
 def write_layer(
     path,  # .webp file
     heat,  # (h, w)
     top=None,  # value of full colour; None: the 99.5th percentile
     side=1024,  # pixels of the longest side
-)->Path:
+) -> Path:
     "Write a map as colours that get opaque with it"
-    image = Image.fromarray(colour_map(heat, top)); image.thumbnail((side, side), Image.Resampling.BOX)
-    with whole_file(path) as f: image.save(f, 'WEBP', quality=80)
+    image = Image.fromarray(colour_map(heat, top))
+    image.thumbnail((side, side), Image.Resampling.BOX)
+    with whole_file(path) as f:
+        image.save(f, 'WEBP', quality=80)
     return Path(path)
+
 
 def outline_of(
     heat,  # (h, w)
     threshold,  # in its units
-    extent=(1., 1.),  # see `Layer`
-)->str:
+    extent=(1.0, 1.0),  # see `Layer`
+) -> str:
     "Where a map is above a threshold, as the path of an SVG: x and y in thousandths of the slide's picture; of at most 256 places a side, without specks of a place or two"
-    heat = fit_map(heat, 256); place = [1000*e/n for e, n in zip(extent, heat.shape)]
-    return ''.join('M'+'L'.join(f'{x:.1f} {y:.1f}' for x, y in ring[:-1])+'Z' for g in regions(heat, Field((1000, 1000), 1., (0, 0), tuple(place)), threshold, 2*place[0]*place[1]) for ring in g.rings)
+    heat = fit_map(heat, 256)
+    place = [1000 * e / n for e, n in zip(extent, heat.shape)]
+    return ''.join(
+        'M' + 'L'.join(f'{x:.1f} {y:.1f}' for x, y in ring[:-1]) + 'Z'
+        for g in regions(
+            heat, Field((1000, 1000), 1.0, (0, 0), tuple(place)), threshold, 2 * place[0] * place[1]
+        )
+        for ring in g.rings
+    )
 
 # %% ../nbs/14_viewer.ipynb #view0015
 VIEWER = ('openseadragon.min.js', 'LICENSE.txt')
 
-def viewer_files(): # list of paths; empty where it is not installed
+
+def viewer_files():  # list of paths; empty where it is not installed
     "The slide viewer that was installed with the package"
-    found = [files('streaming_pathology')/'data/openseadragon'/name for name in VIEWER]
+    found = [files('streaming_pathology') / 'data/openseadragon' / name for name in VIEWER]
     return found if all(f.is_file() for f in found) else []
 
-def copy_viewer(folder)->bool: # whether it is installed
+
+def copy_viewer(folder) -> bool:  # whether it is installed
     "Put the viewer and its licence into a folder"
-    for f in (found := viewer_files()): write_whole(Path(folder)/f.name, f.read_bytes())
+    for f in (found := viewer_files()):
+        write_whole(Path(folder) / f.name, f.read_bytes())
     return bool(found)
 
-def _round(wanted): ten = 10**np.floor(np.log10(wanted)); return float(next(k for k in (5, 2, 1) if k*ten <= wanted*(1+1e-9))*ten)
-def _microns(v): return f'{v/1000:g} mm' if v >= 1000 else f'{v:g} µm'
+
+def _round(wanted):
+    ten = 10 ** np.floor(np.log10(wanted))
+    return float(next(k for k in (5, 2, 1) if k * ten <= wanted * (1 + 1e-9)) * ten)
+
+
+def _microns(v):
+    return f'{v / 1000:g} mm' if v >= 1000 else f'{v:g} µm'
+
 
 def slide_page(
     title,  # name of the slide
@@ -134,25 +184,144 @@ def slide_page(
     below='',  # see `html_page`
     script='openseadragon.min.js',  # relative to the page
     alt='Slide',  # text of the picture
-)->str:
+) -> str:
     "The page of one slide"
     over = list(enumerate(layers))
-    def place(l): return f'height:{l.extent[0]:.4%};width:{l.extent[1]:.4%}'
-    length = _round(spacing*size[1]/4) if spacing else None # microns, of the bar of the picture as a whole
-    stage = Div(Img(src=picture, alt=alt, cls='tissue'),
-        *(Img(src=l.picture, alt='', cls='over', data_layer=i, data_height=f'{l.extent[0]:.6f}', data_width=f'{l.extent[1]:.6f}', style=place(l), hidden=not l.shown) for i, l in over),
-        *(ft('svg', ft('path', d=l.outline, vector_effect='non-scaling-stroke'), viewBox='0 0 1000 1000', preserveAspectRatio='none', aria_hidden='true', cls='over outline', data_layer=i, data_height='1', data_width='1', hidden=True) for i, l in over if l.outline),
-        Div(_microns(length), cls='bar', style=f'--length:{length/spacing/size[1]:.4%}') if length else None, id='stage')
-    def box(name, text, on): return Label(Input(type='checkbox', name=name, checked=on), f' {text}')
-    controls = Form(Fieldset(Legend('View'), *(Button(t, type='button', data_do=d, aria_label=a) for d, t, a in (('in', '+', 'Zoom in'), ('out', '−', 'Zoom out'), ('whole', 'Whole slide', None), ('full', 'Full screen', None))), cls='zooms'),
-        *(Fieldset(Legend(l.name), box('shown', 'shown', l.shown), Label('opacity ', Input(type='range', name='fade', min='0', max='100', value='75', aria_label=f'Opacity of {l.name}')), box('outline', 'outline', False) if l.outline else None, cls='layer', data_layer=i) for i, l in over), cls='controls', autocomplete='off')
-    keys = P('Keys, when the picture has the focus: arrows move, + and − zoom, 0 shows the whole slide.', cls='small zooms') if tiles else P('This report was written without the slide viewer, so the picture does not zoom: install the package where the npm registry can be reached, and write the report again.', cls='note') if not viewer_files() else None
+
+    def place(l):
+        return f'height:{l.extent[0]:.4%};width:{l.extent[1]:.4%}'
+
+    length = (
+        _round(spacing * size[1] / 4) if spacing else None
+    )  # microns, of the bar of the picture as a whole
+    stage = Div(
+        Img(src=picture, alt=alt, cls='tissue'),
+        *(
+            Img(
+                src=l.picture,
+                alt='',
+                cls='over',
+                data_layer=i,
+                data_height=f'{l.extent[0]:.6f}',
+                data_width=f'{l.extent[1]:.6f}',
+                style=place(l),
+                hidden=not l.shown,
+            )
+            for i, l in over
+        ),
+        *(
+            ft(
+                'svg',
+                ft('path', d=l.outline, vector_effect='non-scaling-stroke'),
+                viewBox='0 0 1000 1000',
+                preserveAspectRatio='none',
+                aria_hidden='true',
+                cls='over outline',
+                data_layer=i,
+                data_height='1',
+                data_width='1',
+                hidden=True,
+            )
+            for i, l in over
+            if l.outline
+        ),
+        Div(_microns(length), cls='bar', style=f'--length:{length / spacing / size[1]:.4%}')
+        if length
+        else None,
+        id='stage',
+    )
+
+    def box(name, text, on):
+        return Label(Input(type='checkbox', name=name, checked=on), f' {text}')
+
+    controls = Form(
+        Fieldset(
+            Legend('View'),
+            *(
+                Button(t, type='button', data_do=d, aria_label=a)
+                for d, t, a in (
+                    ('in', '+', 'Zoom in'),
+                    ('out', '−', 'Zoom out'),
+                    ('whole', 'Whole slide', None),
+                    ('full', 'Full screen', None),
+                )
+            ),
+            cls='zooms',
+        ),
+        *(
+            Fieldset(
+                Legend(l.name),
+                box('shown', 'shown', l.shown),
+                Label(
+                    'opacity ',
+                    Input(
+                        type='range',
+                        name='fade',
+                        min='0',
+                        max='100',
+                        value='75',
+                        aria_label=f'Opacity of {l.name}',
+                    ),
+                ),
+                box('outline', 'outline', False) if l.outline else None,
+                cls='layer',
+                data_layer=i,
+            )
+            for i, l in over
+        ),
+        cls='controls',
+        autocomplete='off',
+    )
+    keys = (
+        P(
+            'Keys, when the picture has the focus: arrows move, + and − zoom, 0 shows the whole slide.',
+            cls='small zooms',
+        )
+        if tiles
+        else P(
+            'This report was written without the slide viewer, so the picture does not zoom: install the package where the npm registry can be reached, and write the report again.',
+            cls='note',
+        )
+        if not viewer_files()
+        else None
+    )
     said = json.dumps(dict(tiles=tiles, spacing=spacing)).replace('<', '\\u003c')
-    sections = [('slide', '', (Div(Div(stage, Div(id='bar', cls='bar', hidden=True), id='frame', style=f'--r:{size[1]/size[0]:.4f}'), controls, id='viewer'), keys, P('', id='wrong', cls='note', role='alert', hidden=True), *facts))]
-    return html_page(title, above, sections, below, nav, NotStr(f'<script type="application/json" id="said">{said}</script>'), VIEWER_STYLE, VIEWER_SCRIPT, [script] if tiles else [], True)
+    sections = [
+        (
+            'slide',
+            '',
+            (
+                Div(
+                    Div(
+                        stage,
+                        Div(id='bar', cls='bar', hidden=True),
+                        id='frame',
+                        style=f'--r:{size[1] / size[0]:.4f}',
+                    ),
+                    controls,
+                    id='viewer',
+                ),
+                keys,
+                P('', id='wrong', cls='note', role='alert', hidden=True),
+                *facts,
+            ),
+        )
+    ]
+    return html_page(
+        title,
+        above,
+        sections,
+        below,
+        nav,
+        NotStr(f'<script type="application/json" id="said">{said}</script>'),
+        VIEWER_STYLE,
+        VIEWER_SCRIPT,
+        [script] if tiles else [],
+        True,
+    )
 
 # %% ../nbs/14_viewer.ipynb #view0016
-VIEWER_STYLE = '''
+VIEWER_STYLE = """
 #frame { position: relative; background: #f6f4f6; border: 1px solid var(--rule); border-radius: .5rem; overflow: hidden; color: #241f2b; }
 #frame.zooming { height: clamp(16rem, 92vw/var(--r), 68vh); } #viewer:fullscreen { background: var(--paper); padding: 1rem; overflow: auto; } #viewer:fullscreen #frame.zooming { height: 80vh; }
 #stage { position: relative; aspect-ratio: var(--r); width: min(100%, 68vh*var(--r)); margin: 0 auto; } .zooming #stage { display: none; } #zoom { width: 100%; height: 100%; }
@@ -164,9 +333,9 @@ VIEWER_STYLE = '''
 .bar::after { content: ''; display: block; width: var(--length, 0); border: 2px solid #241f2b; border-top: 0; height: .4rem; box-shadow: 0 1px 0 #fffc; } #stage .bar { padding-left: 0; }
 .zooms { display: none; } .zoomable .zooms { display: flex; } p.zooms { margin-bottom: 1.5rem; }
 @media print { #viewer { margin-bottom: 1rem; } .zooms, .zoomable .zooms, #zoom, #bar { display: none; } #frame.zooming { height: auto; } .zooming #stage { display: block; width: min(100%, 20cm*var(--r)); } }
-'''
+"""
 
-VIEWER_SCRIPT = '''
+VIEWER_SCRIPT = """
 const all = (s, e = document) => [...e.querySelectorAll(s)], one = (s, e = document) => e.querySelector(s), root = document.documentElement;
 root.classList.add('js');
 const said = JSON.parse(one('#said').textContent), frame = one('#frame'), stage = one('#stage'), over = all('.over', stage), form = one('.controls');
@@ -205,4 +374,4 @@ if (said.tiles && window.OpenSeadragon) {
   form.addEventListener('click', e => { const a = act[e.target.dataset.do]; if (a) { a(); viewer.viewport.applyConstraints(); } });
 }
 arrange();
-'''
+"""

@@ -1,6 +1,7 @@
 """The commands with a ResNet-18 of an eighth of the channels: its points are of 3 MB instead of 90, which is what tests of stopping and going on would spend their time on.
 
-    python tests/small.py train ...      in tests: `small_resnet` as a fixture"""
+python tests/small.py train ...      in tests: `small_resnet` as a fixture"""
+
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -10,19 +11,26 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 COMMAND = [sys.executable, str(Path(__file__).resolve())]
 
+
 class Small(ResNet):
     def __init__(self, weights=None, **kwargs):
         super().__init__(BasicBlock, [2, 2, 2, 2], **kwargs)
         self.fc = nn.Linear(64, 1000)
-    def _make_layer(self, block, planes, *args, **kwargs): return super()._make_layer(block, planes//8, *args, **kwargs)
+
+    def _make_layer(self, block, planes, *args, **kwargs):
+        return super()._make_layer(block, planes // 8, *args, **kwargs)
+
 
 @pytest.fixture(scope='module', autouse=True)
 def small_resnet():
     "Import it into a module of tests, and all of them build the small one."
-    with patch.object(torchvision.models, 'resnet18', Small): yield
+    with patch.object(torchvision.models, 'resnet18', Small):
+        yield
+
 
 if __name__ == '__main__':
     torchvision.models.resnet18 = Small
     from streaming_pathology import cli
-    cli._let_processes_be('small') # as the commands themselves do
+
+    cli._let_processes_be('small')  # as the commands themselves do
     sys.exit(cli.main())

@@ -1,5 +1,6 @@
 """Plans: what is planned is what happens, for random networks and budgets, and whatever the plan,
 the result is the plain network's."""
+
 import gc
 import json
 import os
@@ -34,7 +35,7 @@ cpu = torch.device('cpu')
 
 class Scaled(nn.Module):
     def forward(self, x):
-        return x/255
+        return x / 255
 
 
 def taken(net, x, train=True):
@@ -44,7 +45,7 @@ def taken(net, x, train=True):
         p.grad = torch.zeros_like(p) if train else None
     with torch.set_grad_enabled(train):
         if isinstance(net, Streamed):
-            net.strips(source_of(x, net.module))    # traced before, which takes nothing
+            net.strips(source_of(x, net.module))  # traced before, which takes nothing
         with Ledger() as ledger:
             gradients = (p.grad for p in net.parameters())
             ledger.note_all(image, net.parameters(), net.buffers(), gradients)
@@ -57,7 +58,7 @@ def taken(net, x, train=True):
 def agree(planned, found, slack=0):
     "Assert that what was planned is what was taken, within 15%."
     text = f'{planned} planned, {found} taken'
-    assert .85*found - slack < planned < 1.15*found + slack, text
+    assert 0.85 * found - slack < planned < 1.15 * found + slack, text
 
 
 def network_of(p, net):
@@ -66,10 +67,13 @@ def network_of(p, net):
 
 
 # shrinking takes minutes
-@settings(max_examples=max(10, examples//10), deadline=None,
-          derandomize='STREAMING_EXAMPLES' not in os.environ,
-          suppress_health_check=list(HealthCheck),
-          phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(
+    max_examples=max(10, examples // 10),
+    deadline=None,
+    derandomize='STREAMING_EXAMPLES' not in os.environ,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+)
 @given(networks(), st.integers(1, 150), st.integers(1, 150), st.floats(0, 1), st.integers(0, 2**31))
 def test_plans_are_kept(network, height, width, generosity, seed):
     torch.manual_seed(seed)
@@ -79,17 +83,17 @@ def test_plans_are_kept(network, height, width, generosity, seed):
         return
     try:
         most = plan(net, x.shape, 1e12, dtype=torch.double)
-    except StreamingError:      # too small, or the plain network cannot be trained either
+    except StreamingError:  # too small, or the plain network cannot be trained either
         return
     assert not most.streamed
     with pytest.raises(InputError, match='the least is'):
         plan(net, x.shape, 1, dtype=torch.double)
-    memory = int((.3 + .7*generosity)*most.peak_bytes)
+    memory = int((0.3 + 0.7 * generosity) * most.peak_bytes)
     try:
         p = plan(net, x.shape, memory, dtype=torch.double)
     except InputError:
         return
-    assert p.peak_bytes <= memory and p.time >= .99*min(way.time for way in most.others)
+    assert p.peak_bytes <= memory and p.time >= 0.99 * min(way.time for way in most.others)
     agree(p.peak_bytes, taken(network_of(p, net), x), 20_000)
     compare(net, x.requires_grad_(), **p.options)
 
@@ -107,8 +111,10 @@ def costs_in(s):
 def test_auto_plans_for_each_kind_of_image():
     torch.manual_seed(0)
     net = small().double()
-    low, more = (f'{part*plan(net, (1, 3, 416, 96), "least", dtype=torch.double).budget/1e6:.3f} MB'
-                 for part in (1, 1.05))
+    low, more = (
+        f'{part * plan(net, (1, 3, 416, 96), "least", dtype=torch.double).budget / 1e6:.3f} MB'
+        for part in (1, 1.05)
+    )
     s, x = stream(net, 'auto', memory=low), torch.randn(1, 3, 400, 90, dtype=torch.double)
     y, ys = net(x), s(x)
     assert close(ys, y)
@@ -117,7 +123,7 @@ def test_auto_plans_for_each_kind_of_image():
     assert all(close(a, b) for a, b in zip(got, want))
     s(x)
     s(x[:, :, :390])
-    assert len(costs_in(s)) == 1        # nearly the same size
+    assert len(costs_in(s)) == 1  # nearly the same size
     with torch.no_grad():
         s(x)
     s(x[:, :, :200])
@@ -125,13 +131,13 @@ def test_auto_plans_for_each_kind_of_image():
     with counting() as made:
         net[0].requires_grad_(False)
         s(x)
-        assert made.call_count == 1     # less to keep
+        assert made.call_count == 1  # less to keep
         s.memory = more
         s(x)
         assert made.call_count == 1
         net[1].eps = 2e-5
         s(x)
-        assert made.call_count == 2     # another network
+        assert made.call_count == 2  # another network
         s(x)
         assert made.call_count == 2
     s.memory, net[1].eps = low, 1e-5
@@ -144,6 +150,7 @@ def test_auto_plans_for_each_kind_of_image():
 
 class Rows:
     "An image that is read by rows."
+
     def __init__(self, x):
         self.x, self.shape = x, x.shape
 
@@ -153,27 +160,34 @@ class Rows:
 
 def test_auto_with_rows_from_elsewhere():
     net, x = small().double(), torch.randn(1, 3, 90, 400, dtype=torch.double)
-    for memory in ('3MB', '1GB'):       # as much as the plain network takes, which cannot read rows
+    for memory in ('3MB', '1GB'):  # as much as the plain network takes, which cannot read rows
         assert close(stream(net, 'auto', memory=memory)(Rows(x)), net(x))
 
 
 def test_plans_under_autocast_and_of_uint8():
-    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), frozen_norm(16), nn.ReLU(),
-                        nn.Conv2d(16, 16, 3, padding=1))
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), frozen_norm(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
+    )
     shape = 1, 3, 512, 256
-    wide, low = (plan(net, shape, 1e9, strip=64, autocast=a).peak_bytes
-                 for a in (None, torch.bfloat16))
-    assert .45*wide < low < .75*wide
+    wide, low = (
+        plan(net, shape, 1e9, strip=64, autocast=a).peak_bytes for a in (None, torch.bfloat16)
+    )
+    assert 0.45 * wide < low < 0.75 * wide
     p = plan(nn.Sequential(Scaled(), *net), shape, 1e9, strip=64, dtype=torch.uint8)
-    assert p.parts['image'] == 3*512*256 and sum(p.parts.values()) == p.peak_bytes
+    assert p.parts['image'] == 3 * 512 * 256 and sum(p.parts.values()) == p.peak_bytes
 
 
 @pytest.mark.parametrize('keep', [1, 6])
 def test_plan_knows_how_bf16_is_computed_without_instructions_for_it(keep):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), frozen_norm(32), nn.ReLU(),
-                        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
-                        nn.Conv2d(64, 64, 3, padding=1)).float()
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        frozen_norm(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+    ).float()
     x = torch.randn(1, 3, 256, 128)
     with mock.patch('streaming_pathology.engine.layers.lacks', lambda dtype: True):
         at = plan(net, x.shape, 1e12, strip=32, autocast=torch.bfloat16).at(32)
@@ -184,8 +198,8 @@ def test_plan_knows_how_bf16_is_computed_without_instructions_for_it(keep):
 
 def biopsy():
     "A canvas with a diagonal biopsy."
-    patches = [(100 + 60*i, 40 + 24*i, torch.rand(3, 80, 60)) for i in range(20)]
-    return Canvas((1500, 640), (1., 1., 1.), patches)
+    patches = [(100 + 60 * i, 40 + 24 * i, torch.rand(3, 80, 60)) for i in range(20)]
+    return Canvas((1500, 640), (1.0, 1.0, 1.0), patches)
 
 
 @pytest.mark.parametrize('budget', ['least', 60e6, 80e6, 150e6, 1e9])
@@ -194,27 +208,29 @@ def test_plans_of_canvases(budget):
     torch.manual_seed(0)
     net, canvas = nn.Sequential(*list(resnet18().eval().children())[:6]), biopsy()
     p = plan(net, canvas, budget)
-    assert p.streamed       # there is no tensor for the plain network
+    assert p.streamed  # there is no tensor for the plain network
     agree(p.peak_bytes, taken(stream(net, **p.options), canvas))
-    assert p.parts['image'] == 20*3*80*60*4
+    assert p.parts['image'] == 20 * 3 * 80 * 60 * 4
     try:
         dense = plan(net, canvas.shape, budget)
     except InputError:
         dense = None
     if dense:
-        assert p.time < .75*dense.time and p.flops < .75*dense.flops
+        assert p.time < 0.75 * dense.time and p.flops < 0.75 * dense.flops
     auto = stream(net, 'auto', memory=budget)
-    want, got = (torch.autograd.grad(f(x).square().mean(), list(net.parameters()))
-                 for f, x in ((net, canvas.dense()), (auto, canvas)))
+    want, got = (
+        torch.autograd.grad(f(x).square().mean(), list(net.parameters()))
+        for f, x in ((net, canvas.dense()), (auto, canvas))
+    )
     # float32, as the streamed dense image
-    assert all((a - b).norm() < 1e-3*b.norm() for a, b in zip(got, want))
+    assert all((a - b).norm() < 1e-3 * b.norm() for a, b in zip(got, want))
 
 
 def test_patches_may_be_views_of_a_large_image():
     "Which is in memory once, not again with each graph."
     torch.manual_seed(0)
     net = nn.Sequential(*list(resnet18().eval().children())[:5])
-    image = torch.full((1, 3, 1024, 1024), .5)
+    image = torch.full((1, 3, 1024, 1024), 0.5)
     image[:, :, 200:700, 300:420] = torch.rand(500, 120)
     canvas = Canvas.from_image(image)
     spec = ImageSpec(tuple(canvas.shape), torch.float32, cpu)
@@ -250,11 +266,12 @@ def test_states_grow_with_the_square_root():
     net = small()
 
     def extra(n, every):
-        x = torch.rand(1, 3, 16*n, 64)
+        x = torch.rand(1, 3, 16 * n, 64)
         return taken(stream(net, 16, every=every), x) - taken(stream(net, 16, states='disk'), x)
-    state = (extra(256, 1) - extra(64, 1))/(256 - 64)
-    assert extra(64, 1) > .9*64*state
-    assert extra(64, 8) < 2*8*state and extra(256, 16) < 2*16*state
+
+    state = (extra(256, 1) - extra(64, 1)) / (256 - 64)
+    assert extra(64, 1) > 0.9 * 64 * state
+    assert extra(64, 8) < 2 * 8 * state and extra(256, 16) < 2 * 16 * state
 
 
 def test_rows_and_patches_are_not_the_whole_image():
@@ -263,16 +280,17 @@ def test_rows_and_patches_are_not_the_whole_image():
 
         def read(self, top, bottom):
             return torch.zeros(1, 3, bottom - top, 256, dtype=torch.uint8)
+
     net = nn.Sequential(Scaled(), *small())
     p = plan(net, Slide(), '20MB')
-    assert p.parts['image'] == 2*p.strip*3*256 and p.direction == 'rows'
-    assert plan(net, Slide.shape, '20MB', dtype=torch.uint8).parts['image'] == 3*4096*256
+    assert p.parts['image'] == 2 * p.strip * 3 * 256 and p.direction == 'rows'
+    assert plan(net, Slide.shape, '20MB', dtype=torch.uint8).parts['image'] == 3 * 4096 * 256
     s = stream(net, 'auto', memory='20MB')
     s(Slide())
     s(Slide())
-    costs, = costs_in(s)
+    (costs,) = costs_in(s)
     assert len(costs.made) == 1
-    s(torch.zeros(Slide.shape, dtype=torch.uint8))      # in memory
+    s(torch.zeros(Slide.shape, dtype=torch.uint8))  # in memory
     assert sum(len(costs.made) for costs in costs_in(s)) == 2
 
 
@@ -284,10 +302,10 @@ def test_plans_for_gradients_of_the_image():
     for shape in ((1, 3, 900, 400), (1, 3, 400, 900)):
         x = torch.rand(shape, requires_grad=True)
         p = plan(net, x, '60MB')
-        assert p.peak_bytes <= 60e6 and p.parts['image'] == 2*x.nbytes
+        assert p.peak_bytes <= 60e6 and p.parts['image'] == 2 * x.nbytes
         agree(p.peak_bytes, taken(stream(net, **p.options), x))
         found, want = (torch.autograd.grad(f(x).sum(), x)[0] for f in (s, net))
-        assert (want - found).norm() < 3e-3*want.norm()     # float32: maxima that tie
+        assert (want - found).norm() < 3e-3 * want.norm()  # float32: maxima that tie
 
 
 @pytest.mark.parametrize('memory', ['least', '1GB'])
@@ -308,18 +326,20 @@ def test_images_are_not_held_by_their_plans(memory):
 @pytest.mark.parametrize('how', ['bf16 weights', 'autocast', 'no_grad', 'masks'])
 def test_canvases_of_all_kinds_are_planned(how):
     torch.manual_seed(0)
-    net = nn.Sequential(*small(), *[nn.Dropout2d().train()]*(how == 'masks'))
+    net = nn.Sequential(*small(), *[nn.Dropout2d().train()] * (how == 'masks'))
     dtype = torch.float32
     if how == 'bf16 weights':
         net, dtype = net.bfloat16(), torch.bfloat16
     canvas = Canvas((400, 300), (0, 1, 0), [(30, 40, torch.rand(3, 90, 50).to(dtype))])
     autocast = torch.bfloat16 if how == 'autocast' else None
-    with (torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'),
-          torch.set_grad_enabled(how != 'no_grad')):
+    with (
+        torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'),
+        torch.set_grad_enabled(how != 'no_grad'),
+    ):
         y = stream(net, 'auto', memory='20MB')(canvas)
         if how != 'masks':
-            assert torch.allclose(y.float(), stream(net, 64)(canvas.dense()).float(), atol=.05)
-        p = plan(net, canvas, '20MB', autocast=autocast)    # whether or not gradients are on now
+            assert torch.allclose(y.float(), stream(net, 64)(canvas.dense()).float(), atol=0.05)
+        p = plan(net, canvas, '20MB', autocast=autocast)  # whether or not gradients are on now
     if how == 'no_grad':
         assert p.peak_bytes == plan(net, canvas, '20MB').peak_bytes
 
@@ -354,12 +374,13 @@ def up():
     return nn.Upsample(scale_factor=2, mode='bilinear')
 
 
-ends = {'pooled': [nn.AdaptiveAvgPool2d(1)],
-        'upsampled': [up(), nn.AdaptiveAvgPool2d(1)],
-        'upsampled twice': [up(), nn.ReLU(), up()],
-        'averaged': [nn.AvgPool2d(2)],
-        'mixed': [nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1),
-                  nn.AdaptiveAvgPool2d(1)]}
+ends = {
+    'pooled': [nn.AdaptiveAvgPool2d(1)],
+    'upsampled': [up(), nn.AdaptiveAvgPool2d(1)],
+    'upsampled twice': [up(), nn.ReLU(), up()],
+    'averaged': [nn.AvgPool2d(2)],
+    'mixed': [nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1)],
+}
 
 
 @pytest.mark.parametrize('strip', [64, 700])
@@ -369,7 +390,7 @@ def test_plans_of_canvases_of_any_network(end, strip):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *ends[end])
     patches = [(100, 70, torch.rand(3, 250, 100)), (300, 200, torch.rand(3, 115, 64))]
-    canvas = Canvas((700, 600), (.1, .2, .3), patches)
+    canvas = Canvas((700, 600), (0.1, 0.2, 0.3), patches)
     p = plan(net, canvas, 1e9, strip)
     agree(p.peak_bytes, taken(stream(net, **p.options), canvas))
 
@@ -378,10 +399,11 @@ def test_plans_follow_the_type_of_the_parameters():
     class Scale(nn.Module):
         def __init__(self):
             super().__init__()
-            self.register_buffer('scale', torch.full((1, 1, 1), 1/255))
+            self.register_buffer('scale', torch.full((1, 1, 1), 1 / 255))
 
         def forward(self, x):
-            return x*self.scale
+            return x * self.scale
+
     net = nn.Sequential(Scale(), *small())
     s = stream(net, 'auto', memory='8MB')
     x = torch.randint(0, 256, (1, 3, 300, 200), dtype=torch.uint8)
@@ -394,23 +416,37 @@ def test_plans_follow_the_type_of_the_parameters():
         assert made.called
 
 
-wrong = [dict(strip='8'), dict(strip=0), dict(autocast='bf16'), dict(shape='1,3,4,4'),
-         dict(shape=(1, 3, 50., 50)), dict(module='x')]
+wrong = [
+    dict(strip='8'),
+    dict(strip=0),
+    dict(autocast='bf16'),
+    dict(shape='1,3,4,4'),
+    dict(shape=(1, 3, 50.0, 50)),
+    dict(module='x'),
+]
 
 
 @pytest.mark.parametrize('wrong', wrong, ids=str)
 def test_what_cannot_be_planned_is_said(wrong):
     with pytest.raises(InputError):
         plan(**{'module': small(), 'shape': (1, 3, 90, 60), 'memory': '1GB', **wrong})
-    double, single = (plan(net, (1, 3, 90, 60), '1GB').peak_bytes
-                      for net in (small().double(), small()))
+    double, single = (
+        plan(net, (1, 3, 90, 60), '1GB').peak_bytes for net in (small().double(), small())
+    )
     assert double > single
 
 
 # --- new with schedules
 
-ways = [(32, 1, 1, 'device'), (32, 3, 1, 'device'), (32, 1, 4, 'device'), (32, 2, 1, 'disk'),
-        (100, 1, 1, 'device'), (256, 2, 1, 'device'), (9999, 1, 1, 'device')]
+ways = [
+    (32, 1, 1, 'device'),
+    (32, 3, 1, 'device'),
+    (32, 1, 4, 'device'),
+    (32, 2, 1, 'disk'),
+    (100, 1, 1, 'device'),
+    (256, 2, 1, 'device'),
+    (9999, 1, 1, 'device'),
+]
 
 
 @pytest.mark.parametrize('shape', [(1, 3, 600, 256), (1, 3, 200, 700)], ids=['rows', 'columns'])
@@ -420,7 +456,7 @@ def test_each_way_takes_what_is_predicted(shape, autocast):
     net, x = nn.Sequential(*list(resnet18().eval().children())[:6]), torch.rand(shape)
     p = plan(net, x, 1e12, autocast=autocast)
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast is not None):
-        agree(p.plain.peak, taken(net, x), .5*p.plain.peak*(autocast is not None))
+        agree(p.plain.peak, taken(net, x), 0.5 * p.plain.peak * (autocast is not None))
         for strip, keep, every, states in ways:
             found = taken(stream(net, strip, keep, states, every), x)
             agree(p.at(strip).peak(keep, every, states), found)
@@ -438,8 +474,14 @@ def test_predictions_take_what_is_predicted():
 def test_what_follows_the_strips_is_counted():
     "A linear layer that is larger than all strips."
     torch.manual_seed(0)
-    net = nn.Sequential(*small(), nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(512, 4000),
-                        nn.ReLU(), nn.Linear(4000, 10))
+    net = nn.Sequential(
+        *small(),
+        nn.AdaptiveAvgPool2d(8),
+        nn.Flatten(),
+        nn.Linear(512, 4000),
+        nn.ReLU(),
+        nn.Linear(4000, 10),
+    )
     x = torch.rand(1, 3, 300, 200)
     p = plan(net, x, 1e12)
     for strip in (32, 100):
@@ -448,16 +490,20 @@ def test_what_follows_the_strips_is_counted():
 
 class Doubled(nn.Module):
     "A network that looks at the image's shape at most."
+
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(3))
 
     def forward(self, x):
-        return self.weight*x.shape[2]
+        return self.weight * x.shape[2]
 
 
-@pytest.mark.parametrize('net', [nn.Identity(), nn.ReLU(), nn.MaxPool2d(2), Doubled()],
-                         ids=['identity', 'relu', 'pool', 'parameter'])
+@pytest.mark.parametrize(
+    'net',
+    [nn.Identity(), nn.ReLU(), nn.MaxPool2d(2), Doubled()],
+    ids=['identity', 'relu', 'pool', 'parameter'],
+)
 def test_networks_of_hardly_any_layers(net):
     x = torch.rand(1, 3, 300, 200)
     for memory in ('least', '1GB'):
@@ -470,7 +516,7 @@ def test_an_image_that_fits_is_not_streamed():
     with mock.patch('streaming_pathology.engine.streaming.Pass', side_effect=Pass) as made:
         fits = stream(net, 'auto', memory='1GB')
         assert torch.equal(fits(x), net(x))
-        made.reset_mock()       # costs are found with passes
+        made.reset_mock()  # costs are found with passes
         fits(x)
         assert not made.called
         stream(net, 'auto', memory='least')(x)
@@ -509,19 +555,28 @@ def test_work_is_predicted_for_all_strips_from_a_few():
 
     def each(program, schedule, cost):
         return [cost(k, True) for k in range(len(schedule.strips))]
+
     for strip in (32, 128):
         load = loads.found(strip, EmptyImage(image))
         with mock.patch.object(planner, 'strip_costs', each):
             exact = loads.found(strip, EmptyImage(image))
-        operations, moved, launches = load.work(1, 1)/exact.work(1, 1)
-        assert .97 < operations < 1.03 and .8 < moved < 1.2 and .7 < launches < 1.3
+        operations, moved, launches = load.work(1, 1) / exact.work(1, 1)
+        assert 0.97 < operations < 1.03 and 0.8 < moved < 1.2 and 0.7 < launches < 1.3
         for keep in (1, 5, 99):
             agree(load.peak(keep), exact.peak(keep))
 
 
 half = dict.fromkeys(['operation', 'byte', 'launch', 'host', 'disk'], 1e-9)
-broken = ['', '{', '[]', '"text"', '{"KEY": 3}', '{"KEY": {"byte": 1}}',
-          json.dumps({'KEY': {**half, 'byte': 0}}), json.dumps({'KEY': {**half, 'byte': 'x'}})]
+broken = [
+    '',
+    '{',
+    '[]',
+    '"text"',
+    '{"KEY": 3}',
+    '{"KEY": {"byte": 1}}',
+    json.dumps({'KEY': {**half, 'byte': 0}}),
+    json.dumps({'KEY': {**half, 'byte': 'x'}}),
+]
 
 
 def made_up_speed(monkeypatch, folder):
@@ -530,7 +585,7 @@ def made_up_speed(monkeypatch, folder):
     monkeypatch.setattr(ledgers, 'speeds', {})
     speed = Speed(1e-11, 1e-10, 1e-5, 1e-9, 1e-9)
     monkeypatch.setattr(ledgers, 'measured_speed', lambda *_: speed)
-    return speed, folder/'streaming_pathology'/'speed.json'
+    return speed, folder / 'streaming_pathology' / 'speed.json'
 
 
 @pytest.mark.parametrize('content', broken)
@@ -547,8 +602,8 @@ def test_a_broken_file_of_speeds_does_not_matter(content, tmp_path, monkeypatch)
 
 
 def test_speeds_that_cannot_be_kept_do_not_matter(tmp_path, monkeypatch):
-    (tmp_path/'file').write_text('not a folder')
-    speed, _ = made_up_speed(monkeypatch, tmp_path/'file')
+    (tmp_path / 'file').write_text('not a folder')
+    speed, _ = made_up_speed(monkeypatch, tmp_path / 'file')
     assert speed_of(cpu) == speed
 
 
@@ -557,19 +612,22 @@ def test_measuring_speed_draws_no_random_numbers():
     with torch.autocast('cpu', torch.bfloat16), torch.inference_mode():
         speed = ledgers.measured_speed(cpu, torch.float32)
     assert torch.equal(torch.get_rng_state(), state)
-    assert 1e8 < 1/speed.operation < 1e15 and 1e7 < 1/speed.byte < 1e14 and 0 < speed.launch < .1
+    assert (
+        1e8 < 1 / speed.operation < 1e15 and 1e7 < 1 / speed.byte < 1e14 and 0 < speed.launch < 0.1
+    )
 
 
 def test_planning_is_quick():
     "A second is wanted; twice that is not refused on a busy machine."
     net = nn.Sequential(*list(resnet34().eval().children())[:8])
     speed_of(cpu)
-    best = 9.
+    best = 9.0
     for _ in range(3):
         began = time.process_time()
         p = plan(net, (1, 3, 16384, 16384), '8GB')
         best = min(best, time.process_time() - began)
     assert best < 2 and p.peak_bytes < 8e9 and p.strip >= 128
+
 
 @pytest.mark.filterwarnings('error')
 @pytest.mark.parametrize('memory', ['1GB', 'least'])

@@ -1,7 +1,8 @@
 """The site, built into _docs without Quarto: nbdev prepares the notebooks in _proc, smalldocs lays them out as _quarto.yml says.
 
-    python tools/build_site.py               # ends with an error for a broken link or a warning
+python tools/build_site.py               # ends with an error for a broken link or a warning
 """
+
 import os, re, shutil, sys
 from pathlib import Path
 
@@ -13,22 +14,27 @@ from smalldocs.site import Site
 from npm import PACKAGES, package
 
 ROOT = Path(__file__).resolve().parent.parent
-CDN = layout.KATEX                                         # where smalldocs would have the reader's browser fetch KaTeX from
+CDN = layout.KATEX  # where smalldocs would have the reader's browser fetch KaTeX from
+
 
 class NbdevSite(Site):
     "smalldocs' site, with pages where nbdev says they are: 00_geometry.ipynb is geometry.html."
+
     def read(self, src):
         page = super().read(src)
-        if name := page.front.get('output-file'): page.out = page.out.with_name(str(name))
+        if name := page.front.get('output-file'):
+            page.out = page.out.with_name(str(name))
         return page
 
     def warn(self, msg):
-        if 'output-file' not in msg: super().warn(msg)      # read() above reads it
+        if 'output-file' not in msg:
+            super().warn(msg)  # read() above reads it
 
     def find_page(self, target):
         if target.suffix == '.html':
             for page in self.pages.values():
-                if page.out == target: return page
+                if page.out == target:
+                    return page
         return super().find_page(target)
 
     def render_page(self, page):
@@ -37,22 +43,33 @@ class NbdevSite(Site):
         page.html = re.sub(r'\[(`[^`<]+`)\]\(/[^)<\s]*\)', r'\1', page.html)
         page.html = re.sub(r'<a href="[^"]*\.html#_[^"]*"[^>]*>(.*?)</a>', r'\1', page.html)
 
+
 def own_katex(out):
     "Put KaTeX into the site, and have the pages fetch it from there."
-    keep = re.compile(r'(LICENSE|dist/(katex\.min\.(css|js)|contrib/auto-render\.min\.js|fonts/[\w-]+\.woff2))')
+    keep = re.compile(
+        r'(LICENSE|dist/(katex\.min\.(css|js)|contrib/auto-render\.min\.js|fonts/[\w-]+\.woff2))'
+    )
     pages = [p for p in out.rglob('*.html') if CDN in p.read_text(encoding='utf-8')]
-    if not pages: return
-    if (asked := CDN.partition('katex@')[2].partition('/')[0]) != PACKAGES['katex'][0]: raise SystemExit(f"error: smalldocs asks for KaTeX {asked}; tools/npm.py knows that of {PACKAGES['katex'][0]}")
-    try: files = package('katex')
-    except OSError as e: raise SystemExit(f'error: {e}')
+    if not pages:
+        return
+    if (asked := CDN.partition('katex@')[2].partition('/')[0]) != PACKAGES['katex'][0]:
+        raise SystemExit(
+            f'error: smalldocs asks for KaTeX {asked}; tools/npm.py knows that of {PACKAGES["katex"][0]}'
+        )
+    try:
+        files = package('katex')
+    except OSError as e:
+        raise SystemExit(f'error: {e}')
     for name, data in files.items():
-        if not keep.fullmatch(name): continue
-        target = out/'site_libs'/'katex'/name.removeprefix('dist/')
+        if not keep.fullmatch(name):
+            continue
+        target = out / 'site_libs' / 'katex' / name.removeprefix('dist/')
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
     for page in pages:
-        here = os.path.relpath(out/'site_libs'/'katex', page.parent).replace(os.sep, '/')
+        here = os.path.relpath(out / 'site_libs' / 'katex', page.parent).replace(os.sep, '/')
         page.write_text(page.read_text(encoding='utf-8').replace(CDN, here), encoding='utf-8')
+
 
 def build():
     "Build the site into _docs; returns what is wrong with it."
@@ -61,10 +78,12 @@ def build():
     site = NbdevSite(load(proc), quiet=True)
     site.build()
     own_katex(site.out)
-    shutil.rmtree(ROOT/'_docs', ignore_errors=True)
-    shutil.move(site.out, ROOT/'_docs')
-    print(f'{len(site.pages)} pages in {ROOT/"_docs"}')
+    shutil.rmtree(ROOT / '_docs', ignore_errors=True)
+    shutil.move(site.out, ROOT / '_docs')
+    print(f'{len(site.pages)} pages in {ROOT / "_docs"}')
     return site.warnings
 
-if __name__ == '__main__':      # proc_nbs starts processes, which import this file
-    if wrong := build(): sys.exit('\n'.join(f'error: {w}' for w in wrong))
+
+if __name__ == '__main__':  # proc_nbs starts processes, which import this file
+    if wrong := build():
+        sys.exit('\n'.join(f'error: {w}' for w in wrong))

@@ -21,7 +21,7 @@ from ..errors import InputError
 # %% ../../nbs/engine/10_bands.ipynb #d094f939
 def shares(height: int, ranks: int) -> list:
     "Where the bands of an output begin, and where the last one ends."
-    return [height*rank//ranks for rank in range(ranks + 1)]
+    return [height * rank // ranks for rank in range(ranks + 1)]
 
 
 def band_heights(program: Program, rank: int, ranks: int) -> Heights:
@@ -30,14 +30,14 @@ def band_heights(program: Program, rank: int, ranks: int) -> Heights:
     for operation in reversed(program.operations):
         number, rows = operation.number, []
         if operation.output:
-            rows.append(tuple(shares(heights.rows[number], ranks)[rank:rank + 2]))
+            rows.append(tuple(shares(heights.rows[number], ranks)[rank : rank + 2]))
         for reader in operation.readers:
             if reader.number in needed:
                 rows.append(rows_needed(reader, needed[reader.number], heights, number))
         if rows:
             low = min(heights.rows[number] - 1, *(low for low, _ in rows))
-            needed[number] = low, max(low + 1, *(high for _, high in rows))     # one at least
-    nothing = [(height, height) for height in heights.rows]     # of maps that lead nowhere
+            needed[number] = low, max(low + 1, *(high for _, high in rows))  # one at least
+    nothing = [(height, height) for height in heights.rows]  # of maps that lead nowhere
     found = [needed.get(number, none) for number, none in enumerate(nothing)]
     heights.first, heights.last = ([rows[i] for rows in found] for i in (0, 1))
     return heights
@@ -55,12 +55,15 @@ def rows_needed(reader: Operation, rows: tuple, heights: Heights, number: int) -
     return low, high
 
 # %% ../../nbs/engine/10_bands.ipynb #54990007
-drawn = ('The network draws random numbers (dropout), which would differ from rank to rank: call '
-         '.eval() on those layers to compute one image on several ranks.')
+drawn = (
+    'The network draws random numbers (dropout), which would differ from rank to rank: call '
+    '.eval() on those layers to compute one image on several ranks.'
+)
 
 
 class BandPass(Pass):
     "One rank's part of an image's way through the network."
+
     def __init__(self, *args, group=None):
         super().__init__(*args)
         self.group, self.ranks = group, dist.get_world_size(group)
@@ -72,7 +75,7 @@ class BandPass(Pass):
 
     def whole(self, operation: Operation, y: torch.Tensor) -> torch.Tensor:
         "An output with the rows of all ranks."
-        out = torch.empty_like(y)       # `y` may belong to the tape of a strip
+        out = torch.empty_like(y)  # `y` may belong to the tape of a strip
         borders = shares(operation.value.shape[operation.axis], self.ranks)
         for rank, (first, stop) in enumerate(zip(borders, borders[1:])):
             band = y.narrow(operation.axis, first, stop - first)
@@ -92,15 +95,17 @@ class BandPass(Pass):
         mine = torch.stack([sums, -sums])
         most = mine.clone()
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
-        if (most - mine > 1e-3*sums[:, 1:]).any():
-            raise StreamingError('The gradients of the output differ from rank to rank: compute the '
-                                 'same loss from it on every rank.')
+        if (most - mine > 1e-3 * sums[:, 1:]).any():
+            raise StreamingError(
+                'The gradients of the output differ from rank to rank: compute the '
+                'same loss from it on every rank.'
+            )
 
     def backward(self, gradients: list) -> dict:
         "The whole gradients, on every rank."
         self.agree(gradients)
         own, source = super().backward(gradients), self.source
-        found = {}      # in the same order on every rank
+        found = {}  # in the same order on every rank
         for number in sorted(self.leaves):
             total = own.get(number, torch.zeros_like(self.operands[number]))
             found[number] = total.contiguous()
@@ -115,12 +120,15 @@ class BandPass(Pass):
 # %% ../../nbs/engine/10_bands.ipynb #1205b6c9
 class Banded(Streamed):
     "A `Streamed` network of which each rank of a process group computes one band of the image."
-    reduce = False      # reductions wait for the rows of all ranks
+
+    reduce = False  # reductions wait for the rows of all ranks
 
     def __init__(self, module, *args, group=None, **options):
         if not dist.is_available() or not dist.is_initialized():
-            raise InputError('There is no process group to share an image in: start with torchrun and '
-                             'call torch.distributed.init_process_group, or use stream.')
+            raise InputError(
+                'There is no process group to share an image in: start with torchrun and '
+                'call torch.distributed.init_process_group, or use stream.'
+            )
         super().__init__(module, *args, **options)
         self.__dict__['group'] = group
 
@@ -129,12 +137,14 @@ class Banded(Streamed):
 
     def forward(self, x):
         if dist.get_rank(self.group) < 0:
-            raise InputError('This process is not in the group that shares the image: call the network '
-                             'on the ranks of the group only.')
+            raise InputError(
+                'This process is not in the group that shares the image: call the network '
+                'on the ranks of the group only.'
+            )
         device = device_of(self.module)
         before = random_numbers(device)
         out = super().forward(x)
-        after = random_numbers(device)      # also what is drawn behind the strips
+        after = random_numbers(device)  # also what is drawn behind the strips
         if any(a is not None and not torch.equal(a, b) for a, b in zip(before, after)):
             raise StreamingError(drawn)
         return out
@@ -148,7 +158,7 @@ class Banded(Streamed):
                 found = [planned and planned.options]
             except InputError as e:
                 found = [e]
-            except Exception as e:      # or the others would wait for ever
+            except Exception as e:  # or the others would wait for ever
                 found = [RuntimeError(f'The first rank could not plan: {type(e).__name__}: {e}')]
         root = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         dist.broadcast_object_list(found, root, self.group, device_of(self.module))
@@ -162,8 +172,10 @@ class Banded(Streamed):
         for operation in program.outputs:
             height = operation.value.shape[operation.axis]
             if height < ranks:
-                raise StreamingError(f'{operation.call.where()} has {height} rows for {ranks} ranks: '
-                                     'use fewer ranks for this image.')
+                raise StreamingError(
+                    f'{operation.call.where()} has {height} rows for {ranks} ranks: '
+                    'use fewer ranks for this image.'
+                )
         heights = band_heights(program, rank, ranks)
         return self.make_schedule(program, source, heights, (heights.first[0], heights.last[0]))
 
@@ -171,9 +183,11 @@ class Banded(Streamed):
         if program.random:
             raise StreamingError(drawn)
         if source.wanted and any(not t.numel() for t in source.tensors):
-            raise StreamingError('The gradient of an image that is read by rows cannot be written by '
-                                 'several ranks, which share the rows near the border of two bands: '
-                                 'leave write out, or give a tensor.')
+            raise StreamingError(
+                'The gradient of an image that is read by rows cannot be written by '
+                'several ranks, which share the rows near the border of two bands: '
+                'leave write out, or give a tensor.'
+            )
         return BandPass(program, schedule, source, operands, group=self.group)
 
 

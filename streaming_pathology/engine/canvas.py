@@ -19,9 +19,17 @@ from torch.nn import functional as F
 from .graph import autocast_to, autocast_type
 from .program import Program
 from .functions import wide
-from .schedule import (Buffer, Cut, Schedule, Step, Strip, Totals,
-                                                  total_step, what_is_read)
-from .windows import (Region, Spread, StreamingError, side_of, whole_side)
+from streaming_pathology.engine.schedule import (
+    Buffer,
+    Cut,
+    Schedule,
+    Step,
+    Strip,
+    Totals,
+    total_step,
+    what_is_read,
+)
+from .windows import Region, Spread, StreamingError, side_of, whole_side
 from ..errors import InputError
 
 # %% ../../nbs/engine/08_canvas.ipynb #17524fdf
@@ -41,6 +49,7 @@ class Canvas:
 
     A streamed network gives what it gives for `dense()`. Only where a maximum is reached in several
     places, the gradient may go to another of them."""
+
     def __init__(
         self,
         shape: tuple,  # (H, W) in pixels
@@ -50,8 +59,9 @@ class Canvas:
     ):
         size = [whole_number(n) for n in shape] if isinstance(shape, (tuple, list)) else []
         if len(size) != 2 or not all(n and n > 0 for n in size):
-            raise InputError(f'shape={shape} is not the size of a canvas: give (height, width) in '
-                             'whole pixels.')
+            raise InputError(
+                f'shape={shape} is not the size of a canvas: give (height, width) in whole pixels.'
+            )
         self.color = checked_color(color)
         patches = list(patches)
         for i, patch in enumerate(patches):
@@ -79,21 +89,27 @@ class Canvas:
         if patch.dtype != self.dtype:
             return f'is {patch.dtype} where the canvas is {self.dtype}: convert one of them'
         if top < 0 or left < 0 or top + height > self.shape[2] or left + width > self.shape[3]:
-            return (f'covers rows {top} to {top + height} and columns {left} to {left + width}, which '
-                    f'reaches beyond the {self.shape[2]} x {self.shape[3]} pixels of the canvas: cut it')
+            return (
+                f'covers rows {top} to {top + height} and columns {left} to {left + width}, which '
+                f'reaches beyond the {self.shape[2]} x {self.shape[3]} pixels of the canvas: cut it'
+            )
         return None
 
     def check_type(self):
         "Refuse a type, or a color that it cannot hold."
         if self.dtype == torch.bool or self.dtype.is_complex:
-            raise InputError(f'A canvas of {self.dtype} cannot be streamed: give floats, or integers '
-                             'such as uint8.')
+            raise InputError(
+                f'A canvas of {self.dtype} cannot be streamed: give floats, or integers '
+                'such as uint8.'
+            )
         floating = self.dtype.is_floating_point
         limits = torch.finfo(self.dtype) if floating else torch.iinfo(self.dtype)
         in_range = all(limits.min <= c <= limits.max for c in self.color)
         if not in_range or not (floating or all(c == int(c) for c in self.color)):
-            raise InputError(f'color={self.color} does not fit {self.dtype}: give numbers in its '
-                             'range, whole ones for integers.')
+            raise InputError(
+                f'color={self.color} does not fit {self.dtype}: give numbers in its '
+                'range, whole ones for integers.'
+            )
 
     def blank(self, height: int, width: int, device=None) -> torch.Tensor:
         "(1, C, height, width) of the color."
@@ -105,7 +121,7 @@ class Canvas:
         device = next((p.device for *_, p in self.patches), None)
         x = self.blank(*self.shape[2:], device=device).clone()
         for top, left, p in self.patches:
-            x[0, :, top:top + p.shape[1], left:left + p.shape[2]] = p.to(x.device)
+            x[0, :, top : top + p.shape[1], left : left + p.shape[2]] = p.to(x.device)
         return x
 
     def source(self, device: torch.device) -> 'CanvasSource':
@@ -115,7 +131,11 @@ class Canvas:
         "One buffer for all patches: a worker sends each tensor as an open file."
         places = [(top, left, p.shape[1:]) for top, left, p in self.patches]
         pixels = [p for *_, p in self.patches]
-        if not pixels or any(p.requires_grad for p in pixels) or len({p.device for p in pixels}) > 1:
+        if (
+            not pixels
+            or any(p.requires_grad for p in pixels)
+            or len({p.device for p in pixels}) > 1
+        ):
             return self.__dict__
         return {**self.__dict__, 'patches': (places, torch.cat([p.reshape(-1) for p in pixels]))}
 
@@ -125,14 +145,18 @@ class Canvas:
             return
         places, buffer = self.patches
         channels = len(self.color)
-        parts = buffer.split([channels*height*width for *_, (height, width) in places])
-        self.patches = [(top, left, part.view(channels, height, width))
-                        for (top, left, (height, width)), part in zip(places, parts)]
+        parts = buffer.split([channels * height * width for *_, (height, width) in places])
+        self.patches = [
+            (top, left, part.view(channels, height, width))
+            for (top, left, (height, width)), part in zip(places, parts)
+        ]
 
     def __repr__(self):
-        covered = sum(p.shape[1]*p.shape[2] for *_, p in self.patches)
-        return (f'Canvas({self.shape[2]} x {self.shape[3]}, {len(self.patches)} patches on '
-                f'{covered/math.prod(self.shape[2:]):.0%} of it)')
+        covered = sum(p.shape[1] * p.shape[2] for *_, p in self.patches)
+        return (
+            f'Canvas({self.shape[2]} x {self.shape[3]}, {len(self.patches)} patches on '
+            f'{covered / math.prod(self.shape[2:]):.0%} of it)'
+        )
 
     @staticmethod
     def from_image(x: torch.Tensor, color=None, cell: int = 32, price: float = 2) -> 'Canvas':
@@ -148,7 +172,9 @@ def checked_color(color) -> tuple:
     try:
         numbers = tuple(float(c) for c in color if not isinstance(c, str))
     except (TypeError, ValueError):
-        raise InputError(f'color={color!r} is no color: give one number for each channel.') from None
+        raise InputError(
+            f'color={color!r} is no color: give one number for each channel.'
+        ) from None
     if not numbers:
         raise InputError(f'color={color!r} has no channels: give one number for each.')
     return numbers
@@ -192,11 +218,16 @@ def boxes_of(tissue: torch.Tensor, price: float) -> list:
 
 def best_box(growing, now, r, first, stop, price) -> list | None:
     "The box above that takes in a run of cells with the least of nothing, if that is little enough."
+
     def added(box):
-        area = (r + 1 - box[0])*(max(stop, box[3]) - min(first, box[2]))
-        return area - (box[1] - box[0])*(box[3] - box[2]) - (stop - first)
-    near = [box for box in growing if box[2] <= stop and first <= box[3]
-            and not any(box is other for other in now)]
+        area = (r + 1 - box[0]) * (max(stop, box[3]) - min(first, box[2]))
+        return area - (box[1] - box[0]) * (box[3] - box[2]) - (stop - first)
+
+    near = [
+        box
+        for box in growing
+        if box[2] <= stop and first <= box[3] and not any(box is other for other in now)
+    ]
     best = min(near, key=added, default=None)
     return best if best is not None and added(best) <= price else None
 
@@ -208,7 +239,9 @@ def canvas_of(x: torch.Tensor, color, cell: int, price: float) -> Canvas:
     image = isinstance(x, torch.Tensor) and x.ndim in (3, 4) and x.numel()
     if not image or (x.ndim == 4 and len(x) != 1):
         shape = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-        raise InputError(f'A canvas is found in one image (C, H, W) or (1, C, H, W), not in {shape}.')
+        raise InputError(
+            f'A canvas is found in one image (C, H, W) or (1, C, H, W), not in {shape}.'
+        )
     x = x[0] if x.ndim == 4 else x
     canvas = Canvas(x.shape[1:], border_color(x) if color is None else color, dtype=x.dtype)
     if len(canvas.color) != len(x):
@@ -218,8 +251,12 @@ def canvas_of(x: torch.Tensor, color, cell: int, price: float) -> Canvas:
         tissue = torch.cat([(band != background).any(0) for band in x.split(1024, 1)])
         mask = tissue[None].half() if x.is_cuda else tissue[None].float()
         cells = F.max_pool2d(mask, cell, ceil_mode=True)[0] > 0
-        boxes = [tight(tissue, [cell*edge for edge in box]) for box in boxes_of(cells.cpu(), price)]
-    canvas.patches = [(top, left, x[:, top:bottom, left:right]) for top, bottom, left, right in boxes]
+        boxes = [
+            tight(tissue, [cell * edge for edge in box]) for box in boxes_of(cells.cpu(), price)
+        ]
+    canvas.patches = [
+        (top, left, x[:, top:bottom, left:right]) for top, bottom, left, right in boxes
+    ]
     return canvas
 
 
@@ -229,8 +266,10 @@ def border_color(x: torch.Tensor) -> list:
     colors, often = border.unique(dim=1, return_counts=True)
     color = colors[:, often.argmax()].tolist()
     if not all(map(math.isfinite, color)):
-        raise InputError(f'The border of the image is {color}, not of a color: give color=, or an '
-                         'image whose pixels are finite.')
+        raise InputError(
+            f'The border of the image is {color}, not of a color: give color=, or an '
+            'image whose pixels are finite.'
+        )
     return color
 
 
@@ -244,13 +283,14 @@ def tight(tissue: torch.Tensor, box: list) -> tuple:
 # %% ../../nbs/engine/08_canvas.ipynb #cd764c9a
 class CanvasSource:
     "A canvas as a source of strips."
+
     axes, channels_last = (2, 3), False
 
     def __init__(self, canvas: Canvas, device: torch.device):
         self.canvas, self.device = canvas, device
         self.shape, self.dtype = canvas.shape, canvas.dtype
         self.tensors = [p for *_, p in canvas.patches]
-        self.gradients = [None]*len(self.tensors)
+        self.gradients = [None] * len(self.tensors)
         self.wanted = any(p.requires_grad for p in self.tensors)
         self.blank = canvas.blank(1, 1, device)
         self.boxes = tuple((top, left, *p.shape[1:]) for top, left, p in canvas.patches)
@@ -285,7 +325,7 @@ class CanvasSource:
     def read_part(self, axis: int, rows: tuple, columns: tuple) -> torch.Tensor:
         "The pixels of some rows and columns."
         size = rows[1] - rows[0], columns[1] - columns[0]
-        x = self.blank.expand(-1, -1, *size[::1 if axis == 2 else -1]).clone()
+        x = self.blank.expand(-1, -1, *size[:: 1 if axis == 2 else -1]).clone()
         for i, there, here in self.overlaps(axis, rows, columns):
             x[0][there] = self.tensors[i].detach()[here].to(self.device, non_blocking=True)
         return x
@@ -304,8 +344,9 @@ class CanvasSource:
 class Profile:
     """Of the `size` rows (or columns) of a map over a constant image, `head` at the beginning and
     `tail` at the end stand alone, and the others repeat every `period`."""
+
     def __init__(self, size: int, head: int = 0, tail: int = 0, period: int = 1):
-        if head + period + tail >= size:        # there is no middle
+        if head + period + tail >= size:  # there is no middle
             head, tail, period = size, 0, 0
         self.size, self.head, self.tail, self.period = size, head, tail, period
 
@@ -318,7 +359,7 @@ class Profile:
     def normal(self, first: int, stop: int) -> tuple:
         "Rows that look like `first` to `stop`, the first of their kind, so that equal ones are equal."
         if self.period and first >= self.head and stop <= self.size - self.tail:
-            back = (first - self.head)//self.period*self.period
+            back = (first - self.head) // self.period * self.period
             return first - back, stop - back
         return first, stop
 
@@ -353,7 +394,7 @@ def profile_of(window, size: int, inputs: list) -> Profile:
         return Profile(size, size)
     head = max(0, *(window.after(p.head) for p in inputs))
     tail = min(window.complete(p.size - p.tail, math.inf, size) for p in inputs)
-    period = math.lcm(*((p.period/Fraction(window.stride)).numerator for p in inputs))
+    period = math.lcm(*((p.period / Fraction(window.stride)).numerator for p in inputs))
     return Profile(size, head, size - tail, period)
 
 
@@ -361,27 +402,31 @@ def profile_of(window, size: int, inputs: list) -> Profile:
 class Sight:
     """Row i of a map sees the rows of the image from `stride*i - above` to `stride*i + below`: whole
     numbers, or fractions behind upsampling. The same for columns."""
+
     stride: Fraction = Fraction(1)
     above: Fraction = Fraction(0)
     below: Fraction = Fraction(0)
 
     def seen(self, first: int, stop: int) -> tuple:
         "The first and the last row of the image that rows `first` to `stop` see."
-        low = math.floor(self.stride*first - self.above)
-        return low, math.ceil(self.stride*(stop - 1) + self.below)
+        low = math.floor(self.stride * first - self.above)
+        return low, math.ceil(self.stride * (stop - 1) + self.below)
 
     def seeing(self, first: int, stop: int) -> tuple:
         "The rows, from the first to the one after the last, that see rows `first` to `stop` of the image."
-        low = math.ceil((first - self.below)/self.stride)
-        return low, math.floor((stop - 1 + self.above)/self.stride) + 1
+        low = math.ceil((first - self.below) / self.stride)
+        return low, math.floor((stop - 1 + self.above) / self.stride) + 1
 
 
 def sight_of(window, inputs: list) -> Sight:
     "What rows that `window` makes of maps with the sights `inputs` see."
     above, below = reach_of(window)
     stride = inputs[0].stride
-    return Sight(stride*window.stride, max(i.above for i in inputs) + stride*above,
-                 max(i.below for i in inputs) + stride*below)
+    return Sight(
+        stride * window.stride,
+        max(i.above for i in inputs) + stride * above,
+        max(i.below for i in inputs) + stride * below,
+    )
 
 
 def reach_of(window) -> tuple:
@@ -392,11 +437,12 @@ def reach_of(window) -> tuple:
     above, below = window.pad[0], window.span - 1 - window.pad[0]
     # padding that repeats rows shows those from further inside
     further = {'constant': 0, 'replicate': 1, 'reflect': 2}[window.mode]
-    return above + further*max(window.pad[1], 0), below + further*max(window.pad[0], 0)
+    return above + further * max(window.pad[1], 0), below + further * max(window.pad[0], 0)
 
 # %% ../../nbs/engine/08_canvas.ipynb #2d6ccb47
 class Background:
     "The maps of a program where a canvas shows its color. Raises `StreamingError` where they differ from place to place."
+
     def __init__(self, program: Program, schedule: Schedule):
         self.program, heights = program, schedule.heights
         self.first_operand = len(program.operands)
@@ -413,13 +459,17 @@ class Background:
             self.sight[0] = Sight(), Sight()
             return
         if why := self.differs(operation):
-            raise StreamingError(f'{operation.call.where()} {why}, so the background of a canvas is '
-                                 'not the same everywhere: give canvas.dense() instead.')
+            raise StreamingError(
+                f'{operation.call.where()} {why}, so the background of a canvas is '
+                'not the same everywhere: give canvas.dense() instead.'
+            )
         windows = operation.window, operation.across
         sizes = self.rows[number], self.columns[number]
         profiles, sight = [], []
         for side, (window, size) in enumerate(zip(windows, sizes)):
-            profiles.append(profile_of(window, size, [self.profiles[a][side] for a in operation.inputs]))
+            profiles.append(
+                profile_of(window, size, [self.profiles[a][side] for a in operation.inputs])
+            )
             sight.append(sight_of(window, [self.sight[a][side] for a in operation.inputs]))
         self.profiles[number], self.sight[number] = tuple(profiles), tuple(sight)
 
@@ -454,8 +504,16 @@ class Background:
             if operation.reduces:
                 continue
             zones = [profile.zones for profile in self.profiles[operation.number]]
-            parts = [torch.cat([self.part(operation, rows, columns, found, operands, cast)
-                                for columns in zones[1]], operation.rows.across) for rows in zones[0]]
+            parts = [
+                torch.cat(
+                    [
+                        self.part(operation, rows, columns, found, operands, cast)
+                        for columns in zones[1]
+                    ],
+                    operation.rows.across,
+                )
+                for rows in zones[0]
+            ]
             found[operation.number] = torch.cat(parts, operation.axis)
 
     def part(self, operation, rows, columns, found, operands, cast):
@@ -470,7 +528,7 @@ class Background:
             left, right, across = self.side(operation.across, *columns, number, 1)
             region = region or Region(along, across)
             tensor = self.pick(found[number], first, (low, high), (left, right))
-            given.append(cast(tensor.clone()))      # functions may work in place
+            given.append(cast(tensor.clone()))  # functions may work in place
         return operation.run(region, *given)
 
     def side(self, window, first: int, stop: int, number: int, which: int) -> tuple:
@@ -482,7 +540,9 @@ class Background:
     def pick(self, tensor, operation, rows: tuple, columns: tuple):
         "Rows and columns of a map from those that stand for all."
         along, across = self.profiles[operation.number]
-        return along.pick(across.pick(tensor, operation.rows.across, *columns), operation.axis, *rows)
+        return along.pick(
+            across.pick(tensor, operation.rows.across, *columns), operation.axis, *rows
+        )
 
 
 def widened(t: torch.Tensor) -> torch.Tensor:
@@ -493,6 +553,7 @@ def widened(t: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class Fill:
     "Background of a map: some rows and columns of it."
+
     background: Background
     number: int
     rows: tuple
@@ -524,18 +585,20 @@ class Fill:
         kind = torch.promote_types(gradient.dtype, torch.float32)
         leaf = torch.empty(shape, dtype=kind, device=gradient.device, requires_grad=True)
         with torch.enable_grad():
-            picked = self.background.pick(leaf, self.background.program.operations[self.number],
-                                          self.rows, self.columns)
-        total, = torch.autograd.grad(picked, leaf, gradient.to(kind))
+            picked = self.background.pick(
+                leaf, self.background.program.operations[self.number], self.rows, self.columns
+            )
+        (total,) = torch.autograd.grad(picked, leaf, gradient.to(kind))
         totals.add(self.operand, total)
 
 
 @dataclass(frozen=True)
 class Piece:
     "A `Cut` of rows and columns with background on its left and right; `columns` None: no columns."
-    narrows: tuple              # of the buffer: (dimension, first, number) each
+
+    narrows: tuple  # of the buffer: (dimension, first, number) each
     across: int
-    columns: int | None         # how many of the buffer's
+    columns: int | None  # how many of the buffer's
     left: Fill | None = None
     right: Fill | None = None
 
@@ -570,13 +633,22 @@ GRID = 16
 @dataclass(frozen=True)
 class CanvasBuffer(Buffer):
     "The rows of a map that a strip has, and the columns (first, after the last); (0, 0): none."
+
     columns: tuple
 
 
 class CanvasSchedule(Schedule):
     "A schedule of the columns that see the `extents` (first row, stop, first column, stop)."
-    def __init__(self, program: Program, strip: int, wait: dict | None = None, heights=None, rows=None,
-                 extents=()):
+
+    def __init__(
+        self,
+        program: Program,
+        strip: int,
+        wait: dict | None = None,
+        heights=None,
+        rows=None,
+        extents=(),
+    ):
         self.extents = list(extents)
         super().__init__(program, strip, wait, heights, rows)
 
@@ -584,7 +656,7 @@ class CanvasSchedule(Schedule):
         self.background = Background(self.program, self)
         buffers = [self.buffers(k) for k in range(len(self.cuts) - 1)]
         columns = [tuple(buffer.columns for buffer in each) for each in buffers]
-        columns.append(((0, 0),)*len(self.program.operations))
+        columns.append(((0, 0),) * len(self.program.operations))
         return [self.canvas_strip(*each) for each in zip(buffers, columns, columns[1:])]
 
     def buffers(self, k: int) -> list:
@@ -605,14 +677,16 @@ class CanvasSchedule(Schedule):
         if not seen:
             return 0, 0
         begin, end = across.seeing(min(left for left, _ in seen), max(right for _, right in seen))
-        grid, width = max(1, int(GRID/across.stride)), self.heights.columns[number]
-        begin, end = max(begin//grid*grid, 0), min(-(-end//grid)*grid, width)
+        grid, width = max(1, int(GRID / across.stride)), self.heights.columns[number]
+        begin, end = max(begin // grid * grid, 0), min(-(-end // grid) * grid, width)
         return (begin, end) if begin < end else (0, 0)
 
     def canvas_strip(self, buffers: list, columns: tuple, following: tuple) -> Strip:
         "The strip with these `buffers`; `following`: the columns that the next one has of each."
-        steps = tuple(self.canvas_step(operation, buffers, following[operation.number])
-                      for operation in self.program.operations[1:])
+        steps = tuple(
+            self.canvas_step(operation, buffers, following[operation.number])
+            for operation in self.program.operations[1:]
+        )
         return self.new_strip(buffers, steps, columns)
 
     def canvas_step(self, operation, buffers: list, following: tuple) -> Step | None:
@@ -639,8 +713,12 @@ class CanvasSchedule(Schedule):
         if step is None or not step.makes:
             return step
         rows = buffer.start, buffer.stop
-        return replace(step, reads=tuple(self.piece(a, buffers[a], rows, self.all_columns(a))
-                                         for a in operation.inputs))
+        return replace(
+            step,
+            reads=tuple(
+                self.piece(a, buffers[a], rows, self.all_columns(a)) for a in operation.inputs
+            ),
+        )
 
     def handed_down(self, operation, buffer: CanvasBuffer, following: tuple):
         "The rows for the next strip, in its columns."

@@ -22,11 +22,11 @@ def difference(found, expected) -> float:
     zero. Infinite where only one has a NaN, or another infinity."""
     if found is None or expected is None:
         given = expected if found is None else found
-        return 0. if given is None or not given.any() else math.inf
+        return 0.0 if given is None or not given.any() else math.inf
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return math.inf
     if not expected.is_floating_point():
-        return 0. if torch.equal(found, expected) else math.inf
+        return 0.0 if torch.equal(found, expected) else math.inf
     finite = expected.isfinite()
     same = torch.isclose(found, expected, rtol=0, atol=0, equal_nan=True)
     if not (same[~finite].all() and found[finite].isfinite().all()):
@@ -34,8 +34,8 @@ def difference(found, expected) -> float:
     found, expected = found[finite], expected[finite]
     apart = (found - expected).abs()
     if not apart.any():
-        return 0.
-    return (apart.max()/expected.abs().max().clamp(min=torch.finfo(apart.dtype).tiny)).item()
+        return 0.0
+    return (apart.max() / expected.abs().max().clamp(min=torch.finfo(apart.dtype).tiny)).item()
 
 # %% ../../nbs/engine/11_exactness.ipynb #2fe42846
 def outputs_and_gradients(network, image, leaves: list, seed: int = 0) -> tuple:
@@ -44,15 +44,21 @@ def outputs_and_gradients(network, image, leaves: list, seed: int = 0) -> tuple:
     generator = torch.Generator(outputs[0].device).manual_seed(seed)
     ends = [y for y in outputs if y.requires_grad]
     if not ends:
-        return [y.detach() for y in outputs], [None]*len(leaves)
-    weights = [torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
-               for y in ends]
+        return [y.detach() for y in outputs], [None] * len(leaves)
+    weights = [
+        torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device) for y in ends
+    ]
     gradients = torch.autograd.grad(ends, leaves, weights, allow_unused=True)
     return [y.detach() for y in outputs], list(gradients)
 
 
-def largest_difference(module: nn.Module, x: torch.Tensor | Canvas, strip: int = 16,
-                       direction: str = 'rows', seed: int = 0) -> float:
+def largest_difference(
+    module: nn.Module,
+    x: torch.Tensor | Canvas,
+    strip: int = 16,
+    direction: str = 'rows',
+    seed: int = 0,
+) -> float:
     """The largest `difference` between `module` on the image `x` (N, C, H, W), or a `Canvas`, and the
     same in strips of `strip` rows: of its outputs, and of the gradients of its parameters and of the
     image. Raises `StreamingError` for a module that cannot be streamed."""
@@ -69,8 +75,14 @@ def largest_difference(module: nn.Module, x: torch.Tensor | Canvas, strip: int =
     return max(difference(a, b) for a, b in pairs)
 
 
-def check_exact(module: nn.Module, shape: tuple = (1, 3, 67, 59), strips: tuple = (1, 5, 16),
-                limit: float = 1e-9, canvas: bool = True, seed: int = 0) -> dict:
+def check_exact(
+    module: nn.Module,
+    shape: tuple = (1, 3, 67, 59),
+    strips: tuple = (1, 5, 16),
+    limit: float = 1e-9,
+    canvas: bool = True,
+    seed: int = 0,
+) -> dict:
     """Hold `module` in strips against the plain one, in float64, on random images of `shape`
     (N, C, H, W): by rows and by columns in strips of each height, and on a canvas. Gives the largest
     differences by direction. Raises `AssertionError` where one is beyond `limit`, and
@@ -88,19 +100,23 @@ def check_exact(module: nn.Module, shape: tuple = (1, 3, 67, 59), strips: tuple 
         worst[name] = max(found.values())
         bad = {strip: error for strip, error in found.items() if not error <= limit}
         if bad:
-            raise AssertionError(f'{type(module).__name__} on {name} differs from the plain network by '
-                                 f'{max(bad.values()):.2g} of the largest number in strips of '
-                                 f'{", ".join(map(str, bad))} rows: one of its rules is wrong.')
+            raise AssertionError(
+                f'{type(module).__name__} on {name} differs from the plain network by '
+                f'{max(bad.values()):.2g} of the largest number in strips of '
+                f'{", ".join(map(str, bad))} rows: one of its rules is wrong.'
+            )
     return worst
 
 
 def canvas_like(image: torch.Tensor) -> Canvas:
     "A canvas of the shape of `image` (1, C, H, W) with two of its parts as patches."
     height, width = image.shape[2:]
-    corners = (height//8, width//2), (height//2, width//8)
+    corners = (height // 8, width // 2), (height // 2, width // 8)
     patches = []
     for top, left in corners:
-        part = image.detach()[0, :, top:top + max(1, height//4), left:left + max(1, width//4)]
+        part = image.detach()[
+            0, :, top : top + max(1, height // 4), left : left + max(1, width // 4)
+        ]
         patches.append((top, left, part.clone().requires_grad_()))
-    color = torch.linspace(.2, .8, image.shape[1]).tolist()
+    color = torch.linspace(0.2, 0.8, image.shape[1]).tolist()
     return Canvas((height, width), color, patches)

@@ -21,14 +21,28 @@ import torch
 from torch.nn import functional as F
 
 from .graph import Value, plain_name
-from .rules import (Adjoint, Map, Op, Reduction, Rows, as_run, beside, need,
-                                               need_image, of_one_row, pair, rule, rules)
+from streaming_pathology.engine.rules import (
+    Adjoint,
+    Map,
+    Op,
+    Reduction,
+    Rows,
+    as_run,
+    beside,
+    need,
+    need_image,
+    of_one_row,
+    pair,
+    rule,
+    rules,
+)
 from .windows import Picks, Spread, Window
 
 # %% ../../nbs/engine/03_functions.ipynb #d7536eae
 def pointwise(random: Callable | None = None, alias: bool = False, severs: bool = False):
     """The rule of a function of each position; `random(*args)` says whether it draws numbers. For
     `alias` and `severs` see `Op`."""
+
     def rule(function, *args, **kwargs):
         need('out' not in kwargs, 'writes into a tensor given as out')
         run, tensors = as_run(function, args, kwargs)
@@ -37,8 +51,18 @@ def pointwise(random: Callable | None = None, alias: bool = False, severs: bool 
             return of_these_rows(run, tensors, alias)
         out, across = joined(tensors)
         adjoint = adjoint_of(plain_name(function), args, kwargs, tensors, run)
-        return Op(run, tensors, out, across=across, random=drawn, alias=alias, pointwise=not drawn,
-                  severs=severs, adjoint=adjoint)
+        return Op(
+            run,
+            tensors,
+            out,
+            across=across,
+            random=drawn,
+            alias=alias,
+            pointwise=not drawn,
+            severs=severs,
+            adjoint=adjoint,
+        )
+
     rule.gets_function = True
     return rule
 
@@ -47,7 +71,9 @@ def with_rows(tensors) -> list:
     "Which tensors have a row for each of the maps', counted from the same end."
     x = next(t for t in tensors if isinstance(t, Map))
     back, height = x.axis - x.ndim, x.shape[x.axis]
-    return [isinstance(t, Value) and t.ndim >= -back and t.shape[back] == height > 1 for t in tensors]
+    return [
+        isinstance(t, Value) and t.ndim >= -back and t.shape[back] == height > 1 for t in tensors
+    ]
 
 
 def of_these_rows(run: Callable, tensors, alias: bool = False) -> Op:
@@ -56,23 +82,29 @@ def of_these_rows(run: Callable, tensors, alias: bool = False) -> Op:
     back, height, rows = x.axis - x.ndim, x.shape[x.axis], with_rows(tensors)
 
     def one(t):
-        return replace(t, shape=(*t.shape[:back], 1, *t.shape[t.ndim + back + 1:]))
+        return replace(t, shape=(*t.shape[:back], 1, *t.shape[t.ndim + back + 1 :]))
+
     out, _ = joined([one(t) if cut else t for t, cut in zip(tensors, rows)])
 
     def run_cut(region, *given):
         first, count = region.along.skip, region.along.count
-        return run(region, *(t.narrow(t.ndim + back, first, count) if cut else t
-                             for t, cut in zip(given, rows)))
-    numbers = tuple(range(height))      # nothing repeats, so a strip knows which rows it makes
+        return run(
+            region,
+            *(t.narrow(t.ndim + back, first, count) if cut else t for t, cut in zip(given, rows)),
+        )
+
+    numbers = tuple(range(height))  # nothing repeats, so a strip knows which rows it makes
     return Op(run_cut, tensors, out, Picks(numbers, numbers, height), None, alias=alias)
 
 
 def relu_back(gradient, saved, wanted):
-    return torch.ops.aten.threshold_backward.default(gradient, saved, 0),
+    return (torch.ops.aten.threshold_backward.default(gradient, saved, 0),)
 
 
 def hardtanh_back(low, high):
-    return lambda gradient, saved, wanted: (torch.ops.aten.hardtanh_backward.default(gradient, saved, low, high),)
+    return lambda gradient, saved, wanted: (
+        torch.ops.aten.hardtanh_backward.default(gradient, saved, low, high),
+    )
 
 
 def add_back(gradient, saved, wanted):
@@ -81,7 +113,11 @@ def add_back(gradient, saved, wanted):
 
 def adjoint_of(name: str, args, kwargs, tensors, run) -> Adjoint | None:
     "The gradient by hand of the functions that networks use most."
-    backs = {'relu': relu_back, 'relu6': hardtanh_back(0., 6.), 'hardtanh': hardtanh_back(-1., 1.)}
+    backs = {
+        'relu': relu_back,
+        'relu6': hardtanh_back(0.0, 6.0),
+        'hardtanh': hardtanh_back(-1.0, 1.0),
+    }
     if name == 'hardtanh' and len(args) == 2:
         return None
     if name == 'hardtanh' and len(args) > 2:
@@ -89,7 +125,9 @@ def adjoint_of(name: str, args, kwargs, tensors, run) -> Adjoint | None:
     if name in backs and len(tensors) == 1 and not {*kwargs} - {'inplace'}:
         back = backs[name]
         return Adjoint(lambda *given: with_result(run(*given)), back, own=True, saves_result=True)
-    plain = len(args) == len(tensors) == 2 and not kwargs and all(isinstance(t, Map) for t in tensors)
+    plain = (
+        len(args) == len(tensors) == 2 and not kwargs and all(isinstance(t, Map) for t in tensors)
+    )
     if name in ('add', 'iadd') and plain and tensors[0].shape == tensors[1].shape:
         if tensors[0].dtype == tensors[1].dtype:
             return Adjoint(lambda *given: (run(*given), None), add_back)
@@ -112,6 +150,7 @@ def joined(tensors) -> tuple:
 
     def constant(d):
         return all(t.ndim < -d or t.shape[d] == 1 for t in others)
+
     need(constant(back), 'meets a tensor that differs from row to row')
     sides = {None if x.across is None else x.across - x.ndim for x in maps}
     side = next((s for s in sides if s is not None), None)
@@ -131,7 +170,8 @@ each_position = (
     'subtract iadd isub imul itruediv ipow maximum minimum where lerp addcmul addcdiv nan_to_num lt '
     'le gt ge eq ne logical_and logical_or logical_not isnan isfinite fmod remainder atan2 logit '
     'xlogy sinc hypot floor_divide masked_fill zeros_like ones_like full_like positive invert and '
-    'or xor bitwise_and bitwise_or bitwise_not softmax2d').split()
+    'or xor bitwise_and bitwise_or bitwise_not softmax2d'
+).split()
 for name in each_position:
     rules[name] = pointwise()
 for name in 'float double half bfloat16 to type type_as contiguous clone'.split():
@@ -139,14 +179,15 @@ for name in 'float double half bfloat16 to type type_as contiguous clone'.split(
 rules['detach'] = pointwise(alias=True, severs=True)
 
 
-def drops(x, p=.5, training=True, inplace=False):
+def drops(x, p=0.5, training=True, inplace=False):
     "Whether dropout drops anything."
     return training and p > 0
 
 
-def is_training(x, lower=1/8, upper=1/3, training=False, inplace=False):
+def is_training(x, lower=1 / 8, upper=1 / 3, training=False, inplace=False):
     "Whether a randomised ReLU draws its slopes."
     return training
+
 
 for name in ('dropout', 'alpha_dropout'):
     rules[name] = pointwise(drops, alias=True)
@@ -156,7 +197,7 @@ for name in ('rand_like', 'randn_like', 'bernoulli'):
 
 # %% ../../nbs/engine/03_functions.ipynb #f84671ba
 @rule('dropout1d', 'dropout2d', 'dropout3d')
-def channel_dropout(function, input, p=.5, training=True, inplace=False):
+def channel_dropout(function, input, p=0.5, training=True, inplace=False):
     if not training or p == 0:
         return Op(lambda region, x: x, [input], input.rows, alias=True)
     need_image(input)
@@ -165,7 +206,10 @@ def channel_dropout(function, input, p=.5, training=True, inplace=False):
 
     def drawn(device):
         return function(torch.ones(shape, dtype=dtype, device=device), p, True)
-    return Op(lambda region, x, mask: x*mask, [input], input.rows, drawn=drawn)
+
+    return Op(lambda region, x, mask: x * mask, [input], input.rows, drawn=drawn)
+
+
 channel_dropout.gets_function = True
 
 # %% ../../nbs/engine/03_functions.ipynb #8092d52e
@@ -187,6 +231,7 @@ def along(default=None, first='dim'):
         run, tensors = as_run(function, (input, *args), kwargs)
         need(len(tensors) == 1, 'meets a tensor that differs from row to row')
         return Op(run, tensors, input.rows, across=beside(input, dims_of(input, dim)))
+
     rule.gets_function = True
     return rule
 
@@ -206,7 +251,9 @@ rules['normalize'] = along(1, first='p')
 def flip(input, *dims, **kwargs):
     dims = dims_of(input, kwargs['dims'] if kwargs else dims[0] if len(dims) == 1 else dims)
     need(input.axis not in dims, 'turns rows upside down')
-    return Op(lambda region, x: torch.flip(x, dims), [input], input.rows, across=beside(input, dims))
+    return Op(
+        lambda region, x: torch.flip(x, dims), [input], input.rows, across=beside(input, dims)
+    )
 
 
 @rule('roll')
@@ -226,8 +273,9 @@ def without(rows: Rows, dims, keepdim: bool) -> Rows:
 
 def reducing(*names):
     "The rule of a function that reduces other dimensions; `names` are its parameters after the input."
+
     def rule(function, input, *args, **kwargs):
-        if args and isinstance(args[0], (Map, Value)):      # max(x, y)
+        if args and isinstance(args[0], (Map, Value)):  # max(x, y)
             return pointwise()(function, input, *args, **kwargs)
         given = named(args, kwargs, names)
         dims = dims_of(input, given.get('dim', given.get('axis')))
@@ -235,6 +283,7 @@ def reducing(*names):
         run, tensors = as_run(function, (input, *args), kwargs)
         out = without(input.rows, dims, bool(given.get('keepdim', False)))
         return Op(run, tensors, out, across=beside(input, dims))
+
     rule.gets_function = True
     return rule
 
@@ -260,7 +309,9 @@ def cat(tensors, dim=0):
         return Op(lambda region, *maps: cat_filled(tensors, maps, dim), maps, x.rows, across=across)
     run = lambda region, *maps: torch.cat(maps, dim)
     sizes = [t.shape[dim] for t in tensors]
-    adjoint = Adjoint(lambda *given: (run(*given), None), lambda g, saved, wanted: g.split(sizes, dim))
+    adjoint = Adjoint(
+        lambda *given: (run(*given), None), lambda g, saved, wanted: g.split(sizes, dim)
+    )
     return Op(run, tensors, x.rows, across=across, adjoint=adjoint)
 
 
@@ -278,8 +329,10 @@ def cat_filled(tensors, maps, dim: int) -> torch.Tensor:
 
 @rule('stack')
 def stack(tensors, dim=0):
-    need(all(isinstance(t, Map) and t.rows == tensors[0].rows for t in tensors),
-         'joins maps whose rows lie in different dimensions')
+    need(
+        all(isinstance(t, Map) and t.rows == tensors[0].rows for t in tensors),
+        'joins maps whose rows lie in different dimensions',
+    )
     x = tensors[0]
     dim = dim % (x.ndim + 1)
     out = x.rows.moved(x.ndim + 1, lambda d: d + (dim <= d))
@@ -293,6 +346,8 @@ def parts(function, input, *args, **kwargs):
     run, tensors = as_run(function, (input, *args), kwargs)
     across = beside(input, dims_of(input, dim))
     return Op(run, tensors, input.rows, across=across, alias=True)
+
+
 parts.gets_function = True
 for name in ('chunk', 'split', 'tensor_split', 'split_with_sizes'):
     rules[name] = parts
@@ -317,6 +372,8 @@ def local_response_norm(function, input, *args, **kwargs):
     need_image(input)
     run, tensors = as_run(function, (input, *args), kwargs)
     return Op(run, tensors, input.rows)
+
+
 local_response_norm.gets_function = True
 
 
@@ -329,24 +386,39 @@ def prelu(input, weight):
 
 
 @rule('batch_norm')
-def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False,
-               momentum=.1, eps=1e-5):
-    need(not training, 'uses batch statistics, which need all rows of the image: freeze them '
-                       '(.eval() on the layer, with track_running_stats=True)')
+def batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    need(
+        not training,
+        'uses batch statistics, which need all rows of the image: freeze them '
+        '(.eval() on the layer, with track_running_stats=True)',
+    )
     need(input.axis > 1, 'normalises over the rows')
     tensors = [input, running_mean, running_var] + [t for t in (weight, bias) if t is not None]
-    need(not any(isinstance(t, Map) for t in tensors[1:]), 'has statistics that depend on the image')
+    need(
+        not any(isinstance(t, Map) for t in tensors[1:]), 'has statistics that depend on the image'
+    )
 
     def run(region, x, mean, var, *affine):
         scale = affine[0] if weight is not None else None
         shift = affine[-1] if bias is not None else None
-        return F.batch_norm(x, mean, var, scale, shift, False, 0., eps)
+        return F.batch_norm(x, mean, var, scale, shift, False, 0.0, eps)
+
     return Op(run, tensors, input.rows, across=beside(input, [1]), pointwise=True)
 
 
 @rule('instance_norm')
-def instance_norm(input, running_mean=None, running_var=None, weight=None, bias=None,
-                  use_input_stats=True, momentum=.1, eps=1e-5):
+def instance_norm(
+    input,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats=True,
+    momentum=0.1,
+    eps=1e-5,
+):
     need(not use_input_stats, 'normalises over all rows of the image')
     return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
 
@@ -357,14 +429,18 @@ def layer_norm(function, input, normalized_shape, *args, **kwargs):
     need(input.axis < first, 'normalises over the rows')
     run, tensors = as_run(function, (input, normalized_shape, *args), kwargs)
     return Op(run, tensors, input.rows, across=beside(input, range(first, input.ndim)))
+
+
 layer_norm.gets_function = True
 rules['rms_norm'] = layer_norm
 
 
 @rule('linear')
 def linear(input, weight, bias=None):
-    need(input.axis != input.ndim - 1,
-         'mixes rows (it works on the last dimension; permute the channels there)')
+    need(
+        input.axis != input.ndim - 1,
+        'mixes rows (it works on the last dimension; permute the channels there)',
+    )
     need(isinstance(weight, Value), 'has a weight that depends on the image')
     tensors = [input, weight] if bias is None else [input, weight, bias]
     run = lambda region, x, *tensors: F.linear(x, *tensors)
@@ -381,7 +457,7 @@ def permute(input, *dims, **kwargs):
 
 @rule('movedim', 'moveaxis')
 def movedim(input, source, destination):
-    numbers = torch.empty(tuple(range(input.ndim)), device='meta')      # each size says which it was
+    numbers = torch.empty(tuple(range(input.ndim)), device='meta')  # each size says which it was
     return permute(input, *numbers.movedim(source, destination).shape)
 
 
@@ -420,16 +496,18 @@ def squeeze(input, dim=None):
 def flatten(input, start_dim=0, end_dim=-1):
     a, b = dims_of(input, (start_dim, end_dim))
     if a < b and a <= input.axis <= b:
-        need(input.shape[input.axis] == 1, 'flattens a map whose rows come in strips (pool it first)')
+        need(
+            input.shape[input.axis] == 1, 'flattens a map whose rows come in strips (pool it first)'
+        )
     shape = input.shape
-    return reshaped(input, (*shape[:a], prod(shape[a:b + 1]), *shape[b + 1:]))
+    return reshaped(input, (*shape[:a], prod(shape[a : b + 1]), *shape[b + 1 :]))
 
 
 @rule('unflatten')
 def unflatten(input, dim, sizes):
     dim = dim % input.ndim
     sizes = whole_shape(input.shape[dim], sizes)
-    return reshaped(input, (*input.shape[:dim], *sizes, *input.shape[dim + 1:]))
+    return reshaped(input, (*input.shape[:dim], *sizes, *input.shape[dim + 1 :]))
 
 
 @rule('reshape', 'view')
@@ -449,21 +527,24 @@ def view_as(input, other):
 def whole_shape(numbers: int, shape) -> tuple:
     "`shape` of so many `numbers`, with its -1 filled in."
     shape = tuple(shape)
-    return tuple(numbers//-prod(shape) if size == -1 else size for size in shape)
+    return tuple(numbers // -prod(shape) if size == -1 else size for size in shape)
 
 
 def kept_dimension(shape, target, d: int) -> int | None:
     """Where dimension `d` of a `shape` is after a reshape to `target`; None if it is mixed with
     others. Of several dimensions of size 1, the one that is as far from the end."""
-    found = [e for e, size in enumerate(target)
-             if size == shape[d] and prod(target[:e]) == prod(shape[:d])]
+    found = [
+        e
+        for e, size in enumerate(target)
+        if size == shape[d] and prod(target[:e]) == prod(shape[:d])
+    ]
     return min(found, key=lambda e: abs((len(target) - e) - (len(shape) - d)), default=None)
 
 
 def split_dimension(shape, target, d: int) -> tuple | None:
     "As space-to-depth by views: dimension `d` becomes two, of which the second is small."
     for e, (size, block) in enumerate(zip(target, target[1:])):
-        if size*block == shape[d] and block > 1 and prod(target[:e]) == prod(shape[:d]):
+        if size * block == shape[d] and block > 1 and prod(target[:e]) == prod(shape[:d]):
             return e, Window(block, block), 1, block
     return None
 
@@ -472,7 +553,7 @@ def merged_dimension(shape, target, d: int) -> tuple | None:
     "As depth-to-space by views: dimension `d` takes in the one behind it."
     block = shape[d + 1] if d + 1 < len(shape) else 1
     for e, size in enumerate(target):
-        if size == shape[d]*block and block > 1 and prod(target[:e]) == prod(shape[:d]):
+        if size == shape[d] * block and block > 1 and prod(target[:e]) == prod(shape[:d]):
             return e, Spread(block, block), block, 1
     return None
 
@@ -499,12 +580,13 @@ def reshaped(input: Map, target) -> Op:
     def run(region, x):
         sizes = list(target)
         for d, (e, _, more, fewer) in moved:
-            sizes[e] = x.shape[d]*more//fewer
+            sizes[e] = x.shape[d] * more // fewer
         y = x.reshape(sizes)
         for (d, (e, window, _, _)), side in zip(moved, region.sides):
             if isinstance(window, Spread):
                 y = y.narrow(e, side.skip, side.count)
         return y
+
     out = Rows(len(target), along[0], beside[0] if beside else None)
     return Op(run, [input], out, along[1], beside[1] if beside else None, alias=True)
 
@@ -547,8 +629,10 @@ def repeat(input, *sizes):
 
 @rule('repeat_interleave')
 def repeat_interleave(input, repeats, dim=None):
-    need(isinstance(repeats, int) and dim is not None and input.axis not in dims_of(input, dim),
-         'repeats rows')
+    need(
+        isinstance(repeats, int) and dim is not None and input.axis not in dims_of(input, dim),
+        'repeats rows',
+    )
     run = lambda region, x: x.repeat_interleave(repeats, dim)
     return Op(run, [input], input.rows, across=beside(input, dims_of(input, dim)))
 
@@ -560,6 +644,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def sum_or_mean(mean: bool):
     "The rule of a sum or a mean over some dimensions."
+
     def rule(function, input, dim=None, keepdim=False, dtype=None, axis=None, keepdims=False):
         dim, keepdim = axis if dim is None else dim, keepdim or keepdims
         dims = dims_of(input, dim)
@@ -573,11 +658,14 @@ def sum_or_mean(mean: bool):
             kind = dtype or (wide(x.dtype) if x.is_floating_point() else None)
             new = x.sum(dims, keepdim, dtype=kind)
             if mean:
-                new = new/count
+                new = new / count
             return new if total is None else total + new
+
         return Reduction(add, [input], dtype=dtype)
+
     rule.gets_function = True
     return rule
+
 
 rules['sum'], rules['mean'] = sum_or_mean(False), sum_or_mean(True)
 
@@ -592,8 +680,10 @@ def adaptive_avg_pool2d(input, output_size):
 def adaptive_max_pool2d(input, output_size, return_indices=False):
     need_image(input)
     need(not return_indices, 'returns indices into the whole map')
-    need(input.axis == 2 or pair(output_size)[1] is None,
-         'takes of equal maxima the first in reading order, row by row')
+    need(
+        input.axis == 2 or pair(output_size)[1] is None,
+        'takes of equal maxima the first in reading order, row by row',
+    )
     return adaptive(input, output_size, F.adaptive_max_pool2d, add_maxima)
 
 
@@ -607,7 +697,7 @@ def adaptive(input, output_size, function, add_bins):
         run = lambda region, x: function(x, output_size)
         return Op(run, [input], input.rows, across=None)
     height, width = input.shape[input.axis], beside or input.shape[input.across]
-    bins = [(i*height//count, -(-(i + 1)*height//count)) for i in range(count)]
+    bins = [(i * height // count, -(-(i + 1) * height // count)) for i in range(count)]
 
     def part(first, stop, height):
         if count == 1:
@@ -619,6 +709,7 @@ def adaptive(input, output_size, function, add_bins):
             x, total = x.transpose(2, 3), None if total is None else total.transpose(2, 3)
         total = add_bins(total, part, x, [b - a for a, b in bins], width)
         return total.transpose(2, 3) if input.axis == 3 else total
+
     return Reduction(add, [input], part=part, positional=count > 1)
 
 
@@ -629,9 +720,9 @@ def add_means(total, part, x, heights, width):
         x = F.adaptive_avg_pool2d(x.to(kind), (None, width))
     found = []
     for i, ((low, high, _), rows) in enumerate(zip(part, heights)):
-        dims, count = ((2, 3), rows*columns) if width == 1 else (2, rows)
-        new = x[:, :, low:max(high, low)].sum(dims, keepdim=True, dtype=kind)/count
-        found.append(new if total is None else total[:, :, i:i + 1] + new)
+        dims, count = ((2, 3), rows * columns) if width == 1 else (2, rows)
+        new = x[:, :, low : max(high, low)].sum(dims, keepdim=True, dtype=kind) / count
+        found.append(new if total is None else total[:, :, i : i + 1] + new)
     return found[0] if len(found) == 1 else torch.cat(found, 2)
 
 
@@ -639,7 +730,7 @@ def add_maxima(total, part, x, heights, width):
     "The maxima of bins with the rows `x` besides."
     found = []
     for i, (low, high, begun) in enumerate(part):
-        old = total[:, :, i:i + 1] if total is not None else None
+        old = total[:, :, i : i + 1] if total is not None else None
         if low >= high:
             found.append(x.new_zeros(*x.shape[:2], 1, width) if old is None else old)
             continue
@@ -672,24 +763,29 @@ def matmul(input, other):
     x, matrix, summed = (input, other, 1) if isinstance(input, Map) else (other, input, 2)
     need(matrix.ndim == 2 and x.ndim > 2 and x.axis != x.ndim - summed, why)
 
-    def run(region, x, matrix):     # as matmul, which rounds in another way if a gradient is wanted
+    def run(region, x, matrix):  # as matmul, which rounds in another way if a gradient is wanted
         x, matrix = (x, matrix) if summed == 1 else (x.mT, matrix.mT)
         y = (x.flatten(0, -2) @ matrix).view(*x.shape[:-1], -1)
         return y if summed == 1 else y.mT
+
     return Op(run, [x, matrix], x.rows, across=beside(x, [x.ndim - summed]))
 
 
 @rule('scaled_dot_product_attention')
-def attention(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, **kwargs):
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
     why = 'attends over all positions'
     maps = query, key, value
-    need(all(isinstance(t, Map) for t in maps) and not dropout_p and not kwargs.get('enable_gqa'), why)
+    need(
+        all(isinstance(t, Map) for t in maps) and not dropout_p and not kwargs.get('enable_gqa'),
+        why,
+    )
     out, across = kept_apart(maps, why)
     tensors = [*maps] if attn_mask is None else [*maps, attn_mask]
-    joined([query, *tensors[3:]])       # which refuses a mask that differs from row to row
+    joined([query, *tensors[3:]])  # which refuses a mask that differs from row to row
 
     def run(region, query, key, value, mask=None):
-        return F.scaled_dot_product_attention(query, key, value, mask, 0., is_causal, **kwargs)
+        return F.scaled_dot_product_attention(query, key, value, mask, 0.0, is_causal, **kwargs)
+
     return Op(run, tensors, out, across=across)
 
 
@@ -702,11 +798,16 @@ def einsum(equation, *operands):
     terms = inputs.split(',')
     pairs = [(term, x) for term, x in zip(terms, operands) if isinstance(x, Map)]
     rows = {(term[x.axis], x.shape[x.axis]) for term, x in pairs}
-    widths = {None if x.across is None else (term[x.across], x.shape[x.across]) for term, x in pairs}
+    widths = {
+        None if x.across is None else (term[x.across], x.shape[x.across]) for term, x in pairs
+    }
     need(len(rows) == 1, why)
-    (row, _), = rows
-    need(out.count(row) == 1 and all(term.count(row) == isinstance(x, Map)
-                                     for term, x in zip(terms, operands)), why)
+    ((row, _),) = rows
+    need(
+        out.count(row) == 1
+        and all(term.count(row) == isinstance(x, Map) for term, x in zip(terms, operands)),
+        why,
+    )
     side = widths.pop() if len(widths) == 1 else None
     alone = side and out.count(side[0]) == 1 and inputs.count(side[0]) == len(pairs)
     where = Rows(len(out), out.index(row), out.index(side[0]) if alone else None)

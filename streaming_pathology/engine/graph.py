@@ -36,12 +36,13 @@ from .windows import StreamingError
 @dataclass(eq=False)
 class Value:
     "A tensor of the network, without its content."
+
     name: str
     shape: tuple
     dtype: torch.dtype
-    path: str | None = None     # of a parameter or a buffer: its name in the network
-    memory: int = 0             # values that share memory have the same number
-    fill: float | None = None   # the number that all of it is, if that is known
+    path: str | None = None  # of a parameter or a buffer: its name in the network
+    memory: int = 0  # values that share memory have the same number
+    fill: float | None = None  # the number that all of it is, if that is known
 
     @property
     def ndim(self) -> int:
@@ -58,18 +59,19 @@ class Call:
     `args` and `kwargs` are those of the function with a `Value` in the place of each tensor;
     `name` is the function's, without the underscores of operators and in-place variants.
     """
+
     function: Callable
     name: str
     args: tuple
     kwargs: dict
     outputs: tuple = ()
-    several: bool = False       # the function returns a tuple or list
-    inplace: bool = False       # it writes into its first argument and returns it
-    writes: tuple = ()          # the memory of the arguments into which it writes
-    grad: bool = True           # gradients were enabled
-    layer: str = ''             # path of the layer in the network
-    kind: str = ''              # class of the layer
-    line: str = ''              # where the call stands in the source
+    several: bool = False  # the function returns a tuple or list
+    inplace: bool = False  # it writes into its first argument and returns it
+    writes: tuple = ()  # the memory of the arguments into which it writes
+    grad: bool = True  # gradients were enabled
+    layer: str = ''  # path of the layer in the network
+    kind: str = ''  # class of the layer
+    line: str = ''  # where the call stands in the source
 
     @property
     def inputs(self) -> list:
@@ -91,10 +93,11 @@ class Call:
 @dataclass(eq=False)
 class Graph:
     "All calls of a network in the order in which they ran."
+
     image: Value
     calls: list
-    output: object              # what forward returns, with a `Value` for each tensor
-    grad: bool                  # gradients were enabled
+    output: object  # what forward returns, with a `Value` for each tensor
+    grad: bool  # gradients were enabled
 
 # %% ../../nbs/engine/02_graph.ipynb #923e4a7c
 def found_in(structure, kinds) -> list:
@@ -162,14 +165,53 @@ def plain_name(function) -> str:
     return name.rstrip('_') or name
 
 # %% ../../nbs/engine/02_graph.ipynb #a0717778
-harmless = {'dim', 'size', 'numel', 'nelement', 'stride', 'is_floating_point', 'is_complex',
-            'is_contiguous', '__len__', '__hash__', '__repr__', '__format__', 'element_size'}
-modes = {'_set_grad_enabled', 'set_autocast_enabled', 'set_autocast_dtype', 'is_grad_enabled',
-         'autocast_increment_nesting', 'autocast_decrement_nesting', 'clear_autocast_cache',
-         'set_autocast_cache_enabled', '_has_compatible_shallow_copy_type', '_parse_to'}
-values_asked = {'__bool__', '__float__', '__int__', '__index__', '__complex__', '__contains__',
-                'item', 'tolist', 'numpy', '__array__', 'is_nonzero', 'equal', 'allclose',
-                'data_ptr', 'cpu', 'cuda', 'storage', 'untyped_storage'}
+harmless = {
+    'dim',
+    'size',
+    'numel',
+    'nelement',
+    'stride',
+    'is_floating_point',
+    'is_complex',
+    'is_contiguous',
+    '__len__',
+    '__hash__',
+    '__repr__',
+    '__format__',
+    'element_size',
+}
+modes = {
+    '_set_grad_enabled',
+    'set_autocast_enabled',
+    'set_autocast_dtype',
+    'is_grad_enabled',
+    'autocast_increment_nesting',
+    'autocast_decrement_nesting',
+    'clear_autocast_cache',
+    'set_autocast_cache_enabled',
+    '_has_compatible_shallow_copy_type',
+    '_parse_to',
+}
+values_asked = {
+    '__bool__',
+    '__float__',
+    '__int__',
+    '__index__',
+    '__complex__',
+    '__contains__',
+    'item',
+    'tolist',
+    'numpy',
+    '__array__',
+    'is_nonzero',
+    'equal',
+    'allclose',
+    'data_ptr',
+    'cpu',
+    'cuda',
+    'storage',
+    'untyped_storage',
+}
 
 
 def type_name(tensor: torch.Tensor, device: torch.device) -> str:
@@ -184,15 +226,20 @@ answers = {
     'is_cpu': lambda tensor, device: device.type == 'cpu',
     'is_meta': lambda tensor, device: False,
     'get_device': lambda tensor, device: -1 if device.type == 'cpu' else device.index or 0,
-    'type': type_name}
+    'type': type_name,
+}
 
 # %% ../../nbs/engine/02_graph.ipynb #782597a4
-low_precision = set('prelu conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear '
-                    'matmul mm bmm mv addmm addbmm addmv baddbmm einsum '
-                    'scaled_dot_product_attention'.split())
-wide_on_cuda = set('exp expm1 log log2 log10 log1p pow reciprocal rsqrt acos asin tan cosh sinh '
-                   'softplus softmax softmin log_softmax layer_norm group_norm norm normalize cumsum '
-                   'cumprod prod sum cosine_similarity'.split())
+low_precision = set(
+    'prelu conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear '
+    'matmul mm bmm mv addmm addbmm addmv baddbmm einsum '
+    'scaled_dot_product_attention'.split()
+)
+wide_on_cuda = set(
+    'exp expm1 log log2 log10 log1p pow reciprocal rsqrt acos asin tan cosh sinh '
+    'softplus softmax softmin log_softmax layer_norm group_norm norm normalize cumsum '
+    'cumprod prod sum cosine_similarity'.split()
+)
 
 
 def autocast_type(device: torch.device) -> torch.dtype | None:
@@ -231,14 +278,18 @@ def as_under_autocast(name: str, args, kwargs, device: torch.device):
         if tensor.is_floating_point() and tensor.dtype != torch.float64:
             return tensor.to(dtype)
         return tensor
+
     return replaced((args, kwargs), torch.Tensor, cast)
 
 
 def precision_modes() -> tuple:
     "Whether gradients and autocast are on, and to which types."
     types = ('cpu', 'cuda')
-    return (torch.is_grad_enabled(), *map(torch.is_autocast_enabled, types),
-            *map(torch.get_autocast_dtype, types))
+    return (
+        torch.is_grad_enabled(),
+        *map(torch.is_autocast_enabled, types),
+        *map(torch.get_autocast_dtype, types),
+    )
 
 # %% ../../nbs/engine/02_graph.ipynb #d561515b
 def memory_of(tensor: torch.Tensor) -> int:
@@ -248,7 +299,9 @@ def memory_of(tensor: torch.Tensor) -> int:
 
 def is_users(file: str) -> bool:
     "Whether a source file is neither PyTorch's nor this module's."
-    return file != is_users.__code__.co_filename and not file.startswith(str(Path(torch.__file__).parent))
+    return file != is_users.__code__.co_filename and not file.startswith(
+        str(Path(torch.__file__).parent)
+    )
 
 
 def caller() -> str:
@@ -264,7 +317,9 @@ def caller() -> str:
 def line_of(error: Exception) -> str:
     "File and line of the user's code in which `error` was raised."
     frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
-    return f'{Path(frames[-1].filename).name}, line {frames[-1].lineno}' if frames else 'unknown line'
+    return (
+        f'{Path(frames[-1].filename).name}, line {frames[-1].lineno}' if frames else 'unknown line'
+    )
 
 
 def function_applied() -> str | None:
@@ -282,13 +337,14 @@ def function_applied() -> str | None:
 class Recorder(TorchFunctionMode):
     """Records the calls of the thread in which it is active. `device` is the one that the meta
     device stands for; after `seconds` tracing is given up."""
-    def __init__(self, device: torch.device, seconds: float = 60.):
+
+    def __init__(self, device: torch.device, seconds: float = 60.0):
         super().__init__()
         self.device, self.seconds, self.began = device, seconds, time.monotonic()
         self.modes = precision_modes()
         self.calls, self.known, self.layers, self.names = [], {}, [('', 'the network')], {}
         self.running = 'nothing'
-        self.ends = set()       # where the gradient of a function of the user's own begins
+        self.ends = set()  # where the gradient of a function of the user's own begins
 
     def note(self, tensor: torch.Tensor, value: Value) -> Value:
         "From now on `tensor` stands for `value`."
@@ -298,12 +354,16 @@ class Recorder(TorchFunctionMode):
     def value(self, tensor: torch.Tensor) -> Value:
         "What `tensor` stands for."
         if id(tensor) not in self.known:
-            raise StreamingError(f'{self.where()} uses a tensor that is neither a parameter nor a '
-                                 'buffer: register_buffer it, or use a number.')
+            raise StreamingError(
+                f'{self.where()} uses a tensor that is neither a parameter nor a '
+                'buffer: register_buffer it, or use a number.'
+            )
         _, value, version = self.known[id(tensor)]
         if tensor._version != version:
-            raise StreamingError(f'{self.where()} reads a map of which a view was changed in place: '
-                                 'make the change out of place.')
+            raise StreamingError(
+                f'{self.where()} reads a map of which a view was changed in place: '
+                'make the change out of place.'
+            )
         return value
 
     def where(self, line: str | None = None) -> str:
@@ -322,13 +382,15 @@ class Recorder(TorchFunctionMode):
             return answers[name](args[0], self.device)
         if name in values_asked:
             self.running = name.strip('_')
-            raise StreamingError(f'{self.where()} asks for the value of a tensor ({name.strip("_")}), '
-                                 'which is not known when the network is traced: decide by a shape '
-                                 'or an option instead.')
+            raise StreamingError(
+                f'{self.where()} asks for the value of a tensor ({name.strip("_")}), '
+                'which is not known when the network is traced: decide by a shape '
+                'or an option instead.'
+            )
         if name == '__iter__':
             return iter(self.recorded(torch.Tensor.unbind, args, kwargs))
         if name == 'data' and len(args) == 1 and self.value(args[0]).path is None:
-            function = torch.Tensor.detach      # which counts what is written into the result
+            function = torch.Tensor.detach  # which counts what is written into the result
         if name in ('new_empty', 'new_zeros', 'new_ones', 'new_full'):
             return self.new_like(name, *args, **kwargs)
         return self.recorded(function, args, kwargs)
@@ -348,17 +410,28 @@ class Recorder(TorchFunctionMode):
         out = self.run(function, args, kwargs)
         results = tensors_in(out)
         changed = [t for t in given if t._version != self.known[id(t)][2]]
-        fresh = [t for t in results if id(t) not in self.known or t._version != self.known[id(t)][2]]
+        fresh = [
+            t for t in results if id(t) not in self.known or t._version != self.known[id(t)][2]
+        ]
         if not fresh and not changed:
             self.check_harmless(function, given, out)
             return out
         name = plain_name(function)
         path, kind = self.layers[-1]
         returned = any(t is r for t in changed for r in results)
-        call = Call(function, name, *values, several=not isinstance(out, torch.Tensor), layer=path,
-                    kind=kind, inplace=returned, writes=tuple(map(memory_of, changed)), grad=self.grad_mode(),
-                    line='' if path else caller())
-        for tensor in changed:          # written on the side, as running statistics are
+        call = Call(
+            function,
+            name,
+            *values,
+            several=not isinstance(out, torch.Tensor),
+            layer=path,
+            kind=kind,
+            inplace=returned,
+            writes=tuple(map(memory_of, changed)),
+            grad=self.grad_mode(),
+            line='' if path else caller(),
+        )
+        for tensor in changed:  # written on the side, as running statistics are
             self.note(tensor, self.known[id(tensor)][1]).fill = None
         call.outputs = tuple(self.note(t, self.named(name, path, t)) for t in results)
         if name in ('zeros', 'ones') and 'out' not in kwargs:
@@ -374,8 +447,10 @@ class Recorder(TorchFunctionMode):
         works_in_place = name.endswith('_') and not name.endswith('__')
         if given and (out is None or works_in_place or isinstance(out, RemovableHandle)):
             name = f'{raw_name(function)} = ' if name == '__set__' else name
-            raise StreamingError(f'{self.where()} calls {name}, which changes a tensor or its gradient '
-                                 'in a way that a trace does not keep: compute a new tensor instead.')
+            raise StreamingError(
+                f'{self.where()} calls {name}, which changes a tensor or its gradient '
+                'in a way that a trace does not keep: compute a new tensor instead.'
+            )
 
     def named(self, name, path, tensor) -> Value:
         "A new value for `tensor`, called after its function and its layer."
@@ -390,11 +465,15 @@ class Recorder(TorchFunctionMode):
         if modes == self.modes:
             return modes[0]
         if function := function_applied():
-            raise StreamingError(f'{self.where()} calls the torch.autograd.Function {function}, whose '
-                                 'backward a trace does not keep: use functions of PyTorch.')
+            raise StreamingError(
+                f'{self.where()} calls the torch.autograd.Function {function}, whose '
+                'backward a trace does not keep: use functions of PyTorch.'
+            )
         if modes[1:] != self.modes[1:] or modes[0]:
-            raise StreamingError(f'{self.where()} switches gradients or autocast on or off, which a '
-                                 'trace does not keep: switch them outside of the network.')
+            raise StreamingError(
+                f'{self.where()} switches gradients or autocast on or off, which a '
+                'trace does not keep: switch them outside of the network.'
+            )
         return False
 
     def fixed(self) -> set:
@@ -414,8 +493,10 @@ class Recorder(TorchFunctionMode):
     def run(self, function, args, kwargs):
         "The results of a call on the meta device."
         if time.monotonic() - self.began > self.seconds:
-            raise StreamingError(f'{self.where()} is reached only after {self.seconds:.0f} s of '
-                                 'tracing: stream a smaller part of the network.')
+            raise StreamingError(
+                f'{self.where()} is reached only after {self.seconds:.0f} s of '
+                'tracing: stream a smaller part of the network.'
+            )
         args, kwargs = as_under_autocast(plain_name(function), args, kwargs, self.device)
         args, kwargs = replaced((args, kwargs), torch.device, lambda device: torch.device('meta'))
         if plain_name(function) == 'to':
@@ -428,6 +509,7 @@ class Recorder(TorchFunctionMode):
 # %% ../../nbs/engine/02_graph.ipynb #e894ba61
 class Same:
     "Equal to itself only. It holds the object, or its address might be given to another one."
+
     def __init__(self, held):
         self.held = held
 
@@ -465,9 +547,13 @@ def class_settings(classes: dict) -> dict:
     found = {}
     for kind in dict.fromkeys(base for each in classes for base in each.__mro__):
         if not kind.__module__.startswith(('torch', 'builtins')):
-            found[kind] = {key: comparable(value) for key, value in vars(kind).items()
-                           if not key.startswith('__') and isinstance(value, PLAIN)}
+            found[kind] = {
+                key: comparable(value)
+                for key, value in vars(kind).items()
+                if not key.startswith('__') and isinstance(value, PLAIN)
+            }
     return found
+
 
 PLAIN = bool, int, float, str, tuple, list, dict, type(None)
 
@@ -478,7 +564,9 @@ def fingerprint(module: nn.Module) -> list:
     be streamed anew."""
     found = []
     for layer in module.modules():
-        state = {key: comparable(value) for key, value in layer.__dict__.items() if key != '_buffers'}
+        state = {
+            key: comparable(value) for key, value in layer.__dict__.items() if key != '_buffers'
+        }
         buffers = layer.__dict__['_buffers'].items()
         state['_buffers'] = {k: b if b is None else (b.shape, b.dtype) for k, b in buffers}
         found.append((type(layer), state))
@@ -508,18 +596,25 @@ def check_network(module: nn.Module):
     for path, layer in module.named_modules():
         name = f"layer '{path}' ({type(layer).__name__})" if path else type(layer).__name__
         if isinstance(layer, torch.jit.ScriptModule):
-            raise StreamingError(f'{name} is a TorchScript module, whose forward cannot be followed: '
-                                 'give the nn.Module that it was made from.')
+            raise StreamingError(
+                f'{name} is a TorchScript module, whose forward cannot be followed: '
+                'give the nn.Module that it was made from.'
+            )
         if hasattr(layer, '_orig_mod'):
-            raise StreamingError(f'{name} was compiled by torch.compile: give the network inside, '
-                                 'its _orig_mod.')
+            raise StreamingError(
+                f'{name} was compiled by torch.compile: give the network inside, its _orig_mod.'
+            )
         if isinstance(layer, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise StreamingError(f'{name} is wrapped for several devices: stream its .module, and '
-                                 'wrap the streamed network.')
+            raise StreamingError(
+                f'{name} is wrapped for several devices: stream its .module, and '
+                'wrap the streamed network.'
+            )
         hooks = ('forward', 'forward_pre', 'backward', 'backward_pre')
         if any(getattr(layer, f'_{hook}_hooks', None) for hook in hooks):
-            raise StreamingError(f'{name} has hooks, which would see strips instead of the whole: '
-                                 'remove them, or use torch.nn.utils.parametrizations.')
+            raise StreamingError(
+                f'{name} has hooks, which would see strips instead of the whole: '
+                'remove them, or use torch.nn.utils.parametrizations.'
+            )
     check_signature(module)
 
 
@@ -532,8 +627,10 @@ def check_signature(module: nn.Module):
     try:
         signature.bind(None)
     except TypeError:
-        raise StreamingError(f'{type(module).__name__}.forward{signature} does not take exactly one '
-                             'input: only networks of one image can be streamed.') from None
+        raise StreamingError(
+            f'{type(module).__name__}.forward{signature} does not take exactly one '
+            'input: only networks of one image can be streamed.'
+        ) from None
 
 
 def random_state() -> tuple:
@@ -552,18 +649,21 @@ def no_numbers_drawn():
     before = random_state()
     yield
     if random_state() != before:
-        raise Drawn('forward draws random numbers of Python or NumPy, which a trace would draw only '
-                    'once: use a layer such as nn.Dropout; or another thread draws them meanwhile: '
-                    'give it a generator of its own, or stream the first image before it starts.')
+        raise Drawn(
+            'forward draws random numbers of Python or NumPy, which a trace would draw only '
+            'once: use a layer such as nn.Dropout; or another thread draws them meanwhile: '
+            'give it a generator of its own, or stream the first image before it starts.'
+        )
 
 # %% ../../nbs/engine/02_graph.ipynb #5eab4202
 @dataclass(frozen=True)
 class ImageSpec:
     "What a trace has to know of an image."
+
     shape: tuple
     dtype: torch.dtype
     device: torch.device
-    wanted: bool = False        # its gradient is wanted
+    wanted: bool = False  # its gradient is wanted
     channels_last: bool = False
 
     def empty(self) -> torch.Tensor:
@@ -573,13 +673,13 @@ class ImageSpec:
         return image.requires_grad_(self.wanted and self.dtype.is_floating_point).clone()
 
 
-def trace(module: nn.Module, image: ImageSpec, seconds: float = 60.) -> Graph:
+def trace(module: nn.Module, image: ImageSpec, seconds: float = 60.0) -> Graph:
     """The calls of `module` on `image`, as it is now.
 
     Raises `StreamingError` where something would be lost, and `Drawn` where random numbers were.
     """
     check_network(module)
-    for attempt in range(4):        # another thread may have drawn the numbers
+    for attempt in range(4):  # another thread may have drawn the numbers
         try:
             with no_numbers_drawn():
                 return traced(module, image, seconds)
@@ -633,11 +733,15 @@ def recorded_forward(network, x, recorder, module, image):
         why = (str(e).splitlines() or [''])[0] or type(e).__name__
         where = recorder.where(line_of(e))
         if too_small(module, image, recorder):
-            raise StreamingError(f'An image of {image.shape[2]} x {image.shape[3]} pixels is too '
-                                 f'small: {where} gets too little to give any output '
-                                 f'({why}); pad the image.') from e
-        raise StreamingError(f'{where} cannot take what an image of shape '
-                             f'{tuple(image.shape)} and type {image.dtype} gives it: {why}') from e
+            raise StreamingError(
+                f'An image of {image.shape[2]} x {image.shape[3]} pixels is too '
+                f'small: {where} gets too little to give any output '
+                f'({why}); pad the image.'
+            ) from e
+        raise StreamingError(
+            f'{where} cannot take what an image of shape '
+            f'{tuple(image.shape)} and type {image.dtype} gives it: {why}'
+        ) from e
 
 
 def too_small(module, image, recorder) -> bool:
@@ -658,15 +762,19 @@ def check_unchanged(network, before, recorder):
     "Refuse a forward that changes attributes of its layers, which happens in a copy here."
     hooks = ('_forward_hooks', '_forward_pre_hooks')
     fixed = recorder.fixed()
-    for (_, old), (path, layer), (_, new) in zip(before, network.named_modules(), fingerprint(network)):
+    for (_, old), (path, layer), (_, new) in zip(
+        before, network.named_modules(), fingerprint(network)
+    ):
         for key in dict.fromkeys((*old, *new)):
             was_empty = old.get(key) == {} and key not in ('_parameters', '_buffers')
             if was_empty and recorder.is_cache(layer.__dict__.get(key), fixed):
                 continue
             if not key.startswith(hooks) and old.get(key) != new.get(key):
                 name = f"layer '{path}' ({type(layer).__name__})" if path else type(layer).__name__
-                raise StreamingError(f'{name} changes its {key} in forward, which would happen in a '
-                                     'trace only: return it, or do it outside of the network.')
+                raise StreamingError(
+                    f'{name} changes its {key} in forward, which would happen in a '
+                    'trace only: return it, or do it outside of the network.'
+                )
 
 
 def check_functions(out, recorder):
@@ -679,8 +787,10 @@ def check_functions(out, recorder):
         seen.add(node)
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             name = type(node).__name__.removesuffix('Backward')
-            raise StreamingError(f'forward calls the torch.autograd.Function {name}, whose backward '
-                                 'a trace does not keep: use functions of PyTorch.')
+            raise StreamingError(
+                f'forward calls the torch.autograd.Function {name}, whose backward '
+                'a trace does not keep: use functions of PyTorch.'
+            )
         left += [before for before, _ in node.next_functions]
 
 
@@ -692,5 +802,7 @@ def check_output(output, module):
         for part in output:
             check_output(part, module)
     elif not isinstance(output, (Value, bool, int, float, str, type(None))):
-        raise StreamingError(f'{type(module).__name__}.forward returns {type(output).__name__}: '
-                             'return tensors, or tuples, lists and dicts of them.')
+        raise StreamingError(
+            f'{type(module).__name__}.forward returns {type(output).__name__}: '
+            'return tensors, or tuples, lists and dicts of them.'
+        )

@@ -18,16 +18,29 @@ import torch
 from torch.nn import functional as F
 
 from .graph import Value, autocast_to, autocast_type
-from .rules import (Adjoint, Map, Op, Rows, beside, need, need_image,
-                                               of_one_row, pair, rule, windows)
+from streaming_pathology.engine.rules import (
+    Adjoint,
+    Map,
+    Op,
+    Rows,
+    beside,
+    need,
+    need_image,
+    of_one_row,
+    pair,
+    rule,
+    windows,
+)
 from .windows import Picks, Region, Spread, Window, pad_ends
 
 # %% ../../nbs/engine/03_layers.ipynb #eb772dad
 @cache
 def lacks(dtype: torch.dtype) -> bool:
     "Whether the CPU has no instructions to convolve in `dtype`."
-    supported = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-                 torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported}.get(dtype)
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }.get(dtype)
     return supported is not None and not supported()
 
 
@@ -47,8 +60,9 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     how = stride, dilation, groups, input.device
     tensors = [input, weight] if bias is None else [input, weight, bias]
     adjoint = Adjoint(lambda *given: convolve(*given, how=how), convolve_back, own=True)
-    along, across = windows(input, weight.shape[2:], stride, dilation,
-                            conv_padding(weight, padding, dilation))
+    along, across = windows(
+        input, weight.shape[2:], stride, dilation, conv_padding(weight, padding, dilation)
+    )
     run = lambda *given: convolve(*given, how=how)[0]
     return Op(run, tensors, input.rows, along, across, adjoint=adjoint)
 
@@ -74,8 +88,18 @@ def convolve_back(gradient, saved, wanted) -> tuple:
     types = x.dtype, *types
     masks = [wanted[0], wanted[1], len(wanted) > 2 and wanted[2]]
     found = torch.ops.aten.convolution_backward.default(
-        as_type(gradient, weight.dtype), as_type(region.pad(x), weight.dtype), weight, [len(weight)],
-        stride, region.padding, dilation, False, [0, 0], groups, masks)
+        as_type(gradient, weight.dtype),
+        as_type(region.pad(x), weight.dtype),
+        weight,
+        [len(weight)],
+        stride,
+        region.padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        masks,
+    )
     found = [as_type(gradient, dtype) for gradient, dtype in zip(found, types)]
     if found[0] is not None:
         found[0] = region.unpad(found[0])
@@ -93,13 +117,14 @@ def conv_padding(weight: Value, padding, dilation) -> list:
         padding = 0
     if padding != 'same':
         return [(p, p) for p in pair(padding)]
-    totals = [d*(k - 1) for k, d in zip(weight.shape[2:], dilation)]
-    return [(total//2, total - total//2) for total in totals]
+    totals = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation)]
+    return [(total // 2, total - total // 2) for total in totals]
 
 # %% ../../nbs/engine/03_layers.ipynb #256d518c
 @rule('max_pool2d')
-def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False,
-               return_indices=False):
+def max_pool2d(
+    input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
     need_image(input)
     need(not return_indices, 'returns indices into the whole map')
     kernel, stride, padding = pair(kernel_size), pair(stride or kernel_size), pair(padding)
@@ -107,20 +132,37 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
 
     def run(region, x):
         least = -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
-        return F.max_pool2d(region.pad(x, least), kernel, stride, region.padding, dilation, ceil_mode)
+        return F.max_pool2d(
+            region.pad(x, least), kernel, stride, region.padding, dilation, ceil_mode
+        )
+
     pads = [(p, p) for p in padding]
     return Op(run, [input], input.rows, *windows(input, kernel, stride, dilation, pads))
 
 
 @rule('avg_pool2d')
-def avg_pool2d(input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
-               divisor_override=None):
+def avg_pool2d(
+    input,
+    kernel_size,
+    stride=None,
+    padding=0,
+    ceil_mode=False,
+    count_include_pad=True,
+    divisor_override=None,
+):
     need_image(input)
     kernel, stride, padding = pair(kernel_size), pair(stride or kernel_size), pair(padding)
 
     def run(region, x):
-        y = F.avg_pool2d(region.pad(x), kernel, stride, region.padding, ceil_mode, count_include_pad,
-                         divisor_override)
+        y = F.avg_pool2d(
+            region.pad(x),
+            kernel,
+            stride,
+            region.padding,
+            ceil_mode,
+            count_include_pad,
+            divisor_override,
+        )
         if divisor_override:
             return y
         for side in region.padded:
@@ -128,19 +170,20 @@ def avg_pool2d(input, kernel_size, stride=None, padding=0, ceil_mode=False, coun
             edge = padding[d] if count_include_pad else 0
             y = counted_anew(y, side, kernel[d], stride[d], edge)
         return y
+
     pads = [(p, p) for p in padding]
     return Op(run, [input], input.rows, *windows(input, kernel, stride, 1, pads))
 
 
 def counted_anew(y, side, kernel, stride, edge):
     "Averages `y` over `kernel` positions, as averages over those that are not beyond `edge`."
-    first = torch.arange(side.count, device=y.device)*stride
+    first = torch.arange(side.count, device=y.device) * stride
     before, after = side.filled
-    length = (side.count - 1)*stride + kernel
+    length = (side.count - 1) * stride + kernel
     low, high = max(before - edge, 0), length - max(after - edge, 0)
     counted = (first + kernel).clamp(max=high) - first.clamp(min=low)
-    shape = [-1] + [1]*(y.ndim - 1 - side.axis)
-    return y*(kernel/counted.view(shape).double()).to(y.dtype)
+    shape = [-1] + [1] * (y.ndim - 1 - side.axis)
+    return y * (kernel / counted.view(shape).double()).to(y.dtype)
 
 # %% ../../nbs/engine/03_layers.ipynb #4aea87cc
 @rule('lp_pool2d')
@@ -182,8 +225,9 @@ def spreads(x: Map, reach, factor, before) -> tuple:
 
 
 @rule('conv_transpose2d')
-def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1,
-                     dilation=1):
+def conv_transpose2d(
+    input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+):
     need_image(input)
     need(isinstance(weight, Value), 'has a weight that depends on the image')
     stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
@@ -192,24 +236,34 @@ def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_paddi
         y = F.conv_transpose2d(x, weight, None, stride, 0, 0, groups, dilation)
         y = crop(region, y, padding)
         return y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype)
-    reach = [(k - 1)*d + 1 for k, d in zip(weight.shape[2:], dilation)]
+
+    reach = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], dilation)]
     tensors = [input, weight] if bias is None else [input, weight, bias]
     return Op(run, tensors, input.rows, *spreads(input, reach, stride, padding))
 
 
 @rule('interpolate', 'upsample')
-def interpolate(input, size=None, scale_factor=None, mode='nearest', align_corners=None,
-                recompute_scale_factor=None, antialias=False):
+def interpolate(
+    input,
+    size=None,
+    scale_factor=None,
+    mode='nearest',
+    align_corners=None,
+    recompute_scale_factor=None,
+    antialias=False,
+):
     need_image(input)
     need(not antialias, 'interpolates with antialias=True, which has no rule')
     if mode == 'area' and size is not None:
         parts = [Fraction(old, new) for new, old in zip(pair(size), input.shape[2:])]
         need(all(n.denominator == 1 for n in parts), 'averages over areas of different sizes')
         return avg_pool2d(input, tuple(map(int, parts)))
-    need(mode in ('nearest', 'nearest-exact', 'bilinear', 'bicubic'),
-         f'interpolates with mode={mode!r}, which has no rule')
+    need(
+        mode in ('nearest', 'nearest-exact', 'bilinear', 'bicubic'),
+        f'interpolates with mode={mode!r}, which has no rule',
+    )
     if recompute_scale_factor:
-        size = [int(n*f) for n, f in zip(input.shape[2:], factors_of(scale_factor))]
+        size = [int(n * f) for n, f in zip(input.shape[2:], factors_of(scale_factor))]
     if size is not None:
         factor = [Fraction(new, old) for new, old in zip(pair(size), input.shape[2:])]
     else:
@@ -223,15 +277,16 @@ def interpolate(input, size=None, scale_factor=None, mode='nearest', align_corne
 
     def run(region, x):
         return crop(region, F.interpolate(x, None, scale, mode, align_corners))
+
     taps = {'bilinear': 2, 'bicubic': 4}.get(mode, 1)
-    reach = [taps*f + (taps > 1) for f in factor]
-    before = [(taps//2 - 1)*f + (f + 1)//2 if taps > 1 else 0 for f in factor]
+    reach = [taps * f + (taps > 1) for f in factor]
+    before = [(taps // 2 - 1) * f + (f + 1) // 2 if taps > 1 else 0 for f in factor]
     return Op(run, [input], input.rows, *spreads(input, reach, factor, before))
 
 
 def factors_of(scale_factor) -> tuple:
     "By how much rows and columns are scaled."
-    return tuple(scale_factor) if isinstance(scale_factor, (tuple, list)) else (scale_factor,)*2
+    return tuple(scale_factor) if isinstance(scale_factor, (tuple, list)) else (scale_factor,) * 2
 
 
 @rule('pixel_shuffle')
@@ -250,16 +305,19 @@ def pixel_unshuffle(input, downscale_factor):
 # %% ../../nbs/engine/03_layers.ipynb #c9422f25
 def by_fractions(input: Map, size, scale_factor, mode: str, align_corners) -> Op:
     "An interpolation whose output rows lie anywhere between input rows."
-    need(input.dtype.is_floating_point or mode.startswith('nearest'), 'rounds means to whole numbers')
+    need(
+        input.dtype.is_floating_point or mode.startswith('nearest'), 'rounds means to whole numbers'
+    )
     scales = None if size is not None else [float(f) for f in factors_of(scale_factor)]
-    sizes = pair(size) if scales is None else [int(n*f) for n, f in zip(input.shape[2:], scales)]
+    sizes = pair(size) if scales is None else [int(n * f) for n, f in zip(input.shape[2:], scales)]
 
     def stretched(x, d):
         "`x` interpolated along its dimension `d` alone."
-        change = [1., 1.] if scales else list(x.shape[2:])
+        change = [1.0, 1.0] if scales else list(x.shape[2:])
         change[d - 2] = (scales or sizes)[d - 2]
         how = {'scale_factor' if scales else 'size': tuple(change)}
         return F.interpolate(x, **how, mode=mode, align_corners=align_corners)
+
     rows, columns = (taps_of(input, d, sizes, stretched) for d in (input.axis, input.across))
     picks = picks_of(input.shape[input.axis], *rows)
     rows, columns = ([table.tolist() for table in tables] for tables in (rows, columns))
@@ -271,6 +329,7 @@ def by_fractions(input: Map, size, scale_factor, mode: str, align_corners) -> Op
         first, count = region.along.skip, region.along.count
         y = summed(y, input.axis, *rows, first, count, picks.lows[first])
         return summed(y, input.across, *columns, 0, sizes[input.across - 2], 0).to(x.dtype)
+
     return Op(run, [input], input.rows, picks, None)
 
 
@@ -278,11 +337,11 @@ def summed(x, d: int, numbers, weights, first: int, count: int, low: int):
     "Rows `first` on of an interpolation along dimension `d`; `x` has the input rows from `low` on."
     total = None
     for number, weight in zip(numbers, weights):
-        at = torch.tensor(number[first:first + count], device=x.device) - low
+        at = torch.tensor(number[first : first + count], device=x.device) - low
         part = x.index_select(d, at)
         if len(numbers) > 1:
-            weight = torch.tensor(weight[first:first + count], dtype=x.dtype, device=x.device)
-            part = part*weight.view(-1, *[1]*(3 - d))
+            weight = torch.tensor(weight[first : first + count], dtype=x.dtype, device=x.device)
+            part = part * weight.view(-1, *[1] * (3 - d))
         total = part if total is None else total + part
     return total
 
@@ -302,16 +361,18 @@ def taps_of(input: Map, d: int, sizes, stretched: Callable) -> tuple:
         shares = torch.autograd.grad(found[0].sum(), probes)[0].transpose(2, d)[0, 0, :, 0].cpu()
     found, fifths = found.detach().cpu(), fifths.cpu()
     near, weights = found[:1], found[1:]
-    numbers = fifths + 5*((near - fifths)/5).round().long()
+    numbers = fifths + 5 * ((near - fifths) / 5).round().long()
     heaviest = numbers.gather(0, weights.abs().argmax(0, keepdim=True))
     numbers = torch.where(weights == 0, heaviest, numbers)
     last = torch.where(weights == 0, input.shape[d], numbers)
-    order = last.argsort(dim=0, stable=True)[:int((weights != 0).sum(0).max())]
+    order = last.argsort(dim=0, stable=True)[: int((weights != 0).sum(0).max())]
     numbers, weights = numbers.gather(0, order), weights.gather(0, order)
     if len(numbers) == 1:
-        need(torch.equal(shares.round().long(), numbers[0].bincount(minlength=input.shape[d])),
-             'interpolates to a size at which the gradient of PyTorch goes to other rows than those '
-             'that the values came from, by its rounding (another size, mode or type avoids that)')
+        need(
+            torch.equal(shares.round().long(), numbers[0].bincount(minlength=input.shape[d])),
+            'interpolates to a size at which the gradient of PyTorch goes to other rows than those '
+            'that the values came from, by its rounding (another size, mode or type avoids that)',
+        )
     return numbers, weights
 
 
@@ -325,16 +386,17 @@ def picks_of(size: int, numbers: torch.Tensor, weights: torch.Tensor) -> Picks:
 
 def repeats_of(table: torch.Tensor, weights: torch.Tensor) -> tuple | None:
     "As in `Picks`, if the rows in a `table` and their weights repeat to the last bit."
-    count, middle = table.shape[1], table.shape[1]//2
-    for outputs in range(1, min(MOST_REPEATED, count//4) + 1):
+    count, middle = table.shape[1], table.shape[1] // 2
+    for outputs in range(1, min(MOST_REPEATED, count // 4) + 1):
         inputs = int(table[-1, middle] - table[-1, middle - outputs])
         alike = (table[:, outputs:] - table[:, :-outputs] == inputs).all(0)
         alike &= (weights[:, outputs:] == weights[:, :-outputs]).all(0)
         alike = alike.nonzero()[:, 0].tolist()
-        steady = alike and alike[-1] - alike[0] + 1 == len(alike) > count//2
+        steady = alike and alike[-1] - alike[0] + 1 == len(alike) > count // 2
         if steady and gcd(inputs, outputs) == 1:
             return inputs, outputs, alike[0], count - outputs - 1 - alike[-1]
     return None
+
 
 MOST_REPEATED = 32
 
@@ -342,25 +404,34 @@ MOST_REPEATED = 32
 @rule('pad')
 def pad(input, pad, mode='constant', value=None):
     def of(d):
-        return slice(2*(input.ndim - 1 - d), 2*(input.ndim - d))    # where `pad` speaks of dimension d
-    sides = [(0, 0) if d is None else tuple(pad[of(d)]) or (0, 0) for d in (input.axis, input.across)]
+        return slice(
+            2 * (input.ndim - 1 - d), 2 * (input.ndim - d)
+        )  # where `pad` speaks of dimension d
+
+    sides = [
+        (0, 0) if d is None else tuple(pad[of(d)]) or (0, 0) for d in (input.axis, input.across)
+    ]
     if mode == 'circular':
-        need(sides[0] == (0, 0), 'pads circularly along the height, where the first rows need the '
-                                 'last (along the width it can)')
+        need(
+            sides[0] == (0, 0),
+            'pads circularly along the height, where the first rows need the '
+            'last (along the width it can)',
+        )
         return Op(lambda region, x: F.pad(x, pad, mode), [input], input.rows, across=None)
     dtype = input.dtype
     if mode != 'constant':
         need_image(input)
         if input.device.type == 'cpu' and autocast_type(input.device) and dtype != torch.double:
-            dtype = torch.float32       # as PyTorch does it there
+            dtype = torch.float32  # as PyTorch does it there
 
     def run(region, x):
-        x = region.pad(x, value or 0.).to(dtype)
-        left = [*pad] + [0, 0]*(input.ndim - len(pad)//2)
+        x = region.pad(x, value or 0.0).to(dtype)
+        left = [*pad] + [0, 0] * (input.ndim - len(pad) // 2)
         for side in region.sides:
             if not side.native:
                 left[of(side.axis)] = 0, 0
         return F.pad(x, left, mode, value) if any(left) else x
+
     across = Window(pad=sides[1], mode=mode) if input.across is not None else None
     return Op(run, [input], input.rows, Window(pad=sides[0], mode=mode), across, alias=True)
 
@@ -378,7 +449,11 @@ def getitem(input, index):
         if dimension == input.axis:
             if not isinstance(i, slice):
                 return of_one_row(input, lambda x: x[tuple(index)])
-            along, axis_out, kept[position] = slice_window(i, input.shape[dimension]), at, slice(None)
+            along, axis_out, kept[position] = (
+                slice_window(i, input.shape[dimension]),
+                at,
+                slice(None),
+            )
         elif dimension == input.across and isinstance(i, slice):
             across, across_out = slice_window(i, input.shape[dimension]), at
             kept[position] = slice(None)
@@ -390,11 +465,12 @@ def getitem(input, index):
     kept = tuple(kept)
 
     def run(region, x):
-        x = region.pad(x)       # which cuts off columns
+        x = region.pad(x)  # which cuts off columns
         for side in region.sides:
             if strides[side.axis] > 1:
-                x = x[(slice(None),)*side.axis + (slice(None, None, strides[side.axis]),)]
+                x = x[(slice(None),) * side.axis + (slice(None, None, strides[side.axis]),)]
         return x[kept]
+
     return Op(run, [input], Rows(at, axis_out, across_out), along, across, alias=True)
 
 
@@ -405,13 +481,15 @@ def full_index(index, ndim: int) -> list:
     lists = [i for i in index if isinstance(i, list)]
     if len(lists) == 1 and int not in map(type, index) and {*map(type, lists[0])} == {int}:
         plain += (list,)
-    need(all(isinstance(i, plain) and not isinstance(i, bool) for i in index),
-         'picks elements by a mask or a tensor')
+    need(
+        all(isinstance(i, plain) and not isinstance(i, bool) for i in index),
+        'picks elements by a mask or a tensor',
+    )
     if Ellipsis not in index:
         index.append(Ellipsis)
     at = index.index(Ellipsis)
     named = sum(i is not None and i is not Ellipsis for i in index)
-    index[at:at + 1] = [slice(None)]*(ndim - named)
+    index[at : at + 1] = [slice(None)] * (ndim - named)
     return index
 
 
@@ -419,12 +497,12 @@ def slice_window(i: slice, size: int) -> Window:
     "The window of `x[i]` along a dimension of `size`."
     start, stop, step = i.indices(size)
     need(step > 0 and stop > start, 'picks out nothing, or backwards')
-    last = start + (stop - start - 1)//step*step
+    last = start + (stop - start - 1) // step * step
     return Window(stride=step, pad=(-start, last + 1 - size))
 
 
 @rule('narrow')
 def narrow(input, dim, start, length):
-    index = [slice(None)]*input.ndim
+    index = [slice(None)] * input.ndim
     index[dim % input.ndim] = slice(start, start + length)
     return getitem(input, tuple(index))

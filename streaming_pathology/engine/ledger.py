@@ -30,8 +30,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .graph import (Recorder, answers, autocast_to, autocast_type,
-                                               on_meta, raw_name, tensors_in)
+from streaming_pathology.engine.graph import (
+    Recorder,
+    answers,
+    autocast_to,
+    autocast_type,
+    on_meta,
+    raw_name,
+    tensors_in,
+)
 from .layers import lacks
 from .storage import device_of, stores
 from .streaming import Streamed
@@ -41,9 +48,10 @@ from .windows import StreamingError
 class Ledger(TorchDispatchMode):
     """Counts what operations take while it is active, also on the meta device: the bytes of their
     results that are alive (`now`, and the most at once, `peak`), and their `work`."""
+
     def __init__(self):
         super().__init__()
-        self.alive = {}         # piece of memory -> its bytes
+        self.alive = {}  # piece of memory -> its bytes
         self.now = self.peak = 0
         self.operations = self.moved = self.launches = 0
 
@@ -91,14 +99,20 @@ class Ledger(TorchDispatchMode):
 
 
 aten = torch.ops.aten
-without_kernel = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty,
-                  aten.new_empty_strided}
+without_kernel = {
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.new_empty,
+    aten.new_empty_strided,
+}
 # the result is like the first argument; PyTorch takes half a millisecond to find that out
 like_first = {aten.threshold_backward.default}
 
 # %% ../../nbs/engine/09_ledger.ipynb #c580f0a9
 class StandIn(TorchFunctionMode):
     "Inside, tensors on the meta device stand for tensors on `device`, also under autocast."
+
     def __init__(self, device: torch.device):
         super().__init__()
         self.device, self.recorder = device, Recorder(device, math.inf)
@@ -116,18 +130,23 @@ class StandIn(TorchFunctionMode):
 @contextmanager
 def as_if(device: torch.device, autocast: torch.dtype | None, train: bool):
     "What runs on the meta device inside is as on `device`, under autocast to a type or None."
-    with (torch.inference_mode(False), torch.set_grad_enabled(train),
-          autocast_to(device, autocast),
-          torch.device('meta'), StandIn(device)):
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(train),
+        autocast_to(device, autocast),
+        torch.device('meta'),
+        StandIn(device),
+    ):
         yield
 
 # %% ../../nbs/engine/09_ledger.ipynb #13627a21
 @dataclass
 class Usage:
     "What a training step (or a prediction) would take."
-    peak: int           # bytes alive at once
-    work: np.ndarray    # floating point operations, bytes moved, launches
-    outputs: int        # bytes of the outputs
+
+    peak: int  # bytes alive at once
+    work: np.ndarray  # floating point operations, bytes moved, launches
+    outputs: int  # bytes of the outputs
 
     @property
     def flops(self) -> int:
@@ -175,43 +194,50 @@ def backward_plain(outputs: list):
     try:
         torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
     except RuntimeError as e:
-        raise StreamingError('The network cannot be trained, streamed or not: '
-                             f'{str(e).splitlines()[0]}') from e
+        raise StreamingError(
+            f'The network cannot be trained, streamed or not: {str(e).splitlines()[0]}'
+        ) from e
 
 # %% ../../nbs/engine/09_ledger.ipynb #46393824
 @dataclass(frozen=True)
 class Speed:
     "Seconds that a device takes for each operation, byte and launch."
-    operation: float    # floating point operation, in a convolution and its gradient
-    byte: float         # byte read or written
-    launch: float       # kernel launched by the engine
-    host: float         # byte of a state copied to the memory of the host and back
-    disk: float         # byte of a state written to a file and read again
-    device: float = 0.          # byte of a state that stays where it is
-    overlaps: bool = False      # launches and copies go on while kernels run
 
-    def seconds(self, work: np.ndarray, copied: float = 0., states: str = 'device') -> float:
+    operation: float  # floating point operation, in a convolution and its gradient
+    byte: float  # byte read or written
+    launch: float  # kernel launched by the engine
+    host: float  # byte of a state copied to the memory of the host and back
+    disk: float  # byte of a state written to a file and read again
+    device: float = 0.0  # byte of a state that stays where it is
+    overlaps: bool = False  # launches and copies go on while kernels run
+
+    def seconds(self, work: np.ndarray, copied: float = 0.0, states: str = 'device') -> float:
         "The time of some `work`, and of states of `copied` bytes that wait elsewhere."
         operations, moved, launches = work
-        parts = (operations*self.operation + moved*self.byte, launches*self.launch,
-                 copied*getattr(self, states))
+        parts = (
+            operations * self.operation + moved * self.byte,
+            launches * self.launch,
+            copied * getattr(self, states),
+        )
         return max(parts) if self.overlaps else sum(parts)
 
     def __str__(self):
-        text = (f'{1/self.operation:.3g} operations/s, {size(1/self.byte)}/s of memory, '
-                f'{self.launch*1e6:.3g} us a launch, states to disk and back {size(1/self.disk)}/s')
-        return text + (f', to the host {size(1/self.host)}/s' if self.overlaps else '')
+        text = (
+            f'{1 / self.operation:.3g} operations/s, {size(1 / self.byte)}/s of memory, '
+            f'{self.launch * 1e6:.3g} us a launch, states to disk and back {size(1 / self.disk)}/s'
+        )
+        return text + (f', to the host {size(1 / self.host)}/s' if self.overlaps else '')
 
 
 def size(n: float) -> str:
     "Bytes as a person would write them."
     units = (12, 'TB'), (9, 'GB'), (6, 'MB'), (3, 'KB'), (0, 'B')
-    return next(f'{n/10**k:.3g} {unit}' for k, unit in units if n >= 10**k or k == 0)
+    return next(f'{n / 10**k:.3g} {unit}' for k, unit in units if n >= 10**k or k == 0)
 
 # %% ../../nbs/engine/09_ledger.ipynb #7eefa8cf
-LARGE = 2**26       # bytes that no cache holds
-ENOUGH = .01        # seconds of work beside which a launch is nothing
-PATIENCE = .1       # seconds for a measurement
+LARGE = 2**26  # bytes that no cache holds
+ENOUGH = 0.01  # seconds of work beside which a launch is nothing
+PATIENCE = 0.1  # seconds for a measurement
 
 
 def seconds_of(function: Callable, device: torch.device) -> float:
@@ -235,7 +261,7 @@ def fastest(function: Callable, device: torch.device) -> float:
 def time_of_operation(device: torch.device, dtype: torch.dtype, channels: int = 64) -> float:
     "Seconds of a floating point operation, in a convolution large enough to fill the device."
     weight = torch.ones(channels, channels, 3, 3, device=device, dtype=dtype, requires_grad=True)
-    side, bytes_of, seconds = 64, 0, 0.
+    side, bytes_of, seconds = 64, 0, 0.0
     while seconds < ENOUGH and bytes_of < LARGE:
         side *= 2
         x = torch.ones(1, channels, side, side, device=device, dtype=dtype, requires_grad=True)
@@ -243,15 +269,16 @@ def time_of_operation(device: torch.device, dtype: torch.dtype, channels: int = 
 
         def run():
             torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), gradient)
-        seconds_of(run, device)     # the first call does not count
+
+        seconds_of(run, device)  # the first call does not count
         seconds = seconds_of(run, device)
-    return fastest(run, device)/(3*2*weight.numel()*side**2)
+    return fastest(run, device) / (3 * 2 * weight.numel() * side**2)
 
 
 def time_of_byte(device: torch.device) -> float:
     "Seconds to read or write a byte of memory."
-    x = torch.ones(LARGE//4, device=device)
-    return fastest(lambda: x + x, device)/(3*x.nbytes)
+    x = torch.ones(LARGE // 4, device=device)
+    return fastest(lambda: x + x, device) / (3 * x.nbytes)
 
 
 def time_of_launch(device: torch.device) -> float:
@@ -261,10 +288,11 @@ def time_of_launch(device: torch.device) -> float:
     def run():
         y = net(x)
         y.backward(torch.ones_like(y))
+
     run()
     with Ledger() as ledger:
         run()
-    return fastest(run, device)/ledger.launches
+    return fastest(run, device) / ledger.launches
 
 
 def tiny_network(device: torch.device, layers: int = 8) -> Streamed:
@@ -280,17 +308,22 @@ def tiny_network(device: torch.device, layers: int = 8) -> Streamed:
 
 def time_of_state(device: torch.device, states: str) -> float:
     "Seconds in which a byte of a state is put into a store and comes back."
-    state = torch.ones(LARGE//8, device=device)
+    state = torch.ones(LARGE // 8, device=device)
     store = stores[states](device)
-    return fastest(lambda: store.get(store.put({state.dtype: state})), device)/state.nbytes
+    return fastest(lambda: store.get(store.put({state.dtype: state})), device) / state.nbytes
 
 
 def measured_speed(device: torch.device, dtype: torch.dtype) -> Speed:
     "The `Speed` of a device that computes in `dtype`."
     with torch.inference_mode(False), torch.enable_grad(), autocast_to(device, None):
-        return Speed(time_of_operation(device, dtype), time_of_byte(device), time_of_launch(device),
-                     time_of_state(device, 'host'), time_of_state(device, 'disk'),
-                     overlaps=device.type == 'cuda')
+        return Speed(
+            time_of_operation(device, dtype),
+            time_of_byte(device),
+            time_of_launch(device),
+            time_of_state(device, 'host'),
+            time_of_state(device, 'disk'),
+            overlaps=device.type == 'cuda',
+        )
 
 # %% ../../nbs/engine/09_ledger.ipynb #e1601d61
 speeds, measuring = {}, threading.Lock()
@@ -299,7 +332,7 @@ speeds, measuring = {}, threading.Lock()
 def speed_of(device: torch.device, dtype: torch.dtype = torch.float32) -> Speed:
     "The `Speed` of a device that computes in `dtype`; measured once, and kept in a file."
     if device.type == 'cpu' and lacks(dtype):
-        dtype = torch.float32       # in which such a CPU computes
+        dtype = torch.float32  # in which such a CPU computes
     key = f'{device_name(device)}, {dtype}, torch {torch.__version__}'
     with measuring:
         if key not in speeds:
@@ -323,7 +356,7 @@ def device_name(device: torch.device) -> str:
 def speed_file() -> Path:
     "Where speeds are kept."
     folder = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    return Path(folder)/'streaming_pathology'/'speed.json'
+    return Path(folder) / 'streaming_pathology' / 'speed.json'
 
 
 def known_speeds() -> dict:

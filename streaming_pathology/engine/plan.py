@@ -27,10 +27,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from .graph import (ImageSpec, autocast_to, autocast_type,
-                                               on_meta, values_in)
-from .ledger import (Ledger, Speed, Usage, as_if, measure, note_network,
-                                                size, speed_of)
+from streaming_pathology.engine.graph import (
+    ImageSpec,
+    autocast_to,
+    autocast_type,
+    on_meta,
+    values_in,
+)
+from streaming_pathology.engine.ledger import (
+    Ledger,
+    Speed,
+    Usage,
+    as_if,
+    measure,
+    note_network,
+    size,
+    speed_of,
+)
 from .program import Operation, evaluate, receptive_fields, tensor_at
 from .schedule import Kind, Schedule, Totals
 from .storage import TensorSource, device_of, source_of
@@ -41,12 +54,13 @@ from ..errors import InputError
 # %% ../../nbs/engine/09_plan.ipynb #9fb8f296
 class EmptyImage(TensorSource):
     "An image on the meta device, in the place of a real one."
+
     def __init__(self, image: ImageSpec, axes: tuple = (2, 3)):
         self.shape, self.dtype, self.device = torch.Size(image.shape), image.dtype, image.device
         self.wanted, self.channels_last, self.axes = image.wanted, image.channels_last, axes
         self.tensors = [image.empty().detach()]
         self.gradients = [torch.empty_like(self.tensors[0]) if self.wanted else None]
-        self.held = self.tensors[0].nbytes*(1 + self.wanted), 0
+        self.held = self.tensors[0].nbytes * (1 + self.wanted), 0
 
 
 def is_canvas(source) -> bool:
@@ -113,10 +127,11 @@ def empty_total(run: Pass, operation: Operation) -> torch.Tensor:
 @dataclass
 class StripCost:
     "What a strip takes: bytes, and work (floating point operations, bytes moved, launches)."
-    peak: float         # bytes at its peak, with its own state
-    saved: float        # bytes of what it saves for its gradient
-    down: np.ndarray    # work of computing it
-    up: np.ndarray      # work of its gradient
+
+    peak: float  # bytes at its peak, with its own state
+    saved: float  # bytes of what it saves for its gradient
+    down: np.ndarray  # work of computing it
+    up: np.ndarray  # work of its gradient
 
 
 def cost_down(run: Pass, k: int) -> StripCost:
@@ -127,7 +142,7 @@ def cost_down(run: Pass, k: int) -> StripCost:
         ledger.note_all(state.values())
         outputs, _ = run.advance(k, state)
         twice = counted_twice(run, outputs)
-    return StripCost(ledger.peak - before - twice, 0., ledger.work, np.zeros(3))
+    return StripCost(ledger.peak - before - twice, 0.0, ledger.work, np.zeros(3))
 
 
 def cost_up(run: Pass, k: int, gradients: dict, whole: bool = True) -> StripCost:
@@ -140,7 +155,7 @@ def cost_up(run: Pass, k: int, gradients: dict, whole: bool = True) -> StripCost
         with_others, state = ledger.now, empty_state(run, k)
         ledger.note_all(state.values())
         record = run.record(k, state, k, again=k < len(run.strips) - 1)
-        del state       # what is needed of it, the record has
+        del state  # what is needed of it, the record has
         saved, down = ledger.now - with_others, ledger.work
         outputs = record.outputs if len(run.strips) == 1 else {}
         twice = counted_twice(run, outputs)
@@ -169,16 +184,17 @@ def from_below(run: Pass, k: int) -> tuple:
 # %% ../../nbs/engine/09_plan.ipynb #2bf48ce8
 class Sizes(NamedTuple):
     "How large strips of one kind are."
-    rows: int           # bytes of all rows that they make, with the rows that they are joined to
-    saved: int          # bytes of those that gradients or the strip below need
-    weights: int        # bytes of the operands that they use
-    products: int       # positions that they make, times the weights of each
-    steps: int          # operations that are run
+
+    rows: int  # bytes of all rows that they make, with the rows that they are joined to
+    saved: int  # bytes of those that gradients or the strip below need
+    weights: int  # bytes of the operands that they use
+    products: int  # positions that they make, times the weights of each
+    steps: int  # operations that are run
 
     def share_of(self, other: 'Sizes') -> np.ndarray:
         "The part of the work of a strip of the sizes `other`: operations, bytes moved, launches."
         mine, others = ((s.products, s.rows + s.weights, s.steps) for s in (self, other))
-        return np.array([a/b if b else 0. for a, b in zip(mine, others)])
+        return np.array([a / b if b else 0.0 for a, b in zip(mine, others)])
 
 
 NO_SIZE = Sizes(0, 0, 0, 0, 0)
@@ -200,18 +216,18 @@ def step_sizes(program, operation: Operation, steps: list, kind: Kind) -> Sizes:
     "The part of one operation."
     step = steps[operation.number]
     operands = [program.operands[n] for is_map, n in operation.slots if not is_map]
-    weights = sum(math.prod(value.shape)*value.dtype.itemsize for value in operands)
+    weights = sum(math.prod(value.shape) * value.dtype.itemsize for value in operands)
     if operation.reduces:
         return Sizes(0, 0, weights, 0, 1) if runs(step) else NO_SIZE
     if step is None or step.empty:
         return NO_SIZE
     row = math.prod(rows_shape(operation, 1, kind))
-    saved = row*saved_rows(operation, steps)*operation.value.dtype.itemsize
+    saved = row * saved_rows(operation, steps) * operation.value.dtype.itemsize
     if not step.makes:
         return Sizes(0, saved, 0, 0, 0)
-    joined = row*(step.old + step.makes)*operation.value.dtype.itemsize
+    joined = row * (step.old + step.makes) * operation.value.dtype.itemsize
     channels = operation.value.shape[1] if operation.value.ndim > 1 else 1
-    products = row*step.makes//channels*sum(math.prod(value.shape) for value in operands)
+    products = row * step.makes // channels * sum(math.prod(value.shape) for value in operands)
     return Sizes(joined, saved, weights, products, 1)
 
 
@@ -220,14 +236,20 @@ def saved_rows(operation: Operation, steps: list) -> int:
     next strip: the inputs of convolutions and their like, the results of activations."""
     step = steps[operation.number]
     result = operation.adjoint is None or operation.adjoint.saves_result
-    read = any(runs(steps[reader.number]) and not getattr(reader.op, 'pointwise', False)
-               for reader in operation.readers)
+    read = any(
+        runs(steps[reader.number]) and not getattr(reader.op, 'pointwise', False)
+        for reader in operation.readers
+    )
     if read or (result and step.makes):
         return step.old + step.makes
     if step.hands_down is None:
         return 0
     # a copy of what is kept; else a view, which keeps all
-    return getattr(step.hands_down, 'count', step.old) if operation.overwritten else step.old + step.makes
+    return (
+        getattr(step.hands_down, 'count', step.old)
+        if operation.overwritten
+        else step.old + step.makes
+    )
 
 
 SAMPLES = 5
@@ -242,10 +264,12 @@ def strip_costs(program, schedule: Schedule, cost: Callable) -> list:
     if others:
         largest = max(others, key=others.get)
         found[largest] = cost(first[largest], True)
-        saved = {kind: cost(first[kind], False).saved
-                 for kind in typical_kinds(schedule.counts(), others)}
+        saved = {
+            kind: cost(first[kind], False).saved
+            for kind in typical_kinds(schedule.counts(), others)
+        }
         sizes, known = zip(*sorted((others[kind].saved, n) for kind, n in saved.items()))
-        saved[strips[0].kind] = cost(0, False).saved        # padded above
+        saved[strips[0].kind] = cost(0, False).saved  # padded above
         for kind, size in others.items():
             here = saved.get(kind, np.interp(size.saved, sizes, known))
             found.setdefault(kind, estimated(found[largest], others[largest], size, here))
@@ -255,8 +279,9 @@ def strip_costs(program, schedule: Schedule, cost: Callable) -> list:
 def typical_kinds(counts: dict, sizes: dict) -> list:
     "Some of the kinds with these sizes that are not rare, from small to large."
     often = max(counts[kind] for kind in sizes)
-    common = sorted((kind for kind in sizes if 2*counts[kind] >= often),
-                    key=lambda kind: sizes[kind].saved)
+    common = sorted(
+        (kind for kind in sizes if 2 * counts[kind] >= often), key=lambda kind: sizes[kind].saved
+    )
     numbers = np.linspace(0, len(common) - 1, min(SAMPLES, len(common))).round().astype(int)
     return [common[i] for i in numbers]
 
@@ -264,8 +289,8 @@ def typical_kinds(counts: dict, sizes: dict) -> list:
 def estimated(cost: StripCost, of: Sizes, sizes: Sizes, saved: float) -> StripCost:
     "The cost of a strip of some `sizes` that saves so much, from the `cost` of one of sizes `of`."
     share = sizes.share_of(of)
-    beside = (cost.peak - cost.saved)*min(1., sizes.rows/max(1, of.rows))
-    return StripCost(saved + beside, saved, cost.down*share, cost.up*share)
+    beside = (cost.peak - cost.saved) * min(1.0, sizes.rows / max(1, of.rows))
+    return StripCost(saved + beside, saved, cost.down * share, cost.up * share)
 
 
 def state_bytes(run: Pass) -> list:
@@ -280,13 +305,14 @@ def state_bytes(run: Pass) -> list:
 @dataclass
 class Load:
     "What all strips of one height take. Arrays have an entry for each strip: bytes, or work."
-    there: int              # bytes that are there all the time
-    peaks: np.ndarray       # at the peak of each strip, beside that
-    saved: np.ndarray       # what each saves for its gradient
-    states: np.ndarray      # the state before each
-    down: np.ndarray        # work of computing each
-    up: np.ndarray          # work of its gradient
-    tail: Usage             # what follows the strips, beside what is there
+
+    there: int  # bytes that are there all the time
+    peaks: np.ndarray  # at the peak of each strip, beside that
+    saved: np.ndarray  # what each saves for its gradient
+    states: np.ndarray  # the state before each
+    down: np.ndarray  # work of computing each
+    up: np.ndarray  # work of its gradient
+    tail: Usage  # what follows the strips, beside what is there
     train: bool
 
     def not_kept(self, keep: int) -> int:
@@ -296,19 +322,19 @@ class Load:
     def waiting(self, keep: int = 1, every: int = 1, states: str = 'device') -> np.ndarray:
         "Bytes of states that wait while each strip is at work."
         count, number = self.not_kept(keep), np.arange(len(self.peaks))
-        if states != 'device':      # the next one is fetched
+        if states != 'device':  # the next one is fetched
             return np.full(len(number), max(self.states[:count], default=0))
-        last_group = (count - 1)//every*every
+        last_group = (count - 1) // every * every
         kept = (number < count) & ((number % every == 0) | (number >= last_group))
-        made = before_each(self.states*(number < count))
+        made = before_each(self.states * (number < count))
         # in the group of the strip at work, states were computed again from the kept one on
-        group = np.minimum(number//every*every + 1, number)
+        group = np.minimum(number // every * every + 1, number)
         again = np.where((number < last_group) & (every > 1), made - made[group], 0)
-        return before_each(self.states*kept) + again
+        return before_each(self.states * kept) + again
 
     def peak(self, keep: int = 1, every: int = 1, states: str = 'device') -> int:
         "Bytes alive at once at most, if the last `keep` strips keep what their gradient needs."
-        kept = self.saved*(np.arange(len(self.peaks)) >= self.not_kept(keep))
+        kept = self.saved * (np.arange(len(self.peaks)) >= self.not_kept(keep))
         waiting = self.waiting(keep, every, states)
         strips = max(self.peaks + before_each(kept) + waiting)
         tail = self.tail.peak + kept.sum() + waiting[-1]
@@ -318,7 +344,7 @@ class Load:
         "How many strips may keep what their gradient needs within `total` bytes; one if none fits."
         low, high = 1, len(self.peaks)
         while low < high:
-            middle = (low + high + 1)//2
+            middle = (low + high + 1) // 2
             fits = self.peak(middle, every, states) <= total
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
@@ -326,7 +352,7 @@ class Load:
     def times_computed(self, keep: int, every: int) -> np.ndarray:
         "How often each strip is computed: once, and again unless it is kept, some of them twice."
         again = np.arange(len(self.peaks)) < self.not_kept(keep)
-        return 1 + again*(2 - 1/every)
+        return 1 + again * (2 - 1 / every)
 
     def work(self, keep: int, every: int) -> np.ndarray:
         "The work of all strips and of what follows them."
@@ -334,7 +360,7 @@ class Load:
 
     def seconds(self, speed: Speed, keep: int, every: int, states: str) -> float:
         "The time of all strips."
-        copied = self.states[:self.not_kept(keep)].sum()
+        copied = self.states[: self.not_kept(keep)].sum()
         return speed.seconds(self.work(keep, every), copied, states)
 
 
@@ -343,7 +369,7 @@ def before_each(sizes: np.ndarray) -> np.ndarray:
     return np.cumsum(sizes) - sizes
 
 # %% ../../nbs/engine/09_plan.ipynb #a3a14492
-MIN_ROWS = 16       # lower strips take more memory, for their states
+MIN_ROWS = 16  # lower strips take more memory, for their states
 
 
 class Loads:
@@ -351,6 +377,7 @@ class Loads:
 
     It is made for the modes of this moment: whether gradients are on, and autocast. `axes` are the
     dimensions of the image that may be cut into strips."""
+
     def __init__(self, streamed: Streamed, image: ImageSpec, axes: tuple = (2, 3)):
         self.streamed, self.image = streamed, image
         self.autocast = autocast_type(image.device)
@@ -373,8 +400,9 @@ class Loads:
             self.parameters = ledger.now
             known = evaluate(self.program.before, module, {})
             self.before = ledger.now - self.parameters
-        self.operands = [known[v] if v in known else tensor_at(module, v.path)
-                         for v in self.program.operands]
+        self.operands = [
+            known[v] if v in known else tensor_at(module, v.path) for v in self.program.operands
+        ]
         wanted = source.wanted or any(t.requires_grad for t in self.operands)
         self.train = self.train and wanted
         self.find_outputs(known)
@@ -414,7 +442,7 @@ class Loads:
                 self.dense[height] = self.found(height, source)
             load = self.dense[height]
         always, each_row = source.held
-        return replace(load, there=load.there + always + height*each_row)
+        return replace(load, there=load.there + always + height * each_row)
 
     def found(self, height: int, source) -> Load:
         "The same without the image."
@@ -424,11 +452,14 @@ class Loads:
 
             def cost(k, whole):
                 return cost_up(run, k, gradients, whole) if self.train else cost_down(run, k)
+
             costs, states = strip_costs(self.program, run.schedule, cost), state_bytes(run)
         there = self.parameters + self.before + background + self.outputs
         there += sum(g.nbytes for g in gradients.values())
-        arrays = (np.array([getattr(cost, name) for cost in costs])
-                  for name in ('peak', 'saved', 'down', 'up'))
+        arrays = (
+            np.array([getattr(cost, name) for cost in costs])
+            for name in ('peak', 'saved', 'down', 'up')
+        )
         peaks, saved, down, up = arrays
         return Load(there, peaks, saved, np.array(states), down, up, self.tail, self.train)
 
@@ -454,13 +485,22 @@ class Loads:
         "Heights of strips that come into question, the highest first."
         strides = [stride for *_, stride in receptive_fields(self.program)]
         stride = math.ceil(max(strides, default=1))
-        lowest = stride*-(-MIN_ROWS//stride)
-        doubled = [lowest*2**i for i in range(30) if lowest*2**i < self.length]
+        lowest = stride * -(-MIN_ROWS // stride)
+        doubled = [lowest * 2**i for i in range(30) if lowest * 2**i < self.length]
         return [self.length, *reversed(doubled)]
 
 # %% ../../nbs/engine/09_plan.ipynb #df8f3af5
-units = {'B': 1, 'KB': 1e3, 'MB': 1e6, 'GB': 1e9, 'TB': 1e12,
-         'KIB': 2**10, 'MIB': 2**20, 'GIB': 2**30, 'TIB': 2**40}
+units = {
+    'B': 1,
+    'KB': 1e3,
+    'MB': 1e6,
+    'GB': 1e9,
+    'TB': 1e12,
+    'KIB': 2**10,
+    'MIB': 2**20,
+    'GIB': 2**30,
+    'TIB': 2**40,
+}
 
 
 def budget(memory, device: torch.device = torch.device('cpu')) -> int:
@@ -470,11 +510,13 @@ def budget(memory, device: torch.device = torch.device('cpu')) -> int:
     given = memory
     if isinstance(memory, str):
         found = re.fullmatch(r'\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?i?B)\s*', memory, re.I)
-        given = float(found[1])*units[found[2].upper()] if found else None
+        given = float(found[1]) * units[found[2].upper()] if found else None
     a_number = isinstance(given, (int, float)) and not isinstance(given, bool)
     if not a_number or not 0 < given < math.inf:
-        raise InputError(f'memory={memory!r} is no amount of memory: give bytes, text such as '
-                         "'8GB', 'auto' or 'least'.")
+        raise InputError(
+            f'memory={memory!r} is no amount of memory: give bytes, text such as '
+            "'8GB', 'auto' or 'least'."
+        )
     return int(given)
 
 
@@ -488,51 +530,53 @@ def free_on_host() -> int:
     "Bytes of the machine's memory that a process may still take, within its control group's limit."
     # macOS does not say what is free
     pages = 'SC_AVPHYS_PAGES' if 'SC_AVPHYS_PAGES' in os.sysconf_names else 'SC_PHYS_PAGES'
-    free = os.sysconf(pages)*os.sysconf('SC_PAGE_SIZE')
+    free = os.sysconf(pages) * os.sysconf('SC_PAGE_SIZE')
     meminfo = Path('/proc/meminfo')
     if meminfo.exists():
-        free = int(re.search(r'MemAvailable:\s+(\d+)', meminfo.read_text())[1])*1024
+        free = int(re.search(r'MemAvailable:\s+(\d+)', meminfo.read_text())[1]) * 1024
     group = Path('/sys/fs/cgroup')
     try:
-        most, current = ((group/f'memory.{name}').read_text() for name in ('max', 'current'))
+        most, current = ((group / f'memory.{name}').read_text() for name in ('max', 'current'))
         return min(free, int(most) - int(current))
-    except (OSError, ValueError):       # no such group, or one without a limit
+    except (OSError, ValueError):  # no such group, or one without a limit
         return free
 
 # %% ../../nbs/engine/09_plan.ipynb #610d5d7d
 class Way(NamedTuple):
     "One way to stream an image, and what it takes."
+
     strip: int
     keep: int
     every: int
     states: str
-    peak: int           # bytes
-    time: float         # times that of the plain network
+    peak: int  # bytes
+    time: float  # times that of the plain network
 
 
 @dataclass
 class Plan:
     "How to stream an image of one shape, and what that takes."
+
     shape: tuple
-    strip: int              # rows or columns of the image at a time
-    keep: int               # strips that keep what their gradient needs
-    every: int              # a state is kept before every n-th strip
-    states: str             # where: 'device', 'host' or 'disk'
-    direction: str          # 'rows' or 'columns'
-    streamed: bool          # False: the plain network fits, and `stream(net, 'auto')` runs it
-    peak_bytes: int         # alive at once at most: all that there is, and all in between
-    flops: int              # floating point operations of the step
-    pixels: float           # how often a pixel is computed forward
-    seconds: float          # predicted
-    time: float             # predicted, as a multiple of the plain network's
-    budget: int             # bytes
-    plain: Usage            # what the plain network would take
-    speed: Speed            # of the device
-    parts: dict = field(repr=False)     # of the peak: name -> bytes
+    strip: int  # rows or columns of the image at a time
+    keep: int  # strips that keep what their gradient needs
+    every: int  # a state is kept before every n-th strip
+    states: str  # where: 'device', 'host' or 'disk'
+    direction: str  # 'rows' or 'columns'
+    streamed: bool  # False: the plain network fits, and `stream(net, 'auto')` runs it
+    peak_bytes: int  # alive at once at most: all that there is, and all in between
+    flops: int  # floating point operations of the step
+    pixels: float  # how often a pixel is computed forward
+    seconds: float  # predicted
+    time: float  # predicted, as a multiple of the plain network's
+    budget: int  # bytes
+    plain: Usage  # what the plain network would take
+    speed: Speed  # of the device
+    parts: dict = field(repr=False)  # of the peak: name -> bytes
     # the best `Way` for each height, with those that do not fit
     others: list = field(repr=False)
-    why: str = ''                       # this direction
-    at: Callable = field(default=None, repr=False)      # strip height -> `Load`
+    why: str = ''  # this direction
+    at: Callable = field(default=None, repr=False)  # strip height -> `Load`
 
     @property
     def options(self) -> dict:
@@ -546,10 +590,10 @@ class Plan:
 
     def headline(self) -> str:
         "What is done."
-        begin = f"{' x '.join(map(str, self.shape))}, {size(self.budget)}: "
+        begin = f'{" x ".join(map(str, self.shape))}, {size(self.budget)}: '
         if not self.streamed:
             return begin + 'the plain network fits and is not streamed'
-        strips = -(-self.length()//self.strip)
+        strips = -(-self.length() // self.strip)
         text = f'{strips} strips of {self.strip} {self.direction}{self.kept(strips)}'
         if self.states != 'device':
             text += f', states on the {self.states}'
@@ -572,11 +616,13 @@ class Plan:
     def explained(self) -> list:
         "What it takes."
         parts = ', '.join(f'{name} {size(n)}' for name, n in self.parts.items())
-        return [f'peak {size(self.peak_bytes)} ({parts}); the plain network takes '
-                f'{size(self.plain.peak)}',
-                f'about {self.seconds:.3g} s, {self.time:.2f} times the plain network; '
-                f'{self.flops:.3g} operations; each pixel {self.pixels:.2f} times{self.why}',
-                f'({self.speed})']
+        return [
+            f'peak {size(self.peak_bytes)} ({parts}); the plain network takes '
+            f'{size(self.plain.peak)}',
+            f'about {self.seconds:.3g} s, {self.time:.2f} times the plain network; '
+            f'{self.flops:.3g} operations; each pixel {self.pixels:.2f} times{self.why}',
+            f'({self.speed})',
+        ]
 
     def table(self) -> list:
         "The best ways for other heights of strips."
@@ -584,8 +630,10 @@ class Plan:
         for way in self.others:
             chosen = self.streamed and way.strip == self.strip
             mark = '  <' if chosen else '' if way.peak <= self.budget else '  does not fit'
-            lines.append(f'{way.strip:6}{way.keep:6}{way.every:7}  {way.states:7}'
-                         f'{size(way.peak):>9}{way.time:7.2f}{mark}')
+            lines.append(
+                f'{way.strip:6}{way.keep:6}{way.every:7}  {way.states:7}'
+                f'{size(way.peak):>9}{way.time:7.2f}{mark}'
+            )
         return lines
 
     def draw(self, ax=None, heights=None):
@@ -594,20 +642,31 @@ class Plan:
         ax = ax or plt.subplots(figsize=(5, 2.8))[1]
         heights = heights or [h for h in (2**i for i in range(5, 30)) if h <= self.length()]
         for states in ('device', 'disk'):
-            peaks = [self.at(h).peak(states=states)/1e9 for h in heights]
+            peaks = [self.at(h).peak(states=states) / 1e9 for h in heights]
             ax.plot(heights, peaks, 'o-', ms=3, label=f'states on the {states}')
-        ax.axhline(self.budget/1e9, color='.6', lw=1, ls='--', label='budget')
-        ax.plot([self.strip], [self.peak_bytes/1e9], '*', ms=11, color='C3',
-                label=f'the plan, {self.keep} kept')
+        ax.axhline(self.budget / 1e9, color='.6', lw=1, ls='--', label='budget')
+        ax.plot(
+            [self.strip],
+            [self.peak_bytes / 1e9],
+            '*',
+            ms=11,
+            color='C3',
+            label=f'the plan, {self.keep} kept',
+        )
         ax.set_xscale('log', base=2)
-        ax.set(ylim=(0, None), xlabel=f'{self.direction} of a strip', ylabel='peak, GB',
-               xticks=heights, xticklabels=heights)
+        ax.set(
+            ylim=(0, None),
+            xlabel=f'{self.direction} of a strip',
+            ylabel='peak, GB',
+            xticks=heights,
+            xticklabels=heights,
+        )
         ax.legend(fontsize=8)
         return ax
 
 # %% ../../nbs/engine/09_plan.ipynb #71dc47b2
-SHARE = .9          # of what is free: libraries take some for themselves
-LEAST = 1.1         # times the least memory there is, for memory='least'
+SHARE = 0.9  # of what is free: libraries take some for themselves
+LEAST = 1.1  # times the least memory there is, for memory='least'
 KEPT_OPTIONS = 256
 
 
@@ -615,12 +674,19 @@ class Costs:
     """What it takes to stream images of one shape, dense or as canvases, and the best way to do it.
 
     It is made for the modes of this moment, as `Loads` are."""
+
     def __init__(self, streamed: Streamed, image: ImageSpec, axes: tuple = (2, 3)):
         self.image, self.module = image, streamed.module
         self.loads = Loads(streamed, image, axes)
         self.train = self.loads.train
-        self.plain = measure(streamed.module, image.shape, image.dtype, self.loads.autocast,
-                             torch.is_grad_enabled(), image.wanted)
+        self.plain = measure(
+            streamed.module,
+            image.shape,
+            image.dtype,
+            self.loads.autocast,
+            torch.is_grad_enabled(),
+            image.wanted,
+        )
         self.speed = speed_of(image.device, self.computed_in())
         # at least that of a launch: a network may do nothing
         self.plain_seconds = max(self.speed.seconds(self.plain.work), self.speed.launch)
@@ -641,13 +707,13 @@ class Costs:
         source = EmptyImage(self.image) if source is None else source
         shape, plain_peak = tuple(source.shape), math.inf if strip else self.plain_peak(source)
         there = self.there(source)
-        source = empty_source(source, self.image)       # so that a plan holds no image
+        source = empty_source(source, self.image)  # so that a plan holds no image
         load = cache(lambda height: self.loads.of(height, source))
         total = self.total(memory, plain_peak, there, load)
         others = self.search([strip] if strip else self.candidates(total, load), total, load)
         fit = [way for way in others if way.peak <= total]
         if plain_peak <= total:
-            way = Way(self.loads.length, 1, 1, 'device', plain_peak, 1.)
+            way = Way(self.loads.length, 1, 1, 'device', plain_peak, 1.0)
         elif fit:
             way = min(fit, key=lambda way: (way.time, way.peak))
         else:
@@ -660,10 +726,10 @@ class Costs:
         "The bytes there are; `there`: of what is there already and is counted."
         if str(memory).lower() == 'least':
             least = min(load(h).peak(states='disk') for h in self.loads.heights()[-2:])
-            return int(LEAST*min(least, plain_peak))
+            return int(LEAST * min(least, plain_peak))
         if memory == 'auto':
-            self.free = self.free or budget('auto', self.image.device)      # asked once
-            return int(SHARE*self.free) + there
+            self.free = self.free or budget('auto', self.image.device)  # asked once
+            return int(SHARE * self.free) + there
         return budget(memory)
 
     def there(self, source) -> int:
@@ -678,9 +744,11 @@ class Costs:
         if plain_peak < least:
             least, how = plain_peak, 'of the plain network'
         what = 'a training step on' if self.train else 'a prediction for'
-        return (f"memory={memory!r} ({size(total)}) is too little for {what} an image of "
-                f"{' x '.join(map(str, shape))}: the least is {size(least)}, {how}; give more, a "
-                'smaller image, or read its rows from a file.')
+        return (
+            f'memory={memory!r} ({size(total)}) is too little for {what} an image of '
+            f'{" x ".join(map(str, shape))}: the least is {size(least)}, {how}; give more, a '
+            'smaller image, or read its rows from a file.'
+        )
 
     # ---- ways
 
@@ -694,9 +762,9 @@ class Costs:
         left, reach = total - load(low).peak(states='disk'), low
         if left >= 0:
             more = load(high).peak(states='disk') - load(low).peak(states='disk')
-            reach = low + left*(high - low)/max(more, 1)
+            reach = low + left * (high - low) / max(more, 1)
         # one strip needs no states, and half of the plain network: BatchNorms are folded
-        alone = self.plain.peak <= 2*total
+        alone = self.plain.peak <= 2 * total
         return [h for h in heights if h <= reach or (h == self.loads.length and alone)]
 
     def search(self, heights: list, total: int, load: Callable) -> list:
@@ -721,7 +789,7 @@ class Costs:
             keep = load.most(total, every, states) if self.train else 0
             if keep == count:
                 states, every = 'device', 1
-            time = load.seconds(self.speed, keep, every, states)/self.plain_seconds
+            time = load.seconds(self.speed, keep, every, states) / self.plain_seconds
             found.append(Way(height, keep, every, states, load.peak(keep, every, states), time))
         return found
 
@@ -730,26 +798,42 @@ class Costs:
         if not self.train:
             return [('device', 1)]
         found = [('device', 1), ('device', max(2, round(math.sqrt(count)))), ('disk', 1)]
-        return found + [('host', 1)]*(self.image.device.type == 'cuda')
+        return found + [('host', 1)] * (self.image.device.type == 'cuda')
 
     # ---- the plan
 
     def made_plan(self, way: Way, shape, total, streamed: bool, others, source, load) -> Plan:
         "A `Plan` from the way that was chosen."
-        chosen, pixels, work = load(way.strip), 1., self.plain.work
+        chosen, pixels, work = load(way.strip), 1.0, self.plain.work
         if streamed:
             work = chosen.work(way.keep, way.every)
             pixels = float(chosen.times_computed(way.keep, way.every).mean())
-        return Plan(shape, *way[:4], ('rows', 'columns')[self.loads.axis - 2], streamed, way.peak,
-                    int(work[0]), pixels, way.time*self.plain_seconds, way.time, total, self.plain,
-                    self.speed, self.parts(way, chosen, streamed, source), others,
-                    self.why(shape, chosen), load)
+        return Plan(
+            shape,
+            *way[:4],
+            ('rows', 'columns')[self.loads.axis - 2],
+            streamed,
+            way.peak,
+            int(work[0]),
+            pixels,
+            way.time * self.plain_seconds,
+            way.time,
+            total,
+            self.plain,
+            self.speed,
+            self.parts(way, chosen, streamed, source),
+            others,
+            self.why(shape, chosen),
+            load,
+        )
 
     def parts(self, way: Way, load: Load, streamed: bool, source) -> dict:
         "What the peak is made of."
         always, each_row = source.held
-        parts = {'parameters and gradients': self.loads.parameters,
-                 'image': always + way.strip*each_row}
+        parts = {
+            'parameters and gradients': self.loads.parameters,
+            'image': always + way.strip * each_row,
+        }
         if streamed:
             parts['states'] = int(load.waiting(way.keep, way.every, way.states)[-1])
         parts['strips' if streamed else 'network'] = way.peak - sum(parts.values())
@@ -761,8 +845,10 @@ class Costs:
         if len(load.states) < 2 or length == across:
             return ''
         side, state = 'longer' if length > across else 'shorter', max(load.states)
-        return (f'; cut along its {side} side, where a state takes {size(state)}, the other way '
-                f'{size(state*length/across)}')
+        return (
+            f'; cut along its {side} side, where a state takes {size(state)}, the other way '
+            f'{size(state * length / across)}'
+        )
 
     # ---- for `Streamed`
 
@@ -814,8 +900,8 @@ def coarse_shape(shape) -> tuple:
     "The largest of the shapes that are nearly the same: by an eighth of a side, or 32 pixels."
     sizes = []
     for n in shape[2:]:
-        step = max(32, 2**(n.bit_length() - 4))
-        sizes.append(-(-n//step)*step)
+        step = max(32, 2 ** (n.bit_length() - 4))
+        sizes.append(-(-n // step) * step)
     return *shape[:2], *sizes
 
 
@@ -855,8 +941,9 @@ def image_of(module: nn.Module, shape, dtype: torch.dtype | None) -> tuple:
     "What a trace has to know of the image, and its source."
     if hasattr(shape, 'shape'):
         source = source_of(shape, module)
-        return ImageSpec(tuple(source.shape), source.dtype, source.device, source.wanted,
-                         source.channels_last), source
+        return ImageSpec(
+            tuple(source.shape), source.dtype, source.device, source.wanted, source.channels_last
+        ), source
     types = (p.dtype for p in module.parameters() if p.is_floating_point())
     image = ImageSpec(tuple(shape), dtype or next(types, torch.float32), device_of(module))
     return image, EmptyImage(image)
@@ -868,19 +955,24 @@ def check_plan(module, shape, strip, autocast):
         raise StreamingError(f'plan takes an nn.Module, not {type(module).__name__}.')
     whole = isinstance(strip, int) and not isinstance(strip, bool) and strip >= 1
     if strip is not None and not whole:
-        raise InputError(f'strip={strip!r} is not a number of rows: give an integer from 1 on, or '
-                         'None to have it planned.')
+        raise InputError(
+            f'strip={strip!r} is not a number of rows: give an integer from 1 on, or '
+            'None to have it planned.'
+        )
     if autocast not in (None, torch.bfloat16, torch.float16):
-        raise InputError(f'autocast={autocast!r} is not known: give torch.bfloat16, torch.float16 '
-                         'or None.')
+        raise InputError(
+            f'autocast={autocast!r} is not known: give torch.bfloat16, torch.float16 or None.'
+        )
     sizes = shape if isinstance(shape, (tuple, list)) else ()
     a_shape = len(sizes) == 4 and all(isinstance(n, int) and n > 0 for n in sizes)
     if not a_shape and not hasattr(shape, 'shape'):
-        raise InputError(f'shape={shape!r} is not the shape of images: give (N, C, H, W) in whole '
-                         'numbers, or an image.')
+        raise InputError(
+            f'shape={shape!r} is not the shape of images: give (N, C, H, W) in whole '
+            'numbers, or an image.'
+        )
 
 # %% ../../nbs/engine/09_plan.ipynb #b1bb179e
-M_MMAP_THRESHOLD = -3       # of mallopt: blocks of this size and more are given back at once
+M_MMAP_THRESHOLD = -3  # of mallopt: blocks of this size and more are given back at once
 
 
 def lean_memory(threshold: int = 2**23) -> bool:
@@ -892,7 +984,7 @@ def lean_memory(threshold: int = 2**23) -> bool:
     pages = Path('/sys/kernel/mm/transparent_hugepage/enabled')
     if not pages.exists() or '[never]' in pages.read_text():
         return False
-    os.environ['THP_MEM_ALLOC_ENABLE'] = '1'        # read by PyTorch at its first allocation
+    os.environ['THP_MEM_ALLOC_ENABLE'] = '1'  # read by PyTorch at its first allocation
     try:
         return ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, threshold) == 1
     except (AttributeError, OSError):

@@ -15,27 +15,37 @@ from torch import nn
 from torch.nn import functional as F
 
 from .graph import Call, Graph, Value, replaced, values_in
-from . import functions, layers    # noqa: F401: their rules are registered
-from .rules import (Adjoint, Map, Op, Reduction, Refused, Rows, apply_rule,
-                                               need_image, rule)
+from . import functions, layers  # noqa: F401: their rules are registered
+from streaming_pathology.engine.rules import (
+    Adjoint,
+    Map,
+    Op,
+    Reduction,
+    Refused,
+    Rows,
+    apply_rule,
+    need_image,
+    rule,
+)
 from .windows import StreamingError
 
 # %% ../../nbs/engine/04_program.ipynb #90466047
 class Operation:
     "One map (or the result of one reduction) of the network, and how it is computed."
+
     def __init__(self, number: int, value: Value, call: Call, op: Op | Reduction):
         self.number, self.value, self.call, self.op = number, value, call, op
         self.run = None if isinstance(op, Reduction) else op.run
-        self.adjoint = None         # how its gradient is computed by hand, if it is
+        self.adjoint = None  # how its gradient is computed by hand, if it is
         self.reduces = isinstance(op, Reduction)
-        self.slots = []             # of each tensor of `run`: whether it is a map, and its number
-        self.inputs = ()            # numbers of the maps that it reads, each once
-        self.readers = []           # operations that read this map
-        self.output = False         # it is given back as a whole, or read after the strips
-        self.carried = True         # its rows are carried to the next strip where they are needed
-        self.inplace = False        # `run` writes into its first tensor
-        self.overwritten = False    # its only reader may write into it: see below
-        self.done = ()              # maps that nobody reads after this operation
+        self.slots = []  # of each tensor of `run`: whether it is a map, and its number
+        self.inputs = ()  # numbers of the maps that it reads, each once
+        self.readers = []  # operations that read this map
+        self.output = False  # it is given back as a whole, or read after the strips
+        self.carried = True  # its rows are carried to the next strip where they are needed
+        self.inplace = False  # `run` writes into its first tensor
+        self.overwritten = False  # its only reader may write into it: see below
+        self.done = ()  # maps that nobody reads after this operation
         if not self.reduces:
             self.window, self.across, self.rows = op.window, op.across, op.out
             self.axis = op.out.axis
@@ -48,11 +58,11 @@ def folded(weight, bias, mean, var, scale, shift, eps) -> tuple:
     "Weight and bias of a convolution with the BatchNorm behind it."
     gain = (var + eps).rsqrt()
     if scale is not None:
-        gain = scale*gain
-    moved = -mean*gain if bias is None else (bias - mean)*gain
+        gain = scale * gain
+    moved = -mean * gain if bias is None else (bias - mean) * gain
     if shift is not None:
         moved = moved + shift
-    return (weight*gain.view(-1, 1, 1, 1)).to(weight.dtype), moved.to(weight.dtype)
+    return (weight * gain.view(-1, 1, 1, 1)).to(weight.dtype), moved.to(weight.dtype)
 
 
 def add_shift(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -125,14 +135,26 @@ def fold_pair(conv: Call, norm: Call, apart: bool) -> list:
     given = arguments(norm, 'input running_mean running_var weight bias training momentum eps')
     own = arguments(conv, 'input weight bias stride padding dilation groups')
     eps = 1e-5 if given['eps'] is None else given['eps']
-    tensors = own['weight'], own['bias'], *(given[k] for k in ('running_mean', 'running_var',
-                                                               'weight', 'bias'))
+    tensors = (
+        own['weight'],
+        own['bias'],
+        *(given[k] for k in ('running_mean', 'running_var', 'weight', 'bias')),
+    )
     weight = Value(f'{conv.layer}.folded', own['weight'].shape, own['weight'].dtype)
     shift = Value(f'{norm.layer}.shift', (own['weight'].shape[0],), own['weight'].dtype)
-    fold = Call(folded, 'folded', (*tensors, eps), {}, (weight, shift), several=True, grad=norm.grad,
-                layer=conv.layer, kind=conv.kind)
+    fold = Call(
+        folded,
+        'folded',
+        (*tensors, eps),
+        {},
+        (weight, shift),
+        several=True,
+        grad=norm.grad,
+        layer=conv.layer,
+        kind=conv.kind,
+    )
     how = {k: own[k] for k in ('stride', 'padding', 'dilation', 'groups') if own[k] is not None}
-    out, = norm.outputs
+    (out,) = norm.outputs
     place = dict(layer=conv.layer, kind=conv.kind, line=conv.line, grad=conv.grad)
     if not apart:
         args = own['input'], weight, shift
@@ -150,7 +172,9 @@ def picked(run: Callable, number: int) -> Callable:
 
 def once_for_image(value: Value, call: Call, drawn: Callable, device: torch.device) -> Call:
     "The call that draws a mask before the strips."
-    return Call(drawn, 'drawn', (device,), {}, (value,), grad=False, layer=call.layer, kind=call.kind)
+    return Call(
+        drawn, 'drawn', (device,), {}, (value,), grad=False, layer=call.layer, kind=call.kind
+    )
 
 
 class Program:
@@ -159,15 +183,18 @@ class Program:
     `axis` is the dimension of the image that strips cut; `fold` says whether BatchNorms are folded:
     True, False or 'apart'; with `reduce` false, reductions wait for whole maps (and run after).
     """
+
     def __init__(self, graph: Graph, device: torch.device, fold=True, axis: int = 2, reduce=True):
         self.graph, self.axis, self.device, self.reduce = graph, axis, device, reduce
         self.before, self.after = [], []
-        image = Operation(0, graph.image, Call(None, 'image', (), {}), Op(None, [], Rows(4, axis, 5 - axis)))
+        image = Operation(
+            0, graph.image, Call(None, 'image', (), {}), Op(None, [], Rows(4, axis, 5 - axis))
+        )
         self.operations = [image]
         self.maps = {graph.image: (image, Map(graph.image, image.rows, device))}
-        self.late = set()           # values that are known only after the last strip
-        self.operands = []          # other tensors that the strips need
-        self.read_later, self.written_later = set(), set()      # memory, in and after the strips
+        self.late = set()  # values that are known only after the last strip
+        self.operands = []  # other tensors that the strips need
+        self.read_later, self.written_later = set(), set()  # memory, in and after the strips
         for call in fold_norms(graph, fold == 'apart') if fold else graph.calls:
             self.add(call)
         self.drop_unused()
@@ -191,10 +218,13 @@ class Program:
         first = not any(value in self.maps or value in self.late for value in call.inputs)
         memory = {value.memory for value in call.inputs if value not in self.maps} - {0}
         if (first and self.read_later.intersection(call.writes)) or (
-                first and self.written_later.intersection(memory)):
-            raise StreamingError(f'{call.where()} changes or reads in place a tensor that the image has '
-                                 'met before, which strips cannot keep apart: change it outside of '
-                                 'the network, or use a copy of it.')
+            first and self.written_later.intersection(memory)
+        ):
+            raise StreamingError(
+                f'{call.where()} changes or reads in place a tensor that the image has '
+                'met before, which strips cannot keep apart: change it outside of '
+                'the network, or use a copy of it.'
+            )
         if not first:
             self.read_later |= memory
             self.written_later.update(call.writes)
@@ -206,8 +236,9 @@ class Program:
             self.check_shapes(call, op)
         except Refused as e:
             why = f'attends across rows ({e})' if 'Attention' in call.kind else e
-            raise StreamingError(f'{call.where()} {why}, and cannot be streamed: '
-                                 f'{advice(call, self)}.') from None
+            raise StreamingError(
+                f'{call.where()} {why}, and cannot be streamed: {advice(call, self)}.'
+            ) from None
         if isinstance(op, Reduction) and not self.reduce:
             self.late.update(call.outputs)
             self.after.append(call)
@@ -224,8 +255,10 @@ class Program:
     def rule(self, call: Call) -> Op | Reduction:
         "What the rule of `call` says."
         if self.late.intersection(call.inputs):
-            raise Refused('combines rows with a value that is known only after the last row (as '
-                          'squeeze-excite does)')
+            raise Refused(
+                'combines rows with a value that is known only after the last row (as '
+                'squeeze-excite does)'
+            )
         if call.grad != self.graph.grad:
             raise Refused('computes a map with gradients switched off')
         if not call.outputs:
@@ -282,7 +315,9 @@ class Program:
         places = {old: new for new, old in enumerate(operands)}
         for number, operation in enumerate(operations):
             operation.number = number
-            operation.slots = [(is_map, (numbers if is_map else places)[n]) for is_map, n in operation.slots]
+            operation.slots = [
+                (is_map, (numbers if is_map else places)[n]) for is_map, n in operation.slots
+            ]
             operation.inputs = tuple(numbers[n] for n in operation.inputs)
         self.operations = operations
         self.operands = [self.operands[n] for n in operands]
@@ -309,7 +344,9 @@ class Program:
         self.random = any(getattr(o.op, 'random', False) for o in self.operations)
         for operation in self.operations[1:]:
             pointwise = getattr(operation.op, 'pointwise', False)
-            operation.carried = not (pointwise and len(operation.inputs) == 1 and not operation.output)
+            operation.carried = not (
+                pointwise and len(operation.inputs) == 1 and not operation.output
+            )
             operation.overwritten = may_be_overwritten(operation)
         last = {number: o for o in self.operations for number in (o.number, *o.inputs)}
         for operation in self.operations:
@@ -343,7 +380,7 @@ def strided(program: Program) -> dict:
         if operation.reduces:
             continue
         number, window = operation.number, operation.window
-        strides[number] = max(strides[a] for a in operation.inputs)*window.stride
+        strides[number] = max(strides[a] for a in operation.inputs) * window.stride
         if not operation.carried and raw.issuperset(operation.inputs):
             raw.add(number)
         elif window.stride > 1 and raw.isdisjoint(operation.inputs):
@@ -358,8 +395,10 @@ def receptive_fields(program: Program) -> list:
         if not operation.reduces:
             window = operation.window
             fields = [seen[number] for number in operation.inputs]
-            seen[operation.number] = max((rows + (window.span - 1)*stride, stride*window.stride)
-                                         for rows, stride in fields)
+            seen[operation.number] = max(
+                (rows + (window.span - 1) * stride, stride * window.stride)
+                for rows, stride in fields
+            )
     return [(program.operations[number].value.name, *field) for number, field in seen.items()][1:]
 
 # %% ../../nbs/engine/04_program.ipynb #4191d32d

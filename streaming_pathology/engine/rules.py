@@ -20,6 +20,7 @@ from .windows import Picks, Spread, Window
 class Rows:
     """Which of `ndim` dimensions strips cut (`axis`), and which is the other one of the image
     (`across`; None once it is pooled away or mixed with others)."""
+
     ndim: int = 4
     axis: int = 2
     across: int | None = 3
@@ -32,6 +33,7 @@ class Rows:
 
 class Map:
     "A value that comes in strips, as rules see it."
+
     def __init__(self, value: Value, rows: Rows, device: torch.device = torch.device('cpu')):
         self.value, self.rows, self.device = value, rows, device
         self.shape, self.dtype = value.shape, value.dtype
@@ -41,17 +43,18 @@ class Map:
 @dataclass(eq=False)
 class Op:
     "How rows of a map are computed."
-    run: Callable                           # run(region, *tensors) -> rows of the output
-    tensors: Iterable                       # what `run` gets: maps, cut to what it reads, and others
+
+    run: Callable  # run(region, *tensors) -> rows of the output
+    tensors: Iterable  # what `run` gets: maps, cut to what it reads, and others
     out: Rows
     window: Window | Spread | Picks = Window()
-    across: Window | Spread | None = Window()   # None: all columns are needed, and where they lie
-    pointwise: bool = False                 # cheap, so it is done again on rows that are carried
-    random: bool = False                    # draws random numbers for each position
-    alias: bool = False                     # the output may share memory with the input
-    severs: bool = False                    # no gradient passes through it
-    adjoint: 'Adjoint | None' = None        # its gradient by hand; else autograd finds it
-    drawn: Callable | None = None           # drawn(): a mask for the whole image, the last tensor
+    across: Window | Spread | None = Window()  # None: all columns are needed, and where they lie
+    pointwise: bool = False  # cheap, so it is done again on rows that are carried
+    random: bool = False  # draws random numbers for each position
+    alias: bool = False  # the output may share memory with the input
+    severs: bool = False  # no gradient passes through it
+    adjoint: 'Adjoint | None' = None  # its gradient by hand; else autograd finds it
+    drawn: Callable | None = None  # drawn(): a mask for the whole image, the last tensor
 
 
 @dataclass(eq=False)
@@ -59,22 +62,24 @@ class Adjoint:
     """An operation and its gradient, where these are called so often that autograd's records cost
     more than they do: `forward(region, *tensors) -> result, saved`, and
     `backward(gradient, saved, wanted) -> gradients of the tensors`, None where not `wanted`."""
+
     forward: Callable
     backward: Callable
-    own: bool = False               # the gradients are new tensors, into which may be written
-    saves_result: bool = False      # so nobody may write into the result
+    own: bool = False  # the gradients are new tensors, into which may be written
+    saves_result: bool = False  # so nobody may write into the result
 
 
 @dataclass(eq=False)
 class Reduction:
     """How all rows become one value: `add(total, part, *rows)` from strip to strip, beginning with
     None, then `finish(total)`. `part(first, stop, height)` says which rows they are, if that matters."""
+
     add: Callable
     tensors: Iterable
     finish: Callable = lambda total: total
     part: Callable = lambda first, stop, height: ()
-    positional: bool = False                # parts differ from strip to strip
-    dtype: torch.dtype | None = None        # asked for in the call
+    positional: bool = False  # parts differ from strip to strip
+    dtype: torch.dtype | None = None  # asked for in the call
 
 
 class Refused(Exception):
@@ -83,12 +88,15 @@ class Refused(Exception):
 
 rules = {}
 
+
 def rule(*targets):
     "Register a rule for functions: names of PyTorch's, or function objects."
+
     def add(f):
         for target in targets:
             rules[target] = f
         return f
+
     return add
 
 # %% ../../nbs/engine/03_rules.ipynb #e2f6bd74
@@ -108,14 +116,16 @@ def pair(v) -> tuple:
     if isinstance(v, int):
         return v, v
     v = tuple(v)
-    return v*2 if len(v) == 1 else v
+    return v * 2 if len(v) == 1 else v
 
 
 def windows(x: Map, kernel, stride=1, dilation=1, pads=((0, 0), (0, 0)), mode='constant') -> tuple:
     "The windows along and across the strips, from what a function says of rows and columns."
     kernel, stride, dilation = pair(kernel), pair(stride), pair(dilation)
-    return tuple(Window(kernel[d - 2], stride[d - 2], dilation[d - 2], tuple(pads[d - 2]), mode)
-                 for d in (x.axis, x.across))
+    return tuple(
+        Window(kernel[d - 2], stride[d - 2], dilation[d - 2], tuple(pads[d - 2]), mode)
+        for d in (x.axis, x.across)
+    )
 
 
 def beside(x: Map, dims) -> Window | None:
@@ -125,7 +135,7 @@ def beside(x: Map, dims) -> Window | None:
 
 def as_run(function: Callable, args: tuple, kwargs: dict) -> tuple:
     "A call as `run(region, *tensors)`, and its tensors."
-    tensors = found_in((args, kwargs), (Map, Value))    # as often as they occur
+    tensors = found_in((args, kwargs), (Map, Value))  # as often as they occur
     leading = 0
     while leading < len(args) and isinstance(args[leading], (Map, Value)):
         leading += 1
@@ -137,6 +147,7 @@ def as_run(function: Callable, args: tuple, kwargs: dict) -> tuple:
         left = iter(given)
         filled = replaced((args, kwargs), (Map, Value), lambda _: next(left))
         return function(*filled[0], **filled[1])
+
     return run, tensors
 
 
@@ -151,20 +162,23 @@ why_not = {
     'multi_head_attention_forward': 'attends over all positions',
     'shifted_window_attention': 'attends within windows laid over the whole map, which has no rule',
     'unfold': 'makes columns of patches of all positions',
-    'setitem': 'writes into a part of a map'}
+    'setitem': 'writes into a part of a map',
+}
 
 
 def rule_for(call) -> Callable | None:
     "The rule of a call; None where there is none."
     found = rules.get(call.function) if call.function.__hash__ else None
-    return found or rules.get(call.name)        # which is not the name of a user's function
+    return found or rules.get(call.name)  # which is not the name of a user's function
 
 
 def apply_rule(call, args: tuple, kwargs: dict) -> Op | Reduction:
     "What `call` does to rows, with `args` in which maps stand for values."
     found = rule_for(call)
     if found is None:
-        raise Refused(why_not.get(call.name, f'calls {call.name}, which has no rule for strips of rows'))
+        raise Refused(
+            why_not.get(call.name, f'calls {call.name}, which has no rule for strips of rows')
+        )
     if getattr(found, 'gets_function', False):
         args = (call.function, *args)
     if 'input' in kwargs:

@@ -26,28 +26,34 @@ from .windows import Region, Side, Window, side_of, whole_side
 class Step:
     """One operation in one strip. Its buffer holds the `old` rows, which the strip above has handed
     down, and those that it `makes` now. Rows are counted from the first row of each buffer."""
+
     old: int
     makes: int
-    reads: tuple = ()               # of each map: the `Cut` that is read; None: all of its buffer
-    region: Region | None = None    # the padding that belongs to what is read
-    hands_down: 'Cut | None' = None     # what the strip below needs
-    part: tuple = ()                # of a reduction: which rows these are
-    whole: 'Cut | None' = None      # how the rows of an output become as wide as the image
-    empty: bool = False             # no columns are computed
+    reads: tuple = ()  # of each map: the `Cut` that is read; None: all of its buffer
+    region: Region | None = None  # the padding that belongs to what is read
+    hands_down: 'Cut | None' = None  # what the strip below needs
+    part: tuple = ()  # of a reduction: which rows these are
+    whole: 'Cut | None' = None  # how the rows of an output become as wide as the image
+    empty: bool = False  # no columns are computed
 
 
 class Kind:
     """All that strips of one kind have in common: rows of the image, a step for each operation and,
     for a canvas, the columns of each map."""
+
     def __init__(self, rows: int, steps: tuple, columns: tuple | None = None):
         self.rows, self.steps, self.columns = rows, steps, columns
-        self.hash = hash((rows, steps, columns))        # once: steps are many
+        self.hash = hash((rows, steps, columns))  # once: steps are many
 
     def __eq__(self, other):
         if self is other:
             return True
         return (self.hash, self.rows, self.columns, self.steps) == (
-            other.hash, other.rows, other.columns, other.steps)
+            other.hash,
+            other.rows,
+            other.columns,
+            other.steps,
+        )
 
     def __hash__(self):
         return self.hash
@@ -55,6 +61,7 @@ class Kind:
 
 class Totals:
     "The sums of gradients over all strips: number of the operand -> total, in float32 at least."
+
     def __init__(self, wanted: set):
         self.wanted, self.sums = wanted, {}
 
@@ -62,7 +69,7 @@ class Totals:
         "Add a gradient to the total of an operand, if that wants one."
         if number in self.sums:
             self.sums[number].add_(gradient)
-        elif number in self.wanted:     # a copy, as somebody else may have the tensor
+        elif number in self.wanted:  # a copy, as somebody else may have the tensor
             kind = torch.promote_types(gradient.dtype, torch.float32)
             self.sums[number] = gradient.to(kind, copy=True)
 
@@ -70,6 +77,7 @@ class Totals:
 @dataclass(frozen=True)
 class Cut:
     "Rows `first` to `first + count` of a buffer, of which dimension `axis` counts rows."
+
     axis: int
     first: int
     count: int
@@ -77,7 +85,7 @@ class Cut:
     @property
     def narrows(self) -> tuple:
         "What is taken of the buffer: (dimension, first, number) each."
-        return (self.axis, self.first, self.count),
+        return ((self.axis, self.first, self.count),)
 
     def take(self, buffer: torch.Tensor, operands: list) -> torch.Tensor:
         "These rows of a buffer."
@@ -91,21 +99,24 @@ class Cut:
 @dataclass(frozen=True)
 class Strip:
     "A strip: its kind, its rows of the image, and the first row of each output that it makes."
+
     kind: Kind
-    image: tuple                    # (first row, row after the last)
-    outputs: tuple                  # the first new row of each
-    new: int                        # the first row of the image that no strip above has read
+    image: tuple  # (first row, row after the last)
+    outputs: tuple  # the first new row of each
+    new: int  # the first row of the image that no strip above has read
 
 # %% ../../nbs/engine/05_schedule.ipynb #9a8ddf7a
 @dataclass(frozen=True)
 class Border:
     "Rows of each map between two strips: how many exist, and from which one on they are needed."
+
     have: list
     first: list
 
 
 class Heights:
     "Heights and widths of all maps of a program, and the rows of each that are computed."
+
     def __init__(self, program: Program):
         self.program = program
         self.rows, self.columns = [], []
@@ -117,7 +128,7 @@ class Heights:
             across = at.rows.across
             self.rows.append(shape[at.axis])
             self.columns.append(1 if across is None else shape[across])
-        self.first, self.last = [0]*len(self.rows), self.rows     # another range: see the bands
+        self.first, self.last = [0] * len(self.rows), self.rows  # another range: see the bands
 
     def border(self, cut: int, wait: dict) -> Border:
         "The border after `cut` rows of the image."
@@ -129,7 +140,7 @@ class Heights:
     def complete(self, operation: Operation, have: list, wait: dict) -> int:
         "How many rows of an operation exist where its inputs `have` so many."
         number, inputs = operation.number, operation.inputs
-        if operation.reduces:       # it takes in rows of its inputs
+        if operation.reduces:  # it takes in rows of its inputs
             return min(have[a] for a in inputs)
         window, height = operation.window, self.rows[number]
         rows = min(window.complete(have[a], self.rows[a], height) for a in inputs)
@@ -151,13 +162,15 @@ class Heights:
     def needed_by(self, reader: Operation, number: int, have: list, first: list) -> int:
         "The first row of map `number` that `reader` still needs."
         made = have[reader.number]
-        if reader.reduces:              # rows that it has not taken in
+        if reader.reduces:  # rows that it has not taken in
             return made
-        if not reader.carried:          # rows to which it is applied again
+        if not reader.carried:  # rows to which it is applied again
             return first[reader.number]
         if made == self.last[reader.number]:
             return have[number]
-        return reader.window.still_needed(made, have[number], self.rows[number], self.rows[reader.number])
+        return reader.window.still_needed(
+            made, have[number], self.rows[number], self.rows[reader.number]
+        )
 
 # %% ../../nbs/engine/05_schedule.ipynb #81e5caed
 @dataclass(frozen=True)
@@ -165,6 +178,7 @@ class Buffer:
     """The rows of a map that a strip has, counted from the top of the map: those from `first` to
     `start` were handed down, those up to `stop` are made, those from `needed` on are handed down.
     Of a reduction: the rows that it takes in."""
+
     first: int
     start: int
     stop: int
@@ -247,6 +261,7 @@ def rows_side(window, start: int, stop: int, height: int, axis: int) -> tuple:
         return start, stop, same_rows(stop - start, axis)
     return side_of(window, start, stop, height, axis)
 
+
 single = Window()
 
 
@@ -254,10 +269,10 @@ def total_step(operation: Operation, buffers: list, heights: Heights) -> Step | 
     "A reduction takes in the new rows, and its total is handed on."
     buffer, a = buffers[operation.number], operation.inputs[0]
     start, stop = buffer.start, buffer.stop
-    old = int(start > heights.first[a])         # there is a total
+    old = int(start > heights.first[a])  # there is a total
     if stop == start:
         return Step(old, 0) if old else None
-    reads = parts_of(operation, buffers, heights, [(start, stop)]*len(operation.inputs))
+    reads = parts_of(operation, buffers, heights, [(start, stop)] * len(operation.inputs))
     return Step(old, stop - start, reads, part=operation.op.part(start, stop, heights.rows[a]))
 
 
@@ -278,15 +293,22 @@ def columns_of(program: Program, heights: Heights) -> list:
 class Schedule:
     """An image cut into strips of `strip` rows, from row `top` to row `bottom`; `wait` says for how
     many rows the maps behind strides wait."""
-    def __init__(self, program: Program, strip: int, wait: dict | None = None,
-                 heights: Heights | None = None, rows: tuple | None = None):
+
+    def __init__(
+        self,
+        program: Program,
+        strip: int,
+        wait: dict | None = None,
+        heights: Heights | None = None,
+        rows: tuple | None = None,
+    ):
         self.program, self.strip, self.wait = program, strip, wait or {}
         self.heights = heights or Heights(program)
         self.columns = columns_of(program, self.heights)
         self.strides = strides_of(program)
         self.period = period_of(strip, self.strides, self.wait)
-        self.moves = [int(strip*self.period/stride) for stride in self.strides]
-        self.kinds, self.functions = {}, {}    # each kind once; and what it is turned into
+        self.moves = [int(strip * self.period / stride) for stride in self.strides]
+        self.kinds, self.functions = {}, {}  # each kind once; and what it is turned into
         top, bottom = rows or (0, self.heights.rows[0])
         self.cuts, self.borders = [*range(top, bottom, strip), bottom], {}
         self.strips = self.all_strips()
@@ -311,8 +333,10 @@ class Schedule:
     def between(self, k: int) -> Strip:
         "The strip between cut `k` and the next."
         buffers = self.buffers(k)
-        steps = tuple(step_of(operation, buffers, self.heights, columns)
-                      for operation, columns in zip(self.program.operations[1:], self.columns[1:]))
+        steps = tuple(
+            step_of(operation, buffers, self.heights, columns)
+            for operation, columns in zip(self.program.operations[1:], self.columns[1:])
+        )
         return self.new_strip(buffers, steps)
 
     def buffers(self, k: int) -> list:
@@ -334,25 +358,26 @@ class Schedule:
         period, count = self.period, len(self.cuts) - 1
         found = (k for k in range(count - period) if self.repeats(k, k + period))
         first = next(found, count)
-        periods = range(1, (count - 1 - first)//period + 1)
-        more = bisect_left(periods, True, key=lambda n: not self.repeats(first, first + n*period))
-        return first, first + more*period
+        periods = range(1, (count - 1 - first) // period + 1)
+        more = bisect_left(periods, True, key=lambda n: not self.repeats(first, first + n * period))
+        return first, first + more * period
 
     def repeats(self, above: int, below: int) -> bool:
         "Whether two cuts, some periods apart, differ only by the rows between them."
-        periods = (below - above)//self.period
+        periods = (below - above) // self.period
         above, below = self.border(above), self.border(below)
         for o in self.program.reductions:
             if o.op.positional or above.have[o.number] <= self.heights.first[o.inputs[0]]:
                 return False
-        moves = [move*periods for move in self.moves]
+        moves = [move * periods for move in self.moves]
         return below.have == moved(above.have, moves) and below.first == moved(above.first, moves)
 
     def shift(self, strip: Strip) -> Strip:
         "The same strip a period further down."
-        rows = self.strip*self.period
-        outputs = tuple(first + self.moves[o.number]
-                        for first, o in zip(strip.outputs, self.program.outputs))
+        rows = self.strip * self.period
+        outputs = tuple(
+            first + self.moves[o.number] for first, o in zip(strip.outputs, self.program.outputs)
+        )
         image = strip.image[0] + rows, strip.image[1] + rows
         return Strip(strip.kind, image, outputs, strip.new + rows)
 
@@ -364,7 +389,7 @@ class Schedule:
         """Rows of each operation, in rows of the image: a colour for each strip that makes them, a
         dark line where rows are carried to the next one."""
         operations = self.program.operations
-        ax = ax or plt.subplots(figsize=(7, .3*len(operations) + .6))[1]
+        ax = ax or plt.subplots(figsize=(7, 0.3 * len(operations) + 0.6))[1]
         for k in range(min(strips, len(self.strips))):
             buffers = self.buffers(k)
             for operation, buffer, stride in zip(operations, buffers, self.strides):
@@ -386,19 +411,19 @@ def strides_of(program: Program) -> list:
     found = [Fraction(1)]
     for operation in program.operations[1:]:
         stride = max(found[a] for a in operation.inputs)
-        found.append(stride if operation.reduces else stride*operation.window.stride)
+        found.append(stride if operation.reduces else stride * operation.window.stride)
     return found
 
 
 def period_of(strip: int, strides: list, wait: dict) -> int:
     "After how many strips all numbers repeat, in the middle of an image."
-    rows = [Fraction(stride*wait.get(number, 1)) for number, stride in enumerate(strides)]
-    return math.lcm(strip, *(row.numerator for row in rows))//strip
+    rows = [Fraction(stride * wait.get(number, 1)) for number, stride in enumerate(strides)]
+    return math.lcm(strip, *(row.numerator for row in rows)) // strip
 
 
 def draw_buffer(ax, operation: Operation, buffer: Buffer, stride: float, color: str):
     "The rows of one operation in one strip."
     number = operation.number
-    ax.barh(number, buffer.makes*stride, left=buffer.start*stride, color=color, alpha=.6)
+    ax.barh(number, buffer.makes * stride, left=buffer.start * stride, color=color, alpha=0.6)
     if not operation.reduces:
-        ax.plot([buffer.needed*stride, buffer.stop*stride], [number + .3]*2, color='k', lw=2)
+        ax.plot([buffer.needed * stride, buffer.stop * stride], [number + 0.3] * 2, color='k', lw=2)

@@ -20,20 +20,29 @@ from .windows import StreamingError
 # %% ../../nbs/engine/06_storage.ipynb #92d928a4
 class TensorSource:
     "An image that is a tensor (N, C, H, W)."
-    axes = 2, 3     # dimensions that may be cut into strips
+
+    axes = 2, 3  # dimensions that may be cut into strips
 
     def __init__(self, x: torch.Tensor):
         if x.layout != torch.strided or x.is_quantized:
-            raise StreamingError(f'An image is a dense tensor, not one of {x.layout} and {x.dtype}: '
-                                 'convert it first.')
+            raise StreamingError(
+                f'An image is a dense tensor, not one of {x.layout} and {x.dtype}: '
+                'convert it first.'
+            )
         if x.ndim != 4 or not x.numel():
-            raise StreamingError('An image is a tensor (N, C, H, W) with at least one pixel, not '
-                                 f'{tuple(x.shape)}.')
+            raise StreamingError(
+                f'An image is a tensor (N, C, H, W) with at least one pixel, not {tuple(x.shape)}.'
+            )
         self.tensors, self.gradients = [x], [None]
-        self.shape, self.dtype, self.device, self.wanted = x.shape, x.dtype, x.device, x.requires_grad
+        self.shape, self.dtype, self.device, self.wanted = (
+            x.shape,
+            x.dtype,
+            x.device,
+            x.requires_grad,
+        )
         last = x.is_contiguous(memory_format=torch.channels_last)
         self.channels_last = last and not x.is_contiguous()
-        self.held = x.nbytes*(1 + self.wanted), 0   # bytes: always, and for each row of a strip
+        self.held = x.nbytes * (1 + self.wanted), 0  # bytes: always, and for each row of a strip
 
     def read(self, axis: int, first: int, stop: int, ahead=None) -> torch.Tensor:
         "Rows `first` to `stop` along dimension `axis`."
@@ -48,6 +57,7 @@ class TensorSource:
 
 class ArrayRows:
     "An array (N, C, H, W) that is not a tensor, sliced where it lies: a memory map, or HDF5 or zarr."
+
     def __init__(self, array):
         self.array, self.shape = array, array.shape
 
@@ -59,7 +69,8 @@ class RowSource:
     """An image whose rows come from elsewhere: `rows.shape`, `rows.read(top, bottom)`, and
     `rows.write(top, bottom, gradient)` if it wants its gradient. The next strip is read while one is
     computed."""
-    axes = 2,
+
+    axes = (2,)
     channels_last = False
 
     def __init__(self, rows, device: torch.device):
@@ -72,21 +83,25 @@ class RowSource:
         first = self.rows_of(0, 1)
         self.dtype, self.home = first.dtype, first.device
         if self.wanted and not self.dtype.is_floating_point:
-            raise StreamingError(f'{self.name} has a write for the gradient, but its rows are '
-                                 f'{self.dtype}, which has none: read floats, or leave write out.')
+            raise StreamingError(
+                f'{self.name} has a write for the gradient, but its rows are '
+                f'{self.dtype}, which has none: read floats, or leave write out.'
+            )
         # an empty tensor, so that there is a graph even if no parameter wants a gradient
         self.tensors = [torch.empty(0, requires_grad=True)] if self.wanted else []
-        self.gradients = [None]*len(self.tensors)
-        row = self.shape.numel()//self.shape[2]*self.dtype.itemsize
-        self.held = 0, 2*row        # a strip and the next
+        self.gradients = [None] * len(self.tensors)
+        row = self.shape.numel() // self.shape[2] * self.dtype.itemsize
+        self.held = 0, 2 * row  # a strip and the next
 
     def checked_shape(self, shape) -> torch.Size:
         "The shape of the image, if it is one."
         sizes = shape if isinstance(shape, (tuple, list)) else ()
         if len(sizes) != 4 or not all(isinstance(n, (int, np.integer)) and n > 0 for n in sizes):
             shown = tuple(shape) if isinstance(shape, tuple) else repr(shape)
-            raise StreamingError(f'{self.name}.shape is {shown}: an image that is read by rows has a '
-                                 'shape (N, C, H, W) and at least one pixel.')
+            raise StreamingError(
+                f'{self.name}.shape is {shown}: an image that is read by rows has a '
+                'shape (N, C, H, W) and at least one pixel.'
+            )
         return torch.Size(int(n) for n in sizes)
 
     def rows_of(self, first: int, stop: int) -> torch.Tensor:
@@ -97,13 +112,17 @@ class RowSource:
             rows = torch.as_tensor(found)
         except (RuntimeError, TypeError, ValueError) as e:
             why = (str(e).splitlines() or [''])[0]
-            raise StreamingError(f'{call} gave {type(found).__name__}, which is no tensor and cannot '
-                                 f'be made one ({why}): return a tensor, or an array of numbers as '
-                                 'they lie in this machine.') from e
+            raise StreamingError(
+                f'{call} gave {type(found).__name__}, which is no tensor and cannot '
+                f'be made one ({why}): return a tensor, or an array of numbers as '
+                'they lie in this machine.'
+            ) from e
         wanted = (*self.shape[:2], stop - first, self.shape[3])
         if rows.shape != wanted or self.dtype not in (None, rows.dtype):
-            raise StreamingError(f'{call} gave {tuple(rows.shape)} of {rows.dtype}, not {wanted} of '
-                                 f'{self.dtype or "one type"}.')
+            raise StreamingError(
+                f'{call} gave {tuple(rows.shape)} of {rows.dtype}, not {wanted} of '
+                f'{self.dtype or "one type"}.'
+            )
         return rows.pin_memory() if self.device.type == 'cuda' and not rows.is_cuda else rows
 
     def fetch(self, first: int, stop: int) -> torch.Tensor:
@@ -126,9 +145,9 @@ class RowSource:
     def add(self, axis: int, first: int, stop: int, gradient: torch.Tensor, final: int):
         "Write the gradient of rows from `final` on, which is complete; that of the others waits."
         if self.waiting is not None and self.waiting.shape[2]:
-            gradient[:, :, -self.waiting.shape[2]:].add_(self.waiting)
-        self.waiting = gradient[:, :, :final - first].clone()
-        self.rows.write(final, stop, gradient[:, :, final - first:].to(self.home))
+            gradient[:, :, -self.waiting.shape[2] :].add_(self.waiting)
+        self.waiting = gradient[:, :, : final - first].clone()
+        self.rows.write(final, stop, gradient[:, :, final - first :].to(self.home))
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -142,18 +161,21 @@ def source_of(x, module: nn.Module):
     if isinstance(x, torch.Tensor):
         return TensorSource(x)
     device = device_of(module)
-    if callable(getattr(x, 'source', None)):        # an image that knows itself how it is read
+    if callable(getattr(x, 'source', None)):  # an image that knows itself how it is read
         return x.source(device)
     if hasattr(x, 'shape') and callable(getattr(x, 'read', None)):
         return RowSource(x, device)
     if hasattr(x, 'shape') and hasattr(x, '__array__'):
         return RowSource(ArrayRows(x), device)
-    raise StreamingError('An image is a tensor or an array (N, C, H, W), a Canvas, or has a shape '
-                         f'(N, C, H, W) and read(top, bottom), not {type(x).__name__}.')
+    raise StreamingError(
+        'An image is a tensor or an array (N, C, H, W), a Canvas, or has a shape '
+        f'(N, C, H, W) and read(top, bottom), not {type(x).__name__}.'
+    )
 
 # %% ../../nbs/engine/06_storage.ipynb #d5e7d9fd
 class Layout:
     "Where the tensors of a state lie in a block for each type."
+
     def __init__(self, state: dict):
         self.places, self.sizes = {}, {}
         for key, tensor in state.items():
@@ -164,7 +186,9 @@ class Layout:
 
     def pack(self, state: dict, device: torch.device) -> dict:
         "A block for each type, with a copy of the state."
-        blocks = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in self.sizes.items()}
+        blocks = {
+            dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in self.sizes.items()
+        }
         places = list(self.unpack(blocks).values())
         if places:
             torch._foreach_copy_(places, list(state.values()))
@@ -172,7 +196,9 @@ class Layout:
 
     def unpack(self, blocks: dict) -> dict:
         "The tensors of a state as views of its blocks."
-        return {key: blocks[dtype].as_strided(*place) for key, (dtype, *place) in self.places.items()}
+        return {
+            key: blocks[dtype].as_strided(*place) for key, (dtype, *place) in self.places.items()
+        }
 
 
 def dense_strides(tensor: torch.Tensor) -> tuple:
@@ -182,6 +208,7 @@ def dense_strides(tensor: torch.Tensor) -> tuple:
 
 class OnDevice:
     "States stay where they are computed."
+
     def put(self, blocks: dict) -> dict:
         return blocks
 
@@ -191,6 +218,7 @@ class OnDevice:
 
 class OnHost:
     "States wait in the memory of the host, copied there and back while strips are computed."
+
     def __init__(self, device: torch.device):
         self.device, self.ahead = device, {}
         self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
@@ -201,8 +229,10 @@ class OnHost:
             return {dtype: make(block).copy_(block) for dtype, block in blocks.items()}
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            copies = {dtype: make(block).copy_(block, non_blocking=True)
-                      for dtype, block in blocks.items()}
+            copies = {
+                dtype: make(block).copy_(block, non_blocking=True)
+                for dtype, block in blocks.items()
+            }
         for block in (*blocks.values(), *copies.values()):
             if block.is_cuda:
                 block.record_stream(self.stream)
@@ -211,11 +241,13 @@ class OnHost:
     def put(self, blocks: dict) -> dict:
         def on_host(block):
             return torch.empty(block.shape, dtype=block.dtype, pin_memory=block.is_cuda)
+
         return self.copy(blocks, on_host)
 
     def fetch(self, kept: dict) -> dict:
         def on_device(block):
             return torch.empty(block.shape, dtype=block.dtype, device=self.device)
+
         return self.copy(kept, on_device)
 
     def get(self, kept: dict, ahead=None) -> dict:
@@ -232,6 +264,7 @@ class OnHost:
 
 class OnDisk:
     "States wait in a file without a name, which vanishes with the process. A thread reads and writes it."
+
     def __init__(self, device: torch.device):
         self.device = device
         self.file = tempfile.TemporaryFile(buffering=0)
@@ -253,7 +286,7 @@ class OnDisk:
     def put(self, blocks: dict) -> tuple:
         at = 0
         if self.written is not None:
-            at = self.written.result()      # at most one state waits to be written
+            at = self.written.result()  # at most one state waits to be written
         host = {dtype: block.cpu() for dtype, block in blocks.items()}
         self.written = self.thread.submit(self.move, self.file.write, host, at)
         return at, {dtype: block.numel() for dtype, block in blocks.items()}

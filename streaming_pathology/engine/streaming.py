@@ -15,9 +15,19 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .graph import (Drawn, ImageSpec, Value, autocast_to, autocast_type,
-                                               check_network, fingerprint, precision_modes,
-                                               replaced, trace, values_in)
+from streaming_pathology.engine.graph import (
+    Drawn,
+    ImageSpec,
+    Value,
+    autocast_to,
+    autocast_type,
+    check_network,
+    fingerprint,
+    precision_modes,
+    replaced,
+    trace,
+    values_in,
+)
 from .program import Operation, Program, evaluate, tensor_at
 from .schedule import Kind, Schedule, Step, Totals
 from .storage import Layout, OnDevice, source_of, stores
@@ -27,12 +37,13 @@ from .windows import StreamingError
 @dataclass(slots=True)
 class Instruction:
     "One operation in strips of one kind."
+
     number: int
     operation: Operation
     step: Step
-    given: list         # of each tensor: (is a map, its number, the `Cut` of it or None: all)
-    copies: bool        # it works in place, and on a copy, as others need the rows
-    done: tuple         # maps that nobody reads afterwards
+    given: list  # of each tensor: (is a map, its number, the `Cut` of it or None: all)
+    copies: bool  # it works in place, and on a copy, as others need the rows
+    done: tuple  # maps that nobody reads afterwards
 
     def call(self, *tensors):
         "New rows of the operation from the rows that it reads; of a reduction, its total."
@@ -44,6 +55,7 @@ class Instruction:
 class StripFunction:
     """All strips of one kind: `f(rows, state, operands)` gives the new rows of each output, and the
     state for the strip below. States and outputs are dicts: number of the map -> tensor."""
+
     def __init__(self, program: Program, kind: Kind):
         self.program, self.columns = program, kind.columns
         self.rows, self.made = {0: kind.rows}, {0: kind.rows}
@@ -70,8 +82,12 @@ class StripFunction:
         """Whether the tensor into which an in-place operation writes is its own: all of a map that
         is `overwritten`, and of which this strip has made rows (else they are the state's)."""
         is_map, number, read = first
-        return (is_map and read is None and self.program.operations[number].overwritten
-                and self.made[number] > 0)
+        return (
+            is_map
+            and read is None
+            and self.program.operations[number].overwritten
+            and self.made[number] > 0
+        )
 
     def sizes(self, number: int) -> dict:
         "Rows (and for a canvas, columns) of the buffer of a map: dimension -> size."
@@ -82,8 +98,9 @@ class StripFunction:
             found[operation.rows.across] = stop - first
         return found
 
-    def __call__(self, rows: torch.Tensor, state: dict, operands: list, tape=None,
-                 again=False) -> tuple:
+    def __call__(
+        self, rows: torch.Tensor, state: dict, operands: list, tape=None, again=False
+    ) -> tuple:
         "With `again`, neither outputs nor state are wanted, but for totals."
         buffers, outputs, handed = {0: rows}, {}, {}
         for each in self.instructions:
@@ -138,6 +155,7 @@ class StripFunction:
 # %% ../../nbs/engine/07_streaming.ipynb #c1dc7f7d
 class Tape:
     "What the operations of a strip saved for their gradients; `wanted`: which tensors of each want one."
+
     def __init__(self, wanted: dict):
         self.wanted, self.saved = wanted, {}
 
@@ -151,7 +169,7 @@ class Tape:
         leaves = [leaf(tensor, want) for tensor, want in zip(given, wanted)]
         with torch.enable_grad():
             inputs = list(leaves)
-            if each.operation.inplace:      # a leaf may not be written into
+            if each.operation.inplace:  # a leaf may not be written into
                 inputs[0] = leaves[0].clone()
             out = each.call(*inputs)
         self.saved[each.number] = leaves, out
@@ -165,7 +183,7 @@ class Tape:
         leaves, out = saved
         inputs = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         if not inputs or not out.requires_grad:
-            return [None]*len(leaves)
+            return [None] * len(leaves)
         found = iter(torch.autograd.grad(out, inputs, gradient, allow_unused=True))
         return [next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
 
@@ -180,6 +198,7 @@ def leaf(tensor, wanted: bool):
 
 class Sum:
     "A gradient that comes in parts: of all of a buffer, or of some rows and columns of it."
+
     def __init__(self, function: StripFunction, number: int):
         self.function, self.number = function, number
         self.whole, self.own, self.parts = None, False, []
@@ -218,15 +237,19 @@ class Sum:
         layout = torch.contiguous_format
         if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
             layout = torch.channels_last
-        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout).zero_()
+        return torch.empty(
+            shape, dtype=like.dtype, device=like.device, memory_format=layout
+        ).zero_()
 
 
 class StripGradient:
     """The gradient of one strip: from those of what it gave (`below`: of the state that it handed
     down, `outputs`: of its rows of the outputs) those of its rows of the image (`image`) and of its
     state (`above`); those of the operands are added to `totals`. All dicts are by number."""
-    def __init__(self, function: StripFunction, tape: Tape, below: dict, outputs: dict,
-                 totals: Totals):
+
+    def __init__(
+        self, function: StripFunction, tape: Tape, below: dict, outputs: dict, totals: Totals
+    ):
         self.function, self.tape, self.below, self.outputs = function, tape, below, outputs
         self.totals, self.above, self.sums = totals, {}, {}
         for each in reversed(function.instructions):
@@ -254,7 +277,7 @@ class StripGradient:
             return
         if step.old:
             self.above[number] = gradient.narrow(axis, 0, step.old)
-            if step.makes:      # a view would keep all rows alive
+            if step.makes:  # a view would keep all rows alive
                 self.above[number] = self.above[number].clone()
                 gradient = gradient.narrow(axis, step.old, step.makes)
         if each.given and number in self.tape.wanted:
@@ -304,8 +327,14 @@ class StripGradient:
 # %% ../../nbs/engine/07_streaming.ipynb #89dce8ed
 class Pass:
     "One image on its way through the network, strip by strip."
+
     def __init__(self, program: Program, schedule: Schedule, source, operands: list):
-        self.program, self.schedule, self.source, self.operands = program, schedule, source, operands
+        self.program, self.schedule, self.source, self.operands = (
+            program,
+            schedule,
+            source,
+            operands,
+        )
         self.strips, self.axis, self.layouts = schedule.strips, program.axis, {}
         self.autocast = autocast_type(source.device)
 
@@ -322,35 +351,39 @@ class Pass:
 
     # ---- down
 
-    def forward(self, training: bool = False, keep: int = 0, states: str = 'device', every: int = 1):
+    def forward(
+        self, training: bool = False, keep: int = 0, states: str = 'device', every: int = 1
+    ):
         "The outputs and the results of reductions; with `training` also what `backward` needs."
         count = len(self.strips)
-        self.outputs = [None]*len(self.program.outputs)
+        self.outputs = [None] * len(self.program.outputs)
         self.states, self.rng, self.records = {}, {}, {}
         self.every, self.store, self.spent = every, stores[states](self.source.device), False
         if training:
             self.prepare()
         first_kept = max(0, count - keep) if training else count
-        last_group = (first_kept - 1)//every*every
+        last_group = (first_kept - 1) // every * every
         state = {}
         for k in range(count):
             if training and self.program.random:
                 self.rng[k] = random_numbers(self.source.device)
             layout, blocks = self.packed(k, state)
-            state = outputs = None      # views of the buffers of the strip above
+            state = outputs = None  # views of the buffers of the strip above
             if k >= first_kept:
                 self.records[k] = record = self.record(k, layout.unpack(blocks), k + 1)
                 outputs, state = record.outputs, record.handed
-                if k < count - 1:       # they are views of all that the strip has made
+                if k < count - 1:  # they are views of all that the strip has made
                     record.outputs = record.handed = None
             else:
                 if training and (k % every == 0 or k >= last_group):
                     self.states[k] = self.store, self.store.put(blocks), layout
                 outputs, state = self.advance(k, layout.unpack(blocks))
             self.place(k, outputs)
-        outputs, self.outputs = self.outputs, None      # else the graph would hold itself
-        return [*outputs, *(self.finished(o, state[o.number]).detach()
-                            for o in self.program.reductions)]
+        outputs, self.outputs = self.outputs, None  # else the graph would hold itself
+        return [
+            *outputs,
+            *(self.finished(o, state[o.number]).detach() for o in self.program.reductions),
+        ]
 
     def prepare(self):
         "Find which tensors of each operation want a gradient."
@@ -402,7 +435,11 @@ class Pass:
                 # a tape has it, too, and whoever gets the output may write into it
                 return rows.clone() if self.records else rows
             last = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last)
-            layout = torch.channels_last if last and not rows.is_contiguous() else torch.contiguous_format
+            layout = (
+                torch.channels_last
+                if last and not rows.is_contiguous()
+                else torch.contiguous_format
+            )
             out = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=layout)
         out.narrow(axis, first, rows.shape[axis]).copy_(rows)
         return out
@@ -425,7 +462,9 @@ class Pass:
         "Strip `k` with its tape. Strip `ahead` will be read next; `again`: only the tape is needed."
         tape = Tape(self.wanted)
         with torch.no_grad(), self.context():
-            outputs, handed = self.function(k)(self.read(k, ahead), state, self.operands, tape, again)
+            outputs, handed = self.function(k)(
+                self.read(k, ahead), state, self.operands, tape, again
+            )
         return Record(tape, outputs, handed)
 
     def start(self, k: int) -> dict:
@@ -458,8 +497,9 @@ class Pass:
             below = self.back_through(k, self.recorded(k), below, gradients, totals)
         return {n: total.to(self.operands[n].dtype) for n, total in totals.sums.items()}
 
-    def back_through(self, k: int, record: 'Record', below: dict | None, gradients: dict,
-                     totals: Totals) -> dict:
+    def back_through(
+        self, k: int, record: 'Record', below: dict | None, gradients: dict, totals: Totals
+    ) -> dict:
         """The gradients of the state before strip `k` from those of the state that it handed down
         (`below`; None: it is the last); those of its rows of the image go to the source."""
         if below is None:
@@ -502,7 +542,7 @@ class Pass:
                 total = record.handed[number].detach().requires_grad_()
                 with torch.enable_grad():
                     result = self.finished(operation, total)
-                found[number], = torch.autograd.grad(result, total, gradients[number])
+                (found[number],) = torch.autograd.grad(result, total, gradients[number])
         return found
 
     def output_gradients(self, k: int, gradients) -> dict:
@@ -512,13 +552,16 @@ class Pass:
             number = operation.number
             step = strip.kind.steps[number - 1]
             if number in gradients and number in self.wanted and step is not None and step.makes:
-                found[number] = gradients[number].narrow(operation.axis, strip.outputs[i], step.makes)
+                found[number] = gradients[number].narrow(
+                    operation.axis, strip.outputs[i], step.makes
+                )
         return found
 
 
 @dataclass
 class Record:
     "A strip that was computed with its tape, and what it gave."
+
     tape: Tape
     outputs: dict
     handed: dict
@@ -532,6 +575,7 @@ def random_numbers(device: torch.device) -> tuple:
 
 class same_numbers:
     "Draw the random numbers of the first pass once more, and leave the generators as they were."
+
     def __init__(self, state: tuple | None, device: torch.device):
         self.state, self.device = state, device
 
@@ -554,6 +598,7 @@ class StreamFunction(torch.autograd.Function):
     """A `Pass` as one function of the image and the other tensors. These are saved, so that PyTorch
     notices when one was changed in between. (What was folded into one keeps its old values: the
     gradient is that of the forward pass.)"""
+
     @staticmethod
     def forward(ctx, run, streamed, made_for, *tensors):
         ctx.run, ctx.streamed, ctx.made_for = run, streamed, made_for
@@ -571,11 +616,15 @@ class StreamFunction(torch.autograd.Function):
         ctx.saved_tensors
         run = ctx.run
         if run.spent:
-            raise StreamingError('The strips were backpropagated before and their states are gone: '
-                                 'call the network again instead of keeping its graph.')
+            raise StreamingError(
+                'The strips were backpropagated before and their states are gone: '
+                'call the network again instead of keeping its graph.'
+            )
         if fingerprint(ctx.streamed.module) != ctx.made_for:
-            raise StreamingError('The network was changed (.train(), .eval() or a new layer) between '
-                                 'forward and backward: call backward first.')
+            raise StreamingError(
+                'The network was changed (.train(), .eval() or a new layer) between '
+                'forward and backward: call backward first.'
+            )
         totals = run.backward(gradients)
         image, operands = run.source.gradients, [totals.get(n) for n in range(len(run.operands))]
         run.source.gradients = run.operands = None  # whoever keeps the graph need not keep these
@@ -590,11 +639,12 @@ KEPT_TRACES, KEPT_SCHEDULES = 64, 16
 @dataclass
 class Traced:
     "A network as it was traced for images of one shape, and by axis what was made of the trace."
-    made_for: list              # the fingerprint of the network
-    graph: object               # a `Graph`, or why there is none
+
+    made_for: list  # the fingerprint of the network
+    graph: object  # a `Graph`, or why there is none
     programs: dict = field(default_factory=dict)
     schedules: OrderedDict = field(default_factory=OrderedDict)
-    costs: dict = field(default_factory=dict)       # what the planner found out
+    costs: dict = field(default_factory=dict)  # what the planner found out
 
 
 class Streamed(nn.Module):
@@ -603,23 +653,44 @@ class Streamed(nn.Module):
 
     `planner(streamed, source)` gives options for an image, where strip='auto', or None if the plain
     network fits. `traced`: what was traced already, for another one of the same network."""
-    reduce = True       # pool strip by strip
 
-    def __init__(self, module: nn.Module, strip=512, keep: int = 1, states: str = 'device',
-                 every: int = 1, direction: str = 'auto', memory='auto', planner=None, traced=None):
+    reduce = True  # pool strip by strip
+
+    def __init__(
+        self,
+        module: nn.Module,
+        strip=512,
+        keep: int = 1,
+        states: str = 'device',
+        every: int = 1,
+        direction: str = 'auto',
+        memory='auto',
+        planner=None,
+        traced=None,
+    ):
         super().__init__()
         if isinstance(module, Streamed):
             module = module.module
         check_options(module, strip, keep, states, every, direction)
         if strip == 'auto' and planner is None:
-            raise StreamingError("strip='auto' needs a planner: use stream, or give the rows of a strip.")
+            raise StreamingError(
+                "strip='auto' needs a planner: use stream, or give the rows of a strip."
+            )
         for name in ('_parameters', '_buffers', '_modules', '_non_persistent_buffers_set'):
             self.__dict__[name] = module.__dict__[name]
         # not by setattr: a layer of the network may have one of these names
-        self.__dict__.update(module=module, strip=strip, keep=keep, states=states, every=every,
-                             direction=direction, memory=memory, planner=planner,
-                             training=module.training,
-                             _traced=OrderedDict() if traced is None else traced)
+        self.__dict__.update(
+            module=module,
+            strip=strip,
+            keep=keep,
+            states=states,
+            every=every,
+            direction=direction,
+            memory=memory,
+            planner=planner,
+            training=module.training,
+            _traced=OrderedDict() if traced is None else traced,
+        )
 
     @property
     def options(self) -> dict:
@@ -651,7 +722,9 @@ class Streamed(nn.Module):
         tensors = [*source.tensors, *run.operands]
         outputs = []
         if program.outputs or program.reductions:
-            if torch.is_grad_enabled() and (source.wanted or any(t.requires_grad for t in run.operands)):
+            if torch.is_grad_enabled() and (
+                source.wanted or any(t.requires_grad for t in run.operands)
+            ):
                 outputs = StreamFunction.apply(run, self, traced.made_for, *tensors)
             else:
                 outputs = run.forward()
@@ -676,9 +749,11 @@ class Streamed(nn.Module):
         if callable(getattr(x, 'dense', None)):
             x = x.dense()
         if not isinstance(x, torch.Tensor):
-            raise StreamingError('The network needs the image itself behind its strips, which '
-                                 f'{type(x).__name__} does not have as a tensor: return what is '
-                                 'computed from it.')
+            raise StreamingError(
+                'The network needs the image itself behind its strips, which '
+                f'{type(x).__name__} does not have as a tensor: return what is '
+                'computed from it.'
+            )
         known[image] = x
 
     def strips(self, source) -> tuple:
@@ -719,8 +794,10 @@ class Streamed(nn.Module):
     def traced_for(self, source) -> tuple:
         "The axis that strips cut, the longer one where that can be, and the trace."
         if self.direction == 'columns' and 3 not in source.axes:
-            raise StreamingError("direction='columns' needs an image whose columns can be read, and "
-                                 "this one is read by rows: use 'auto' or 'rows'.")
+            raise StreamingError(
+                "direction='columns' needs an image whose columns can be read, and "
+                "this one is read by rows: use 'auto' or 'rows'."
+            )
         wide = source.shape[3] > source.shape[2] and self.direction == 'auto'
         if 3 in source.axes and (wide or self.direction == 'columns'):
             try:
@@ -732,15 +809,16 @@ class Streamed(nn.Module):
 
     def traced(self, source, axis: int) -> Traced:
         "The trace for images like that of `source`, with its program for strips along `axis`."
-        image = ImageSpec(tuple(source.shape), source.dtype, source.device, source.wanted,
-                          source.channels_last)
+        image = ImageSpec(
+            tuple(source.shape), source.dtype, source.device, source.wanted, source.channels_last
+        )
         key, now = (image, precision_modes(), self.folding()), fingerprint(self.module)
         found = self._traced.get(key)
         if found is None or found.made_for != now:
             try:
                 graph = trace(self.module, image)
             except Drawn:
-                raise       # may be another thread's doing, and is asked again
+                raise  # may be another thread's doing, and is asked again
             except StreamingError as e:
                 graph = str(e)
             found = self._traced[key] = Traced(now, graph)
@@ -753,11 +831,13 @@ class Streamed(nn.Module):
         "Make the program for strips along `axis`, or say again why there is none."
         if axis not in traced.programs and not isinstance(traced.graph, str):
             try:
-                traced.programs[axis] = Program(traced.graph, device, self.folding(), axis, self.reduce)
+                traced.programs[axis] = Program(
+                    traced.graph, device, self.folding(), axis, self.reduce
+                )
             except StreamingError as e:
                 traced.programs[axis] = str(e)
         why = traced.graph if isinstance(traced.graph, str) else traced.programs[axis]
-        if isinstance(why, str):    # a new error each time: one that is kept would keep its frames
+        if isinstance(why, str):  # a new error each time: one that is kept would keep its frames
             raise StreamingError(why)
 
     def folding(self):
@@ -789,11 +869,11 @@ def waiting(program: Program, strip: int) -> dict:
     for number, stride in program.strided.items():
         across = program.operations[number].rows.across
         width = 1 if across is None else program.operations[number].value.shape[across]
-        rows, strips = strip/stride, 1
-        while strips < wait_strips and rows*strips*width < wait_positions:
+        rows, strips = strip / stride, 1
+        while strips < wait_strips and rows * strips * width < wait_positions:
             strips *= 2
-        if int(rows*strips) > rows:
-            found[number] = max(1, int(rows*strips))
+        if int(rows * strips) > rows:
+            found[number] = max(1, int(rows * strips))
     return found
 
 
@@ -804,19 +884,33 @@ def check_options(module, strip, keep, states, every, direction):
     check_network(module)
     for name, layer in module.named_modules():
         if isinstance(layer, Streamed):
-            raise StreamingError(f"layer '{name}' is streamed already, and strips of strips cannot be "
-                                 'had: give its .module.')
-    numbers = ('strip', strip, 1, 'rows'), ('keep', keep, 0, 'strips'), ('every', every, 1, 'strips')
+            raise StreamingError(
+                f"layer '{name}' is streamed already, and strips of strips cannot be "
+                'had: give its .module.'
+            )
+    numbers = (
+        ('strip', strip, 1, 'rows'),
+        ('keep', keep, 0, 'strips'),
+        ('every', every, 1, 'strips'),
+    )
     for name, value, least, what in numbers:
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
         if not whole and not (name == 'strip' and value == 'auto'):
             auto = " or 'auto'" if name == 'strip' else ''
-            raise StreamingError(f'{name}={value!r} is not a number of {what}: give an integer from '
-                                 f'{least} on{auto}.')
-    for name, value, known in (('states', states, tuple(stores)), ('direction', direction, directions)):
+            raise StreamingError(
+                f'{name}={value!r} is not a number of {what}: give an integer from '
+                f'{least} on{auto}.'
+            )
+    for name, value, known in (
+        ('states', states, tuple(stores)),
+        ('direction', direction, directions),
+    ):
         if value not in known:
-            raise StreamingError(f"{name}={value!r} is not known: use one of "
-                                 f"{', '.join(map(repr, known))}.")
+            raise StreamingError(
+                f'{name}={value!r} is not known: use one of {", ".join(map(repr, known))}.'
+            )
     if strip == 'auto' and (keep, states, every) != (1, 'device', 1):
-        raise StreamingError(f"keep={keep}, states={states!r} and every={every} are planned where "
-                             "strip='auto': leave them out, or give the rows of a strip.")
+        raise StreamingError(
+            f'keep={keep}, states={states!r} and every={every} are planned where '
+            "strip='auto': leave them out, or give the rows of a strip."
+        )

@@ -28,6 +28,7 @@ class Window:
     `pad` rows are added before the first and after the last input row, filled as `mode` says:
     'constant', 'reflect' or 'replicate', as in `torch.nn.functional.pad`.
     """
+
     kernel: int = 1
     stride: int = 1
     dilation: int = 1
@@ -37,11 +38,11 @@ class Window:
     @property
     def span(self) -> int:
         "Input rows from the first to the last one that an output row reads."
-        return (self.kernel - 1)*self.dilation + 1
+        return (self.kernel - 1) * self.dilation + 1
 
     def first(self, row: int) -> int:
         "The first input row that output `row` reads; negative in the padding."
-        return row*self.stride - self.pad[0]
+        return row * self.stride - self.pad[0]
 
     def reads(self, first: int, stop: int) -> tuple[int, int]:
         "The input rows that output rows `first` to `stop` read, with padding."
@@ -49,7 +50,7 @@ class Window:
 
     def after(self, row: int) -> int:
         "The first output row that reads no input row before `row`."
-        return -(-(row + self.pad[0])//self.stride)
+        return -(-(row + self.pad[0]) // self.stride)
 
     def complete(self, arrived: int, height: int, height_out: int) -> int:
         "How many output rows can be made once `arrived` of `height` input rows are there."
@@ -57,14 +58,17 @@ class Window:
             return height_out
         if arrived <= (self.pad[0] if self.mode == 'reflect' else 0):
             return 0
-        return min(height_out, max(0, (arrived + self.pad[0] - self.span)//self.stride + 1))
+        return min(height_out, max(0, (arrived + self.pad[0] - self.span) // self.stride + 1))
 
     def still_needed(self, row: int, arrived: int, height: int, height_out: int) -> int:
         "The first of the `arrived` input rows that output rows from `row` on still read."
         if row >= height_out:
             return arrived
-        mirrored = {'constant': height, 'replicate': height - 1,
-                    'reflect': height - 1 - self.pad[1]}[self.mode]
+        mirrored = {
+            'constant': height,
+            'replicate': height - 1,
+            'reflect': height - 1 - self.pad[1],
+        }[self.mode]
         return max(0, min(self.first(row), mirrored, arrived))
 
 # %% ../../nbs/engine/01_windows.ipynb #fcb2d953
@@ -72,6 +76,7 @@ class Window:
 class Spread:
     """The input rows that an output row reads where each input row `q` reaches the `reach` output
     rows from `q*factor - before` on, as in a transposed convolution."""
+
     reach: int
     factor: int
     before: int = 0
@@ -81,7 +86,7 @@ class Spread:
     @property
     def span(self) -> int:
         "Input rows that an output row reads at most."
-        return -(-self.reach//self.factor)
+        return -(-self.reach // self.factor)
 
     @property
     def stride(self) -> Fraction:
@@ -90,11 +95,11 @@ class Spread:
 
     def first(self, row: int) -> int:
         "The first input row that reaches output `row`."
-        return -((self.reach - 1 - row - self.before)//self.factor)
+        return -((self.reach - 1 - row - self.before) // self.factor)
 
     def last(self, row: int) -> int:
         "The last input row that reaches output `row`."
-        return (row + self.before)//self.factor
+        return (row + self.before) // self.factor
 
     def reads(self, first: int, stop: int) -> tuple[int, int]:
         "The input rows that output rows `first` to `stop` read; one at least."
@@ -102,13 +107,13 @@ class Spread:
 
     def after(self, row: int) -> int:
         "The first output row that no input row before `row` reaches."
-        return (row - 1)*self.factor + self.reach - self.before
+        return (row - 1) * self.factor + self.reach - self.before
 
     def complete(self, arrived: int, height: int, height_out: int) -> int:
         "How many output rows can be made once `arrived` of `height` input rows are there."
         if arrived >= height:
             return height_out
-        return min(height_out, max(0, arrived*self.factor - self.before))
+        return min(height_out, max(0, arrived * self.factor - self.before))
 
     def still_needed(self, row: int, arrived: int, height: int, height_out: int) -> int:
         "The first of the `arrived` input rows that output rows from `row` on still read."
@@ -126,12 +131,13 @@ class Picks:
     at the end, all repeats every `outputs` rows, `inputs` rows further down, which have no factor in
     common. None: it never does.
     """
+
     lows: tuple
     highs: tuple
     size: int
     repeats: tuple | None = None
     mode = 'constant'
-    never = 2**61 - 1       # a prime number: no image has so many rows, so no whole period
+    never = 2**61 - 1  # a prime number: no image has so many rows, so no whole period
 
     @property
     def span(self) -> int:
@@ -142,7 +148,7 @@ class Picks:
     def stride(self) -> Fraction:
         "Input rows from one output row to the next; where nothing repeats, about so many."
         if self.repeats is None:
-            return Fraction(self.never, self.never*len(self.lows)//self.size + 1)
+            return Fraction(self.never, self.never * len(self.lows) // self.size + 1)
         return Fraction(*self.repeats[:2])
 
     @property
@@ -177,14 +183,17 @@ class Picks:
         return head + (first - head) % outputs
 
 # %% ../../nbs/engine/01_windows.ipynb #146f2099
-def pad_ends(x: torch.Tensor, axis: int, before: int, after: int, fill: float = 0.) -> torch.Tensor:
+def pad_ends(
+    x: torch.Tensor, axis: int, before: int, after: int, fill: float = 0.0
+) -> torch.Tensor:
     "`x` with positions along `axis` added at both ends."
-    return F.pad(x, [0, 0]*(x.ndim - 1 - axis) + [before, after], value=fill)
+    return F.pad(x, [0, 0] * (x.ndim - 1 - axis) + [before, after], value=fill)
 
 
 @dataclass(frozen=True)
 class Filled:
     "Positions of padding before and after the inputs, filled with one number."
+
     before: int
     after: int
 
@@ -199,6 +208,7 @@ class Filled:
 @dataclass(frozen=True)
 class Repeated:
     "Of `size` inputs those with these numbers, some several times: padding that repeats what is inside."
+
     numbers: tuple
     size: int
 
@@ -215,6 +225,7 @@ class Repeated:
 @dataclass(frozen=True)
 class Trimmed:
     "Of `size` inputs those from `first` to `stop`: padding by less than nothing."
+
     first: int
     stop: int
     size: int
@@ -229,12 +240,13 @@ class Trimmed:
 @dataclass(frozen=True)
 class Side:
     "How `count` outputs along dimension `axis` are computed from the inputs at hand."
+
     axis: int
     count: int
-    changes: tuple = ()     # `Filled`, `Repeated` or `Trimmed`, one after the other
-    native: int = 0         # padding that the function puts on both ends itself
-    skip: int = 0           # of a `Spread`: outputs of the first input before the first one wanted;
-                            # of `Picks`: the first output, or one like it
+    changes: tuple = ()  # `Filled`, `Repeated` or `Trimmed`, one after the other
+    native: int = 0  # padding that the function puts on both ends itself
+    skip: int = 0  # of a `Spread`: outputs of the first input before the first one wanted;
+    # of `Picks`: the first output, or one like it
 
     @property
     def filled(self) -> tuple:
@@ -242,7 +254,7 @@ class Side:
         found = [(c.before, c.after) for c in self.changes if isinstance(c, Filled)]
         return found[0] if found else (0, 0)
 
-    def pad(self, x: torch.Tensor, fill: float = 0.) -> torch.Tensor:
+    def pad(self, x: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         "What the function is given: `x` with padding beside it, and without what is cut off."
         for change in self.changes:
             x = change.pad(x, self.axis, fill)
@@ -264,7 +276,7 @@ def side_of(window, first: int, stop: int, size: int, axis: int = 2) -> tuple[in
         return start, end, Side(axis, count, skip=window.like(first, stop))
     if isinstance(window, Spread):
         low = min(max(start, 0), size - 1)
-        return low, min(end, size), Side(axis, count, skip=first - low*window.factor)
+        return low, min(end, size), Side(axis, count, skip=first - low * window.factor)
     if window.mode != 'constant' and (start < 0 or end > size):
         rows = [repeated(row, size, window.mode) for row in range(start, end)]
         low, high = min(rows), max(rows) + 1
@@ -272,7 +284,7 @@ def side_of(window, first: int, stop: int, size: int, axis: int = 2) -> tuple[in
         return low, high, Side(axis, count, (change,))
     low = min(max(start, 0), size)
     high = min(max(end, low), size)
-    before = min(max(-start, 0), end - start)       # all of it may be padding
+    before = min(max(-start, 0), end - start)  # all of it may be padding
     after = end - start - before - (high - low)
     return low, high, Side(axis, count, (Filled(before, after),) if before or after else ())
 
@@ -297,6 +309,7 @@ def whole_side(window, size_out: int, size: int, axis: int = 2) -> Side:
 # %% ../../nbs/engine/01_windows.ipynb #995ed182
 class Region:
     "What is computed at once: a `Side` along the strips and one across them (None: no window there)."
+
     def __init__(self, along: Side, across: Side | None = None):
         self.along, self.across = along, across
         self.sides = tuple(side for side in (along, across) if side is not None)
@@ -312,7 +325,7 @@ class Region:
     def __repr__(self):
         return f'Region({self.along}, {self.across})'
 
-    def pad(self, x: torch.Tensor, fill: float = 0.) -> torch.Tensor:
+    def pad(self, x: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         "`x` with the padding that the function does not put on itself."
         for side in self.padded:
             x = side.pad(x, fill)

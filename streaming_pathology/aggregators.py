@@ -8,9 +8,11 @@ __all__ = ['aggregators', 'Aggregator', 'Mean', 'Max', 'TopK', 'noisy_or', 'Nois
 
 # %% ../nbs/12_aggregators.ipynb #a0000003
 import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+
 from .errors import InputError, at_least_one
 from .models import GatedAttention, attention_pool
 

@@ -10,7 +10,9 @@ __all__ = ['INTERVALS', 'check_scores', 'roc', 'auc', 'class_weights', 'weighted
 
 # %% ../nbs/13_auc.ipynb #auc00003
 from dataclasses import dataclass
+
 import numpy as np
+
 from .errors import InputError, at_least_one
 
 # %% ../nbs/13_auc.ipynb #19084f02

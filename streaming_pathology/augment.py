@@ -7,10 +7,16 @@ __all__ = ['STEP', 'keyed_rng', 'slide_rng', 'Augmentation', 'augmented_size', '
            'background', 'augment', 'pixels', 'augmented_checksum']
 
 # %% ../nbs/07_augment.ipynb #a0000003
-import itertools, math, operator, zlib
+import itertools
+import math
+import operator
+import zlib
 from dataclasses import dataclass
-import numpy as np, pyvips
+
+import numpy as np
+import pyvips
 from scipy import ndimage
+
 from .errors import InputError
 from .files import reason
 from streaming_pathology.slides import (

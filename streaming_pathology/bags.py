@@ -7,13 +7,16 @@ __all__ = ['PatchGrid', 'Bag', 'BagDataset', 'check_annotation', 'tissue_after']
 
 # %% ../nbs/12_bags.ipynb #b0000003
 from dataclasses import dataclass
-import numpy as np, torch
+
+import numpy as np
+import torch
 from scipy import ndimage
 from torch.nn import functional as F
-from .errors import InputError
-from .augment import Augmentation, STEP, keyed_rng, origins
-from .slides import class_numbers, numbers_in
+
+from .augment import STEP, Augmentation, keyed_rng, origins
 from .data import SlideDataset
+from .errors import InputError
+from .slides import class_numbers, numbers_in
 
 # %% ../nbs/12_bags.ipynb #b0000007
 @dataclass(frozen=True)

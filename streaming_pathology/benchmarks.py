@@ -35,18 +35,27 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import streaming_pathology.engine.streaming as engine
-from .errors import InputError
-from .engine.windows import StreamingError
+from .cli import check_settings, command, environment, hw, output_file
+from .engine.canvas import Canvas
+from .engine.exactness import difference, outputs_and_gradients
+from .engine.ledger import Ledger
+from .engine.ledger import size as text_size
+from .engine.plan import LEAST, budget, lean_memory, plan
 from .engine.storage import source_of
 from .engine.stream import stream
-from .engine.canvas import Canvas
-from .engine.ledger import Ledger, size as text_size
-from .engine.plan import LEAST, budget, lean_memory, plan
-from .engine.exactness import difference, outputs_and_gradients
+from .engine.windows import StreamingError
+from .errors import InputError
 from .files import whole_file
-from .cli import check_settings, command, environment, hw, output_file
-from .pipeline import beside_chain, beside_one, first_phase, fresh_process
-from .pipeline import loading, long_run, process_status, trimming
+from streaming_pathology.pipeline import (
+    beside_chain,
+    beside_one,
+    first_phase,
+    fresh_process,
+    loading,
+    long_run,
+    process_status,
+    trimming,
+)
 
 # %% ../nbs/17_benchmarks.ipynb #350a9060
 def slim(width=8, blocks=(1, 1, 1, 1)):

@@ -7,8 +7,9 @@ __all__ = ['Calibration', 'check_probabilities', 'calibration', 'plot_reliabilit
 
 # %% ../nbs/13_calibration.ipynb #cal000002
 from dataclasses import dataclass
+
 import numpy as np
-from .errors import InputError
+
 from streaming_pathology.auc import (
     Interval,
     check_level,
@@ -18,6 +19,7 @@ from streaming_pathology.auc import (
     resampled,
     share_interval,
 )
+from .errors import InputError
 
 # %% ../nbs/13_calibration.ipynb #cal000005
 @dataclass(frozen=True)

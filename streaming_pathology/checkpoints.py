@@ -8,16 +8,32 @@ __all__ = ['REPORT', 'DONE', 'RUN', 'FORMER', 'NEW', 'SYSTEM', 'plain', 'version
            'absolute', 'foreign', 'claim', 'uninterrupted', 'replacing', 'continuing', 'staged', 'output_file']
 
 # %% ../nbs/10_checkpoints.ipynb #efba865e
-import hashlib, json, math, os, platform, re, shutil, signal, struct, threading, time, uuid, warnings
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import struct
+import threading
+import time
+import uuid
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, torch, torchvision
+
+import numpy as np
+import torch
+import torchvision
+
 import streaming_pathology
-from .errors import InputError
-from .models import load_tensors
 from .data import STOPS, worker_died
+from .errors import InputError
 from .files import locked, whole_file
+from .models import load_tensors
 
 # %% ../nbs/10_checkpoints.ipynb #8eb4818e
 def plain(x):

@@ -18,65 +18,44 @@ __all__ = ['NOT_SET', 'COMMANDS', 'RECIPES', 'AUGMENTATIONS', 'NO_SETTINGS', 'HA
            'main']
 
 # %% ../nbs/16_cli.ipynb #5aad5bf1
-import argparse, datetime, difflib, hashlib, inspect, io, json, math, os, platform, re, shutil, signal, subprocess, sys, threading, time, tomllib, traceback, typing, warnings
+import argparse
+import datetime
+import difflib
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import traceback
+import typing
+import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-import matplotlib.figure, numpy as np, torch
+
+import matplotlib.figure
+import numpy as np
+import torch
 from fastcore.docments import docments
 from fastcore.meta import delegates
 from PIL import Image
 from tqdm.auto import tqdm
-from .errors import InputError
-from .engine.plan import budget, lean_memory
-from .models import GatedAttention, StreamingClassifier, pools
-from streaming_pathology.files import (
-    SUFFIXES,
-    file_stamp,
-    locked,
-    sample_slide,
-    slide_files,
-    write_csv,
-    write_whole,
-)
-from .slides import Slide
-from .synthetic import write_cohort
+
+from .aggregators import aggregators, make_aggregator
+from .auc import INTERVALS
 from .augment import STEP, Augmentation
-from streaming_pathology.cohorts import (
-    Case,
-    check_files,
-    read_manifest,
-    read_table,
-    resolve_splits,
-    safe_id,
-    several,
-)
-from streaming_pathology.data import (
-    STOPS,
-    channel_statistics,
-    check_cohort,
-    one_line,
-    sample_patches,
-    slide_loader,
-    turned_out,
-    worker_died,
-)
-from .losses import TASKS, Binary, make_task
-from .trim import Trim, trim_slides
-from streaming_pathology.training import (
-    EMA,
-    Alone,
-    Cosine,
-    CSVLog,
-    DryRun,
-    EarlyStopping,
-    Halted,
-    TensorBoardLog,
-    fit,
-    predict,
-    summary,
-)
+from .bags import PatchGrid, check_annotation
 from streaming_pathology.checkpoints import (
     DONE,
     REPORT,
@@ -98,32 +77,38 @@ from streaming_pathology.checkpoints import (
     staged,
     versions,
 )
-from .recipes import paper_mil, paper_streaming, run_recipe, scaled
-from .distributed import joined
-from .aggregators import aggregators, make_aggregator
-from .bags import PatchGrid, check_annotation
-from .features import LIBRARIES, Encoder, FeatureMIL
-from streaming_pathology.inference import (
-    ENCODER,
-    TTA,
-    backbone_known,
-    checked_card,
-    dataset,
-    described,
-    encoder_of,
-    export_model,
-    load_encoder,
-    save_encoder,
-    label_columns,
-    load_model,
-    model_hash,
-    predict_table,
-    prediction_columns,
-    write_predictions,
+from streaming_pathology.cohorts import (
+    Case,
+    check_files,
+    read_manifest,
+    read_table,
+    resolve_splits,
+    safe_id,
+    several,
 )
-from .auc import INTERVALS
-from .results import figures_of, results, sentences_of
-from .mil import InstanceMIL, TwoPhases
+from streaming_pathology.data import (
+    STOPS,
+    channel_statistics,
+    check_cohort,
+    one_line,
+    sample_patches,
+    slide_loader,
+    turned_out,
+    worker_died,
+)
+from .distributed import joined
+from .engine.plan import budget, lean_memory
+from .errors import InputError
+from .features import LIBRARIES, Encoder, FeatureMIL
+from streaming_pathology.files import (
+    SUFFIXES,
+    file_stamp,
+    locked,
+    sample_slide,
+    slide_files,
+    write_csv,
+    write_whole,
+)
 from .gradients import integrated_gradients, smoothgrad
 from streaming_pathology.heatmaps import (
     FORMAT,
@@ -136,9 +121,48 @@ from streaming_pathology.heatmaps import (
     pool_map,
     save_heatmap,
 )
+from streaming_pathology.inference import (
+    ENCODER,
+    TTA,
+    backbone_known,
+    checked_card,
+    dataset,
+    described,
+    encoder_of,
+    export_model,
+    label_columns,
+    load_encoder,
+    load_model,
+    model_hash,
+    predict_table,
+    prediction_columns,
+    save_encoder,
+    write_predictions,
+)
+from .losses import TASKS, Binary, make_task
+from .mil import InstanceMIL, TwoPhases
+from .models import GatedAttention, StreamingClassifier, pools
+from .recipes import paper_mil, paper_streaming, run_recipe, scaled
 from .regions import field_of, write_exports
-from .viewer import save_picture, viewer_files
 from .report import write_report
+from .results import figures_of, results, sentences_of
+from .slides import Slide
+from .synthetic import write_cohort
+from streaming_pathology.training import (
+    EMA,
+    Alone,
+    Cosine,
+    CSVLog,
+    DryRun,
+    EarlyStopping,
+    Halted,
+    TensorBoardLog,
+    fit,
+    predict,
+    summary,
+)
+from .trim import Trim, trim_slides
+from .viewer import save_picture, viewer_files
 
 # %% ../nbs/16_cli.ipynb #aa0a7209
 class _Parser(argparse.ArgumentParser):

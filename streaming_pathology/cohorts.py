@@ -8,14 +8,24 @@ __all__ = ['SPLITS', 'Case', 'read_table', 'Row', 'finite_number', 'safe_id', 's
            'subset', 'read_panda', 'read_camelyon16', 'read_camelyon17']
 
 # %% ../nbs/08_cohorts.ipynb #c0000003
-import csv, difflib, io, math, numbers, operator, re, warnings
+import csv
+import difflib
+import io
+import math
+import numbers
+import operator
+import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-import numpy as np, pyvips
+
+import numpy as np
+import pyvips
+
+from .augment import keyed_rng
 from .errors import InputError
 from .files import SUFFIXES, slide_key
-from .augment import keyed_rng
 
 # %% ../nbs/08_cohorts.ipynb #1794d3a4
 SPLITS = ('train', 'tuning', 'test')
@@ -528,7 +538,6 @@ def subset(
     for c in sorted(pool, key=rank):
         groups.setdefault('' if c.label == 0 else 'positive ' + c.grade, []).append(c)
     of, zero = lambda k: len(groups.get(k, ())), round(n * negative)
-    wanted = {'': zero, 'positive': n - zero}
     positives = sorted(k for k in groups if k)
     if of('') < zero or sum(map(of, positives)) < n - zero:
         raise InputError(
@@ -583,7 +592,7 @@ def read_panda(
     if label not in kinds:
         raise InputError(f'label {label!r} is none of {", ".join(kinds)}')
     providers = (providers,) if isinstance(providers, str) else tuple(providers)
-    if not providers or (wrong := set(providers) - {'radboud', 'karolinska'}):
+    if not providers or set(providers) - {'radboud', 'karolinska'}:
         raise InputError(f"providers {providers!r}: give 'radboud', 'karolinska' or both")
     rows = read_table(
         folder / 'train.csv',

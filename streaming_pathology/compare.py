@@ -7,18 +7,19 @@ __all__ = ['TRAIN', 'FILES', 'sp_compare', 'Side', 'find_side', 'run_of', 'Compa
            'hold_against', 'at_thresholds', 'errors_in', 'write_comparison', 'compare_runs']
 
 # %% ../nbs/16_compare.ipynb #cmp00003
-import json, math, os, tomllib
+import json
+import math
+import os
+import tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import quote
+
 import numpy as np
-from fastcore.xml import *
+from fastcore.xml import A, Div, Figure, Img, P, Span, Strong
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
-from .errors import InputError
-from .files import write_csv, write_whole
-from .cohorts import read_manifest, read_table, resolve_splits, several
-from .checkpoints import DONE, RUN, SYSTEM, absolute, uninterrupted
+
 from streaming_pathology.auc import (
     DeLong,
     Interval,
@@ -30,10 +31,7 @@ from streaming_pathology.auc import (
     percent,
     permutation_test,
 )
-from .evaluation import Prediction, operating_point, plot_roc, read_predictions
-from .pages import ACCENT, SECOND, figure_uri, html_page, table
-from .review import errors_of, numbered, read_categories
-from .report import category_tables
+from .checkpoints import DONE, RUN, SYSTEM, absolute, uninterrupted
 from streaming_pathology.cli import (
     build_model,
     check_settings,
@@ -47,6 +45,13 @@ from streaming_pathology.cli import (
     settings_of,
     train_cohort,
 )
+from .cohorts import read_manifest, read_table, resolve_splits, several
+from .errors import InputError
+from .evaluation import Prediction, operating_point, plot_roc, read_predictions
+from .files import write_csv, write_whole
+from .pages import ACCENT, SECOND, figure_uri, html_page, table
+from .report import category_tables
+from .review import errors_of, numbered, read_categories
 
 # %% ../nbs/16_compare.ipynb #cmp00006
 @dataclass

@@ -7,15 +7,37 @@ __all__ = ['STOPS', 'fit_canvas', 'flips', 'tissue_pixels', 'SlideDataset', 'che
            'EpochSampler', 'slide_loader', 'one_line', 'worker_died', 'sample_patches', 'channel_statistics']
 
 # %% ../nbs/08_data.ipynb #d92a64d3
-import copy, math, numbers, operator, os, signal, threading, warnings
+import copy
+import math
+import numbers
+import operator
+import os
+import signal
+import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
-import numpy as np, torch
+
+import numpy as np
+import torch
 from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
-from .errors import InputError
+
+from streaming_pathology.augment import (
+    Augmentation,
+    augmented_size,
+    background,
+    keyed_rng,
+    pixels,
+    slide_rng,
+)
+from streaming_pathology.augment import (
+    augment as augmented,
+)
+from .cohorts import check_ids, several
 from .engine.canvas import Canvas
+from .errors import InputError
 from streaming_pathology.slides import (
     Slide,
     checked_colour,
@@ -25,16 +47,6 @@ from streaming_pathology.slides import (
     tissue_box,
     tissue_mask,
 )
-from streaming_pathology.augment import (
-    Augmentation,
-    augment as augmented,
-    augmented_size,
-    background,
-    keyed_rng,
-    pixels,
-    slide_rng,
-)
-from .cohorts import check_ids, several
 
 # %% ../nbs/08_data.ipynb #9da61cf6
 def _round_up(size, multiple=32):

@@ -6,13 +6,18 @@
 __all__ = ['Ranks', 'joined']
 
 # %% ../nbs/11_distributed.ipynb #2725cb33
-import json, os, time, uuid
+import json
+import os
+import time
+import uuid
 from contextlib import contextmanager
 from datetime import timedelta
+
 import torch
 import torch.distributed as dist
-from .errors import InputError
+
 from .data import one_line
+from .errors import InputError
 from .training import Alone
 
 # %% ../nbs/11_distributed.ipynb #d1100002

@@ -11,9 +11,9 @@ __all__ = ['COLUMNS', 'roc_band', 'plot_roc', 'average_precision', 'pr_band', 'p
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import numpy as np
-from .errors import InputError, at_least_one
-from .cohorts import finite_number, read_table
+
 from streaming_pathology.auc import (
     Interval,
     auc,
@@ -22,7 +22,6 @@ from streaming_pathology.auc import (
     check_level,
     check_scores,
     class_weights,
-    delong_test,
     draw_weights,
     group_numbers,
     percent,
@@ -30,6 +29,8 @@ from streaming_pathology.auc import (
     roc,
     share_interval,
 )
+from .cohorts import finite_number, read_table
+from .errors import InputError, at_least_one
 
 # %% ../nbs/13_evaluation.ipynb #c9d09050
 def roc_band(

@@ -7,13 +7,23 @@ __all__ = ['LIBRARIES', 'FORMAT', 'Encoder', 'encoder_hash', 'weights_hash', 'ma
            'features_path', 'write_features', 'read_features', 'FeatureDataset', 'slide_hash', 'FeatureMIL']
 
 # %% ../nbs/12_features.ipynb #f0000003
-import hashlib, importlib.util, json, warnings
+import hashlib
+import importlib.util
+import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-import safetensors, safetensors.torch, torch, torchvision
+
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
 from torch import nn
 from tqdm.auto import tqdm
+
+from .bags import Bag, BagDataset, PatchGrid
 from .errors import InputError, at_least_one
+from .files import slide_files, whole_file
 from streaming_pathology.models import (
     Normalise,
     StreamingClassifier,
@@ -21,8 +31,6 @@ from streaming_pathology.models import (
     imagenet_std,
     weights_of,
 )
-from .files import slide_files, whole_file
-from .bags import Bag, BagDataset, PatchGrid
 
 # %% ../nbs/12_features.ipynb #f0000006
 class Encoder(nn.Module):

@@ -8,13 +8,27 @@ __all__ = ['SAMPLE_SHA256', 'FINEST', 'COARSEST', 'SUFFIXES', 'sample_slide', 't
            'write_csv', 'locked', 'write_tiff']
 
 # %% ../nbs/05_files.ipynb #f0000003
-import csv, fcntl, functools, hashlib, io, math, os, shutil, struct, tempfile, uuid
+import csv
+import fcntl
+import functools
+import hashlib
+import io
+import math
+import os
+import shutil
+import struct
+import tempfile
+import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from xml.etree import ElementTree
-import numpy as np, openslide, pyvips
+
+import numpy as np
+import openslide
+import pyvips
 from fastcore.basics import patch
 from PIL import Image
+
 import streaming_pathology
 from .errors import InputError
 

@@ -8,12 +8,15 @@ __all__ = ['BLOCK', 'AVERAGES', 'as_image', 'rows_of', 'image_std', 'ChangedRows
            'integrated_gradients']
 
 # %% ../nbs/14_gradients.ipynb #grd00003
-from contextlib import contextmanager
 import threading
-import numpy as np, torch
+from contextlib import contextmanager
+
+import numpy as np
+import torch
 from torch import nn
-from .errors import InputError, at_least_one
+
 from .engine.streaming import Streamed
+from .errors import InputError, at_least_one
 from .models import StreamingClassifier
 
 # %% ../nbs/14_gradients.ipynb #grd00006

@@ -6,10 +6,13 @@
 __all__ = ['as_groups', 'by_group', 'plot_groups']
 
 # %% ../nbs/13_groups.ipynb #sub000002
-import math, re
+import math
+import re
+
 import numpy as np
-from .errors import InputError
+
 from .auc import auc, auc_interval, check_scores, share_interval
+from .errors import InputError
 
 # %% ../nbs/13_groups.ipynb #sub000005
 def as_groups(

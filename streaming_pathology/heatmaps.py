@@ -9,23 +9,24 @@ __all__ = ['METHODS', 'FORMAT', 'class_activation', 'attention_map', 'occlusion'
 # %% ../nbs/14_heatmaps.ipynb #78c90978
 import io
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from matplotlib import colormaps
 from PIL import Image
+
 from .errors import InputError, at_least_one
 from .files import write_whole
-from .models import StreamingClassifier
 from streaming_pathology.gradients import (
     ChangedRows,
     as_image,
     first_streamed,
     glass_of,
-    integrated_gradients,
     only_input_gradients,
     output_of,
     reads_rows,
-    smoothgrad,
 )
+from .models import StreamingClassifier
 
 # %% ../nbs/14_heatmaps.ipynb #hmp00009
 METHODS = dict(

@@ -8,22 +8,27 @@ __all__ = ['ENCODER', 'TTA', 'model_hash', 'described', 'dataset', 'checked_card
            'label_columns', 'prediction_columns', 'write_predictions', 'predict_table']
 
 # %% ../nbs/13_inference.ipynb #i0000003
-import datetime, fcntl, hashlib, json, os, warnings
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
-import safetensors, safetensors.torch, torch
+
+import safetensors
+import safetensors.torch
+import torch
 from torch import nn
+
 import streaming_pathology
-from .errors import InputError
-from .engine.canvas import Canvas
-from .models import StreamingClassifier, imagenet_mean, imagenet_std
-from .files import file_stamp, whole_file, write_csv
-from .data import SlideDataset, cropped, slide_loader
-from .losses import Binary, task_of
-from .training import Alone, predict
-from .checkpoints import load_checkpoint, load_weights, plain
 from .aggregators import make_aggregator
 from .bags import Bag, BagDataset, PatchGrid
+from .checkpoints import load_checkpoint, load_weights, plain
+from .data import SlideDataset, cropped, slide_loader
+from .engine.canvas import Canvas
+from .errors import InputError
 from streaming_pathology.features import (
     LIBRARIES,
     Encoder,
@@ -34,7 +39,11 @@ from streaming_pathology.features import (
     make_encoder,
     weights_hash,
 )
+from .files import file_stamp, whole_file, write_csv
+from .losses import Binary, task_of
 from .mil import InstanceMIL
+from .models import StreamingClassifier, imagenet_mean, imagenet_std
+from .training import Alone, predict
 
 # %% ../nbs/13_inference.ipynb #i0000006
 _SEEN = (

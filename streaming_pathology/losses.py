@@ -7,9 +7,13 @@ __all__ = ['TASKS', 'Task', 'balanced_weights', 'Binary', 'Multiclass', 'Multila
            'joint_gradient', 'make_task', 'task_of']
 
 # %% ../nbs/09_losses.ipynb #l0000003
-import inspect, math
-import numpy as np, torch
+import inspect
+import math
+
+import numpy as np
+import torch
 from torch.nn import functional as F
+
 from .errors import InputError
 
 # %% ../nbs/09_losses.ipynb #l0000006

@@ -8,11 +8,12 @@ __all__ = ['InstanceMIL', 'TwoPhases']
 # %% ../nbs/12_mil.ipynb #m0000003
 import torch
 from torch import nn
+
+from .bags import Bag, BagDataset, PatchGrid
+from .data import slide_loader
 from .errors import InputError, at_least_one
 from .losses import Binary
-from .data import slide_loader
 from .training import predict
-from .bags import Bag, BagDataset, PatchGrid
 
 # %% ../nbs/12_mil.ipynb #m0000007
 class InstanceMIL(nn.Module):

@@ -7,17 +7,23 @@ __all__ = ['imagenet_mean', 'imagenet_std', 'archs', 'pools', 'stages', 'Normali
            'load_backbone', 'attention_pool', 'GatedAttention', 'StreamingClassifier']
 
 # %% ../nbs/04_models.ipynb #62fe4d49
-import hashlib, warnings, zipfile
+import hashlib
+import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
-import numpy as np, torch, torchvision
+
+import numpy as np
+import torch
+import torchvision
 from fastcore.basics import patch
 from torch import nn
 from torch.overrides import handle_torch_function, has_torch_function
 from torchvision.models import WeightsEnum
-from .errors import InputError
+
 from .engine.rules import Reduction, rule
 from .engine.stream import stream
+from .errors import InputError
 
 # %% ../nbs/04_models.ipynb #f45a3578
 imagenet_mean, imagenet_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -138,7 +144,7 @@ def _named(weights, sha256):  # whether they are torchvision's, and not in a fil
         )
     named = isinstance(weights, WeightsEnum) or (
         isinstance(weights, str)
-        and not Path(weights).suffix in ('.pt', '.pth', '.bin')
+        and Path(weights).suffix not in ('.pt', '.pth', '.bin')
         and '/' not in weights
         and not Path(weights).exists()
     )

@@ -8,8 +8,9 @@ __all__ = ['KAPPAS', 'check_classes', 'confusion_matrix', 'kappa', 'plot_confusi
 
 # %% ../nbs/13_outcomes.ipynb #out000002
 import warnings
+
 import numpy as np
-from .errors import InputError
+
 from streaming_pathology.auc import (
     Interval,
     auc,
@@ -18,6 +19,7 @@ from streaming_pathology.auc import (
     group_numbers,
     resampled,
 )
+from .errors import InputError
 
 # %% ../nbs/13_outcomes.ipynb #out000005
 KAPPAS = dict(quadratic=2, linear=1, none=0)

@@ -6,9 +6,37 @@
 __all__ = ['ACCENT', 'SECOND', 'STYLE', 'PAGE', 'data_uri', 'figure_uri', 'table', 'plural', 'spent', 'html_page']
 
 # %% ../nbs/14_pages.ipynb #pag000002
-import base64, hashlib, io, math
+import base64
+import hashlib
+import io
+import math
+
 import matplotlib.figure
-from fastcore.xml import *
+from fastcore.xml import (
+    H1,
+    H2,
+    A,
+    Body,
+    Caption,
+    Div,
+    Footer,
+    Head,
+    Header,
+    Link,
+    Main,
+    Meta,
+    Nav,
+    P,
+    Section,
+    Table,
+    Tbody,
+    Td,
+    Th,
+    Thead,
+    Title,
+    Tr,
+    to_xml,
+)
 
 # %% ../nbs/14_pages.ipynb #pag000005
 ACCENT, SECOND = '#6b3f94', '#c2723b'  # colours of figures

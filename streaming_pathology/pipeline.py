@@ -7,30 +7,45 @@ __all__ = ['WAYS', 'MEAN', 'STD', 'process_status', 'fresh_process', 'apart', 'l
            'loading', 'first_phase', 'beside_one', 'held', 'Held', 'long_run']
 
 # %% ../nbs/16_pipeline.ipynb #p0000003
-import ctypes, gc, itertools, json, math, os, statistics, tempfile, threading, time
+import ctypes
+import gc
+import itertools
+import json
+import math
+import os
+import statistics
+import tempfile
+import threading
+import time
 from pathlib import Path
-import numpy as np, openslide, pyvips, torch, torchvision
+
+import numpy as np
+import openslide
+import pyvips
+import torch
 import torch.distributed as dist
+import torchvision
+from scipy import ndimage
 from torch import multiprocessing
 from torch.utils.flop_counter import FlopCounterMode
-from scipy import ndimage
 from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
-from .files import write_tiff
-from .synthetic import paint_biopsy, write_cohort
+
 from .augment import Augmentation, augment, pixels
+from .bags import BagDataset, PatchGrid
+from .checkpoints import Checkpoints
+from .cli import environment
 from .cohorts import Case, read_manifest
 from .data import SlideDataset, slide_loader
-from .trim import Trim, trim_slides
+from .distributed import Ranks
 from .engine.plan import lean_memory
+from .files import write_tiff
+from .mil import InstanceMIL
 from .models import StreamingClassifier, imagenet_mean, imagenet_std
 from .slides import Slide, tissue_box
-from .bags import BagDataset, PatchGrid
-from .mil import InstanceMIL
+from .synthetic import paint_biopsy, write_cohort
 from .training import EMA, Alone, CSVLog, TensorBoardLog, fit, predict
-from .checkpoints import Checkpoints
-from .distributed import Ranks
-from .cli import environment
+from .trim import Trim, trim_slides
 
 # %% ../nbs/16_pipeline.ipynb #p0000007
 def _ours(path, size, seed):

@@ -9,11 +9,13 @@ __all__ = ['paper_streaming', 'paper_mil', 'best_window', 'average_weights', 'Wi
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import numpy as np
-from .errors import InputError
-from .cohorts import apportion
-from .training import Alone, fit
+
 from .checkpoints import load_checkpoint, load_weights, save_checkpoint
+from .cohorts import apportion
+from .errors import InputError
+from .training import Alone, fit
 
 # %% ../nbs/10_recipes.ipynb #r0000006
 def best_window(losses, width=5):  # range of their places

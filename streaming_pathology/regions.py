@@ -6,16 +6,20 @@
 __all__ = ['Field', 'field_of', 'Region', 'regions', 'as_geojson', 'region_rows', 'whole_map', 'write_exports']
 
 # %% ../nbs/14_regions.ipynb #reg000002
-import json, uuid
+import json
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
-import contourpy, numpy as np
+
+import contourpy
+import numpy as np
 from PIL import Image
 from scipy import ndimage
+
 from .errors import InputError
 from .files import COARSEST, whole_file, write_tiff, write_whole
-from .slides import Slide, tissue_box, tissue_mask
 from .heatmaps import check_map, overlay
+from .slides import Slide, tissue_box, tissue_mask
 
 # %% ../nbs/14_regions.ipynb #reg000005
 @dataclass(frozen=True)

@@ -7,19 +7,46 @@ __all__ = ['MAIN', 'LEFT', 'CODE', 'GALLERY_STYLE', 'GALLERY_SCRIPT', 'PUBLIC', 
            'Shown', 'Maps', 'read_maps', 'category_tables', 'Against', 'read_comparison', 'write_report']
 
 # %% ../nbs/15_report.ipynb #rpt00002
-import hashlib, json, math, tomllib
+import hashlib
+import json
+import math
+import tomllib
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
+
 import numpy as np
-from fastcore.xml import *
+from fastcore.xml import (
+    H3,
+    A,
+    Button,
+    Dd,
+    Details,
+    Div,
+    Dl,
+    Dt,
+    Em,
+    Fieldset,
+    Figure,
+    Form,
+    Img,
+    Input,
+    Label,
+    Legend,
+    Li,
+    Option,
+    P,
+    Span,
+    Strong,
+    Summary,
+    Ul,
+    ft,
+    to_xml,
+)
 from PIL import Image, ImageFilter
-from .errors import InputError
-from .files import write_csv, write_whole
-from .cohorts import read_table
-from .checkpoints import REPORT, absolute, claim, staged
+
 from .aggregators import aggregators
 from streaming_pathology.auc import (
     INTERVALS,
@@ -29,6 +56,9 @@ from streaming_pathology.auc import (
     difference_shown,
     percent,
 )
+from .checkpoints import REPORT, absolute, claim, staged
+from .cohorts import read_table
+from .errors import InputError
 from streaming_pathology.evaluation import (
     Metrics,
     patients_of,
@@ -36,6 +66,9 @@ from streaming_pathology.evaluation import (
     read_patients,
     read_predictions,
 )
+from .files import write_csv, write_whole
+from .heatmaps import FORMAT, METHODS, load_heatmap, save_heatmap
+from .pages import ACCENT, SECOND, figure_uri, html_page, plural, spent, table
 from .results import figures_of, read_outcomes, results, sentences_of
 from streaming_pathology.review import (
     FALSE,
@@ -46,8 +79,6 @@ from streaming_pathology.review import (
     numbered,
     read_categories,
 )
-from .heatmaps import FORMAT, METHODS, load_heatmap, save_heatmap
-from .pages import ACCENT, SECOND, figure_uri, html_page, plural, spent, table
 from streaming_pathology.viewer import (
     Layer,
     copy_viewer,

@@ -9,10 +9,18 @@ __all__ = ['KINDS', 'results', 'read_outcomes', 'sentences_of', 'figures_of']
 import math
 from dataclasses import asdict
 from pathlib import Path
+
 import numpy as np
-from .errors import InputError
-from .cohorts import finite_number, read_table
+
 from .auc import Interval
+from streaming_pathology.calibration import (
+    calibration,
+    fit_temperature,
+    plot_reliability,
+    scaled_probabilities,
+)
+from .cohorts import finite_number, read_table
+from .errors import InputError
 from streaming_pathology.evaluation import (
     average_precision,
     column_of,
@@ -24,12 +32,6 @@ from streaming_pathology.evaluation import (
     point_intervals,
     read_patients,
     read_predictions,
-)
-from streaming_pathology.calibration import (
-    calibration,
-    fit_temperature,
-    plot_reliability,
-    scaled_probabilities,
 )
 from .groups import by_group, plot_groups
 from streaming_pathology.outcomes import (

@@ -10,8 +10,9 @@ __all__ = ['FALSE', 'SUGGESTED', 'CATEGORIES', 'Wrong', 'errors_of', 'read_categ
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from .errors import InputError
+
 from .cohorts import read_table
+from .errors import InputError
 from .evaluation import operating_point, read_predictions
 
 # %% ../nbs/13_review.ipynb #rev000006

@@ -7,9 +7,12 @@ __all__ = ['pool_truth', 'as_marked', 'check_pair', 'pointing_game', 'pixel_aupr
 
 # %% ../nbs/14_sanity.ipynb #san0002
 import copy
-import numpy as np, torch
+
+import numpy as np
+import torch
 from scipy import ndimage, stats
 from torch import nn
+
 from .errors import InputError, at_least_one
 from .features import Encoder, FeatureMIL
 from .heatmaps import pool_map

@@ -9,19 +9,35 @@ __all__ = ['area_average', 'Slide', 'PixelRows', 'read_in_worker', 'worker_pool'
            'biopsies', 'draw_tissue']
 
 # %% ../nbs/05_slides.ipynb #09f2da53
-import base64, functools, html, itertools, math, numbers, operator, os, signal, struct, threading, warnings, zlib
+import base64
+import functools
+import html
+import itertools
+import math
+import numbers
+import operator
+import os
+import signal
+import struct
+import threading
+import warnings
+import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-import numpy as np, openslide, pyvips
+
+import numpy as np
+import openslide
+import pyvips
 from fastcore.basics import patch
-from PIL import Image
 from matplotlib import pyplot as plt
+from PIL import Image
 from scipy import ndimage, sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
+
 from .errors import InputError
 from streaming_pathology.files import (
     _Tiff,
@@ -561,6 +577,7 @@ def network_mask(
 ):  # bool (h, w)
     "Tissue by a trained network, streamed over the slide."
     import torch  # here, as without it a process that reads slides starts in a quarter of the time
+
     from streaming_pathology.engine.stream import stream
     from streaming_pathology.engine.streaming import Streamed
 

@@ -8,13 +8,17 @@ __all__ = ['RUIFROK_JOHNSTON', 'SAMPLE_STAINS', 'PATTERNS', 'estimate_stains', '
            'PaintedBiopsy', 'paint_tissue', 'stain_image', 'paint_biopsy', 'save_biopsy', 'plan_cohort', 'write_cohort']
 
 # %% ../nbs/06_synthetic.ipynb #044bbbc7
-import json, math, operator
+import json
+import math
+import operator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 from scipy import ndimage, sparse
 from tqdm.auto import tqdm
+
 from .errors import InputError
 from .files import write_csv, write_tiff, write_whole
 from .slides import optical_density, worker_pool

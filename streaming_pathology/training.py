@@ -10,22 +10,32 @@ __all__ = ['WAY_OUT', 'slide_seed', 'rng_state', 'set_rng_state', 'Alone', 'auto
            'EarlyStopping', 'Cosine', 'DryRun', 'EMA']
 
 # %% ../nbs/09_training.ipynb #60008edd
-import copy, hashlib, json, math, random, resource, sys, time
+import copy
+import hashlib
+import math
+import random
+import resource
+import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-import matplotlib.pyplot as plt, numpy as np, torch
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from fastcore.basics import patch
+
 from .augment import keyed_rng
 from .cohorts import several
 from .data import EpochSampler, one_line, slide_loader
-from .losses import Binary, Task, joint_gradient
 from .errors import InputError, at_least_one
 from .files import write_csv
+from .losses import Binary, Task, joint_gradient
 
 # %% ../nbs/09_training.ipynb #e0bc5098
 def slide_seed(seed, epoch, step):  # for torch

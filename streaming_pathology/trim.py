@@ -6,17 +6,34 @@
 __all__ = ['ORIGIN', 'cut', 'Trim', 'trim_slide', 'each_apart', 'trim_slides']
 
 # %% ../nbs/08_trim.ipynb #t0000003
-import dataclasses, io, json, math, time, zlib
+import dataclasses
+import io
+import json
+import math
+import time
+import zlib
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pyvips
+
+import numpy as np
+import pyvips
 from matplotlib.figure import Figure
 from scipy import ndimage
 from tqdm.auto import tqdm
+
+from streaming_pathology.cohorts import (
+    Case,
+    check_files,
+    check_ids,
+    leaks,
+    read_table,
+    safe_id,
+    several,
+)
 from .errors import InputError
 from streaming_pathology.files import (
     COARSEST,
@@ -39,15 +56,6 @@ from streaming_pathology.slides import (
     checked_number,
     draw_tissue,
     worker_pool,
-)
-from streaming_pathology.cohorts import (
-    Case,
-    check_files,
-    check_ids,
-    leaks,
-    read_table,
-    safe_id,
-    several,
 )
 
 # %% ../nbs/08_trim.ipynb #t0000007

@@ -11,10 +11,13 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-import numpy as np, pyvips
+
+import numpy as np
+import pyvips
 from fastcore.basics import NotStr
-from fastcore.xml import *
+from fastcore.xml import Button, Div, Fieldset, Form, Img, Input, Label, Legend, P, ft
 from PIL import Image
+
 from .errors import InputError
 from .files import reason, whole_file, write_whole
 from .heatmaps import colour_map, fit_map

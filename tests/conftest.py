@@ -1,6 +1,7 @@
 "Settings for every test: one thread a worker, and a last word on the cells that were skipped."
 
 import os
+
 import pytest
 
 # before anything imports torch: two workers share the cores, so neither may take them all

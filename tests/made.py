@@ -1,13 +1,17 @@
 "Slides of every format that can be made here, from the same pixels."
 
-import struct, zipfile
+import struct
 from pathlib import Path
-import numpy as np, pydicom, pyvips, tifffile
+
+import numpy as np
+import pyvips
+import tifffile
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
-from streaming_pathology.files import sample_slide, write_tiff
+from pydicom.uid import JPEGBaseline8Bit, generate_uid
+
+from streaming_pathology.files import sample_slide
 from streaming_pathology.synthetic import paint_biopsy
 
 SPACING = 0.5

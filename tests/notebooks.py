@@ -1,6 +1,7 @@
 "What the tests ask of a notebook: where it is, its cells, their flags."
 
-import json, re
+import json
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent

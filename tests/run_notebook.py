@@ -4,8 +4,11 @@ python tests/run_notebook.py NOTEBOOK [FLAG TO SKIP ...]      one
 python tests/run_notebook.py                                  those of the lines of stdin: JSON of a notebook, the file for what it prints, and flags to skip. The process of each,
                                                               whose number is told and then its status, is forked from this one, which has imported what takes long"""
 
-import json, os, sys
+import json
+import os
+import sys
 from pathlib import Path
+
 from nbdev.test import test_nb
 
 
@@ -18,7 +21,11 @@ def run(notebook, *skip):  # exit status; what it prints has the traceback
 
 
 def serve():
-    import matplotlib.pyplot, sklearn.metrics, torch, torchvision  # noqa: F401, no notebook has to import them again
+    # so that no notebook has to import them again
+    import matplotlib.pyplot  # noqa: F401
+    import sklearn.metrics  # noqa: F401
+    import torch  # noqa: F401
+    import torchvision  # noqa: F401
 
     for line in sys.stdin:
         notebook, out, *skip = json.loads(line)

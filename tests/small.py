@@ -5,7 +5,9 @@ python tests/small.py train ...      in tests: `small_resnet` as a fixture"""
 import sys
 from pathlib import Path
 from unittest.mock import patch
-import pytest, torchvision
+
+import pytest
+import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 

@@ -1,8 +1,10 @@
 "Aggregators beside independent implementations with the same weights: torchmil's, and the package nystrom-attention; in double precision."
 
-import pytest, torch
+import pytest
+import torch
 from torch import nn
 from torch.nn import functional as F
+
 from streaming_pathology.aggregators import (
     ABMIL,
     CLAM,

@@ -1,17 +1,23 @@
 """Random networks on random canvases in float64: the canvas gives what its dense image gives, values, every gradient and those of the patches."""
 
-import copy, os, pickle
-import pytest, torch
-from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+import copy
+import os
+import pickle
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from test_streaming import Apply, close, frozen_norm, networks, small, waiting, waits
 from torch import nn
 from torchvision.ops import StochasticDepth
+
 from streaming_pathology.engine.canvas import Canvas
-from streaming_pathology.errors import InputError
 from streaming_pathology.engine.storage import source_of
 from streaming_pathology.engine.stream import stream
 from streaming_pathology.engine.windows import StreamingError
+from streaming_pathology.errors import InputError
 from streaming_pathology.models import StreamingClassifier
-from test_streaming import Apply, close, frozen_norm, networks, small, waiting, waits
 
 examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
 pick = st.sampled_from

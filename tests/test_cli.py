@@ -1,17 +1,32 @@
 "What the commands do with bad input: one `error:` line that names the thing, exit status 2, no traceback, nothing half-written."
 
-import csv, json, os, re, resource, shutil, signal, subprocess, sys, time
+import csv
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-import geojson, numpy as np, pytest, pyvips, torch
+
+import geojson
+import numpy as np
+import pytest
+import pyvips
+import torch
 from PIL import Image
 from safetensors import safe_open
+from small import COMMAND
+
 from streaming_pathology import cli
 from streaming_pathology.checkpoints import save_checkpoint
 from streaming_pathology.cohorts import read_table, tiny_cohort
 from streaming_pathology.files import sample_slide, write_csv, write_tiff
 from streaming_pathology.slides import Slide
 from streaming_pathology.synthetic import write_cohort
-from small import COMMAND, small_resnet
 
 QUICK = ['--spacing', 4, '--epochs', 1, '--batch', 4, '--strip', 64, '--heatmaps', 0, '--lr', 1e-3]
 HEADER = 'slide_id,label,path,patient_id,split\n'

@@ -1,11 +1,19 @@
 "From cohorts as they are published to a training; and what becomes of workers."
 
-import signal, subprocess, sys
+import signal
+import subprocess
+import sys
 from pathlib import Path
-import numpy as np, psutil, pytest, torch
-from hypothesis import given, settings, strategies as st
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import Small
+
 from streaming_pathology.augment import Augmentation
-from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.cohorts import (
     Case,
     leaks,
@@ -18,12 +26,12 @@ from streaming_pathology.cohorts import (
     tiny_cohort,
 )
 from streaming_pathology.data import SlideDataset, check_cohort, slide_loader
+from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.files import write_tiff
 from streaming_pathology.models import StreamingClassifier
 from streaming_pathology.synthetic import paint_biopsy
 from streaming_pathology.training import fit
 from streaming_pathology.trim import Trim, trim_slides
-from small import Small
 
 
 @settings(max_examples=200, deadline=None)

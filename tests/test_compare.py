@@ -1,13 +1,16 @@
 "Two runs, made or reused by one command, and held against each other."
 
-import json, shutil, signal
+import json
+import shutil
+import signal
+
 import pytest
-from streaming_pathology.review import errors_of
+from test_resume import as_if_never_stopped, rows
+
 from streaming_pathology import cli, compare
 from streaming_pathology.cohorts import tiny_cohort
 from streaming_pathology.files import write_csv
-from small import small_resnet
-from test_resume import as_if_never_stopped, rows
+from streaming_pathology.review import errors_of
 
 TRAIN = ['--spacing', 4, '--epochs', 2, '--batch', 3, '--heatmaps', 0, '--save-minutes', 0]
 
@@ -33,7 +36,6 @@ def whole(once):
             )
             == 0
         )
-        s = cli.tomllib.loads((folder / 'streaming/settings.toml').read_text())
         (folder / 'mil.toml').write_text(
             f'command = "sp_mil"\nmanifest = "{manifest}"\nspacing = 4.0\nepochs = 2\nbatch = 3\nheatmaps = 0\npatch = 32\nlr = 0.001\nsave_minutes = 0.0\n'
         )

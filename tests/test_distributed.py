@@ -2,10 +2,17 @@
 
 import os
 from unittest import mock
-import pytest, torch
-import torch.distributed as dist, torch.multiprocessing as mp
-from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from test_background import canvases
+from test_streaming import UNet, close, frozen_norm, networks, small
 from torch import nn
+
 from streaming_pathology.engine.bands import shares, stream_bands
 from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.engine.program import evaluate
@@ -13,8 +20,6 @@ from streaming_pathology.engine.storage import source_of
 from streaming_pathology.engine.windows import StreamingError
 from streaming_pathology.errors import InputError
 from streaming_pathology.models import StreamingClassifier
-from test_background import canvases
-from test_streaming import UNet, close, frozen_norm, networks, small
 
 examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
 pick = st.sampled_from

@@ -1,9 +1,11 @@
 "Properties of the evaluation over random labels and scores, ties included"
 
-import numpy as np, pytest
-from hypothesis import given, settings, strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
-from streaming_pathology.errors import InputError
+
 from streaming_pathology.auc import (
     INTERVALS,
     auc,
@@ -15,6 +17,7 @@ from streaming_pathology.auc import (
     roc,
     weighted_auc,
 )
+from streaming_pathology.errors import InputError
 from streaming_pathology.evaluation import evaluate, operating_point, point_intervals, roc_band
 
 

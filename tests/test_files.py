@@ -1,16 +1,28 @@
 "Every format opens, with the right pixels and spacing; and what is damaged is refused in one sentence, never taken, never a crash."
 
-import gc, json, os, shutil, struct, sys, warnings, zipfile, zlib
+import gc
+import os
+import shutil
+import struct
+import sys
+import warnings
+import zipfile
+import zlib
 from pathlib import Path
-import numpy as np, openslide, pytest, pyvips, tifffile
+
+import made
+import numpy as np
+import pytest
+import pyvips
+import tifffile
 from PIL import Image
+
 from streaming_pathology.cohorts import Case, read_manifest
-from streaming_pathology.data import SlideDataset, check_cohort
-from streaming_pathology.files import open_reader, sample_slide, slide_files, slide_key, write_tiff
+from streaming_pathology.data import check_cohort
 from streaming_pathology.errors import InputError
+from streaming_pathology.files import slide_files, slide_key
 from streaming_pathology.slides import Slide
 from streaming_pathology.trim import each_apart
-import made
 
 
 @pytest.fixture(scope='module')

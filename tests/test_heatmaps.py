@@ -1,11 +1,15 @@
 "Properties of the heatmaps over random networks, images and grids"
 
-import numpy as np, pytest, torch
-from hypothesis import given, settings, strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
-from streaming_pathology.gradients import Noise, integrated_gradients
-from streaming_pathology.heatmaps import colour_map, fit_map, overlay, pool_map, smoothgrad
+
 from streaming_pathology.engine.stream import stream
+from streaming_pathology.gradients import Noise, integrated_gradients, smoothgrad
+from streaming_pathology.heatmaps import colour_map, fit_map, overlay, pool_map
 
 
 def net(seed, width=4):

@@ -1,14 +1,21 @@
 "Multiple-instance learning from the command line: beside streaming in all but the network."
 
-import csv, json, shutil, signal, subprocess, time
-import numpy as np, pytest
+import csv
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from small import COMMAND
+from test_cli import refused, tree
+from test_resume import as_if_never_stopped, rows
+
 from streaming_pathology import cli
 from streaming_pathology.checkpoints import last_point
 from streaming_pathology.cohorts import tiny_cohort
 from streaming_pathology.synthetic import write_cohort
-from small import COMMAND, small_resnet
-from test_cli import refused, tree
-from test_resume import as_if_never_stopped, rows
 
 TRAIN = [
     '--spacing',
@@ -713,6 +720,7 @@ def test_own_backbone(whole, tmp_path, monkeypatch, capsys):
 def test_timm():
     pytest.importorskip('timm')
     import torch
+
     from streaming_pathology.features import built, make_encoder
 
     encoder, patches = (

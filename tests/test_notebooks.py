@@ -1,10 +1,16 @@
 "Every notebook is one test, run as nbdev runs it: flags are honoured, and the first cell that fails gives the traceback."
 
-import json, os, signal, subprocess, sys, threading
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections import Counter
+
 import pytest
 from nbdev.config import get_config
-from notebooks import ROOT, NBS, cells, flags, name, notebooks
+from notebooks import NBS, ROOT, cells, flags, name, notebooks
 
 LIMIT = 540  # seconds for a notebook; a little less than pytest.ini gives, so that the message is this one
 

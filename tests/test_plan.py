@@ -12,11 +12,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from test_streaming import close, compare, frozen_norm, networks, small
 from torch import nn
 from torchvision.models import resnet18, resnet34
 
-from streaming_pathology.engine import ledger as ledgers, plan as planner
+from streaming_pathology.engine import ledger as ledgers
+from streaming_pathology.engine import plan as planner
 from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.engine.graph import ImageSpec
 from streaming_pathology.engine.ledger import Ledger, Speed, measure, speed_of
@@ -27,7 +30,6 @@ from streaming_pathology.engine.stream import stream
 from streaming_pathology.engine.streaming import Pass, Streamed
 from streaming_pathology.engine.windows import StreamingError
 from streaming_pathology.errors import InputError
-from test_streaming import close, compare, frozen_norm, networks, small
 
 examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
 cpu = torch.device('cpu')

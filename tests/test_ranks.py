@@ -1,9 +1,21 @@
 "Slides over ranks: the gradients, weights and history of one process, whatever is drawn, lost or broken off."
 
-import os, signal, socket, subprocess, sys, time
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
-import psutil, pytest, torch
-import torch.distributed as dist, torch.multiprocessing as mp
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from small import COMMAND
+from test_resume import rows as rows_but
+
 from streaming_pathology import cli
 from streaming_pathology.aggregators import make_aggregator
 from streaming_pathology.augment import Augmentation
@@ -17,8 +29,6 @@ from streaming_pathology.losses import Binary, Multilabel, Survival
 from streaming_pathology.mil import InstanceMIL, TwoPhases
 from streaming_pathology.recipes import Stage, run_recipe
 from streaming_pathology.training import Alone, TinyNet, fit, predict, synth_slides
-from small import COMMAND, small_resnet
-from test_resume import rows as rows_but
 
 
 class Seen:

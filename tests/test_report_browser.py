@@ -1,8 +1,14 @@
 "The report of a made-up run in headless Chromium: no error, no request to anywhere, and its controls do what they say"
 
-import csv, os, shutil, sys, pytest
+import csv
+import os
+import shutil
+import sys
 from pathlib import Path
+
 import numpy as np
+import pytest
+
 from streaming_pathology.compare import sp_compare
 from streaming_pathology.heatmaps import save_heatmap
 from streaming_pathology.report import toy_run, write_report

@@ -1,10 +1,19 @@
 "What is made from the notebooks is what they say, and the notebooks are fit to be read: nothing here changes the checkout."
 
-import ast, configparser, json, os, re, shutil, subprocess, sys
-import pytest, yaml
+import ast
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
 from execnb.nbio import nb2str, read_nb
 from nbdev.clean import clean_nb
-from notebooks import ROOT, NBS, cells, flags, name, notebooks
+from notebooks import NBS, ROOT, cells, flags, name, notebooks
 
 CONFIG = configparser.ConfigParser(delimiters=['='])
 CONFIG.read(ROOT / 'settings.ini', encoding='utf-8')
@@ -56,6 +65,13 @@ def test_library_is_exported(tmp_path):
     assert not differ, (
         f'not what the notebooks say: {", ".join(differ)}; run nbdev_export and edit only notebooks'
     )
+
+
+@pytest.mark.parametrize('command', ['format --check', 'check'])
+def test_layout(command):
+    "Notebooks, tests and tools are formatted and free of small faults."
+    status, out = python('-m', 'ruff', *command.split(), '.')
+    assert status == 0, out
 
 
 def test_readme_is_the_index():

@@ -1,22 +1,34 @@
 "A training that is killed, stopped or short of disk goes on from its last point and ends with the same weights, bit by bit."
 
-import copy, csv, json, os, random, resource, shutil, signal, subprocess, sys, time
-from pathlib import Path
+import copy
+import csv
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
 from types import SimpleNamespace
-import psutil, pytest, torch, torchvision
+
+import psutil
+import pytest
+import torch
+import torchvision
+from small import COMMAND
+from test_cli import heard, refused, tree
+
 from streaming_pathology import cli
 from streaming_pathology.checkpoints import (
     REPORT,
     last_point,
     load_checkpoint,
     points,
-    save_checkpoint,
 )
 from streaming_pathology.cohorts import tiny_cohort
 from streaming_pathology.files import write_csv
 from streaming_pathology.training import EarlyStopping, TinyNet, fit, synth_learner
-from small import COMMAND, small_resnet
-from test_cli import heard, refused, tree
 
 KILLS = int(os.environ.get('STREAMING_KILLS', 3))
 TRAIN = [
@@ -600,7 +612,7 @@ def test_more_patience():
         def at_rest(self, s):
             self.point = copy.deepcopy(s.state_dict())
 
-    kept, (model, train, tuning) = Kept(), synth_learner(4)
+    kept, (_model, train, tuning) = Kept(), synth_learner(4)
 
     def go(patience, **more):
         return fit(
@@ -653,7 +665,6 @@ def test_short_of_disk(cohort, whole, tmp_path):
     p = process(*argv)
     while p.poll() is None and not points(run / 'checkpoints'):
         time.sleep(0.002)
-    signal_ignored = 'import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)'
     p.send_signal(signal.SIGTERM)
     assert p.wait(100) == 75
     there = {f.name: f.read_bytes() for f in points(run / 'checkpoints')}

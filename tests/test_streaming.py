@@ -3,18 +3,31 @@
 `STREAMING_EXAMPLES=1000 pytest tests/test_streaming.py` tries more of them.
 """
 
-import copy, gc, itertools, os, pickle, random, threading, time, weakref
+import copy
+import gc
+import itertools
+import os
+import pickle
+import random
+import threading
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
+
 import numpy as np
-import pytest, torch, torchvision
-from hypothesis import HealthCheck, assume, given, settings, strategies as st
+import pytest
+import torch
+import torchvision
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.shufflenetv2 import channel_shuffle
 from torchvision.ops import Permute
+
 from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.engine.exactness import check_exact, difference
 from streaming_pathology.engine.graph import ImageSpec, trace
@@ -1168,7 +1181,7 @@ def _rows_from_anywhere(network, height, width, strip, keep, every, states, writ
     params = list(net.parameters())
     try:
         want = torch.autograd.grad(y, [x, *params], g, allow_unused=True)
-    except RuntimeError as e:
+    except RuntimeError:
         return assume(False)
     there = Memory(x.detach(), write)
     if y is x:  # the network does nothing

@@ -1,11 +1,16 @@
 "The tissue mask against what was painted: as it is, faint, and with what gets onto slides."
 
-import numpy as np, pytest, pyvips, tifffile, torch
+import numpy as np
+import pytest
+import pyvips
+import tifffile
+import torch
 from PIL import Image
 from scipy import ndimage
 from torch import nn
-from streaming_pathology.files import sample_slide, write_tiff
+
 from streaming_pathology.errors import InputError
+from streaming_pathology.files import sample_slide, write_tiff
 from streaming_pathology.slides import Slide, biopsies, pen_marks, tissue_mask
 from streaming_pathology.synthetic import paint_biopsy
 

@@ -3,15 +3,17 @@
 python tools/build_site.py               # ends with an error for a broken link or a warning
 """
 
-import os, re, shutil, sys
+import os
+import re
+import shutil
+import sys
 from pathlib import Path
 
 from nbdev.serve import proc_nbs
+from npm import PACKAGES, package
 from smalldocs import layout
 from smalldocs.config import load
 from smalldocs.site import Site
-
-from npm import PACKAGES, package
 
 ROOT = Path(__file__).resolve().parent.parent
 CDN = layout.KATEX  # where smalldocs would have the reader's browser fetch KaTeX from

@@ -6,7 +6,14 @@ An error: anything on the console, a failed request, a request off the site, a l
 a page wider than the screen, a search that does not find `stream`.
 """
 
-import argparse, functools, http.server, os, shutil, sys, tempfile, threading
+import argparse
+import functools
+import http.server
+import os
+import shutil
+import sys
+import tempfile
+import threading
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 

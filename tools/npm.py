@@ -3,7 +3,14 @@
 python tools/npm.py          # puts the slide viewer where the library looks for it, as an installation does
 """
 
-import base64, hashlib, io, os, shutil, subprocess, tarfile, tempfile
+import base64
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
 from pathlib import Path
 
 PACKAGES = {  # version, and what `npm view NAME@VERSION dist.integrity` says

@@ -4,7 +4,9 @@ python tools/readme.py                   # write README.md
 python tools/readme.py --check           # say whether README.md is what the notebook says
 """
 
-import json, re, sys
+import json
+import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent

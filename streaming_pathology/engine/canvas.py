@@ -16,9 +16,9 @@ from fractions import Fraction
 import torch
 from torch.nn import functional as F
 
+from .functions import wide
 from .graph import autocast_to, autocast_type
 from .program import Program
-from .functions import wide
 from streaming_pathology.engine.schedule import (
     Buffer,
     Cut,

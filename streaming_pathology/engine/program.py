@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import functions, layers  # noqa: F401 (their rules)
 from .graph import Call, Graph, Value, replaced, values_in
-from . import functions, layers  # noqa: F401: their rules are registered
 from streaming_pathology.engine.rules import (
     Adjoint,
     Map,

@@ -11,8 +11,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, generate_uid
 
-from streaming_pathology.files import sample_slide
-from streaming_pathology.synthetic import paint_biopsy
+from streaming_pathology.slides.readers import sample_slide
+from streaming_pathology.slides.synthetic import paint_biopsy
 
 SPACING = 0.5
 TIFFS = dict(photometric='rgb', metadata=None)  # of tifffile

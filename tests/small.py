@@ -32,7 +32,7 @@ def small_resnet():
 
 if __name__ == '__main__':
     torchvision.models.resnet18 = Small
-    from streaming_pathology import cli
+    from streaming_pathology.cli import commands as cli
 
     cli._let_processes_be('small')  # as the commands themselves do
     sys.exit(cli.main())

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from streaming_pathology.aggregators import (
+from streaming_pathology.mil.aggregators import (
     ABMIL,
     CLAM,
     DSMIL,
@@ -17,7 +17,7 @@ from streaming_pathology.aggregators import (
     pseudo_inverse,
     smooth_svm,
 )
-from streaming_pathology.losses import Binary
+from streaming_pathology.training.tasks import Binary
 
 D = 24
 

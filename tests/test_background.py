@@ -12,12 +12,12 @@ from test_streaming import Apply, close, frozen_norm, networks, small, waiting, 
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from streaming_pathology.core import InputError
 from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.engine.storage import source_of
 from streaming_pathology.engine.stream import stream
 from streaming_pathology.engine.windows import StreamingError
-from streaming_pathology.errors import InputError
-from streaming_pathology.models import StreamingClassifier
+from streaming_pathology.training.models import StreamingClassifier
 
 examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
 pick = st.sampled_from

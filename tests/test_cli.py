@@ -21,12 +21,12 @@ from PIL import Image
 from safetensors import safe_open
 from small import COMMAND
 
-from streaming_pathology import cli
-from streaming_pathology.checkpoints import save_checkpoint
-from streaming_pathology.cohorts import read_table, tiny_cohort
-from streaming_pathology.files import sample_slide, write_csv, write_tiff
-from streaming_pathology.slides import Slide
-from streaming_pathology.synthetic import write_cohort
+from streaming_pathology.cli import commands as cli
+from streaming_pathology.slides.cohorts import read_table, tiny_cohort
+from streaming_pathology.slides.readers import sample_slide, write_csv, write_tiff
+from streaming_pathology.slides.slides import Slide
+from streaming_pathology.slides.synthetic import write_cohort
+from streaming_pathology.training.checkpoints import save_checkpoint
 
 QUICK = ['--spacing', 4, '--epochs', 1, '--batch', 4, '--strip', 64, '--heatmaps', 0, '--lr', 1e-3]
 HEADER = 'slide_id,label,path,patient_id,split\n'
@@ -936,7 +936,7 @@ def test_an_interrupt_may_come_while_a_bar_is_made(cohort, tmp_path):
     interrupt = 'import signal, sys, tqdm.std; tqdm.std.tqdm._get_free_pos = classmethod(lambda *_: signal.raise_signal(signal.SIGINT)); '
     code = (
         interrupt
-        + 'from streaming_pathology.cli import COMMANDS; sys.exit(COMMANDS["train"](sys.argv[1:]))'
+        + 'from streaming_pathology.cli.commands import COMMANDS; sys.exit(COMMANDS["train"](sys.argv[1:]))'
     )
     done = subprocess.run(
         [sys.executable, '-c', code, cohort / 'manifest.csv', tmp_path / 'run', *map(str, QUICK)],
@@ -953,7 +953,7 @@ def test_an_interrupt_that_is_lost_comes_again(cohort, tmp_path):
     lost = 'import signal, sys, time, tqdm.std\nclass Going:\n    def __del__(self): signal.raise_signal(signal.SIGINT); sum(range(10))\nold = tqdm.std.tqdm.__init__\ndef init(self, *args, **kwargs): old(self, *args, **kwargs); Going(); time.sleep(3)\ntqdm.std.tqdm.__init__ = init\n'
     code = (
         lost
-        + 'from streaming_pathology.cli import COMMANDS; sys.exit(COMMANDS["train"](sys.argv[1:]))'
+        + 'from streaming_pathology.cli.commands import COMMANDS; sys.exit(COMMANDS["train"](sys.argv[1:]))'
     )
     done = subprocess.run(
         [
@@ -1290,9 +1290,9 @@ def test_processes_import_what_they_need(cohort, tmp_path, program, of, more, sp
     imported = [
         l.split('|')[-1].strip() for l in done.stderr.splitlines() if l.startswith('import time:')
     ]
-    assert imported.count('streaming_pathology.slides') > 1 and all(
+    assert imported.count('streaming_pathology.slides.slides') > 1 and all(
         imported.count(m) == 1 for m in spared
-    ), {m: imported.count(m) for m in ('streaming_pathology.slides', *spared)}
+    ), {m: imported.count(m) for m in ('streaming_pathology.slides.slides', *spared)}
 
 
 def test_trimming_onto_a_full_disk(tmp_path):

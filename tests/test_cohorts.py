@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import Small
 
-from streaming_pathology.augment import Augmentation
-from streaming_pathology.cohorts import (
+from streaming_pathology.engine.canvas import Canvas
+from streaming_pathology.slides.augment import Augmentation
+from streaming_pathology.slides.cohorts import (
     Case,
     leaks,
     read_camelyon16,
@@ -25,13 +26,12 @@ from streaming_pathology.cohorts import (
     split_cohort,
     tiny_cohort,
 )
-from streaming_pathology.data import SlideDataset, check_cohort, slide_loader
-from streaming_pathology.engine.canvas import Canvas
-from streaming_pathology.files import write_tiff
-from streaming_pathology.models import StreamingClassifier
-from streaming_pathology.synthetic import paint_biopsy
-from streaming_pathology.training import fit
-from streaming_pathology.trim import Trim, trim_slides
+from streaming_pathology.slides.datasets import SlideDataset, check_cohort, slide_loader
+from streaming_pathology.slides.readers import write_tiff
+from streaming_pathology.slides.synthetic import paint_biopsy
+from streaming_pathology.slides.trim import Trim, trim_slides
+from streaming_pathology.training.loop import fit
+from streaming_pathology.training.models import StreamingClassifier
 
 
 @settings(max_examples=200, deadline=None)
@@ -152,7 +152,7 @@ def test_camelyon(tmp_path):
 
 WAITS = """
 import sys, time
-from streaming_pathology.trim import each_apart
+from streaming_pathology.slides.trim import each_apart
 if __name__ == '__main__':
     for t, value, e in each_apart(eval, ['__import__("os").getpid()', '__import__("os").getpid()', *['__import__("time").sleep(600)']*4], workers=2): print(value, flush=True)
 """

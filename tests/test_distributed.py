@@ -13,13 +13,13 @@ from test_background import canvases
 from test_streaming import UNet, close, frozen_norm, networks, small
 from torch import nn
 
+from streaming_pathology.core import InputError
 from streaming_pathology.engine.bands import shares, stream_bands
 from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.engine.program import evaluate
 from streaming_pathology.engine.storage import source_of
 from streaming_pathology.engine.windows import StreamingError
-from streaming_pathology.errors import InputError
-from streaming_pathology.models import StreamingClassifier
+from streaming_pathology.training.models import StreamingClassifier
 
 examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
 pick = st.sampled_from

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from streaming_pathology.auc import (
+from streaming_pathology.core import InputError
+from streaming_pathology.evaluation.auc import (
     INTERVALS,
     auc,
     auc_interval,
@@ -17,8 +18,12 @@ from streaming_pathology.auc import (
     roc,
     weighted_auc,
 )
-from streaming_pathology.errors import InputError
-from streaming_pathology.evaluation import evaluate, operating_point, point_intervals, roc_band
+from streaming_pathology.evaluation.evaluation import (
+    evaluate,
+    operating_point,
+    point_intervals,
+    roc_band,
+)
 
 
 def cohort(seed, n, levels):

@@ -17,12 +17,12 @@ import pyvips
 import tifffile
 from PIL import Image
 
-from streaming_pathology.cohorts import Case, read_manifest
-from streaming_pathology.data import check_cohort
-from streaming_pathology.errors import InputError
-from streaming_pathology.files import slide_files, slide_key
-from streaming_pathology.slides import Slide
-from streaming_pathology.trim import each_apart
+from streaming_pathology.core import InputError
+from streaming_pathology.slides.cohorts import Case, read_manifest
+from streaming_pathology.slides.datasets import check_cohort
+from streaming_pathology.slides.readers import slide_files, slide_key
+from streaming_pathology.slides.slides import Slide
+from streaming_pathology.slides.trim import each_apart
 
 
 @pytest.fixture(scope='module')

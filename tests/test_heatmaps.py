@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streaming_pathology.engine.stream import stream
-from streaming_pathology.gradients import Noise, integrated_gradients, smoothgrad
-from streaming_pathology.heatmaps import colour_map, fit_map, overlay, pool_map
+from streaming_pathology.evaluation.gradients import Noise, integrated_gradients, smoothgrad
+from streaming_pathology.evaluation.heatmaps import colour_map, fit_map, overlay, pool_map
 
 
 def net(seed, width=4):

@@ -12,10 +12,10 @@ from small import COMMAND
 from test_cli import refused, tree
 from test_resume import as_if_never_stopped, rows
 
-from streaming_pathology import cli
-from streaming_pathology.checkpoints import last_point
-from streaming_pathology.cohorts import tiny_cohort
-from streaming_pathology.synthetic import write_cohort
+from streaming_pathology.cli import commands as cli
+from streaming_pathology.slides.cohorts import tiny_cohort
+from streaming_pathology.slides.synthetic import write_cohort
+from streaming_pathology.training.checkpoints import last_point
 
 TRAIN = [
     '--spacing',
@@ -721,7 +721,7 @@ def test_timm():
     pytest.importorskip('timm')
     import torch
 
-    from streaming_pathology.features import built, make_encoder
+    from streaming_pathology.mil.features import built, make_encoder
 
     encoder, patches = (
         make_encoder('timm:resnet10t'),

@@ -18,6 +18,7 @@ from test_streaming import close, compare, frozen_norm, networks, small
 from torch import nn
 from torchvision.models import resnet18, resnet34
 
+from streaming_pathology.core import InputError
 from streaming_pathology.engine import ledger as ledgers
 from streaming_pathology.engine import plan as planner
 from streaming_pathology.engine.canvas import Canvas
@@ -29,7 +30,6 @@ from streaming_pathology.engine.storage import source_of
 from streaming_pathology.engine.stream import stream
 from streaming_pathology.engine.streaming import Pass, Streamed
 from streaming_pathology.engine.windows import StreamingError
-from streaming_pathology.errors import InputError
 
 examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
 cpu = torch.device('cpu')
@@ -347,7 +347,7 @@ def test_canvases_of_all_kinds_are_planned(how):
 
 
 def test_classifier_plans_itself():
-    models = pytest.importorskip('streaming_pathology.models')
+    models = pytest.importorskip('streaming_pathology.training.models')
     torch.manual_seed(0)
     model = models.StreamingClassifier('resnet18', strip='auto', memory='250MB', pool='attention')
     x = torch.randint(0, 256, (1, 3, 256, 200), dtype=torch.uint8)

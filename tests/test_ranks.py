@@ -16,19 +16,19 @@ import torch.multiprocessing as mp
 from small import COMMAND
 from test_resume import rows as rows_but
 
-from streaming_pathology import cli
-from streaming_pathology.aggregators import make_aggregator
-from streaming_pathology.augment import Augmentation
-from streaming_pathology.bags import BagDataset, PatchGrid
-from streaming_pathology.checkpoints import load_checkpoint, points, save_checkpoint
-from streaming_pathology.cohorts import read_manifest, tiny_cohort
-from streaming_pathology.data import SlideDataset
-from streaming_pathology.distributed import Ranks
-from streaming_pathology.features import Encoder, FeatureDataset, FeatureMIL
-from streaming_pathology.losses import Binary, Multilabel, Survival
-from streaming_pathology.mil import InstanceMIL, TwoPhases
-from streaming_pathology.recipes import Stage, run_recipe
-from streaming_pathology.training import Alone, TinyNet, fit, predict, synth_slides
+from streaming_pathology.cli import commands as cli
+from streaming_pathology.mil.aggregators import make_aggregator
+from streaming_pathology.mil.bags import BagDataset, PatchGrid
+from streaming_pathology.mil.features import Encoder, FeatureDataset, FeatureMIL
+from streaming_pathology.mil.mil import InstanceMIL, TwoPhases
+from streaming_pathology.slides.augment import Augmentation
+from streaming_pathology.slides.cohorts import read_manifest, tiny_cohort
+from streaming_pathology.slides.datasets import SlideDataset
+from streaming_pathology.training.checkpoints import load_checkpoint, points, save_checkpoint
+from streaming_pathology.training.distributed import Ranks
+from streaming_pathology.training.loop import Alone, TinyNet, fit, predict, synth_slides
+from streaming_pathology.training.recipes import Stage, run_recipe
+from streaming_pathology.training.tasks import Binary, Multilabel, Survival
 
 
 class Seen:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from streaming_pathology.compare import sp_compare
-from streaming_pathology.heatmaps import save_heatmap
-from streaming_pathology.report import toy_run, write_report
-from streaming_pathology.review import errors_of, read_categories
-from streaming_pathology.viewer import save_picture, viewer_files
+from streaming_pathology.cli.compare import sp_compare
+from streaming_pathology.evaluation.heatmaps import save_heatmap
+from streaming_pathology.evaluation.report import toy_run, write_report
+from streaming_pathology.evaluation.review import errors_of, read_categories
+from streaming_pathology.evaluation.viewer import save_picture, viewer_files
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'tools'))
 from npm import package

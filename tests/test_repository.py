@@ -296,7 +296,7 @@ def test_order(module):
 def test_order_sees_imports():
     assert [
         *imported(
-            'from ..errors import a\nfrom .graph import b\nfrom .. import slides\nfrom . import layers\nimport streaming_pathology.plan, torch',
+            'from ..core import a\nfrom .graph import b\nfrom .. import core\nfrom . import layers\nimport streaming_pathology.plan, torch',
             'engine.rules',
         )
-    ] == ['errors', 'engine.graph', 'slides', 'engine.layers', 'plan']
+    ] == ['core', 'engine.graph', 'core', 'engine.layers', 'plan']

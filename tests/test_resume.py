@@ -19,16 +19,16 @@ import torchvision
 from small import COMMAND
 from test_cli import heard, refused, tree
 
-from streaming_pathology import cli
-from streaming_pathology.checkpoints import (
+from streaming_pathology.cli import commands as cli
+from streaming_pathology.slides.cohorts import tiny_cohort
+from streaming_pathology.slides.readers import write_csv
+from streaming_pathology.training.checkpoints import (
     REPORT,
     last_point,
     load_checkpoint,
     points,
 )
-from streaming_pathology.cohorts import tiny_cohort
-from streaming_pathology.files import write_csv
-from streaming_pathology.training import EarlyStopping, TinyNet, fit, synth_learner
+from streaming_pathology.training.loop import EarlyStopping, TinyNet, fit, synth_learner
 
 KILLS = int(os.environ.get('STREAMING_KILLS', 3))
 TRAIN = [

@@ -37,7 +37,7 @@ from streaming_pathology.engine.storage import TensorSource, source_of
 from streaming_pathology.engine.stream import stream
 from streaming_pathology.engine.streaming import Pass
 from streaming_pathology.engine.windows import StreamingError
-from streaming_pathology.models import GatedAttention
+from streaming_pathology.training.models import GatedAttention
 
 examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
 tolerance = 1e-9

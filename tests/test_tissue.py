@@ -9,10 +9,10 @@ from PIL import Image
 from scipy import ndimage
 from torch import nn
 
-from streaming_pathology.errors import InputError
-from streaming_pathology.files import sample_slide, write_tiff
-from streaming_pathology.slides import Slide, biopsies, pen_marks, tissue_mask
-from streaming_pathology.synthetic import paint_biopsy
+from streaming_pathology.core import InputError
+from streaming_pathology.slides.readers import sample_slide, write_tiff
+from streaming_pathology.slides.slides import Slide, biopsies, pen_marks, tissue_mask
+from streaming_pathology.slides.synthetic import paint_biopsy
 
 SPACING = 4.0
 INKS = dict(

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..core import InputError
 from .plan import options_for
 from .program import Operation, Program
 from .schedule import Heights, Schedule
 from .storage import device_of
 from .streaming import Pass, Streamed, random_numbers
 from .windows import StreamingError, side_of
-from ..errors import InputError
 
 # %% ../../nbs/engine/10_bands.ipynb #d094f939
 def shares(height: int, ranks: int) -> list:

@@ -16,6 +16,7 @@ from fractions import Fraction
 import torch
 from torch.nn import functional as F
 
+from ..core import InputError
 from .functions import wide
 from .graph import autocast_to, autocast_type
 from .program import Program
@@ -30,7 +31,6 @@ from streaming_pathology.engine.schedule import (
     what_is_read,
 )
 from .windows import Region, Spread, StreamingError, side_of, whole_side
-from ..errors import InputError
 
 # %% ../../nbs/engine/08_canvas.ipynb #17524fdf
 def whole_number(n) -> int | None:

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..core import InputError
 from streaming_pathology.engine.graph import (
     ImageSpec,
     autocast_to,
@@ -49,7 +50,6 @@ from .schedule import Kind, Schedule, Totals
 from .storage import TensorSource, device_of, source_of
 from .streaming import Pass, Streamed
 from .windows import StreamingError
-from ..errors import InputError
 
 # %% ../../nbs/engine/09_plan.ipynb #9fb8f296
 class EmptyImage(TensorSource):

@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch.nn import functional as F
 
-from ..errors import InputError
+from ..core import InputError
 
 # %% ../../nbs/engine/01_windows.ipynb #1490a5a4
 class StreamingError(InputError):

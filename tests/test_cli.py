@@ -22,8 +22,9 @@ from safetensors import safe_open
 from small import COMMAND
 
 from streaming_pathology.cli import commands as cli
-from streaming_pathology.slides.cohorts import read_table, tiny_cohort
-from streaming_pathology.slides.readers import sample_slide, write_csv, write_tiff
+from streaming_pathology.io import read_table, write_csv
+from streaming_pathology.slides.cohorts import tiny_cohort
+from streaming_pathology.slides.readers import sample_slide, write_tiff
 from streaming_pathology.slides.slides import Slide
 from streaming_pathology.slides.synthetic import write_cohort
 from streaming_pathology.training.checkpoints import save_checkpoint

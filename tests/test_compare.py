@@ -10,8 +10,8 @@ from test_resume import as_if_never_stopped, rows
 from streaming_pathology.cli import commands as cli
 from streaming_pathology.cli import compare
 from streaming_pathology.evaluation.review import errors_of
+from streaming_pathology.io import write_csv
 from streaming_pathology.slides.cohorts import tiny_cohort
-from streaming_pathology.slides.readers import write_csv
 
 TRAIN = ['--spacing', 4, '--epochs', 2, '--batch', 3, '--heatmaps', 0, '--save-minutes', 0]
 

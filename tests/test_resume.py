@@ -20,14 +20,10 @@ from small import COMMAND
 from test_cli import heard, refused, tree
 
 from streaming_pathology.cli import commands as cli
+from streaming_pathology.io import write_csv
+from streaming_pathology.outputs import REPORT
 from streaming_pathology.slides.cohorts import tiny_cohort
-from streaming_pathology.slides.readers import write_csv
-from streaming_pathology.training.checkpoints import (
-    REPORT,
-    last_point,
-    load_checkpoint,
-    points,
-)
+from streaming_pathology.training.checkpoints import last_point, load_checkpoint, points
 from streaming_pathology.training.loop import EarlyStopping, TinyNet, fit, synth_learner
 
 KILLS = int(os.environ.get('STREAMING_KILLS', 3))

@@ -55,7 +55,7 @@ from ..engine.plan import LEAST, budget, lean_memory, plan
 from ..engine.storage import source_of
 from ..engine.stream import stream
 from ..engine.windows import StreamingError
-from ..slides.readers import whole_file
+from ..io import whole_file
 
 # %% ../../nbs/cli/04_bench.ipynb #350a9060
 def slim(width=8, blocks=(1, 1, 1, 1)):

@@ -89,22 +89,33 @@ from ..evaluation.qupath import field_of, write_exports
 from ..evaluation.report import write_report
 from ..evaluation.results import figures_of, results, sentences_of
 from ..evaluation.viewer import save_picture, viewer_files
+from ..io import locked, read_table, several, write_csv, write_whole
 from ..mil.aggregators import aggregators, make_aggregator
 from ..mil.bags import PatchGrid, check_annotation
 from ..mil.features import LIBRARIES, Encoder, FeatureMIL
 from ..mil.mil import InstanceMIL, TwoPhases
+from streaming_pathology.outputs import (
+    DONE,
+    REPORT,
+    RUN,
+    STOPS,
+    Output,
+    absolute,
+    claim,
+    continuing,
+    output_file,
+    replacing,
+    staged,
+)
 from ..slides.augment import STEP, Augmentation
 from streaming_pathology.slides.cohorts import (
     Case,
     check_files,
     read_manifest,
-    read_table,
     resolve_splits,
     safe_id,
-    several,
 )
 from streaming_pathology.slides.datasets import (
-    STOPS,
     channel_statistics,
     check_cohort,
     one_line,
@@ -113,37 +124,19 @@ from streaming_pathology.slides.datasets import (
     turned_out,
     worker_died,
 )
-from streaming_pathology.slides.readers import (
-    SUFFIXES,
-    file_stamp,
-    locked,
-    sample_slide,
-    slide_files,
-    write_csv,
-    write_whole,
-)
+from ..slides.readers import SUFFIXES, file_stamp, sample_slide, slide_files
 from ..slides.slides import Slide
 from ..slides.synthetic import write_cohort
 from ..slides.trim import Trim, trim_slides
 from streaming_pathology.training.checkpoints import (
-    DONE,
-    REPORT,
-    RUN,
     Checkpoints,
     HaltOnSignal,
-    Output,
-    absolute,
-    claim,
-    continuing,
     last_point,
     load_checkpoint,
     load_weights,
-    output_file,
     plain,
     points,
-    replacing,
     save_checkpoint,
-    staged,
     versions,
 )
 from ..training.distributed import joined

@@ -54,9 +54,9 @@ from streaming_pathology.evaluation.evaluation import (
 from ..evaluation.pages import ACCENT, SECOND, figure_uri, html_page, table
 from ..evaluation.report import category_tables
 from ..evaluation.review import errors_of, numbered, read_categories
-from ..slides.cohorts import read_manifest, read_table, resolve_splits, several
-from ..slides.readers import write_csv, write_whole
-from ..training.checkpoints import DONE, RUN, SYSTEM, absolute, uninterrupted
+from ..io import read_table, several, write_csv, write_whole
+from ..outputs import DONE, RUN, SYSTEM, absolute, uninterrupted
+from ..slides.cohorts import read_manifest, resolve_splits
 
 # %% ../../nbs/cli/02_compare.ipynb #cmp00006
 @dataclass

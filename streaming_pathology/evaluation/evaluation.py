@@ -30,7 +30,7 @@ from streaming_pathology.evaluation.auc import (
     roc,
     share_interval,
 )
-from ..slides.cohorts import finite_number, read_table
+from ..io import finite_number, read_table
 
 # %% ../../nbs/evaluation/03_evaluation.ipynb #c9d09050
 def roc_band(

@@ -25,7 +25,7 @@ from streaming_pathology.evaluation.gradients import (
     output_of,
     reads_rows,
 )
-from ..slides.readers import write_whole
+from ..io import write_whole
 from ..training.models import StreamingClassifier
 
 # %% ../../nbs/evaluation/10_heatmaps.ipynb #hmp00009

@@ -25,6 +25,7 @@ from torch import nn
 import streaming_pathology
 from ..core import InputError
 from ..engine.canvas import Canvas
+from ..io import whole_file, write_csv
 from ..mil.aggregators import make_aggregator
 from ..mil.bags import Bag, BagDataset, PatchGrid
 from streaming_pathology.mil.features import (
@@ -39,7 +40,7 @@ from streaming_pathology.mil.features import (
 )
 from ..mil.mil import InstanceMIL
 from ..slides.datasets import SlideDataset, cropped, slide_loader
-from ..slides.readers import file_stamp, whole_file, write_csv
+from ..slides.readers import file_stamp
 from ..training.checkpoints import load_checkpoint, load_weights, plain
 from ..training.loop import Alone, predict
 from ..training.models import StreamingClassifier, imagenet_mean, imagenet_std

@@ -18,7 +18,8 @@ from scipy import ndimage
 
 from ..core import InputError
 from .heatmaps import check_map, overlay
-from ..slides.readers import COARSEST, whole_file, write_tiff, write_whole
+from ..io import whole_file, write_whole
+from ..slides.readers import COARSEST, write_tiff
 from ..slides.slides import Slide, tissue_box, tissue_mask
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #reg000005

@@ -94,10 +94,9 @@ from streaming_pathology.evaluation.viewer import (
     write_layer,
     write_tiles,
 )
+from ..io import read_table, write_csv, write_whole
 from ..mil.aggregators import aggregators
-from ..slides.cohorts import read_table
-from ..slides.readers import write_csv, write_whole
-from ..training.checkpoints import REPORT, absolute, claim, staged
+from ..outputs import REPORT, absolute, claim, staged
 
 # %% ../../nbs/evaluation/15_report.ipynb #rpt00005
 def _toy_slide(rng, positive, size=(360, 520)):

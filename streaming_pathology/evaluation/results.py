@@ -42,7 +42,7 @@ from streaming_pathology.evaluation.outcomes import (
     plot_survival,
 )
 from .subgroups import by_group, plot_groups
-from ..slides.cohorts import finite_number, read_table
+from ..io import finite_number, read_table
 
 # %% ../../nbs/evaluation/07_results.ipynb #res000005
 def _patients(path, cohort, needed=False):  # see `read_patients`

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core import InputError
 from .evaluation import operating_point, read_predictions
-from ..slides.cohorts import read_table
+from ..io import read_table
 
 # %% ../../nbs/evaluation/08_review.ipynb #rev000006
 FALSE = ('false positive', 'false negative')

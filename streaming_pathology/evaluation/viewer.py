@@ -22,7 +22,8 @@ from ..core import InputError
 from .heatmaps import colour_map, fit_map
 from .pages import html_page
 from .qupath import Field, regions
-from ..slides.readers import reason, whole_file, write_whole
+from ..io import whole_file, write_whole
+from ..slides.readers import reason
 
 # %% ../../nbs/evaluation/14_viewer.ipynb #view0005
 def save_picture(

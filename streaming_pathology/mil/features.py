@@ -22,8 +22,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..core import InputError, at_least_one
+from ..io import whole_file
 from .bags import Bag, BagDataset, PatchGrid
-from ..slides.readers import slide_files, whole_file
+from ..slides.readers import slide_files
 from streaming_pathology.training.models import (
     Normalise,
     StreamingClassifier,

@@ -4,22 +4,17 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_SHA256', 'FINEST', 'COARSEST', 'SUFFIXES', 'sample_slide', 'transparent', 'slide_key', 'dicom_files',
-           'slide_files', 'file_stamp', 'resolve_spacing', 'open_reader', 'reason', 'whole_file', 'write_whole',
-           'write_csv', 'locked', 'write_tiff']
+           'slide_files', 'file_stamp', 'resolve_spacing', 'open_reader', 'reason', 'write_tiff']
 
 # %% ../../nbs/slides/01_readers.ipynb #f0000003
-import csv
-import fcntl
 import functools
 import hashlib
-import io
 import math
 import os
 import shutil
 import struct
 import tempfile
-import uuid
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -31,6 +26,7 @@ from PIL import Image
 
 import streaming_pathology
 from ..core import InputError
+from ..io import whole_file
 
 # %% ../../nbs/slides/01_readers.ipynb #f26fc15d
 SAMPLE_SHA256 = 'ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7'
@@ -677,67 +673,6 @@ def reason(error):
 SUFFIXES = set(
     '.svs .tif .tiff .ndpi .mrxs .scn .bif .svslide .dcm .png .jpg .jpeg .webp'.split()
 )  # of slide files
-
-
-@contextmanager
-def whole_file(path):
-    "A new binary file that takes the place of `path` at the end; if anything goes wrong, what was there stays. Makes the folder."
-    path = Path(path)
-    temp = path.with_name(f'.{path.name[:40]}.{uuid.uuid4().hex[:8]}.partial')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temp, 'wb') as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        if path.exists():
-            shutil.copymode(path, temp)
-        os.replace(temp, path)
-    except OSError as e:
-        raise InputError(
-            f'{path} cannot be written ({e.strerror or e}); what was there before is untouched'
-        ) from None
-    finally:
-        with suppress(OSError):
-            temp.unlink(missing_ok=True)
-
-
-def write_whole(path, content):  # text or bytes; the path
-    "Write a file so that at any moment the old or the new one is there, whole."
-    with whole_file(path) as f:
-        f.write(content.encode() if isinstance(content, str) else content)
-    return Path(path)
-
-
-def write_csv(path, rows, columns=None):  # the path
-    "Dicts as a CSV file, whole or not at all; None becomes an empty cell, 1.0 becomes 1, and other numbers keep all their digits."
-    out = io.StringIO()
-
-    def plain(v):
-        return int(v) if isinstance(v, float) and v.is_integer() and abs(v) < 2**53 else v
-
-    w = csv.DictWriter(out, columns or list(rows[0]), lineterminator='\n', extrasaction='ignore')
-    w.writeheader()
-    w.writerows({k: plain(v) for k, v in r.items()} for r in rows)
-    return write_whole(path, out.getvalue())
-
-
-@contextmanager
-def locked(folder):
-    "A lock on a folder, which ends with the process at the latest."
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f'{folder} is being written by another process; wait for it, or give the name of a new folder'
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(fd)
 
 # %% ../../nbs/slides/01_readers.ipynb #f0000012
 def write_tiff(

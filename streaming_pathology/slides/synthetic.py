@@ -20,7 +20,8 @@ from scipy import ndimage, sparse
 from tqdm.auto import tqdm
 
 from ..core import InputError
-from .readers import write_csv, write_tiff, write_whole
+from ..io import write_csv, write_whole
+from .readers import write_tiff
 from .slides import optical_density, worker_pool
 
 # %% ../../nbs/slides/03_synthetic.ipynb #98bff197

@@ -26,25 +26,15 @@ from scipy import ndimage
 from tqdm.auto import tqdm
 
 from ..core import InputError
-from streaming_pathology.slides.cohorts import (
-    Case,
-    check_files,
-    check_ids,
-    leaks,
-    read_table,
-    safe_id,
-    several,
-)
+from ..io import locked, read_table, several, write_csv, write_whole
+from .cohorts import Case, check_files, check_ids, leaks, safe_id
 from streaming_pathology.slides.readers import (
     COARSEST,
     FINEST,
     file_stamp,
-    locked,
     reason,
     slide_key,
-    write_csv,
     write_tiff,
-    write_whole,
 )
 from streaming_pathology.slides.slides import (
     Biopsy,

@@ -31,10 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..core import InputError, at_least_one
+from ..io import several, write_csv
 from ..slides.augment import keyed_rng
-from ..slides.cohorts import several
 from ..slides.datasets import EpochSampler, one_line, slide_loader
-from ..slides.readers import write_csv
 from .tasks import Binary, Task, joint_gradient
 
 # %% ../../nbs/training/03_loop.ipynb #e0bc5098

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from resumed import rows as rows_but
 from small import COMMAND
-from test_resume import rows as rows_but
 
 from streaming_pathology.cli import commands as cli
 from streaming_pathology.mil.aggregators import make_aggregator

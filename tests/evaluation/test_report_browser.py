@@ -15,7 +15,7 @@ from streaming_pathology.evaluation.report import toy_run, write_report
 from streaming_pathology.evaluation.review import errors_of, read_categories
 from streaming_pathology.evaluation.viewer import save_picture, viewer_files
 
-sys.path.insert(0, str(Path(__file__).parent.parent / 'tools'))
+sys.path.insert(0, str(Path(__file__).parents[2] / 'tools'))
 from npm import package
 
 CHROMIUM = (

@@ -8,9 +8,9 @@ import time
 
 import numpy as np
 import pytest
+from resumed import as_if_never_stopped, rows
+from runs import refused, tree
 from small import COMMAND
-from test_cli import refused, tree
-from test_resume import as_if_never_stopped, rows
 
 from streaming_pathology.cli import commands as cli
 from streaming_pathology.slides.cohorts import tiny_cohort

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_streaming import close, compare, frozen_norm, networks, small
+from networks import close, compare, frozen_norm, networks, small
 from torch import nn
 from torchvision.models import resnet18, resnet34
 

@@ -5,7 +5,7 @@ import shutil
 import signal
 
 import pytest
-from test_resume import as_if_never_stopped, rows
+from resumed import as_if_never_stopped, rows
 
 from streaming_pathology.cli import commands as cli
 from streaming_pathology.cli import compare

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -18,6 +17,7 @@ import pytest
 import pyvips
 import torch
 from PIL import Image
+from runs import heard, refused, tree
 from safetensors import safe_open
 from small import COMMAND
 
@@ -52,22 +52,6 @@ def trained(cohort, tmp_path_factory):
     out = tmp_path_factory.mktemp('trained') / 'run'
     assert cli.main(['train', cohort / 'manifest.csv', out, *QUICK]) == 0
     return out
-
-
-def tree(folder):
-    return {p: p.stat().st_mtime_ns for p in Path(folder).rglob('*')}
-
-
-def refused(capsys, argv, *says, status=2):
-    "Run a command in this process; it must refuse, and say these things in its one line."
-    capsys.readouterr()
-    assert cli.main(argv) == status
-    out, err = capsys.readouterr()
-    errors = [l for l in re.split('[\r\n]+', err) if 'error:' in l]
-    assert len(errors) == 1 and errors[0].startswith('error: ') and 'Traceback' not in err, err
-    for s in says:
-        assert str(s) in errors[0], errors[0]
-    return errors[0]
 
 
 def training_refused(capsys, folder, *says, options=()):
@@ -891,12 +875,6 @@ def test_a_training_that_diverges_leaves_what_was_there(cohort, trained, tmp_pat
     assert {p: t for p, t in tree(tmp_path).items() if p.is_file()} == {
         p: t for p, t in before.items() if p.is_file()
     } and len(list(tmp_path.iterdir())) == 1
-
-
-def heard():
-    "Of the signals that a job in the background or under nohup ignores."
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(s, signal.SIG_DFL)
 
 
 def started(folder, *argv):

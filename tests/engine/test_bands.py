@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from canvases import canvases
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_background import canvases
-from test_streaming import UNet, close, frozen_norm, networks, small
+from networks import UNet, close, frozen_norm, networks, small
 from torch import nn
 
 from streaming_pathology.core import InputError

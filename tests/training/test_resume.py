@@ -1,7 +1,6 @@
 "A training that is killed, stopped or short of disk goes on from its last point and ends with the same weights, bit by bit."
 
 import copy
-import csv
 import json
 import os
 import random
@@ -16,8 +15,9 @@ import psutil
 import pytest
 import torch
 import torchvision
+from resumed import TRAIN, as_if_never_stopped, rows
+from runs import heard, refused, tree
 from small import COMMAND
-from test_cli import heard, refused, tree
 
 from streaming_pathology.cli import commands as cli
 from streaming_pathology.io import write_csv
@@ -27,25 +27,6 @@ from streaming_pathology.training.checkpoints import last_point, load_checkpoint
 from streaming_pathology.training.loop import EarlyStopping, TinyNet, fit, synth_learner
 
 KILLS = int(os.environ.get('STREAMING_KILLS', 3))
-TRAIN = [
-    '--spacing',
-    4,
-    '--epochs',
-    3,
-    '--batch',
-    3,
-    '--strip',
-    64,
-    '--heatmaps',
-    0,
-    '--lr',
-    1e-2,
-    '--cosine',
-    '--save-minutes',
-    0.003,
-    '--augment',
-    'paper',
-]
 
 
 @pytest.fixture(scope='module')
@@ -62,36 +43,6 @@ def process(*argv, **kwargs):
         preexec_fn=heard,
         **kwargs,
     )
-
-
-@pytest.fixture(scope='module')
-def whole(once):
-    "A run that was never stopped."
-
-    def make(folder):
-        tiny_cohort(folder / 'cohort', size=(64, 64))
-        assert cli.main(['train', folder / 'cohort/manifest.csv', folder / 'run', *TRAIN]) == 0
-
-    return once('whole', make) / 'run'
-
-
-def rows(path, *but):  # of a CSV, without what is never the same
-    with open(path) as f:
-        return [{k: v for k, v in r.items() if k not in but} for r in csv.DictReader(f)]
-
-
-def as_if_never_stopped(run, whole):
-    a, b = (load_checkpoint(r / 'checkpoints/best.pt')['model'] for r in (run, whole))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    a, b = (load_checkpoint(points(r / 'checkpoints')[-1]) for r in (run, whole))
-    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
-    assert rows(run / 'log.csv', 'seconds', 'peak_mb') == rows(
-        whole / 'log.csv', 'seconds', 'peak_mb'
-    )
-    assert rows(run / 'predictions.csv', 'seconds') == rows(whole / 'predictions.csv', 'seconds')
-    assert (run / 'metrics.json').read_bytes() == (
-        whole / 'metrics.json'
-    ).read_bytes() and not list(run.rglob('.*'))
 
 
 def test_killed_at_any_moment(cohort, whole, tmp_path):

@@ -1,0 +1,29 @@
+"Runs of commands in tests: what they refuse, say and write"
+
+import re
+import signal
+from pathlib import Path
+
+from streaming_pathology.cli import commands as cli
+
+
+def tree(folder):
+    return {p: p.stat().st_mtime_ns for p in Path(folder).rglob('*')}
+
+
+def refused(capsys, argv, *says, status=2):
+    "Run a command in this process; it must refuse, and say these things in its one line."
+    capsys.readouterr()
+    assert cli.main(argv) == status
+    out, err = capsys.readouterr()
+    errors = [l for l in re.split('[\r\n]+', err) if 'error:' in l]
+    assert len(errors) == 1 and errors[0].startswith('error: ') and 'Traceback' not in err, err
+    for s in says:
+        assert str(s) in errors[0], errors[0]
+    return errors[0]
+
+
+def heard():
+    "Of the signals that a job in the background or under nohup ignores."
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(s, signal.SIG_DFL)

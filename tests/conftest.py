@@ -1,12 +1,23 @@
 "Settings for every test: one thread a worker, and a last word on the cells that were skipped."
 
 import os
+from unittest import mock
 
 import pytest
 
 # before anything imports torch: two workers share the cores, so neither may take them all
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'VIPS_CONCURRENCY'):
     os.environ.setdefault(name, '1')
+
+
+@pytest.fixture(scope='module')
+def small_resnet():
+    "resnet18 is a small one while the tests of a module run."
+    import torchvision
+    from small import Small
+
+    with mock.patch.object(torchvision.models, 'resnet18', Small):
+        yield
 
 
 @pytest.fixture(scope='session')

@@ -1,12 +1,10 @@
 """The commands with a ResNet-18 of an eighth of the channels: its points are of 3 MB instead of 90, which is what tests of stopping and going on would spend their time on.
 
-python tests/small.py train ...      in tests: `small_resnet` as a fixture"""
+python tests/small.py train ...      in tests: the fixture `small_resnet`"""
 
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
-import pytest
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -21,13 +19,6 @@ class Small(ResNet):
 
     def _make_layer(self, block, planes, *args, **kwargs):
         return super()._make_layer(block, planes // 8, *args, **kwargs)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def small_resnet():
-    "Import it into a module of tests, and all of them build the small one."
-    with patch.object(torchvision.models, 'resnet18', Small):
-        yield
 
 
 if __name__ == '__main__':

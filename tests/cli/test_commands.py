@@ -29,6 +29,8 @@ from streaming_pathology.slides.slides import Slide
 from streaming_pathology.slides.synthetic import write_cohort
 from streaming_pathology.training.checkpoints import save_checkpoint
 
+pytestmark = pytest.mark.usefixtures('small_resnet')
+
 QUICK = ['--spacing', 4, '--epochs', 1, '--batch', 4, '--strip', 64, '--heatmaps', 0, '--lr', 1e-3]
 HEADER = 'slide_id,label,path,patient_id,split\n'
 

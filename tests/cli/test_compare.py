@@ -13,6 +13,8 @@ from streaming_pathology.evaluation.review import errors_of
 from streaming_pathology.io import write_csv
 from streaming_pathology.slides.cohorts import tiny_cohort
 
+pytestmark = pytest.mark.usefixtures('small_resnet')
+
 TRAIN = ['--spacing', 4, '--epochs', 2, '--batch', 3, '--heatmaps', 0, '--save-minutes', 0]
 
 

@@ -17,6 +17,8 @@ from streaming_pathology.slides.cohorts import tiny_cohort
 from streaming_pathology.slides.synthetic import write_cohort
 from streaming_pathology.training.checkpoints import last_point
 
+pytestmark = pytest.mark.usefixtures('small_resnet')
+
 TRAIN = [
     '--spacing',
     4,

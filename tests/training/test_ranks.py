@@ -30,6 +30,8 @@ from streaming_pathology.training.loop import Alone, TinyNet, fit, predict, synt
 from streaming_pathology.training.recipes import Stage, run_recipe
 from streaming_pathology.training.tasks import Binary, Multilabel, Survival
 
+pytestmark = pytest.mark.usefixtures('small_resnet')
+
 
 class Seen:
     "Callback: the slides of each epoch, and gradient and weights at each step."

@@ -26,6 +26,8 @@ from streaming_pathology.slides.cohorts import tiny_cohort
 from streaming_pathology.training.checkpoints import last_point, load_checkpoint, points
 from streaming_pathology.training.loop import EarlyStopping, TinyNet, fit, synth_learner
 
+pytestmark = pytest.mark.usefixtures('small_resnet')
+
 KILLS = int(os.environ.get('STREAMING_KILLS', 3))
 
 

@@ -10,7 +10,7 @@ __all__ = ['RUIFROK_JOHNSTON', 'SAMPLE_STAINS', 'PATTERNS', 'TUMOUR_PATTERNS', '
            'ring_nuclei', 'pixels_of', 'grid_nuclei', 'no_glands', 'Tissue', 'add_benign', 'add_tumour', 'punch_holes',
            'add_glands', 'Texture', 'paint_texture', 'soft_edge', 'paint_cytoplasm', 'stroma_nuclei', 'stain_amounts',
            'paint_tissue', 'stain_image', 'PaintedBiopsy', 'check_painting', 'paint_biopsy', 'plan_cohort',
-           'assign_patients', 'PaintingTask', 'save_biopsy', 'run_tasks', 'check_cohort_settings',
+           'assign_patients', 'PaintingTask', 'save_biopsy', 'painting_tasks', 'run_tasks', 'check_cohort_settings',
            'prepare_cohort_folder', 'write_cohort_manifest', 'write_cohort']
 
 # %% ../../nbs/slides/03_synthetic.ipynb #044bbbc7
@@ -843,6 +843,25 @@ def save_biopsy(task: PaintingTask) -> None:
     write_tiff(biopsy.image, task.slide, biopsy.spacing, task.compression)
 
 
+def painting_tasks(
+    folder: Path, rows: list[dict], size: tuple[int, int], spacing: float, compression: str
+) -> list[PaintingTask]:
+    "A task for each row of a plan."
+    tasks = []
+    for row in rows:
+        biopsy = dict(
+            size=size,
+            spacing=spacing,
+            seed=row['seed'],
+            tumour_fraction=row['area'] * row['label'],
+            crowded_fraction=row['area'] * (1 - row['label']),
+        )
+        name = f'{row["slide_id"]}.tiff'
+        task = PaintingTask(folder / 'slides' / name, folder / 'masks' / name, compression, biopsy)
+        tasks.append(task)
+    return tasks
+
+
 def run_tasks(tasks: list[PaintingTask], folder: Path, workers: int, progress: bool) -> None:
     "Paint in this process, or in several."
     with tqdm(total=len(tasks), desc='painting slides', disable=not progress) as bar:
@@ -966,17 +985,6 @@ def write_cohort(
     )
     prepare_cohort_folder(folder, settings)
     rows = plan_cohort(n, positive, tumour_fractions, splits, seed)
-    tasks = []
-    for row in rows:
-        biopsy = dict(
-            size=size,
-            spacing=spacing,
-            seed=row['seed'],
-            tumour_fraction=row['area'] * row['label'],
-            crowded_fraction=row['area'] * (1 - row['label']),
-        )
-        name = f'{row["slide_id"]}.tiff'
-        task = PaintingTask(folder / 'slides' / name, folder / 'masks' / name, compression, biopsy)
-        tasks.append(task)
+    tasks = painting_tasks(folder, rows, size, spacing, compression)
     run_tasks(tasks, folder, workers, progress)
     return write_cohort_manifest(folder, rows, spacing)

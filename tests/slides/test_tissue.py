@@ -1,5 +1,7 @@
 "The tissue mask against what was painted: as it is, faint, and with what gets onto slides."
 
+import math
+
 import numpy as np
 import pytest
 import pyvips
@@ -10,9 +12,17 @@ from scipy import ndimage
 from torch import nn
 
 from streaming_pathology.core import InputError
-from streaming_pathology.slides.readers import sample_slide, write_tiff
-from streaming_pathology.slides.slides import Slide, biopsies, pen_marks, tissue_mask
+from streaming_pathology.slides.readers import forget_operations, sample_slide, write_tiff
+from streaming_pathology.slides.slides import Slide
 from streaming_pathology.slides.synthetic import paint_biopsy
+from streaming_pathology.slides.tissue import (
+    biopsies,
+    class_numbers,
+    numbers_in,
+    pen_marks,
+    tissue_box,
+    tissue_mask,
+)
 
 SPACING = 4.0
 INKS = dict(
@@ -210,3 +220,89 @@ def test_large_masks(tmp_path):
     with Slide(tmp_path / 'a.tiff') as s:
         mask, _ = tissue_mask(s, source=tmp_path / 'mask.tif')
     assert mask.shape == (350, 400) and mask[:, 205:].all() and not mask[:, :195].any()
+
+
+def test_a_mask_file_that_changed_is_read_anew(tmp_path):
+    "libvips keeps what it has opened; and nothing of a mask stays open."
+    forget_operations()
+    for number in (1, 2):
+        pixels = np.full((50, 40), number, np.uint8)
+        tifffile.imwrite(tmp_path / 'mask.tif', pixels, tile=(16, 16))
+        assert numbers_in(tmp_path / 'mask.tif') == [number]
+        assert (class_numbers(tmp_path / 'mask.tif', 8.0, (50, 40)) == number).all()
+    assert pyvips.cache_get_size() == 0
+
+
+@pytest.mark.parametrize(
+    'pixels, name, says',
+    [
+        (np.zeros((9, 9, 3), np.uint8), 'rgb.png', 'has 3 channels'),
+        (np.zeros((9, 9), np.uint8), 'grey.jpg', 'is a JPEG'),
+        (np.zeros((9, 9), np.float32), 'real.tif', 'of the type float'),
+    ],
+    ids=['rgb', 'jpeg', 'float'],
+)
+def test_numbers_of_classes_are_exact_or_refused(tmp_path, pixels, name, says):
+    Image.fromarray(pixels).save(tmp_path / name)
+    with pytest.raises(InputError, match=says):
+        numbers_in(tmp_path / name)
+    with pytest.raises(InputError, match=says):
+        class_numbers(tmp_path / name, 8.0, (9, 9))
+
+
+@pytest.fixture
+def canvas():
+    "A patch of tissue on white, with a black border, dark noise and a speck."
+    canvas = np.full((1200, 900, 3), 244, np.uint8)
+    canvas[300:700, 200:500] = (200, 120, 180)
+    canvas[:, 880:] = 0
+    canvas[1000:, :400] = np.random.default_rng(0).integers(0, 4, (200, 400, 3))
+    canvas[50:53, 50:53] = (150, 60, 120)
+    return canvas
+
+
+def test_box_of_a_painted_patch(canvas, tmp_path):
+    "Right within a pixel of the mask."
+    Image.fromarray(canvas).save(tmp_path / 'patch.png')
+    top, left, height, width = tissue_box(Slide(tmp_path / 'patch.png', spacing=1.0), 1.0)
+    ends = np.array([top, left, top + height, left + width])
+    assert abs(ends - [300, 200, 700, 500]).max() <= 16, ends
+
+
+@pytest.mark.parametrize(
+    'pixels',
+    [
+        np.full((500, 500, 3), 255),
+        np.full((500, 500, 3), 128),
+        np.zeros((500, 500, 3)),
+        np.random.default_rng(0).normal(240, 4, (500, 500, 3)).clip(0, 255),
+    ],
+    ids=['white', 'grey', 'black', 'noise'],
+)
+def test_blank_slides_have_no_box(pixels, tmp_path):
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / 'blank.png')
+    with pytest.raises(InputError, match='blank.png has no tissue'):
+        tissue_box(Slide(tmp_path / 'blank.png', spacing=1.0), 2.0)
+
+
+@pytest.mark.parametrize(
+    'pixels', [np.zeros((9, 9)), np.zeros((9, 9, 3)), np.zeros((0, 9, 3), np.uint8)], ids=str
+)
+def test_a_mask_of_other_pixels_is_refused(pixels):
+    with pytest.raises(InputError, match='uint8'):
+        tissue_mask(pixels)
+
+
+@pytest.mark.parametrize(
+    'bad',
+    [dict(spacing=0), dict(spacing='8'), dict(threshold=math.nan), dict(smallest=-1)],
+    ids=str,
+)
+def test_numbers_of_a_mask_out_of_range_are_refused(canvas, bad):
+    with pytest.raises(InputError, match='must be a number'):
+        tissue_mask(canvas, **bad)
+
+
+def test_a_network_needs_a_slide(canvas):
+    with pytest.raises(InputError, match='a network needs a Slide'):
+        tissue_mask(canvas, source=nn.Identity())

@@ -62,8 +62,8 @@ def area_average(
         total = total + values * weight.astype(np.float32).reshape(along_axis)
     return total
 
-# %% ../../nbs/slides/02_slides.ipynb #88a46c51
-def is_number(value) -> bool:
+# %% ../../nbs/slides/02_slides.ipynb #5779268b
+def is_number(value: object) -> bool:
     "Whether a value is a real number below 1e300; True, False, nan and infinity are none."
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         return False
@@ -113,7 +113,7 @@ def checked_pixels(rgb: np.ndarray) -> np.ndarray:
     return rgb
 
 
-def whole_numbers(values, n: int) -> tuple[int, ...] | None:
+def whole_numbers(values: Iterable, n: int) -> tuple[int, ...] | None:
     "The values as ints, if they are `n` whole numbers; None otherwise."
     if isinstance(values, str):
         return None
@@ -127,7 +127,7 @@ def whole_numbers(values, n: int) -> tuple[int, ...] | None:
     return found
 
 
-def checked_colour(colour) -> tuple[int, int, int]:
+def checked_colour(colour: Iterable[int]) -> tuple[int, int, int]:
     "A colour (red, green, blue), if it is three whole numbers from 0 to 255; else `InputError`."
     found = whole_numbers(colour, 3)
     if found is None or min(found) < 0 or max(found) > 255:
@@ -137,7 +137,7 @@ def checked_colour(colour) -> tuple[int, int, int]:
     return found
 
 
-def checked_size(size) -> tuple[int, int]:
+def checked_size(size: Iterable[int]) -> tuple[int, int]:
     "A size (height, width) in pixels, if it is two whole numbers above 0; `InputError` otherwise."
     try:
         found = tuple(operator.index(pixels) for pixels in size)
@@ -224,7 +224,7 @@ class PixelRows:
         parts = png_parts(read_ahead(self.pixels, height, band), height, width)
         rest = memoryview(b'')
 
-        def read(most):
+        def read(most: int) -> bytes:
             "At most so many bytes; none where the image ends."
             nonlocal rest
             if not rest:
@@ -354,7 +354,9 @@ class Slide:
             )
         return spacing
 
-    def _checked_region(self, spacing: float, region) -> tuple[int, ...]:
+    def _checked_region(
+        self, spacing: float, region: tuple[int, int, int, int] | None
+    ) -> tuple[int, ...]:
         "A region as four ints, the whole slide for None; `InputError` if it is none."
         if region is None:
             return 0, 0, *self.size_at(spacing)

@@ -294,7 +294,10 @@ def tissue_by_colour(
 
 
 def tissue_from_source(
-    slide: Slide | np.ndarray, source, spacing: float, shape: tuple[int, int]
+    slide: Slide | np.ndarray,
+    source: str | Path | Callable,  # as in `tissue_mask`
+    spacing: float,  # microns per pixel of `shape`
+    shape: tuple[int, int],
 ) -> np.ndarray:
     "Where the tissue is by a file or a network, bool of `shape`."
     if not callable(source):

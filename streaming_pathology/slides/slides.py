@@ -461,7 +461,7 @@ class Slide:
         reader = self._open()
         return {name: reader.associated_image(name) for name in reader.associated}
 
-    def close(self):
+    def close(self) -> None:
         "Close the file. It is opened again if the slide is used again."
         if getattr(self._own, 'process', None) == os.getpid():
             self._own.reader.close()
@@ -530,14 +530,14 @@ def worker_pool(n: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(n, get_context('spawn'), _begin_worker)
 
 
-def _begin_worker():
+def _begin_worker() -> None:
     "What a process of a pool does first."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
     pyvips.cache_set_max(0)  # or it would keep memory and files of slides that it is done with
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with_parent():
+def _end_with_parent() -> None:
     "Wait for the process that started this one to end, and end then."
     parent = parent_process()
     if parent is not None:

@@ -151,7 +151,8 @@ def mask_values(
 def nearest(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     "Values (h, w) at another size, each that of the nearest pixel."
     rows, columns = (
-        ((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(shape, values.shape)
+        ((np.arange(wanted) + 0.5) * given / wanted).astype(int)
+        for wanted, given in zip(shape, values.shape)
     )
     return values[rows[:, None], columns]
 
@@ -195,8 +196,8 @@ def background_level(path: str | Path, values: np.ndarray, lossy: bool) -> float
         return largest / 2
     return 0
 
-# %% ../../nbs/slides/02_tissue.ipynb #bc19c8e7
-def check_classes(path: str | Path, image: pyvips.Image):
+# %% ../../nbs/slides/02_tissue.ipynb #31c2660b
+def check_classes(path: str | Path, image: pyvips.Image) -> None:
     "Refuse an image that cannot keep numbers of classes exactly: `InputError`."
     problem = None
     if image.bands > 1:
@@ -501,7 +502,7 @@ def reading_axes(places: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
     Each group counts by its size and by how long it is; a group and the same upside down have one
     direction, so angles are doubled before they are added up. Without a common one: downwards."""
-    doubled = 0
+    doubled = 0j
     for points in places:
         (down, right), elongation = long_axis(points)
         weight = len(points) * (1 - 1 / elongation)
@@ -546,15 +547,15 @@ def rows_of(spans: list[tuple[float, float]]) -> list[list[int]]:
 def reading_order(places: list[np.ndarray]) -> list[int]:
     "The order of groups of points (down, right): in rows along, and across within a row."
     along, across = reading_axes(places)
-    positions = [(points @ along) for points in places]
+    positions = [points @ along for points in places]
     spans = [(float(position.min()), float(position.max())) for position in positions]
     order = []
     for row in rows_of(spans):
         order += sorted(row, key=lambda number: (places[number] @ across).mean())
     return order
 
-# %% ../../nbs/slides/02_tissue.ipynb #18b6a565
-def add_crumbs(numbers: np.ndarray, pieces: list[Piece], gap: float):
+# %% ../../nbs/slides/02_tissue.ipynb #4bbcac89
+def add_crumbs(numbers: np.ndarray, pieces: list[Piece], gap: float) -> None:
     "Give pieces without a number (0) that of the nearest piece with one, if it is within `gap`."
     numbered = np.flatnonzero(numbers)
     for crumb in np.flatnonzero(numbers == 0):
@@ -639,7 +640,7 @@ def draw_tissue(
     return ax
 
 
-def draw_outline(ax: Axes, mask: np.ndarray, shape: tuple[int, int], name: str = ''):
+def draw_outline(ax: Axes, mask: np.ndarray, shape: tuple[int, int], name: str = '') -> None:
     "Outline a mask of the whole slide on a picture of another `shape`, with a name at its corner."
     if not mask.any():
         return

@@ -28,10 +28,11 @@ def loaded(*modules):
         (['streaming_pathology'], [*HEAVY, 'numpy']),
         (['streaming_pathology.core', 'streaming_pathology.io'], [*HEAVY, 'numpy']),
         (['streaming_pathology.evaluation.auc'], ['torch', 'openslide', 'pyvips']),
-        (['streaming_pathology.slides.slides'], ['torch']),
+        (['streaming_pathology.slides.slides'], ['torch', 'matplotlib.pyplot']),
+        (['streaming_pathology.slides.tissue'], ['torch']),
         (ENGINE, [*PATHOLOGY, 'openslide', 'pyvips', 'sklearn']),
     ],
-    ids=['package', 'core', 'auc', 'slides', 'engine'],
+    ids=['package', 'core', 'auc', 'slides', 'tissue', 'engine'],
 )
 def test_what_an_import_loads(modules, spared):
     found = loaded(*modules)

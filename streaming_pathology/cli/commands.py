@@ -46,6 +46,7 @@ from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
+import pyvips
 import torch
 from fastcore.docments import docments
 from fastcore.meta import delegates
@@ -394,6 +395,7 @@ def command(
                 _let_processes_be(f'sp_{name}')
             if lean:
                 lean_memory()
+            pyvips.cache_set_max(0)  # or libvips keeps pixels of slides that are done
             with plain_warnings(), terminable():
                 f(**parsed(f, f'sp_{name}', argv, again))
 

@@ -39,8 +39,9 @@ from ..slides.augment import Augmentation, augment, pixels
 from ..slides.cohorts import Case, read_manifest
 from ..slides.datasets import SlideDataset, slide_loader
 from ..slides.readers import write_tiff
-from ..slides.slides import Slide, tissue_box
+from ..slides.slides import Slide
 from ..slides.synthetic import paint_biopsy, write_cohort
+from ..slides.tissue import tissue_box
 from ..slides.trim import Trim, trim_slides
 from ..training.checkpoints import Checkpoints
 from ..training.distributed import Ranks

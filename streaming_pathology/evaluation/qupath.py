@@ -20,7 +20,8 @@ from ..core import InputError
 from .heatmaps import check_map, overlay
 from ..io import whole_file, write_whole
 from ..slides.readers import COARSEST, write_tiff
-from ..slides.slides import Slide, tissue_box, tissue_mask
+from ..slides.slides import Slide
+from ..slides.tissue import tissue_box, tissue_mask
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #reg000005
 @dataclass(frozen=True)

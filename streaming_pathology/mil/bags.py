@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..core import InputError
 from ..slides.augment import STEP, Augmentation, keyed_rng, origins
 from ..slides.datasets import SlideDataset
-from ..slides.slides import class_numbers, numbers_in
+from ..slides.tissue import class_numbers, numbers_in
 
 # %% ../../nbs/mil/02_bags.ipynb #b0000007
 @dataclass(frozen=True)

@@ -46,9 +46,8 @@ from streaming_pathology.slides.slides import (
     checked_number,
     checked_pixels,
     checked_size,
-    tissue_box,
-    tissue_mask,
 )
+from .tissue import tissue_box, tissue_mask
 
 # %% ../../nbs/slides/06_datasets.ipynb #9da61cf6
 def _round_up(size, multiple=32):

@@ -37,16 +37,14 @@ from streaming_pathology.slides.readers import (
     write_tiff,
 )
 from streaming_pathology.slides.slides import (
-    Biopsy,
     PixelRows,
     Slide,
-    biopsies,
     checked_colour,
     checked_flag,
     checked_number,
-    draw_tissue,
     worker_pool,
 )
+from .tissue import Biopsy, biopsies, draw_tissue
 
 # %% ../../nbs/slides/07_trim.ipynb #t0000007
 class _Cut:

@@ -1,0 +1,299 @@
+"The classifier, weights from files, and what is refused."
+
+import copy
+import hashlib
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import resnet18
+
+from streaming_pathology.core import InputError
+from streaming_pathology.training.models import (
+    Normalise,
+    StreamingClassifier,
+    imagenet_mean,
+    imagenet_std,
+    load_tensors,
+)
+
+FOUR = dict(in_chans=4, mean=[0.5] * 4, std=[0.2] * 4)  # channels
+
+
+def refusal(function, *args, **options):
+    with pytest.raises(InputError) as caught:
+        function(*args, **options)
+    return str(caught.value)
+
+
+def plain(model):
+    "The same network, not streamed."
+    return nn.Sequential(model.trunk.module, model.head)
+
+
+@pytest.fixture
+def image():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (1, 3, 200, 300), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return StreamingClassifier('resnet18', strip=64)
+
+
+# ---- pixels
+
+
+def test_pixels_are_normalised_as_of_imagenet():
+    white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    expected = (1 - torch.tensor(imagenet_mean)) / torch.tensor(imagenet_std)
+    torch.testing.assert_close(Normalise()(white)[0, :, 0, 0], expected)
+    assert Normalise()(white.double()).dtype == torch.float64
+
+
+# ---- the classifier
+
+
+def test_gradients_are_those_of_the_plain_network(model, image):
+    model.calibrate(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
+    parameters = list(model.parameters())
+    streamed = torch.autograd.grad(model(image).sum(), parameters)
+    whole = torch.autograd.grad(plain(model)(image).sum(), parameters)
+    for a, b in zip(streamed, whole, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-7
+    assert model.features(image).shape == (1, 512, 7, 10)
+
+
+def test_gradients_with_four_channels():
+    torch.manual_seed(0)
+    options = dict(in_chans=4, mean=[0.1, 0.2, 0.1, 0.3], std=[0.2] * 4)
+    model = StreamingClassifier('resnet18', strip=64, **options).double()
+    model.calibrate(torch.randint(0, 256, (4, 4, 64, 64), dtype=torch.uint8))
+    image = torch.randint(0, 256, (1, 4, 200, 130), dtype=torch.uint8)
+    parameters = list(model.parameters())
+    streamed = torch.autograd.grad(model(image).sum(), parameters)
+    whole = torch.autograd.grad(plain(model)(image).sum(), parameters)
+    for a, b in zip(streamed, whole, strict=True):
+        assert (a - b).abs().max() <= 1e-9 * b.abs().max()
+
+
+@pytest.mark.parametrize('pool', ['avg', 'max', 'attention'])
+def test_pools_copies_and_state_dicts(pool, image):
+    model = StreamingClassifier('resnet50', n_out=3, pool=pool, strip=50).double()
+    model.trunk.module.layer4[-1].bn3.weight.data.fill_(0.5)
+    image = image.double()
+    assert (model(image) - plain(model)(image)).abs().max() < 1e-9
+    other = copy.deepcopy(model)
+    other.head.fc.weight.data.zero_()  # only the copy's
+    assert model.head.fc.weight.abs().max() > 0
+    assert other(image).std() < 1e9
+    assert torch.equal(other(image), other.head.fc.bias[None])
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(image), other(image))
+
+
+def test_another_head_or_strip_is_used(model, image):
+    "Trunk and head are joined once, but for a new head or other options again."
+    changed = copy.deepcopy(model)
+    former = changed.whole()
+    assert changed.whole() is former
+    changed.head = copy.deepcopy(changed.head)
+    changed.head.fc.weight.data.zero_()
+    assert torch.equal(changed(image), changed.head.fc.bias[None])
+    changed.trunk = changed.trunk.like(strip=32)
+    assert changed.whole().options['strip'] == 32
+
+
+def test_attention_is_that_of_the_same_pass(model, image):
+    gated = StreamingClassifier('resnet18', pool='attention', strip=64)
+    logits, attention = gated(image, attention=True)
+    assert torch.allclose(logits, gated(image))
+    assert torch.equal(attention, gated.attention(image))
+    assert abs(attention.sum() - 1) < 1e-5
+    assert "pool='attention'" in refusal(model, image, attention=True)
+
+
+def test_frozen_stages_get_no_gradient(image):
+    model = StreamingClassifier('resnet34', strip=64)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.freeze_until('layer4')
+    frozen, trained = model.trunk.module.layer3, model.trunk.module.layer4
+    assert not frozen[0].conv1.weight.requires_grad and trained[0].conv1.weight.requires_grad
+    model(image).sum().backward()
+    assert frozen[0].conv1.weight.grad is None and trained[2].bn2.weight.grad is not None
+
+
+def test_batchnorm_is_never_in_training_mode(model):
+    norms = model.train().batch_norms()
+    assert len(norms) == 20 and not any(norm.training for norm in norms)
+
+
+def test_a_calibration_that_fails_changes_nothing(model):
+    former = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    nan = torch.full((4, 3, 64, 64), torch.nan)
+    assert 'not finite' in refusal(model.calibrate, nan)
+    assert all(torch.equal(tensor, former[name]) for name, tensor in model.state_dict().items())
+    for norm in model.batch_norms():
+        assert norm.momentum == 0.1 and not norm.training
+    model.calibrate(torch.randint(0, 256, (4, 3, 64, 64)).double())
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    'options, says',
+    [
+        (dict(arch='vgg16'), 'vgg16'),
+        (dict(pool='median'), 'median'),
+        (dict(in_chans=0), 'in_chans='),
+        (dict(in_chans=True), 'in_chans='),
+        (dict(in_chans=3.0), 'in_chans='),
+        (dict(in_chans=4), 'give in_chans=4 numbers each'),
+        (dict(n_out=0), 'n_out=0 is not a number of logits'),
+        (dict(mean=0.5), 'three numbers'),
+        (dict(weights='DEFAULT', sha256='0' * 64), 'leave it out'),
+        (dict(sha256='0' * 64), 'sha256 is the checksum of a file'),
+        (dict(in_chans=1, mean=[0.5], std=[0.5], weights='IMAGENET1K_V1'), 'in_chans=1'),
+    ],
+    ids=str,
+)
+def test_options_that_are_refused(options, says):
+    assert says in refusal(StreamingClassifier, **options)
+
+
+def test_stages_that_are_not_there(model):
+    assert 'layer5' in refusal(model.freeze_until, 'layer5')
+
+
+def test_images_that_are_refused(model, image):
+    assert '(N, 3, H, W)' in refusal(model, image[:, :1])
+    assert 'not torch.bool' in refusal(model, image > 0)
+    assert 'not torch.complex64' in refusal(model, image.to(torch.complex64))
+
+
+def test_patches_that_are_refused(model, image):
+    four = StreamingClassifier('resnet18', strip=64, **FOUR)
+    assert 'images are (N, 4, H, W)' in refusal(four, image)
+    assert 'patches of 4 channels' in refusal(four.calibrate, image)
+    assert 'needs a batch' in refusal(model.calibrate, image[:, :, :8, :8])
+
+
+# ---- weights from files
+
+
+@pytest.fixture(scope='module')
+def state():
+    "A state dict of torchvision's ResNet-18."
+    return resnet18().state_dict()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / 'w.pth'
+
+
+def loaded(path, content, **options):
+    "The first convolution of a classifier with weights from a file with this content."
+    torch.save(content, path)
+    return StreamingClassifier('resnet18', weights=path, **options).trunk.conv1.weight
+
+
+def test_weights_from_a_file_with_a_checksum(path, state):
+    torch.save(state, path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    model = StreamingClassifier('resnet18', weights=path, sha256=sha256)
+    assert torch.equal(model.trunk.conv1.weight, state['conv1.weight'])
+    assert not model.train_affine and not model.trunk.bn1.weight.requires_grad
+    options = dict(weights=path, sha256='0' * 64)
+    assert 'its sha256 is' in refusal(StreamingClassifier, 'resnet18', **options)
+
+
+def test_a_path_as_text(path, state):
+    torch.save(state, path)
+    model = StreamingClassifier('resnet18', weights=str(path))
+    assert torch.equal(model.trunk.conv1.weight, state['conv1.weight'])
+
+
+def test_the_weights_of_a_whole_classifier(path):
+    content = StreamingClassifier('resnet18').state_dict()
+    assert torch.equal(loaded(path, content), content['trunk.conv1.weight'])
+
+
+@pytest.mark.parametrize('key', ['state_dict', 'model'])
+def test_weights_as_an_entry_of_a_dict(path, state, key):
+    assert torch.equal(loaded(path, {key: state}), state['conv1.weight'])
+
+
+def test_weights_of_a_network_on_several_gpus(path, state):
+    content = {f'module.{name}': tensor for name, tensor in state.items()}
+    assert torch.equal(loaded(path, content), state['conv1.weight'])
+
+
+def test_weights_from_before_batchnorm_counted_its_batches(path, state):
+    content = {name: tensor for name, tensor in state.items() if 'num_batches' not in name}
+    assert torch.equal(loaded(path, content), state['conv1.weight'])
+
+
+@pytest.mark.parametrize(
+    'spoil',
+    [
+        lambda weight: weight * torch.nan,
+        lambda weight: weight.to(torch.int8),
+        lambda weight: weight.to(torch.complex64),
+        lambda weight: torch.zeros(64),
+    ],
+    ids=['nan', 'int8', 'complex', 'shape'],
+)
+def test_weights_that_are_spoilt(path, state, spoil):
+    content = state | {'conv1.weight': spoil(state['conv1.weight'])}
+    assert 'conv1.weight' in refusal(loaded, path, content)
+
+
+def test_weights_of_four_channels(path):
+    content = StreamingClassifier('resnet18', **FOUR).state_dict()
+    assert torch.equal(loaded(path, content, **FOUR), content['trunk.conv1.weight'])
+    assert 'in_chans=4' in refusal(StreamingClassifier, 'resnet18', weights=path)
+
+
+def test_weights_of_another_network(path):
+    torch.save(torchvision.models.resnet50().state_dict(), path)
+    assert "not resnet18's" in refusal(StreamingClassifier, 'resnet18', weights=path)
+
+
+@pytest.mark.parametrize('weights', ['none.pth', './none', 'IMAGENET1K_V7', 3, ''])
+def test_weights_that_are_not_there(weights):
+    refusal(StreamingClassifier, 'resnet18', weights=weights)
+
+
+def test_weights_of_another_architecture():
+    weights = torchvision.models.ResNet50_Weights.DEFAULT
+    assert 'are not for resnet18' in refusal(StreamingClassifier, 'resnet18', weights=weights)
+
+
+def test_files_that_are_damaged_or_unsafe(path, state):
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:100_000])
+    assert 'is damaged' in refusal(StreamingClassifier, 'resnet18', weights=path)
+    torch.save(nn.Linear(2, 2), path)
+    assert 'could run code' in refusal(StreamingClassifier, 'resnet18', weights=path)
+    torch.save([1], path)
+    assert 'holds list instead' in refusal(StreamingClassifier, 'resnet18', weights=path)
+
+
+def test_a_flipped_bit_is_found(path):
+    torch.save(dict(scale=torch.ones(1000)), path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.ones(1000).numpy().tobytes()) + 40] ^= 1
+    path.write_bytes(content)
+    assert 'is damaged' in refusal(load_tensors, path)
+
+
+def test_files_that_are_no_files(tmp_path):
+    (tmp_path / 'empty.pt').touch()
+    assert 'there is no such checkpoint' in refusal(load_tensors, tmp_path / 'none', 'checkpoint')
+    assert 'is a folder' in refusal(load_tensors, tmp_path)
+    assert 'is empty' in refusal(load_tensors, tmp_path / 'empty.pt')

@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 from ..core import InputError
 from ..io import write_csv, write_whole
 from .readers import write_tiff
-from .slides import optical_density, worker_pool
+from .slides import worker_pool
+from .tissue import optical_density
 
 # %% ../../nbs/slides/03_synthetic.ipynb #6e6717b4
 # published vectors of haematoxylin and eosin (Ruifrok and Johnston 2001)

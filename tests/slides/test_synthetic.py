@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming_pathology.core import InputError
-from streaming_pathology.slides.slides import Slide, tissue_box
+from streaming_pathology.slides.slides import Slide
 from streaming_pathology.slides.synthetic import TUMOUR, paint_biopsy, write_cohort
+from streaming_pathology.slides.tissue import tissue_box
 
 SMALL = dict(n=4, size=(128, 256), spacing=4.0, progress=False)  # a cohort
 

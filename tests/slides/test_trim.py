@@ -20,8 +20,9 @@ from streaming_pathology.core import InputError
 from streaming_pathology.io import locked, read_table
 from streaming_pathology.slides.cohorts import Case, read_manifest, tiny_cohort
 from streaming_pathology.slides.readers import write_tiff
-from streaming_pathology.slides.slides import Slide, biopsies, draw_tissue, tissue_mask
+from streaming_pathology.slides.slides import Slide
 from streaming_pathology.slides.synthetic import paint_biopsy
+from streaming_pathology.slides.tissue import biopsies, draw_tissue, tissue_mask
 from streaming_pathology.slides.trim import (
     Trim,
     cut,

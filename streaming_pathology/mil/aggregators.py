@@ -143,10 +143,10 @@ class Mean(Aggregator):
         if n_out > 1:
             self.relevance_is = 'attention'
 
-    def aggregate(self, x, scores):
+    def aggregate(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         return self.classifier(self.drop(x.mean(0, keepdim=True)))
 
-    def weigh(self, x, scores):
+    def weigh(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         if self.n_out > 1:
             return x.new_ones(len(x))
         return self.classifier(x)[:, 0].sigmoid()
@@ -170,10 +170,10 @@ class Max(Aggregator):
         "The logit of the slide, a scalar, from those of its patches (n,)."
         return z[highest_first(z)[0]]
 
-    def aggregate(self, x, scores):
+    def aggregate(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         return self.pool(self.classify(x)).view(1, 1)
 
-    def weigh(self, x, scores):
+    def weigh(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         return self.classify(x).sigmoid()
 
 
@@ -184,7 +184,7 @@ class TopK(Max):
     name = 'topk'
     k = 10
 
-    def pool(self, z):
+    def pool(self, z: torch.Tensor) -> torch.Tensor:
         return z[highest_first(z)[: self.k]].mean()
 
 # %% ../../nbs/mil/01_aggregators.ipynb #806a28e2
@@ -211,7 +211,7 @@ class NoisyOr(Max):
 
     name = 'noisy-or'
 
-    def pool(self, z):
+    def pool(self, z: torch.Tensor) -> torch.Tensor:
         return noisy_or(z)
 
 # %% ../../nbs/mil/01_aggregators.ipynb #902908da
@@ -236,7 +236,9 @@ class RNN(Aggregator):
         self.carry = nn.Linear(hidden, hidden)
         self.classifier = nn.Linear(hidden, 1)
 
-    def checked(self, x, scores):
+    def checked(
+        self, x: torch.Tensor, scores: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if scores is None:
             raise InputError(
                 "the aggregator 'rnn' reads patches in the order of how suspicious they are, and "
@@ -245,14 +247,14 @@ class RNN(Aggregator):
             )
         return super().checked(x, scores)
 
-    def aggregate(self, x, scores):
+    def aggregate(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         most_suspicious = x[highest_first(scores)[: self.k]]
         state = x.new_zeros(len(self.carry.bias))
         for embedded in self.embed(self.drop(most_suspicious)):
             state = (embedded + self.carry(state)).relu()
         return self.classifier(state[None])
 
-    def weigh(self, x, scores):
+    def weigh(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         return at_least_float32(scores).sigmoid()
 
 # %% ../../nbs/mil/01_aggregators.ipynb #101f0606
@@ -289,10 +291,10 @@ class ABMIL(Aggregator):
         pooled = attention_pool(_as_image(embedded), _as_image(attention[:, None]))
         return self.classifier(pooled)
 
-    def aggregate(self, x, scores):
+    def aggregate(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         return self.pool(*self.attend(x))
 
-    def weigh(self, x, scores):
+    def weigh(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         attention = at_least_float32(self.attend(x)[1])
         return (attention - attention.max()).exp()
 
@@ -340,7 +342,9 @@ class CLAM(ABMIL):
         self.instance_loss = instance_loss
         self.instances = nn.ModuleList([nn.Linear(hidden, 2) for _ in range(2)])
 
-    def forward_with_details(self, x, scores=None):
+    def forward_with_details(
+        self, x: torch.Tensor, scores: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict]:
         """The logits, and in training the `evidence` that `loss` needs: embedded patches, half for
         and half against the slide's class, (k, hidden) each."""
         x, scores = self.checked(x, scores)
@@ -500,12 +504,12 @@ class TransMIL(Aggregator):
         square = square + sum(convolution(square) for convolution in self.places)
         return torch.cat([h[:1], square.flatten(2)[0].T])
 
-    def aggregate(self, x, scores):
+    def aggregate(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         h = self.tokens(x)
         h = h + self.attentions[1](self.norms[1](h))
         return self.classifier(self.norms[2](h[:1]))
 
-    def weigh(self, x, scores):
+    def weigh(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         row = self.attentions[1].row(self.norms[1](self.tokens(x)))
         attention = row[1 : 1 + len(x)].clamp(min=0)
         return attention / attention.max().clamp(min=torch.finfo(row.dtype).tiny)
@@ -543,11 +547,11 @@ class DSMIL(Aggregator):
         of_sum = self.bag(weighed.to(x.dtype))
         return torch.cat([z[top].view(1, 1), at_least_float32(of_sum)]), z, attention
 
-    def aggregate(self, x, scores):
+    def aggregate(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         logits = self.streams(x)[0]
         return logits if self.training else logits.mean(0, keepdim=True)
 
-    def weigh(self, x, scores):
+    def weigh(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         return self.streams(x)[1].sigmoid()
 
 # %% ../../nbs/mil/01_aggregators.ipynb #7f574cd5

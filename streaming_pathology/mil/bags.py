@@ -47,7 +47,7 @@ class PatchGrid:
             )
         self._check_factors()
 
-    def _check_stride(self):
+    def _check_stride(self) -> None:
         if self.stride is None:
             return
         if not (isinstance(self.stride, int) and 1 <= self.stride <= self.size):
@@ -56,7 +56,7 @@ class PatchGrid:
                 f'their size, {self.size}, or tissue is missed'
             )
 
-    def _check_factors(self):
+    def _check_factors(self) -> None:
         valid = all(isinstance(factor, int) and 1 <= factor <= 64 for factor in self.factors)
         if not self.factors or not valid or len(set(self.factors)) < len(self.factors):
             raise InputError(
@@ -250,7 +250,7 @@ class BagDataset(SlideDataset):
         item = super().item(case, epoch, rgb, where)
         shape = tuple(item['image'].shape[1:])
 
-        def augmented(mask):
+        def augmented(mask: np.ndarray) -> np.ndarray:
             "A coarse mask of the slide as it lies in the augmented image."
             return tissue_after((mask, *where[1:]), rgb.shape[:2], shape, item.get('record'))
 

@@ -64,7 +64,7 @@ class Encoder(nn.Module):
         "It stays in evaluation mode."
         return super().train(False)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> 'Encoder':
         return self  # it never changes, so an average of weights need not copy it
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ from ..mil.mil import InstanceMIL
 from ..slides.datasets import SlideDataset, cropped, slide_loader
 from ..slides.readers import file_stamp
 from ..training.checkpoints import load_checkpoint, load_weights, plain
-from ..training.loop import Alone, predict
+from ..training.loop import Alone, predict, with_details
 from ..training.models import StreamingClassifier, imagenet_mean, imagenet_std
 from ..training.tasks import Binary, task_of
 
@@ -319,7 +319,12 @@ class Turned(nn.Module):
         self.model, self.ways = model, ways
 
     def forward(self, x):
-        return torch.cat([self.model(turned(x, w)) for w in self.ways])
+        return self.forward_with_details(x)[0]
+
+    def forward_with_details(self, x):
+        "Details are those of the image in the first way: see `with_details`."
+        found = [with_details(self.model, turned(x, w)) for w in self.ways]
+        return torch.cat([logits for logits, _ in found]), found[0][1]
 
 # %% ../../nbs/evaluation/01_predict.ipynb #i0000015
 class Journal:

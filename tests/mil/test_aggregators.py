@@ -1,4 +1,5 @@
-"Aggregators beside independent implementations with the same weights: torchmil's, and the package nystrom-attention; in double precision."
+"""Aggregators beside independent implementations with the same weights, torchmil's and the package
+nystrom-attention, in double precision; the formulas in loops are in test_aggregators_by_hand.py."""
 
 import pytest
 import torch
@@ -67,8 +68,12 @@ def test_abmil(n):
 
 @pytest.mark.parametrize('label', [0, 1])
 def test_clam(label):
-    """Which patches are evidence, for what, and by which classifier. torchmil's own instance losses cannot be compared: both are given targets of shape (2k, 1),
-    from which its SVM makes a table (2k, 2k, 2) of each logit with each target, and its cross-entropy raises. It also always adds the loss of subtyping, which we have not: that of the slide's class alone is asked for."""
+    """Which patches are evidence, for what, and by which classifier.
+
+    torchmil's own instance losses cannot be compared: both are given targets of shape (2k, 1), from
+    which its SVM makes a table (2k, 2k, 2) of each logit with each target, and its cross-entropy
+    raises. It also always adds the loss of subtyping, which we have not: that of the slide's class
+    alone is asked for."""
     models, utils = pytest.importorskip('torchmil.models'), pytest.importorskip('torchmil.nn.utils')
     ours, x = CLAM(D).train(), torch.randn(40, D)
     theirs = models.CLAM_SB((D,), att_dim=256, gated=True, k_sample=8, feat_ext=embedding(ours))
@@ -86,16 +91,22 @@ def test_clam(label):
     del theirs.inst_loss_fn
     for kind, each in dict(ce=F.cross_entropy, svm=their_svm).items():
         ours.instance_loss = kind
-        theirs.inst_loss_fn = lambda logits, targets: each(logits.double(), targets[:, 0].long())
+
+        def their_loss(logits, targets, each=each):
+            return each(logits.double(), targets[:, 0].long())
+
+        theirs.inst_loss_fn = their_loss
         inst, _, targets = theirs.inst_eval(attention[0], h[0], theirs.inst_classifiers[label])
         assert targets.tolist() == [1] * 8 + [0] * 8
-        same(
-            ours.loss(Binary(), ours(x), y), 0.7 * theirs.criterion(logit, y) + 0.3 * inst, 1e-6
-        )  # it rounds the logits of patches to single precision
+        mine, details = ours.forward_with_details(x)
+        expected = 0.7 * theirs.criterion(logit, y) + 0.3 * inst
+        # it rounds the logits of patches to single precision
+        same(ours.loss(Binary(), mine, y, **details), expected, 1e-6)
 
 
 def test_smooth_svm():
-    "Our loss has no step to a hard one where logits are far apart, as torchmil and the paper's code have for the sake of larger k: it is below a thousandth."
+    """Our loss has no step to a hard one where logits are far apart, as torchmil and the paper's
+    code have for the sake of larger k: it is below a thousandth."""
     utils = pytest.importorskip('torchmil.nn.utils')
     for spread in (1, 5, 50):
         s, y = spread * torch.randn(200, 2), torch.randint(2, (200,))
@@ -112,7 +123,8 @@ def test_dsmil(n):
     models = pytest.importorskip('torchmil.models')
     ours, x = DSMIL(D).eval(), torch.randn(n, D)
     theirs = models.DSMIL((D,), att_dim=128)
-    theirs.v_nn = ours.value  # torchmil's values are the features themselves, or of a layer with ReLU; the paper's are linear
+    # torchmil's values are the features, or of a layer with ReLU; the paper's are linear
+    theirs.v_nn = ours.value
     copied(
         [theirs.q_nn, theirs.inst_classifier, theirs.bag_classifier],
         [ours.query, ours.instance, ours.bag],
@@ -132,7 +144,8 @@ def test_dsmil(n):
 
 @pytest.mark.parametrize('n', [1, 2, 5, 17, 300])
 def test_transmil(n):
-    "torchmil's attention has no convolution of the values and no layer after it: ours are made to do nothing."
+    """torchmil's attention has no convolution of the values and no layer after it: ours are made to
+    do nothing."""
     models = pytest.importorskip('torchmil.models')
     ours, x = TransMIL(D).eval(), torch.randn(n, D)
     theirs = models.TransMIL((D,), att_dim=512, n_heads=8, feat_ext=embedding(ours)).eval()

@@ -10,8 +10,9 @@ from streaming_pathology.slides.augment import STEP, Augmentation, augment, pixe
 from streaming_pathology.slides.cohorts import Case, tiny_cohort
 from streaming_pathology.slides.datasets import slide_loader
 from streaming_pathology.slides.readers import write_tiff
-from streaming_pathology.slides.slides import Slide, tissue_box
+from streaming_pathology.slides.slides import Slide
 from streaming_pathology.slides.synthetic import paint_biopsy
+from streaming_pathology.slides.tissue import tissue_box
 
 ROWS, COLUMNS = 20, 30  # of a coarse mask
 IMAGE = (ROWS * STEP - 7, COLUMNS * STEP - 5)

@@ -1,10 +1,14 @@
 "The AUC, its intervals and the tests of two models, beside the formulas that they come from."
 
+import json
+import time
+
 import numpy as np
 import pytest
 from cohorts import cohort, cohorts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from notebooks import NBS
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
@@ -119,6 +123,18 @@ def test_stratified_resamples_have_both_classes():
     labels, scores = [0] * 19 + [1], np.arange(20)
     _, redrawn = bootstrap_aucs(labels, scores, Resampling(1000), stratified=True)
     assert redrawn == 0
+
+
+def cpu_seconds(function, *args):
+    start = time.process_time()
+    function(*args)
+    return time.process_time() - start
+
+
+def test_ten_thousand_resamples_take_less_than_a_second():
+    "Of a test set as large as the paper's."
+    y, s = cohort(3, 535, 10**6)
+    assert min(cpu_seconds(bootstrap_aucs, y, s) for _ in range(3)) < 1
 
 
 def test_estimates_are_written_as_before():
@@ -328,6 +344,18 @@ def test_delongs_interval_needs_two_of_each():
     assert 'slides that are positive: 1' in says
 
 
+def test_coverage_that_was_measured():
+    "The notebook says that `logit` is between 93% and 97% everywhere, of normal distributions."
+    rows = json.loads((NBS / 'results' / 'coverage-cpu.json').read_text())['rows']
+    assert all(row['sets'] >= 1000 for row in rows)
+    of_logit = [
+        row['coverage']
+        for row in rows
+        if (row['method'], row['kind'], row['each']) == ('logit', 'normal', 1)
+    ]
+    assert len(of_logit) == 6 and all(0.93 <= share <= 0.97 for share in of_logit)
+
+
 # ---- shares
 
 
@@ -417,6 +445,13 @@ def test_three_ways_to_say_the_same(two_models):
     assert np.allclose(limits(paired), limits(test), rtol=0, atol=0.02)
     assert abs(paired.value - test.difference) < 1e-12
     assert abs(permutation_test(*two_models) - test.p) < 0.05
+
+
+def test_paired_bootstrap_takes_less_than_20_seconds():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 535)
+    pair = [rng.normal(labels * shift, 1) for shift in (2.0, 1.8)]
+    assert cpu_seconds(paired_bootstrap, labels, *pair) < 20
 
 
 def test_two_models_that_are_one(two_models):

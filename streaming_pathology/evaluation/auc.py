@@ -269,7 +269,7 @@ def resampled(
     rng = np.random.default_rng(seed)
     at_once = max(1, 2**19 // len(patients))
     slides_are_patients = (np.diff(patients) == 1).all()
-    found, missing, redrawn = [], n_bootstrap, 0
+    parts, missing, redrawn = [], n_bootstrap, 0
     while missing > 0:
         weights = draw_in_strata(strata, min(at_once, missing), rng)
         if not slides_are_patients:
@@ -278,8 +278,8 @@ def resampled(
         valid = values[~np.isnan(values)]
         redrawn += len(values) - len(valid)
         missing -= len(valid)
-        found.append(valid)
-    return np.concatenate(found), redrawn
+        parts.append(valid)
+    return np.concatenate(parts), redrawn
 
 
 def percentile_estimate(

@@ -129,13 +129,13 @@ def plot_reliability(
     "A reliability diagram, with the expected calibration error of its bins; returns the axis."
     ax = axis_or_new(ax)
     resampling = Resampling(1, level=level, patient_ids=patient_ids)  # Brier's score is not shown
-    found = calibration(labels, probabilities, n_bins, resampling)
-    predicted = [each['predicted'] for each in found.bins]
-    observed = [each['observed'] for each in found.bins]
-    low, high = [each['low'] for each in found.bins], [each['high'] for each in found.bins]
+    measured = calibration(labels, probabilities, n_bins, resampling)
+    predicted = [each['predicted'] for each in measured.bins]
+    observed = [each['observed'] for each in measured.bins]
+    low, high = [each['low'] for each in measured.bins], [each['high'] for each in measured.bins]
     ax.plot([0, 1], [0, 1], color='.75', lw=0.8, ls=(0, (4, 4)))
     ax.vlines(predicted, low, high, color=color, lw=1.2, alpha=0.45)
-    text = in_legend(label, f'calibration error {found.ece:.3f}')
+    text = in_legend(label, f'calibration error {measured.ece:.3f}')
     ax.plot(predicted, observed, color=color, lw=1.5, marker='o', ms=4.5, label=text)
     draw_counts(ax, probabilities, n_bins, color)
     ax.set(xlim=(-0.02, 1.02), xlabel='probability', aspect='equal')
@@ -188,8 +188,8 @@ def fit_temperature(
     def loss(log_temperature):
         return np.logaddexp(0, -margins * np.exp(-log_temperature)).mean()
 
-    found = minimize_scalar(loss, bounds=(-7, 7), method='bounded', options=dict(xatol=1e-6))
-    return float(np.exp(found.x))
+    best = minimize_scalar(loss, bounds=(-7, 7), method='bounded', options=dict(xatol=1e-6))
+    return float(np.exp(best.x))
 
 
 def scaled_probabilities(

@@ -28,7 +28,7 @@ from .evaluation import axis_or_new
 def check_classes(
     labels: ArrayLike,  # class of each slide, a whole number from 0 on (n,)
     predicted: ArrayLike,  # what it was called (n,)
-    n_classes: int | None = None,  # None: as many as are seen
+    n_classes: int | None = None,  # None: as many as occur
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Labels and predictions as int (n,), and the number of classes.
 
@@ -68,7 +68,7 @@ def check_whole(name: str, values: np.ndarray, n_classes: int | None) -> None:
 def confusion_matrix(
     labels: ArrayLike,  # class of each slide, from 0 on (n,)
     predicted: ArrayLike,  # what it was called (n,)
-    n_classes: int | None = None,  # None: as many as are seen
+    n_classes: int | None = None,  # None: as many as occur
 ) -> np.ndarray:
     "How often each class (a row) was called which (a column): int (n_classes, n_classes)."
     labels, predicted, n_classes = check_classes(labels, predicted, n_classes)
@@ -83,7 +83,7 @@ def kappa(
     labels: ArrayLike,  # class of each slide, from 0 on (n,)
     predicted: ArrayLike,  # what it was called (n,)
     weights: str = 'quadratic',  # one of `WEIGHTS`
-    n_classes: int | None = None,  # None: as many as are seen
+    n_classes: int | None = None,  # None: as many as occur
     resampling: Resampling = RESAMPLING,
 ) -> Estimate:
     """Cohen's kappa with its percentile bootstrap interval. Resamples of one class, all called so,
@@ -139,7 +139,7 @@ def plot_confusion(
     predicted: ArrayLike,  # what it was called (n,)
     ax=None,  # matplotlib axis to draw into; None: a new one
     names: Sequence[str] | None = None,  # of the classes; None: their numbers
-    n_classes: int | None = None,  # None: as many as are seen
+    n_classes: int | None = None,  # None: as many as occur
 ):
     "The confusion matrix: counts, and shades by the share of a row; returns the axis."
     ax = axis_or_new(ax)

@@ -226,25 +226,27 @@ def binary_results(request: Request) -> dict:
         request.threshold_split,
     )
     precision = average_precision(labels, probabilities, resampling)
-    found = asdict(metrics)
-    found['task'] = 'binary'
-    found['average_precision'] = dict(value=precision.value, low=precision.low, high=precision.high)
-    found['calibration'] = calibration_results(labels, probabilities, resampling)
+    result = asdict(metrics)
+    result['task'] = 'binary'
+    result['average_precision'] = dict(
+        value=precision.value, low=precision.low, high=precision.high
+    )
+    result['calibration'] = calibration_results(labels, probabilities, resampling)
     notes = []
     if request.threshold_split:
         try:
-            found['temperature'] = temperature_results(request, tested, chosen_on)
+            result['temperature'] = temperature_results(request, tested, chosen_on)
         except InputError as e:
             notes.append(f'No temperature: {e}.')
     if request.sensitivity is not None:
-        found['at_sensitivity'] = sensitivity_results(request, tested, chosen_on)
+        result['at_sensitivity'] = sensitivity_results(request, tested, chosen_on)
     if request.by:
-        found['groups'] = {
+        result['groups'] = {
             column: subgroup_results(request, tested, column, metrics.threshold)
             for column in request.by
         }
-    found['notes'] = notes
-    return found
+    result['notes'] = notes
+    return result
 
 
 def chosen_threshold(outcomes: Outcomes, split: str) -> float:
@@ -259,14 +261,14 @@ def calibration_results(
     labels: np.ndarray, probabilities: np.ndarray, resampling: Resampling
 ) -> dict:
     "What `calibration` finds, for JSON."
-    found = calibration(labels, probabilities, resampling=resampling)
+    measured = calibration(labels, probabilities, resampling=resampling)
     return dict(
-        brier=found.brier.value,
-        low=found.brier.low,
-        high=found.brier.high,
-        reference=found.reference,
-        ece=found.ece,
-        bins=found.bins,
+        brier=measured.brier.value,
+        low=measured.brier.low,
+        high=measured.brier.high,
+        reference=measured.reference,
+        ece=measured.ece,
+        bins=measured.bins,
     )
 
 
@@ -347,23 +349,23 @@ def class_results(request: Request) -> dict:
         level=request.resampling.level,
         split=request.split,
         confusion=confusion_matrix(labels, called, n_classes).tolist(),
-        classes=[class_result(found) for found in aucs],
+        classes=[class_result(area) for area in aucs],
         notes=[],
     )
 
 
-def class_result(found: Estimate | None) -> dict | None:
+def class_result(area: Estimate | None) -> dict | None:
     "The AUC of one class, for JSON."
-    if found is None:
+    if area is None:
         return None
-    return dict(auc=found.value, low=found.low, high=found.high)
+    return dict(auc=area.value, low=area.low, high=area.high)
 
 
 def multilabel_results(request: Request) -> dict:
     "The metrics of several labels, each of the slides of which it is known."
     tested = request.outcomes(request.split)
     resampling = request.resampling_of(tested)
-    found, notes = {}, []
+    of_labels, notes = {}, []
     for number, label in enumerate(request.table.labels):
         known = np.isfinite(tested.labels[:, number])
         try:
@@ -374,12 +376,12 @@ def multilabel_results(request: Request) -> dict:
                 request.method,
                 request.split,
             )
-            found[label] = asdict(metrics)
+            of_labels[label] = asdict(metrics)
         except InputError as e:
             notes.append(f'{label}: {e}.')
-    if not found:
+    if not of_labels:
         raise InputError('; '.join(notes))
-    return dict(task='multilabel', labels=found, notes=notes)
+    return dict(task='multilabel', labels=of_labels, notes=notes)
 
 
 def survival_results(request: Request) -> dict:
@@ -391,19 +393,19 @@ def survival_results(request: Request) -> dict:
     chosen_on = request.outcomes(threshold_from)
     times, events = tested.labels.T
     risks = tested.predicted[:, 0]
-    found = concordance(times, events, risks, request.resampling_of(tested))
+    estimate = concordance(times, events, risks, request.resampling_of(tested))
     threshold = float(np.median(chosen_on.predicted))
     high = risks > threshold
     p = logrank(times, events, high)
     return dict(
         task='survival',
-        concordance=found.value,
-        low=found.low,
-        high=found.high,
+        concordance=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
         n=len(times),
         events=int(events.sum()),
         draws=request.resampling.n,
-        redrawn=found.redrawn,
+        redrawn=estimate.redrawn,
         seed=request.resampling.seed,
         level=request.resampling.level,
         split=request.split,
@@ -522,46 +524,46 @@ def check_cohort(table: OutcomeTable, cohort: str | Path | None) -> None:
             f'{missing[0]!r}; give the manifest that they are of'
         )
 
-# %% ../../nbs/evaluation/07_results.ipynb #04d21d58
-def sentences_of(found: dict) -> list[str]:
+# %% ../../nbs/evaluation/07_results.ipynb #16c9a57c
+def sentences_of(metrics: dict) -> list[str]:
     "The metrics of `results` in words, the most important first."
-    return SENTENCES[found['task']](found)
+    return SENTENCES[metrics['task']](metrics)
 
 
-def binary_sentences(found: dict) -> list[str]:
+def binary_sentences(metrics: dict) -> list[str]:
     "The metrics of two classes in words."
     of_patients = ''
-    if found['patients']:
-        of_patients = f' of {found["patients"]} patients'
-    bootstrap = f'{found["bootstrap_low"]:.3f} to {found["bootstrap_high"]:.3f}'
-    brier = found['calibration']
+    if metrics['patients']:
+        of_patients = f' of {metrics["patients"]} patients'
+    bootstrap = f'{metrics["bootstrap_low"]:.3f} to {metrics["bootstrap_high"]:.3f}'
+    brier = metrics['calibration']
     sentences = [
-        f"AUC {with_interval(found, 'auc')}, by the paper's bootstrap {bootstrap}; {found['n']} "
-        f'slides{of_patients}, {found["positives"]} positive',
-        point_sentence(found),
-        f'average precision {with_interval(found["average_precision"], "value")}',
+        f"AUC {with_interval(metrics, 'auc')}, by the paper's bootstrap {bootstrap}; "
+        f'{metrics["n"]} slides{of_patients}, {metrics["positives"]} positive',
+        point_sentence(metrics),
+        f'average precision {with_interval(metrics["average_precision"], "value")}',
         f'Brier score {with_interval(brier, "brier")}, {brier["reference"]:.3f} by the share of '
         f'positives alone; expected calibration error {brier["ece"]:.3f}',
     ]
-    if 'temperature' in found:
-        temperature = found['temperature']
+    if 'temperature' in metrics:
+        temperature = metrics['temperature']
         scaled = temperature['calibration']
         sentences.append(
             f'at a temperature of {temperature["value"]:.2f}, chosen on '
             f'{temperature["chosen_on"]}: Brier score {scaled["brier"]:.3f}, expected calibration '
             f'error {scaled["ece"]:.3f}'
         )
-    if 'at_sensitivity' in found:
-        point = found['at_sensitivity']
+    if 'at_sensitivity' in metrics:
+        point = metrics['at_sensitivity']
         sentences.append(f'wanted, a sensitivity of {point["wanted"]:g}: {point_sentence(point)}')
-    for column, rows in found.get('groups', {}).items():
+    for column, rows in metrics.get('groups', {}).items():
         sentences += [subgroup_sentence(column, row) for row in rows]
     return sentences
 
 
-def with_interval(found: dict, name: str) -> str:
+def with_interval(metrics: dict, name: str) -> str:
     "One of the metrics, with the interval that stands beside it."
-    return f'{found[name]:.3f} ({found["low"]:.3f} to {found["high"]:.3f})'
+    return f'{metrics[name]:.3f} ({metrics["low"]:.3f} to {metrics["high"]:.3f})'
 
 
 def point_sentence(point: dict) -> str:
@@ -584,49 +586,49 @@ def subgroup_sentence(column: str, row: dict) -> str:
     return text
 
 
-def class_sentences(found: dict) -> list[str]:
+def class_sentences(metrics: dict) -> list[str]:
     "The metrics of several classes in words."
     sentences = [
-        f'quadratic kappa {with_interval(found, "kappa")}, {found["n"]} slides, accuracy '
-        f'{found["accuracy"]:.3f}'
+        f'quadratic kappa {with_interval(metrics, "kappa")}, {metrics["n"]} slides, accuracy '
+        f'{metrics["accuracy"]:.3f}'
     ]
-    for number, area in enumerate(found['classes']):
+    for number, area in enumerate(metrics['classes']):
         if area is not None:
             text = f'class {number} against the rest: AUC {with_interval(area, "auc")}'
             sentences.append(text)
     return sentences
 
 
-def multilabel_sentences(found: dict) -> list[str]:
+def multilabel_sentences(metrics: dict) -> list[str]:
     "The metrics of several labels in words."
     return [
-        f'{label}: AUC {with_interval(metrics, "auc")}, {metrics["n"]} slides, '
-        f'{metrics["positives"]} positive'
-        for label, metrics in found['labels'].items()
+        f'{label}: AUC {with_interval(of_label, "auc")}, {of_label["n"]} slides, '
+        f'{of_label["positives"]} positive'
+        for label, of_label in metrics['labels'].items()
     ]
 
 
-def survival_sentences(found: dict) -> list[str]:
+def survival_sentences(metrics: dict) -> list[str]:
     "The metrics of survival in words."
-    slides = 'slide' if found['high_risk'] == 1 else 'slides'
+    slides = 'slide' if metrics['high_risk'] == 1 else 'slides'
     p = ''
-    if found['logrank_p'] is not None:
-        p = f'; log-rank p {found["logrank_p"]:.3g}'
+    if metrics['logrank_p'] is not None:
+        p = f'; log-rank p {metrics["logrank_p"]:.3g}'
     return [
-        f'concordance {with_interval(found, "concordance")}, {found["n"]} slides, '
-        f'{found["events"]} events',
-        f'{found["high_risk"]} {slides} of high risk, above {found["threshold"]:.3g}, the median '
-        f'of the split {found["threshold_from"]}{p}',
+        f'concordance {with_interval(metrics, "concordance")}, {metrics["n"]} slides, '
+        f'{metrics["events"]} events',
+        f'{metrics["high_risk"]} {slides} of high risk, above {metrics["threshold"]:.3g}, the '
+        f'median of the split {metrics["threshold_from"]}{p}',
     ]
 
 
-def measure_sentences(found: dict) -> list[str]:
+def measure_sentences(metrics: dict) -> list[str]:
     "The metrics of a measurement in words."
     correlation = ''
-    if found['rank_correlation'] is not None:
-        correlation = f', rank correlation {found["rank_correlation"]:.3f}'
-    error = f'{found["mean_absolute_error"]:.4g}'
-    return [f'mean absolute error {error}, {found["n"]} slides{correlation}']
+    if metrics['rank_correlation'] is not None:
+        correlation = f', rank correlation {metrics["rank_correlation"]:.3f}'
+    error = f'{metrics["mean_absolute_error"]:.4g}'
+    return [f'mean absolute error {error}, {metrics["n"]} slides{correlation}']
 
 
 SENTENCES = dict(
@@ -639,7 +641,7 @@ SENTENCES = dict(
 
 # %% ../../nbs/evaluation/07_results.ipynb #res000012
 def figures_of(
-    found: dict,  # of `results`
+    metrics: dict,  # of `results`
     path: str | Path,  # its table of predictions
     cohort: str | Path | None = None,  # as it was given there
     color: str = '#2f6690',
@@ -648,17 +650,22 @@ def figures_of(
     table = read_outcomes(path)
     if table.task not in FIGURES:
         return {}
-    outcomes = table.of_split(found['split'], known_patients(path, cohort))
-    return FIGURES[table.task](found, outcomes, color)
+    outcomes = table.of_split(metrics['split'], known_patients(path, cohort))
+    return FIGURES[table.task](metrics, outcomes, color)
 
 
-def binary_figures(found: dict, outcomes: Outcomes, color: str) -> dict[str, Callable]:
+def binary_figures(metrics: dict, outcomes: Outcomes, color: str) -> dict[str, Callable]:
     "The figures of two classes."
     pair = outcomes.labels[:, 0], outcomes.predicted[:, 0]
-    patient_ids, level = outcomes.patient_ids, found['level']
-    resampling = Resampling(found['draws'], found['seed'], level, patient_ids)
+    patient_ids, level = outcomes.patient_ids, metrics['level']
+    resampling = Resampling(metrics['draws'], metrics['seed'], level, patient_ids)
     area = Estimate(
-        found['auc'], found['low'], found['high'], level, found['method'], seed=found['seed']
+        metrics['auc'],
+        metrics['low'],
+        metrics['high'],
+        level,
+        metrics['method'],
+        seed=metrics['seed'],
     )
     figures = dict(
         roc=partial(plot_roc, *pair, color=color, interval=area, patient_ids=patient_ids),
@@ -667,24 +674,24 @@ def binary_figures(found: dict, outcomes: Outcomes, color: str) -> dict[str, Cal
             plot_reliability, *pair, color=color, patient_ids=patient_ids, level=level
         ),
     )
-    for column, rows in found.get('groups', {}).items():
+    for column, rows in metrics.get('groups', {}).items():
         if any(row['auc'] is not None for row in rows):
-            draw = partial(plot_groups, rows, whole=found['auc'], color=color)
+            draw = partial(plot_groups, rows, whole=metrics['auc'], color=color)
             figures[f'groups_{column}'] = draw
     return figures
 
 
-def class_figures(found: dict, outcomes: Outcomes, color: str) -> dict[str, Callable]:
+def class_figures(metrics: dict, outcomes: Outcomes, color: str) -> dict[str, Callable]:
     "The figure of several classes."
     labels, called = outcomes.labels[:, 0].astype(int), outcomes.predicted.argmax(1)
     n_classes = outcomes.predicted.shape[1]
     return dict(confusion=partial(plot_confusion, labels, called, n_classes=n_classes))
 
 
-def survival_figures(found: dict, outcomes: Outcomes, color: str) -> dict[str, Callable]:
+def survival_figures(metrics: dict, outcomes: Outcomes, color: str) -> dict[str, Callable]:
     "The figure of survival."
-    high = outcomes.predicted[:, 0] > found['threshold']
-    draw = partial(plot_survival, *outcomes.labels.T, high, level=found['level'])
+    high = outcomes.predicted[:, 0] > metrics['threshold']
+    draw = partial(plot_survival, *outcomes.labels.T, high, level=metrics['level'])
     return dict(survival=draw)
 
 

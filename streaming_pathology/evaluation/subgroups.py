@@ -154,8 +154,8 @@ def group_auc(
     positive, scores = positive[chosen], scores[chosen]
     if positive.all() or not positive.any():
         return dict(auc=None, low=None, high=None)
-    found = auc_interval(positive, scores, resampling=resampling.of_slides(chosen))
-    return dict(auc=found.value, low=found.low, high=found.high)
+    area = auc_interval(positive, scores, resampling=resampling.of_slides(chosen))
+    return dict(auc=area.value, low=area.low, high=area.high)
 
 
 def group_share(name: str, right: np.ndarray, chosen: np.ndarray, resampling: Resampling) -> dict:
@@ -163,8 +163,8 @@ def group_share(name: str, right: np.ndarray, chosen: np.ndarray, resampling: Re
     if not chosen.any():
         return {name: None, f'{name}_low': None, f'{name}_high': None}
     patient_ids = resampling.of_slides(chosen).patient_ids
-    found = share_interval(right[chosen], resampling.level, patient_ids)
-    return {name: found.value, f'{name}_low': found.low, f'{name}_high': found.high}
+    share = share_interval(right[chosen], resampling.level, patient_ids)
+    return {name: share.value, f'{name}_low': share.low, f'{name}_high': share.high}
 
 
 def plot_groups(

@@ -502,7 +502,7 @@ def newcombe_interval(
     """The areas from which the AUC is no farther than `z` of the errors that they would have.
 
     Method 5 of Newcombe (2006), Statistics in Medicine 25."""
-    from scipy.optimize import brentq  # slow to import, so only where it is used
+    from scipy.optimize import root_scalar  # slow to import, so only where it is used
 
     mean_others = (n_positive + n_negative) / 2 - 1
 
@@ -511,8 +511,11 @@ def newcombe_interval(
         return (area - x) ** 2 - z**2 * x * (1 - x) * spread / (n_positive * n_negative)
 
     inside = np.clip(area, 1e-9, 1 - 1e-9)
-    low = brentq(excess, 0, inside) if area > 0 else 0.0
-    high = brentq(excess, inside, 1) if area < 1 else 1.0
+    low, high = 0.0, 1.0
+    if area > 0:
+        low = root_scalar(excess, bracket=(0, inside), method='brentq').root
+    if area < 1:
+        high = root_scalar(excess, bracket=(inside, 1), method='brentq').root
     return float(low), float(high)
 
 
@@ -525,7 +528,7 @@ def normal_quantile(level: float) -> float:
     "How many standard errors an interval of some level reaches to each side."
     from scipy.stats import norm  # slow to import, so only where it is used
 
-    return norm.ppf((1 + level) / 2)
+    return float(norm.ppf((1 + level) / 2))
 
 # %% ../../nbs/evaluation/02_auc.ipynb #3e2dedb0
 def bca_quantiles(

@@ -284,14 +284,14 @@ def most_accurate_threshold(positive: np.ndarray, scores: np.ndarray) -> float:
     thresholds[0] = np.nextafter(scores.max(), np.inf)  # finite, and above every slide
     n_right = tpr * positive.sum() + (1 - fpr) * (~positive).sum()
     order = np.lexsort(((tpr - fpr).round(9), n_right.round(6)))
-    return thresholds[order[-1]]
+    return float(thresholds[order[-1]])
 
 
 def sensitive_threshold(positive: np.ndarray, scores: np.ndarray, min_sensitivity: float) -> float:
     "The highest threshold that finds at least such a share of the positive slides."
     n_found = max(1, int(np.ceil(min_sensitivity * positive.sum() - 1e-9)))
     from_the_top = np.sort(scores[positive])[::-1]
-    return from_the_top[n_found - 1]
+    return float(from_the_top[n_found - 1])
 
 
 def point_intervals(

@@ -52,7 +52,8 @@ def errors_of(
     for each in known:
         called_positive = each.probability >= threshold
         if called_positive != bool(each.label):
-            wrong.append(Wrong(each.slide_id, FALSE[int(each.label)], each.probability))
+            kind = 'false positive' if called_positive else 'false negative'
+            wrong.append(Wrong(each.slide_id, kind, each.probability))
     return sorted(wrong, key=error_order), threshold
 
 

@@ -32,7 +32,7 @@ def as_groups(
     known = [None if is_missing(value) else value for value in values]
     if any(value is not None and is_name(value) for value in known):
         of_slides = [None if value is None else str(value) for value in known]
-        return of_slides, sorted(set(of_slides) - {None})
+        return of_slides, sorted({name for name in of_slides if name is not None})
     numbers = [None if value is None else float(value) for value in known]
     distinct = np.unique([number for number in numbers if number is not None])
     if len(distinct) <= max_values:
@@ -80,11 +80,11 @@ def in_thirds(numbers: list[float | None]) -> tuple[list[str | None], list[str]]
 
 def shortest_names(values: Sequence | np.ndarray, name: Callable) -> list[str]:
     "Names of different values, by a function of a value and a number of digits, as few as suffice."
-    for digits in range(3, 18):
+    for digits in range(3, 17):
         names = [name(value, digits) for value in values]
         if len(set(names)) == len(names):
-            break
-    return names
+            return names
+    return [name(value, 17) for value in values]  # which tell all floats apart
 
 
 def number_name(number: float, digits: int) -> str:

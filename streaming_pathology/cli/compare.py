@@ -36,7 +36,8 @@ from streaming_pathology.cli.commands import (
 from ..core import InputError
 from streaming_pathology.evaluation.auc import (
     DeLong,
-    Interval,
+    Estimate,
+    Resampling,
     accuracy_test,
     auc_interval,
     delong_test,
@@ -203,9 +204,9 @@ class Comparison:
     labels: list
     scores: tuple  # of both sides, a list each
     patients: list | None
-    intervals: tuple  # `Interval` of each AUC
+    intervals: tuple  # `Estimate` of each AUC
     test: DeLong
-    paired: Interval  # of the difference
+    paired: Estimate  # of the difference
     p: float  # by permutation
     # at thresholds chosen on each side's own tuning slides, and of how many slides one side alone
     # is right
@@ -213,13 +214,13 @@ class Comparison:
 
     @property
     def shown(self):  # a sentence
-        return difference_shown(self.names, self.paired)
+        return difference_shown(self.names, self.paired.low, self.paired.high)
 
     def __str__(self):
         a, b = self.names
         w = max(map(len, (a, b, 'difference')))
         lines = [
-            f'{n:{w}}  AUC {v:.3f} ({percent(i.level)} interval {i})'
+            f'{n:{w}}  AUC {v:.3f} ({percent(i.level)} interval {i.interval})'
             for n, v, i in zip(self.names, (self.test.a, self.test.b), self.intervals)
         ]
         return '\n'.join(
@@ -311,7 +312,7 @@ def hold_against(
     try:
         test, paired, p = (
             delong_test(y, *x, level, groups),
-            paired_bootstrap(y, *x, draws, seed, level, groups),
+            paired_bootstrap(y, *x, Resampling(draws, seed, level, groups)),
             permutation_test(y, *x, draws, seed, groups),
         )
     except InputError as e:
@@ -323,7 +324,9 @@ def hold_against(
         y,
         x,
         groups,
-        tuple(auc_interval(y, s, level=level, groups=groups) for s in x),
+        tuple(
+            auc_interval(y, s, resampling=Resampling(level=level, patient_ids=groups)) for s in x
+        ),
         test,
         paired,
         p,
@@ -365,9 +368,9 @@ def _figures(c):  # dict
         slides=len(c.slides),
         positives=int(sum(c.labels)),
         patients=len({*c.patients}) if c.patients else None,
-        auc=[dict(auc=v, **asdict(i)) for v, i in zip((c.test.a, c.test.b), c.intervals)],
+        auc=[dict(auc=v, **i.as_json()) for v, i in zip((c.test.a, c.test.b), c.intervals)],
         difference=c.test.difference,
-        paired=asdict(c.paired),
+        paired=c.paired.as_json(),
         delong={k: v if v == v else None for k, v in asdict(c.test).items()},
         permutation_p=c.p,
         at_thresholds=c.accuracy,
@@ -388,7 +391,7 @@ def _rows(c):  # of the table, those first on which the sides differ most
 def _roc_figure(c):
     def draw(ax):
         for s, n, i, colour in zip(c.scores, c.names, c.intervals, (ACCENT, SECOND)):
-            plot_roc(c.labels, s, ax, n, colour, interval=i, groups=c.patients)
+            plot_roc(c.labels, s, ax, n, colour, interval=i, patient_ids=c.patients)
 
     return figure_uri(draw)
 
@@ -422,13 +425,16 @@ def _page(c, sides, out, given=(None, None)):  # given: tables of categories
         P(
             f'{counted(len(c.slides), "slide")} of the {c.split} split, {int(sum(c.labels))} positive'
             + (f', of {len({*c.patients})} patients' if c.patients else '')
-            + f'. The interval is the middle {percent(d.level)} of {d.draws:,} bootstrap draws of {"patients" if c.patients else "slides"}, on each of which both are judged (seed {d.seed}).',
+            + f'. The interval is the middle {percent(d.level)} of {d.n_bootstrap:,} bootstrap draws of {"patients" if c.patients else "slides"}, on each of which both are judged (seed {d.seed}).',
             cls='small',
         ),
     )
     head, auc = (
         ('', a, b),
-        [('AUC', f'{c.test.a:.3f}', f'{c.test.b:.3f}'), ('interval', *map(str, c.intervals))],
+        [
+            ('AUC', f'{c.test.a:.3f}', f'{c.test.b:.3f}'),
+            ('interval', *(i.interval for i in c.intervals)),
+        ],
     )
     if t := c.accuracy:
         auc += [

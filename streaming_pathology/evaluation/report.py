@@ -50,7 +50,7 @@ from PIL import Image, ImageFilter
 from ..core import InputError
 from streaming_pathology.evaluation.auc import (
     INTERVALS,
-    Interval,
+    Estimate,
     check_level,
     check_scores,
     difference_shown,
@@ -221,7 +221,8 @@ def toy_run(
         ],
     )
     write_whole(
-        folder / 'metrics.json', json.dumps(results(folder / 'predictions.csv', n=2000)) + '\n'
+        folder / 'metrics.json',
+        json.dumps(results(folder / 'predictions.csv', n_bootstrap=2000)) + '\n',
     )
     return folder
 
@@ -346,7 +347,7 @@ def _figures(folder, two, by, cohort):  # dict; two: of a task with two classes
             )
         kwargs = dict(
             zip(
-                ('n', 'seed', 'level', 'split', 'method'),
+                ('n_bootstrap', 'seed', 'level', 'split', 'method'),
                 (
                     m.get('draws', 10_000),
                     m.get('seed', 0),
@@ -520,7 +521,7 @@ def _summary(run):
         )
     return Div(
         P(Span(MAIN['binary'][0], cls='eyebrow'), Span(f'{m.auc:.3f}', cls='figure')),
-        P(f'{percent(m.level)} interval ', Strong(str(m.interval))),
+        P(f'{percent(m.level)} interval ', Strong(m.estimate.interval)),
         Div(
             Span(cls='span', style=f'left:{m.low:.1%};width:{m.high - m.low:.1%}'),
             Span(cls='dot', style=f'left:{m.auc:.1%}'),
@@ -530,7 +531,7 @@ def _summary(run):
         ),
         Div(Span('0'), Span('0.5, guessing'), Span('1'), cls='scale', aria_hidden='true'),
         P(
-            f'{plural(m.n, "slide")} of the {m.split} split, {m.positives} positive and {m.n - m.positives} negative{f", of {m.patients} patients, who count as one each" if m.patients else ""}. The interval is by {INTERVALS[m.method]}; the paper’s, the middle {percent(m.level)} of {m.draws:,} bootstrap draws, is {m.bootstrap} (seed {m.seed}, {m.redrawn:,} with one class only drawn again).',
+            f'{plural(m.n, "slide")} of the {m.split} split, {m.positives} positive and {m.n - m.positives} negative{f", of {m.patients} patients, who count as one each" if m.patients else ""}. The interval is by {INTERVALS[m.method]}; the paper’s, the middle {percent(m.level)} of {m.draws:,} bootstrap draws, is {m.bootstrap.interval} (seed {m.seed}, {m.redrawn:,} with one class only drawn again).',
             cls='small',
         ),
         *tail,
@@ -1233,18 +1234,18 @@ def _against(a):
     )
 
     def draw(ax):
-        for s, n, (_, *ends), colour in zip(a.scores, a.names, a.aucs, (ACCENT, SECOND)):
+        for s, n, ends, colour in zip(a.scores, a.names, a.aucs, (ACCENT, SECOND)):
             plot_roc(
                 a.labels,
                 s,
                 ax,
                 n,
                 colour,
-                interval=Interval(*ends, 0, 0, 0, a.level),
-                groups=a.patients,
+                interval=Estimate(*ends, a.level),
+                patient_ids=a.patients,
             )
 
-    return P(difference_shown(a.names, (low, high)), cls='note'), Div(
+    return P(difference_shown(a.names, low, high), cls='note'), Div(
         Div(
             table(
                 'AUC',

@@ -1,0 +1,295 @@
+"All metrics of tables of predictions of every task, and what is refused."
+
+import json
+
+import matplotlib
+import numpy as np
+import pytest
+
+from streaming_pathology.core import InputError
+from streaming_pathology.evaluation.auc import INTERVALS, Resampling, auc
+from streaming_pathology.evaluation.outcomes import class_aucs
+from streaming_pathology.evaluation.results import (
+    figures_of,
+    read_outcomes,
+    results,
+    sentences_of,
+)
+from streaming_pathology.io import write_csv
+
+matplotlib.use('Agg')
+
+
+def refusal(function, *args, **options):
+    with pytest.raises(InputError) as found:
+        function(*args, **options)
+    return str(found.value)
+
+
+def write_table(path, labels, predicted, split='test'):
+    "A table of predictions of some columns."
+    n_slides = len(next(iter(labels.values())))
+    rows = []
+    for number in range(n_slides):
+        row = dict(slide_id=f's{number}')
+        row |= {name: values[number] for name, values in labels.items()}
+        row |= dict(split=split)
+        row |= {name: values[number] for name, values in predicted.items()}
+        rows.append(row | dict(seconds=1))
+    write_csv(path, rows)
+    return path
+
+
+@pytest.fixture
+def two_classes(tmp_path):
+    "The tables of 200 slides, four of each patient: predictions and manifest."
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    probabilities = 1 / (1 + np.exp(-rng.normal(3 * labels - 1.5, 1.5)))
+    predictions, manifest = [], []
+    for number in range(200):
+        slide = dict(slide_id=f's{number}', label=labels[number])
+        split = 'tuning' if number < 80 else 'test'
+        predictions.append(slide | dict(split=split, probability=probabilities[number]))
+        tumour = probabilities[number] if labels[number] else None
+        site = 'ab'[number % 3 == 0]
+        manifest.append(slide | dict(patient_id=f'p{number // 4}', site=site, tumour=tumour))
+    write_csv(tmp_path / 'p.csv', predictions)
+    write_csv(tmp_path / 'manifest.csv', manifest)
+    return tmp_path / 'p.csv', tmp_path / 'manifest.csv', labels, probabilities
+
+
+@pytest.fixture
+def other_tasks(tmp_path):
+    "A table of each other task: {task: path}."
+    rng = np.random.default_rng(0)
+    grades, logits = rng.integers(0, 3, 90), rng.normal(0, 1, (90, 3))
+    logits[range(90), grades] += 1.5
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    risks = rng.normal(0, 1, 90)
+    months = rng.exponential(20 * np.exp(-risks)) + 0.1
+    survival = dict(months=months.clip(max=30), event=(months < 30).astype(int))
+    several = dict(atypia=[None] * 5 + [0, 1] * 42 + [1], mitoses=[0, 0, 1] * 30)
+    columns = dict(
+        classes=(dict(isup=grades), {f'probability_{k}': shares[:, k] for k in range(3)}),
+        survival=(survival, dict(log_risk=risks)),
+        multilabel=(several, {f'probability_{name}': rng.random(90) for name in several}),
+        measure=(dict(psa=months), dict(predicted_psa=months + risks)),
+    )
+    return {task: write_table(tmp_path / f'{task}.csv', *each) for task, each in columns.items()}
+
+
+# ---- what is found
+
+
+def test_two_classes(two_classes):
+    predictions, manifest, labels, probabilities = two_classes
+    found = results(
+        predictions,
+        threshold_split='tuning',
+        sensitivity=0.95,
+        cohort=manifest,
+        by=['site', 'tumour'],
+        n_bootstrap=200,
+    )
+    assert json.loads(json.dumps(found)) == found
+    assert (found['patients'], found['n'], [*found['groups']]) == (30, 120, ['site', 'tumour'])
+    assert abs(found['auc'] - auc(labels[80:], probabilities[80:])) < 1e-5
+    assert [*found][-6:] == [
+        'average_precision',
+        'calibration',
+        'temperature',
+        'at_sensitivity',
+        'groups',
+        'notes',
+    ]
+    sentences = sentences_of(found)
+    assert len(sentences) == 6 + 2 + 3 and 'against all negative slides' in sentences[-1]
+
+
+def test_two_classes_without_options(two_classes):
+    found = results(two_classes[0], n_bootstrap=50)
+    assert 'temperature' not in found and found['patients'] is None
+    assert found['threshold_from'] == 'test'
+
+
+@pytest.mark.parametrize('task', ['classes', 'survival', 'multilabel', 'measure'])
+def test_other_tasks(other_tasks, task):
+    assert read_outcomes(other_tasks[task]).task == task
+    found = results(other_tasks[task], n_bootstrap=100)
+    assert found['task'] == task and json.loads(json.dumps(found)) == found
+    assert sentences_of(found)
+
+
+@pytest.mark.parametrize('method', INTERVALS)
+def test_intervals_of_classes_are_made_as_the_table_says(other_tasks, method):
+    "They were always made of 10,000 resamples with seed 0."
+    found = results(other_tasks['classes'], n_bootstrap=50, seed=3, method=method)
+    outcomes = read_outcomes(other_tasks['classes']).of_split('test', {})
+    resampling = Resampling(found['draws'], found['seed'])
+    expected = class_aucs(outcomes.labels[:, 0], outcomes.predicted, method, resampling)
+    for row, estimate in zip(found['classes'], expected):
+        assert (row['low'], row['high']) == (estimate.low, estimate.high)
+
+
+def test_no_temperature_where_all_slides_are_right(tmp_path):
+    path = tmp_path / 'easy.csv'
+    path.write_text(
+        'slide_id,label,split,probability\na,0,tuning,.1\nb,1,tuning,.9\nc,0,test,.2\nd,1,test,.4\n'
+    )
+    found = results(path, threshold_split='tuning', n_bootstrap=20)
+    assert 'right side' in found['notes'][0]
+
+
+# ---- patients
+
+FEW = (
+    'slide_id,label,split,probability\n'
+    'a,0,test,.1\nb,1,test,.8\nc,0,tuning,.3\nd,1,tuning,.2\ne,,test,.9\n'
+)
+
+
+@pytest.fixture
+def few(tmp_path):
+    path = tmp_path / 'few.csv'
+    path.write_text(FEW)
+    return path
+
+
+def test_slides_without_a_label_do_not_count(few):
+    found = results(few, n_bootstrap=20)
+    assert (found['auc'], found['n'], found['threshold_from']) == (1.0, 2, 'test')
+    assert found['patients'] is None
+    assert results(few, threshold_split='tuning', n_bootstrap=20)['threshold_from'] == 'tuning'
+
+
+def test_patients_are_those_of_the_run(few, tmp_path):
+    (tmp_path / 'cohort.csv').write_text(
+        'slide_id,patient_id,split\na,1,test\nb,1,test\nc,2,tuning\n'
+    )
+    assert results(few, n_bootstrap=20)['patients'] == 1
+    assert results(few, 'tuning', n_bootstrap=20)['patients'] is None
+
+
+def test_patients_are_those_of_the_run_where_a_manifest_names_none(few, tmp_path):
+    (tmp_path / 'cohort.csv').write_text('slide_id,patient_id\na,1\nb,1\n')
+    sites = tmp_path / 'sites.csv'
+    sites.write_text('slide_id,site\n' + ''.join(f'{name},x\n' for name in 'abcde'))
+    assert results(few, n_bootstrap=20, cohort=sites, by=['site'])['patients'] == 1
+
+
+def test_patients_of_a_manifest_that_is_not_there(few, tmp_path):
+    says = refusal(results, few, cohort=tmp_path / 'none.csv')
+    assert 'none.csv does not exist' in says
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ('text', 'says'),
+    [
+        ('slide_id,label,split,p\na,0,test,.1\n', 'no table of predictions'),
+        ('slide_id,split\n', 'has no rows'),
+        (
+            'slide_id,isup,split,probability_0,probability_1\na,x,test,.1,.9\n',
+            "isup 'x' is no number",
+        ),
+        ('slide_id,isup,split,probability_0,probability_1\na,1,test,,.9\n', 'probability_0'),
+        (
+            'slide_id,isup,split,probability_0,probability_1\na,1,test,.1,.9\na,0,test,.1,.9\n',
+            'more than once',
+        ),
+        ('slide_id,isup,split,probability_0,probability_1\na,,test,.1,.9\n', 'no labelled slide'),
+        ('slide_id,isup,split,probability_0,probability_1\na,1,test,.1,7\n', 'between 0 and 1'),
+        ('slide_id,isup,split,probability_0,probability_1\na,1.7,test,.1,.9\n', '1.7'),
+        ('slide_id,label,split,probability\na,0,test,.1\nb,0,test,.9\n', 'both classes'),
+        ('slide_id,label,split,probability\na,1,tuning,.5\n', 'no labelled slide'),
+        ('slide_id,label,split,probability\na,,test,.5\n', 'no labelled slide'),
+        ('slide_id,label,split,probability\na,1,test,nan\n', "probability 'nan' is no number"),
+        (
+            'split,probability_0,probability_1,grade,slide_id\ntest,.1,.9,1,a\n',
+            'no table of predictions',
+        ),
+        ('slide_id,split,time,event,log_risk\na,test,1,1,2\n', 'no table of predictions'),
+        ('slide_id,split\na,test\n', 'no table of predictions'),
+        ('slide_id,time,split,log_risk\na,3,test,1\n', 'no table of predictions'),
+    ],
+)
+def test_mistakes_in_a_table_are_told_with_its_name(tmp_path, text, says):
+    path = tmp_path / 'x.csv'
+    path.write_text(text)
+    found = refusal(results, path, n_bootstrap=20)
+    assert says in found and 'x.csv' in found
+
+
+def test_a_table_that_is_not_there(tmp_path):
+    assert 'does not exist' in refusal(results, tmp_path / 'none.csv')
+
+
+def test_impossible_levels_are_told_with_the_name_of_the_table(few):
+    says = refusal(results, few, level=95)
+    assert "few.csv, split 'test': level 95" in says
+
+
+def test_subgroups_need_a_cohort(two_classes):
+    says = refusal(results, two_classes[0], by=['site'], n_bootstrap=20)
+    assert 'cohort.csv does not exist' in says
+
+
+@pytest.mark.parametrize('column', ['site', 'grade'])
+def test_a_cohort_needs_all_slides(two_classes, tmp_path, column):
+    write_csv(tmp_path / 'other.csv', [dict(slide_id='s0', site='a')])
+    options = dict(cohort=tmp_path / 'other.csv', by=[column], n_bootstrap=20)
+    assert 'no row of 199' in refusal(results, two_classes[0], **options)
+
+
+def test_a_column_that_says_nothing(two_classes, tmp_path):
+    write_csv(tmp_path / 'other.csv', [dict(slide_id=f's{k}', site=None) for k in range(200)])
+    options = dict(cohort=tmp_path / 'other.csv', by=['site'], n_bootstrap=20)
+    assert "says nothing in 'site'" in refusal(results, two_classes[0], **options)
+
+
+def test_patients_that_contradict_themselves(two_classes, tmp_path):
+    rows = [dict(slide_id=f's{number // 2}', patient_id=number) for number in range(400)]
+    write_csv(tmp_path / 'twice.csv', rows)
+    says = refusal(results, two_classes[0], cohort=tmp_path / 'twice.csv', n_bootstrap=20)
+    assert "has the patient_id '1' here" in says
+
+
+@pytest.mark.parametrize(
+    ('task', 'option'),
+    [
+        ('classes', dict(by=['site'])),
+        ('classes', dict(sensitivity=0.9)),
+        ('multilabel', dict(threshold_split='tuning')),
+        ('survival', dict(method='bca')),
+        ('measure', dict(method='bca')),
+    ],
+)
+def test_options_of_two_classes_are_refused_for_other_tasks(other_tasks, task, option):
+    says = refusal(results, other_tasks[task], **option)
+    assert f'{[*option][0]} applies to two classes only' in says
+
+
+# ---- figures
+
+
+def test_figures(two_classes, other_tasks):
+    import matplotlib.pyplot as plt
+
+    predictions, manifest, *_ = two_classes
+    found = results(predictions, by=['site'], cohort=manifest, n_bootstrap=20)
+    figures = figures_of(found, predictions, manifest)
+    assert [*figures] == ['roc', 'precision_recall', 'reliability', 'groups_site']
+    for task, names in dict(
+        classes=['confusion'], survival=['survival'], multilabel=[], measure=[]
+    ).items():
+        path = other_tasks[task]
+        more = figures_of(results(path, n_bootstrap=20), path)
+        assert [*more] == names
+        figures |= more
+    for draw in figures.values():
+        _, ax = plt.subplots()
+        assert draw(ax) is ax
+        plt.close(ax.figure)

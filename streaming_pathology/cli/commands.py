@@ -140,19 +140,8 @@ from streaming_pathology.training.checkpoints import (
     versions,
 )
 from ..training.distributed import joined
-from streaming_pathology.training.loop import (
-    EMA,
-    Alone,
-    Cosine,
-    CSVLog,
-    DryRun,
-    EarlyStopping,
-    Halted,
-    TensorBoardLog,
-    fit,
-    predict,
-    summary,
-)
+from ..training.callbacks import EMA, Cosine, CSVLog, DryRun, EarlyStopping, TensorBoardLog
+from ..training.loop import Alone, Halted, fit, predict, summary
 from ..training.models import GatedAttention, StreamingClassifier, pools
 from ..training.recipes import paper_mil, paper_streaming, run_recipe, scaled
 from ..training.tasks import TASKS, Binary, make_task
@@ -910,10 +899,10 @@ class Record:
         )
         self.learnt = {p: [identity(c) for c in cases if c.split == p] for p in ('train', 'tuning')}
 
-    def state(self):
+    def state_dict(self):
         return self.learnt
 
-    def restore(self, state):
+    def load_state_dict(self, state):
         self.learnt = {p: sorted({*mine, *map(tuple, state[p])}) for p, mine in self.learnt.items()}
 
     def resumed(self, s):

@@ -134,8 +134,8 @@ class TwoPhases:
         elif s.accepted:
             self.rows = []  # of other slides, or weights
 
-    def state(self):
+    def state_dict(self):
         return dict(epoch=self.epoch, rows=self.rows)
 
-    def restore(self, state):
+    def load_state_dict(self, state):
         self.epoch, self.rows = state['epoch'], [*state['rows']]

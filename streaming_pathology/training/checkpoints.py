@@ -178,7 +178,7 @@ def describe_checkpoint(path):  # dict
 class Checkpoints:
     "Callback: in a folder, points to go on from, the last `keep` of them, and `best.pt` (lowest tuning loss; without tuning slides the last epoch)."
 
-    first_rank_only = judges = True
+    first_rank_only = uses_tuning_loss = True
 
     def __init__(
         self,
@@ -258,10 +258,10 @@ class Checkpoints:
         if s.accepted:
             self.save(s)  # what was accepted is what the next one is compared with
 
-    def state(self):
+    def state_dict(self):
         return dict(best=self.best)
 
-    def restore(self, state):
+    def load_state_dict(self, state):
         self.best = state['best']
 
 

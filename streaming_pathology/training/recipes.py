@@ -49,7 +49,7 @@ def average_weights(states):  # a state dict
 class WindowCheckpoints:
     "Callback: keeps the weights of the epochs of the best window, `epoch_0001.pt` and so on, in a folder."
 
-    judges = True
+    uses_tuning_loss = True
 
     def __init__(self, folder, width=5):
         self.folder, self.width = Path(folder), width
@@ -78,10 +78,10 @@ class WindowCheckpoints:
         for e in set(self.epochs) - wanted:
             self.path(e).unlink(missing_ok=True)
 
-    def state(self):
+    def state_dict(self):
         return dict(epochs=self.epochs, losses=self.losses)
 
-    def restore(self, state):
+    def load_state_dict(self, state):
         self.epochs, self.losses = state['epochs'], state['losses']
 
     def window(self):

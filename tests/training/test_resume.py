@@ -24,7 +24,8 @@ from streaming_pathology.io import write_csv
 from streaming_pathology.outputs import REPORT
 from streaming_pathology.slides.cohorts import tiny_cohort
 from streaming_pathology.training.checkpoints import last_point, load_checkpoint, points
-from streaming_pathology.training.loop import EarlyStopping, TinyNet, fit, synth_learner
+from streaming_pathology.training.callbacks import EarlyStopping
+from streaming_pathology.training.loop import TinyNet, fit, synth_learner
 
 pytestmark = pytest.mark.usefixtures('small_resnet')
 

@@ -128,6 +128,14 @@ from ..slides.readers import SUFFIXES, file_stamp, sample_slide, slide_files
 from ..slides.slides import Slide
 from ..slides.synthetic import write_cohort
 from ..slides.trim import Trim, trim_slides
+from streaming_pathology.training.callbacks import (
+    EMA,
+    Cosine,
+    CSVLog,
+    DryRun,
+    EarlyStopping,
+    TensorBoardLog,
+)
 from streaming_pathology.training.checkpoints import (
     Checkpoints,
     HaltOnSignal,
@@ -140,7 +148,6 @@ from streaming_pathology.training.checkpoints import (
     versions,
 )
 from ..training.distributed import joined
-from ..training.callbacks import EMA, Cosine, CSVLog, DryRun, EarlyStopping, TensorBoardLog
 from ..training.loop import Alone, Halted, fit, predict, summary
 from ..training.models import GatedAttention, StreamingClassifier, pools
 from ..training.recipes import paper_mil, paper_streaming, run_recipe, scaled

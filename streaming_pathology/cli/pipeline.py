@@ -42,9 +42,9 @@ from ..slides.readers import write_tiff
 from ..slides.slides import Slide, tissue_box
 from ..slides.synthetic import paint_biopsy, write_cohort
 from ..slides.trim import Trim, trim_slides
+from ..training.callbacks import EMA, CSVLog, TensorBoardLog
 from ..training.checkpoints import Checkpoints
 from ..training.distributed import Ranks
-from ..training.callbacks import EMA, CSVLog, TensorBoardLog
 from ..training.loop import Alone, fit, predict
 from ..training.models import StreamingClassifier, imagenet_mean, imagenet_std
 

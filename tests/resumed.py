@@ -2,11 +2,8 @@
 
 import csv
 
-import pytest
 import torch
 
-from streaming_pathology.cli import commands as cli
-from streaming_pathology.slides.cohorts import tiny_cohort
 from streaming_pathology.training.checkpoints import load_checkpoint, points
 
 TRAIN = [
@@ -28,17 +25,6 @@ TRAIN = [
     '--augment',
     'paper',
 ]
-
-
-@pytest.fixture(scope='module')
-def whole(once):
-    "A run that was never stopped."
-
-    def make(folder):
-        tiny_cohort(folder / 'cohort', size=(64, 64))
-        assert cli.main(['train', folder / 'cohort/manifest.csv', folder / 'run', *TRAIN]) == 0
-
-    return once('whole', make) / 'run'
 
 
 def rows(path, *but):  # of a CSV, without what is never the same

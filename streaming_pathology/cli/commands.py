@@ -129,6 +129,14 @@ from ..slides.readers import SUFFIXES, file_stamp, sample_slide, slide_files
 from ..slides.slides import Slide
 from ..slides.synthetic import write_cohort
 from ..slides.trim import Trim, trim_slides
+from streaming_pathology.training.callbacks import (
+    EMA,
+    Cosine,
+    CSVLog,
+    DryRun,
+    EarlyStopping,
+    TensorBoardLog,
+)
 from streaming_pathology.training.checkpoints import (
     Checkpoints,
     HaltOnSignal,
@@ -141,19 +149,7 @@ from streaming_pathology.training.checkpoints import (
     versions,
 )
 from ..training.distributed import joined
-from streaming_pathology.training.loop import (
-    EMA,
-    Alone,
-    Cosine,
-    CSVLog,
-    DryRun,
-    EarlyStopping,
-    Halted,
-    TensorBoardLog,
-    fit,
-    predict,
-    summary,
-)
+from ..training.loop import Alone, Halted, fit, predict, summary
 from ..training.models import GatedAttention, StreamingClassifier, pools
 from ..training.recipes import paper_mil, paper_streaming, run_recipe, scaled
 from ..training.tasks import TASKS, Binary, make_task
@@ -912,10 +908,10 @@ class Record:
         )
         self.learnt = {p: [identity(c) for c in cases if c.split == p] for p in ('train', 'tuning')}
 
-    def state(self):
+    def state_dict(self):
         return self.learnt
 
-    def restore(self, state):
+    def load_state_dict(self, state):
         self.learnt = {p: sorted({*mine, *map(tuple, state[p])}) for p, mine in self.learnt.items()}
 
     def resumed(self, s):

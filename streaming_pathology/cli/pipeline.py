@@ -43,9 +43,10 @@ from ..slides.slides import Slide
 from ..slides.synthetic import paint_biopsy, write_cohort
 from ..slides.tissue import tissue_box
 from ..slides.trim import Trim, trim_slides
+from ..training.callbacks import EMA, CSVLog, TensorBoardLog
 from ..training.checkpoints import Checkpoints
 from ..training.distributed import Ranks
-from ..training.loop import EMA, Alone, CSVLog, TensorBoardLog, fit, predict
+from ..training.loop import Alone, fit, predict
 from ..training.models import StreamingClassifier, imagenet_mean, imagenet_std
 
 # %% ../../nbs/cli/03_pipeline.ipynb #p0000007

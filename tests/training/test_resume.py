@@ -23,8 +23,9 @@ from streaming_pathology.cli import commands as cli
 from streaming_pathology.io import write_csv
 from streaming_pathology.outputs import REPORT
 from streaming_pathology.slides.cohorts import tiny_cohort
+from streaming_pathology.training.callbacks import EarlyStopping
 from streaming_pathology.training.checkpoints import last_point, load_checkpoint, points
-from streaming_pathology.training.loop import EarlyStopping, TinyNet, fit, synth_learner
+from streaming_pathology.training.loop import TinyNet, fit, synth_learner
 
 pytestmark = pytest.mark.usefixtures('small_resnet')
 
@@ -34,6 +35,17 @@ KILLS = int(os.environ.get('STREAMING_KILLS', 3))
 @pytest.fixture(scope='module')
 def cohort(tmp_path_factory):
     return tiny_cohort(tmp_path_factory.mktemp('good') / 'cohort', size=(64, 64)).parent
+
+
+@pytest.fixture(scope='module')
+def whole(once):
+    "A run that was never stopped."
+
+    def make(folder):
+        tiny_cohort(folder / 'cohort', size=(64, 64))
+        assert cli.main(['train', folder / 'cohort/manifest.csv', folder / 'run', *TRAIN]) == 0
+
+    return once('whole', make) / 'run'
 
 
 def process(*argv, **kwargs):

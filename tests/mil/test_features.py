@@ -31,7 +31,8 @@ from streaming_pathology.slides.augment import Augmentation
 from streaming_pathology.slides.cohorts import Case
 from streaming_pathology.slides.readers import write_tiff
 from streaming_pathology.slides.synthetic import paint_biopsy
-from streaming_pathology.training.loop import EMA, fit
+from streaming_pathology.training.callbacks import EMA
+from streaming_pathology.training.loop import fit
 from streaming_pathology.training.models import StreamingClassifier
 from streaming_pathology.training.tasks import Binary
 

@@ -13,7 +13,8 @@ from streaming_pathology.mil.mil import InstanceMIL, TwoPhases
 from streaming_pathology.slides.augment import Augmentation
 from streaming_pathology.slides.cohorts import Case
 from streaming_pathology.slides.readers import write_tiff
-from streaming_pathology.training.loop import EMA, TinyNet, fit, predict
+from streaming_pathology.training.callbacks import EMA
+from streaming_pathology.training.loop import TinyNet, fit, predict
 from streaming_pathology.training.tasks import Binary
 
 GRID = PatchGrid(32)

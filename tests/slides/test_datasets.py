@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import pyvips
 import torch
+from small import Small
 
 from streaming_pathology.core import InputError
+from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.slides.augment import Augmentation, slide_rng
 from streaming_pathology.slides.cohorts import read_manifest, tiny_cohort
 from streaming_pathology.slides.datasets import (
@@ -30,6 +32,8 @@ from streaming_pathology.slides.datasets import (
     turned_out,
     worker_died,
 )
+from streaming_pathology.training.loop import fit
+from streaming_pathology.training.models import StreamingClassifier
 
 
 @pytest.fixture(scope='module')
@@ -164,6 +168,40 @@ def test_patches_of_a_canvas_do_not_hold_the_image(cases):
     canvas = SlideDataset(cases, 4, (256, 256), canvas=True)[0]['image']
     stored = sum(patch.untyped_storage().nbytes() for *_, patch in canvas.patches)
     assert stored == sum(patch.numel() for *_, patch in canvas.patches)
+
+
+@pytest.mark.parametrize('augment', [None, Augmentation(stain=0.05)])
+def test_canvases_train_as_images_do(tmp_path, augment, monkeypatch):
+    """Losses and weights of a training on canvases are those on the same pixels as tensors, also
+    from workers."""
+    monkeypatch.setattr('torchvision.models.resnet18', Small)
+    cases = read_manifest(tiny_cohort(tmp_path / 'cohort', n=4, splits=False))
+
+    def trained(canvas, workers):
+        "The losses of two epochs, and the weights after them."
+        torch.manual_seed(0)
+        # in double precision: a maximum over background is reached in many places
+        model = StreamingClassifier('resnet18', strip=64).double()
+        data = SlideDataset(cases, 4.0, (128, 192), augment, canvas=canvas, clean=30.0)
+        assert isinstance(data[0]['image'], Canvas) == canvas
+        rows = fit(
+            model,
+            slide_loader(data, train=True, workers=workers),
+            slide_loader(data),
+            epochs=2,
+            lr=1e-3,
+            batch=2,
+            progress=False,
+        )
+        losses = [row[name] for row in rows for name in ('train_loss', 'tuning_loss')]
+        return losses, torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    losses, weights = trained(canvas=False, workers=0)
+    assert len(set(losses)) == 4
+    for workers in (0, 1):
+        canvas_losses, canvas_weights = trained(canvas=True, workers=workers)
+        np.testing.assert_allclose(canvas_losses, losses, rtol=1e-5)
+        assert (canvas_weights - weights).abs().max() < 1e-6 * weights.abs().max()
 
 
 # ---- settings that do not fit

@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'MOST_CLASSES', 'PANDA_PROVIDERS', 'PANDA_LABELS', 'CAMELYO
            'is_slide_of', 'find_slide', 'read_label', 'read_split', 'read_spacing', 'collected', 'CaseReader',
            'repeats', 'problems_between', 'check_ids', 'check_files', 'label_text', 'check_classes', 'check_columns',
            'refuse_manifest', 'read_manifest', 'tiny_slide', 'tiny_cohort', 'apportion', 'interleaved', 'Traits',
-           'patient_traits', 'checked_fractions', 'split_cohort', 'leaks', 'has_split', 'with_tuning',
+           'label_numbers', 'patient_traits', 'checked_fractions', 'split_cohort', 'leaks', 'has_split', 'with_tuning',
            'check_split_names', 'check_splits', 'resolve_splits', 'equal_parts', 'checked_count', 'subset',
            'slides_below', 'check_complete', 'PandaSlide', 'gleason_patterns', 'panda_slide', 'panda_slides',
            'read_panda', 'is_header', 'camelyon16_reference', 'warn_of_unlabelled', 'read_camelyon16',
@@ -52,7 +52,7 @@ class Case:
     mask: Path | None = None  # of the tissue; None: tissue is found by its colour
     annotation: Path | None = None  # mask of the whole slide, with numbers of classes
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.patient_id:
             object.__setattr__(self, 'patient_id', self.slide_id)
         for field in ('path', 'mask', 'annotation'):
@@ -156,7 +156,7 @@ def read_spacing(text: str) -> float | None:
 
 # %% ../../nbs/slides/05_cohorts.ipynb #d3a7e874
 @contextmanager
-def collected(problems: list[str]):
+def collected(problems: list[str]) -> Iterator[None]:
     "A `ValueError` in the block ends the block, and what it says becomes one of the problems."
     try:
         yield
@@ -253,7 +253,7 @@ def problems_between(cases: list[tuple[int, Case]]) -> list[tuple[int, str]]:
     return problems
 
 # %% ../../nbs/slides/05_cohorts.ipynb #3a7ea7ce
-def check_ids(cases: Iterable[Case]):
+def check_ids(cases: Iterable[Case]) -> None:
     "Refuse cases of which two have one id; upper and lower case count as the same."
     by_id = {}
     for case in cases:
@@ -265,7 +265,7 @@ def check_ids(cases: Iterable[Case]):
             )
 
 
-def check_files(cases: Iterable[Case]):
+def check_files(cases: Iterable[Case]) -> None:
     "Refuse cases of which two are one slide, be it by links or as files of one DICOM series."
     first_cases = {}
     for case in cases:
@@ -286,9 +286,9 @@ def label_text(label: float | tuple) -> str:
 
 def check_classes(
     cases: Iterable[Case],
-    where,  # what the cases are of, for the message
+    where: str | Path,  # what the cases are of, for the message
     split: str | None = None,  # look at this split only
-):
+) -> None:
     "Refuse a cohort, or one split of it, without two classes to tell apart."
     chosen = [case for case in cases if split is None or case.split == split]
     labels = sorted({case.label for case in chosen if case.label is not None})
@@ -303,8 +303,14 @@ def check_classes(
             'of both classes'
         )
 
-# %% ../../nbs/slides/05_cohorts.ipynb #1930ff38
-def check_columns(path, header: list, columns: Sequence[str], need_label: bool, annotation):
+# %% ../../nbs/slides/05_cohorts.ipynb #dbc86a81
+def check_columns(
+    path: str | Path,  # for messages
+    header: list[str],
+    columns: Sequence[str],  # that hold the label
+    need_label: bool,  # these columns must be there
+    annotation: str | None,  # the column with masks of classes
+) -> None:
     "Refuse a header without the columns that a manifest needs, or columns that are named twice."
     needed = ['slide_id']
     known = [*columns, 'slide_id', 'path', 'patient_id', 'split', 'spacing']
@@ -325,7 +331,7 @@ def check_columns(path, header: list, columns: Sequence[str], need_label: bool, 
     check_header(path, header, needed, known)
 
 
-def refuse_manifest(path, problems: list[tuple[int, str]]):
+def refuse_manifest(path: str | Path, problems: list[tuple[int, str]]) -> None:
     "Raise one `InputError` that tells all problems, by line."
     by_line = sorted(problems, key=operator.itemgetter(0))
     sentences = [f'line {line}: {sentence}' for line, sentence in by_line]
@@ -382,7 +388,7 @@ def tiny_slide(
     spacing: float = 4.0,  # microns per pixel
     radius: float = 24,  # of the disc, in pixels
     dark: bool = False,  # dark nuclei, as in positive slides
-):
+) -> None:
     "Write a small slide with a disc of stained tissue on white, for tests."
     rng = np.random.default_rng(seed)
     height, width = size
@@ -466,17 +472,19 @@ class Traits(NamedTuple):
     grade: str  # '' where grades are not balanced
 
 
+def label_numbers(label: float | tuple) -> tuple:
+    "A label as a tuple of numbers, -1 for what is unknown."
+    numbers = label if isinstance(label, tuple) else (label,)
+    return tuple(-1.0 if math.isnan(number) else number for number in numbers)
+
+
 def patient_traits(cases: Sequence[Case], by: str) -> dict[str, Traits]:
     "By patient_id: the label and the grade of the slide with the highest label."
-    labelled = [case for case in cases if case.label is not None]
-    labels = []
-    for case in labelled:
-        values = np.atleast_1d(case.label)
-        labels.append(tuple(-1.0 if math.isnan(value) else value for value in values))
-    if len(set(labels)) > MOST_CLASSES:
-        labels = [label[-1:] for label in labels]  # of a time and an event, the event
+    labelled = [(case, label_numbers(case.label)) for case in cases if case.label is not None]
+    if len({label for _, label in labelled}) > MOST_CLASSES:
+        labelled = [(case, label[-1:]) for case, label in labelled]  # of time and event, the event
     highest = {}
-    for case, label in zip(labelled, labels, strict=True):
+    for case, label in labelled:
         grade = case.grade if by == 'grade' else ''
         traits = Traits(label, grade)
         highest[case.patient_id] = max(traits, highest.get(case.patient_id, traits))
@@ -552,7 +560,12 @@ def has_split(cases: Iterable[Case], split: str) -> bool:
     return any(case.split == split for case in cases)
 
 
-def with_tuning(cases: Sequence[Case], fractions, seed: int, where) -> list[Case]:
+def with_tuning(
+    cases: Sequence[Case],
+    fractions: Sequence[float],  # for train and tuning; others are left out
+    seed: int,
+    where: str | Path,  # what the cases are of, for the message
+) -> list[Case]:
     "The same cases, some of those of train in tuning; warns of it."
     train = [case for case in cases if case.split == 'train']
     drawn = split_cohort(train, (*fractions[:2], 0), seed)
@@ -565,7 +578,7 @@ def with_tuning(cases: Sequence[Case], fractions, seed: int, where) -> list[Case
     return [replace(case, split=splits.get(case.slide_id, case.split)) for case in cases]
 
 
-def check_split_names(cases: Iterable[Case], where):
+def check_split_names(cases: Iterable[Case], where: str | Path) -> None:
     "Refuse splits that are none of `SPLITS`."
     for case in cases:
         if case.split and case.split not in SPLITS:
@@ -574,7 +587,7 @@ def check_split_names(cases: Iterable[Case], where):
             )
 
 
-def check_splits(cases: Sequence[Case], where):
+def check_splits(cases: Sequence[Case], where: str | Path) -> None:
     "Refuse splits by which no network can be trained and chosen, or with patients in two of them."
     for split in ('train', 'tuning'):
         if not has_split(cases, split):
@@ -593,13 +606,14 @@ def resolve_splits(
     cases: Sequence[Case],
     fractions: Sequence[float] = (0.7, 0.15, 0.15),  # of patients, for train, tuning and test
     seed: int = 0,
-    where='the manifest',  # what the cases are of, for messages
+    where: str | Path = 'the manifest',  # what the cases are of, for messages
 ) -> list[Case]:
     """The cases with the splits that the manifest gives or, where it gives none, with those of
     `split_cohort`. If it gives no validation (tuning) set, one is drawn from train, with a warning.
 
     Afterwards neither train nor tuning is empty, and train has both classes. Raises `InputError`
     where that cannot be, if only some labelled cases have a split, or if a patient is in two."""
+    cases = list(cases)
     check_split_names(cases, where)
     if not fractions[1] and not has_split(cases, 'tuning'):
         raise InputError(
@@ -631,7 +645,7 @@ def equal_parts(n: int, limits: dict[str, int]) -> dict[str, int]:
     return parts
 
 
-def checked_count(n, available: int, split: str) -> int:
+def checked_count(n: int, available: int, split: str) -> int:
     "The size of a subset, if there are as many slides. Raises `InputError`."
     try:
         n = operator.index(n)
@@ -694,7 +708,7 @@ def slides_below(folder: Path, suffixes: Sequence[str] = ('.tif', '.tiff')) -> d
     return found
 
 
-def check_complete(where: Path, slide_ids: Sequence[str], files: dict[str, Path]):
+def check_complete(where: Path, slide_ids: Sequence[str], files: dict[str, Path]) -> None:
     "Refuse slides that have no file."
     without = [slide_id for slide_id in slide_ids if slide_id not in files]
     if without:
@@ -831,7 +845,7 @@ def camelyon16_reference(table: Path, images: dict[str, Path]) -> dict[str, floa
     return labels
 
 
-def warn_of_unlabelled(folder: Path, images: dict[str, Path], labels: dict[str, float]):
+def warn_of_unlabelled(folder: Path, images: dict[str, Path], labels: dict[str, float]) -> None:
     "Warn of test slides without a label."
     without = [name for name in images if name not in labels]
     if without:

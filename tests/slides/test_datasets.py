@@ -234,6 +234,10 @@ def test_two_slides_of_one_id_are_refused(cases):
 # ---- looking at every slide before training
 
 
+def test_a_cohort_is_checked_at_a_spacing(cases):
+    assert 'spacing of a dataset is None' in refusal(check_cohort, cases, progress=False)
+
+
 def white_slide(path):
     white = pyvips.Image.black(90, 90, bands=3).copy(interpretation='srgb').linear(0, 255)
     white.cast('uchar').tiffsave(str(path), xres=250, yres=250)

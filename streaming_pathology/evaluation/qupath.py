@@ -202,7 +202,7 @@ def write_exports(
     folder = Path(folder)
     found = regions(heat, field, threshold, least)
     with whole_file(folder / f'overlay/{slide_id}.png') as f:
-        Image.fromarray(overlay(image, heat, top=top)).save(f, 'PNG')
+        Image.fromarray(overlay(image, heat, vmax=top)).save(f, 'PNG')
     whole, spacing = whole_map(heat, field)
     write_tiff(
         np.rint(255 * np.clip(whole / top, 0, 1)).astype(np.uint8),

@@ -19,7 +19,7 @@ from fastcore.xml import Button, Div, Fieldset, Form, Img, Input, Label, Legend,
 from PIL import Image
 
 from ..core import InputError
-from .heatmaps import colour_map, fit_map
+from .heatmaps import color_map, fit_map
 from .pages import html_page
 from .qupath import Field, regions
 from ..io import whole_file, write_whole
@@ -126,7 +126,7 @@ def write_layer(
     side=1024,  # pixels of the longest side
 ) -> Path:
     "Write a map as colours that get opaque with it"
-    image = Image.fromarray(colour_map(heat, top))
+    image = Image.fromarray(color_map(heat, top))
     image.thumbnail((side, side), Image.Resampling.BOX)
     with whole_file(path) as f:
         image.save(f, 'WEBP', quality=80)

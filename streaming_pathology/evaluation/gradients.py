@@ -427,7 +427,7 @@ def integrated_gradients(
     start = glass_of(glass, like)
     total = torch.zeros(x.shape[2:], dtype=like.dtype)
 
-    def take(gradient, top):
+    def take(gradient: torch.Tensor, top: int):
         bottom = top + gradient.shape[2]
         with rows.lock:
             distance = rows_of(x, top, bottom).to(like.dtype) - start

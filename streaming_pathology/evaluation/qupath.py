@@ -35,7 +35,11 @@ class Field:
     origin: tuple  # (top, left) of the map's first cell; may lie outside of the slide
     cell: tuple  # (height, width) of a cell of the map
 
-    def at(self, rows, columns) -> tuple[np.ndarray, np.ndarray]:
+    def at(
+        self,
+        rows: np.ndarray | float,
+        columns: np.ndarray | float,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """x and y on the slide of rows and columns of the map (numbers or arrays, also fractions),
         counted from its upper left corner."""
         top, left = self.origin
@@ -104,7 +108,7 @@ def outline(
             yield points[start:stop], number == 0
 
 
-def in_map(position, first: int):
+def in_map(position: np.ndarray | float, first: int) -> np.ndarray | float:
     """A row or column of a window that begins at cell `first` of a padded map, as one of the map,
     whose first cell has its middle at 0.5."""
     return position + first - 1 + 0.5

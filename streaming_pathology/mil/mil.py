@@ -12,7 +12,7 @@ from torch import nn
 from ..core import InputError, at_least_one
 from .bags import Bag, BagDataset
 from ..slides.datasets import slide_loader
-from ..training.loop import State, predict
+from ..training.loop import Callback, State, predict
 from ..training.tasks import Task
 
 # %% ../../nbs/mil/04_mil.ipynb #c78f3fea
@@ -123,7 +123,7 @@ class InstanceMIL(nn.Module):
         return task.loss(logits, labels.to(logits))
 
 # %% ../../nbs/mil/04_mil.ipynb #aaa7baa1
-class TwoPhases:
+class TwoPhases(Callback):
     """Callback: before an epoch all patches of all training slides are classified, as they are
     augmented in that epoch; each slide then learns from the most suspicious."""
 
@@ -172,10 +172,10 @@ class TwoPhases:
         elif s.accepted:
             self.rows = []  # they may be of other slides or weights
 
-    def state(self) -> dict:
+    def state_dict(self) -> dict:
         "What a checkpoint holds of it."
         return dict(epoch=self.epoch, rows=self.rows)
 
-    def restore(self, state: dict) -> None:
-        "Go on from what `state` gave."
+    def load_state_dict(self, state: dict) -> None:
+        "Resume from what `state_dict` gave."
         self.epoch, self.rows = state['epoch'], [*state['rows']]

@@ -9,8 +9,9 @@ __all__ = ['T', 'ONE_PROCESS', 'TWO_CLASSES', 'AMP_TYPES', 'ADVICE', 'KEPT', 'RE
            'predict', 'next_row_or_error', 'next_row_of', 'summary', 'loss_of', 'auc_of', 'TinyNet', 'synth_slides',
            'synth_learner', 'Callback', 'has_state', 'Halted', 'check_finite', 'all_finite', 'checked_changes',
            'change_of', 'State', 'train_epoch', 'next_items', 'checked_label', 'show_progress', 'each_backward',
-           'joint_backward', 'with_gradient', 'optimizer_step', 'check_options', 'trained_parameters', 'make_optimizer',
-           'fingerprint', 'begin_epoch', 'end_epoch', 'evaluate_epoch', 'fit', 'start_training', 'run_epochs']
+           'joint_backward', 'with_gradient', 'optimizer_step', 'check_options', 'check_callbacks',
+           'trained_parameters', 'make_optimizer', 'fingerprint', 'begin_epoch', 'end_epoch', 'evaluate_epoch', 'fit',
+           'start_training', 'run_epochs']
 
 # %% ../../nbs/training/03_loop.ipynb #60008edd
 import copy
@@ -827,6 +828,16 @@ def check_options(
     autocast(device, amp)
 
 
+def check_callbacks(callbacks: tuple) -> None:
+    "Refuse callbacks written for earlier versions, whose state would be left out of checkpoints."
+    for callback in callbacks:
+        if hasattr(callback, 'restore') and not has_state(callback):
+            raise InputError(
+                f'the callback {type(callback).__name__} has state and restore, which are called '
+                'state_dict and load_state_dict now; rename them'
+            )
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     "The parameters that require a gradient, by name. Raises `InputError` if there are none."
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
@@ -955,6 +966,7 @@ def fit(
     params = trained_parameters(model.to(device))
     device_type = torch.device(device).type
     callbacks = tuple(callbacks)
+    check_callbacks(callbacks)
     settings = {
         'training slides': fingerprint(train),
         'tuning slides': fingerprint(tuning),

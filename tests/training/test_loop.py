@@ -465,3 +465,17 @@ def test_what_does_not_fit_into_a_gpu_is_named():
             fit(TinyNet(), slides, **options)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_callback_of_an_earlier_version_is_refused(slides):
+    "Its state would be left out of checkpoints without a word."
+
+    class Earlier:
+        def state(self):
+            return {}
+
+        def restore(self, state):
+            pass
+
+    with pytest.raises(InputError, match='Earlier has state and restore'):
+        fit(TinyNet(), slides, epochs=1, progress=False, callbacks=[Earlier()])

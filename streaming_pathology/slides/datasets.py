@@ -7,7 +7,7 @@ __all__ = ['BAND', 'CANVAS_MARGIN', 'Oversample', 'BLOCKED', 'rounded_up', 'cent
            'paint_background', 'tissue_pixels', 'flips', 'ImageCache', 'message_lines', 'one_line', 'worker_died',
            'check_augment', 'sparse_canvas', 'SlideDataset', 'canvas_text', 'boxes_read', 'is_within', 'lost_share',
            'cropped', 'turned_out', 'unreadable', 'check_cohort', 'class_labels', 'check_known', 'oversampled_labels',
-           'EpochSampler', 'SlideLoader', 'ignore_stops', 'as_it_is', 'sampler_labels', 'slide_loader', 'darkest_patch',
+           'EpochSampler', 'ignore_stops', 'as_it_is', 'sampler_labels', 'slide_loader', 'darkest_patch',
            'sample_patches', 'value_counts', 'mean_and_std', 'channel_statistics']
 
 # %% ../../nbs/slides/06_datasets.ipynb #d92a64d3
@@ -626,7 +626,7 @@ class EpochSampler(Sampler):
 BLOCKED = STOPS if hasattr(signal, 'sigwaitinfo') else []
 
 
-class SlideLoader(DataLoader):
+class _SlideLoader(DataLoader):
     "A DataLoader whose workers start with signals to stop blocked."
 
     def __iter__(self):
@@ -687,7 +687,7 @@ def slide_loader(
     ahead: int = 2,  # items that each worker has ready
     rank: int = 0,
     ranks: int = 1,  # of torch.distributed
-) -> SlideLoader:
+) -> DataLoader:
     """A DataLoader that gives one slide at a time, an item of the dataset as it is.
 
     Memory is bounded by `workers * ahead` items and those in work. Raises `InputError` for slides
@@ -705,7 +705,7 @@ def slide_loader(
             prefetch_factor=ahead,
             worker_init_fn=ignore_stops,
         )
-    return SlideLoader(
+    return _SlideLoader(
         data,
         batch_size=None,
         sampler=EpochSampler(labels, seed, oversample, shuffle=train, rank=rank, ranks=ranks),

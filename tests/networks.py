@@ -1,10 +1,11 @@
 "Random networks, and how two of them are compared"
 
+import os
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import assume
+from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -17,6 +18,18 @@ from streaming_pathology.engine.windows import StreamingError
 from streaming_pathology.training.models import GatedAttention
 
 tolerance = 1e-9
+EXAMPLES = int(os.environ.get('STREAMING_EXAMPLES', 100))
+
+
+def random_tests(number=EXAMPLES, **more):
+    "Settings of a test of random networks: the same ones every time, unless more are asked for."
+    return settings(
+        max_examples=number,
+        deadline=None,
+        derandomize='STREAMING_EXAMPLES' not in os.environ,
+        suppress_health_check=list(HealthCheck),
+        **more,
+    )
 
 
 pick = st.sampled_from

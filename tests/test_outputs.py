@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from refusals import refusal
 
 from streaming_pathology.core import InputError
 from streaming_pathology.outputs import (
@@ -23,12 +24,6 @@ MARK = '{"streaming_pathology": "0.1"}'
 
 def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob('*'))
-
-
-def refusal(function, *args, **options):
-    with pytest.raises(InputError) as found:
-        function(*args, **options)
-    return str(found.value)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """One image over several ranks in float64: every rank has the values and gradients of one process."""
 
-import os
 from unittest import mock
 
 import pytest
@@ -8,9 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from canvases import canvases
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
-from networks import UNet, close, frozen_norm, networks, small
+from networks import UNet, close, frozen_norm, networks, random_tests, small
 from torch import nn
 
 from streaming_pathology.core import InputError
@@ -21,7 +20,6 @@ from streaming_pathology.engine.storage import source_of
 from streaming_pathology.engine.windows import StreamingError
 from streaming_pathology.training.models import StreamingClassifier
 
-examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
 pick = st.sampled_from
 
 
@@ -49,13 +47,7 @@ class Played:
             p.stop()
 
 
-@settings(
-    max_examples=examples,
-    deadline=None,
-    derandomize='STREAMING_EXAMPLES' not in os.environ,
-    suppress_health_check=list(HealthCheck),
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
-)
+@random_tests(phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     st.data(),
     networks(),

@@ -1,15 +1,14 @@
 """Random networks on random canvases in float64: the canvas gives what its dense image gives, values, every gradient and those of the patches."""
 
 import copy
-import os
 import pickle
 
 import pytest
 import torch
 from canvases import canvases, pick
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
-from networks import Apply, close, frozen_norm, networks, small, waiting, waits
+from networks import Apply, close, frozen_norm, networks, random_tests, small, waiting, waits
 from torch import nn
 from torchvision.ops import StochasticDepth
 
@@ -19,8 +18,6 @@ from streaming_pathology.engine.storage import source_of
 from streaming_pathology.engine.stream import stream
 from streaming_pathology.engine.windows import StreamingError
 from streaming_pathology.training.models import StreamingClassifier
-
-examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
 
 
 def agree(net, canvas, strip, **how):
@@ -58,13 +55,7 @@ def agree(net, canvas, strip, **how):
         ), ((a - b).abs().max().item(), b.abs().max().item())
 
 
-@settings(
-    max_examples=examples,
-    deadline=None,
-    derandomize='STREAMING_EXAMPLES' not in os.environ,
-    suppress_health_check=list(HealthCheck),
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
-)
+@random_tests(phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     st.data(),
     networks(),

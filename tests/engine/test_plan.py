@@ -3,7 +3,6 @@ the result is the plain network's."""
 
 import gc
 import json
-import os
 import pickle
 import time
 import weakref
@@ -12,9 +11,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
-from networks import close, compare, frozen_norm, networks, small
+from networks import EXAMPLES, close, compare, frozen_norm, networks, random_tests, small
 from torch import nn
 from torchvision.models import resnet18, resnet34
 
@@ -31,7 +30,6 @@ from streaming_pathology.engine.stream import stream
 from streaming_pathology.engine.streaming import Pass, Streamed
 from streaming_pathology.engine.windows import StreamingError
 
-examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
 cpu = torch.device('cpu')
 
 
@@ -69,13 +67,7 @@ def network_of(p, net):
 
 
 # shrinking takes minutes
-@settings(
-    max_examples=max(10, examples // 10),
-    deadline=None,
-    derandomize='STREAMING_EXAMPLES' not in os.environ,
-    suppress_health_check=list(HealthCheck),
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
-)
+@random_tests(max(10, EXAMPLES // 10), phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(networks(), st.integers(1, 150), st.integers(1, 150), st.floats(0, 1), st.integers(0, 2**31))
 def test_plans_are_kept(network, height, width, generosity, seed):
     torch.manual_seed(seed)

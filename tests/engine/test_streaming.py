@@ -6,7 +6,6 @@
 import copy
 import gc
 import itertools
-import os
 import pickle
 import random
 import threading
@@ -19,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from networks import (
+    EXAMPLES,
     Apply,
     close,
     compare,
@@ -29,6 +29,7 @@ from networks import (
     halves,
     networks,
     pick,
+    random_tests,
     small,
     waiting,
     waits,
@@ -49,15 +50,8 @@ from streaming_pathology.engine.streaming import Pass
 from streaming_pathology.engine.windows import StreamingError
 from streaming_pathology.training.models import GatedAttention
 
-examples = int(os.environ.get('STREAMING_EXAMPLES', 100))
 
-
-@settings(
-    max_examples=examples,
-    deadline=None,
-    derandomize='STREAMING_EXAMPLES' not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
+@random_tests()
 @given(
     networks(),
     st.integers(1, 2),
@@ -776,12 +770,7 @@ class Memory:
         self.gradient[:, :, top:bottom] = g
 
 
-@settings(
-    max_examples=max(20, examples // 5),
-    deadline=None,
-    derandomize='STREAMING_EXAMPLES' not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
+@random_tests(max(20, EXAMPLES // 5))
 @given(
     networks(),
     st.integers(1, 40),

@@ -9,10 +9,10 @@ from cohorts import cohort, cohorts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from notebooks import NBS
+from refusals import refusal
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from streaming_pathology.core import InputError
 from streaming_pathology.evaluation.auc import (
     INTERVALS,
     Estimate,
@@ -37,12 +37,6 @@ from streaming_pathology.evaluation.auc import (
     share_interval,
     weighted_auc,
 )
-
-
-def refusal(function, *args, **options):
-    with pytest.raises(InputError) as found:
-        function(*args, **options)
-    return str(found.value)
 
 
 def limits(estimate):

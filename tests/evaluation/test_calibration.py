@@ -3,10 +3,10 @@
 import matplotlib
 import numpy as np
 import pytest
+from refusals import refusal
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 
-from streaming_pathology.core import InputError
 from streaming_pathology.evaluation.auc import Resampling
 from streaming_pathology.evaluation.calibration import (
     calibration,
@@ -16,12 +16,6 @@ from streaming_pathology.evaluation.calibration import (
 )
 
 matplotlib.use('Agg')
-
-
-def refusal(function, *args, **options):
-    with pytest.raises(InputError) as found:
-        function(*args, **options)
-    return str(found.value)
 
 
 def simulated(n, confidence=1.7):

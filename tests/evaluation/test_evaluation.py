@@ -5,9 +5,9 @@ import pytest
 from cohorts import cohorts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refusal
 from sklearn.metrics import average_precision_score, roc_curve
 
-from streaming_pathology.core import InputError
 from streaming_pathology.evaluation.auc import Resampling, bootstrap_ci, draw_weights, percent
 from streaming_pathology.evaluation.evaluation import (
     average_precision,
@@ -22,12 +22,6 @@ from streaming_pathology.evaluation.evaluation import (
     read_predictions,
     roc_band,
 )
-
-
-def refusal(function, *args, **options):
-    with pytest.raises(InputError) as found:
-        function(*args, **options)
-    return str(found.value)
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 import matplotlib
 import numpy as np
 import pytest
+from refusals import refusal
 from scipy import stats
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from sklearn.metrics import confusion_matrix as confusion_of
 
-from streaming_pathology.core import InputError
 from streaming_pathology.evaluation.auc import Resampling
 from streaming_pathology.evaluation.outcomes import (
     class_aucs,
@@ -20,12 +20,6 @@ from streaming_pathology.evaluation.outcomes import (
 )
 
 matplotlib.use('Agg')
-
-
-def refusal(function, *args, **options):
-    with pytest.raises(InputError) as found:
-        function(*args, **options)
-    return str(found.value)
 
 
 def limits(estimate):

@@ -5,8 +5,8 @@ import json
 import matplotlib
 import numpy as np
 import pytest
+from refusals import refusal
 
-from streaming_pathology.core import InputError
 from streaming_pathology.evaluation.auc import INTERVALS, Resampling, auc
 from streaming_pathology.evaluation.outcomes import class_aucs
 from streaming_pathology.evaluation.results import (
@@ -18,12 +18,6 @@ from streaming_pathology.evaluation.results import (
 from streaming_pathology.io import write_csv
 
 matplotlib.use('Agg')
-
-
-def refusal(function, *args, **options):
-    with pytest.raises(InputError) as found:
-        function(*args, **options)
-    return str(found.value)
 
 
 def write_table(path, labels, predicted, split='test'):

@@ -1,8 +1,8 @@
 "The errors of models, the categories that a reviewer gives them, and their table."
 
 import pytest
+from refusals import refusal
 
-from streaming_pathology.core import InputError
 from streaming_pathology.evaluation.evaluation import Prediction, read_predictions
 from streaming_pathology.evaluation.review import (
     category_table,
@@ -44,12 +44,6 @@ def write_categories(tmp_path):
         return write_csv(tmp_path / 'c.csv', [dict(zip(columns, row)) for row in rows], columns)
 
     return write
-
-
-def refusal(function, *args, **options):
-    with pytest.raises(InputError) as found:
-        function(*args, **options)
-    return str(found.value)
 
 
 def test_errors(table):

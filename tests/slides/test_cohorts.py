@@ -15,8 +15,8 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refusal
 
-from streaming_pathology.core import InputError
 from streaming_pathology.slides.cohorts import (
     SPLITS,
     Case,
@@ -33,32 +33,12 @@ from streaming_pathology.slides.cohorts import (
     safe_id,
     split_cohort,
     subset,
-    tiny_cohort,
     tiny_slide,
 )
 from streaming_pathology.slides.datasets import check_cohort
 from streaming_pathology.slides.readers import write_tiff
 from streaming_pathology.slides.synthetic import paint_biopsy
 from streaming_pathology.slides.trim import Trim, trim_slides
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    "A folder with a small cohort."
-    return tiny_cohort(tmp_path_factory.mktemp('tiny') / 'cohort').parent
-
-
-@pytest.fixture(scope='module')
-def cases(folder):
-    return read_manifest(folder / 'manifest.csv')
-
-
-def refusal(function, *args, **options):
-    "What a function says when it refuses its input."
-    with pytest.raises(InputError) as caught:
-        function(*args, **options)
-    return str(caught.value)
-
 
 # ---- manifests
 

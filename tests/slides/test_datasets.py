@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import pyvips
 import torch
+from refusals import refusal
 from small import Small
 
-from streaming_pathology.core import InputError
 from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.slides.augment import Augmentation, slide_rng
 from streaming_pathology.slides.cohorts import read_manifest, tiny_cohort
@@ -34,24 +34,6 @@ from streaming_pathology.slides.datasets import (
 )
 from streaming_pathology.training.loop import fit
 from streaming_pathology.training.models import StreamingClassifier
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    return tiny_cohort(tmp_path_factory.mktemp('tiny') / 'cohort').parent
-
-
-@pytest.fixture(scope='module')
-def cases(folder):
-    return read_manifest(folder / 'manifest.csv')
-
-
-def refusal(function, *args, **options):
-    "What a function says when it refuses its input."
-    with pytest.raises(InputError) as caught:
-        function(*args, **options)
-    return str(caught.value)
-
 
 # ---- images
 

@@ -14,6 +14,7 @@ import torch
 from fastcore.test import test_close as check_close
 from matplotlib import pyplot as plt
 from PIL import Image
+from refusals import refusal
 from scipy import ndimage
 
 from streaming_pathology.core import InputError
@@ -97,12 +98,6 @@ def four(tmp_path_factory):
 
 def trimmed(cases, out, settings=COHORT, **options):
     return trim_slides(cases, out, settings, progress=False, **options)
-
-
-def refusal(function, *args, **options):
-    with pytest.raises(InputError) as caught:
-        function(*args, **options)
-    return str(caught.value)
 
 
 # ---- cuts

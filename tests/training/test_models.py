@@ -6,10 +6,10 @@ import hashlib
 import pytest
 import torch
 import torchvision
+from refusals import refusal
 from torch import nn
 from torchvision.models import resnet18
 
-from streaming_pathology.core import InputError
 from streaming_pathology.training.models import (
     Normalise,
     StreamingClassifier,
@@ -19,12 +19,6 @@ from streaming_pathology.training.models import (
 )
 
 FOUR = dict(in_chans=4, mean=[0.5] * 4, std=[0.2] * 4)  # channels
-
-
-def refusal(function, *args, **options):
-    with pytest.raises(InputError) as caught:
-        function(*args, **options)
-    return str(caught.value)
 
 
 def plain(model):

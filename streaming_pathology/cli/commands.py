@@ -274,10 +274,13 @@ def counted(n, one, more=None):
 
 
 def _let_go(e):
-    "Free what an interrupt has left half-made; what that says when it goes (a progress bar without a place) concerns nobody."
+    """Free what an interrupt, or the end of a worker, has left half-made. What that says when it goes
+    (a progress bar without a place, a loader that misses its worker) concerns nobody."""
     former, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
-        traceback.clear_frames(e.__traceback__)
+        while e is not None:
+            traceback.clear_frames(e.__traceback__)
+            e = e.__context__
     finally:
         sys.unraisablehook = former
 
@@ -297,7 +300,8 @@ def status_of(f, *args, **kwargs):
     except KeyboardInterrupt as e:
         _let_go(e)
         said, status = 'interrupted', 130
-    except (ConnectionResetError, ConnectionRefusedError, EOFError):
+    except (ConnectionResetError, ConnectionRefusedError, EOFError) as e:
+        _let_go(e)
         said, status = _worker_died, 2  # while it was handing something over
     except OSError as e:
         said, status = f'{e.filename or "a file"}: {e.strerror or one_line(e)}', 2
@@ -309,6 +313,7 @@ def status_of(f, *args, **kwargs):
     except RuntimeError as e:
         if not worker_died(e):
             raise
+        _let_go(e)
         said, status = _worker_died, 2
     if os.environ.get('WORLD_SIZE', '1') != '1' and 'RANK' in os.environ:
         said = f'rank {os.environ["RANK"]}: {said}'

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -196,6 +197,26 @@ def test_a_worker_is_killed_while_it_hands_over(capsys):
     assert (
         cli.status_of(reset) == 2
         and 'a process that reads slides was killed' in capsys.readouterr().err
+    )
+
+
+def test_a_loader_that_misses_its_worker_says_nothing_when_it_goes(capsys, monkeypatch):
+    killed = RuntimeError('DataLoader worker (pid 17471) is killed by signal: Killed.')
+
+    class Loader:
+        def __del__(self):
+            raise killed
+
+    def read():
+        loader = Loader()  # noqa: F841
+        raise killed
+
+    said = []
+    monkeypatch.setattr(sys, 'unraisablehook', said.append)
+    assert (
+        cli.status_of(read) == 2
+        and 'a process that reads slides was killed' in capsys.readouterr().err
+        and not said
     )
 
 

@@ -24,6 +24,7 @@ class Small(ResNet):
 if __name__ == '__main__':
     torchvision.models.resnet18 = Small
     from streaming_pathology.cli import commands as cli
+    from streaming_pathology.cli.parser import hide_main
 
-    cli._let_processes_be('small')  # as the commands themselves do
+    hide_main('small')  # as the commands themselves do
     sys.exit(cli.main())

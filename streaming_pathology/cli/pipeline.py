@@ -31,10 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 
-from .commands import environment
 from ..engine.plan import lean_memory
 from ..mil.bags import BagDataset, PatchGrid
 from ..mil.mil import InstanceMIL
+from ..runs.records import environment
 from ..slides.augment import Augmentation, augment, pixels
 from ..slides.cohorts import Case, read_manifest
 from ..slides.datasets import SlideDataset, slide_loader

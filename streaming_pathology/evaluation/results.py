@@ -9,15 +9,18 @@ __all__ = ['TASKS', 'SENTENCES', 'FIGURES', 'OutcomeTable', 'Outcomes', 'columns
            'multilabel_results', 'survival_results', 'measure_results', 'results', 'check_options', 'check_cohort',
            'sentences_of', 'binary_sentences', 'with_interval', 'point_sentence', 'subgroup_sentence',
            'class_sentences', 'multilabel_sentences', 'survival_sentences', 'measure_sentences', 'figures_of',
-           'binary_figures', 'class_figures', 'survival_figures']
+           'binary_figures', 'class_figures', 'survival_figures', 'draw_results']
 
 # %% ../../nbs/evaluation/07_results.ipynb #res000002
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
+import matplotlib.figure
 import numpy as np
 
 from ..core import InputError
@@ -51,7 +54,8 @@ from streaming_pathology.evaluation.outcomes import (
     plot_survival,
 )
 from .subgroups import by_group, plot_groups
-from ..io import read_table
+from ..io import read_table, write_whole
+from ..outputs import output_file
 
 # %% ../../nbs/evaluation/07_results.ipynb #c4374b63
 @dataclass(frozen=True)
@@ -696,3 +700,25 @@ def survival_figures(metrics: dict, outcomes: Outcomes, color: str) -> dict[str,
 
 
 FIGURES = dict(binary=binary_figures, classes=class_figures, survival=survival_figures)
+
+# %% ../../nbs/evaluation/07_results.ipynb #drawres1
+def draw_results(found: dict, predictions: Path, folder: Path, cohort: Path | None = None) -> list:
+    """Draw the figures of `results` into a folder, as SVG; their names.
+
+    Raises `InputError` if one of the files is there and is something else."""
+    figures = {}
+    for title, draw in figures_of(found, predictions, cohort).items():
+        name = re.sub(r'\W+', '_', title)
+        if name in figures:
+            name = f'{name}_{len(figures)}'
+        figures[name] = draw
+    names = [f'{name}.svg' for name in figures]
+    for name in names:
+        output_file(folder / name, '.svg', begins='(?s).*Matplotlib')
+    for name, draw in zip(names, figures.values(), strict=True):
+        figure = matplotlib.figure.Figure(figsize=(4.4, 4), layout='constrained')
+        draw(figure.add_subplot())
+        picture = BytesIO()
+        figure.savefig(picture, format='svg', metadata={'Date': None})
+        write_whole(folder / name, picture.getvalue())
+    return names

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BAND', 'CANVAS_MARGIN', 'Oversample', 'BLOCKED', 'rounded_up', 'centred', 'fit_canvas', 'TissueMap', 'grid_cells',
-           'paint_background', 'tissue_pixels', 'flips', 'ImageCache', 'message_lines', 'one_line', 'worker_died',
-           'check_augment', 'sparse_canvas', 'SlideDataset', 'canvas_text', 'boxes_read', 'is_within', 'lost_share',
-           'cropped', 'turned_out', 'unreadable', 'check_cohort', 'class_labels', 'check_known', 'oversampled_labels',
+           'paint_background', 'tissue_pixels', 'flips', 'ImageCache', 'message_lines', 'check_augment',
+           'sparse_canvas', 'SlideDataset', 'canvas_text', 'boxes_read', 'is_within', 'lost_share', 'cropped',
+           'turned_out', 'unreadable', 'check_cohort', 'class_labels', 'check_known', 'oversampled_labels',
            'EpochSampler', 'ignore_stops', 'as_it_is', 'sampler_labels', 'slide_loader', 'darkest_patch',
            'sample_patches', 'value_counts', 'mean_and_std', 'channel_statistics']
 
@@ -31,7 +31,7 @@ from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
-from ..core import InputError
+from ..core import InputError, one_line
 from ..engine.canvas import Canvas
 from ..io import several
 from ..outputs import STOPS
@@ -208,19 +208,6 @@ class ImageCache:
 def message_lines(error: BaseException) -> list[str]:
     "The lines of an exception's message; its type, where it has no message."
     return str(error).strip().splitlines() or [type(error).__name__]
-
-
-def one_line(error: BaseException) -> str:
-    "The message of an exception as one line, also where a worker put a whole traceback into it."
-    lines = message_lines(error)
-    if lines[0].startswith('Caught '):  # so torch begins what happened in a worker
-        return lines[-1].split('InputError: ', 1)[-1]
-    return ' '.join(line.strip() for line in lines)
-
-
-def worker_died(error: BaseException | None) -> bool:
-    "Whether an exception says that a worker of a DataLoader ended by itself."
-    return error is not None and 'DataLoader worker' in str(error)
 
 # %% ../../nbs/slides/06_datasets.ipynb #99733504
 CANVAS_MARGIN = 50.0  # microns of glass that a canvas keeps around tissue

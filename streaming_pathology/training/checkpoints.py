@@ -28,10 +28,9 @@ import torchvision
 from torch import nn
 
 import streaming_pathology
-from ..core import InputError
+from ..core import InputError, worker_died
 from ..io import whole_file
 from ..outputs import STOPS
-from ..slides.datasets import worker_died
 from .loop import Callback, State
 from .models import load_tensors
 

@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..core import InputError
-from ..slides.datasets import one_line
+from ..core import InputError, one_line
 from .loop import Alone, T
 
 # %% ../../nbs/training/06_distributed.ipynb #2b111bb8

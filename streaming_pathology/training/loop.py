@@ -7,11 +7,11 @@ __all__ = ['T', 'ONE_PROCESS', 'TWO_CLASSES', 'AMP_TYPES', 'ADVICE', 'KEPT', 'RE
            'CHANGES_TUNING_LOSS', 'slide_seed', 'rng_state', 'set_rng_state', 'Alone', 'autocast', 'logits_of',
            'logits_and_details', 'with_details', 'peak_mb', 'as_loader', 'slides_of', 'is_known', 'progress_bar',
            'predict', 'next_row_or_error', 'next_row_of', 'summary', 'loss_of', 'auc_of', 'TinyNet', 'synth_slides',
-           'synth_learner', 'Callback', 'has_state', 'Halted', 'check_finite', 'all_finite', 'checked_changes',
-           'change_of', 'State', 'train_epoch', 'next_items', 'checked_label', 'show_progress', 'each_backward',
-           'joint_backward', 'with_gradient', 'optimizer_step', 'check_options', 'check_callbacks',
-           'trained_parameters', 'make_optimizer', 'fingerprint', 'begin_epoch', 'end_epoch', 'evaluate_epoch', 'fit',
-           'start_training', 'run_epochs']
+           'synth_learner', 'Callback', 'has_state', 'check_finite', 'all_finite', 'checked_changes', 'change_of',
+           'State', 'train_epoch', 'next_items', 'checked_label', 'show_progress', 'each_backward', 'joint_backward',
+           'with_gradient', 'optimizer_step', 'check_options', 'check_callbacks', 'trained_parameters',
+           'make_optimizer', 'fingerprint', 'begin_epoch', 'end_epoch', 'evaluate_epoch', 'fit', 'start_training',
+           'run_epochs']
 
 # %% ../../nbs/training/03_loop.ipynb #60008edd
 import copy
@@ -33,10 +33,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..core import InputError, at_least_one
+from ..core import Halted, InputError, at_least_one, one_line
 from ..io import several
 from ..slides.augment import keyed_rng
-from ..slides.datasets import EpochSampler, one_line, slide_loader
+from ..slides.datasets import EpochSampler, slide_loader
 from .tasks import Binary, Task, joint_gradient
 
 # %% ../../nbs/training/03_loop.ipynb #9fbd9959
@@ -432,10 +432,6 @@ def has_state(callback: object) -> bool:
 ADVICE = (
     'lower the learning rate, look at the slide, or train without amp; no weight was changed by it'
 )
-
-
-class Halted(Exception):
-    "Training was asked to halt; it can resume from its last checkpoint."
 
 
 def check_finite(loss: float, slides: str, epoch: int) -> None:

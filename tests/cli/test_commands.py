@@ -22,7 +22,9 @@ from safetensors import safe_open
 from small import COMMAND
 
 from streaming_pathology.cli import commands as cli
+from streaming_pathology.cli.parser import COMMANDS
 from streaming_pathology.io import read_table, write_csv
+from streaming_pathology.runs.inputs import find_slides
 from streaming_pathology.slides.cohorts import tiny_cohort
 from streaming_pathology.slides.readers import sample_slide, write_tiff
 from streaming_pathology.slides.slides import Slide
@@ -859,8 +861,8 @@ def test_numbers_that_are_damaged(cohort, trained, tmp_path, capsys):
 def test_spacing_is_filled_in_only_where_a_slide_does_not_say(tmp_path):
     pyvips.Image.black(64, 64, bands=3).pngsave(str(tmp_path / 'flat.png'))
     assert (
-        cli.find_slides(sample_slide(), 1.0)[0].spacing is None
-        and cli.find_slides(tmp_path / 'flat.png', 1.0)[0].spacing == 1
+        find_slides(sample_slide(), 1.0)[0].spacing is None
+        and find_slides(tmp_path / 'flat.png', 1.0)[0].spacing == 1
     )
 
 
@@ -917,7 +919,7 @@ def test_an_interrupt_may_come_while_a_bar_is_made(cohort, tmp_path):
     interrupt = 'import signal, sys, tqdm.std; tqdm.std.tqdm._get_free_pos = classmethod(lambda *_: signal.raise_signal(signal.SIGINT)); '
     code = (
         interrupt
-        + 'from streaming_pathology.cli.commands import COMMANDS; sys.exit(COMMANDS["train"](sys.argv[1:]))'
+        + 'import streaming_pathology.cli.commands; from streaming_pathology.cli.parser import COMMANDS; sys.exit(COMMANDS["train"](sys.argv[1:]))'
     )
     done = subprocess.run(
         [sys.executable, '-c', code, cohort / 'manifest.csv', tmp_path / 'run', *map(str, QUICK)],
@@ -934,7 +936,7 @@ def test_an_interrupt_that_is_lost_comes_again(cohort, tmp_path):
     lost = 'import signal, sys, time, tqdm.std\nclass Going:\n    def __del__(self): signal.raise_signal(signal.SIGINT); sum(range(10))\nold = tqdm.std.tqdm.__init__\ndef init(self, *args, **kwargs): old(self, *args, **kwargs); Going(); time.sleep(3)\ntqdm.std.tqdm.__init__ = init\n'
     code = (
         lost
-        + 'from streaming_pathology.cli.commands import COMMANDS; sys.exit(COMMANDS["train"](sys.argv[1:]))'
+        + 'import streaming_pathology.cli.commands; from streaming_pathology.cli.parser import COMMANDS; sys.exit(COMMANDS["train"](sys.argv[1:]))'
     )
     done = subprocess.run(
         [
@@ -991,7 +993,7 @@ def test_interrupted_demo_leaves_nothing(tmp_path, capsys, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, 'check_cohort', stop)
+    monkeypatch.setattr('streaming_pathology.runs.runs.check_cohort', stop)
     refused(capsys, ['demo', '--tiny', '--out', tmp_path / 'demo'], 'interrupted', status=130)
     assert not list(tmp_path.iterdir())
 
@@ -1134,7 +1136,7 @@ def test_as_a_process(cohort, tmp_path):
 
 
 def test_help_of_every_command(capsys):
-    for name in cli.COMMANDS:
+    for name in COMMANDS:
         with pytest.raises(SystemExit) as e:
             cli.main([name, '--help'])
         assert e.value.code == 0 and f'sp_{name}' in capsys.readouterr().out

@@ -12,6 +12,7 @@ from streaming_pathology.cli import compare
 from streaming_pathology.evaluation.review import errors_of
 from streaming_pathology.io import write_csv
 from streaming_pathology.slides.cohorts import tiny_cohort
+from streaming_pathology.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures('small_resnet')
 
@@ -48,7 +49,7 @@ def whole(once):
 
 
 def compared(*argv):
-    return compare.sp_compare([str(a) for a in argv])
+    return cli.sp_compare([str(a) for a in argv])
 
 
 def figures(folder):
@@ -153,14 +154,14 @@ def test_links_to_runs_of_any_name(whole, tmp_path):
 
 
 def test_stopped_and_gone_on(whole, tmp_path, monkeypatch):
-    save, seen = cli.Checkpoints.save, []
+    save, seen = Checkpoints.save, []
 
     def stopped(self, s):
         save(self, s)
         seen.append(1)
         len(seen) % 9 == 4 and signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(cli.Checkpoints, 'save', stopped)
+    monkeypatch.setattr(Checkpoints, 'save', stopped)
     stops = 0
     while (
         status := compared(whole / 'streaming', whole / 'mil.toml', tmp_path / 'compared')

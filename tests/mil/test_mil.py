@@ -15,7 +15,7 @@ from small import COMMAND
 from streaming_pathology.cli import commands as cli
 from streaming_pathology.slides.cohorts import tiny_cohort
 from streaming_pathology.slides.synthetic import write_cohort
-from streaming_pathology.training.checkpoints import last_point
+from streaming_pathology.training.checkpoints import Checkpoints, last_point
 
 pytestmark = pytest.mark.usefixtures('small_resnet')
 
@@ -57,7 +57,7 @@ def whole(once):
 def test_stopped_in_either_phase(whole, tmp_path, monkeypatch):
     argv, save, phases = (
         ['mil', whole / 'cohort/manifest.csv', tmp_path / 'run', *TRAIN, '--resume'],
-        cli.Checkpoints.save,
+        Checkpoints.save,
         set(),
     )
     for stop in range(1, 20):  # after so many points
@@ -68,7 +68,7 @@ def test_stopped_in_either_phase(whole, tmp_path, monkeypatch):
             seen.append(1)
             len(seen) == stop and signal.raise_signal(signal.SIGTERM)
 
-        monkeypatch.setattr(cli.Checkpoints, 'save', stopped)
+        monkeypatch.setattr(Checkpoints, 'save', stopped)
         status = cli.main(argv)
         if status == 0:
             break
@@ -252,7 +252,7 @@ def test_features_stopped(whole, features, tmp_path, monkeypatch):
     "After each slide; what is kept on the way is what is used."
     argv, save, points = (
         ['mil', whole / 'cohort/manifest.csv', tmp_path / 'run', *FEATURES, '--resume'],
-        cli.Checkpoints.save,
+        Checkpoints.save,
         [],
     )
 
@@ -261,7 +261,7 @@ def test_features_stopped(whole, features, tmp_path, monkeypatch):
         points.append(1)
         len(points) % 7 == 0 and signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(cli.Checkpoints, 'save', stopped)
+    monkeypatch.setattr(Checkpoints, 'save', stopped)
     stops = 0
     while (status := cli.main(argv)) == 75:
         stops += 1

@@ -14,6 +14,7 @@ import torch
 from refusals import refusal
 from small import Small
 
+from streaming_pathology.core import one_line, worker_died
 from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.slides.augment import Augmentation, slide_rng
 from streaming_pathology.slides.cohorts import read_manifest, tiny_cohort
@@ -26,11 +27,9 @@ from streaming_pathology.slides.datasets import (
     fit_canvas,
     flips,
     message_lines,
-    one_line,
     sample_patches,
     slide_loader,
     turned_out,
-    worker_died,
 )
 from streaming_pathology.training.loop import fit
 from streaming_pathology.training.models import StreamingClassifier

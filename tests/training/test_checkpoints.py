@@ -11,6 +11,7 @@ import pytest
 import torch
 from trainings import complaint
 
+from streaming_pathology.core import Halted
 from streaming_pathology.training.checkpoints import (
     Checkpoints,
     HaltOnSignal,
@@ -21,7 +22,7 @@ from streaming_pathology.training.checkpoints import (
     points,
     save_checkpoint,
 )
-from streaming_pathology.training.loop import Callback, Halted, TinyNet, fit, synth_learner
+from streaming_pathology.training.loop import Callback, TinyNet, fit, synth_learner
 
 
 @pytest.fixture

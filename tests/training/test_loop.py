@@ -19,12 +19,11 @@ from trainings import (
     without_times,
 )
 
-from streaming_pathology.core import InputError
+from streaming_pathology.core import Halted, InputError
 from streaming_pathology.training.callbacks import EMA, DryRun, EarlyStopping
 from streaming_pathology.training.loop import (
     Alone,
     Callback,
-    Halted,
     TinyNet,
     fit,
     has_state,

@@ -21,11 +21,21 @@ from runs import heard, refused, tree
 from small import COMMAND
 
 from streaming_pathology.cli import commands as cli
+from streaming_pathology.cli.parser import status_of
+from streaming_pathology.core import InputError
 from streaming_pathology.io import write_csv
 from streaming_pathology.outputs import REPORT
+from streaming_pathology.runs.methods import Streaming
+from streaming_pathology.runs.records import Record
+from streaming_pathology.runs.settings import StreamingSettings
 from streaming_pathology.slides.cohorts import tiny_cohort
 from streaming_pathology.training.callbacks import EarlyStopping
-from streaming_pathology.training.checkpoints import last_point, load_checkpoint, points
+from streaming_pathology.training.checkpoints import (
+    Checkpoints,
+    last_point,
+    load_checkpoint,
+    points,
+)
 from streaming_pathology.training.loop import TinyNet, fit, synth_learner
 
 pytestmark = pytest.mark.usefixtures('small_resnet')
@@ -195,7 +205,7 @@ def test_a_worker_is_killed_while_it_hands_over(capsys):
         raise ConnectionResetError(104, 'Connection reset by peer')
 
     assert (
-        cli.status_of(reset) == 2
+        status_of(reset) == 2
         and 'a process that reads slides was killed' in capsys.readouterr().err
     )
 
@@ -214,7 +224,7 @@ def test_a_loader_that_misses_its_worker_says_nothing_when_it_goes(capsys, monke
     said = []
     monkeypatch.setattr(sys, 'unraisablehook', said.append)
     assert (
-        cli.status_of(read) == 2
+        status_of(read) == 2
         and 'a process that reads slides was killed' in capsys.readouterr().err
         and not said
     )
@@ -463,15 +473,15 @@ def test_what_was_finished_is_not(cohort, whole, halfway, capsys, monkeypatch):
     (halfway / 'heatmaps/s00.npy').touch()
     argv, save = (
         ['train', cohort / 'manifest.csv', halfway, *TRAIN, '--save-minutes', 0, '--resume'],
-        cli.Checkpoints.save,
+        Checkpoints.save,
     )
 
     def stopped(self, s):
-        monkeypatch.setattr(cli.Checkpoints, 'save', save)
+        monkeypatch.setattr(Checkpoints, 'save', save)
         save(self, s)
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(cli.Checkpoints, 'save', stopped)
+    monkeypatch.setattr(Checkpoints, 'save', stopped)
     assert cli.main(argv) == 75
     assert (
         sorted(p.name for p in halfway.iterdir() if p.is_file())
@@ -552,14 +562,10 @@ def test_what_comes_too_late():
             epoch=done, first=first, epochs=epochs, stop=stop, stage=stage, history=[{}] * done
         )
         try:
-            cli.Record(
-                'run',
-                [],
-                dict(command='sp_train', recipe=None, epochs=first + epochs, patience=None)
-                | settings,
-                changed,
-            ).resumed(s)
-        except cli.InputError as e:
+            values = dict(recipe=None, epochs=first + epochs, patience=None) | settings
+            method = Streaming(StreamingSettings(manifest='', **values))
+            Record('run', [], method, changed).resumed(s)
+        except InputError as e:
             return str(e)
 
     assert (

@@ -185,10 +185,11 @@ def run_of(folder: Path, path: Path) -> Run:
             f'{path} is of {values.get("command") or "no command"}; its first line has to say '
             'command = "sp_train" or "sp_mil"'
         )
-    if not values.get('manifest'):
+    manifest = values.pop('manifest', None)
+    settings = from_values(kind, values, path, manifest=str(path.parent / (manifest or '')))
+    if not manifest:
         raise InputError(f'{path} does not say its manifest')
-    manifest = str(path.parent / values.pop('manifest'))
-    return Run(from_values(kind, values, path, manifest=manifest), folder)
+    return Run(settings, folder)
 
 # %% ../../nbs/cli/02_compare.ipynb #cmp00008
 @dataclass

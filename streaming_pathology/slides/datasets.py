@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BAND', 'CANVAS_MARGIN', 'Oversample', 'BLOCKED', 'rounded_up', 'centred', 'fit_canvas', 'TissueMap', 'grid_cells',
-           'paint_background', 'tissue_pixels', 'flips', 'ImageCache', 'message_lines', 'check_augment',
-           'sparse_canvas', 'SlideDataset', 'canvas_text', 'boxes_read', 'is_within', 'lost_share', 'cropped',
-           'turned_out', 'unreadable', 'check_cohort', 'class_labels', 'check_known', 'oversampled_labels',
-           'EpochSampler', 'ignore_stops', 'as_it_is', 'sampler_labels', 'slide_loader', 'darkest_patch',
-           'sample_patches', 'value_counts', 'mean_and_std', 'channel_statistics']
+           'paint_background', 'tissue_pixels', 'flips', 'ImageCache', 'check_augment', 'sparse_canvas', 'SlideDataset',
+           'canvas_text', 'boxes_read', 'is_within', 'lost_share', 'cropped', 'turned_out', 'unreadable',
+           'check_cohort', 'class_labels', 'check_known', 'oversampled_labels', 'EpochSampler', 'ignore_stops',
+           'as_it_is', 'sampler_labels', 'slide_loader', 'darkest_patch', 'sample_patches', 'value_counts',
+           'mean_and_std', 'channel_statistics']
 
 # %% ../../nbs/slides/06_datasets.ipynb #d92a64d3
 import copy
@@ -31,7 +31,7 @@ from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
-from ..core import InputError, one_line
+from ..core import InputError, message_lines
 from ..engine.canvas import Canvas
 from ..io import several
 from ..outputs import STOPS
@@ -203,11 +203,6 @@ class ImageCache:
 
     def __reduce__(self) -> tuple:
         return ImageCache, (self.limit,)
-
-# %% ../../nbs/slides/06_datasets.ipynb #9fcb74c5
-def message_lines(error: BaseException) -> list[str]:
-    "The lines of an exception's message; its type, where it has no message."
-    return str(error).strip().splitlines() or [type(error).__name__]
 
 # %% ../../nbs/slides/06_datasets.ipynb #99733504
 CANVAS_MARGIN = 50.0  # microns of glass that a canvas keeps around tissue

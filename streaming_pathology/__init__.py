@@ -9,7 +9,7 @@ __all__ = ['Canvas', 'Slide', 'StreamingClassifier', 'StreamingError', 'evaluate
 
 # %% ../nbs/03___init__.ipynb #a4563511
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from streaming_pathology.engine.canvas import Canvas
@@ -54,12 +54,12 @@ _MODULES = {
 }
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     "Load a public name from its module."
     if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return getattr(import_module(f'streaming_pathology.{_MODULES[name]}'), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *_MODULES])

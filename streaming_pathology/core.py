@@ -14,7 +14,7 @@ class Halted(Exception):
     "A training was stopped by a signal, and can be resumed."
 
 
-def at_least_one(**values):
+def at_least_one(**values: float) -> None:
     "Refuse what is no whole number above 0, by its name."
     for name, value in values.items():
         if not (value >= 1 and value == int(value)):

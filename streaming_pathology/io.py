@@ -15,8 +15,10 @@ import os
 import shutil
 import uuid
 from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from .core import InputError
 
@@ -27,7 +29,7 @@ except ImportError:  # not on Windows, where a folder cannot be locked
 
 # %% ../nbs/01_io.ipynb #5d55d76c
 @contextmanager
-def whole_file(path):
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """A new binary file that takes the place of `path` when the block ends.
 
     If anything goes wrong, what was there before stays. Folders on the way are made. Raises
@@ -52,7 +54,7 @@ def whole_file(path):
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(path, content: str | bytes) -> Path:
+def write_whole(path: str | Path, content: str | bytes) -> Path:
     "Write a file so that at any moment the old or the new one is there, whole. Returns its path."
     if isinstance(content, str):
         content = content.encode()
@@ -62,9 +64,9 @@ def write_whole(path, content: str | bytes) -> Path:
 
 
 def write_csv(
-    path,
-    rows: list,  # dicts; the columns are those of the first
-    columns: list | None = None,  # these columns instead
+    path: str | Path,
+    rows: Sequence[Mapping[str, Any]],  # the columns are those of the first
+    columns: Sequence[str] | None = None,  # these columns instead
 ) -> Path:
     """Write a CSV file, whole or not at all. Returns its path.
 
@@ -78,7 +80,7 @@ def write_csv(
     return write_whole(path, text.getvalue())
 
 
-def as_cell(value):
+def as_cell(value: Any) -> Any:
     "A whole number without its decimal point, if it is one that floats have exactly."
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
@@ -86,7 +88,7 @@ def as_cell(value):
 
 # %% ../nbs/01_io.ipynb #c17113ce
 @contextmanager
-def locked(folder):
+def locked(folder: str | Path) -> Iterator[None]:
     """A lock on a folder, as long as the block runs. Raises `InputError` if another process has it.
 
     On Windows, and on file systems without locks, there is none."""
@@ -110,10 +112,10 @@ def locked(folder):
 
 # %% ../nbs/01_io.ipynb #bb4a459f
 def read_rows(
-    path,
+    path: str | Path,
     way_out: str = 'give the path of an existing file',  # what to do where there is none
     separators: str = ',',  # characters that may stand between values
-) -> tuple:
+) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header of a CSV file, and (line number, values) of each row that is not empty.
 
     Values are text without blanks around it. Raises `InputError` for what is no CSV file."""
@@ -145,7 +147,9 @@ def read_rows(
     return header, rows[1:]
 
 
-def check_header(path, header: list, needed, known):
+def check_header(
+    path: str | Path, header: list[str], needed: Collection[str], known: Collection[str]
+) -> None:
     """Refuse a header that lacks a needed column, has one twice, or has one that looks like a known
     column misspelt: that would be left out without a word."""
     if len(header) == 1:
@@ -172,7 +176,7 @@ def check_header(path, header: list, needed, known):
             )
 
 
-def misspelt(column: str, header: list, known) -> str | None:
+def misspelt(column: str, header: list[str], known: Collection[str]) -> str | None:
     "The first name in the header that looks like `column` and is none of the known ones."
     for name in header:
         spelt = name.lower().replace(' ', '_')
@@ -181,22 +185,22 @@ def misspelt(column: str, header: list, known) -> str | None:
     return None
 
 
-class Row(dict):
+class Row(dict[str, str]):
     "A row of a table: column -> text. `line` is its line in the file."
 
-    def __init__(self, values, line: int):
+    def __init__(self, values: Mapping[str, str] | Iterable[tuple[str, str]], line: int) -> None:
         super().__init__(values)
         self.line = line
 
 
 def read_table(
-    path,  # a CSV file
-    needed,  # columns that it must have
-    optional=(),  # columns that it may have; others are left alone
+    path: str | Path,  # a CSV file
+    needed: Collection[str],  # columns that it must have
+    optional: Collection[str] = (),  # columns that it may have; others are left alone
     way_out: str = 'give the path of an existing file',  # what to do where there is none
     separators: str = ',',  # characters that may stand between values
-) -> list:
-    """The rows of a table with a header, a `Row` each.
+) -> list[Row]:
+    """The rows of a table with a header.
 
     Raises `InputError` with the file, the line and what is wrong with it."""
     header, rows = read_rows(path, way_out, separators)
@@ -221,7 +225,7 @@ def finite_number(text: str, what: str) -> float:
     return number
 
 
-def several(start: str, problems, most: int = 8) -> str:
+def several(start: str, problems: Iterable[str], most: int = 8) -> str:
     "One sentence from many problems: the first few in full, the rest counted."
     problems = list(problems)
     text = f'{start}: {"; ".join(problems[:most])}'

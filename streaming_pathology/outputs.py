@@ -16,10 +16,12 @@ import signal
 import threading
 import uuid
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 from .core import InputError
 from .io import locked
@@ -31,15 +33,15 @@ class Output:
 
     mark: str  # a file that is written first
     says: str  # a text in that file
-    files: tuple  # patterns of all other files
+    files: tuple[str, ...]  # patterns of all other files
 
     @cached_property
-    def file_patterns(self) -> list:
+    def file_patterns(self) -> list[Path]:
         "Patterns of all files."
         return [Path(pattern) for pattern in (self.mark, *self.files)]
 
     @cached_property
-    def folder_patterns(self) -> set:
+    def folder_patterns(self) -> set[Path]:
         "Patterns of the folders that these files lie in."
         return {
             folder for pattern in self.file_patterns for folder in pattern.parents if folder.name
@@ -106,10 +108,10 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith('.') and path.suffix == '.partial'
 
 
-def contents(folder: Path):
+def contents(folder: Path) -> Iterator[Path]:
     "All files and folders below `folder`, relative to it."
 
-    def refuse(e):
+    def refuse(e: OSError) -> NoReturn:
         raise InputError(
             f'{e.filename} cannot be read ({e.strerror}); give the name of a new folder'
         ) from None
@@ -136,7 +138,7 @@ def foreign(folder: Path, kind: Output) -> Path | None:
     return None
 
 # %% ../nbs/02_outputs.ipynb #7fabc3ae
-def absolute(path) -> Path:
+def absolute(path: str | Path) -> Path:
     "A path without links, `~` and `..`. Raises `InputError` where it leads nowhere."
     if not str(path):
         raise InputError('the name of what to write is empty; give one')
@@ -147,10 +149,10 @@ def absolute(path) -> Path:
 
 
 def claim(
-    folder,
+    folder: str | Path,
     overwrite: bool = False,  # what a former run wrote may be replaced
     kind: Output = RUN,  # what is going to be written
-    inputs=(),  # paths that are read, which must not lie in the folder
+    inputs: Iterable[str | Path] = (),  # paths that are read, which must not lie in the folder
     way: str = 'add --overwrite to replace it, or',  # how else than by another folder
     others: bool = False,  # what lies beside a former run may stay
 ) -> Path:
@@ -176,7 +178,7 @@ def claim(
     return folder
 
 
-def check_contents(folder: Path, given, kind: Output, others: bool):
+def check_contents(folder: Path, given: str | Path, kind: Output, others: bool) -> None:
     "Refuse a folder that is being written or, unless `others`, that holds what no former run wrote."
     with locked(folder):
         path = None if others else foreign(folder, kind)
@@ -193,7 +195,7 @@ def holds_anything(folder: Path) -> bool:
     )
 
 
-def check_writable(folder: Path, given):
+def check_writable(folder: Path, given: str | Path) -> None:
     "Refuse `given` if nothing can be made in `folder`, or in the nearest one above that exists."
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     probe = nearest / f'.{uuid.uuid4().hex}.partial'
@@ -212,7 +214,7 @@ STOPS = [
 
 
 @contextmanager
-def uninterrupted():
+def uninterrupted() -> Iterator[None]:
     "Signals to stop that come while the block runs are raised after it."
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -228,7 +230,7 @@ def uninterrupted():
         signal.raise_signal(came[0])
 
 
-def remove(path: Path):
+def remove(path: Path) -> None:
     "Delete a file, a link or a folder with all in it."
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -236,21 +238,27 @@ def remove(path: Path):
         path.unlink()
 
 
-def empty(folder: Path, *names: str):
+def empty(folder: Path, *names: str) -> None:
     "Delete what is in a folder, but for these names."
     for path in folder.iterdir():
         if path.name not in (*names, *SYSTEM):
             remove(path)
 
 
-def move_all(source: Path, target: Path, names=(), last: str | None = None, first=None):
+def move_all(
+    source: Path,
+    target: Path,
+    names: Sequence[str] = (),
+    last: str | None = None,
+    first: str | None = None,
+) -> None:
     "Move what is in a folder to another, but for these `names`; one goes `first` or `last`."
     for path in sorted(source.iterdir(), key=lambda p: (p.name == last, p.name != first, p.name)):
         if path.name not in (FORMER, NEW, *SYSTEM, *names):
             path.rename(target / path.name)
 
 
-def set_aside(folder: Path, kind: Output, stays=()):
+def set_aside(folder: Path, kind: Output, stays: Sequence[str] = ()) -> None:
     "Empty a folder, but for `.new` and what `stays`. The last whole run is in `.former` afterwards."
     former = folder / FORMER
     if not (former / kind.mark).exists() and (folder / kind.mark).exists():
@@ -259,7 +267,7 @@ def set_aside(folder: Path, kind: Output, stays=()):
     empty(folder, FORMER, NEW, *stays)
 
 
-def put_back(folder: Path, kind: Output):
+def put_back(folder: Path, kind: Output) -> None:
     "The opposite of `set_aside`."
     former = folder / FORMER
     if former.exists():
@@ -268,7 +276,7 @@ def put_back(folder: Path, kind: Output):
         former.rmdir()
 
 
-def forget_former(folder: Path):
+def forget_former(folder: Path) -> None:
     "Delete what a folder held before; warn where that fails."
     former = folder / FORMER
     with uninterrupted():
@@ -277,7 +285,7 @@ def forget_former(folder: Path):
             warnings.warn(f'{former}, which a new run replaced, could not be deleted')
 
 
-def sweep(folder: Path, kind: Output):
+def sweep(folder: Path, kind: Output) -> None:
     "Delete what a process that was killed left half-written: see `whole_file`."
     for pattern in kind.file_patterns:
         name = '*' if '*' in pattern.name else pattern.name
@@ -286,7 +294,9 @@ def sweep(folder: Path, kind: Output):
 
 # %% ../nbs/02_outputs.ipynb #0c822821
 @contextmanager
-def replacing(folder: Path, kind: Output = RUN, worth=(), stays=()):
+def replacing(
+    folder: Path, kind: Output = RUN, worth: Iterable[str] = (), stays: Sequence[str] = ()
+) -> Iterator[Path]:
     """A claimed folder, emptied for new work but for subfolders that can be used again and so
     `stays`.
 
@@ -310,7 +320,7 @@ def replacing(folder: Path, kind: Output = RUN, worth=(), stays=()):
         forget_former(folder)
 
 
-def undo(folder: Path, kind: Output, worth, emptied: bool, was_there: bool):
+def undo(folder: Path, kind: Output, worth: Iterable[str], emptied: bool, was_there: bool) -> None:
     "Bring back what a folder held before work that failed, unless that is `worth` keeping."
     former = folder / FORMER
     resumable = any(True for pattern in worth for _ in folder.glob(pattern))
@@ -326,7 +336,7 @@ def undo(folder: Path, kind: Output, worth, emptied: bool, was_there: bool):
 
 # %% ../nbs/02_outputs.ipynb #15626013
 @contextmanager
-def continuing(folder: Path, kind: Output = RUN):
+def continuing(folder: Path, kind: Output = RUN) -> Iterator[Path]:
     "A folder in which work is resumed. When it is done, what the folder held before is deleted."
     with locked(folder):
         sweep(folder, kind)
@@ -336,11 +346,11 @@ def continuing(folder: Path, kind: Output = RUN):
 # %% ../nbs/02_outputs.ipynb #9c1cbc2e
 @contextmanager
 def staged(
-    folder,
+    folder: str | Path,
     overwrite: bool = False,
     kind: Output = RUN,
     way: str = 'add --overwrite to replace it, or',
-):
+) -> Iterator[Path]:
     """A subfolder of `folder`, whose content takes the place of what is there when the block ends,
     or vanishes if anything goes wrong before. The arguments are those of `claim`."""
     given, folder = folder, claim(folder, overwrite, kind, way=way)
@@ -366,7 +376,7 @@ def staged(
             ) from None
 
 
-def put_in_place(folder: Path, given, kind: Output):
+def put_in_place(folder: Path, given: str | Path, kind: Output) -> None:
     "Replace what a folder holds by what is in `.new`."
     path = foreign(folder, kind)
     if path:
@@ -379,7 +389,9 @@ def put_in_place(folder: Path, given, kind: Output):
         shutil.rmtree(folder / FORMER, ignore_errors=True)
 
 # %% ../nbs/02_outputs.ipynb #416e8d6a
-def output_file(path, suffix: str, inputs=(), begins: str = '') -> Path:
+def output_file(
+    path: str | Path, suffix: str, inputs: Iterable[str | Path] = (), begins: str = ''
+) -> Path:
     """The absolute path of a file that a command writes.
 
     Raises `InputError` if it is a folder, has another ending than `suffix`, is one of the `inputs`,

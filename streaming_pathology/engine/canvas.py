@@ -10,8 +10,10 @@ __all__ = ['GRID', 'whole_number', 'Canvas', 'checked_color', 'runs_of', 'joined
 # %% ../../nbs/engine/08_canvas.ipynb #de66bc77
 import math
 import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -19,10 +21,11 @@ from torch.nn import functional as F
 from ..core import InputError
 from .functions import wide
 from .graph import autocast_to, autocast_type
-from .program import Program
+from .program import Operation, Program
 from streaming_pathology.engine.schedule import (
     Buffer,
     Cut,
+    Heights,
     Schedule,
     Step,
     Strip,
@@ -30,10 +33,20 @@ from streaming_pathology.engine.schedule import (
     total_step,
     what_is_read,
 )
-from .windows import Region, Spread, StreamingError, side_of, whole_side
+from streaming_pathology.engine.windows import (
+    AnyWindow,
+    Range,
+    Region,
+    Side,
+    Spread,
+    StreamingError,
+    Window,
+    side_of,
+    whole_side,
+)
 
 # %% ../../nbs/engine/08_canvas.ipynb #17524fdf
-def whole_number(n) -> int | None:
+def whole_number(n: Any) -> int | None:
     "`n` as an int, if it is a whole number."
     if isinstance(n, bool):
         return None
@@ -52,36 +65,41 @@ class Canvas:
 
     def __init__(
         self,
-        shape: tuple,  # (H, W) in pixels
-        color: tuple,  # one number a channel, in the units of the patches
-        patches=(),  # (top, left, tensor (C, h, w)) each, in pixels of the canvas, all of one type
+        shape: Sequence[int],  # (H, W) in pixels
+        color: Iterable[float],  # one number a channel, in the units of the patches
+        # (top, left, tensor (C, h, w)) each, in pixels of the canvas, all of one type
+        patches: Iterable[tuple[int, int, torch.Tensor]] = (),
         dtype: torch.dtype | None = None,  # of the pixels; None: the patches'
-    ):
-        size = [whole_number(n) for n in shape] if isinstance(shape, (tuple, list)) else []
-        if len(size) != 2 or not all(n and n > 0 for n in size):
+    ) -> None:
+        sides = list(shape) if isinstance(shape, (tuple, list)) else []
+        size = [n for n in map(whole_number, sides) if n is not None and n > 0]
+        if not len(sides) == len(size) == 2:
             raise InputError(
                 f'shape={shape} is not the size of a canvas: give (height, width) in whole pixels.'
             )
         self.color = checked_color(color)
-        patches = list(patches)
-        for i, patch in enumerate(patches):
+        given = list(patches)
+        for i, patch in enumerate(given):
             if not isinstance(patch, (tuple, list)) or len(patch) != 3:
                 raise InputError(f'Patch {i} is {patch!r}: give (top, left, tensor).')
         self.shape = torch.Size((1, len(self.color), *size))
-        self.patches = [(whole_number(top), whole_number(left), p) for top, left, p in patches]
-        types = [p.dtype for *_, p in self.patches if isinstance(p, torch.Tensor)]
+        types = [p.dtype for *_, p in given if isinstance(p, torch.Tensor)]
         self.dtype = dtype or next(iter(types), torch.float32)
-        for i, patch in enumerate(self.patches):
-            if why := self.misfit(*patch):
-                raise InputError(f'Patch {i} at {patches[i][:2]} {why}.')
+        self.patches: list[tuple[int, int, torch.Tensor]] = []
+        for i, patch in enumerate(given):
+            top, left, pixels = whole_number(patch[0]), whole_number(patch[1]), patch[2]
+            if why := self.misfit(top, left, pixels):
+                raise InputError(f'Patch {i} at {patch[:2]} {why}.')
+            assert top is not None and left is not None  # which is a misfit
+            self.patches.append((top, left, pixels))
         self.check_type()
 
-    def misfit(self, top, left, patch) -> str | None:
+    def misfit(self, top: int | None, left: int | None, patch: Any) -> str | None:
         "What is wrong with a patch, if anything is."
         if not isinstance(patch, torch.Tensor) or patch.ndim != 3 or not patch.numel():
             shape = tuple(patch.shape) if isinstance(patch, torch.Tensor) else type(patch).__name__
             return f'is {shape}: give a tensor (C, h, w) with pixels'
-        if None in (top, left):
+        if top is None or left is None:
             return 'does not lie at whole pixels: give two integers'
         channels, height, width = patch.shape
         if channels != len(self.color):
@@ -95,7 +113,7 @@ class Canvas:
             )
         return None
 
-    def check_type(self):
+    def check_type(self) -> None:
         "Refuse a type, or a color that it cannot hold."
         if self.dtype == torch.bool or self.dtype.is_complex:
             raise InputError(
@@ -111,7 +129,7 @@ class Canvas:
                 'range, whole ones for integers.'
             )
 
-    def blank(self, height: int, width: int, device=None) -> torch.Tensor:
+    def blank(self, height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
         "(1, C, height, width) of the color."
         color = torch.tensor(self.color, dtype=self.dtype, device=device)
         return color.view(1, -1, 1, 1).expand(1, -1, height, width)
@@ -127,7 +145,7 @@ class Canvas:
     def source(self, device: torch.device) -> 'CanvasSource':
         return CanvasSource(self, device)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         "One buffer for all patches: a worker sends each tensor as an open file."
         places = [(top, left, p.shape[1:]) for top, left, p in self.patches]
         pixels = [p for *_, p in self.patches]
@@ -139,11 +157,11 @@ class Canvas:
             return self.__dict__
         return {**self.__dict__, 'patches': (places, torch.cat([p.reshape(-1) for p in pixels]))}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if not isinstance(self.patches, tuple):
+        if not isinstance(state['patches'], tuple):
             return
-        places, buffer = self.patches
+        places, buffer = state['patches']
         channels = len(self.color)
         parts = buffer.split([channels * height * width for *_, (height, width) in places])
         self.patches = [
@@ -151,7 +169,7 @@ class Canvas:
             for (top, left, (height, width)), part in zip(places, parts)
         ]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         covered = sum(p.shape[1] * p.shape[2] for *_, p in self.patches)
         return (
             f'Canvas({self.shape[2]} x {self.shape[3]}, {len(self.patches)} patches on '
@@ -159,7 +177,12 @@ class Canvas:
         )
 
     @staticmethod
-    def from_image(x: torch.Tensor, color=None, cell: int = 32, price: float = 2) -> 'Canvas':
+    def from_image(
+        x: torch.Tensor,
+        color: Iterable[float] | None = None,
+        cell: int = 32,
+        price: float = 2,
+    ) -> 'Canvas':
         """The canvas of an image (1, C, H, W) or (C, H, W): what differs from `color` (in the units of
         `x`; None: the most frequent one along the border) becomes patches, views of `x`, through which
         gradients reach it. A box more is worth `price` cells of `cell` x `cell` pixels. Raises
@@ -167,7 +190,7 @@ class Canvas:
         return canvas_of(x, color, cell, price)
 
 
-def checked_color(color) -> tuple:
+def checked_color(color: Any) -> tuple[float, ...]:
     "A color as numbers."
     try:
         numbers = tuple(float(c) for c in color if not isinstance(c, str))
@@ -180,16 +203,16 @@ def checked_color(color) -> tuple:
     return numbers
 
 # %% ../../nbs/engine/08_canvas.ipynb #08115f41
-def runs_of(row: torch.Tensor) -> list:
+def runs_of(row: torch.Tensor) -> list[list[int]]:
     "Where a row of cells is True: [first, after the last] each."
     edges = torch.diff(row.int(), prepend=row.new_zeros(1).int(), append=row.new_zeros(1).int())
     first, last = ((edges == step).nonzero()[:, 0].tolist() for step in (1, -1))
     return [list(run) for run in zip(first, last)]
 
 
-def joined_runs(runs: list, price: float) -> list:
+def joined_runs(runs: list[list[int]], price: float) -> list[list[int]]:
     "Runs with gaps that cost less than a box filled."
-    joined = []
+    joined: list[list[int]] = []
     for first, stop in runs:
         if joined and first - joined[-1][1] <= price:
             joined[-1][1] = stop
@@ -198,12 +221,13 @@ def joined_runs(runs: list, price: float) -> list:
     return joined
 
 
-def boxes_of(tissue: torch.Tensor, price: float) -> list:
+def boxes_of(tissue: torch.Tensor, price: float) -> list[list[int]]:
     """Cover the cells that are True with boxes [top, bottom, left, right]: few, but a box more rather
     than `price` cells of nothing."""
-    done, growing = [], []
+    done: list[list[int]] = []
+    growing: list[list[int]] = []
     for r, row in enumerate(tissue):
-        now = []
+        now: list[list[int]] = []
         for first, stop in joined_runs(runs_of(row), price):
             box = best_box(growing, now, r, first, stop, price)
             if box is None:
@@ -216,7 +240,9 @@ def boxes_of(tissue: torch.Tensor, price: float) -> list:
     return done + growing
 
 
-def best_box(growing, now, r, first, stop, price) -> list | None:
+def best_box(
+    growing: list[list[int]], now: list[list[int]], r: int, first: int, stop: int, price: float
+) -> list[int] | None:
     "The box above that takes in a run of cells with the least of nothing, if that is little enough."
 
     def added(box):
@@ -232,7 +258,7 @@ def best_box(growing, now, r, first, stop, price) -> list | None:
     return best if best is not None and added(best) <= price else None
 
 
-def canvas_of(x: torch.Tensor, color, cell: int, price: float) -> Canvas:
+def canvas_of(x: torch.Tensor, color: Iterable[float] | None, cell: int, price: float) -> Canvas:
     "What Canvas.from_image gives."
     if not whole_number(cell) or cell < 1:
         raise InputError(f'cell={cell!r} is no size of a cell: give pixels, from 1 on.')
@@ -260,7 +286,7 @@ def canvas_of(x: torch.Tensor, color, cell: int, price: float) -> Canvas:
     return canvas
 
 
-def border_color(x: torch.Tensor) -> list:
+def border_color(x: torch.Tensor) -> list[float]:
     "The most frequent color along the border of an image (C, H, W)."
     border = torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], 1).detach()
     colors, often = border.unique(dim=1, return_counts=True)
@@ -273,7 +299,7 @@ def border_color(x: torch.Tensor) -> list:
     return color
 
 
-def tight(tissue: torch.Tensor, box: list) -> tuple:
+def tight(tissue: torch.Tensor, box: list[int]) -> tuple[int, int, int, int]:
     "A box of pixels without empty rows and columns at its edges."
     top, bottom, left, right = box
     part = tissue[top:bottom, left:right]
@@ -284,34 +310,42 @@ def tight(tissue: torch.Tensor, box: list) -> tuple:
 class CanvasSource:
     "A canvas as a source of strips."
 
-    axes, channels_last = (2, 3), False
+    axes: tuple[int, ...] = (2, 3)
+    channels_last = False
 
-    def __init__(self, canvas: Canvas, device: torch.device):
-        self.canvas, self.device = canvas, device
+    def __init__(self, canvas: Canvas, device: torch.device) -> None:
+        self.canvas: Canvas | None = canvas
+        self.device = device
         self.shape, self.dtype = canvas.shape, canvas.dtype
         self.tensors = [p for *_, p in canvas.patches]
-        self.gradients = [None] * len(self.tensors)
+        self.gradients: list[torch.Tensor | None] = [None] * len(self.tensors)
         self.wanted = any(p.requires_grad for p in self.tensors)
         self.blank = canvas.blank(1, 1, device)
-        self.boxes = tuple((top, left, *p.shape[1:]) for top, left, p in canvas.patches)
+        self.boxes = tuple((top, left, p.shape[1], p.shape[2]) for top, left, p in canvas.patches)
         memory = {s.data_ptr(): s.nbytes() for s in (p.untyped_storage() for p in self.tensors)}
         gradients = sum(p.nbytes for p in self.tensors if p.requires_grad)
         self.held = sum(memory.values()) + gradients, 0
 
-    def extents(self, axis: int) -> list:
+    def extents(self, axis: int) -> list[tuple[int, int, int, int]]:
         "Where patches lie along the strips and across them: (first, stop, first, stop) each."
         found = [(t, t + h, l, l + w) for t, l, h, w in self.boxes]
         return found if axis == 2 else [(l, r, t, b) for t, b, l, r in found]
 
-    def schedule(self, program: Program, strip: int, wait: dict, *rows) -> 'CanvasSchedule':
+    def schedule(
+        self, program: Program, strip: int, wait: dict[int, int], *rows: Any
+    ) -> 'CanvasSchedule':
         "The strips of this canvas; `rows` as for `Schedule`."
         return CanvasSchedule(program, strip, wait, *rows, extents=self.extents(program.axis))
 
-    def background(self, schedule: 'CanvasSchedule', operands: list) -> list:
+    def background(
+        self, schedule: 'CanvasSchedule', operands: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
         "What the strips copy where there is no tissue: further operands."
         return schedule.background.maps(self, operands)
 
-    def overlaps(self, axis: int, rows: tuple, columns: tuple):
+    def overlaps(
+        self, axis: int, rows: Range, columns: Range
+    ) -> Iterator[tuple[int, tuple[Any, ...], tuple[Any, ...]]]:
         "Which patches lie in `rows` and `columns`: number, where in the region, where in the patch."
         (top, bottom), (left, right) = (rows, columns) if axis == 2 else (columns, rows)
         for i, (t, l, height, width) in enumerate(self.boxes):
@@ -322,7 +356,7 @@ class CanvasSource:
                 here = ..., slice(first - t, stop - t), slice(start - l, end - l)
                 yield i, there, here
 
-    def read_part(self, axis: int, rows: tuple, columns: tuple) -> torch.Tensor:
+    def read_part(self, axis: int, rows: Range, columns: Range) -> torch.Tensor:
         "The pixels of some rows and columns."
         size = rows[1] - rows[0], columns[1] - columns[0]
         x = self.blank.expand(-1, -1, *size[:: 1 if axis == 2 else -1]).clone()
@@ -330,14 +364,15 @@ class CanvasSource:
             x[0][there] = self.tensors[i].detach()[here].to(self.device, non_blocking=True)
         return x
 
-    def add_part(self, axis: int, rows: tuple, columns: tuple, gradient: torch.Tensor):
+    def add_part(self, axis: int, rows: Range, columns: Range, gradient: torch.Tensor) -> None:
         "Give the gradient of pixels to the patches; a later patch lies on top."
         gradient = gradient.clone()
         for i, there, here in reversed([*self.overlaps(axis, rows, columns)]):
             if self.tensors[i].requires_grad:
-                if self.gradients[i] is None:
-                    self.gradients[i] = torch.zeros_like(self.tensors[i])
-                self.gradients[i][here] += gradient[0][there].to(self.gradients[i].device)
+                total = self.gradients[i]
+                if total is None:
+                    total = self.gradients[i] = torch.zeros_like(self.tensors[i])
+                total[here] += gradient[0][there].to(total.device)
             gradient[0][there] = 0
 
 # %% ../../nbs/engine/08_canvas.ipynb #3964a7f0
@@ -345,18 +380,18 @@ class Profile:
     """Of the `size` rows (or columns) of a map over a constant image, `head` at the beginning and
     `tail` at the end stand alone, and the others repeat every `period`."""
 
-    def __init__(self, size: int, head: int = 0, tail: int = 0, period: int = 1):
+    def __init__(self, size: int, head: int = 0, tail: int = 0, period: int = 1) -> None:
         if head + period + tail >= size:  # there is no middle
             head, tail, period = size, 0, 0
         self.size, self.head, self.tail, self.period = size, head, tail, period
 
     @property
-    def zones(self) -> list:
+    def zones(self) -> list[Range]:
         "Where the rows lie that stand for all: (first, after the last), one or two."
         last = [(self.size - self.tail, self.size)] if self.tail else []
         return [(0, self.head + self.period), *last]
 
-    def normal(self, first: int, stop: int) -> tuple:
+    def normal(self, first: int, stop: int) -> Range:
         "Rows that look like `first` to `stop`, the first of their kind, so that equal ones are equal."
         if self.period and first >= self.head and stop <= self.size - self.tail:
             back = (first - self.head) // self.period * self.period
@@ -378,7 +413,7 @@ class Profile:
             return rows.narrow(axis, 0, 0)
         return found[0] if len(found) == 1 else torch.cat(found, axis)
 
-    def middle(self, rows, axis, first, stop):
+    def middle(self, rows: torch.Tensor, axis: int, first: int, stop: int) -> torch.Tensor:
         "Rows that repeat."
         if self.period == 1:
             sizes = [stop - first if d == axis else -1 for d in range(rows.ndim)]
@@ -387,7 +422,7 @@ class Profile:
         return rows.index_select(axis, self.head + numbers % self.period)
 
 
-def profile_of(window, size: int, inputs: list) -> Profile:
+def profile_of(window: Window | Spread, size: int, inputs: Sequence[Profile]) -> Profile:
     """The profile of what `window` makes of maps with the profiles `inputs`. A row that reads a row of
     a head, or padding, belongs to the head; so with the tail."""
     if not all(p.period for p in inputs):
@@ -407,18 +442,18 @@ class Sight:
     above: Fraction = Fraction(0)
     below: Fraction = Fraction(0)
 
-    def seen(self, first: int, stop: int) -> tuple:
+    def seen(self, first: int, stop: int) -> Range:
         "The first and the last row of the image that rows `first` to `stop` see."
         low = math.floor(self.stride * first - self.above)
         return low, math.ceil(self.stride * (stop - 1) + self.below)
 
-    def seeing(self, first: int, stop: int) -> tuple:
+    def seeing(self, first: int, stop: int) -> Range:
         "The rows, from the first to the one after the last, that see rows `first` to `stop` of the image."
         low = math.ceil((first - self.below) / self.stride)
         return low, math.floor((stop - 1 + self.above) / self.stride) + 1
 
 
-def sight_of(window, inputs: list) -> Sight:
+def sight_of(window: AnyWindow, inputs: Sequence[Sight]) -> Sight:
     "What rows that `window` makes of maps with the sights `inputs` see."
     above, below = reach_of(window)
     stride = inputs[0].stride
@@ -429,7 +464,7 @@ def sight_of(window, inputs: list) -> Sight:
     )
 
 
-def reach_of(window) -> tuple:
+def reach_of(window: AnyWindow) -> tuple[int | Fraction, int | Fraction]:
     "How many input rows an output row reads above the one at its place, and below it."
     if isinstance(window, Spread):
         above = Fraction(window.reach - 1 - window.before, window.factor)
@@ -443,16 +478,18 @@ def reach_of(window) -> tuple:
 class Background:
     "The maps of a program where a canvas shows its color. Raises `StreamingError` where they differ from place to place."
 
-    def __init__(self, program: Program, schedule: Schedule):
+    def __init__(self, program: Program, schedule: Schedule) -> None:
         self.program, heights = program, schedule.heights
         self.first_operand = len(program.operands)
         self.rows, self.columns = heights.rows, heights.columns
-        self.profiles, self.sight = {}, {}
+        # number of a map -> along the strips and across them
+        self.profiles: dict[int, tuple[Profile, Profile]] = {}
+        self.sight: dict[int, tuple[Sight, Sight]] = {}
         for operation in program.operations:
             if not operation.reduces:
                 self.add(operation, operation.number)
 
-    def add(self, operation, number: int):
+    def add(self, operation: Operation, number: int) -> None:
         "Find the profile and the sight of a map."
         if number == 0:
             self.profiles[0] = Profile(self.rows[0]), Profile(self.columns[0])
@@ -463,19 +500,20 @@ class Background:
                 f'{operation.call.where()} {why}, so the background of a canvas is '
                 'not the same everywhere: give canvas.dense() instead.'
             )
-        windows = operation.window, operation.across
+        windows = operation.window, operation.across_window
         sizes = self.rows[number], self.columns[number]
         profiles, sight = [], []
         for side, (window, size) in enumerate(zip(windows, sizes)):
+            assert isinstance(window, (Window, Spread))  # with others it differs
             profiles.append(
                 profile_of(window, size, [self.profiles[a][side] for a in operation.inputs])
             )
             sight.append(sight_of(window, [self.sight[a][side] for a in operation.inputs]))
         self.profiles[number], self.sight[number] = tuple(profiles), tuple(sight)
 
-    def differs(self, operation) -> str | None:
+    def differs(self, operation: Operation) -> str | None:
         "Why a map of a constant image is not the same everywhere, if it is not."
-        if operation.op.random:
+        if getattr(operation.op, 'random', False):
             return 'draws random numbers for each position (.eval() on it stops that)'
         if operation.across is None or operation.rows.across is None:
             return 'depends on where a column lies, or mixes all of them'
@@ -484,7 +522,7 @@ class Background:
                 return 'joins maps of different strides'
         return None
 
-    def maps(self, source: CanvasSource, operands: list) -> list:
+    def maps(self, source: CanvasSource, operands: list[torch.Tensor]) -> list[torch.Tensor]:
         "The rows and columns that stand for all, of each map; in float32 at least."
         low = autocast_type(source.device) or any(wide(t.dtype) != t.dtype for t in operands)
         found = {0: source.blank}
@@ -498,7 +536,12 @@ class Background:
         self.shapes = {number: tensor.shape for number, tensor in found.items()}
         return [found.get(o.number, source.blank) for o in self.program.operations]
 
-    def compute(self, found: dict, operands: list, cast):
+    def compute(
+        self,
+        found: dict[int, torch.Tensor],
+        operands: list[torch.Tensor],
+        cast: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
         "Fill `found`: number -> map."
         for operation in self.program.operations[1:]:
             if operation.reduces:
@@ -510,13 +553,21 @@ class Background:
                         self.part(operation, rows, columns, found, operands, cast)
                         for columns in zones[1]
                     ],
-                    operation.rows.across,
+                    operation.rows.columns,
                 )
                 for rows in zones[0]
             ]
             found[operation.number] = torch.cat(parts, operation.axis)
 
-    def part(self, operation, rows, columns, found, operands, cast):
+    def part(
+        self,
+        operation: Operation,
+        rows: Range,
+        columns: Range,
+        found: dict[int, torch.Tensor],
+        operands: list[torch.Tensor],
+        cast: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
         "Some rows and columns of a map."
         given, region = [], None
         for is_map, number in operation.slots:
@@ -525,23 +576,27 @@ class Background:
                 continue
             first = self.program.operations[number]
             low, high, along = self.side(operation.window, *rows, number, 0)
-            left, right, across = self.side(operation.across, *columns, number, 1)
+            left, right, across = self.side(operation.across_window, *columns, number, 1)
             region = region or Region(along, across)
             tensor = self.pick(found[number], first, (low, high), (left, right))
             given.append(cast(tensor.clone()))  # functions may work in place
         return operation.run(region, *given)
 
-    def side(self, window, first: int, stop: int, number: int, which: int) -> tuple:
+    def side(
+        self, window: AnyWindow, first: int, stop: int, number: int, which: int
+    ) -> tuple[int, int, Side]:
         "What outputs `first` to `stop` of a window read of a map, along the strips or across them."
         operation, size = self.program.operations[number], (self.rows, self.columns)[which][number]
-        axis = (operation.axis, operation.rows.across)[which]
+        axis = (operation.axis, operation.rows.columns)[which]
         return side_of(window, first, stop, size, axis)
 
-    def pick(self, tensor, operation, rows: tuple, columns: tuple):
+    def pick(
+        self, tensor: torch.Tensor, operation: Operation, rows: Range, columns: Range
+    ) -> torch.Tensor:
         "Rows and columns of a map from those that stand for all."
         along, across = self.profiles[operation.number]
         return along.pick(
-            across.pick(tensor, operation.rows.across, *columns), operation.axis, *rows
+            across.pick(tensor, operation.rows.columns, *columns), operation.axis, *rows
         )
 
 
@@ -556,8 +611,8 @@ class Fill:
 
     background: Background
     number: int
-    rows: tuple
-    columns: tuple
+    rows: Range
+    columns: Range
 
     @property
     def width(self) -> int:
@@ -573,11 +628,11 @@ class Fill:
         "The number of the background among the operands."
         return self.background.first_operand + self.number
 
-    def pick(self, operands: list) -> torch.Tensor:
+    def pick(self, operands: list[torch.Tensor]) -> torch.Tensor:
         "The background, views of what stands for all as far as that goes."
         return self.pick_from(operands[self.operand])
 
-    def give(self, gradient: torch.Tensor, totals: Totals):
+    def give(self, gradient: torch.Tensor, totals: Totals) -> None:
         "Add a gradient to that of the rows and columns that stand for all."
         if self.operand not in totals.wanted:
             return
@@ -596,13 +651,13 @@ class Fill:
 class Piece:
     "A `Cut` of rows and columns with background on its left and right; `columns` None: no columns."
 
-    narrows: tuple  # of the buffer: (dimension, first, number) each
+    narrows: tuple[tuple[int, int, int], ...]  # of the buffer: (dimension, first, number) each
     across: int
     columns: int | None  # how many of the buffer's
     left: Fill | None = None
     right: Fill | None = None
 
-    def take(self, buffer: torch.Tensor, operands: list) -> torch.Tensor:
+    def take(self, buffer: torch.Tensor, operands: list[torch.Tensor]) -> torch.Tensor:
         parts = []
         if self.left is not None:
             parts.append(self.left.pick(operands))
@@ -614,7 +669,7 @@ class Piece:
             parts.append(self.right.pick(operands))
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.across)
 
-    def give(self, gradient: torch.Tensor, totals: Totals):
+    def give(self, gradient: torch.Tensor, totals: Totals) -> torch.Tensor | None:
         "Give the gradient of the background; what is left is the buffer's."
         first = 0
         for fill, at in ((self.left, 'left'), (self.right, 'right')):
@@ -634,7 +689,7 @@ GRID = 16
 class CanvasBuffer(Buffer):
     "The rows of a map that a strip has, and the columns (first, after the last); (0, 0): none."
 
-    columns: tuple
+    columns: Range
 
 
 class CanvasSchedule(Schedule):
@@ -644,24 +699,24 @@ class CanvasSchedule(Schedule):
         self,
         program: Program,
         strip: int,
-        wait: dict | None = None,
-        heights=None,
-        rows=None,
-        extents=(),
-    ):
+        wait: dict[int, int] | None = None,
+        heights: Heights | None = None,
+        rows: Range | None = None,
+        extents: Iterable[tuple[int, int, int, int]] = (),
+    ) -> None:
         self.extents = list(extents)
         super().__init__(program, strip, wait, heights, rows)
 
-    def all_strips(self) -> list:
+    def all_strips(self) -> list[Strip]:
         self.background = Background(self.program, self)
         buffers = [self.buffers(k) for k in range(len(self.cuts) - 1)]
         columns = [tuple(buffer.columns for buffer in each) for each in buffers]
         columns.append(((0, 0),) * len(self.program.operations))
         return [self.canvas_strip(*each) for each in zip(buffers, columns, columns[1:])]
 
-    def buffers(self, k: int) -> list:
+    def buffers(self, k: int) -> list[CanvasBuffer]:
         "The buffer of each operation between cut `k` and the next, with its columns."
-        found = []
+        found: list[CanvasBuffer] = []
         for operation, b in zip(self.program.operations, super().buffers(k)):
             columns = 0, 0
             if b.first < b.stop and not operation.reduces:
@@ -669,19 +724,24 @@ class CanvasSchedule(Schedule):
             found.append(CanvasBuffer(b.first, b.start, b.stop, b.needed, columns))
         return found
 
-    def columns_computed(self, number: int, first: int, stop: int) -> tuple:
+    def columns_computed(self, number: int, first: int, stop: int) -> Range:
         "The columns of a map that see tissue in its rows `first` to `stop`."
         along, across = self.background.sight[number]
         low, high = along.seen(first, stop)
-        seen = [extent[2:] for extent in self.extents if extent[0] <= high and low < extent[1]]
+        seen = [e for e in self.extents if e[0] <= high and low < e[1]]
         if not seen:
             return 0, 0
-        begin, end = across.seeing(min(left for left, _ in seen), max(right for _, right in seen))
+        begin, end = across.seeing(min(e[2] for e in seen), max(e[3] for e in seen))
         grid, width = max(1, int(GRID / across.stride)), self.heights.columns[number]
         begin, end = max(begin // grid * grid, 0), min(-(-end // grid) * grid, width)
         return (begin, end) if begin < end else (0, 0)
 
-    def canvas_strip(self, buffers: list, columns: tuple, following: tuple) -> Strip:
+    def canvas_strip(
+        self,
+        buffers: list[CanvasBuffer],
+        columns: tuple[Range, ...],
+        following: tuple[Range, ...],
+    ) -> Strip:
         "The strip with these `buffers`; `following`: the columns that the next one has of each."
         steps = tuple(
             self.canvas_step(operation, buffers, following[operation.number])
@@ -689,7 +749,9 @@ class CanvasSchedule(Schedule):
         )
         return self.new_strip(buffers, steps, columns)
 
-    def canvas_step(self, operation, buffers: list, following: tuple) -> Step | None:
+    def canvas_step(
+        self, operation: Operation, buffers: list[CanvasBuffer], following: Range
+    ) -> Step | None:
         "What an operation does in a strip, of whose rows the next one has the columns `following`."
         number, buffer = operation.number, buffers[operation.number]
         if operation.reduces:
@@ -707,7 +769,7 @@ class CanvasSchedule(Schedule):
             step = replace(step, whole=self.piece(number, made, rows, self.all_columns(number)))
         return step if empty else self.reading(operation, step, buffers)
 
-    def canvas_total(self, operation, buffers: list) -> Step | None:
+    def canvas_total(self, operation: Operation, buffers: list[CanvasBuffer]) -> Step | None:
         "A reduction takes in all columns of the new rows."
         step, buffer = total_step(operation, buffers, self.heights), buffers[operation.number]
         if step is None or not step.makes:
@@ -720,7 +782,9 @@ class CanvasSchedule(Schedule):
             ),
         )
 
-    def handed_down(self, operation, buffer: CanvasBuffer, following: tuple):
+    def handed_down(
+        self, operation: Operation, buffer: CanvasBuffer, following: Range
+    ) -> Cut | Piece | None:
         "The rows for the next strip, in its columns."
         rows = buffer.needed, buffer.stop
         if rows[0] == rows[1] or following == (0, 0):
@@ -728,38 +792,41 @@ class CanvasSchedule(Schedule):
         piece = self.piece(operation.number, buffer, rows, following)
         return piece or Cut(operation.axis, 0, rows[1] - rows[0])
 
-    def reading(self, operation, step: Step, buffers: list) -> Step:
+    def reading(self, operation: Operation, step: Step, buffers: list[CanvasBuffer]) -> Step:
         "A step with the pieces that it reads."
         rows, along = what_is_read(operation, buffers, self.heights)
-        reads, columns = [], buffers[operation.number].columns
+        reads: list[Piece | None] = []
+        across, columns = None, buffers[operation.number].columns
         for a, each in zip(operation.inputs, rows):
-            *seen, across = self.columns_read(operation, a, *columns)
-            reads.append(self.piece(a, buffers[a], each, tuple(seen)))
+            first, stop, across = self.columns_read(operation, a, *columns)
+            reads.append(self.piece(a, buffers[a], each, (first, stop)))
         return replace(step, reads=tuple(reads), region=Region(along, across))
 
-    def columns_read(self, operation, a: int, first: int, stop: int) -> tuple:
+    def columns_read(
+        self, operation: Operation, a: int, first: int, stop: int
+    ) -> tuple[int, int, Side]:
         "The columns of map `a` that columns `first` to `stop` of an operation read, and the `Side`."
-        width, axis = self.heights.columns[a], self.program.operations[a].rows.across
+        width, axis = self.heights.columns[a], self.program.operations[a].rows.columns
         if (first, stop) == self.all_columns(operation.number):
-            return 0, width, whole_side(operation.across, stop, width, axis)
-        return side_of(operation.across, first, stop, width, axis)
+            return 0, width, whole_side(operation.across_window, stop, width, axis)
+        return side_of(operation.across_window, first, stop, width, axis)
 
-    def all_columns(self, number: int) -> tuple:
+    def all_columns(self, number: int) -> Range:
         "All columns of a map."
         return 0, self.heights.columns[number]
 
-    def fill(self, number: int, rows: tuple, columns: tuple) -> Fill:
+    def fill(self, number: int, rows: Range, columns: Range) -> Fill:
         "Background of a map."
         along, across = self.background.profiles[number]
         return Fill(self.background, number, along.normal(*rows), across.normal(*columns))
 
-    def piece(self, number: int, buffer: CanvasBuffer, rows: tuple, columns: tuple):
+    def piece(self, number: int, buffer: CanvasBuffer, rows: Range, columns: Range) -> Piece | None:
         """`rows` and `columns` of a map out of its buffer, and background beside it; None: all of the
         buffer and no more."""
         if (rows, columns) == ((buffer.first, buffer.stop), buffer.columns):
             return None
         operation = self.program.operations[number]
-        across, (begin, end) = operation.rows.across, buffer.columns
+        across, (begin, end) = operation.rows.columns, buffer.columns
         low, high = max(columns[0], begin), min(columns[1], end)
         if low >= high:
             return Piece((), across, None, self.fill(number, rows, columns))

@@ -8,6 +8,8 @@ __all__ = ['difference', 'outputs_and_gradients', 'largest_difference', 'check_e
 # %% ../../nbs/engine/11_exactness.ipynb #74d064ea
 import copy
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from .canvas import Canvas
 from .streaming import Streamed
 
 # %% ../../nbs/engine/11_exactness.ipynb #8b3c9c93
-def difference(found, expected) -> float:
+def difference(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
     """The largest difference of two tensors, relative to the largest finite number `expected`; None is
     zero. Infinite where only one has a NaN, or another infinity."""
     if found is None or expected is None:
@@ -38,7 +40,12 @@ def difference(found, expected) -> float:
     return (apart.max() / expected.abs().max().clamp(min=torch.finfo(apart.dtype).tiny)).item()
 
 # %% ../../nbs/engine/11_exactness.ipynb #2fe42846
-def outputs_and_gradients(network, image, leaves: list, seed: int = 0) -> tuple:
+def outputs_and_gradients(
+    network: Callable[[Any], Any],
+    image: torch.Tensor | Canvas,
+    leaves: Sequence[torch.Tensor],
+    seed: int = 0,
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     "The output tensors of `network(image)`, and the gradients of `leaves` from a random sum of them."
     outputs = [y for y in trees.tree_leaves(network(image)) if isinstance(y, torch.Tensor)]
     generator = torch.Generator(outputs[0].device).manual_seed(seed)
@@ -77,12 +84,12 @@ def largest_difference(
 
 def check_exact(
     module: nn.Module,
-    shape: tuple = (1, 3, 67, 59),
-    strips: tuple = (1, 5, 16),
+    shape: tuple[int, int, int, int] = (1, 3, 67, 59),
+    strips: Sequence[int] = (1, 5, 16),
     limit: float = 1e-9,
     canvas: bool = True,
     seed: int = 0,
-) -> dict:
+) -> dict[str, float]:
     """Hold `module` in strips against the plain one, in float64, on random images of `shape`
     (N, C, H, W): by rows and by columns in strips of each height, and on a canvas. Gives the largest
     differences by direction. Raises `AssertionError` where one is beyond `limit`, and
@@ -91,6 +98,7 @@ def check_exact(
     module = copy.deepcopy(module).double()
     torch.manual_seed(seed)
     image = torch.randn(shape, dtype=torch.double, requires_grad=True)
+    ways: list[tuple[str, torch.Tensor | Canvas, str]]
     ways = [('rows', image, 'rows'), ('columns', image, 'columns')]
     if canvas and shape[0] == 1:
         ways.append(('canvas', canvas_like(image), 'rows'))

@@ -18,11 +18,12 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,9 +39,9 @@ class Value:
     "A tensor of the network, without its content."
 
     name: str
-    shape: tuple
+    shape: tuple[int, ...]
     dtype: torch.dtype
-    path: str | None = None  # of a parameter or a buffer: its name in the network
+    path: str = ''  # of a parameter or a buffer: its name in the network
     memory: int = 0  # values that share memory have the same number
     fill: float | None = None  # the number that all of it is, if that is known
 
@@ -48,7 +49,7 @@ class Value:
     def ndim(self) -> int:
         return len(self.shape)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f'{self.name} {tuple(self.shape)}'
 
 
@@ -60,21 +61,21 @@ class Call:
     `name` is the function's, without the underscores of operators and in-place variants.
     """
 
-    function: Callable
+    function: Callable[..., Any]
     name: str
-    args: tuple
-    kwargs: dict
-    outputs: tuple = ()
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Value, ...] = ()
     several: bool = False  # the function returns a tuple or list
     inplace: bool = False  # it writes into its first argument and returns it
-    writes: tuple = ()  # the memory of the arguments into which it writes
+    writes: tuple[int, ...] = ()  # the memory of the arguments into which it writes
     grad: bool = True  # gradients were enabled
     layer: str = ''  # path of the layer in the network
     kind: str = ''  # class of the layer
     line: str = ''  # where the call stands in the source
 
     @property
-    def inputs(self) -> list:
+    def inputs(self) -> list[Value]:
         "The values that it reads, each once."
         return list(dict.fromkeys(values_in((self.args, self.kwargs))))
 
@@ -84,7 +85,7 @@ class Call:
             return f"layer '{self.layer}' ({self.kind})"
         return f"'{self.name}' in the forward of {self.kind} ({self.line})"
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         made = ', '.join(value.name for value in self.outputs)
         read = ', '.join(value.name for value in self.inputs)
         return f'{made} = {self.name}({read})'
@@ -95,12 +96,15 @@ class Graph:
     "All calls of a network in the order in which they ran."
 
     image: Value
-    calls: list
-    output: object  # what forward returns, with a `Value` for each tensor
+    calls: list[Call]
+    output: Any  # what forward returns, with a `Value` for each tensor
     grad: bool  # gradients were enabled
 
 # %% ../../nbs/engine/02_graph.ipynb #923e4a7c
-def found_in(structure, kinds) -> list:
+_T = TypeVar('_T')
+
+
+def found_in(structure: object, kinds: type[_T] | tuple[type[_T], ...]) -> list[_T]:
     "What is of the `kinds` anywhere in nested tuples, lists and dicts, as often as it occurs."
     if isinstance(structure, kinds):
         return [structure]
@@ -111,17 +115,19 @@ def found_in(structure, kinds) -> list:
     return [found for part in structure for found in found_in(part, kinds)]
 
 
-def values_in(structure) -> list:
+def values_in(structure: object) -> list[Value]:
     "The values in a structure."
     return found_in(structure, Value)
 
 
-def tensors_in(structure) -> list:
+def tensors_in(structure: object) -> list[torch.Tensor]:
     "The tensors in a structure."
     return found_in(structure, torch.Tensor)
 
 
-def replaced(structure, kinds, replace: Callable):
+def replaced(
+    structure: Any, kinds: type[_T] | tuple[type[_T], ...], replace: Callable[[_T], Any]
+) -> Any:
     """`structure` with `replace(x)` for each `x` of the `kinds` in it; containers keep their type,
     also OrderedDict, namedtuple and the named results of PyTorch."""
     if isinstance(structure, kinds):
@@ -144,20 +150,21 @@ def replaced(structure, kinds, replace: Callable):
     return structure
 
 # %% ../../nbs/engine/02_graph.ipynb #d5d408ea
-def raw_name(function) -> str:
+def raw_name(function: Callable[..., Any]) -> str:
     "The name of a function; of a property of tensors, that of the property."
     name = getattr(function, '__name__', str(function))
     if name in ('__get__', '__set__'):
-        return getattr(function.__self__, '__name__', '__get__')
+        owner = getattr(function, '__self__', None)
+        return getattr(owner, '__name__', '__get__')
     return name if is_torchs(function) else f'{function.__module__}.{name}'
 
 
-def is_torchs(function) -> bool:
+def is_torchs(function: Callable[..., Any]) -> bool:
     "Whether a function is PyTorch's, not one that calls `handle_torch_function` itself."
     return (getattr(function, '__module__', None) or 'torch').partition('.')[0] == 'torch'
 
 
-def plain_name(function) -> str:
+def plain_name(function: Callable[..., Any]) -> str:
     "The name without the underscores of operators and of in-place variants."
     name = raw_name(function)
     if name.startswith('__') and name.endswith('__'):
@@ -248,19 +255,25 @@ def autocast_type(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if on else None
 
 
-def autocast_to(device: torch.device, dtype: torch.dtype | None, cache_enabled: bool = True):
+def autocast_to(
+    device: torch.device, dtype: torch.dtype | None, cache_enabled: bool = True
+) -> AbstractContextManager:
     "A context with autocast to a type, or with None without it."
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, dtype, dtype is not None, cache_enabled)
 
 
-def pads_by_copies(input, pad, mode='constant', value=None) -> bool:
+def pads_by_copies(
+    input: object, pad: object, mode: str = 'constant', value: float | None = None
+) -> bool:
     "Whether F.pad repeats what is inside, which autocast on a CPU has in float32."
     return mode in ('reflect', 'replicate')
 
 
-def as_under_autocast(name: str, args, kwargs, device: torch.device):
+def as_under_autocast(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     "The arguments with the types that autocast gives them."
     dtype = autocast_type(device)
     if dtype is None:
@@ -282,7 +295,7 @@ def as_under_autocast(name: str, args, kwargs, device: torch.device):
     return replaced((args, kwargs), torch.Tensor, cast)
 
 
-def precision_modes() -> tuple:
+def precision_modes() -> tuple[Any, ...]:
     "Whether gradients and autocast are on, and to which types."
     types = ('cpu', 'cuda')
     return (
@@ -338,13 +351,17 @@ class Recorder(TorchFunctionMode):
     """Records the calls of the thread in which it is active. `device` is the one that the meta
     device stands for; after `seconds` tracing is given up."""
 
-    def __init__(self, device: torch.device, seconds: float = 60.0):
+    def __init__(self, device: torch.device, seconds: float = 60.0) -> None:
         super().__init__()
         self.device, self.seconds, self.began = device, seconds, time.monotonic()
         self.modes = precision_modes()
-        self.calls, self.known, self.layers, self.names = [], {}, [('', 'the network')], {}
+        self.calls: list[Call] = []
+        # id of a tensor -> the tensor, what it stands for, and its version then
+        self.known: dict[int, tuple[torch.Tensor, Value, int]] = {}
+        self.layers = [('', 'the network')]
+        self.names: dict[str, int] = {}
         self.running = 'nothing'
-        self.ends = set()  # where the gradient of a function of the user's own begins
+        self.ends: set[Any] = set()  # where the gradient of a user's own function begins
 
     def note(self, tensor: torch.Tensor, value: Value) -> Value:
         "From now on `tensor` stands for `value`."
@@ -373,7 +390,13 @@ class Recorder(TorchFunctionMode):
             return f"layer '{path}' ({kind})"
         return f"'{self.running}' in the forward of {kind} ({line or caller()})"
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         name = raw_name(function)
         if name in harmless or name in modes:
@@ -389,20 +412,22 @@ class Recorder(TorchFunctionMode):
             )
         if name == '__iter__':
             return iter(self.recorded(torch.Tensor.unbind, args, kwargs))
-        if name == 'data' and len(args) == 1 and self.value(args[0]).path is None:
+        if name == 'data' and len(args) == 1 and not self.value(args[0]).path:
             function = torch.Tensor.detach  # which counts what is written into the result
         if name in ('new_empty', 'new_zeros', 'new_ones', 'new_full'):
             return self.new_like(name, *args, **kwargs)
         return self.recorded(function, args, kwargs)
 
-    def new_like(self, name, tensor, *args, **kwargs):
+    def new_like(self, name: str, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         "`x.new_zeros(shape)` depends on `x` only by its type and device, so it is `torch.zeros(shape)`."
         if name != 'new_full' and args and isinstance(args[0], int):
             args = (args,)
         kwargs = {'dtype': tensor.dtype, 'device': self.device, **kwargs}
         return self.recorded(getattr(torch, name.removeprefix('new_')), args, kwargs)
 
-    def recorded(self, function, args, kwargs):
+    def recorded(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         "Run a call on the meta device and note it, unless it only hands on what it was given."
         self.running = plain_name(function)
         given = tensors_in((args, kwargs))
@@ -441,7 +466,9 @@ class Recorder(TorchFunctionMode):
             self.ends.update(t.grad_fn for t in results)
         return out
 
-    def check_harmless(self, function, given: list, out):
+    def check_harmless(
+        self, function: Callable[..., Any], given: list[torch.Tensor], out: Any
+    ) -> None:
         "Refuse a call that made no value, and changed a tensor in a way that a trace would lose."
         name = getattr(function, '__name__', '')
         works_in_place = name.endswith('_') and not name.endswith('__')
@@ -452,7 +479,7 @@ class Recorder(TorchFunctionMode):
                 'in a way that a trace does not keep: compute a new tensor instead.'
             )
 
-    def named(self, name, path, tensor) -> Value:
+    def named(self, name: str, path: str, tensor: torch.Tensor) -> Value:
         "A new value for `tensor`, called after its function and its layer."
         name = f'{path}.{name}' if path else name
         self.names[name] = number = self.names.get(name, 0) + 1
@@ -476,7 +503,7 @@ class Recorder(TorchFunctionMode):
             )
         return False
 
-    def fixed(self) -> set:
+    def fixed(self) -> set[Value]:
         "The values that are computed from parameters and buffers alone."
         found = {value for _, value, _ in self.known.values() if value.path}
         for call in self.calls:
@@ -484,13 +511,15 @@ class Recorder(TorchFunctionMode):
                 found.update(call.outputs)
         return found
 
-    def is_cache(self, held, fixed: set) -> bool:
+    def is_cache(self, held: object, fixed: set[Value]) -> bool:
         "Whether a dict holds only tensors with `fixed` values, which are computed anew each time."
         if not isinstance(held, dict) or not all(id(t) in self.known for t in held.values()):
             return False
         return all(self.value(t) in fixed for t in held.values())
 
-    def run(self, function, args, kwargs):
+    def run(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         "The results of a call on the meta device."
         if time.monotonic() - self.began > self.seconds:
             raise StreamingError(
@@ -510,14 +539,14 @@ class Recorder(TorchFunctionMode):
 class Same:
     "Equal to itself only. It holds the object, or its address might be given to another one."
 
-    def __init__(self, held):
+    def __init__(self, held: object) -> None:
         self.held = held
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Same) and self.held is other.held
 
 
-def comparable(value, depth: int = 3):
+def comparable(value: object, depth: int = 3) -> Any:
     """`value` as something that `==` compares by content where it is plain, else by identity; of
     objects the attributes, to some `depth`."""
     if isinstance(value, (bool, int, float, str, type(None))):
@@ -535,14 +564,14 @@ def comparable(value, depth: int = 3):
     return Same(value)
 
 
-def has_settings(value) -> bool:
+def has_settings(value: object) -> bool:
     "Whether `value` is an object of a user's class, whose attributes a forward may read."
     if isinstance(value, (nn.Module, type, FunctionType)) or not hasattr(value, '__dict__'):
         return False
     return not type(value).__module__.startswith('torch')
 
 
-def class_settings(classes: dict) -> dict:
+def class_settings(classes: Iterable[type]) -> dict[type, dict[str, Any]]:
     "The plain attributes of classes that are the user's, which a forward may read."
     found = {}
     for kind in dict.fromkeys(base for each in classes for base in each.__mro__):
@@ -558,7 +587,7 @@ def class_settings(classes: dict) -> dict:
 PLAIN = bool, int, float, str, tuple, list, dict, type(None)
 
 
-def fingerprint(module: nn.Module) -> list:
+def fingerprint(module: nn.Module) -> list[Any]:
     """What a trace of `module` depends on. Buffers may be exchanged, as long as shape and type stay.
     Globals of the user's modules are not part of it: a network that reads one which changes has to
     be streamed anew."""
@@ -591,7 +620,7 @@ def empty_like(tensor: torch.Tensor) -> torch.Tensor:
     return empty
 
 
-def check_network(module: nn.Module):
+def check_network(module: nn.Module) -> None:
     "Refuse what cannot be traced, with the way out."
     for path, layer in module.named_modules():
         name = f"layer '{path}' ({type(layer).__name__})" if path else type(layer).__name__
@@ -618,7 +647,7 @@ def check_network(module: nn.Module):
     check_signature(module)
 
 
-def check_signature(module: nn.Module):
+def check_signature(module: nn.Module) -> None:
     "Refuse a network that cannot be called with an image alone."
     try:
         signature = inspect.signature(module.forward)
@@ -633,7 +662,7 @@ def check_signature(module: nn.Module):
         ) from None
 
 
-def random_state() -> tuple:
+def random_state() -> tuple[Any, ...]:
     "The state of the generators of Python and NumPy."
     state = np.random.get_state(legacy=False)['state']
     return random.getstate(), state['key'].tobytes(), state['pos']
@@ -644,7 +673,7 @@ class Drawn(StreamingError):
 
 
 @contextmanager
-def no_numbers_drawn():
+def no_numbers_drawn() -> Iterator[None]:
     "Refuse what is traced inside if Python or NumPy gave a random number meanwhile."
     before = random_state()
     yield
@@ -660,7 +689,7 @@ def no_numbers_drawn():
 class ImageSpec:
     "What a trace has to know of an image."
 
-    shape: tuple
+    shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     wanted: bool = False  # its gradient is wanted
@@ -679,13 +708,14 @@ def trace(module: nn.Module, image: ImageSpec, seconds: float = 60.0) -> Graph:
     Raises `StreamingError` where something would be lost, and `Drawn` where random numbers were.
     """
     check_network(module)
-    for attempt in range(4):  # another thread may have drawn the numbers
+    for _ in range(3):  # another thread may have drawn the numbers
         try:
             with no_numbers_drawn():
                 return traced(module, image, seconds)
         except Drawn:
-            if attempt == 3:
-                raise
+            continue
+    with no_numbers_drawn():
+        return traced(module, image, seconds)
 
 
 def traced(module: nn.Module, image: ImageSpec, seconds: float) -> Graph:
@@ -704,7 +734,7 @@ def traced(module: nn.Module, image: ImageSpec, seconds: float) -> Graph:
     return Graph(value, recorder.calls, output, enabled)
 
 
-def copied(module: nn.Module, recorder: Recorder) -> tuple:
+def copied(module: nn.Module, recorder: Recorder) -> tuple[nn.Module, Recorder]:
     "A copy of a network on the meta device, and the recorder that knows its tensors and layers."
     network = on_meta(module)
     for path, tensor in (*network.named_parameters(), *network.named_buffers()):
@@ -714,7 +744,7 @@ def copied(module: nn.Module, recorder: Recorder) -> tuple:
     return network, recorder
 
 
-def follow_layers(network: nn.Module, recorder: Recorder):
+def follow_layers(network: nn.Module, recorder: Recorder) -> None:
     "Have the layers of a copy tell the recorder when they begin and end."
     for path, layer in network.named_modules():
         place = path, type(layer).__name__
@@ -722,7 +752,9 @@ def follow_layers(network: nn.Module, recorder: Recorder):
         layer.register_forward_hook(lambda *_: recorder.layers.pop() and None)
 
 
-def recorded_forward(network, x, recorder, module, image):
+def recorded_forward(
+    network: nn.Module, x: torch.Tensor, recorder: Recorder, module: nn.Module, image: ImageSpec
+) -> Any:
     "What forward returns; its own error in one sentence with the layer."
     try:
         with torch.device('meta'), recorder:
@@ -744,7 +776,7 @@ def recorded_forward(network, x, recorder, module, image):
         ) from e
 
 
-def too_small(module, image, recorder) -> bool:
+def too_small(module: nn.Module, image: ImageSpec, recorder: Recorder) -> bool:
     "Whether a larger image passes the layer at which forward failed."
     n, channels, height, width = image.shape
     network, larger = copied(module, Recorder(image.device, recorder.seconds))
@@ -758,7 +790,7 @@ def too_small(module, image, recorder) -> bool:
     return True
 
 
-def check_unchanged(network, before, recorder):
+def check_unchanged(network: nn.Module, before: list[Any], recorder: Recorder) -> None:
     "Refuse a forward that changes attributes of its layers, which happens in a copy here."
     hooks = ('_forward_hooks', '_forward_pre_hooks')
     fixed = recorder.fixed()
@@ -777,7 +809,7 @@ def check_unchanged(network, before, recorder):
                 )
 
 
-def check_functions(out, recorder):
+def check_functions(out: object, recorder: Recorder) -> None:
     "Refuse a backward of one's own that left no other sign. A function that is one call keeps its."
     seen, left = set(recorder.ends), [t.grad_fn for t in tensors_in(out)]
     while left:
@@ -794,7 +826,7 @@ def check_functions(out, recorder):
         left += [before for before, _ in node.next_functions]
 
 
-def check_output(output, module):
+def check_output(output: object, module: nn.Module) -> None:
     "Refuse what tensors may hide in."
     if isinstance(output, dict):
         output = tuple(output.values())

@@ -17,10 +17,11 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,13 +50,19 @@ class Ledger(TorchDispatchMode):
     """Counts what operations take while it is active, also on the meta device: the bytes of their
     results that are alive (`now`, and the most at once, `peak`), and their `work`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.alive = {}  # piece of memory -> its bytes
+        self.alive: dict[int, int] = {}  # piece of memory -> its bytes
         self.now = self.peak = 0
         self.operations = self.moved = self.launches = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        function: Any,  # an operator of PyTorch
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if function in like_first and args[0].is_meta:
             out = torch.empty_like(args[0])
@@ -71,7 +78,7 @@ class Ledger(TorchDispatchMode):
                 self.operations += count(*args, **kwargs, out_val=out)
         return out
 
-    def note(self, tensor: torch.Tensor):
+    def note(self, tensor: torch.Tensor) -> None:
         "Count the memory of `tensor` from now on until nobody holds it."
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -82,13 +89,13 @@ class Ledger(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self.free, key)
 
-    def note_all(self, *groups):
+    def note_all(self, *groups: Iterable[torch.Tensor | None]) -> None:
         "Count tensors that are there already; None is none."
         for tensor in (tensor for group in groups for tensor in group):
             if tensor is not None:
                 self.note(tensor)
 
-    def free(self, key: int):
+    def free(self, key: int) -> None:
         "Memory was given back."
         self.now -= self.alive.pop(key, 0)
 
@@ -113,11 +120,17 @@ like_first = {aten.threshold_backward.default}
 class StandIn(TorchFunctionMode):
     "Inside, tensors on the meta device stand for tensors on `device`, also under autocast."
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device, self.recorder = device, Recorder(device, math.inf)
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         name, kwargs = raw_name(function), kwargs or {}
         if name in answers and len(args) == 1 and not kwargs:
             return answers[name](args[0], self.device)
@@ -128,7 +141,7 @@ class StandIn(TorchFunctionMode):
 
 
 @contextmanager
-def as_if(device: torch.device, autocast: torch.dtype | None, train: bool):
+def as_if(device: torch.device, autocast: torch.dtype | None, train: bool) -> Iterator[None]:
     "What runs on the meta device inside is as on `device`, under autocast to a type or None."
     with (
         torch.inference_mode(False),
@@ -155,7 +168,7 @@ class Usage:
 
 def measure(
     module: nn.Module,  # the plain network; of a `Streamed`, the one inside
-    shape: tuple,  # of the image: (N, C, H, W)
+    shape: Sequence[int],  # of the image: (N, C, H, W)
     dtype: torch.dtype = torch.float32,  # of the image
     autocast: torch.dtype | None = None,  # torch.bfloat16 or torch.float16: under autocast to it
     train: bool = True,  # with the backward pass
@@ -180,7 +193,7 @@ def measure(
     return Usage(ledger.peak, ledger.work, sum(y.nbytes for y in outputs))
 
 
-def note_network(ledger: Ledger, module: nn.Module, train: bool):
+def note_network(ledger: Ledger, module: nn.Module, train: bool) -> None:
     "Count a network on the meta device: its tensors, and the gradients from an image before."
     for parameter in module.parameters():
         wanted = train and parameter.requires_grad
@@ -189,7 +202,7 @@ def note_network(ledger: Ledger, module: nn.Module, train: bool):
     ledger.note_all(module.parameters(), module.buffers(), gradients)
 
 
-def backward_plain(outputs: list):
+def backward_plain(outputs: list[torch.Tensor]) -> None:
     "The backward pass of the plain network."
     try:
         torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
@@ -221,7 +234,7 @@ class Speed:
         )
         return max(parts) if self.overlaps else sum(parts)
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = (
             f'{1 / self.operation:.3g} operations/s, {size(1 / self.byte)}/s of memory, '
             f'{self.launch * 1e6:.3g} us a launch, states to disk and back {size(1 / self.disk)}/s'
@@ -240,7 +253,7 @@ ENOUGH = 0.01  # seconds of work beside which a launch is nothing
 PATIENCE = 0.1  # seconds for a measurement
 
 
-def seconds_of(function: Callable, device: torch.device) -> float:
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     "Seconds of one call."
     began = time.perf_counter()
     function()
@@ -249,7 +262,7 @@ def seconds_of(function: Callable, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def fastest(function: Callable, device: torch.device) -> float:
+def fastest(function: Callable[[], object], device: torch.device) -> float:
     "Seconds of the fastest of several calls, after one that does not count."
     seconds_of(function, device)
     began, found = time.perf_counter(), []
@@ -261,18 +274,18 @@ def fastest(function: Callable, device: torch.device) -> float:
 def time_of_operation(device: torch.device, dtype: torch.dtype, channels: int = 64) -> float:
     "Seconds of a floating point operation, in a convolution large enough to fill the device."
     weight = torch.ones(channels, channels, 3, 3, device=device, dtype=dtype, requires_grad=True)
-    side, bytes_of, seconds = 64, 0, 0.0
-    while seconds < ENOUGH and bytes_of < LARGE:
+    side = 64
+    while True:
         side *= 2
         x = torch.ones(1, channels, side, side, device=device, dtype=dtype, requires_grad=True)
-        gradient, bytes_of = torch.ones_like(x), x.nbytes
+        gradient = torch.ones_like(x)
 
-        def run():
+        def run() -> None:
             torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), gradient)
 
         seconds_of(run, device)  # the first call does not count
-        seconds = seconds_of(run, device)
-    return fastest(run, device) / (3 * 2 * weight.numel() * side**2)
+        if seconds_of(run, device) >= ENOUGH or x.nbytes >= LARGE:
+            return fastest(run, device) / (3 * 2 * weight.numel() * side**2)
 
 
 def time_of_byte(device: torch.device) -> float:
@@ -285,7 +298,7 @@ def time_of_launch(device: torch.device) -> float:
     "Seconds to launch a kernel: of the engine, with a network that is hardly any work."
     net, x = tiny_network(device), torch.ones(1, 4, 256, 8, device=device)
 
-    def run():
+    def run() -> None:
         y = net(x)
         y.backward(torch.ones_like(y))
 
@@ -326,7 +339,8 @@ def measured_speed(device: torch.device, dtype: torch.dtype) -> Speed:
         )
 
 # %% ../../nbs/engine/09_ledger.ipynb #e1601d61
-speeds, measuring = {}, threading.Lock()
+speeds: dict[str, Speed] = {}
+measuring = threading.Lock()
 
 
 def speed_of(device: torch.device, dtype: torch.dtype = torch.float32) -> Speed:
@@ -347,9 +361,11 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     try:
-        name = re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())[1]
-    except (OSError, TypeError):
-        pass
+        found = re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())
+    except OSError:
+        found = None
+    if found:
+        name = found[1]
     return f'{name}, {torch.get_num_threads()} threads'
 
 
@@ -359,7 +375,7 @@ def speed_file() -> Path:
     return Path(folder) / 'streaming_pathology' / 'speed.json'
 
 
-def known_speeds() -> dict:
+def known_speeds() -> dict[str, dict[str, Any]]:
     "What the file says; nothing if there is none, or a broken one."
     try:
         known = json.loads(speed_file().read_text())
@@ -378,7 +394,7 @@ def read_speed(key: str) -> Speed | None:
         return None
 
 
-def write_speed(key: str, speed: Speed):
+def write_speed(key: str, speed: Speed) -> None:
     "Add a speed to the file, if it can be written."
     file = speed_file()
     temporary = file.with_name(f'{file.name}.{os.getpid()}')

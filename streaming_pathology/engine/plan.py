@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NO_SIZE', 'SAMPLES', 'MIN_ROWS', 'units', 'SHARE', 'LEAST', 'KEPT_OPTIONS', 'M_MMAP_THRESHOLD', 'EmptyImage',
-           'is_canvas', 'empty_source', 'empty_state', 'empty_rows', 'rows_shape', 'empty_total', 'StripCost',
-           'cost_down', 'cost_up', 'counted_twice', 'from_below', 'Sizes', 'sizes_of', 'runs', 'step_sizes',
-           'saved_rows', 'strip_costs', 'typical_kinds', 'estimated', 'state_bytes', 'Load', 'before_each', 'Loads',
-           'budget', 'free_on_gpu', 'free_on_host', 'Way', 'Plan', 'Costs', 'options_for', 'coarse_shape', 'costs_of',
-           'plan', 'image_of', 'check_plan', 'lean_memory']
+           'empty_source', 'empty_state', 'empty_rows', 'rows_shape', 'empty_total', 'StripCost', 'cost_down',
+           'cost_up', 'counted_twice', 'from_below', 'Sizes', 'sizes_of', 'runs', 'step_sizes', 'saved_rows',
+           'strip_costs', 'typical_kinds', 'estimated', 'state_bytes', 'Load', 'before_each', 'Loads', 'budget',
+           'free_on_gpu', 'free_on_host', 'Way', 'Plan', 'Costs', 'options_for', 'coarse_shape', 'costs_of', 'plan',
+           'image_of', 'check_plan', 'lean_memory']
 
 # %% ../../nbs/engine/09_plan.ipynb #567a9167
 import copy
@@ -16,20 +16,23 @@ import ctypes
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from torch import nn
 
 from ..core import InputError
 from streaming_pathology.engine.graph import (
     ImageSpec,
+    Value,
     autocast_to,
     autocast_type,
     on_meta,
@@ -45,30 +48,31 @@ from streaming_pathology.engine.ledger import (
     size,
     speed_of,
 )
-from .program import Operation, evaluate, receptive_fields, tensor_at
-from .schedule import Kind, Schedule, Totals
-from .storage import TensorSource, device_of, source_of
-from .streaming import Pass, Streamed
+from streaming_pathology.engine.program import (
+    Operation,
+    Program,
+    evaluate,
+    receptive_fields,
+    tensor_at,
+)
+from .schedule import Kind, Schedule, Step, Totals
+from .storage import Source, State, TensorSource, device_of, source_of
+from .streaming import Pass, Streamed, is_canvas
 from .windows import StreamingError
 
 # %% ../../nbs/engine/09_plan.ipynb #9fb8f296
 class EmptyImage(TensorSource):
     "An image on the meta device, in the place of a real one."
 
-    def __init__(self, image: ImageSpec, axes: tuple = (2, 3)):
+    def __init__(self, image: ImageSpec, axes: tuple[int, ...] = (2, 3)) -> None:
         self.shape, self.dtype, self.device = torch.Size(image.shape), image.dtype, image.device
         self.wanted, self.channels_last, self.axes = image.wanted, image.channels_last, axes
         self.tensors = [image.empty().detach()]
         self.gradients = [torch.empty_like(self.tensors[0]) if self.wanted else None]
-        self.held = self.tensors[0].nbytes * (1 + self.wanted), 0
+        self.held: tuple[int, int] = (self.tensors[0].nbytes * (1 + self.wanted), 0)
 
 
-def is_canvas(source) -> bool:
-    "Whether a source computes only parts of each strip."
-    return hasattr(source, 'boxes')
-
-
-def empty_source(source, image: ImageSpec):
+def empty_source(source: Source, image: ImageSpec) -> Source:
     "A source as `source`, on the meta device."
     if not is_canvas(source):
         empty = EmptyImage(image, source.axes)
@@ -81,7 +85,7 @@ def empty_source(source, image: ImageSpec):
     return empty
 
 # %% ../../nbs/engine/09_plan.ipynb #3b110f91
-def empty_state(run: Pass, k: int) -> dict:
+def empty_state(run: Pass, k: int) -> State:
     "The state before strip `k`, on the meta device."
     kind, state = run.strips[k].kind, {}
     for operation, step in zip(run.program.operations[1:], kind.steps):
@@ -95,18 +99,18 @@ def empty_state(run: Pass, k: int) -> dict:
     return state
 
 
-def empty_rows(operation: Operation, shape) -> torch.Tensor:
+def empty_rows(operation: Operation, shape: Sequence[int]) -> torch.Tensor:
     "Rows of a map on the meta device."
     return torch.empty(shape, dtype=operation.value.dtype, device='meta')
 
 
-def rows_shape(operation: Operation, rows: int, kind: Kind) -> list:
+def rows_shape(operation: Operation, rows: int, kind: Kind) -> list[int]:
     "The shape of some rows of a map, in the columns that strips of a kind compute."
     shape = list(operation.value.shape)
     shape[operation.axis] = rows
     if kind.columns is not None:
         first, stop = kind.columns[operation.number]
-        shape[operation.rows.across] = stop - first
+        shape[operation.rows.columns] = stop - first
     return shape
 
 
@@ -121,7 +125,7 @@ def empty_total(run: Pass, operation: Operation) -> torch.Tensor:
         else:
             given.append(run.operands[number])
     with torch.no_grad():
-        return operation.op.add(None, operation.op.part(0, 1, height), *given)
+        return operation.reduction.add(None, operation.reduction.part(0, 1, height), *given)
 
 # %% ../../nbs/engine/09_plan.ipynb #8ffa9e8b
 @dataclass
@@ -145,7 +149,7 @@ def cost_down(run: Pass, k: int) -> StripCost:
     return StripCost(ledger.peak - before - twice, 0.0, ledger.work, np.zeros(3))
 
 
-def cost_up(run: Pass, k: int, gradients: dict, whole: bool = True) -> StripCost:
+def cost_up(run: Pass, k: int, gradients: State, whole: bool = True) -> StripCost:
     """What it takes to compute strip `k` and its gradient, from `gradients` of the outputs. If not
     `whole`, only what is saved is found out."""
     with Ledger() as ledger:
@@ -164,12 +168,12 @@ def cost_up(run: Pass, k: int, gradients: dict, whole: bool = True) -> StripCost
     return StripCost(ledger.peak - before - twice, saved - twice, down, ledger.work - down)
 
 
-def counted_twice(run: Pass, outputs: dict) -> int:
+def counted_twice(run: Pass, outputs: State) -> int:
     "Bytes of the outputs of a lone strip: they are the network's, which are counted apart."
     return sum(y.nbytes for y in outputs.values()) if len(run.strips) == 1 else 0
 
 
-def from_below(run: Pass, k: int) -> tuple:
+def from_below(run: Pass, k: int) -> tuple[State | None, Totals]:
     "What the strip below has left: gradients of its state, None if there is none, and totals."
     totals = Totals(run.leaves)
     if k == len(run.strips) - 1:
@@ -200,19 +204,21 @@ class Sizes(NamedTuple):
 NO_SIZE = Sizes(0, 0, 0, 0, 0)
 
 
-def sizes_of(program, kind: Kind) -> Sizes:
+def sizes_of(program: Program, kind: Kind) -> Sizes:
     "The `Sizes` of a kind."
     steps = [None, *kind.steps]
     parts = [step_sizes(program, operation, steps, kind) for operation in program.operations[1:]]
     return Sizes(*(sum(numbers) for numbers in zip(NO_SIZE, *parts)))
 
 
-def runs(step) -> bool:
+def runs(step: Step | None) -> bool:
     "Whether an operation is run in a step."
     return step is not None and step.makes > 0 and not step.empty
 
 
-def step_sizes(program, operation: Operation, steps: list, kind: Kind) -> Sizes:
+def step_sizes(
+    program: Program, operation: Operation, steps: list[Step | None], kind: Kind
+) -> Sizes:
     "The part of one operation."
     step = steps[operation.number]
     operands = [program.operands[n] for is_map, n in operation.slots if not is_map]
@@ -231,10 +237,12 @@ def step_sizes(program, operation: Operation, steps: list, kind: Kind) -> Sizes:
     return Sizes(joined, saved, weights, products, 1)
 
 
-def saved_rows(operation: Operation, steps: list) -> int:
+def saved_rows(operation: Operation, steps: list[Step | None]) -> int:
     """How many rows of an operation are needed after the strip was computed, by gradients or by the
     next strip: the inputs of convolutions and their like, the results of activations."""
     step = steps[operation.number]
+    if step is None:
+        return 0
     result = operation.adjoint is None or operation.adjoint.saves_result
     read = any(
         runs(steps[reader.number]) and not getattr(reader.op, 'pointwise', False)
@@ -255,14 +263,16 @@ def saved_rows(operation: Operation, steps: list) -> int:
 SAMPLES = 5
 
 
-def strip_costs(program, schedule: Schedule, cost: Callable) -> list:
+def strip_costs(
+    program: Program, schedule: Schedule, cost: Callable[[int, bool], StripCost]
+) -> list[StripCost]:
     "What each strip takes: `cost(k, whole)` of a few, and what follows from that for the others."
     strips = schedule.strips
     first = {strip.kind: k for k, strip in reversed([*enumerate(strips)])}
     found = {strips[-1].kind: cost(len(strips) - 1, True)}
     others = {kind: sizes_of(program, kind) for kind in first if kind not in found}
     if others:
-        largest = max(others, key=others.get)
+        largest = max(others, key=others.__getitem__)
         found[largest] = cost(first[largest], True)
         saved = {
             kind: cost(first[kind], False).saved
@@ -276,7 +286,7 @@ def strip_costs(program, schedule: Schedule, cost: Callable) -> list:
     return [found[strip.kind] for strip in strips]
 
 
-def typical_kinds(counts: dict, sizes: dict) -> list:
+def typical_kinds(counts: dict[Kind, int], sizes: dict[Kind, Sizes]) -> list[Kind]:
     "Some of the kinds with these sizes that are not rare, from small to large."
     often = max(counts[kind] for kind in sizes)
     common = sorted(
@@ -293,7 +303,7 @@ def estimated(cost: StripCost, of: Sizes, sizes: Sizes, saved: float) -> StripCo
     return StripCost(saved + beside, saved, cost.down * share, cost.up * share)
 
 
-def state_bytes(run: Pass) -> list:
+def state_bytes(run: Pass) -> list[int]:
     "Bytes of the state before each strip."
     found = {}
     for k, strip in enumerate(run.strips):
@@ -378,21 +388,23 @@ class Loads:
     It is made for the modes of this moment: whether gradients are on, and autocast. `axes` are the
     dimensions of the image that may be cut into strips."""
 
-    def __init__(self, streamed: Streamed, image: ImageSpec, axes: tuple = (2, 3)):
+    def __init__(
+        self, streamed: Streamed, image: ImageSpec, axes: tuple[int, ...] = (2, 3)
+    ) -> None:
         self.streamed, self.image = streamed, image
         self.autocast = autocast_type(image.device)
         self.train = torch.is_grad_enabled()
         source = EmptyImage(image, axes)
         self.axis, traced = streamed.traced_for(source)
         self.program, self.length = traced.programs[self.axis], image.shape[self.axis]
-        self.dense = {}
+        self.dense: dict[int, Load] = {}  # by the height of a strip
         with self.as_if():
             self.find_network(source)
 
-    def as_if(self):
+    def as_if(self) -> AbstractContextManager[None]:
         return as_if(self.image.device, self.autocast, self.train)
 
-    def find_network(self, source: EmptyImage):
+    def find_network(self, source: EmptyImage) -> None:
         "What the network takes: its tensors, what is computed before the strips and after them."
         module = on_meta(self.streamed.module)
         with Ledger() as ledger:
@@ -408,7 +420,7 @@ class Loads:
         self.find_outputs(known)
         self.tail = self.tail_of(module, known, source)
 
-    def find_outputs(self, known: dict):
+    def find_outputs(self, known: dict[Value, torch.Tensor]) -> None:
         "Outputs of the strips on the meta device, where gradients begin."
         outputs = [o.value for o in (*self.program.outputs, *self.program.reductions)]
         made = {v: torch.empty(v.shape, dtype=v.dtype, device='meta') for v in outputs}
@@ -417,7 +429,7 @@ class Loads:
         self.outputs = sum(t.nbytes for t in made.values())
         known.update(made)
 
-    def tail_of(self, module: nn.Module, known: dict, source) -> Usage:
+    def tail_of(self, module: nn.Module, known: dict[Value, torch.Tensor], source: Source) -> Usage:
         "What follows the strips."
         if not self.program.after:
             return Usage(0, np.zeros(3), 0)
@@ -433,7 +445,7 @@ class Loads:
                 torch.autograd.backward(ends, [torch.empty_like(t) for t in ends])
         return Usage(ledger.peak - before, ledger.work, 0)
 
-    def of(self, height: int, source) -> Load:
+    def of(self, height: int, source: Source) -> Load:
         "What strips of `height` take, of an image that `source` reads."
         if is_canvas(source):
             load = self.found(height, source)
@@ -444,7 +456,7 @@ class Loads:
         always, each_row = source.held
         return replace(load, there=load.there + always + height * each_row)
 
-    def found(self, height: int, source) -> Load:
+    def found(self, height: int, source: Source) -> Load:
         "The same without the image."
         with self.as_if():
             run, background = self.empty_pass(height, empty_source(source, self.image))
@@ -463,7 +475,7 @@ class Loads:
         peaks, saved, down, up = arrays
         return Load(there, peaks, saved, np.array(states), down, up, self.tail, self.train)
 
-    def empty_pass(self, height: int, source) -> tuple:
+    def empty_pass(self, height: int, source: Source) -> tuple[Pass, int]:
         "A pass on the meta device, and the bytes of a canvas's background."
         streamed, operands = self.streamed.like(strip=height), list(self.operands)
         schedule = streamed.make_schedule(self.program, source)
@@ -476,12 +488,12 @@ class Loads:
             run.prepare()
         return run, background
 
-    def gradients(self, run: Pass) -> dict:
+    def gradients(self, run: Pass) -> State:
         "The gradients of outputs and reductions, on the meta device."
         ends = (*self.program.outputs, *self.program.reductions) if self.train else ()
         return {o.number: empty_rows(o, o.value.shape) for o in ends if o.number in run.wanted}
 
-    def heights(self) -> list:
+    def heights(self) -> list[int]:
         "Heights of strips that come into question, the highest first."
         strides = [stride for *_, stride in receptive_fields(self.program)]
         stride = math.ceil(max(strides, default=1))
@@ -503,16 +515,16 @@ units = {
 }
 
 
-def budget(memory, device: torch.device = torch.device('cpu')) -> int:
+def budget(memory: str | float, device: torch.device = torch.device('cpu')) -> int:
     "Bytes from a number, text such as '8GB' or '11 GiB', or 'auto': what `device` has free now."
     if memory == 'auto':
         return free_on_gpu(device) if device.type == 'cuda' else free_on_host()
-    given = memory
+    given: Any = memory
     if isinstance(memory, str):
         found = re.fullmatch(r'\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?i?B)\s*', memory, re.I)
-        given = float(found[1]) * units[found[2].upper()] if found else None
-    a_number = isinstance(given, (int, float)) and not isinstance(given, bool)
-    if not a_number or not 0 < given < math.inf:
+        given = float(found[1]) * units[found[2].upper()] if found else math.nan
+    no_number = isinstance(given, bool) or not isinstance(given, (int, float))
+    if no_number or not 0 < given < math.inf:
         raise InputError(
             f'memory={memory!r} is no amount of memory: give bytes, text such as '
             "'8GB', 'auto' or 'least'."
@@ -533,7 +545,9 @@ def free_on_host() -> int:
     free = os.sysconf(pages) * os.sysconf('SC_PAGE_SIZE')
     meminfo = Path('/proc/meminfo')
     if meminfo.exists():
-        free = int(re.search(r'MemAvailable:\s+(\d+)', meminfo.read_text())[1]) * 1024
+        found = re.search(r'MemAvailable:\s+(\d+)', meminfo.read_text())
+        if found:  # Linux says it since 3.14
+            free = int(found[1]) * 1024
     group = Path('/sys/fs/cgroup')
     try:
         most, current = ((group / f'memory.{name}').read_text() for name in ('max', 'current'))
@@ -557,7 +571,7 @@ class Way(NamedTuple):
 class Plan:
     "How to stream an image of one shape, and what that takes."
 
-    shape: tuple
+    shape: tuple[int, ...]
     strip: int  # rows or columns of the image at a time
     keep: int  # strips that keep what their gradient needs
     every: int  # a state is kept before every n-th strip
@@ -572,18 +586,18 @@ class Plan:
     budget: int  # bytes
     plain: Usage  # what the plain network would take
     speed: Speed  # of the device
-    parts: dict = field(repr=False)  # of the peak: name -> bytes
-    # the best `Way` for each height, with those that do not fit
-    others: list = field(repr=False)
+    parts: dict[str, int] = field(repr=False)  # of the peak: name -> bytes
+    # the best way for each height, with those that do not fit
+    others: list[Way] = field(repr=False)
     why: str = ''  # this direction
-    at: Callable = field(default=None, repr=False)  # strip height -> `Load`
+    at: Callable[[int], Load] = field(kw_only=True, repr=False)  # height of a strip -> its load
 
     @property
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         "For `stream`."
         return {k: getattr(self, k) for k in ('strip', 'keep', 'every', 'states', 'direction')}
 
-    def __str__(self):
+    def __str__(self) -> str:
         return '\n'.join([self.headline(), *self.explained(), '', *self.table()])
 
     __repr__ = __str__
@@ -613,7 +627,7 @@ class Plan:
             return f', the last {self.keep} are kept'
         return ', the last is kept' if self.keep else ''
 
-    def explained(self) -> list:
+    def explained(self) -> list[str]:
         "What it takes."
         parts = ', '.join(f'{name} {size(n)}' for name, n in self.parts.items())
         return [
@@ -624,7 +638,7 @@ class Plan:
             f'({self.speed})',
         ]
 
-    def table(self) -> list:
+    def table(self) -> list[str]:
         "The best ways for other heights of strips."
         lines = [f'{"strip":>6}{"kept":>6}{"every":>7}  {"states":7}{"peak":>9}{"time":>7}']
         for way in self.others:
@@ -636,7 +650,7 @@ class Plan:
             )
         return lines
 
-    def draw(self, ax=None, heights=None):
+    def draw(self, ax: Axes | None = None, heights: Sequence[int] | None = None) -> Axes:
         """Memory against the height of a strip, one strip kept: with states on the device and on a
         disk, beside the budget."""
         ax = ax or plt.subplots(figsize=(5, 2.8))[1]
@@ -675,7 +689,9 @@ class Costs:
 
     It is made for the modes of this moment, as `Loads` are."""
 
-    def __init__(self, streamed: Streamed, image: ImageSpec, axes: tuple = (2, 3)):
+    def __init__(
+        self, streamed: Streamed, image: ImageSpec, axes: tuple[int, ...] = (2, 3)
+    ) -> None:
         self.image, self.module = image, streamed.module
         self.loads = Loads(streamed, image, axes)
         self.train = self.loads.train
@@ -690,18 +706,23 @@ class Costs:
         self.speed = speed_of(image.device, self.computed_in())
         # at least that of a launch: a network may do nothing
         self.plain_seconds = max(self.speed.seconds(self.plain.work), self.speed.launch)
-        self.made, self.liked, self.free = {}, {}, None
+        # what was found for the images so far: options, and for a canvas the height of a strip
+        self.made: dict[Any, dict[str, Any] | None] = {}
+        self.liked: dict[str, int] = {}
+        self.free: int | None = None
 
     def computed_in(self) -> torch.dtype:
         "The type in which convolutions are computed."
         types = [p.dtype for p in self.module.parameters() if p.is_floating_point()]
         return self.loads.autocast or next(iter(types), torch.float32)
 
-    def plain_peak(self, source) -> float:
+    def plain_peak(self, source: Source) -> float:
         "What the plain network takes, if it can take this image: a tensor."
         return self.plain.peak if isinstance(source, TensorSource) else math.inf
 
-    def plan(self, memory, strip: int | None = None, source=None) -> Plan:
+    def plan(
+        self, memory: str | float, strip: int | None = None, source: Source | None = None
+    ) -> Plan:
         """The plan for `memory`, with strips of any height or of `strip`, for what `source` reads,
         or for an image in memory. Raises `InputError` if there is none."""
         source = EmptyImage(self.image) if source is None else source
@@ -713,7 +734,7 @@ class Costs:
         others = self.search([strip] if strip else self.candidates(total, load), total, load)
         fit = [way for way in others if way.peak <= total]
         if plain_peak <= total:
-            way = Way(self.loads.length, 1, 1, 'device', plain_peak, 1.0)
+            way = Way(self.loads.length, 1, 1, 'device', self.plain.peak, 1.0)
         elif fit:
             way = min(fit, key=lambda way: (way.time, way.peak))
         else:
@@ -722,22 +743,35 @@ class Costs:
 
     # ---- the memory there is
 
-    def total(self, memory, plain_peak: float, there: int, load: Callable) -> int:
+    def total(
+        self, memory: str | float, plain_peak: float, there: int, load: Callable[[int], Load]
+    ) -> int:
         "The bytes there are; `there`: of what is there already and is counted."
         if str(memory).lower() == 'least':
             least = min(load(h).peak(states='disk') for h in self.loads.heights()[-2:])
             return int(LEAST * min(least, plain_peak))
+        return self.free_bytes(memory, there)
+
+    def free_bytes(self, memory: str | float, there: int) -> int:
+        "The same where `memory` is not 'least'."
         if memory == 'auto':
             self.free = self.free or budget('auto', self.image.device)  # asked once
             return int(SHARE * self.free) + there
         return budget(memory)
 
-    def there(self, source) -> int:
+    def there(self, source: Source) -> int:
         "Bytes of the network and the image, which are on the device already."
         tensors = (*self.module.parameters(), *self.module.buffers(), *source.tensors)
         return sum(t.nbytes for t in tensors if t.device == self.image.device)
 
-    def too_little(self, memory, total: int, shape: tuple, others: list, plain_peak: float) -> str:
+    def too_little(
+        self,
+        memory: str | float,
+        total: int,
+        shape: tuple[int, ...],
+        others: list[Way],
+        plain_peak: float,
+    ) -> str:
         "Why there is no plan."
         way = min(others, key=lambda way: way.peak)
         least, how = way.peak, f'with strips of {way.strip} and states on the {way.states}'
@@ -752,7 +786,7 @@ class Costs:
 
     # ---- ways
 
-    def candidates(self, total: int, load: Callable) -> list:
+    def candidates(self, total: int, load: Callable[[int], Load]) -> list[int]:
         """Heights of strips that may fit, the highest first. Memory grows in proportion to the
         height, so two heights tell roughly how far it goes."""
         heights = self.loads.heights()
@@ -767,7 +801,7 @@ class Costs:
         alone = self.plain.peak <= 2 * total
         return [h for h in heights if h <= reach or (h == self.loads.length and alone)]
 
-    def search(self, heights: list, total: int, load: Callable) -> list:
+    def search(self, heights: list[int], total: int, load: Callable[[int], Load]) -> list[Way]:
         "The best way for each height, from the highest on until lower strips take longer."
         found, fastest = [], math.inf
         for height in heights:
@@ -782,7 +816,7 @@ class Costs:
             fastest = found[-1].time
         return found
 
-    def ways(self, height: int, load: Load, total: int) -> list:
+    def ways(self, height: int, load: Load, total: int) -> list[Way]:
         "The ways to run strips of `height`, each with as many strips kept as fit."
         count, found = len(load.peaks), []
         for states, every in self.stores(count):
@@ -793,7 +827,7 @@ class Costs:
             found.append(Way(height, keep, every, states, load.peak(keep, every, states), time))
         return found
 
-    def stores(self, count: int) -> list:
+    def stores(self, count: int) -> list[tuple[str, int]]:
         "Where states may wait, and before how many strips one is kept."
         if not self.train:
             return [('device', 1)]
@@ -802,7 +836,16 @@ class Costs:
 
     # ---- the plan
 
-    def made_plan(self, way: Way, shape, total, streamed: bool, others, source, load) -> Plan:
+    def made_plan(
+        self,
+        way: Way,
+        shape: tuple[int, ...],
+        total: int,
+        streamed: bool,
+        others: list[Way],
+        source: Source,
+        load: Callable[[int], Load],
+    ) -> Plan:
         "A `Plan` from the way that was chosen."
         chosen, pixels, work = load(way.strip), 1.0, self.plain.work
         if streamed:
@@ -824,10 +867,10 @@ class Costs:
             self.parts(way, chosen, streamed, source),
             others,
             self.why(shape, chosen),
-            load,
+            at=load,
         )
 
-    def parts(self, way: Way, load: Load, streamed: bool, source) -> dict:
+    def parts(self, way: Way, load: Load, streamed: bool, source: Source) -> dict[str, int]:
         "What the peak is made of."
         always, each_row = source.held
         parts = {
@@ -839,7 +882,7 @@ class Costs:
         parts['strips' if streamed else 'network'] = way.peak - sum(parts.values())
         return parts
 
-    def why(self, shape: tuple, load: Load) -> str:
+    def why(self, shape: tuple[int, ...], load: Load) -> str:
         "Why strips are cut in this direction."
         length, across = shape[self.loads.axis], shape[5 - self.loads.axis]
         if len(load.states) < 2 or length == across:
@@ -852,7 +895,7 @@ class Costs:
 
     # ---- for `Streamed`
 
-    def options(self, memory, source) -> dict | None:
+    def options(self, memory: str | float, source: Source) -> dict[str, Any] | None:
         """The options for what `source` reads, found once for images alike; None: the plain network
         fits. How high strips are is found for the first canvas, how many are kept for each."""
         boxes = getattr(source, 'boxes', None)
@@ -863,10 +906,10 @@ class Costs:
             self.made[key] = self.found_options(memory, source)
         return self.made[key]
 
-    def found_options(self, memory, source) -> dict | None:
+    def found_options(self, memory: str | float, source: Source) -> dict[str, Any] | None:
         "The same anew."
         if str(memory).lower() != 'least':
-            total = self.total(memory, math.inf, self.there(source), None)
+            total = self.free_bytes(memory, self.there(source))
             if self.plain_peak(source) <= total:
                 return None
         strip = self.liked.get(str(memory)) if is_canvas(source) else None
@@ -881,7 +924,7 @@ class Costs:
         return found.options if found.streamed else None
 
 # %% ../../nbs/engine/09_plan.ipynb #17aba4cb
-def options_for(streamed: Streamed, source) -> dict | None:
+def options_for(streamed: Streamed, source: Source) -> dict[str, Any] | None:
     """The options with which `streamed` streams what `source` reads; None: the plain network fits.
 
     `Costs` are found once for images that are nearly of the same size, for the largest of them if
@@ -893,10 +936,11 @@ def options_for(streamed: Streamed, source) -> dict | None:
             return costs_of(streamed, image, source.axes).options(streamed.memory, source)
         except InputError as e:
             error = e.with_traceback(None)
+    assert error is not None
     raise error
 
 
-def coarse_shape(shape) -> tuple:
+def coarse_shape(shape: Sequence[int]) -> tuple[int, ...]:
     "The largest of the shapes that are nearly the same: by an eighth of a side, or 32 pixels."
     sizes = []
     for n in shape[2:]:
@@ -905,7 +949,7 @@ def coarse_shape(shape) -> tuple:
     return *shape[:2], *sizes
 
 
-def costs_of(streamed: Streamed, image: ImageSpec, axes: tuple) -> Costs:
+def costs_of(streamed: Streamed, image: ImageSpec, axes: tuple[int, ...]) -> Costs:
     "The costs of images like `image`, kept with their trace."
     axis, traced = streamed.traced_for(EmptyImage(image, axes))
     if axis not in traced.costs:
@@ -915,8 +959,8 @@ def costs_of(streamed: Streamed, image: ImageSpec, axes: tuple) -> Costs:
 # %% ../../nbs/engine/09_plan.ipynb #5b04250b
 def plan(
     module: nn.Module,  # the network, or its first part, or a `Streamed` one
-    shape,  # of the image: (N, C, H, W); or the image, as `stream` takes it
-    memory='auto',  # bytes, text such as '8GB', 'auto' (what is free), or 'least'
+    shape: Any,  # of the image: (N, C, H, W); or the image, as `stream` takes it
+    memory: str | float = 'auto',  # bytes, text such as '8GB', 'auto' (what is free), or 'least'
     strip: int | None = None,  # the height of a strip, if it is given
     direction: str = 'auto',  # 'rows', 'columns', or 'auto'
     dtype: torch.dtype | None = None,  # of the image, for a shape; None: the network's
@@ -937,7 +981,7 @@ def plan(
     return costs.plan(memory, strip, source)
 
 
-def image_of(module: nn.Module, shape, dtype: torch.dtype | None) -> tuple:
+def image_of(module: nn.Module, shape: Any, dtype: torch.dtype | None) -> tuple[ImageSpec, Source]:
     "What a trace has to know of the image, and its source."
     if hasattr(shape, 'shape'):
         source = source_of(shape, module)
@@ -949,7 +993,7 @@ def image_of(module: nn.Module, shape, dtype: torch.dtype | None) -> tuple:
     return image, EmptyImage(image)
 
 
-def check_plan(module, shape, strip, autocast):
+def check_plan(module: object, shape: object, strip: object, autocast: object) -> None:
     "Refuse arguments of `plan` that make no sense."
     if not isinstance(module, nn.Module):
         raise StreamingError(f'plan takes an nn.Module, not {type(module).__name__}.')

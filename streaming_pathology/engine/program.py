@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['Operation', 'folded', 'add_shift', 'add_shift_', 'shift_back', 'shift_rule', 'arguments', 'fold_norms', 'foldable',
-           'fold_pair', 'picked', 'once_for_image', 'Program', 'may_be_overwritten', 'advice', 'strided',
+           'fold_pair', 'picked', 'once_for_image', 'read_image', 'Program', 'may_be_overwritten', 'advice', 'strided',
            'receptive_fields', 'tensor_at', 'evaluate']
 
 # %% ../../nbs/engine/04_program.ipynb #b19149b2
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,34 +29,51 @@ from streaming_pathology.engine.rules import (
     need_image,
     rule,
 )
-from .windows import StreamingError
+from .windows import Region, Spread, StreamingError, Window
 
 # %% ../../nbs/engine/04_program.ipynb #90466047
 class Operation:
     "One map (or the result of one reduction) of the network, and how it is computed."
 
-    def __init__(self, number: int, value: Value, call: Call, op: Op | Reduction):
+    def __init__(self, number: int, value: Value, call: Call, op: Op | Reduction) -> None:
         self.number, self.value, self.call, self.op = number, value, call, op
-        self.run = None if isinstance(op, Reduction) else op.run
-        self.adjoint = None  # how its gradient is computed by hand, if it is
+        self.adjoint: Adjoint | None = None  # how its gradient is computed by hand, if it is
         self.reduces = isinstance(op, Reduction)
-        self.slots = []  # of each tensor of `run`: whether it is a map, and its number
-        self.inputs = ()  # numbers of the maps that it reads, each once
-        self.readers = []  # operations that read this map
+        # of each tensor of `run`: whether it is a map, and its number
+        self.slots: list[tuple[bool, int]] = []
+        self.inputs: tuple[int, ...] = ()  # numbers of the maps that it reads, each once
+        self.readers: list[Operation] = []  # operations that read this map
         self.output = False  # it is given back as a whole, or read after the strips
         self.carried = True  # its rows are carried to the next strip where they are needed
         self.inplace = False  # `run` writes into its first tensor
         self.overwritten = False  # its only reader may write into it: see below
-        self.done = ()  # maps that nobody reads after this operation
-        if not self.reduces:
+        self.done: tuple[int, ...] = ()  # maps that nobody reads after this operation
+        if isinstance(op, Reduction):
+            self.reduction = op  # a reduction has nothing of what follows
+        else:
+            self.run = op.run
             self.window, self.across, self.rows = op.window, op.across, op.out
             self.axis = op.out.axis
 
-    def __repr__(self):
+    @property
+    def across_window(self) -> Window | Spread:
+        "The window across the strips, where there is one."
+        assert self.across is not None
+        return self.across
+
+    def __repr__(self) -> str:
         return f'{self.number}: {self.value.name}'
 
 # %% ../../nbs/engine/04_program.ipynb #b9f53848
-def folded(weight, bias, mean, var, scale, shift, eps) -> tuple:
+def folded(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Weight and bias of a convolution with the BatchNorm behind it."
     gain = (var + eps).rsqrt()
     if scale is not None:
@@ -70,33 +89,39 @@ def add_shift(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return (x + shift.view(-1, 1, 1)).to(x.dtype)
 
 
-def add_shift_(region, x: torch.Tensor, shift: torch.Tensor) -> tuple:
+def add_shift_(
+    region: Region, x: torch.Tensor, shift: torch.Tensor
+) -> tuple[torch.Tensor, torch.dtype]:
     "The same in place."
     return x.add_(shift.view(-1, 1, 1)), shift.dtype
 
 
-def shift_back(gradient, dtype, wanted) -> tuple:
+def shift_back(
+    gradient: torch.Tensor, dtype: torch.dtype, wanted: Sequence[bool]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     "The gradients of both; that of the shift is summed in float32."
     kind = torch.promote_types(gradient.dtype, torch.float32)
     return gradient, gradient.sum((0, 2, 3), dtype=kind) if wanted[1] else None
 
 
 @rule(add_shift)
-def shift_rule(x, shift):
+def shift_rule(x: Map, shift: Map | Value) -> Op:
     need_image(x)
     run = lambda region, x, shift: add_shift(x, shift)
     return Op(run, [x, shift], x.rows, pointwise=True, adjoint=Adjoint(add_shift_, shift_back))
 
 
-def arguments(call: Call, names: str) -> dict:
+def arguments(call: Call, names: str) -> dict[str, Any]:
     "The arguments of a call by name; None where they are left out."
-    names = names.split()
-    return {**dict.fromkeys(names), **dict(zip(names, call.args)), **call.kwargs}
+    parameters = names.split()
+    return {**dict.fromkeys(parameters), **dict(zip(parameters, call.args)), **call.kwargs}
 
 
-def fold_norms(graph: Graph, apart: bool) -> list:
+def fold_norms(graph: Graph, apart: bool) -> list[Call]:
     "The calls of a graph with each frozen BatchNorm folded into the convolution that it alone reads."
-    of_image, readers, made = {graph.image}, {}, {}
+    of_image = {graph.image}
+    readers: dict[Value, list[Call]] = {}
+    made: dict[Value, Call] = {}
     for call in graph.calls:
         for value in call.inputs:
             readers.setdefault(value, []).append(call)
@@ -104,7 +129,8 @@ def fold_norms(graph: Graph, apart: bool) -> list:
             of_image.update(call.outputs)
         made.update(dict.fromkeys(call.outputs, call))
     kept = set(values_in(graph.output))
-    calls, gone = [], {}
+    calls: list[Call] = []
+    gone: dict[Call, None] = {}
     for call in graph.calls:
         conv = foldable(call, made, readers, of_image, kept) if call.name == 'batch_norm' else None
         if conv is None:
@@ -116,7 +142,13 @@ def fold_norms(graph: Graph, apart: bool) -> list:
     return [call for call in calls if call not in gone]
 
 
-def foldable(norm: Call, made: dict, readers: dict, of_image: set, kept: set) -> Call | None:
+def foldable(
+    norm: Call,
+    made: dict[Value, Call],
+    readers: dict[Value, list[Call]],
+    of_image: set[Value],
+    kept: set[Value],
+) -> Call | None:
     "The convolution into which a BatchNorm can be folded, if there is one."
     given = arguments(norm, 'input running_mean running_var weight bias training momentum eps')
     conv = made.get(given['input'])
@@ -130,7 +162,7 @@ def foldable(norm: Call, made: dict, readers: dict, of_image: set, kept: set) ->
     return None if of_image.intersection(constant) else conv
 
 
-def fold_pair(conv: Call, norm: Call, apart: bool) -> list:
+def fold_pair(conv: Call, norm: Call, apart: bool) -> list[Call]:
     "The calls that stand for a convolution and the BatchNorm behind it."
     given = arguments(norm, 'input running_mean running_var weight bias training momentum eps')
     own = arguments(conv, 'input weight bias stride padding dilation groups')
@@ -155,6 +187,7 @@ def fold_pair(conv: Call, norm: Call, apart: bool) -> list:
     )
     how = {k: own[k] for k in ('stride', 'padding', 'dilation', 'groups') if own[k] is not None}
     (out,) = norm.outputs
+    place: dict[str, Any]
     place = dict(layer=conv.layer, kind=conv.kind, line=conv.line, grad=conv.grad)
     if not apart:
         args = own['input'], weight, shift
@@ -165,16 +198,26 @@ def fold_pair(conv: Call, norm: Call, apart: bool) -> list:
     return [fold, plain, add]
 
 # %% ../../nbs/engine/04_program.ipynb #621c7081
-def picked(run: Callable, number: int) -> Callable:
+def picked(run: Callable[..., Any], number: int) -> Callable[..., torch.Tensor]:
     "The `number`th of what `run` gives."
     return lambda region, *tensors: run(region, *tensors)[number]
 
 
-def once_for_image(value: Value, call: Call, drawn: Callable, device: torch.device) -> Call:
+def once_for_image(
+    value: Value,
+    call: Call,
+    drawn: Callable[[torch.device], torch.Tensor],
+    device: torch.device,
+) -> Call:
     "The call that draws a mask before the strips."
     return Call(
         drawn, 'drawn', (device,), {}, (value,), grad=False, layer=call.layer, kind=call.kind
     )
+
+
+def read_image(*_: object) -> torch.Tensor:
+    "In the place of a function that computes the image, whose rows come from its source."
+    raise NotImplementedError('the rows of an image come from its source')
 
 
 class Program:
@@ -184,23 +227,37 @@ class Program:
     True, False or 'apart'; with `reduce` false, reductions wait for whole maps (and run after).
     """
 
-    def __init__(self, graph: Graph, device: torch.device, fold=True, axis: int = 2, reduce=True):
+    def __init__(
+        self,
+        graph: Graph,
+        device: torch.device,
+        fold: bool | str = True,
+        axis: int = 2,
+        reduce: bool = True,
+    ) -> None:
         self.graph, self.axis, self.device, self.reduce = graph, axis, device, reduce
-        self.before, self.after = [], []
+        self.before: list[Call] = []
+        self.after: list[Call] = []
         image = Operation(
-            0, graph.image, Call(None, 'image', (), {}), Op(None, [], Rows(4, axis, 5 - axis))
+            0,
+            graph.image,
+            Call(read_image, 'image', (), {}),
+            Op(read_image, [], Rows(4, axis, 5 - axis)),
         )
         self.operations = [image]
         self.maps = {graph.image: (image, Map(graph.image, image.rows, device))}
-        self.late = set()  # values that are known only after the last strip
-        self.operands = []  # other tensors that the strips need
-        self.read_later, self.written_later = set(), set()  # memory, in and after the strips
-        for call in fold_norms(graph, fold == 'apart') if fold else graph.calls:
+        self.late: set[Value] = set()  # values that are known only after the last strip
+        self.operands: list[Value] = []  # other tensors that the strips need
+        # memory that is read and written in the strips or after them
+        self.read_later: set[int] = set()
+        self.written_later: set[int] = set()
+        calls = fold_norms(graph, fold == 'apart') if fold else graph.calls
+        for call in calls:
             self.add(call)
         self.drop_unused()
         self.link()
 
-    def add(self, call: Call):
+    def add(self, call: Call) -> None:
         "Find the part to which a call belongs."
         inputs = call.inputs
         self.check_order(call)
@@ -212,7 +269,7 @@ class Program:
         else:
             self.before.append(call)
 
-    def check_order(self, call: Call):
+    def check_order(self, call: Call) -> None:
         """Refuse what would see other values if the parts ran one after the other: a tensor that is
         changed after maps were computed with it, or read before the strips and changed after them."""
         first = not any(value in self.maps or value in self.late for value in call.inputs)
@@ -229,7 +286,7 @@ class Program:
             self.read_later |= memory
             self.written_later.update(call.writes)
 
-    def add_operation(self, call: Call):
+    def add_operation(self, call: Call) -> None:
         "Apply the rule of a call on maps, or refuse it with the name of its layer."
         try:
             op = self.rule(call)
@@ -246,9 +303,11 @@ class Program:
         for number, value in enumerate(call.outputs):
             self.operations.append(self.operation(call, op, value, number))
 
-    def check_shapes(self, call: Call, op: Op | Reduction):
+    def check_shapes(self, call: Call, op: Op | Reduction) -> None:
         "Refuse where a rule has misunderstood a call."
-        for value in () if isinstance(op, Reduction) else call.outputs:
+        if isinstance(op, Reduction):
+            return
+        for value in call.outputs:
             if value.ndim != op.out.ndim:
                 raise Refused(f'calls {call.name} in a way that is not understood')
 
@@ -272,11 +331,12 @@ class Program:
     def operation(self, call: Call, op: Op | Reduction, value: Value, number: int) -> Operation:
         "An operation for one of the outputs of a call."
         new = Operation(len(self.operations), value, call, op)
-        if call.several and new.run is not None:
-            new.run = picked(op.run, number)
-        new.adjoint = None if call.several else getattr(op, 'adjoint', None)
         tensors = list(op.tensors)
-        if getattr(op, 'drawn', None):
+        if isinstance(op, Op) and call.several:
+            new.run = picked(op.run, number)
+        elif isinstance(op, Op):
+            new.adjoint = op.adjoint
+        if isinstance(op, Op) and op.drawn is not None:
             mask = Value(f'{value.name}.mask', (), value.dtype)
             self.before.append(once_for_image(mask, call, op.drawn, self.device))
             tensors.append(mask)
@@ -289,13 +349,13 @@ class Program:
                 new.slots.append((False, self.operands.index(tensor)))
         new.inputs = tuple(dict.fromkeys(n for is_map, n in new.slots if is_map))
         new.inplace = call.inplace
-        if new.reduces:
+        if isinstance(op, Reduction):
             self.late.add(value)
         else:
             self.maps[value] = new, Map(value, op.out, self.device)
         return new
 
-    def drop_unused(self):
+    def drop_unused(self) -> None:
         "Leave out what leads to no output."
         late = {value for call in self.after for value in call.inputs}
         late.update(values_in(self.graph.output))
@@ -308,7 +368,7 @@ class Program:
                 used.update(operation.inputs)
         self.renumber([o for o in self.operations if o.number in used or o.number == 0])
 
-    def renumber(self, operations: list):
+    def renumber(self, operations: list[Operation]) -> None:
         "Number the operations and operands anew."
         numbers = {old.number: new for new, old in enumerate(operations)}
         operands = list(dict.fromkeys(n for o in operations for is_map, n in o.slots if not is_map))
@@ -323,7 +383,7 @@ class Program:
         self.operands = [self.operands[n] for n in operands]
         self.needed_before()
 
-    def needed_before(self):
+    def needed_before(self) -> None:
         "Of what runs before the strips, only what is needed, or changes a buffer, stays."
         needed = set(self.operands) | set(values_in(self.graph.output))
         needed.update(value for call in self.after for value in call.inputs)
@@ -334,7 +394,7 @@ class Program:
                 needed.update(call.inputs)
         self.before = kept[::-1]
 
-    def link(self):
+    def link(self) -> None:
         "Find for each operation who reads it, and what follows from that."
         for operation in self.operations:
             for number in operation.inputs:
@@ -357,7 +417,8 @@ class Program:
 def may_be_overwritten(operation: Operation) -> bool:
     """Whether the only reader of a map works in place and may write into its rows: nobody else needs
     them, neither the user nor the map's own gradient, and they are memory of no other map."""
-    if operation.output or len(operation.readers) != 1 or operation.op.alias:
+    alias = getattr(operation.op, 'alias', False)
+    if operation.output or len(operation.readers) != 1 or alias:
         return False
     reader, own = operation.readers[0], operation.adjoint
     writes = reader.inplace and reader.slots[0] == (True, operation.number)
@@ -371,11 +432,13 @@ def advice(call: Call, program: Program) -> str:
     return 'stream the part of the network before it'
 
 
-def strided(program: Program) -> dict:
+def strided(program: Program) -> dict[int, int | Fraction]:
     """The maps with a stride, behind which rows may wait for others: number -> rows of the image
     from one row to the next. Not those that are computed from the image's own rows, as these would
     wait, too, and be read again."""
-    strides, raw, found = {0: 1}, {0}, {}
+    strides: dict[int, int | Fraction] = {0: 1}
+    raw: set[int] = {0}
+    found: dict[int, int | Fraction] = {}
     for operation in program.operations[1:]:
         if operation.reduces:
             continue
@@ -388,9 +451,11 @@ def strided(program: Program) -> dict:
     return found
 
 
-def receptive_fields(program: Program) -> list:
+def receptive_fields(
+    program: Program,
+) -> list[tuple[str, int | Fraction, int | Fraction]]:
     "For each map: its name, how many rows of the image one of its rows sees, and its stride."
-    seen = {0: (1, 1)}
+    seen: dict[int, tuple[int | Fraction, int | Fraction]] = {0: (1, 1)}
     for operation in program.operations[1:]:
         if not operation.reduces:
             window = operation.window
@@ -408,7 +473,9 @@ def tensor_at(module: nn.Module, path: str) -> torch.Tensor:
     return getattr(module.get_submodule(at), name)
 
 
-def evaluate(calls: list, module: nn.Module, known: dict) -> dict:
+def evaluate(
+    calls: Sequence[Call], module: nn.Module, known: dict[Value, torch.Tensor]
+) -> dict[Value, torch.Tensor]:
     "Run `calls` on what is `known` (value -> tensor) and on the network's tensors; adds the results."
     for call in calls:
         for value in call.inputs:

@@ -171,7 +171,7 @@ class Resampling:
     level: float = 0.95  # how often an interval should hold the truth
     patient_ids: Sequence | np.ndarray | None = None  # of each slide; None: each has its own
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_level(self.level)
 
     @property
@@ -661,7 +661,7 @@ class DeLong:
     p: float  # two-sided; nan where there is a difference, and nothing varies to judge it by
     level: float
 
-    def __str__(self):
+    def __str__(self) -> str:
         interval = f'{percent(self.level)} interval {self.low:+.3f} to {self.high:+.3f}'
         return f'{self.difference:+.3f} ({interval}, p = {self.p:.3g})'
 

@@ -9,6 +9,7 @@ __all__ = ['SMALLEST', 'Calibration', 'check_probabilities', 'calibration', 'rel
 # %% ../../nbs/evaluation/04_calibration.ipynb #51ac50e9
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,6 +26,9 @@ from streaming_pathology.evaluation.auc import (
 )
 from .evaluation import axis_or_new, in_legend
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # %% ../../nbs/evaluation/04_calibration.ipynb #b8f7dad8
 @dataclass(frozen=True)
 class Calibration:
@@ -37,7 +41,7 @@ class Calibration:
     # high (its interval), n
     bins: list[dict]
 
-    def __str__(self):
+    def __str__(self) -> str:
         interval = f'{percent(self.brier.level)} interval {self.brier.interval}'
         return (
             f'Brier {self.brier.value:.3f} ({interval}; {self.reference:.3f} by the share of '
@@ -119,13 +123,13 @@ def reliability_bins(
 def plot_reliability(
     labels: ArrayLike,  # 0 or 1 for each slide (n,)
     probabilities: ArrayLike,  # of 1, for each slide (n,)
-    ax=None,  # matplotlib axis to draw into; None: a new one
+    ax: 'Axes | None' = None,  # matplotlib axis to draw into; None: a new one
     label: str | None = None,  # name of the model in the legend
     color: str = '#2f6690',  # of its points
     n_bins: int = 15,  # of equal width, as `calibration` has them
     patient_ids: Sequence | np.ndarray | None = None,  # of each slide; None: each has its own
     level: float = 0.95,  # of the intervals
-):
+) -> 'Axes':
     "A reliability diagram, with the expected calibration error of its bins; returns the axis."
     ax = axis_or_new(ax)
     resampling = Resampling(1, level=level, patient_ids=patient_ids)  # Brier's score is not shown
@@ -145,7 +149,7 @@ def plot_reliability(
     return ax
 
 
-def draw_counts(ax, probabilities: ArrayLike, n_bins: int, color: str) -> None:
+def draw_counts(ax: 'Axes', probabilities: ArrayLike, n_bins: int, color: str) -> None:
     "A strip of bars below 0 that shows how many slides each bin has."
     edges = np.linspace(0, 1, n_bins + 1)
     counts = np.histogram(probabilities, edges)[0]

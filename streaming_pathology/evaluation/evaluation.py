@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -34,6 +35,10 @@ from streaming_pathology.evaluation.auc import (
     share_interval,
 )
 from ..io import finite_number, read_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.typing import LegendLocType
 
 # %% ../../nbs/evaluation/03_evaluation.ipynb #1c7744bb
 CURVES = Resampling(1000)  # of a band, unless another is asked for
@@ -99,7 +104,7 @@ def rates_at(
     return tpr[left] + (rates - fpr[left]) / width * (tpr[right] - tpr[left])
 
 
-def axis_or_new(ax=None):
+def axis_or_new(ax: 'Axes | None' = None) -> 'Axes':
     "A matplotlib axis: the one given, or that of a new figure."
     import matplotlib.pyplot as plt  # slow to import, so only where it is used
 
@@ -111,13 +116,13 @@ def axis_or_new(ax=None):
 def plot_roc(
     labels: ArrayLike,  # 0 or 1 for each slide (n,)
     scores: ArrayLike,  # higher means more likely positive (n,)
-    ax=None,  # matplotlib axis to draw into; None: a new one
+    ax: 'Axes | None' = None,  # matplotlib axis to draw into; None: a new one
     label: str | None = None,  # name of the model in the legend
     color: str = '#2f6690',  # of curve and band
     band: bool = True,  # draw the bootstrap band
     interval: Estimate | None = None,  # of the AUC, already computed; None: `auc_interval`
     patient_ids: Sequence | np.ndarray | None = None,  # of each slide; None: each has its own
-):
+) -> 'Axes':
     "The ROC curve, with its AUC, the confidence interval and a bootstrap band; returns the axis."
     ax = axis_or_new(ax)
     if interval is None:
@@ -139,7 +144,7 @@ def plot_roc(
     return unit_square(ax, 'false positive rate', 'true positive rate', 'lower right')
 
 
-def draw_band(ax, band: tuple, color: str) -> None:
+def draw_band(ax: 'Axes', band: tuple[np.ndarray, np.ndarray, np.ndarray], color: str) -> None:
     "The area between two curves: a grid, and the lower and upper limit at it."
     grid, low, high = band
     ax.fill_between(grid, low, high, color=color, alpha=0.15, lw=0)
@@ -150,7 +155,7 @@ def in_legend(label: str | None, text: str) -> str:
     return text if label is None else f'{label}: {text}'
 
 
-def unit_square(ax, xlabel: str, ylabel: str, legend: str):
+def unit_square(ax: 'Axes', xlabel: str, ylabel: str, legend: 'LegendLocType') -> 'Axes':
     "An axis of two shares, with a legend in one of its corners; returns it."
     ax.set(xlim=(0, 1), ylim=(0, 1.005), aspect='equal', xlabel=xlabel, ylabel=ylabel)
     ax.spines[['top', 'right']].set_visible(False)
@@ -209,12 +214,12 @@ def pr_band(
 def plot_pr(
     labels: ArrayLike,  # 0 or 1 for each slide (n,)
     scores: ArrayLike,  # higher means more likely positive (n,)
-    ax=None,  # matplotlib axis to draw into; None: a new one
+    ax: 'Axes | None' = None,  # matplotlib axis to draw into; None: a new one
     label: str | None = None,  # name of the model in the legend
     color: str = '#2f6690',  # of curve and band
     band: bool = True,  # draw the bootstrap band
     resampling: Resampling = RESAMPLING,  # of the average precision
-):
+) -> 'Axes':
     "Precision against recall, with `average_precision` and a bootstrap band; returns the axis."
     from sklearn.metrics import precision_recall_curve  # slow to import, so only where it is used
 
@@ -360,7 +365,7 @@ class Metrics:
             self.seed,
         )
 
-    def __str__(self):
+    def __str__(self) -> str:
         of_patients = '' if self.patients is None else f' of {self.patients} patients'
         return (
             f'AUC {self.auc:.3f} ({percent(self.level)} interval {self.estimate.interval}, by the '

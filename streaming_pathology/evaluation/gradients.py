@@ -10,10 +10,10 @@ __all__ = ['ImageLike', 'BLOCK', 'KEPT_BLOCKS', 'AVERAGES', 'RowReader', 'is_row
 
 # %% ../../nbs/evaluation/09_gradients.ipynb #grd00003
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -27,7 +27,10 @@ from ..training.models import StreamingClassifier
 class RowReader(Protocol):
     "An image (1, 3, H, W) of 0..255 that is read by rows, such as `PixelRows`."
 
-    shape: tuple
+    @property
+    def shape(self) -> Sequence[int]:
+        "(1, 3, H, W)."
+        ...
 
     def read(self, top: int, bottom: int) -> torch.Tensor | np.ndarray:
         "Rows from `top` up to `bottom`, (1, 3, bottom - top, W)."
@@ -37,7 +40,7 @@ class RowReader(Protocol):
 ImageLike = torch.Tensor | np.ndarray | RowReader  # an image (3, H, W) or (1, 3, H, W)
 
 
-def is_row_reader(image: object) -> bool:
+def is_row_reader(image: object) -> TypeGuard[RowReader]:
     "Whether an image is read by rows."
     return callable(getattr(image, 'read', None))
 
@@ -55,7 +58,7 @@ def as_image(image: ImageLike) -> torch.Tensor | RowReader:
     return x
 
 
-def as_tensor(image: object) -> torch.Tensor:
+def as_tensor(image: Any) -> torch.Tensor:
     "An image in memory as a tensor with a dimension for the batch; `InputError` if it is none."
     try:
         if callable(getattr(image, 'dense', None)):
@@ -73,9 +76,9 @@ def as_tensor(image: object) -> torch.Tensor:
 
 def rows_of(image: torch.Tensor | RowReader, top: int, bottom: int) -> torch.Tensor:
     "Rows of an image that `as_image` gave, (1, 3, bottom - top, W)."
-    if is_row_reader(image):
-        return torch.as_tensor(image.read(top, bottom))
-    return image[:, :, top:bottom]
+    if isinstance(image, torch.Tensor):
+        return image[:, :, top:bottom]
+    return torch.as_tensor(image.read(top, bottom))
 
 
 def image_std(
@@ -105,7 +108,7 @@ class ChangedRows:
         # a function of floats (1, 3, h, W) and the number of their first row that gives changed
         # rows; it may change them in place
         change: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
-    ):
+    ) -> None:
         first = rows_of(image, 0, 1)
         self.image = image
         self.change = change
@@ -126,7 +129,7 @@ class ChangedRows:
         "All rows as one tensor (1, 3, H, W) on a device."
         return self.read(0, self.shape[2]).to(device)
 
-    def match_dtype(self, model: nn.Module):
+    def match_dtype(self, model: nn.Module) -> None:
         "From now on, read rows in the precision of a model's parameters."
         parameter = next(model.parameters(), None)
         if parameter is not None:
@@ -141,11 +144,11 @@ class GradientRows(ChangedRows):
         image: torch.Tensor | RowReader,
         change: Callable[[torch.Tensor, int], torch.Tensor] | None,
         take: Callable[[torch.Tensor, int], None],  # of a gradient (1, 3, h, W) and its first row
-    ):
+    ) -> None:
         super().__init__(image, change)
         self.take = take
 
-    def write(self, top: int, bottom: int, gradient: torch.Tensor):
+    def write(self, top: int, bottom: int, gradient: torch.Tensor) -> None:
         "The gradient (1, 3, bottom - top, W) of rows, from a streamed network."
         self.take(gradient, top)
 
@@ -165,13 +168,13 @@ class Noise:
         seed: int,
         copy: int,  # number of the noisy copy
         dtype: torch.dtype = torch.float32,  # that the noise is drawn in
-    ):
+    ) -> None:
         self.width = width
         self.std = std
         self.seed = seed
         self.copy = copy
         self.dtype = dtype
-        self.blocks = {}  # the last that were drawn: number -> tensor
+        self.blocks: dict[int, torch.Tensor] = {}  # the last that were drawn, by number
 
     def draw(self, number: int) -> torch.Tensor:
         "A block of noise, (1, 3, BLOCK, width)."
@@ -251,10 +254,14 @@ def device_of(model: nn.Module, rows: ChangedRows) -> torch.device:
     return rows.device if parameter is None else parameter.device
 
 
-def input_gradient(model: nn.Module, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def input_gradient(
+    model: nn.Module,
+    output: torch.Tensor,
+    x: torch.Tensor | None,  # None: it was read by rows
+) -> torch.Tensor:
     "The gradient of an output with respect to the image; `InputError` if it does not depend on it."
     gradient = None
-    if output.requires_grad:
+    if output.requires_grad and x is not None:
         (gradient,) = torch.autograd.grad(output, x, allow_unused=True)
     if gradient is None:
         raise InputError(
@@ -276,10 +283,10 @@ def output_of(
     by_rows = reads_rows(model, rows.image)
     wants_gradient = isinstance(rows, GradientRows)
     with only_input_gradients(model), torch.set_grad_enabled(wants_gradient):
-        x = rows
+        x = None
         if not by_rows:
             x = rows.whole(device_of(model, rows)).requires_grad_(wants_gradient)
-        outputs = model(x)
+        outputs = model(rows if x is None else x)
         if outputs.ndim != 2 or not -outputs.shape[1] <= target < outputs.shape[1]:
             raise InputError(
                 f'target={target}: the model gives outputs of shape {tuple(outputs.shape)}, wanted '
@@ -296,13 +303,13 @@ def output_of(
 AVERAGES = ('absolute', 'squared', 'signed')
 
 
-def grid_shape(size: tuple, cell: int) -> tuple:
+def grid_shape(size: tuple[int, int], cell: int) -> tuple[int, int]:
     "The cells (rows, columns) of `cell` pixels a side that cover (height, width) pixels."
     height, width = size
     return -(-height // cell), -(-width // cell)
 
 
-def add_rows(total: torch.Tensor, pixels: torch.Tensor, top: int, cell: int):
+def add_rows(total: torch.Tensor, pixels: torch.Tensor, top: int, cell: int) -> None:
     "Add rows (..., h, W), from row `top` on, to the cells (..., rows, columns) that they lie in."
     height = pixels.shape[-2]
     if cell == 1:
@@ -323,17 +330,23 @@ def sides_of_cells(length: int, cell: int) -> torch.Tensor:
 class CopySum:
     "The sum over noisy copies of what is averaged."
 
-    def __init__(self, size: tuple, cell: int, average: str, dtype: torch.dtype):
-        self.size = size  # (H, W) of the image
+    def __init__(
+        self,
+        size: tuple[int, int],  # (H, W) of the image
+        cell: int,
+        average: str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.size = size
         self.cell = cell
         self.average = average
         self.dtype = dtype
-        shape = grid_shape(size, cell)
+        shape: tuple[int, ...] = grid_shape(size, cell)
         if average == 'signed':  # the sign is dropped after the mean over copies, pixel by pixel
             shape = 3, *size
         self.total = torch.zeros(shape, dtype=dtype)
 
-    def add(self, gradient: torch.Tensor, top: int):
+    def add(self, gradient: torch.Tensor, top: int) -> None:
         "Add the gradient (1, 3, h, W) of rows from `top` on."
         gradient = gradient[0].to(self.dtype)
         cell = self.cell
@@ -393,7 +406,7 @@ def smoothgrad(
     return gradients.mean(n)
 
 # %% ../../nbs/evaluation/09_gradients.ipynb #018a2607
-def glass_of(glass: float | tuple, rows: ChangedRows) -> torch.Tensor:
+def glass_of(glass: float | Sequence[float], rows: ChangedRows) -> torch.Tensor:
     """A grey level, or three, as a pixel (1, 1 or 3, 1, 1) of an image. Raises `InputError` for
     another number of levels."""
     pixel = torch.as_tensor(glass, dtype=rows.dtype).reshape(1, -1, 1, 1).to(rows.device)
@@ -411,7 +424,7 @@ def integrated_gradients(
     # gives (1, n_classes) for a float image (1, 3, H, W) of 0..255; streamed for large images
     model: nn.Module,
     image: ImageLike,  # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
-    glass: float | tuple = 255.0,  # grey level, or three, of the image to start from
+    glass: float | Sequence[float] = 255.0,  # grey level, or three, of the image to start from
     steps: int = 32,  # on the way, each in the middle of its part
     target: int = 0,  # number of the output to explain
     signed: bool = False,  # what each pixel adds, which may be negative, and not how much
@@ -427,7 +440,7 @@ def integrated_gradients(
     start = glass_of(glass, like)
     total = torch.zeros(x.shape[2:], dtype=like.dtype)
 
-    def take(gradient: torch.Tensor, top: int):
+    def take(gradient: torch.Tensor, top: int) -> None:
         bottom = top + gradient.shape[2]
         with rows.lock:
             distance = rows_of(x, top, bottom).to(like.dtype) - start

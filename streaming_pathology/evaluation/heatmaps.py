@@ -9,13 +9,16 @@ __all__ = ['METHODS', 'FORMAT', 'feature_gradient', 'class_activation', 'attenti
 
 # %% ../../nbs/evaluation/10_heatmaps.ipynb #78c90978
 import io
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from PIL import Image
 from torch import nn
 
@@ -59,14 +62,15 @@ def feature_gradient(
 
     Raises `InputError` if the model has no such output."""
     rows.match_dtype(model)
+    network: Any = model  # whose methods are its own
     x = rows
     if first_streamed(model) is None:
         x = rows.whole(device_of(model, rows))
     with only_input_gradients(model):
         with torch.no_grad():
-            features = model.features(x)
+            features = network.features(x)
         with torch.enable_grad():
-            outputs = model.head(features.requires_grad_())
+            outputs = network.head(features.requires_grad_())
             if not -outputs.shape[1] <= target < outputs.shape[1]:
                 raise InputError(f'target={target}: the model has {outputs.shape[1]} outputs')
             (gradient,) = torch.autograd.grad(outputs[0, target], features)
@@ -124,7 +128,7 @@ def attention_map(
 # %% ../../nbs/evaluation/10_heatmaps.ipynb #934cc77d
 def cover_square(
     glass: torch.Tensor,  # the pixel that the square consists of
-    corner: tuple,  # (top, left) of the square in the image
+    corner: tuple[int, int],  # (top, left) of the square in the image
     size: int,  # its pixels a side
     rows: torch.Tensor,  # (1, 3, h, W), which are changed in place
     first: int,  # number of the first of these rows
@@ -148,7 +152,7 @@ def occlusion(
     image: ImageLike,  # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
     size: int = 256,  # pixels a side, of the square
     stride: int | None = None,  # pixels from one position to the next; None: half of `size`
-    glass: float | tuple = 255.0,  # grey level, or three, of the square
+    glass: float | Sequence[float] = 255.0,  # grey level, or three, of the square
     target: int = 0,  # number of the output to explain
     signed: bool = False,  # also where the logit rises, as negative values
 ) -> np.ndarray:
@@ -201,7 +205,8 @@ def patch_heatmap(
     sums = np.zeros(grid_shape(bag.shape, cell))
     counts = np.zeros_like(sums)
     patches = bag.places.tolist()
-    relevance = model.relevance(bag).tolist()
+    network: Any = model  # whose methods are its own
+    relevance = network.relevance(bag).tolist()
     for (top, left, factor), value in zip(patches, relevance, strict=True):
         side = bag.size * factor
         rows = cells_between(top, top + side, cell)
@@ -212,7 +217,7 @@ def patch_heatmap(
 
 # %% ../../nbs/evaluation/10_heatmaps.ipynb #6eb3aa45
 def check_map(
-    heat: np.ndarray | list,  # (h, w), finite and not negative
+    heat: np.ndarray | Sequence[Sequence[float]],  # (h, w), finite and not negative
     name: str = 'heatmap',  # how to call it in an error
 ) -> np.ndarray:
     "A map as a float32 array. Raises `InputError` if it is no grid of such numbers."
@@ -259,8 +264,8 @@ def fit_map(
     most `max_side`, float32. Raises `InputError` for what is no map."""
     heat = check_map(heat)
     shrink = min(1, max_side / max(heat.shape))
-    size = [max(1, round(side * shrink)) for side in heat.shape]
-    pooled = nn.functional.adaptive_avg_pool2d(torch.from_numpy(heat)[None, None], size)
+    height, width = (max(1, round(side * shrink)) for side in heat.shape)
+    pooled = nn.functional.adaptive_avg_pool2d(torch.from_numpy(heat)[None, None], (height, width))
     return pooled[0, 0].numpy()
 
 # %% ../../nbs/evaluation/10_heatmaps.ipynb #b42c75ac
@@ -311,12 +316,12 @@ def overlay(
 def plot_heatmap(
     rgb: np.ndarray,  # uint8 (H, W, 3)
     heat: np.ndarray,  # (h, w) over the same field of view
-    ax: plt.Axes | None = None,  # None: a new figure
+    ax: Axes | None = None,  # None: a new figure
     title: str | None = None,
     alpha: float = 0.75,  # opacity of full colour
     vmax: float | None = None,  # value of full colour; None: the 99.5th percentile of this map
     cmap: str = 'viridis',  # of matplotlib
-) -> plt.Axes:
+) -> Axes:
     "Draw an image with its heatmap over it; returns the axis. Raises as `overlay` does."
     if ax is None:
         _, ax = plt.subplots()

@@ -10,6 +10,7 @@ __all__ = ['WEIGHTS', 'check_classes', 'check_whole', 'confusion_matrix', 'kappa
 # %% ../../nbs/evaluation/06_outcomes.ipynb #out000002
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,6 +24,9 @@ from streaming_pathology.evaluation.auc import (
     percentile_estimate,
 )
 from .evaluation import axis_or_new
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # %% ../../nbs/evaluation/06_outcomes.ipynb #3dc734ce
 def check_classes(
@@ -137,10 +141,10 @@ def kappa_of(confusion: np.ndarray, costs: np.ndarray) -> np.ndarray:
 def plot_confusion(
     labels: ArrayLike,  # class of each slide, from 0 on (n,)
     predicted: ArrayLike,  # what it was called (n,)
-    ax=None,  # matplotlib axis to draw into; None: a new one
+    ax: 'Axes | None' = None,  # matplotlib axis to draw into; None: a new one
     names: Sequence[str] | None = None,  # of the classes; None: their numbers
     n_classes: int | None = None,  # None: as many as occur
-):
+) -> 'Axes':
     "The confusion matrix: counts, and shades by the share of a row; returns the axis."
     ax = axis_or_new(ax)
     counts = confusion_matrix(labels, predicted, n_classes)
@@ -302,11 +306,11 @@ def plot_survival(
     times: ArrayLike,  # until the event, or until the patient was seen last (n,)
     events: ArrayLike,  # 1 where it came (n,)
     high: ArrayLike,  # whether each is of the group of high risk (n,)
-    ax=None,  # matplotlib axis to draw into; None: a new one
+    ax: 'Axes | None' = None,  # matplotlib axis to draw into; None: a new one
     names: Sequence[str] = ('high risk', 'low risk'),
     colors: Sequence[str] = ('#a8322a', '#2f6690'),
     level: float = 0.95,  # of the bands
-):
+) -> 'Axes':
     "Kaplan-Meier curves of two groups, with their bands and the log-rank test; returns the axis."
     ax = axis_or_new(ax)
     times, events, high = check_two_groups(times, events, high)
@@ -331,7 +335,12 @@ def plot_survival(
 
 
 def draw_survival(
-    ax, times: np.ndarray, events: np.ndarray, label: str, color: str, level: float
+    ax: 'Axes',
+    times: np.ndarray,
+    events: np.ndarray,
+    label: str,
+    color: str,
+    level: float,
 ) -> None:
     "The Kaplan-Meier curve of one group, its band, and a tick at each time of a censored patient."
     from scipy.stats import CensoredData, ecdf  # slow to import, so only where it is used
@@ -347,7 +356,7 @@ def draw_survival(
     ax.plot(censored, survival.evaluate(censored), '|', color=color, ms=6, mew=0.9)
 
 
-def survival_band(survival, level: float) -> tuple[np.ndarray, np.ndarray]:
+def survival_band(survival: Any, level: float) -> tuple[np.ndarray, np.ndarray]:
     "The lower and the upper limit of a survival function of scipy, from time 0 on."
     with warnings.catch_warnings(), np.errstate(all='ignore'):
         warnings.simplefilter('ignore')  # of shares of 0 and 1, which have no interval

@@ -9,7 +9,7 @@ __all__ = ['Field', 'field_of', 'first_pixel', 'Region', 'signed_area', 'outline
 # %% ../../nbs/evaluation/12_qupath.ipynb #reg000002
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,17 +24,17 @@ from ..io import whole_file, write_whole
 from ..slides.datasets import SlideDataset
 from ..slides.readers import COARSEST, write_tiff
 from ..slides.slides import Slide
-from ..slides.tissue import tissue_box, tissue_mask
+from ..slides.tissue import connected, tissue_box, tissue_mask
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #reg000005
 @dataclass(frozen=True)
 class Field:
     "Where a map lies on a slide, in pixels of the finest level."
 
-    size: tuple  # (height, width) of the slide
+    size: tuple[int, int]  # (height, width) of the slide
     spacing: float  # microns per pixel of the slide
-    origin: tuple  # (top, left) of the map's first cell; may lie outside of the slide
-    cell: tuple  # (height, width) of a cell of the map
+    origin: tuple[float, float]  # (top, left) of the map's first cell; may lie outside of the slide
+    cell: tuple[float, float]  # (height, width) of a cell of the map
 
     def at(
         self,
@@ -51,8 +51,8 @@ class Field:
 def field_of(
     data: SlideDataset,
     i: int,  # index of a case
-    image: tuple,  # (height, width) of its image, in pixels at the spacing of the dataset
-    shape: tuple,  # (rows, columns) of the map, over the same field of view
+    image: Sequence[int],  # (height, width) of its image, in pixels at the spacing of the dataset
+    shape: Sequence[int],  # (rows, columns) of the map, over the same field of view
 ) -> Field:
     """The field of a map of the image of a case, which has not been augmented.
 
@@ -84,11 +84,11 @@ class Region:
 
     # of arrays (n, 2) of x and y in pixels of the slide, the outer one first, then holes; the last
     # point is the first
-    rings: list
+    rings: list[np.ndarray]
     area: float  # square microns
     mean: float  # of the map
     highest: float  # of the map
-    peak: tuple  # (x, y) of its highest cell
+    peak: tuple[float, float]  # (x, y) of its highest cell
 
 
 def signed_area(ring: np.ndarray) -> float:
@@ -128,7 +128,7 @@ def regions(
     if not np.isfinite(threshold) or threshold <= 0:
         raise InputError(f'threshold {threshold} of a map: it has to be above 0')
     padded = np.pad(heat, 1)  # so that regions at the border are closed
-    labels, _ = ndimage.label(padded > threshold)
+    labels, _ = connected(padded > threshold)
     found = []
     for number, cells in enumerate(ndimage.find_objects(labels), start=1):
         rows, columns = map(with_margin, cells)
@@ -148,7 +148,7 @@ def with_margin(cells: slice) -> slice:
 def region_in(
     values: np.ndarray,  # (h, w), a window of the padded map
     inside: np.ndarray,  # bool (h, w), the cells of the region
-    corner: tuple,  # (row, column) of the window in the padded map
+    corner: tuple[int, int],  # (row, column) of the window in the padded map
     field: Field,  # where the map lies
     threshold: float,
 ) -> Region | None:
@@ -167,7 +167,7 @@ def region_in(
         return None
     area = abs(sum(signed_area(ring) for ring in rings)) * field.spacing**2
     own = np.where(inside, values, -1)
-    row, column = np.unravel_index(own.argmax(), own.shape)
+    row, column = (int(i) for i in np.unravel_index(own.argmax(), own.shape))
     x, y = field.at(in_map(row, corner[0]), in_map(column, corner[1]))
     peak = float(x), float(y)
     return Region(rings, area, float(values[inside].mean()), float(own.max()), peak)
@@ -176,7 +176,7 @@ def region_in(
 def as_geojson(
     found: list[Region],
     name: str = 'region',  # what QuPath calls their class
-    color: tuple = (200, 60, 40),  # red, green, blue
+    color: Sequence[int] = (200, 60, 40),  # red, green, blue
     slide_id: str = '',
 ) -> dict:
     """A FeatureCollection (RFC 7946) that QuPath opens as annotations with their measurements.
@@ -189,7 +189,7 @@ def as_geojson(
     return dict(type='FeatureCollection', features=features)
 
 
-def as_feature(number: int, region: Region, name: str, color: tuple, slide_id: str) -> dict:
+def as_feature(number: int, region: Region, name: str, color: Sequence[int], slide_id: str) -> dict:
     "One region as a GeoJSON feature, with positions in tenths of a pixel."
     rings = [[[round(float(x), 1), round(float(y), 1)] for x, y in ring] for ring in region.rings]
     identity = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([slide_id, name, rings]))

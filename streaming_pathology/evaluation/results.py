@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib.figure
 import numpy as np
@@ -429,7 +430,8 @@ def measure_results(request: Request) -> dict:
     labels, predicted = tested.labels[:, 0], tested.predicted[:, 0]
     correlation = None
     if len(np.unique(labels)) > 1 and len(np.unique(predicted)) > 1:
-        correlation = float(spearmanr(labels, predicted).statistic)
+        ranked: Any = spearmanr(labels, predicted)  # scipy has no types
+        correlation = float(ranked.statistic)
     return dict(
         task='measure',
         mean_absolute_error=float(abs(labels - predicted).mean()),
@@ -702,7 +704,9 @@ def survival_figures(metrics: dict, outcomes: Outcomes, color: str) -> dict[str,
 FIGURES = dict(binary=binary_figures, classes=class_figures, survival=survival_figures)
 
 # %% ../../nbs/evaluation/07_results.ipynb #drawres1
-def draw_results(found: dict, predictions: Path, folder: Path, cohort: Path | None = None) -> list:
+def draw_results(
+    found: dict, predictions: Path, folder: Path, cohort: Path | None = None
+) -> list[str]:
     """Draw the figures of `results` into a folder, as SVG; their names.
 
     Raises `InputError` if one of the files is there and is something else."""

@@ -46,7 +46,7 @@ def errors_of(
         predictions = read_predictions(predictions)
     known = [each for each in predictions if each.split == split and each.label is not None]
     if threshold is None:
-        labels = [each.label for each in known]
+        labels = [each.label for each in known if each.label is not None]
         threshold = operating_point(labels, [each.probability for each in known]).threshold
     wrong = []
     for each in known:

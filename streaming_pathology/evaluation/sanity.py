@@ -8,15 +8,17 @@ __all__ = ['as_marked', 'pool_truth', 'check_pair', 'pointing_game', 'pixel_aupr
 
 # %% ../../nbs/evaluation/13_sanity.ipynb #san0002
 import copy
+from typing import Any
 
 import numpy as np
 import torch
-from scipy import ndimage, stats
+from scipy import stats
 from torch import nn
 
 from ..core import InputError, at_least_one
 from .heatmaps import pool_map
 from ..mil.features import Encoder, FeatureMIL
+from ..slides.tissue import distance_to
 
 # %% ../../nbs/evaluation/13_sanity.ipynb #san0005
 def as_marked(truth: np.ndarray) -> np.ndarray:
@@ -79,7 +81,7 @@ def pointing_game(
     heat, truth = check_pair(heat, truth)
     if not 0 <= slack < np.inf:
         raise InputError(f'slack={slack}: it is a distance in cells, and cannot be negative')
-    hits = ndimage.distance_transform_edt(~truth) <= slack
+    hits = distance_to(truth) <= slack
     is_highest = heat == heat.max()
     return float(hits[is_highest].mean())
 
@@ -100,9 +102,12 @@ def pixel_auprc(
     return float(area), float(truth.mean())
 
 # %% ../../nbs/evaluation/13_sanity.ipynb #28390ba5
-def give_own_encoder(model: FeatureMIL):
-    "Give a copy of a `FeatureMIL`, which shares the encoder of the original, one of its own."
+def give_own_encoder(model: FeatureMIL) -> None:
+    """Give a copy of a `FeatureMIL`, which shares the encoder of the original, one of its own; nothing
+    where there is no encoder."""
     shared = model.encoder
+    if shared is None:
+        return
     network = copy.deepcopy(shared.network)
     encoder = Encoder(network, shared.transform, shared.pil, shared.card)
     if 'encoder' in dict(model.named_children()):
@@ -122,7 +127,7 @@ def layers_with_weights(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def redraw(parameter: nn.Parameter, generator: torch.Generator):
+def redraw(parameter: nn.Parameter, generator: torch.Generator) -> None:
     "Draw a tensor from a normal distribution with its own mean and standard deviation."
     old = parameter.detach().double().cpu()
     new = torch.randn(old.shape, generator=generator, dtype=old.dtype)
@@ -142,7 +147,7 @@ def randomized(
     if layers is not None:
         at_least_one(layers=layers)
     drawn = copy.deepcopy(model)
-    if isinstance(drawn, FeatureMIL) and drawn.encoder is not None:
+    if isinstance(drawn, FeatureMIL):
         give_own_encoder(drawn)
     found = layers_with_weights(drawn)
     if not found:
@@ -169,4 +174,5 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
         raise InputError('a map has values that are not finite')
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         raise InputError('a map is the same everywhere: it has no order that could be compared')
-    return float(stats.spearmanr(a, b, axis=None).statistic)
+    spearmanr: Any = stats.spearmanr  # scipy has no types
+    return float(spearmanr(a, b, axis=None).statistic)

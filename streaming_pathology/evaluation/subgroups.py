@@ -10,6 +10,7 @@ __all__ = ['as_groups', 'is_missing', 'is_name', 'in_thirds', 'shortest_names', 
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,9 +24,13 @@ from streaming_pathology.evaluation.auc import (
 )
 from .evaluation import axis_or_new
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # %% ../../nbs/evaluation/05_subgroups.ipynb #sub000005
 def as_groups(
-    values: Sequence,  # text or a number for each slide; None, nan or '' where it is not known
+    # text or a number for each slide; None, nan or '' where it is not known
+    values: Sequence[str | float | None],
     max_values: int = 6,  # so many different numbers are subgroups each; more are cut into thirds
 ) -> tuple[list[str | None], list[str]]:
     "Slides by the values of a column: the subgroup of each slide, and all subgroups in order."
@@ -42,12 +47,12 @@ def as_groups(
     return in_thirds(numbers)
 
 
-def is_missing(value) -> bool:
+def is_missing(value: object) -> bool:
     "Whether a value is None, nan or ''."
     return value is None or value == '' or (isinstance(value, float) and math.isnan(value))
 
 
-def is_name(value) -> bool:
+def is_name(value: Any) -> bool:
     "Whether a value is no finite number, or is written as codes are, with a zero in front."
     try:
         number = float(value)
@@ -78,7 +83,9 @@ def in_thirds(numbers: list[float | None]) -> tuple[list[str | None], list[str]]
     return of_slides, names
 
 
-def shortest_names(values: Sequence | np.ndarray, name: Callable) -> list[str]:
+def shortest_names(
+    values: Sequence[Any] | np.ndarray, name: Callable[[Any, int], str]
+) -> list[str]:
     "Names of different values, by a function of a value and a number of digits, as few as suffice."
     for digits in range(3, 17):
         names = [name(value, digits) for value in values]
@@ -107,7 +114,7 @@ def range_name(limits: tuple[float, float], digits: int) -> str:
 def by_group(
     labels: ArrayLike,  # 0 or 1 for each slide (n,)
     scores: ArrayLike,  # higher means more likely positive (n,)
-    values: Sequence,  # of a column, for each slide: see `as_groups`
+    values: Sequence[str | float | None],  # of a column, for each slide: see `as_groups`
     threshold: float,  # from which on a slide is called positive
     level: float = 0.95,  # of the intervals
     patient_ids: Sequence | np.ndarray | None = None,  # of each slide; None: each has its own
@@ -169,10 +176,10 @@ def group_share(name: str, right: np.ndarray, chosen: np.ndarray, resampling: Re
 
 def plot_groups(
     rows: list[dict],  # of `by_group`
-    ax=None,  # matplotlib axis to draw into; None: a new one
+    ax: 'Axes | None' = None,  # matplotlib axis to draw into; None: a new one
     whole: float | None = None,  # AUC of all slides
     color: str = '#2f6690',
-):
+) -> 'Axes':
     "The AUC of each subgroup with its interval, the first at the top; returns the axis."
     ax = axis_or_new(ax)
     shown = [row for row in rows if row['auc'] is not None]

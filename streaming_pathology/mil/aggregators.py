@@ -28,7 +28,7 @@ class Aggregator(nn.Module):
 
     name = ''  # as `make_aggregator` and commands know it
     source = ''  # authors and year, as a report names them
-    k = None  # how many patches count; None: the method chooses none
+    k: int | None = None  # how many patches count; None: the method chooses none
     several = False  # `n_out` may be above 1
     relevance_is = 'probability'  # or 'attention': what `relevance` gives
 
@@ -40,7 +40,7 @@ class Aggregator(nn.Module):
         # share of the hidden units, or of the features where there are none, that are left out in
         # training: from 0 to below 1
         dropout: float = 0.0,
-    ):
+    ) -> None:
         super().__init__()
         at_least_one(d=d, n_out=n_out)
         if k is not None:
@@ -137,7 +137,7 @@ class Mean(Aggregator):
     name = 'mean'
     several = True
 
-    def __init__(self, d: int, n_out: int = 1, k: int | None = None, dropout: float = 0.0):
+    def __init__(self, d: int, n_out: int = 1, k: int | None = None, dropout: float = 0.0) -> None:
         super().__init__(d, n_out, k, dropout)
         self.classifier = nn.Linear(d, n_out)
         if n_out > 1:
@@ -158,7 +158,7 @@ class Max(Aggregator):
 
     name = 'max'
 
-    def __init__(self, d: int, n_out: int = 1, k: int | None = None, dropout: float = 0.0):
+    def __init__(self, d: int, n_out: int = 1, k: int | None = None, dropout: float = 0.0) -> None:
         super().__init__(d, n_out, k, dropout)
         self.classifier = nn.Linear(d, 1)
 
@@ -230,7 +230,7 @@ class RNN(Aggregator):
         k: int | None = None,
         dropout: float = 0.0,
         hidden: int = 128,  # units
-    ):
+    ) -> None:
         super().__init__(d, n_out, k, dropout)
         self.embed = nn.Linear(d, hidden)
         self.carry = nn.Linear(hidden, hidden)
@@ -248,6 +248,7 @@ class RNN(Aggregator):
         return super().checked(x, scores)
 
     def aggregate(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
+        assert scores is not None  # which `checked` refuses
         most_suspicious = x[highest_first(scores)[: self.k]]
         state = x.new_zeros(len(self.carry.bias))
         for embedded in self.embed(self.drop(most_suspicious)):
@@ -255,6 +256,7 @@ class RNN(Aggregator):
         return self.classifier(state[None])
 
     def weigh(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
+        assert scores is not None  # which `checked` refuses
         return at_least_float32(scores).sigmoid()
 
 # %% ../../nbs/mil/01_aggregators.ipynb #101f0606
@@ -275,7 +277,7 @@ class ABMIL(Aggregator):
         k: int | None = None,
         dropout: float = 0.0,
         hidden: int = 512,  # units that a patch is embedded in
-    ):
+    ) -> None:
         super().__init__(d, n_out, k, dropout)
         self.embed = nn.Linear(d, hidden)
         self.attention = GatedAttention(hidden, self.units)
@@ -321,7 +323,7 @@ class CLAM(ABMIL):
     name = 'clam'
     several = False
     units = 256
-    k = 8
+    k: int = 8
     losses = dict(svm=smooth_svm, ce=F.cross_entropy)
     source = 'Lu et al. 2021'
 
@@ -333,7 +335,7 @@ class CLAM(ABMIL):
         dropout: float = 0.0,
         hidden: int = 512,
         instance_loss: str = 'svm',  # one of `losses`
-    ):
+    ) -> None:
         super().__init__(d, n_out, k, dropout, hidden)
         if instance_loss not in self.losses:
             raise InputError(
@@ -385,6 +387,7 @@ class CLAM(ABMIL):
     ) -> torch.Tensor:
         "The second loss, a scalar: the classifier of the slide's class on the evidence."
         classifier = self.instances[slide_class]
+        assert isinstance(classifier, nn.Linear)
         patches = torch.cat(evidence).to(classifier.weight.dtype)  # they may be of autocast
         classes = torch.tensor([1, 0], device=patches.device).repeat_interleave(len(evidence[0]))
         logits = at_least_float32(classifier(patches))
@@ -416,7 +419,7 @@ class NystromAttention(nn.Module):
         landmarks: int = 256,
         kernel: int = 33,  # of the convolution, along tokens
         dropout: float = 0.0,
-    ):
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.landmarks = landmarks
@@ -477,7 +480,7 @@ class TransMIL(Aggregator):
         k: int | None = None,
         dropout: float = 0.0,
         hidden: int = 512,  # units of a token: a multiple of 8
-    ):
+    ) -> None:
         super().__init__(d, n_out, k)
         self.embed = nn.Linear(d, hidden)
         self.token = nn.Parameter(torch.randn(1, hidden))
@@ -510,7 +513,9 @@ class TransMIL(Aggregator):
         return self.classifier(self.norms[2](h[:1]))
 
     def weigh(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
-        row = self.attentions[1].row(self.norms[1](self.tokens(x)))
+        last = self.attentions[1]
+        assert isinstance(last, NystromAttention)
+        row = last.row(self.norms[1](self.tokens(x)))
         attention = row[1 : 1 + len(x)].clamp(min=0)
         return attention / attention.max().clamp(min=torch.finfo(row.dtype).tiny)
 
@@ -529,7 +534,7 @@ class DSMIL(Aggregator):
         k: int | None = None,
         dropout: float = 0.0,
         hidden: int = 128,  # units of a query
-    ):
+    ) -> None:
         super().__init__(d, n_out, k, dropout)
         self.instance = nn.Linear(d, 1)
         self.query = nn.Linear(d, hidden)

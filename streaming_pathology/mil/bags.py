@@ -8,6 +8,7 @@ __all__ = ['PatchGrid', 'Bag', 'tissue_after', 'check_annotation', 'BagDataset',
 # %% ../../nbs/mil/02_bags.ipynb #57238ce6
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from ..core import InputError
 from ..slides.augment import STEP, Augmentation, keyed_rng, origins
 from ..slides.cohorts import Case
-from ..slides.datasets import SlideDataset
+from ..slides.datasets import SlideDataset, TissueMap
 from ..slides.tissue import class_numbers, numbers_in
 
 # %% ../../nbs/mil/02_bags.ipynb #c4f3d259
@@ -34,7 +35,7 @@ class PatchGrid:
     # magnifications: 1 as the image is, 2 at twice its microns per pixel, ...
     factors: tuple[int, ...] = (1,)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (isinstance(self.size, int) and 32 <= self.size <= 4096):
             raise InputError(
                 f'a patch has {self.size} pixels a side; it has to be a whole number from 32 to '
@@ -123,12 +124,13 @@ class Bag:
     slide_id: str = ''
     # patches known to be positive or negative: their places (k, 3) and labels (k,); None: unknown
     learns: tuple[torch.Tensor, torch.Tensor] | None = None
-    # (height, width) of the image before it was enlarged to hold a patch; None: it was not
-    shape: tuple[int, int] | None = None
+    # (height, width) of the image before it was enlarged to hold a patch; (0, 0): it was not
+    shape: tuple[int, int] = (0, 0)
 
-    def __post_init__(self):
-        if not self.shape:
-            self.shape = tuple(self.image.shape[1:])
+    def __post_init__(self) -> None:
+        if not any(self.shape or ()):
+            _, height, width = self.image.shape
+            self.shape = height, width
 
     def __len__(self) -> int:
         return len(self.places)
@@ -154,8 +156,8 @@ def tissue_after(
     # from `tissue_pixels`: a coarse mask (bool), and its row and column for each row and column
     # of pixels
     where: tuple[np.ndarray, np.ndarray, np.ndarray],
-    old: Sequence[int],  # (height, width) of the image
-    new: Sequence[int],  # (height, width) after augmentation, padding or cropping
+    old: tuple[int, int],  # (height, width) of the image
+    new: tuple[int, int],  # (height, width) after augmentation, padding or cropping
     record: dict | None = None,  # by `Augmentation.draw`; None: padded or cropped
 ) -> np.ndarray:
     "Where tissue lies in an augmented image: bool (rows, columns), every `STEP` pixels."
@@ -229,13 +231,14 @@ class BagDataset(SlideDataset):
         # numbers in annotations that make a patch positive; None: patches have no labels
         classes: Sequence[int] | None = None,
         draws: int = 16,  # patches of a slide that learn in an epoch, where there are annotations
-        **kwargs,  # for `SlideDataset`
-    ):
+        **kwargs: Any,  # for `SlideDataset`
+    ) -> None:
         super().__init__(cases, spacing, size, **kwargs)
         self.grid = grid
         self.classes = classes
         self.draws = draws
-        self.annotated = {}  # slide_id -> what is marked in the slide, once read
+        # slide_id -> what is marked in the slide, once read
+        self.annotated: dict[str, np.ndarray] = {}
         if self.canvas:
             raise InputError('patches are cut from a whole image; leave out canvas')
         if self.augment is not None and not isinstance(self.augment, Augmentation):
@@ -244,7 +247,7 @@ class BagDataset(SlideDataset):
                 'to lie'
             )
 
-    def item(self, case: Case, epoch: int, rgb: np.ndarray, where: tuple) -> dict:
+    def item(self, case: Case, epoch: int, rgb: np.ndarray, where: TissueMap) -> dict:
         """The item of a case in an epoch, from the pixels `rgb` (h, w, 3) of its slide and where
         they are tissue, both as `tissue_pixels` gives them."""
         item = super().item(case, epoch, rgb, where)
@@ -276,12 +279,12 @@ class BagDataset(SlideDataset):
         )
         return item | dict(image=bag)
 
-    def marked(self, case: Case, where: tuple) -> np.ndarray:
+    def marked(self, case: Case, where: TissueMap) -> np.ndarray:
         """What the annotation of a case marks as positive: bool, a coarse mask like that of its
         tissue. It is read once and cached."""
         if case.slide_id not in self.annotated:
             mask = self._read_annotation(case, where)
-            check_annotation(case, self.classes)
+            check_annotation(case, self.classes or ())
             if case.label and not mask.any():
                 raise InputError(
                     f'slide {case.slide_id!r}: what {case.annotation} marks is too small to be '
@@ -291,7 +294,7 @@ class BagDataset(SlideDataset):
             self.annotated[case.slide_id] = mask
         return self.annotated[case.slide_id]
 
-    def _read_annotation(self, case: Case, where: tuple) -> np.ndarray:
+    def _read_annotation(self, case: Case, where: TissueMap) -> np.ndarray:
         tissue, mask_row, mask_column = where
         if case.annotation is None:
             return np.zeros(tissue.shape, bool)
@@ -299,7 +302,7 @@ class BagDataset(SlideDataset):
             len(cell) / (cell[-1] - cell[0] + 1) for cell in (mask_row, mask_column)
         )
         numbers = class_numbers(case.annotation, self.spacing * pixels_a_cell, tissue.shape)
-        return np.isin(numbers, self.classes)
+        return np.isin(numbers, self.classes or ())
 
     def drawn(
         self,

@@ -14,17 +14,20 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 import torchvision
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 from tqdm.auto import tqdm
 
 from ..core import InputError, at_least_one
 from ..io import write_whole
 from .bags import Bag, BagDataset, PatchGrid
+from ..slides.augment import Augmentation
 from ..slides.cohorts import Case
 from ..slides.readers import slide_files
 from ..training.loop import with_details
@@ -49,10 +52,10 @@ class Encoder(nn.Module):
         self,
         network: nn.Module,  # a `StreamingClassifier`, or another whose output is (n, d)
         # makes the input of `network` from uint8 (n, 3, size, size); None: it takes those
-        transform: Callable | None = None,
+        transform: Callable[[Any], torch.Tensor] | None = None,
         pil: bool = False,  # the transform is of a single patch, as a PIL image
         card: dict | None = None,  # how it was built: see `make_encoder`
-    ):
+    ) -> None:
         super().__init__()
         self.network = network
         self.pil = pil
@@ -72,24 +75,26 @@ class Encoder(nn.Module):
         device = next((p.device for p in self.parameters()), patches.device)
         images = patches.to(device)
         if isinstance(self.network, StreamingClassifier):
-            return self._pooled(images)
+            return self._pooled(self.network, images)
         return self._vectors(self._transformed(images), patches).float(), None
 
-    def _pooled(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _pooled(
+        self, network: StreamingClassifier, images: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         "The pooled features of a `StreamingClassifier`, and the scores if it classifies."
-        head = self.network.head
+        pool, flatten, fc = network.head
         # channels last is the memory format in which convolutions of a CPU are faster
-        maps = self.network.features(images.contiguous(memory_format=torch.channels_last))
-        features = head.flatten(head.pool(maps))
+        maps = network.features(images.contiguous(memory_format=torch.channels_last))
+        features = flatten(pool(maps))
         scores = None
-        if self.card.get('classifies') and head.fc.out_features == 1:
-            scores = head.fc(features)[:, 0].float()
+        if self.card.get('classifies') and fc.out_features == 1:
+            scores = fc(features)[:, 0].float()
         return features.float(), scores
 
     def _transformed(self, images: torch.Tensor) -> torch.Tensor:
-        if self.pil:
-            to_pil = torchvision.transforms.functional.to_pil_image
-            transformed = [self.transform(to_pil(image.cpu())) for image in images]
+        if self.pil and self.transform is not None:
+            transform = self.transform
+            transformed = [transform(to_pil_image(image.cpu())) for image in images]
             return torch.stack(transformed).to(images.device)
         if self.transform:
             return self.transform(images)
@@ -137,7 +142,7 @@ def encoder_hash(
 
 def weights_hash(
     weights: dict,  # a state dict
-    contents,  # what else the network depends on: anything that JSON can hold
+    contents: object,  # what else the network depends on: anything that JSON can hold
 ) -> str:
     "The checksum of weights and of what else a network depends on: SHA-256 in hex."
     digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode())
@@ -186,7 +191,7 @@ def built(card: dict, network: nn.Module | None = None) -> Encoder:
     return Encoder(network, Normalise(card['mean'], card['std']), card=card)
 
 # %% ../../nbs/mil/03_features.ipynb #db5632e6
-def _from_torchvision(name: str, weights, sha256: str | None) -> Encoder:
+def _from_torchvision(name: str, weights: str | Path | None, sha256: str | None) -> Encoder:
     try:
         network = torchvision.models.get_model(name, weights=None)
     except ValueError:
@@ -210,9 +215,9 @@ def _from_torchvision(name: str, weights, sha256: str | None) -> Encoder:
     return built(dict(backbone=f'torchvision:{name}', mean=mean, std=std), network)
 
 
-def _from_timm(name: str, weights, sha256: str | None) -> Encoder:
+def _from_timm(name: str, weights: str | Path | None, sha256: str | None) -> Encoder:
     try:
-        import timm
+        import timm  # pyright: ignore[reportMissingImports] (it need not be there)
     except ImportError:
         raise InputError(f'timm:{name} needs the package timm; install it') from None
     pretrained = str(weights).upper() in ('DEFAULT', 'TRUE')
@@ -227,7 +232,7 @@ def _from_timm(name: str, weights, sha256: str | None) -> Encoder:
     return built(card, network)
 
 
-def _load(network: nn.Module, state: dict, source) -> None:
+def _load(network: nn.Module, state: dict[str, torch.Tensor], source: str | Path) -> None:
     "Load a state dict; it may hold more than the network has, such as its last layer."
     own = network.state_dict()
     wrong = []
@@ -247,6 +252,7 @@ def _from_code(path: Path, function: str) -> Encoder:
     if not path.is_file():
         raise InputError(f'{path}: there is no such file')
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # of a file that ends in .py
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -395,24 +401,25 @@ class FeatureDataset(BagDataset):
         encoder: str = '',  # checksum of the `Encoder`
         amp: str | None = None,  # precision that it runs in: None, 'bf16' or 'fp16'
         views: int = 1,  # augmented views of a slide
-        **kwargs,  # for `BagDataset`
-    ):
+        **kwargs: Any,  # for `BagDataset`
+    ) -> None:
         super().__init__(cases, spacing, size, grid, **kwargs)
         at_least_one(views=views)
-        self.folder = folder and Path(folder)
+        self.folder = Path(folder) if folder else None
         self.encoder = encoder
         self.amp = amp
         self.views = views
-        self.hashes = {}  # slide_id -> checksum of its files, once computed
+        self.hashes: dict[str, str] = {}  # slide_id -> checksum of its files, once computed
 
     def key(self, i: int, view: int = 0) -> dict:
         "All that the features of a view of case `i` depend on, as JSON has it."
         case = self.cases[i]
         if case.slide_id not in self.hashes:
             self.hashes[case.slide_id] = slide_hash(case)
-        augment = self.augment
-        if augment:
-            augment = asdict(augment) | dict(seed=self.seed, view=view, slide_id=case.slide_id)
+        augment = None
+        if isinstance(self.augment, Augmentation):
+            drawn = dict(seed=self.seed, view=view, slide_id=case.slide_id)
+            augment = asdict(self.augment) | drawn
         key = dict(
             slide=self.hashes[case.slide_id],
             says=case.spacing,
@@ -449,6 +456,8 @@ class FeatureDataset(BagDataset):
         view = 0
         if self.augment:
             view = epoch % self.views
+        if self.folder is None:
+            raise InputError('there is no folder in which features could be cached; give one')
         key = self.key(i, view)
         path = features_path(self.folder, case.slide_id, key)
         features = read_features(path, key)
@@ -496,7 +505,7 @@ class FeatureMIL(nn.Module):
         aggregator: nn.Module,  # see `make_aggregator`
         batch: int = 64,  # patches that the encoder sees at a time
         whole: bool = False,  # the state dict has the encoder's weights too
-    ):
+    ) -> None:
         super().__init__()
         at_least_one(batch=batch)
         self.aggregator = aggregator
@@ -523,7 +532,7 @@ class FeatureMIL(nn.Module):
             scores = torch.cat(scores).cpu()
         features = Features(x, bag.places, scores, bag.size, bag.shape, bag.slide_id)
         check_finite(features)
-        if isinstance(bag, KeptBag):
+        if isinstance(bag, KeptBag) and bag.path is not None and bag.key is not None:
             write_features(bag.path, features, bag.key)
         return features
 
@@ -550,7 +559,7 @@ class FeatureMIL(nn.Module):
         task: Task,
         logits: torch.Tensor,  # (k, n_out)
         label: torch.Tensor,  # (k, ...): that of the slide
-        **details,  # what `forward_with_details` told
+        **details: Any,  # what `forward_with_details` told
     ) -> torch.Tensor:
         "The aggregator's own loss, if it has one, otherwise that of the task: a scalar."
         own = getattr(self.aggregator, 'loss', None)
@@ -562,11 +571,15 @@ class FeatureMIL(nn.Module):
     def relevance(self, x: Bag | Features) -> torch.Tensor:
         """What each patch counts for, (n,) from 0 to 1: its probability, or its attention as a
         share of the largest."""
-        return self.aggregator.relevance(*self._inputs(x)).float().cpu()
+        aggregator: Any = self.aggregator  # whose methods are its own
+        return aggregator.relevance(*self._inputs(x)).float().cpu()
 
     def calibrate(self, patches: torch.Tensor) -> 'FeatureMIL':
         "Set the running statistics of BatchNorm in an encoder of random weights."
-        self.encoder.network.calibrate(patches)
+        if self.encoder is None:
+            raise InputError('there is no backbone whose statistics could be set')
+        network: Any = self.encoder.network  # a `StreamingClassifier`, or another that has this
+        network.calibrate(patches)
         return self
 
 

@@ -6,8 +6,11 @@
 __all__ = ['InstanceMIL', 'TwoPhases']
 
 # %% ../../nbs/mil/04_mil.ipynb #m0000003
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..core import InputError, at_least_one
 from .bags import Bag, BagDataset
@@ -29,13 +32,14 @@ class InstanceMIL(nn.Module):
         network: nn.Module,  # `StreamingClassifier`, or any other of patches
         k: int = 1,  # patches of a slide that learn its label
         batch: int = 64,  # patches at a time
-    ):
+    ) -> None:
         super().__init__()
         at_least_one(k=k, batch=batch)
-        self.network = network
+        self.network: Any = network  # to freeze or calibrate, it needs these methods
         self.k = k
         self.batch = batch
-        self.chosen = {}  # slide_id -> places of the patches that learn its label
+        # slide_id -> places of the patches that learn its label
+        self.chosen: dict[str, list] = {}
 
     def classify(self, patches: torch.Tensor) -> torch.Tensor:
         "The logits (N, 1) of patches (N, 3, size, size)."
@@ -131,12 +135,13 @@ class TwoPhases(Callback):
         self,
         data: BagDataset,  # of the training slides
         workers: int = 0,  # processes that read ahead
-    ):
+    ) -> None:
         self.data = data
         self.workers = workers
-        self.loader = None
-        self.epoch = None  # that `rows` belong to
-        self.rows = []  # predictions of the slides that are done, each with its `top` patches
+        self.loader: DataLoader | None = None
+        self.epoch: int | None = None  # that `rows` belong to
+        # predictions of the slides that are done, each with its `top` patches
+        self.rows: list[dict] = []
 
     def before_epoch(self, s: State) -> None:
         "The first phase."
@@ -163,7 +168,8 @@ class TwoPhases(Callback):
 
     def choose(self, s: State) -> None:
         "Tell the model which patches are the most suspicious."
-        s.model.choose({row['slide_id']: row['top'] for row in self.rows})
+        model: Any = s.model  # an `InstanceMIL`, or another with this method
+        model.choose({row['slide_id']: row['top'] for row in self.rows})
 
     def resumed(self, s: State) -> None:
         "In the second phase choose as before; where changes were accepted, begin the first anew."

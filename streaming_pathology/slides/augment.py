@@ -15,6 +15,7 @@ import operator
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyvips
@@ -97,7 +98,7 @@ class Augmentation:
     # largest change of the amount of each stain, in optical density (HED); .05 is a usual value
     stain: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checked_flag(self.flip, 'flip of an augmentation')
         for name, high in LIMITS.items():
             value = checked_number(getattr(self, name), f'{name} of an augmentation', 0, high)
@@ -345,9 +346,9 @@ def augmented_checksum(
     seed: int,
     epoch: int,
     slide_id: str,
-    **settings,  # of the `Augmentation`
+    **settings: Any,  # of the `Augmentation`
 ) -> int:
     "A checksum of the augmented pixels of a file, to compare processes and machines."
     image = pyvips.Image.new_from_file(str(path), access='random')
     record = Augmentation(**settings).draw(seed, epoch, slide_id)
-    return zlib.crc32(pixels(augment(image, record, size)))
+    return zlib.crc32(pixels(augment(image, record, size)).data)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import pyvips
@@ -43,7 +43,7 @@ class Case:
     "One slide of a cohort. Paths may be given as text."
 
     slide_id: str
-    label: float | tuple | None  # a tuple where a slide has several; None: unknown
+    label: float | tuple[float, ...] | None  # a tuple where a slide has several; None: unknown
     path: Path
     patient_id: str = ''  # '': the slide counts as a patient of its own
     split: str = ''  # one of `SPLITS`; '': none is given
@@ -120,7 +120,7 @@ def read_label(
     row: dict,  # column -> text
     columns: Sequence[str],  # that hold the label
     allowed: Sequence[float] | None = None,  # values; None: any number
-) -> float | tuple | None:
+) -> float | tuple[float, ...] | None:
     """The label of a row: a number or, of several columns, a tuple in which nan is what is unknown;
     None if nothing is known. Raises `ValueError`."""
     values = []
@@ -199,7 +199,7 @@ class CaseReader:
         texts = {column: row.get(column, '') for column in ('patient_id', 'grade')}
         return Case(**fields, **texts), problems
 
-    def label(self, row: dict) -> float | tuple | None:
+    def label(self, row: dict) -> float | tuple[float, ...] | None:
         "As `read_label`. Raises `ValueError` also if a slide to train on has no label."
         label = read_label(row, self.columns, self.allowed)
         split = row.get('split', '')
@@ -277,7 +277,7 @@ def check_files(cases: Iterable[Case]) -> None:
             )
 
 
-def label_text(label: float | tuple) -> str:
+def label_text(label: float | tuple[float, ...]) -> str:
     "A label in words."
     if isinstance(label, tuple):
         return ' '.join(f'{number:g}' for number in label)
@@ -331,7 +331,7 @@ def check_columns(
     check_header(path, header, needed, known)
 
 
-def refuse_manifest(path: str | Path, problems: list[tuple[int, str]]) -> None:
+def refuse_manifest(path: str | Path, problems: list[tuple[int, str]]) -> NoReturn:
     "Raise one `InputError` that tells all problems, by line."
     by_line = sorted(problems, key=operator.itemgetter(0))
     sentences = [f'line {line}: {sentence}' for line, sentence in by_line]
@@ -468,11 +468,11 @@ MOST_CLASSES = 10  # labels of more values are measures
 class Traits(NamedTuple):
     "What a patient is balanced by."
 
-    label: tuple  # numbers, -1 for what is unknown
+    label: tuple[float, ...]  # numbers, -1 for what is unknown
     grade: str  # '' where grades are not balanced
 
 
-def label_numbers(label: float | tuple) -> tuple:
+def label_numbers(label: float | tuple[float, ...]) -> tuple[float, ...]:
     "A label as a tuple of numbers, -1 for what is unknown."
     numbers = label if isinstance(label, tuple) else (label,)
     return tuple(-1.0 if math.isnan(number) else number for number in numbers)

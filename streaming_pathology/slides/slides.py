@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['area_average', 'is_number', 'is_within', 'checked_number', 'checked_flag', 'checked_pixels', 'whole_numbers',
            'checked_colour', 'checked_size', 'glass_colour', 'read_ahead', 'png_chunk', 'png_parts', 'PixelRows',
-           'Level', 'Slide', 'rows_of_region', 'read_in_worker', 'worker_pool']
+           'Reader', 'Level', 'Slide', 'rows_of_region', 'read_in_worker', 'worker_pool']
 
 # %% ../../nbs/slides/02_slides.ipynb #09f2da53
 import base64
@@ -20,12 +20,12 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from io import BytesIO
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import openslide
@@ -51,7 +51,7 @@ def area_average(
     first = np.floor(low + 1e-9).astype(int)
     along_axis = [1] * x.ndim
     along_axis[axis] = n
-    total = np.float32(0)
+    total = np.zeros((), np.float32)
     for offset in range(math.ceil(factor) + 1):
         pixel = first + offset
         covered = np.minimum(high, pixel + 1) - np.maximum(low, pixel)
@@ -68,7 +68,8 @@ def is_number(value: object) -> bool:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         return False
     with np.errstate(over='ignore'):  # the limit becomes infinite where `value` is a float32
-        return bool(abs(value) < 1e300)
+        magnitude: Any = abs(value)
+        return bool(magnitude < 1e300)
 
 
 def is_within(value: float, low: float, high: float, open: bool = False) -> bool:
@@ -113,7 +114,7 @@ def checked_pixels(rgb: np.ndarray) -> np.ndarray:
     return rgb
 
 
-def whole_numbers(values: Iterable, n: int) -> tuple[int, ...] | None:
+def whole_numbers(values: Iterable[Any], n: int) -> tuple[int, ...] | None:
     "The values as ints, if they are `n` whole numbers; None otherwise."
     if isinstance(values, str):
         return None
@@ -134,7 +135,8 @@ def checked_colour(colour: Iterable[int]) -> tuple[int, int, int]:
         raise InputError(
             f'{colour!r} is no colour: give (red, green, blue), whole numbers from 0 to 255'
         )
-    return found
+    red, green, blue = found
+    return red, green, blue
 
 
 def checked_size(size: Iterable[int]) -> tuple[int, int]:
@@ -145,7 +147,8 @@ def checked_size(size: Iterable[int]) -> tuple[int, int]:
         found = ()
     if len(found) != 2 or not all(0 < pixels <= 10**7 for pixels in found):
         raise InputError(f'{size!r} is no size: give (height, width) in whole pixels, at least 1')
-    return found
+    height, width = found
+    return height, width
 
 # %% ../../nbs/slides/02_slides.ipynb #08e90efc
 def glass_colour(
@@ -191,7 +194,7 @@ def png_parts(bands: Iterable[np.ndarray], height: int, width: int) -> Iterator[
     for band in bands:
         # a row begins with the number of its filter, 0 for none
         rows = np.pad(band.reshape(len(band), -1), ((0, 0), (1, 0)))
-        yield png_chunk(b'IDAT', uncompressed.compress(rows))
+        yield png_chunk(b'IDAT', uncompressed.compress(rows.data))
     yield png_chunk(b'IDAT', uncompressed.flush()) + png_chunk(b'IEND', b'')
 
 
@@ -204,7 +207,7 @@ class PixelRows:
         self,
         pixels: Callable[[int, int], np.ndarray],  # (top, bottom) -> uint8 (bottom-top, width, 3)
         size: tuple[int, int],  # (height, width)
-    ):
+    ) -> None:
         self.pixels = pixels
         self.shape = (1, 3, *size)
         self.failed: BaseException | None = None
@@ -243,6 +246,27 @@ class PixelRows:
         )
 
 # %% ../../nbs/slides/02_slides.ipynb #4569f1db
+class Reader(Protocol):
+    "An open file of a slide, as `open_reader` gives it."
+
+    sizes: list[tuple[int, int]]  # (height, width) of each level, the finest first
+    said: dict[str, tuple[float, float]]  # source -> (height, width) of a pixel, microns
+    properties: dict[str, str]
+    format: str
+    associated: Sequence[str]  # names of images that the scanner added
+
+    def fetch(self, level: int, top: int, left: int, height: int, width: int) -> np.ndarray:
+        "Pixels of a level, uint8 (height, width, 3)."
+        ...
+
+    def associated_image(self, name: str) -> np.ndarray:
+        "One of the `associated` images, uint8 (height, width, 3)."
+        ...
+
+    def close(self) -> None:
+        "Close the file."
+
+
 class Level(NamedTuple):
     "One image of the pyramid of a slide."
 
@@ -268,7 +292,7 @@ class Slide:
         spacing: float | None = None,  # microns per pixel at full resolution, if the file says none
         override: bool = False,  # use `spacing` whatever the file says
         warn: bool = True,  # of contradictions
-    ):
+    ) -> None:
         self.path = Path(path)
         self._own = threading.local()  # the reader of each thread, and the process that opened it
         reader = self._open()
@@ -283,10 +307,11 @@ class Slide:
         self.format = reader.format
         self.levels = [self._level(height, width) for height, width in reader.sizes]
 
-    def _open(self):
+    def _open(self) -> Reader:
         "The reader of this process and thread, which may not be shared."
         if getattr(self._own, 'process', None) != os.getpid():
-            self._own.reader = open_reader(self.path)
+            reader: Any = open_reader(self.path)
+            self._own.reader = reader
             self._own.process = os.getpid()
         return self._own.reader
 
@@ -356,7 +381,7 @@ class Slide:
 
     def _checked_region(
         self, spacing: float, region: tuple[int, int, int, int] | None
-    ) -> tuple[int, ...]:
+    ) -> tuple[int, int, int, int]:
         "A region as four ints, the whole slide for None; `InputError` if it is none."
         if region is None:
             return 0, 0, *self.size_at(spacing)
@@ -371,7 +396,8 @@ class Slide:
                 f'{self.path}: region {region} is out of range: no slide has more than 100 million '
                 'rows or columns'
             )
-        return found
+        top, left, height, width = found
+        return top, left, height, width
 
     def _level_for(self, spacing: float) -> int:
         "The number of the coarsest level that is fine enough for a spacing."
@@ -435,8 +461,8 @@ class Slide:
     ) -> PixelRows:
         "A region at a spacing, read as its rows are asked for."
         spacing = self._checked_spacing(spacing)
-        region = self._checked_region(spacing, region)
-        return PixelRows(functools.partial(rows_of_region, self, spacing, region), region[2:])
+        found = self._checked_region(spacing, region)
+        return PixelRows(functools.partial(rows_of_region, self, spacing, found), found[2:])
 
     def image(
         self,
@@ -470,13 +496,13 @@ class Slide:
     def __enter__(self) -> 'Slide':
         return self
 
-    def __exit__(self, *args):
+    def __exit__(self, *args: object) -> None:
         self.close()
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != '_own'}
 
-    def __setstate__(self, state: dict):
+    def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _own=threading.local())
 
     def __repr__(self) -> str:

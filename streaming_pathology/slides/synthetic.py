@@ -20,6 +20,7 @@ import operator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import ndimage, sparse
@@ -29,7 +30,7 @@ from ..core import InputError
 from ..io import write_csv, write_whole
 from .readers import write_tiff
 from .slides import worker_pool
-from .tissue import optical_density
+from .tissue import distance_to, optical_density
 
 # %% ../../nbs/slides/03_synthetic.ipynb #6e6717b4
 # published vectors of haematoxylin and eosin (Ruifrok and Johnston 2001)
@@ -82,8 +83,9 @@ def smooth_noise(
     scale: float,  # size of the grain in pixels
 ) -> np.ndarray:
     "Smooth random field: float32 (height, width), mean about 0, standard deviation about 1."
-    rows = spline_matrix(rng, shape[0], max(scale, 1.0))
-    columns = spline_matrix(rng, shape[1], max(scale, 1.0))
+    # scipy has no types
+    rows: Any = spline_matrix(rng, shape[0], max(scale, 1.0))
+    columns: Any = spline_matrix(rng, shape[1], max(scale, 1.0))
     grid = rng.standard_normal((rows.shape[1], columns.shape[1]), np.float32)
     return np.ascontiguousarray((columns @ (rows @ grid).T).T) * 2.0
 
@@ -219,7 +221,9 @@ class Glands:
     outline: np.ndarray  # radius at each of `ANGLES` angles, (n, ANGLES)
     wall: np.ndarray  # height of the epithelium there, (n, ANGLES)
 
-    def points(self, index: np.ndarray, angle: np.ndarray, inset: np.ndarray) -> tuple:
+    def points(
+        self, index: np.ndarray, angle: np.ndarray, inset: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Points of the glands `index`, at an `angle` of the outline and `inset` microns inside it.
 
         Returns y, x and the direction outwards, of the shape of `index`."""
@@ -257,7 +261,7 @@ def gland_discs(
     "Discs in a zone (bool) until they cover a share of it or no more fits: (n, 3), y, x, radius."
     step = max(1, int(6 / spacing))  # distances are measured every 6 microns
     coarse = np.pad(zone[::step, ::step], 1)
-    distance = ndimage.distance_transform_edt(coarse)[1:-1, 1:-1] * step * spacing
+    distance = distance_to(~coarse)[1:-1, 1:-1] * step * spacing
     low, high = pattern.radius
     tries = int(pattern.tries * zone.sum() * spacing**2 / (math.pi * low**2))
     radii = np.sort(rng.uniform(low, high, tries))[::-1] * rng.uniform(0.7, 1.0, tries)
@@ -272,7 +276,7 @@ def gland_discs(
     return spaced_discs(centres[large], radii[large], pattern.gap, target)
 
 
-def waves(rng: np.random.Generator, n: int, size: float, orders: tuple) -> np.ndarray:
+def waves(rng: np.random.Generator, n: int, size: float, orders: tuple[int, ...]) -> np.ndarray:
     "`n` random Fourier series about 1 over the angle: (n, ANGLES)."
     angle = np.linspace(0, 2 * math.pi, ANGLES, endpoint=False)
     order = np.array(orders)
@@ -289,9 +293,9 @@ def place_glands(
     share: float | None = None,  # of the zone's area; None: as the pattern has it
 ) -> Glands:
     "Glands of a pattern at random in a zone, until they cover a share of it or no more fits."
-    if share is None:
-        share = pattern.max_share
-    discs = gland_discs(rng, zone, spacing, pattern, share)
+    wanted = pattern.max_share if share is None else share
+    assert wanted is not None  # a pattern without a share of its own is told one
+    discs = gland_discs(rng, zone, spacing, pattern, wanted)
     n = len(discs)
     outline = discs[:, 2:] * waves(rng, n, pattern.waviness, (2, 3, 4, 5))
     wall = pattern.wall * waves(rng, n, pattern.folding, (3, 5, 7, 9, 11))
@@ -466,7 +470,8 @@ def grid_nuclei(
     x = x.ravel() + rng.uniform(-0.42, 0.42, x.size) * pitch
     inside = zone[pixels_of(y, x, zone.shape, spacing)]
     if angle is None:
-        angle = rng.uniform(0, math.pi, inside.sum())
+        angles = rng.uniform(0, math.pi, inside.sum())
+        return varied_nuclei(rng, y[inside], x[inside], angles, kind)
     return varied_nuclei(rng, y[inside], x[inside], angle, kind)
 
 # %% ../../nbs/slides/03_synthetic.ipynb #ea4a5309
@@ -698,21 +703,23 @@ def stain_image(
 
     Strength of the stains, blur and background are drawn."""
     mix = rng.uniform(0.5, 1)
+    vectors: Any = stains
     if stains is None:
-        stains = SAMPLE_STAINS * mix + RUIFROK_JOHNSTON * (1 - mix) + rng.normal(0, 0.02, (2, 3))
-    stains = np.clip(stains, 0, None) / np.linalg.norm(stains, axis=1, keepdims=True)
+        vectors = SAMPLE_STAINS * mix + RUIFROK_JOHNSTON * (1 - mix) + rng.normal(0, 0.02, (2, 3))
+    vectors = np.clip(vectors, 0, None) / np.linalg.norm(vectors, axis=1, keepdims=True)
     tissue = amounts.sum(0) > 0.01
     mean_amounts = np.array([0.17, 0.26]) * np.exp(rng.normal(0, 0.22, 2))
     strengths = mean_amounts / np.maximum(amounts[:, tissue].mean(1), 1e-6)
     blur = rng.uniform(0.25, 0.65) / spacing
+    smoothed: Any = ndimage.gaussian_filter  # scipy has no types
     blue, eosin = (
-        ndimage.gaussian_filter(np.maximum(amount, 0), blur, truncate=3) * np.float32(strength)
+        smoothed(np.maximum(amount, 0), blur, truncate=3) * np.float32(strength)
         for amount, strength in zip(amounts, strengths)
     )
     white = rng.uniform(238, 250) + rng.normal(0, 1.5, 3)
     image = np.empty((*blue.shape, 3), np.uint8)
     for channel in range(3):
-        blue_stain, eosin_stain = stains[:, channel].astype(np.float32)
+        blue_stain, eosin_stain = vectors[:, channel].astype(np.float32)
         light = np.exp(np.float32(-math.log(10)) * (blue * blue_stain + eosin * eosin_stain))
         light = light * np.float32(white[channel])
         noise = rng.standard_normal(light.shape, np.float32)
@@ -732,7 +739,7 @@ class PaintedBiopsy:
     seed: int
 
 
-def check_painting(size: tuple, spacing: float, **fractions) -> None:
+def check_painting(size: tuple[int, int], spacing: float, **fractions: float) -> None:
     "Raise `InputError` for what cannot be painted."
     whole = all(math.isfinite(n) and int(n) == n for n in size)
     if len(size) != 2 or not whole or min(size) < 32:
@@ -886,10 +893,10 @@ def run_tasks(tasks: list[PaintingTask], folder: Path, workers: int, progress: b
 # %% ../../nbs/slides/03_synthetic.ipynb #3161bc02
 def check_cohort_settings(
     n: int,
-    size: tuple,
+    size: tuple[int, int],
     spacing: float,
     positive: float,
-    tumour_fractions: tuple,
+    tumour_fractions: tuple[float, float],
     splits: dict[str, float],
     compression: str,
 ) -> None:
@@ -968,7 +975,8 @@ def write_cohort(
 
     Returns the path of the manifest. Raises `InputError` for settings that cannot be painted, and
     for a folder that holds anything but a cohort with the same settings."""
-    size, spacing = tuple(size), float(spacing)
+    height, width = size
+    size, spacing = (height, width), float(spacing)
     seed, n = operator.index(seed), operator.index(n)
     check_cohort_settings(n, size, spacing, positive, tumour_fractions, splits, compression)
     if workers < 0 or seed < 0:

@@ -10,6 +10,7 @@ __all__ = ['CSVLog', 'csv_value', 'Tracker', 'TensorBoardLog', 'curves', 'LiveCu
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import torch
@@ -20,13 +21,16 @@ from ..core import InputError
 from ..io import write_csv
 from .loop import Callback, State, rng_state, set_rng_state
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 # %% ../../nbs/training/03_callbacks.ipynb #c06623ca
 class CSVLog(Callback):
     "The history as a CSV file, written anew after every epoch."
 
     first_rank_only = True
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def after_epoch(self, state: State) -> None:
@@ -55,7 +59,7 @@ class Tracker(Callback):
 
     first_rank_only = True
 
-    def __init__(self, log: Callable[[dict], object]):
+    def __init__(self, log: Callable[[dict], object]) -> None:
         self.log = log
 
     def after_epoch(self, state: State) -> None:
@@ -67,22 +71,27 @@ class TensorBoardLog(Callback):
 
     first_rank_only = True
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path) -> None:
         self.folder = folder
-        self.writer = None
+        self.writer: SummaryWriter | None = None
 
     def before_epoch(self, state: State) -> None:
+        self.opened(state)
+
+    def opened(self, state: State) -> 'SummaryWriter':
+        "The writer; it is made in the first epoch, which may be one that is resumed in its middle."
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.writer = SummaryWriter(self.folder, purge_step=state.epoch + 1)
+        return self.writer
 
     def after_epoch(self, state: State) -> None:
-        self.before_epoch(state)  # which was not called if this epoch was resumed in its middle
+        writer = self.opened(state)
         for name, value in state.history[-1].items():
             if name != 'epoch':
-                self.writer.add_scalar(name, value, state.epoch + 1)
-        self.writer.flush()
+                writer.add_scalar(name, value, state.epoch + 1)
+        writer.flush()
 
     def after_fit(self, state: State) -> None:
         if self.writer is not None:
@@ -131,7 +140,7 @@ class EarlyStopping(Callback):
 
     uses_tuning_loss = True
 
-    def __init__(self, patience: int = 10, min_delta: float = 0.0):
+    def __init__(self, patience: int = 10, min_delta: float = 0.0) -> None:
         self.patience = patience
         self.min_delta = min_delta
 
@@ -171,7 +180,7 @@ class EarlyStopping(Callback):
 class Cosine(Callback):
     "The learning rate rises linearly over `warmup` epochs, then falls to zero along a cosine."
 
-    def __init__(self, warmup: int = 1):
+    def __init__(self, warmup: int = 1) -> None:
         self.warmup = warmup
 
     def before_fit(self, state: State) -> None:
@@ -200,7 +209,10 @@ class DryRun(Callback):
     """A forward and a backward pass of one slide, that which needs the most memory, before
     training. Raises `InputError` if it does not fit into memory."""
 
-    def __init__(self, item: dict):  # as a dataset gives it
+    def __init__(
+        self,
+        item: dict,  # as a dataset gives it
+    ) -> None:
         self.item = item
 
     def before_fit(self, state: State) -> None:
@@ -226,7 +238,10 @@ def sum_of_squares(logits: torch.Tensor, label: torch.Tensor, details: dict) -> 
 class EMA(Callback):
     "An exponential moving average of the weights, updated after each step of the optimizer."
 
-    def __init__(self, decay: float = 0.999):  # between 0 and 1
+    def __init__(
+        self,
+        decay: float = 0.999,  # between 0 and 1
+    ) -> None:
         if not 0 < decay < 1:
             raise InputError(f'the decay of an average is {decay}; it has to be between 0 and 1')
         self.decay = decay

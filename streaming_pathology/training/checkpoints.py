@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from .loop import Callback, State
 from .models import load_tensors
 
 # %% ../../nbs/training/04_checkpoints.ipynb #2cfa4f16
-def plain(value: object) -> object:
+def plain(value: object) -> Any:
     """The same value with paths as text and NumPy numbers as numbers; tuples stay tuples. Raises
     `TypeError` for what could not be loaded again safely."""
     if isinstance(value, np.generic):
@@ -87,7 +87,7 @@ def contents_of(state: dict) -> dict:
     return {key: summary_of(value) for key, value in state.items() if key != 'versions'}
 
 
-def summary_of(value: object) -> object:
+def summary_of(value: object) -> Any:
     "How many tensors and elements a value has; a number as it is; else its type."
     tensors = tensors_in(value)
     if tensors:
@@ -134,8 +134,8 @@ def sealed_note(path: str | Path) -> dict | None:
     return json.loads(text)
 
 
-def digest_of_first(file: BinaryIO, n_bytes: int):
-    "SHA-256 of the next bytes of a file, as a `hashlib` object."
+def digest_of_first(file: BinaryIO, n_bytes: int) -> 'hashlib._Hash':
+    "SHA-256 of the next bytes of a file, as an object of hashlib."
     digest = hashlib.sha256()
     while n_bytes:
         part = file.read(min(n_bytes, CHUNK))
@@ -146,7 +146,7 @@ def digest_of_first(file: BinaryIO, n_bytes: int):
 # %% ../../nbs/training/04_checkpoints.ipynb #2f618cfd
 def save_checkpoint(
     path: str | Path,  # the file; its folder is made
-    **state,  # what to keep: tensors, numbers, text, and lists and dicts of them
+    **state: Any,  # what to keep: tensors, numbers, text, and lists and dicts of them
 ) -> Path:
     """Write a checkpoint, whole or not at all; the versions of the packages, a note of its contents
     and a checksum are added to it.
@@ -165,8 +165,9 @@ def save_checkpoint(
             torch.save(state, file)
             seal_file(file, dict(contains=contents_of(state), versions=state['versions']))
     except RuntimeError as e:
-        if worker_died(e.__context__):
-            raise e.__context__ from None
+        cause = e.__context__
+        if cause is not None and worker_died(cause):
+            raise cause from None
         raise InputError(
             f'{path} cannot be written; is the disk full? What was there before is untouched '
             f'({str(e).splitlines()[0]})'
@@ -244,7 +245,7 @@ class Checkpoints(Callback):
         settings: dict | None = None,
         minutes: float = 10,  # after which there is a new checkpoint, besides one after each epoch
         keep: int = 2,  # how many checkpoints to resume from are kept
-    ):
+    ) -> None:
         self.folder = Path(folder)
         self.settings = settings or {}
         self.minutes = minutes
@@ -259,7 +260,7 @@ class Checkpoints(Callback):
     def before_fit(self, state: State) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.saved = time.monotonic()
-        self.epoch = None  # of the last checkpoint to resume from
+        self.epoch: int | None = None  # of the last checkpoint to resume from
 
     def at_rest(self, state: State) -> None:
         epoch_is_done = state.step == 0 and state.epoch != self.epoch
@@ -371,9 +372,9 @@ class HaltOnSignal(Callback):
     """Callback and context manager: a signal to stop, while `fit` runs, halts it at the next rest.
     A second one, or one at another time, does what it did before."""
 
-    def __init__(self):
-        self.training = None  # the `State` of a training that runs
-        self.former = {}  # the handlers of before, by signal
+    def __init__(self) -> None:
+        self.training: State | None = None  # of a training that runs
+        self.former: dict[int, Any] = {}  # the handlers of before, by signal
 
     def before_fit(self, state: State) -> None:
         self.training = state
@@ -383,7 +384,7 @@ class HaltOnSignal(Callback):
         if state.asked:
             raise state.halted()  # the signal came in the last moment
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self.training = None
         if threading.current_thread() is threading.main_thread():
             self.former = {}
@@ -392,7 +393,7 @@ class HaltOnSignal(Callback):
                     self.former[number] = signal.signal(number, self.hear)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         while self.former:
             number, handler = self.former.popitem()
             if handler is None:  # it was not set from Python

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,13 +22,19 @@ from torch import nn
 from ..core import InputError, one_line
 from .loop import Alone, T
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 # %% ../../nbs/training/06_distributed.ipynb #2b111bb8
 class Ranks(Alone):
     """The processes of a group that train together, for `fit`, `predict` and `run_recipe`; each
     calls them with the same arguments. Raises `InputError` where there is no process group, or
     another rank was lost."""
 
-    def __init__(self, group: 'dist.ProcessGroup | None' = None):  # None: all processes
+    def __init__(
+        self,
+        group: 'dist.ProcessGroup | None' = None,  # None: all processes
+    ) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise InputError(
                 'there is no process group to train in: start with torchrun and call '
@@ -39,7 +46,7 @@ class Ranks(Alone):
         self.root = dist.get_global_rank(group, 0) if group else 0
         self.together = 8 * self.size
 
-    def call(self, f: Callable, *args) -> object:
+    def call(self, f: Callable[..., Any], *args: Any) -> Any:
         "Call a function of `torch.distributed` in this group."
         try:
             return f(*args, group=self.group)
@@ -53,7 +60,7 @@ class Ranks(Alone):
             ) from None
 
     def gather(self, x: T) -> list[T]:
-        found = [None] * self.size
+        found: list[Any] = [None] * self.size
         self.call(dist.all_gather_object, found, x)
         return found
 
@@ -87,7 +94,7 @@ class Ranks(Alone):
 
     def first(self, f: Callable[[], T]) -> T:
         "As of `Alone`. Raises `InputError` on the other ranks if `f` raises on the first."
-        message = [None, True]  # what `f` returned, and whether it failed
+        message: list[Any] = [None, True]  # what `f` returned, and whether it failed
         try:
             if self.rank == 0:
                 message = [f(), False]
@@ -99,7 +106,7 @@ class Ranks(Alone):
         return value
 
 # %% ../../nbs/training/06_distributed.ipynb #627be787
-def own_store(store: 'dist.Store', rank: int, size: int, patience: float = 600) -> 'dist.Store':
+def own_store(store: 'Store', rank: int, size: int, patience: float = 600) -> 'Store':
     """The part of a store that is of these `size` processes alone. Raises `RuntimeError` if they do
     not meet in `patience` seconds."""
     name = uuid.uuid4().hex
@@ -114,17 +121,19 @@ def own_store(store: 'dist.Store', rank: int, size: int, patience: float = 600) 
             if rank == 0 and all(get(store, f'seen {other}') == names for other in range(size)):
                 put(store, 'go', names)
             if get(store, 'go') == names:
-                return dist.PrefixStore(names[0], store)
+                # torch documents it, and leaves it out of its types
+                part_of = dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+                return part_of(names[0], store)
         time.sleep(0.05)
     raise RuntimeError(f'in {patience} s')
 
 
-def put(store: 'dist.Store', key: str, value: object) -> None:
+def put(store: 'Store', key: str, value: object) -> None:
     "Put a value into a store, as JSON."
     store.set(key, json.dumps(value))
 
 
-def get(store: 'dist.Store', key: str) -> object:
+def get(store: 'Store', key: str) -> Any:
     "What was put into a store; None if nothing was."
     if not store.check([key]):
         return None
@@ -188,7 +197,9 @@ def own_gpu() -> str:
 
 def init_group(backend: str) -> None:
     "Make the process group of the ranks that torchrun has started."
-    store, rank, size = next(dist.rendezvous('env://', timeout=timedelta(minutes=10)))
+    # torch documents it, and leaves it out of its types
+    meet = dist.rendezvous  # pyright: ignore[reportPrivateImportUsage]
+    store, rank, size = next(meet('env://', timeout=timedelta(minutes=10)))
     dist.init_process_group(
         backend,
         store=own_store(store, rank, size),

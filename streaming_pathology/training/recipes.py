@@ -11,16 +11,16 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from ..core import InputError
 from ..slides.cohorts import apportion
 from .checkpoints import load_checkpoint, load_weights, save_checkpoint
-from .loop import ONE_PROCESS, Alone, Callback, State, fit
+from .loop import ONE_PROCESS, Alone, Callback, Slides, State, fit
 
 # %% ../../nbs/training/05_recipes.ipynb #2781f626
 def best_window(losses: Iterable[float], width: int = 5) -> range:
@@ -49,7 +49,9 @@ def average_weights(states: Iterable[dict]) -> dict:
     averaged = dict(states[-1])
     for name, tensor in states[-1].items():
         if tensor.is_floating_point():
-            total = sum(state[name].double() for state in states)
+            total = torch.zeros_like(tensor, dtype=torch.double)
+            for state in states:
+                total += state[name].double()
             averaged[name] = total.div(len(states)).to(tensor.dtype)
     return averaged
 
@@ -60,7 +62,7 @@ class WindowCheckpoints(Callback):
 
     uses_tuning_loss = True
 
-    def __init__(self, folder: str | Path, width: int = 5):
+    def __init__(self, folder: str | Path, width: int = 5) -> None:
         self.folder = Path(folder)
         self.width = width
 
@@ -160,7 +162,7 @@ class Stage:
     momentum: float = 0.9
     batch: int = 16
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.hands_on not in ('average', 'middle'):
             raise InputError(
                 f"a stage hands on its window's 'average' or 'middle', not {self.hands_on!r}"
@@ -182,15 +184,15 @@ def scaled(recipe: tuple[Stage, ...], epochs: int) -> tuple[Stage, ...]:
 # %% ../../nbs/training/05_recipes.ipynb #6d603034
 def run_recipe(
     model: nn.Module,
-    train: Dataset | DataLoader | list,  # as for `fit`
-    tuning: Dataset | DataLoader | list,
+    train: Slides,  # as for `fit`
+    tuning: Slides,
     recipe: tuple[Stage, ...],  # such as `paper_streaming`
     folder: str | Path,  # for the weights of the epochs that may be needed
     width: int = 5,  # epochs of a window
     callbacks: Iterable[Callback] = (),  # more of them, told of each stage
     resume: dict | None = None,  # a checkpoint to resume from, of any stage
     ranks: Alone = ONE_PROCESS,
-    **kwargs,  # for `fit`: seed, device, amp, task, clip, accept_changes, progress
+    **kwargs: Any,  # for `fit`: seed, device, amp, task, clip, accept_changes, progress
 ) -> list[dict]:
     """Train in stages; the model ends with the weights that the last one hands on. Returns one row
     an epoch, with its stage. Epochs are counted through, so that none repeats the augmentations
@@ -239,8 +241,9 @@ def first_stage(recipe: tuple[Stage, ...], resume: dict | None) -> int:
 
 def freeze_for(model: nn.Module, stage: Stage, number: int) -> None:
     "Freeze what a stage does not train. Raises `InputError` if the model cannot."
-    if hasattr(model, 'freeze_until'):
-        model.freeze_until(stage.train_from)
+    freeze_until = getattr(model, 'freeze_until', None)
+    if freeze_until is not None:
+        freeze_until(stage.train_from)
     elif stage.train_from:
         raise InputError(
             f'stage {number} trains from {stage.train_from!r} on, and this model has no '

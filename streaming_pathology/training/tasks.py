@@ -10,7 +10,7 @@ __all__ = ['TASKS', 'Task', 'checked_weights', 'weighted', 'balanced_weights', '
 # %% ../../nbs/training/02_tasks.ipynb #l0000003
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class Task:
         arguments = inspect.signature(type(self)).parameters
         return dict(name=self.name, **{name: getattr(self, name) for name in arguments})
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         arguments = self.settings()
         del arguments['name']
         text = ', '.join(f'{name}={value!r}' for name, value in arguments.items())
@@ -122,7 +122,10 @@ class Binary(Task):
 
     name, exclusive, classes = 'binary', True, 2
 
-    def __init__(self, weights: Sequence[float] | None = None):  # one for each class
+    def __init__(
+        self,
+        weights: Sequence[float] | None = None,  # one for each class
+    ) -> None:
         self.weights = checked_weights(weights, 2)
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -146,7 +149,7 @@ class Multiclass(Task):
 
     name, exclusive = 'multiclass', True
 
-    def __init__(self, classes: int, weights: Sequence[float] | None = None):
+    def __init__(self, classes: int, weights: Sequence[float] | None = None) -> None:
         self.classes = classes
         self.n_out = classes
         self.weights = checked_weights(weights, classes)
@@ -172,7 +175,7 @@ class Multilabel(Task):
 
     name = 'multilabel'
 
-    def __init__(self, classes: int, weights: Sequence[float] | None = None):
+    def __init__(self, classes: int, weights: Sequence[float] | None = None) -> None:
         self.classes = classes
         self.n_out = classes
         self.columns = classes
@@ -206,7 +209,7 @@ class Ordinal(Task):
 
     name, exclusive = 'ordinal', True
 
-    def __init__(self, classes: int, weights: Sequence[float] | None = None):
+    def __init__(self, classes: int, weights: Sequence[float] | None = None) -> None:
         self.classes = classes
         self.n_out = classes - 1
         self.weights = checked_weights(weights, classes)
@@ -237,7 +240,7 @@ class Regression(Task):
 
     name = 'regression'
 
-    def __init__(self, mean: float = 0.0, std: float = 1.0):
+    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
         if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
             raise InputError(
                 f'a measure of mean {mean} and deviation {std} cannot be learnt: the labels have '
@@ -302,7 +305,7 @@ def joint_gradient(
     return loss.detach(), gradient
 
 # %% ../../nbs/training/02_tasks.ipynb #8c7042b3
-TASKS = {
+TASKS: dict[str, Callable[..., Task]] = {
     task.name: task for task in (Binary, Multiclass, Multilabel, Ordinal, Regression, Survival)
 }
 

@@ -11,7 +11,8 @@ import pytest
 
 from streaming_pathology.cli.compare import sp_compare
 from streaming_pathology.evaluation.heatmaps import save_heatmap
-from streaming_pathology.evaluation.report import toy_run, write_report
+from streaming_pathology.evaluation.report import write_report
+from streaming_pathology.evaluation.report_inputs import toy_run
 from streaming_pathology.evaluation.review import errors_of, read_categories
 from streaming_pathology.evaluation.viewer import save_picture, viewer_files
 

@@ -1,5 +1,5 @@
-"""The report of a made-up run in headless Chromium: no error, no request to anywhere, and its controls
-do what they say."""
+"""The report of a made-up run in headless Chromium: no error, no request to anywhere, and its
+controls do what they say."""
 
 import csv
 import os

@@ -40,7 +40,15 @@ setup(
     url=cfg['git_url'],
     packages=find_packages(include=['streaming_pathology*']),
     include_package_data=True,
-    package_data={'streaming_pathology': ['py.typed', 'data/*', 'data/openseadragon/*']},
+    package_data={
+        'streaming_pathology': [
+            'py.typed',
+            'data/*',
+            'data/openseadragon/*',
+            'templates/*',
+            'templates/report/*',
+        ]
+    },
     cmdclass={'build_py': with_viewer(build_py), 'develop': with_viewer(develop)},
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),

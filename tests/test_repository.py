@@ -147,6 +147,34 @@ def test_constraints():
     assert asked <= set(pinned), f'not in constraints.txt: {sorted(asked - set(pinned))}'
 
 
+SHIPPED = """
+from pathlib import Path
+import setuptools
+from distutils.core import run_setup
+build = run_setup('setup.py', stop_after='init').get_command_obj('build_py')
+build.ensure_finalized()
+build.manifest_files = {}
+library = Path('streaming_pathology')
+for path in build.find_data_files(str(library), str(library)):
+    print(Path(path).relative_to(library).as_posix())
+"""
+
+
+def test_templates_are_installed():
+    "A wheel holds every template, style sheet and script of the pages; a source archive too."
+    status, out = python('-W', 'ignore', '-c', SHIPPED)
+    assert not status, out
+    shipped = set(out.splitlines())
+    templates = {
+        path.relative_to(LIBRARY).as_posix()
+        for path in (LIBRARY / 'templates').rglob('*')
+        if path.is_file()
+    }
+    assert len(templates) > 15
+    assert templates <= shipped
+    assert 'recursive-include streaming_pathology/templates *' in (ROOT / 'MANIFEST.in').read_text()
+
+
 # ---- the site
 
 

@@ -1,0 +1,193 @@
+"The sections of a report that are about all slides together."
+
+from dataclasses import replace
+
+import pytest
+from refusals import refusal
+from reports import Page
+
+from streaming_pathology.evaluation.evaluation import Prediction
+from streaming_pathology.evaluation.report_inputs import FinishedRun, read_run
+from streaming_pathology.evaluation.report_sections import (
+    CODE,
+    calibration_section,
+    cohort_table,
+    curves_uri,
+    flattened,
+    flow_table,
+    made_section,
+    memory_in_words,
+    prediction_section,
+    result_section,
+    training_section,
+    verdict_of,
+)
+from streaming_pathology.evaluation.results import results
+from streaming_pathology.io import write_csv
+
+
+@pytest.fixture(scope='module')
+def run(toy):
+    return read_run(toy)
+
+
+def page_of(section):
+    (contents,) = section.contents
+    return Page(str(contents))
+
+
+def rows_of(table):
+    "The texts of a table, a list for each row of its body."
+    rows = []
+    for row in str(table).partition('<tbody>')[2].split('<tr>')[1:]:
+        page = Page(f'<tr>{row.partition("</tr>")[0]}</tr>')
+        rows.append([text for text in page.texts if text.strip()])
+    return rows
+
+
+# ---- result
+
+
+def test_result_has_the_auc_on_a_line(run):
+    page = page_of(result_section(run))
+    for text in ('0.5, guessing', run.metrics.estimate.interval, 'Synthetic cohort.', '911 MB'):
+        assert text in page.text
+    assert f'{run.metrics.auc:.3f}' in page.texts
+    assert len(page.all('img')) == 1
+
+
+@pytest.mark.parametrize(
+    'probabilities, says',
+    [([0.1, 0.2, 0.8, 0.9], 'do not overlap'), ([0.1, 0.9, 0.2, 0.8], 'from guessing')],
+)
+def test_result_warns(run, tmp_path, probabilities, says):
+    assert says not in page_of(result_section(run)).text
+    path = tmp_path / 'predictions.csv'
+    rows = [
+        dict(slide_id=number, label=number // 2, split='test', probability=value, seconds=None)
+        for number, value in enumerate(probabilities)
+    ]
+    write_csv(path, rows)
+    other = replace(run, results=results(path, n_bootstrap=100))
+    assert says in page_of(result_section(other)).text
+
+
+def test_result_without_metrics_says_why(run):
+    other = replace(run, results=None, notes=dict(metrics='No AUC: <too few>.'), settings={})
+    text = page_of(result_section(other)).text
+    assert 'No AUC: <too few>.' in text
+    assert 'Synthetic' not in text
+
+
+@pytest.mark.parametrize('megabytes, text', [(911, '911 MB'), (999.4, '999 MB'), (2345, '2.35 GB')])
+def test_memory_in_words(megabytes, text):
+    assert memory_in_words(megabytes) == text
+
+
+def test_calibration_in_words(run):
+    page = page_of(calibration_section(run))
+    assert 'Brier score' in page.text
+    alts = [image['alt'] for image in page.all('img')]
+    assert 'Brier score' in alts[0] and 'average precision' in alts[1]
+
+
+# ---- training
+
+
+def test_curves_of_columns_that_are_there(run):
+    assert curves_uri(run, ('train_loss', 'tuning_loss'), 'loss')
+    assert curves_uri(run, ('no_such',), '') is None
+
+
+def test_training_without_what_is_missing(run):
+    log = [dict(epoch=0, train_loss=0.5)]
+    page = page_of(training_section(replace(run, log=log)))
+    assert 'After 1 epoch: training loss 0.500.' in page.text
+    assert len(page.all('img')) == 1
+
+
+def test_training_without_epochs(run):
+    page = page_of(training_section(replace(run, log=[])))
+    assert 'no epochs yet' in page.text and not page.all('img')
+
+
+# ---- predictions
+
+
+@pytest.mark.parametrize(
+    'label, probability, threshold, text, kind',
+    [
+        (1.0, 0.7, None, '', ''),
+        (1.0, 0.7, 0.7, 'right', 'right'),
+        (0.0, 0.7, 0.7, 'false positive', 'wrong'),
+        (1.0, 0.6, 0.7, 'false negative', 'wrong'),
+        (None, 0.7, 0.7, 'called positive', ''),
+        (None, 0.6, 0.7, 'called negative', ''),
+    ],
+)
+def test_verdicts(label, probability, threshold, text, kind):
+    assert verdict_of(Prediction('a', label, 'test', probability), threshold) == (text, kind)
+
+
+def test_predictions_fold_where_there_are_many(run):
+    few = page_of(prediction_section(run))
+    many = page_of(prediction_section(replace(run, predictions=run.predictions * 3)))
+    assert 'open' in few.all('details')[0] and 'open' not in many.all('details')[0]
+    assert '75 predictions' in many.text
+
+
+# ---- how it was made
+
+
+def test_nested_values_as_rows():
+    values = dict(a=1, b=dict(c=2, d=[3, 4], e=dict(f=None)))
+    assert [*flattened(values)] == [('a', 1), ('b · c', 2), ('b · d', '3, 4'), ('b · e · f', None)]
+
+
+def test_slides_by_split(run):
+    assert rows_of(cohort_table(run)) == [
+        ['train', '24', '24', '0', '30'],
+        ['tuning', '6', '6', '0', '12'],
+        ['test', '12', '12', '1', '25'],
+    ]
+
+
+def test_from_the_manifest_to_the_figures(run):
+    assert rows_of(flow_table(run)) == [
+        ['in the manifest', '85'],
+        ['left out: to learn from', '48'],
+        ['left out: to choose epochs and thresholds by', '12'],
+        ['left out: no label', '1'],
+        ['in the figures, split test', '24'],
+    ]
+
+
+def test_slides_beside_the_manifest_and_of_other_splits(run):
+    cohort = [row for row in run.cohort if row['slide_id'] != 'biopsy_000']
+    cohort += [dict(slide_id='more', label='', split=''), dict(slide_id='b', label='', split='b')]
+    rows = rows_of(flow_table(replace(run, cohort=cohort)))
+    assert ['left out: no prediction, split none', '1'] in rows
+    assert ['left out: no prediction, split b', '1'] in rows
+    assert ['predicted, but in no manifest', '1'] in rows
+
+
+def test_order_of_splits_is_always_the_same(run):
+    "train, tuning and test first, then others by their names: a set has another order each time."
+    splits = ['z', 'b', '', 'test', 'y', 'a', 'tuning', 'x', 'train', 'c']
+    cohort = [dict(slide_id=split, label='', split=split) for split in splits]
+    rows = rows_of(cohort_table(replace(run, cohort=cohort)))
+    order = ['train', 'tuning', 'test', 'a', 'b', 'c', 'none', 'x', 'y', 'z']
+    assert [split for split, *_ in rows] == order
+
+
+@pytest.mark.parametrize('label', ['x', '2'])
+def test_labels_of_a_cohort_are_checked(run, label):
+    cohort = [dict(slide_id='a', label=label, split='test')]
+    assert 'cohort.csv: a label is not 0' in refusal(cohort_table, replace(run, cohort=cohort))
+
+
+def test_what_is_missing_is_said(tmp_path):
+    notes = {'cohort.csv': 'There is no <cohort>.'}
+    page = page_of(made_section(FinishedRun(tmp_path, {}, [], notes=notes)))
+    assert 'There is no <cohort>.' in page.text
+    assert page.all('a') == [dict(href=CODE, rel='noreferrer')]

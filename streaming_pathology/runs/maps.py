@@ -161,7 +161,7 @@ class MapRun:
         method = settings.method
         if of_patches and method != 'patches':
             raise InputError(
-                f'--method {method}: this network is one of patches, whose map is --method patches'
+                f'--method {method}: this network looks at patches, whose map is --method patches'
             )
         if method == 'patches' and not of_patches:
             raise InputError(

@@ -136,6 +136,8 @@ def from_file(kind: type, path: str, leading: str, given: dict) -> Settings:
     values = read_toml(path)
     if not values.get(leading):
         raise InputError(f'{path} does not say its {leading}')
+    if not isinstance(values[leading], str):
+        raise InputError(f'{path}: {leading} is {values[leading]!r}; it has to be a text')
     place = str(Path(path).parent / values.pop(leading))
     return from_values(kind, values, path, **(given | {leading: place}))
 
@@ -195,8 +197,8 @@ def status_of(function: Callable, *args, **options) -> int:
 
 
 def free_frames(e: BaseException):
-    """Free what an exception has left half-made. What that says when it goes (a progress bar without
-    a place, a loader that misses its worker) concerns nobody."""
+    """Free what an exception has left half-made. Nobody need know what that says when it goes: a
+    progress bar that was not finished, a loader that misses its worker."""
     former, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         while e is not None:

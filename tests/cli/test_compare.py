@@ -1,14 +1,19 @@
-"Two runs, made or reused by one command, and held against each other."
+"Two models on the same slides: what is compared and refused, and runs that are trained on the way."
 
 import json
 import shutil
 import signal
+from pathlib import Path
 
+import numpy as np
 import pytest
+from refusals import refusal
 from resumed import as_if_never_stopped, rows
 
 from streaming_pathology.cli import commands as cli
 from streaming_pathology.cli import compare
+from streaming_pathology.cli.compare import Side, compare_sides
+from streaming_pathology.evaluation.evaluation import Prediction
 from streaming_pathology.evaluation.review import errors_of
 from streaming_pathology.io import write_csv
 from streaming_pathology.slides.cohorts import tiny_cohort
@@ -16,7 +21,228 @@ from streaming_pathology.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures('small_resnet')
 
+
+def compared(*argv):
+    "The exit status of sp_compare."
+    return cli.sp_compare([str(word) for word in argv])
+
+
+# ---- sides
+
+
+NOISE = np.random.default_rng(0).normal(0, 1, 120)  # what makes a slide difficult for any model
+
+
+def toy_side(name, skill, seed):
+    "Predictions of 120 slides, every second one positive; the first 40 are of the split tuning."
+    rng = np.random.default_rng(seed)
+    side = Side(name, Path('p.csv'))
+    for i, noise in enumerate(NOISE):
+        label = float(i % 2)
+        logit = skill * (2 * label - 1) + noise + rng.normal(0, 0.5)
+        probability = float(1 / (1 + np.exp(-logit)))
+        split = 'tuning' if i < 40 else 'test'
+        side.predictions[f's{i:03}'] = Prediction(f's{i:03}', label, split, probability)
+    return side
+
+
+@pytest.fixture
+def streaming():
+    return toy_side('streaming', 1.2, seed=1)
+
+
+@pytest.fixture
+def mil():
+    return toy_side('mil', 0.6, seed=2)
+
+
+@pytest.fixture
+def third():
+    return toy_side('third', 1.0, seed=3)
+
+
+def in_pairs(side):
+    "Give a side a cohort in which slides 0 and 1, 2 and 3, ... are of one patient."
+    side.patients = {f's{i:03}': f'p{i // 2}' for i in range(120)}
+
+
+def test_the_better_of_two(streaming, mil):
+    found = compare_sides(streaming, mil, n_bootstrap=2000)
+    assert len(found.slides) == 80
+    assert found.paired.low > 0
+    assert 'streaming has the higher' in found.conclusion
+    back = compare_sides(mil, streaming, n_bootstrap=2000)
+    assert back.delong.difference == pytest.approx(-found.delong.difference)
+
+
+def test_no_difference_of_equal_skill(streaming):
+    other = toy_side('other', 1.2, seed=4)
+    assert 'No difference' in compare_sides(streaming, other, n_bootstrap=500).conclusion
+
+
+def test_accuracy_at_thresholds_of_the_validation_slides(streaming, mil):
+    found = compare_sides(streaming, mil, n_bootstrap=100).at_thresholds
+    right = []
+    for side, threshold in zip((streaming, mil), found.thresholds):
+        test = [each for each in side.predictions.values() if each.split == 'test']
+        right.append(np.array([(each.probability >= threshold) == each.label for each in test]))
+    assert found.accuracy == [right[0].mean(), right[1].mean()]
+    assert found.only_right == [(right[0] > right[1]).sum(), (right[1] > right[0]).sum()]
+
+
+def test_no_thresholds_without_validation_slides_of_both_classes(streaming, mil):
+    for i in range(0, 40, 2):
+        del mil.predictions[f's{i:03}']
+    assert compare_sides(streaming, mil, n_bootstrap=100).at_thresholds is None
+
+
+@pytest.mark.parametrize(
+    ('splits', 'patients', 'says'),
+    [
+        ({('slide', 's100'): {'train'}}, {}, "slide 's100'"),
+        ({('patient', 'p7'): {'tuning'}}, {'s101': 'p7'}, "patient 'p7'"),
+    ],
+)
+def test_a_side_that_was_trained_on_the_slides_is_refused(streaming, third, splits, patients, says):
+    third.splits, streaming.patients = splits, patients
+    assert says in refusal(compare_sides, streaming, third)
+
+
+@pytest.fixture
+def linked(streaming, third):
+    """Each cohort alone says nothing; both together say that s101 and s099 are of one patient, whom
+    the third side was trained on."""
+    streaming.patients = {'s101': 's101', 's099': 's099'}
+    third.patients = {'s101': 'p7', 's099': 'p7'}
+    third.splits = {('slide', 's101'): {'train'}}
+    return streaming, third
+
+
+def test_the_cohort_of_the_other_side_is_asked(linked, mil):
+    _, third = linked
+    assert "slide 's101'" in refusal(compare_sides, mil, third)
+
+
+def test_patients_of_slides_without_prediction_count(linked):
+    streaming, third = linked
+    del third.predictions['s101']
+    assert "slide 's101'" in refusal(compare_sides, streaming, third, shared=True)
+
+
+def test_slides_of_a_patient_are_one(streaming, third):
+    in_pairs(third)
+    assert compare_sides(streaming, third, n_bootstrap=200).n_patients == 40
+
+
+def test_patients_of_either_side_are_patients(streaming, third):
+    in_pairs(third)
+    streaming.patients = {slide_id: slide_id for slide_id in streaming.predictions}
+    for pair in ((streaming, third), (third, streaming)):
+        assert compare_sides(*pair, n_bootstrap=200).n_patients == 40
+
+
+def test_the_page_names_the_methods_for_patients(streaming, third, tmp_path):
+    in_pairs(third)
+    sides = streaming, third
+    page = compare.comparison_page(compare_sides(*sides, n_bootstrap=200), sides, tmp_path)
+    assert 'Obuchowski' in page
+    assert 'McNemar' not in page
+
+
+# ---- tables of predictions
+
+
+def write_table(path, side):
+    names = 'slide_id', 'label', 'split', 'probability'
+    predictions = side.predictions.values()
+    write_csv(path, [{name: getattr(each, name) for name in names} for each in predictions])
+
+
+@pytest.fixture(scope='module')
+def tables(tmp_path_factory):
+    "Tables of two sides, and what cannot be compared with the first."
+    folder = tmp_path_factory.mktemp('tables')
+    write_table(folder / 'streaming.csv', toy_side('streaming', 1.2, seed=1))
+    write_table(folder / 'mil.csv', toy_side('mil', 0.6, seed=2))
+    lines = (folder / 'mil.csv').read_text().splitlines()
+    (folder / 'fewer.csv').write_text('\n'.join(lines[:-3]) + '\n')
+    other_label = lines[-1].replace(',1,', ',0,')
+    (folder / 'other.csv').write_text('\n'.join([*lines[:-1], other_label]) + '\n')
+    (folder / 'bad.toml').write_text('command = "sp_demo"\n')
+    (folder / 'number.toml').write_text('command = "sp_mil"\nmanifest = 3\n')
+    (folder / 'none.toml').write_text('epochs = 3\n')
+    (folder / 'damaged').mkdir()
+    (folder / 'damaged/comparison.json').write_text('{')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def former(tables):
+    "A comparison of the two."
+    words = tables / 'streaming.csv', tables / 'mil.csv', tables / 'compared', '--draws', 1000
+    assert compared(*words) == 0
+    return tables / 'compared'
+
+
+def test_two_tables(tables, former, capsys):
+    words = tables / 'streaming.csv', tables / 'mil.csv', former, '--draws', 1000
+    assert compared(*words) == 0
+    out, err = capsys.readouterr()
+    assert err == ''
+    assert 'lies in no run folder' in out
+    assert figures(former)['names'] == ['streaming', 'mil']
+    assert 'No difference' not in (former / 'comparison.html').read_text()
+
+
+def test_slides_that_both_have(tables, tmp_path):
+    words = tables / 'streaming.csv', tables / 'fewer.csv', tmp_path / 'out', '--shared'
+    assert compared(*words, '--draws', 100) == 0
+
+
+@pytest.mark.parametrize(
+    ('words', 'says'),
+    [
+        ('bad.toml streaming.csv x', 'sp_demo'),
+        ('streaming.csv bad.toml x', 'sp_demo'),
+        ('streaming.csv number.toml x', 'manifest is 3'),
+        ('streaming.csv none.toml x', 'is of no command'),
+        ('streaming.csv streaming.csv x', 'are one'),
+        ('streaming.csv none.csv x', 'none.csv'),
+        ('streaming.csv . x', 'no run folder'),
+        ('streaming.csv mil.csv streaming.csv', 'is a file'),
+        ('streaming.csv mil.csv .', 'holds'),
+        ('streaming.csv mil.csv x --split val', "'val'"),
+        ('streaming.csv mil.csv x --level 2', '--level'),
+        ('streaming.csv mil.csv x --draws 0', '--draws'),
+        ('streaming.csv fewer.csv x', '3 slides'),
+        ('streaming.csv fewer.csv compared --shared', 'holds the comparison of'),
+        ('streaming.csv mil.csv damaged', 'no comparison'),
+        ('streaming.csv other.csv x', 'another label'),
+    ],
+)
+def test_what_cannot_be_compared(tables, former, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(tables)
+    assert compared(*words.split()) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count('\n') == 1, err
+    assert not (tables / 'x').exists()
+
+
+# ---- runs
+
+
 TRAIN = ['--spacing', 4, '--epochs', 2, '--batch', 3, '--heatmaps', 0, '--save-minutes', 0]
+MIL = """command = "sp_mil"
+manifest = "{manifest}"
+spacing = 4.0
+epochs = 2
+batch = 3
+heatmaps = 0
+patch = 32
+lr = 0.001
+save_minutes = 0.0
+"""
 
 
 @pytest.fixture(scope='module')
@@ -25,203 +251,222 @@ def whole(once):
 
     def make(folder):
         manifest = tiny_cohort(folder / 'cohort', size=(96, 128), n=16)
-        assert (
-            cli.main(
-                [
-                    'train',
-                    manifest,
-                    folder / 'streaming',
-                    *TRAIN,
-                    '--size',
-                    '128,128',
-                    '--strip',
-                    32,
-                ]
-            )
-            == 0
-        )
-        (folder / 'mil.toml').write_text(
-            f'command = "sp_mil"\nmanifest = "{manifest}"\nspacing = 4.0\nepochs = 2\nbatch = 3\nheatmaps = 0\npatch = 32\nlr = 0.001\nsave_minutes = 0.0\n'
-        )
+        words = ['train', manifest, folder / 'streaming', *TRAIN]
+        assert cli.main([*words, '--size', '128,128', '--strip', 32]) == 0
+        (folder / 'mil.toml').write_text(MIL.format(manifest=manifest))
         assert compared(folder / 'streaming', folder / 'mil.toml', folder / 'compared') == 0
 
     return once('compare', make)
 
 
-def compared(*argv):
-    return cli.sp_compare([str(a) for a in argv])
-
-
 def figures(folder):
-    return {
-        k: v
-        for k, v in json.loads((folder / 'comparison.json').read_text()).items()
-        if k not in ('environment', 'tables')
-    }
+    "What comparison.json says, without machine and paths."
+    said = json.loads((folder / 'comparison.json').read_text())
+    return {name: value for name, value in said.items() if name not in ('environment', 'tables')}
 
 
-def test_one_reused_and_one_made(whole, capsys):
-    found, folder = figures(whole / 'compared'), whole / 'compared'
-    assert (
-        found['names'] == ['streaming', 'mil']
-        and found['slides'] == 4
-        and (folder / 'mil/report/index.html').exists()
-        and {p.name for p in folder.iterdir()} == {*compare.FILES, 'mil'}
-    )
-    slides = rows(folder / 'comparison.csv')
-    assert {r['slide_id'] for r in slides} == {
-        r['slide_id'] for r in rows(whole / 'streaming/predictions.csv') if r['split'] == 'test'
-    }
-    before = (folder / 'mil/predictions.csv').stat().st_mtime_ns
-    assert (
-        compared(whole / 'streaming', whole / 'mil.toml', folder) == 0
-        and figures(folder) == found
-        and (folder / 'mil/predictions.csv').stat().st_mtime_ns == before
-    )  # what is there is reused
-    assert (
-        compared(whole / 'streaming/settings.toml', folder / 'mil/predictions.csv', folder) == 0
-        and figures(folder) == found
-    )  # the same two, named otherwise
-    assert (
-        compared(whole / 'streaming', folder / 'mil', folder, '--split', 'tuning') == 2
-        and figures(folder) == found
-    )
+def test_one_run_is_reused_and_one_made(whole):
+    folder = whole / 'compared'
+    found = figures(folder)
+    assert found['names'] == ['streaming', 'mil']
+    assert found['slides'] == 4
+    assert (folder / 'mil/report/index.html').exists()
+    assert {path.name for path in folder.iterdir()} == {*compare.FILES, 'mil'}
+    predictions = rows(whole / 'streaming/predictions.csv')
+    tested = {row['slide_id'] for row in predictions if row['split'] == 'test'}
+    assert {row['slide_id'] for row in rows(folder / 'comparison.csv')} == tested
 
 
-def test_categories_side_by_side(whole, tmp_path, capsys):
+def test_a_finished_run_is_not_made_again(whole):
+    folder = whole / 'compared'
+    found, table = figures(folder), folder / 'mil/predictions.csv'
+    before = table.stat().st_mtime_ns
+    assert compared(whole / 'streaming', whole / 'mil.toml', folder) == 0
+    assert figures(folder) == found
+    assert table.stat().st_mtime_ns == before
+
+
+def test_the_same_two_by_other_names(whole):
+    folder = whole / 'compared'
+    found = figures(folder)
+    assert compared(whole / 'streaming/settings.toml', folder / 'mil/predictions.csv', folder) == 0
+    assert figures(folder) == found
+
+
+def test_another_split_needs_another_folder(whole):
+    folder = whole / 'compared'
+    found = figures(folder)
+    assert compared(whole / 'streaming', folder / 'mil', folder, '--split', 'tuning') == 2
+    assert figures(folder) == found
+
+
+@pytest.fixture
+def reviewed(whole, tmp_path):
+    "Tables of what a reviewer wrote of the errors of both: a.csv, and b.csv as Excel saves it."
+    for name, run in (('a', whole / 'streaming'), ('b', whole / 'compared/mil')):
+        wrong, _ = errors_of(run / 'predictions.csv')
+        table = [
+            dict(slide_id=each.slide_id, error=each.kind, category='a fold of the tissue')
+            for each in wrong
+        ]
+        write_csv(tmp_path / f'{name}.csv', table, ['slide_id', 'error', 'category'])
+    path = tmp_path / 'b.csv'
+    path.write_text('\ufeff' + path.read_text().replace(',', ';'))  # in much of the world
+    return tmp_path
+
+
+def test_categories_side_by_side(whole, reviewed):
     "The paper's Table III: what a reviewer wrote of the errors of both."
-    run, other, out = whole / 'streaming', whole / 'compared/mil', tmp_path / 'out'
-    for name, of in (('a', run), ('b', other)):
-        write_csv(
-            tmp_path / f'{name}.csv',
-            [
-                dict(slide_id=e.slide_id, error=e.kind, category='a fold of the tissue')
-                for e in errors_of(of / 'predictions.csv')[0]
-            ],
-            ['slide_id', 'error', 'category'],
-        )
-    b = tmp_path / 'b.csv'
-    b.write_text('\ufeff' + b.read_text().replace(',', ';'))  # as Excel has it in much of the world
-    assert (
-        compared(
-            run,
-            other,
-            out,
-            '--draws',
-            50,
-            '--categories',
-            f'{tmp_path / "a.csv"},{tmp_path / "b.csv"}',
-        )
-        == 0
-    )
-    said = (out / 'comparison.html').read_text()
-    n = sum(len(errors_of(r / 'predictions.csv')[0]) for r in (run, other))
-    assert ('a fold of the tissue' in said) == bool(n) and 'maximum accuracy' in said
-    assert (
-        compared(run, whole / 'mil.toml', tmp_path / 'new', '--categories', f',{b}') == 2
-        and 'mil is not finished' in capsys.readouterr().err
-        and not (tmp_path / 'new').exists()
-    )
-    for given, says in (
-        (tmp_path / 'a.csv', 'two tables'),
-        (f'{tmp_path / "none.csv"},', 'none.csv'),
-        (f'{run / "predictions.csv"},', 'error'),
-    ):
-        assert (
-            compared(run, other, out, '--categories', given) == 2
-            and says in capsys.readouterr().err
-        )
+    run, other, out = whole / 'streaming', whole / 'compared/mil', reviewed / 'out'
+    both = f'{reviewed / "a.csv"},{reviewed / "b.csv"}'
+    assert compared(run, other, out, '--draws', 50, '--categories', both) == 0
+    page = (out / 'comparison.html').read_text()
+    n_errors = sum(len(errors_of(each / 'predictions.csv')[0]) for each in (run, other))
+    assert ('a fold of the tissue' in page) == bool(n_errors)
+    assert 'maximum accuracy' in page
+
+
+def test_categories_of_a_run_that_is_not_finished_are_refused(whole, reviewed, capsys):
+    words = whole / 'streaming', whole / 'mil.toml', reviewed / 'new'
+    assert compared(*words, '--categories', f',{reviewed / "b.csv"}') == 2
+    assert 'mil is not finished' in capsys.readouterr().err
+    assert not (reviewed / 'new').exists()
+
+
+@pytest.mark.parametrize(
+    ('categories', 'says'),
+    [
+        ('{reviewed}/a.csv', 'two tables'),
+        ('{reviewed}/none.csv,', 'none.csv'),
+        ('{run}/predictions.csv,', 'error'),
+    ],
+)
+def test_categories_that_are_none_are_refused(whole, reviewed, capsys, categories, says):
+    run = whole / 'streaming'
+    given = categories.format(reviewed=reviewed, run=run)
+    words = run, whole / 'compared/mil', reviewed / 'out'
+    assert compared(*words, '--categories', given) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_links_to_runs_of_any_name(whole, tmp_path):
     shutil.copytree(whole / 'streaming', tmp_path / 'run #1 of 50%')
-    assert (
-        compared(
-            tmp_path / 'run #1 of 50%',
-            whole / 'compared/mil',
-            tmp_path / 'out',
-            '--draws',
-            50,
-            '--level',
-            0.999,
-        )
-        == 0
-    )
-    said = (tmp_path / 'out/comparison.html').read_text()
-    assert (
-        'href="../run%20%231%20of%2050%25/report/index.html"' in said and '99.9% interval' in said
-    )
+    words = tmp_path / 'run #1 of 50%', whole / 'compared/mil', tmp_path / 'out'
+    assert compared(*words, '--draws', 50, '--level', 0.999) == 0
+    page = (tmp_path / 'out/comparison.html').read_text()
+    assert 'href="../run%20%231%20of%2050%25/report/index.html"' in page
+    assert '99.9% interval' in page
 
 
-def test_stopped_and_gone_on(whole, tmp_path, monkeypatch):
-    save, seen = Checkpoints.save, []
+def test_stopped_and_resumed(whole, tmp_path, monkeypatch):
+    save, saved = Checkpoints.save, []
 
-    def stopped(self, s):
-        save(self, s)
-        seen.append(1)
-        len(seen) % 9 == 4 and signal.raise_signal(signal.SIGTERM)
+    def save_and_stop(self, state):
+        save(self, state)
+        saved.append(state)
+        if len(saved) % 9 == 4:
+            signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Checkpoints, 'save', stopped)
-    stops = 0
-    while (
-        status := compared(whole / 'streaming', whole / 'mil.toml', tmp_path / 'compared')
-    ) == 75:
+    monkeypatch.setattr(Checkpoints, 'save', save_and_stop)
+    words = whole / 'streaming', whole / 'mil.toml', tmp_path / 'compared'
+    stops, status = 0, compared(*words)
+    while status == 75:
         stops += 1
         assert not (tmp_path / 'compared/comparison.json').exists()
-    assert (
-        status == 0 and stops >= 2 and figures(tmp_path / 'compared') == figures(whole / 'compared')
-    )
+        status = compared(*words)
+    assert status == 0
+    assert stops >= 2
+    assert figures(tmp_path / 'compared') == figures(whole / 'compared')
     as_if_never_stopped(tmp_path / 'compared/mil', whole / 'compared/mil')
 
 
-def test_refused(whole, tmp_path, capsys):
-    def refused(*argv, says):
-        capsys.readouterr()
-        assert compared(*argv) == 2
-        err = capsys.readouterr().err
-        assert says in err and 'Traceback' not in err, err
+@pytest.fixture
+def refused(whole, tmp_path, capsys):
+    "Asserts that a comparison of the streaming run is refused before anything is written."
 
-    run, other, out = whole / 'streaming', tmp_path / 'other', tmp_path / 'out'
-    shutil.copytree(run, other)
-    table = rows(other / 'cohort.csv')
-    test = next(r for r in table if r['split'] == 'test')
-    test['split'] = 'train'
-    write_csv(other / 'cohort.csv', table)
-    refused(run, other, out, says='has learnt from')
-    assert not out.exists()
-    refused(run, run / 'predictions.csv', out, says='are one')
-    refused(run, whole / 'mil.toml', run, says='folder of a run')
-    refused(run, whole / 'mil.toml', whole / 'cohort', says='holds')
+    def check(other, says, out=tmp_path / 'out'):
+        capsys.readouterr()
+        assert compared(whole / 'streaming', other, out) == 2
+        err = capsys.readouterr().err
+        assert says in err, err
+        assert 'Traceback' not in err
+        assert not (tmp_path / 'out').exists()
+
+    return check
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    "A copy of the streaming run."
+    return shutil.copytree(whole / 'streaming', tmp_path / 'other')
+
+
+def test_a_run_that_was_trained_on_a_test_slide_is_refused(copy, refused):
+    table = rows(copy / 'cohort.csv')
+    next(row for row in table if row['split'] == 'test')['split'] = 'train'
+    write_csv(copy / 'cohort.csv', table)
+    refused(copy, 'has learnt from')
+
+
+def test_a_run_with_itself_is_refused(whole, refused):
+    refused(whole / 'streaming/predictions.csv', 'are one')
+
+
+def test_a_folder_of_something_else_is_refused(whole, refused):
+    refused(whole / 'mil.toml', 'folder of a run', whole / 'streaming')
+    refused(whole / 'mil.toml', 'holds', whole / 'cohort')
+
+
+def test_an_unknown_setting_is_refused(tmp_path, refused):
     (tmp_path / 'bad.toml').write_text('command = "sp_mil"\npatches = 3\n')
-    refused(run, tmp_path / 'bad.toml', out, says='no setting')
-    assert not out.exists()
-    (other / 'settings.toml').write_text(
-        (other / 'settings.toml').read_text().replace('task = "binary"', 'task = "survival"')
-    )
-    refused(run, other, out, says='task survival')
-    for split, says in (
-        ('train', 'in only one of'),
-        ('test', 'with another label'),
-    ):  # known before anything is trained
-        table = rows(whole / 'cohort/manifest.csv')
-        cohort = {r['slide_id']: r['split'] for r in rows(run / 'cohort.csv')}
-        for r in table:
-            r.update(path=whole / 'cohort' / r['path'], split=cohort[r['slide_id']])
-        two = [next(r for r in table if r['split'] == 'test' and r['label'] == l) for l in '01']
-        for r in two[:1] if split == 'train' else two:
-            r.update(split=split, label=str(1 - int(r['label'])) if split == 'test' else r['label'])
-        write_csv(tmp_path / 'cohort.csv', table)
-        (tmp_path / 'mil.toml').write_text(
-            (whole / 'mil.toml')
-            .read_text()
-            .replace(str(whole / 'cohort/manifest.csv'), str(tmp_path / 'cohort.csv'))
-        )
-        refused(run, tmp_path / 'mil.toml', out, says=says)
-        assert not out.exists()
-    (tmp_path / 'mil.toml').write_text((whole / 'mil.toml').read_text() + 'stride = 99\n')
-    refused(run, tmp_path / 'mil.toml', out, says='99 pixels apart')
-    assert not out.exists()
-    shutil.rmtree(other / 'checkpoints')
-    shutil.rmtree(other / 'report')
-    (other / 'settings.toml').write_text('command = 3\n')
-    refused(run, other, out, says='command')
+    refused(tmp_path / 'bad.toml', 'no setting')
+
+
+def test_a_run_of_another_task_is_refused(copy, refused):
+    settings = (copy / 'settings.toml').read_text()
+    settings = settings.replace('task = "binary"', 'task = "survival"')
+    (copy / 'settings.toml').write_text(settings)
+    refused(copy, 'task survival')
+
+
+def other_cohort(whole):
+    "The rows of a manifest like that of the runs, and one of its test slides of each class."
+    table = rows(whole / 'cohort/manifest.csv')
+    splits = {row['slide_id']: row['split'] for row in rows(whole / 'streaming/cohort.csv')}
+    for row in table:
+        row.update(path=whole / 'cohort' / row['path'], split=splits[row['slide_id']])
+    test = [row for row in table if row['split'] == 'test']
+    return table, [next(row for row in test if row['label'] == label) for label in '01']
+
+
+def mil_on(folder, table):
+    "Settings of the baseline on another manifest."
+    write_csv(folder / 'cohort.csv', table)
+    path = folder / 'mil.toml'
+    path.write_text(MIL.format(manifest=folder / 'cohort.csv'))
+    return path
+
+
+def test_a_test_slide_for_training_is_refused_before_training(whole, tmp_path, refused):
+    table, (negative, _) = other_cohort(whole)
+    negative['split'] = 'train'
+    refused(mil_on(tmp_path, table), 'in only one of')
+
+
+def test_other_labels_are_refused_before_training(whole, tmp_path, refused):
+    table, (negative, positive) = other_cohort(whole)
+    negative['label'], positive['label'] = '1', '0'
+    refused(mil_on(tmp_path, table), 'with another label')
+
+
+def test_settings_that_do_not_go_together_are_refused(whole, tmp_path, refused):
+    path = tmp_path / 'mil.toml'
+    path.write_text((whole / 'mil.toml').read_text() + 'stride = 99\n')
+    refused(path, '99 pixels apart')
+
+
+def test_a_run_that_cannot_be_finished_is_refused(copy, refused):
+    shutil.rmtree(copy / 'checkpoints')
+    shutil.rmtree(copy / 'report')
+    (copy / 'settings.toml').write_text('command = 3\n')
+    refused(copy, 'command')

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torchvision
 
-from streaming_pathology.cli import pipeline
+from streaming_pathology.bench import pipeline
 from streaming_pathology.mil.mil import InstanceMIL
 from streaming_pathology.training.models import StreamingClassifier
 

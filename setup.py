@@ -55,6 +55,7 @@ setup(
     extras_require={
         'dev': cfg['dev_requirements'].split(),
         'bench': cfg['bench_requirements'].split(),
+        'notebooks': cfg['notebooks_requirements'].split(),
     },
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),

@@ -1,9 +1,14 @@
 "Settings for every test: one thread a worker, and a last word on the cells that were skipped."
 
 import os
+from collections import Counter
+from pathlib import Path
 from unittest import mock
 
 import pytest
+from fast import slow_tests, write_slow_tests
+
+COLLECTED = pytest.StashKey[list]()
 
 # before anything imports torch: two workers share the cores, so neither may take them all
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'VIPS_CONCURRENCY'):
@@ -40,7 +45,34 @@ def once(tmp_path_factory):
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
+def pytest_collection_modifyitems(config, items):
+    "Mark the tests that are not slow, for `pytest -m fast`."
+    config.stash[COLLECTED] = list(items)
+    slow = slow_tests()
+    for item in items:
+        if item.nodeid not in slow:
+            item.add_marker(pytest.mark.fast)
+
+
+@pytest.fixture
+def collected(request):
+    "All tests of the suite, selected or not; skips where only some files were collected."
+    items = request.config.stash[COLLECTED]
+    there = {path.resolve() for path in Path(__file__).parent.rglob('test_*.py')}
+    named = any('::' in str(arg) for arg in request.config.args)
+    if named or there - {item.path.resolve() for item in items}:
+        pytest.skip('only some files were collected')
+    return items
+
+
 def pytest_addoption(parser):
+    parser.addoption(
+        '--find-slow',
+        type=float,
+        metavar='SECONDS',
+        help='write into tests/slow.txt which of the tests that are run take longer than this',
+    )
     parser.addoption(
         '--flags',
         default='',
@@ -48,7 +80,25 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_terminal_summary(terminalreporter):
+def durations(terminalreporter):
+    "Seconds that each test took, with what it set up."
+    seconds = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, 'when'):
+                seconds[report.nodeid] += report.duration
+    return seconds
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    "Find slow tests, if that was asked for, and name the notebooks with skipped cells."
+    limit = config.getoption('find_slow')
+    if limit:
+        write_slow_tests(durations(terminalreporter), limit)
+    name_skipped_cells(terminalreporter)
+
+
+def name_skipped_cells(terminalreporter):
     "Name the notebooks with skipped cells, and how many of which flag."
     skipped = sorted(
         {

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import importlib
 import json
 import os
 import re
@@ -140,9 +141,7 @@ def test_constraints():
     pinned = [normal(l) for l in lines]
     assert len(set(pinned)) == len(pinned)
     asked = {
-        normal(r)
-        for key in ('requirements', 'dev_requirements', 'bench_requirements')
-        for r in CONFIG[key].split()
+        normal(r) for key in CONFIG if key.endswith('requirements') for r in CONFIG[key].split()
     }
     assert asked <= set(pinned), f'not in constraints.txt: {sorted(asked - set(pinned))}'
 
@@ -248,6 +247,68 @@ def test_executed(path):
     assert not empty, f'without output: {empty}'
     failed = [o['evalue'] for c in cells(path) for o in c['outputs'] if o['output_type'] == 'error']
     assert not failed, f'outputs that are errors: {failed}'
+
+
+MACHINE_PATH = re.compile(r'(?<![\w.])/(?:tmp|work|home|root|Users|var/folders)/[^\s\'",)]*')
+
+
+def strings(value):
+    "All texts in an output of a cell."
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for kind, each in value.items():
+            if not kind.startswith('image/'):
+                yield from strings(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from strings(each)
+
+
+@each_notebook
+def test_no_machine_paths(path):
+    "No output names a folder of the machine that it was made on."
+    found = {
+        f'cell {cell["id"]}: {match[0]}'
+        for cell in cells(path)
+        for text in strings(cell['outputs'])
+        for match in MACHINE_PATH.finditer(text)
+    }
+    assert not found, sorted(found)
+
+
+# ---- CONTRIBUTING.md
+
+
+def exists(name):
+    "Whether a module of the package, or what is in it, has this dotted name."
+    parts = name.split('.')
+    found = importlib.import_module(LIBRARY.name)
+    for n, part in enumerate(parts, 1):
+        fields = getattr(found, '__dataclass_fields__', {})
+        if hasattr(found, part):
+            found = getattr(found, part)
+        elif part in fields:
+            found = fields[part]
+        else:
+            try:
+                found = importlib.import_module('.'.join([LIBRARY.name, *parts[:n]]))
+            except ModuleNotFoundError:
+                return False
+    return True
+
+
+def test_contributing_names_what_is_there():
+    "Files and names in CONTRIBUTING.md exist: `nbs/engine/07_streaming.ipynb`, `engine.rules.rule`."
+    text = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
+    quoted = re.findall(r'`([^`\n]+)`', text)
+    files = [q for q in quoted if re.fullmatch(r'[\w./-]+\.(ipynb|py|md|ini|txt|toml|yml)', q)]
+    folders = {module.split('.')[0] for module in MODULES}
+    names = [q for q in quoted if re.fullmatch(r'\w+(\.\w+)+', q) and q.split('.')[0] in folders]
+    assert files and names
+    missing = [f for f in files if not (ROOT / f).exists()]
+    missing += [q for q in names if q not in files and not exists(q)]
+    assert not missing, f'CONTRIBUTING.md names {missing}, which is not there'
 
 
 # ---- the order of the modules

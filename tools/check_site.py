@@ -46,6 +46,17 @@ def serve(folder):
     return server, f'http://127.0.0.1:{server.server_port}/'
 
 
+def find_chromium():
+    "The path of Chromium; ends the program where there is none."
+    for path in (os.environ.get('CHROMIUM'), 'chromium', 'chromium-browser', 'google-chrome'):
+        found = path and shutil.which(path)
+        if found:
+            return found
+    sys.exit(
+        "error: no Chromium found; install Debian's package chromium, or name one with CHROMIUM=/path"
+    )
+
+
 class Check:
     "One browser, one site, and what was found wrong."
 
@@ -172,16 +183,7 @@ def main():
     pages = sorted(p.relative_to(args.folder).as_posix() for p in args.folder.rglob('*.html'))
     if 'index.html' not in pages:
         sys.exit(f'error: no site in {args.folder}; run python tools/build_site.py')
-    chromium = (
-        os.environ.get('CHROMIUM')
-        or shutil.which('chromium')
-        or shutil.which('chromium-browser')
-        or shutil.which('google-chrome')
-    )
-    if not chromium:
-        sys.exit(
-            "error: no Chromium found; install Debian's package chromium, or name one with CHROMIUM=/path"
-        )
+    chromium = find_chromium()
     if args.screenshots:
         args.screenshots.mkdir(parents=True, exist_ok=True)
     server, base = serve(args.folder)

@@ -9,8 +9,9 @@ import re
 
 # (notebook, id of a cell) -> why two runs of it print different numbers
 MEASURED = {
-    ('cli/04_bench', 'wd5rowstt'): 'speed of the memory',
-    ('cli/05_commands', '8263f05f'): 'seconds of each prediction',
+    ('bench/03_measure', '6876fa8a'): 'speed of the memory',
+    ('bench/03_measure', '1e9ba2bf'): 'strips planned by the speeds of this machine',
+    ('cli/03_commands', '8263f05f'): 'seconds of each prediction',
     ('engine/09_ledger', 'b3466fa5'): 'speeds of this machine',
     ('engine/09_ledger', 'd88142e2'): 'seconds of a step',
     ('engine/09_plan', '17ad241c'): 'times predicted from the speeds of this machine',
@@ -22,7 +23,6 @@ MEASURED = {
 TO_STDERR = {
     ('cli/01_parser', 'efc95362'): 'shows the error of a command',
     ('cli/01_parser', '11ff1a87'): 'shows the error of a command',
-    ('cli/04_bench', '373ca9a5'): 'shows the errors of a command',
 }
 
 # What differs between two runs, and what stands for it

@@ -9,24 +9,7 @@ import pytest
 from notebooks import ROOT
 
 LIBRARY = ROOT / 'streaming_pathology'
-NOT_YET = {  # modules that are still being written anew
-    'cli/bench.py',
-    'cli/commands.py',
-    'cli/compare.py',
-    'cli/parser.py',
-    'cli/pipeline.py',
-    'evaluation/pages.py',
-    'evaluation/predict.py',
-    'evaluation/report.py',
-    'evaluation/viewer.py',
-    'runs/inputs.py',
-    'runs/maps.py',
-    'runs/methods.py',
-    'runs/records.py',
-    'runs/runs.py',
-    'runs/settings.py',
-    'slides/readers.py',
-}
+NOT_YET = {'slides/readers.py'}  # is to be written anew
 MODULES = sorted(
     name
     for path in LIBRARY.rglob('*.py')

@@ -9,6 +9,7 @@ __all__ = ['parts', 'sides', 'bench', 'settings_of']
 import inspect
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -58,7 +59,7 @@ def sides(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def bench(
-    out,  # JSON file to write
+    out: str | Path,  # JSON file to write
     *,
     part: str = 'methods',  # what is measured, one of `parts`
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu',  # cpu or cuda

@@ -19,7 +19,9 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any, Self
 from unittest import mock
 
 import torch
@@ -37,7 +39,7 @@ from ..runs.records import environment
 class Rows:
     "Noise of (height, width) pixels of uint8 that is made where it is read, the same every time."
 
-    def __init__(self, height: int, width: int, shifts: int = 4096):
+    def __init__(self, height: int, width: int, shifts: int = 4096) -> None:
         self.shape, self.seconds = (1, 3, height, width), 0
         seed = torch.Generator().manual_seed(0)
         self.noise = torch.randint(0, 256, (3, width + shifts), dtype=torch.uint8, generator=seed)
@@ -144,7 +146,7 @@ def title(case: dict) -> str:
 class ToFloat(nn.Module):
     "Pixels of uint8 as float32 between 0 and 1."
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.float() / 255
 
 
@@ -175,7 +177,7 @@ def prepare(way: dict, case: dict, threads: int) -> tuple[Callable, Callable, Ca
     return run, step.clear, image
 
 # %% ../../nbs/bench/03_measure.ipynb #e09bd7b1
-def timed(function: Callable, *args) -> dict[str, float]:
+def timed(function: Callable, *args: object) -> dict[str, float]:
     "Seconds, and CPU seconds of all threads, of one call."
     wall, cpu = time.perf_counter(), time.process_time()
     function(*args)
@@ -186,10 +188,10 @@ class PeakMemory:
     """The most bytes that this process has inside, `peak`, and by how much that is `above` before.
     On a GPU, those that PyTorch allocated."""
 
-    def __init__(self, cuda: bool):
+    def __init__(self, cuda: bool) -> None:
         self.cuda = cuda
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
@@ -199,7 +201,7 @@ class PeakMemory:
             self.before = process_status('VmRSS')
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.peak = torch.cuda.max_memory_allocated() if self.cuda else process_status('VmHWM')
         self.above = self.peak - self.before
 
@@ -219,7 +221,7 @@ def measured_step(way: dict, case: dict, threads: int) -> dict:
     return found
 
 # %% ../../nbs/bench/03_measure.ipynb #64a1e0d8
-def put_answer(function: Callable, args: tuple, answer) -> None:
+def put_answer(function: Callable, args: tuple, answer: Queue) -> None:
     "Put what a function returns into a queue, or the error that it raises."
     try:
         found = function(*args)
@@ -228,7 +230,7 @@ def put_answer(function: Callable, args: tuple, answer) -> None:
     answer.put(found)
 
 
-def fresh(function: Callable, *args):
+def fresh(function: Callable, *args: object) -> Any:
     """What `function(*args)` returns in a fresh process, or a dict with its error. Threads that
     wait for each other sleep there."""
     # read when torch is imported, which the new process does
@@ -320,7 +322,7 @@ def pixel_type(case: dict) -> torch.dtype:
     return torch.float32 if case['image'] == 'noise' else torch.uint8
 
 
-def empty_image(case: dict):
+def empty_image(case: dict) -> torch.Tensor | Rows | Canvas:
     "An image for `plan`: of a tensor the shape, type and layout count, so it has no pixels."
     if case['image'] in ('rows', 'canvas', 'upright'):
         return images[case['image']](*case['size'])

@@ -11,6 +11,7 @@ import copy
 import io
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from typing import Any
 
 import torch
 import torchvision
@@ -58,11 +59,11 @@ def trunk(arch: str = 'resnet34', until: str = 'layer4') -> nn.Sequential:
 class Checkpointed(nn.Module):
     "A `trunk` with `torch.utils.checkpoint` around the stem and each residual block."
 
-    def __init__(self, net: nn.Sequential):
+    def __init__(self, net: nn.Sequential) -> None:
         super().__init__()
         self.net = net
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = checkpoint(self.net[:4], x, use_reentrant=False)
         for stage in self.net[4:]:
             for block in stage:
@@ -75,7 +76,7 @@ def plain(net: nn.Module) -> nn.Module:
     return net
 
 
-def lightstream(net: nn.Module, tile: int):
+def lightstream(net: nn.Module, tile: int) -> Callable:
     "lightstream's engine around `net`; its layers are replaced in place."
     try:
         from lightstream.core.constructor import StreamingConstructor
@@ -109,10 +110,10 @@ class Step:
     """One forward and backward pass of `net` by `method`: call it with an image; the gradients are in
     `parameters()`."""
 
-    def __init__(self, net: nn.Module, method: str = 'plain', **options):
+    def __init__(self, net: nn.Module, method: str = 'plain', **options: Any) -> None:
         self.method, self.f = method, methods[method](net, **options)
 
-    def __call__(self, x):
+    def __call__(self, x: Any) -> None:
         if self.method != 'lightstream':
             loss(self.f(x)).backward()
             return

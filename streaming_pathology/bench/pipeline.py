@@ -172,7 +172,7 @@ def large_biopsy(
     write_tiff(repeated.crop(0, 0, width, height), path, spacing, 'jpeg')
 
 
-def new_results(**settings) -> dict:
+def new_results(**settings: object) -> dict:
     "Results without a run: the machine, the seed of all that is drawn, and settings."
     return dict(machine=environment(), seed=0, **settings)
 
@@ -297,7 +297,7 @@ class PlainPatches(Dataset):
         self,
         data: BagDataset,
         bags: Sequence[Bag],  # of its slides
-    ):
+    ) -> None:
         self.size = data.grid.size
         self.positions = []  # (path, number of the slide, top, left) in pixels of the slide
         self.slides = {}  # path -> open slide
@@ -426,7 +426,7 @@ class PhaseLoops:
         data: BagDataset,
         bags: Sequence[Bag],
         workers: Sequence[int],
-    ):
+    ) -> None:
         self.loops = []  # (name, number of workers, function, network, loader)
         for n_workers in workers:
             loader = slide_loader(data, workers=n_workers)
@@ -589,7 +589,7 @@ def parent_of(process: str) -> int | None:
 class Held(Callback):
     "Callback: what the process holds after every so many steps of the optimizer."
 
-    def __init__(self, every: int):
+    def __init__(self, every: int) -> None:
         self.every = every
         self.step = 0
         self.rows = []  # `held` with the number of the step

@@ -29,7 +29,7 @@ def process_status(key: str) -> int | None:
 
 def fresh_process(
     target: Callable,  # of a module that the process can import; its last argument is a queue
-    *args,
+    *args: object,
 ) -> object:
     """What `target(*args, queue)` puts into the queue, in a fresh process. A dict with an `error`
     if the process ends before that."""
@@ -53,7 +53,7 @@ def answer_of(process: BaseProcess, queue: Queue) -> object:
                 return {'error': f'the process ended with exit status {process.exitcode}'}
 
 
-def apart(function: Callable, *args, cores: int = 1) -> dict:
+def apart(function: Callable, *args: object, cores: int = 1) -> dict:
     """Time and memory of a call in a fresh process on so many cores: `seconds`; `cpu`, seconds of
     processor time; `peak`, bytes of the whole process; `above`, how many of them came with the
     call. If the call fails, a dict with an `error`."""

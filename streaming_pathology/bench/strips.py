@@ -35,7 +35,7 @@ class PerStrip:
         short: torch.Tensor,
         long: torch.Tensor,
         repeats: int = 1,
-    ):
+    ) -> None:
         self.function, self.net, self.repeats = function, net, repeats
         self.short, self.long = short, long
 

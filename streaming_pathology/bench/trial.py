@@ -67,7 +67,7 @@ class Trial:
     """Ways to stream one case, measured. All steps add to the gradients of a step before, as it is
     planned for."""
 
-    def __init__(self, case: dict):
+    def __init__(self, case: dict) -> None:
         layout = LAYOUTS[case['layout']]
         self.net = network_of(case).to(case['device'], memory_format=layout)
         self.x = noise(*case['size']).to(case['device'], memory_format=layout)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -621,7 +622,7 @@ def write_comparison(
     sides: Sequence[Side],
     folder: Path,
     reviews: Sequence[str | None] = (None, None),  # tables of categories
-    **about,  # what the figures were made of, for comparison.json
+    **about: Any,  # what the figures were made of, for comparison.json
 ) -> None:
     "Write `FILES` into a folder, which is made if it does not exist."
     folder.mkdir(parents=True, exist_ok=True)

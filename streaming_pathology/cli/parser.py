@@ -17,10 +17,11 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm.auto import tqdm
 
@@ -33,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are `InputError`s, with the nearest right option for a
     misspelt one."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         if message.startswith('unrecognized arguments: -'):
             wrong = message.split(': ')[1].split()[0].split('=')[0]
             near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
@@ -77,7 +78,7 @@ class Formatter(argparse.HelpFormatter):
         return super()._fill_text(text, width, indent)
 
 
-def help_of(each) -> str:
+def help_of(each: dataclasses.Field) -> str:
     "The help text of a field, with its default."
     text = each.metadata['option'].help
     default = each.default
@@ -98,7 +99,9 @@ def reader(kind: type, name: str) -> Callable:
     return read
 
 
-def add_option(group, kind: type, name: str, each):
+def add_option(
+    group: argparse._ArgumentGroup, kind: type, name: str, each: dataclasses.Field
+) -> None:
     "One field as an option; of a switch that is on, also its opposite."
     if isinstance(each.default, bool):
         action = argparse.BooleanOptionalAction if each.default else 'store_true'
@@ -111,7 +114,12 @@ def add_option(group, kind: type, name: str, each):
 
 
 def parse(
-    kinds: tuple, program: str, description: str, example: str, argv, files: bool = True
+    kinds: tuple,
+    program: str,
+    description: str,
+    example: str,
+    argv: Sequence[str] | None,  # default: those of the process
+    files: bool = True,
 ) -> list:
     """The settings that a command line asks for, one object of each kind.
 
@@ -177,7 +185,7 @@ def verdict(e: BaseException) -> tuple | None:
     return None
 
 
-def status_of(function: Callable, *args, **options) -> int:
+def status_of(function: Callable, *args: object, **options: object) -> int:
     "Call a function; 0 if all went well, otherwise one line on stderr and the exit status."
     try:
         function(*args, **options)
@@ -196,7 +204,7 @@ def status_of(function: Callable, *args, **options) -> int:
     return status
 
 
-def free_frames(e: BaseException):
+def free_frames(e: BaseException | None) -> None:
     """Free what an exception has left half-made. Nobody need know what that says when it goes: a
     progress bar that was not finished, a loader that misses its worker."""
     former, sys.unraisablehook = sys.unraisablehook, lambda _: None
@@ -209,7 +217,7 @@ def free_frames(e: BaseException):
 
 # %% ../../nbs/cli/01_parser.ipynb #4583323f
 @contextmanager
-def plain_warnings():
+def plain_warnings() -> Iterator[None]:
     "Warnings as one line on stderr, each once."
 
     def show(message, *args, **options):
@@ -222,7 +230,7 @@ def plain_warnings():
 
 
 @contextmanager
-def terminable():
+def terminable() -> Iterator[None]:
     """SIGTERM, and the end of the terminal where it is not ignored, end the work as Ctrl-C does, so
     that nothing half-written stays behind."""
     main = threading.main_thread()
@@ -266,7 +274,7 @@ def terminable():
         sys.unraisablehook = unraisable
 
 
-def hide_main(program: str):
+def hide_main(program: str) -> None:
     """Let processes that a command starts import what they need: multiprocessing would have each
     import the program as well, and with it all of this."""
     main = sys.modules['__main__']
@@ -275,7 +283,7 @@ def hide_main(program: str):
         main.__file__ = None
 
 
-def keep_memory_small():
+def keep_memory_small() -> None:
     "Give memory back at once, and have libvips keep nothing: for the whole process."
     import pyvips
 
@@ -299,17 +307,17 @@ class Command:
         example: str,
         lean: bool = True,  # runs with `lean_memory`
         files: bool = True,  # a `.toml` file may stand in place of the first argument
-    ):
+    ) -> None:
         self.name, self.kinds, self.run, self.example = name, kinds, run, example
         self.lean, self.files = lean, files
         self.__doc__, self.__name__ = run.__doc__, f'sp_{name}'
         COMMANDS[name] = self
 
-    def __call__(self, argv=None) -> int:
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
         "The exit status."
         return status_of(self.go, argv)
 
-    def go(self, argv):
+    def go(self, argv: Sequence[str] | None) -> None:
         "Parse and run."
         description = ' '.join(self.__doc__.split())
         settings = parse(self.kinds, self.__name__, description, self.example, argv, self.files)
@@ -323,7 +331,7 @@ class Command:
             self.run(*settings)
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     "`train ...` runs `sp_train ...`, and so on for all commands. The exit status."
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     name, *rest = words or ['--help']

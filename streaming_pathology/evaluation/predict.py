@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -91,7 +91,7 @@ def is_of_encoder(name: str) -> bool:
 # %% ../../nbs/evaluation/01_predict.ipynb #231d96a0
 def described(
     card: dict,
-    **model,  # instead of what the card says of the network
+    **model: Any,  # instead of what the card says of the network
 ) -> StreamingClassifier | InstanceMIL | FeatureMIL:
     """The network that a card describes, with random weights: one of whole images, or one of
     patches if the card has `bags`, or an aggregator with its backbone if it has `features` too."""
@@ -110,7 +110,7 @@ def dataset(
     cases: Iterable[Case],
     folder: str | Path | None = None,  # where patch embeddings are cached; None: patches are shown
     views: int = 1,  # augmented views of a slide, of which embeddings are cached
-    **kwargs,  # for the dataset
+    **kwargs: Any,  # for the dataset
 ) -> SlideDataset:
     """Slides as the network of a card is shown them: a `SlideDataset`, a `BagDataset` if the card
     has `bags`, or with a folder a `FeatureDataset`."""
@@ -308,7 +308,7 @@ def load_of_model(path: str | Path) -> dict:
 def export_model(
     checkpoint: str | Path,  # of sp_train, such as run/checkpoints/best.pt
     out: str | Path,  # the .safetensors file to write
-    **more,  # for the card: metrics, environment, ...
+    **more: Any,  # for the card: metrics, environment, ...
 ) -> dict:
     """Write a trained network with its card as one safetensors file; returns the card. Raises
     `InputError` if the checkpoint cannot be used."""
@@ -416,7 +416,7 @@ class Turned(nn.Module):
         self,
         model: nn.Module,
         ways: Sequence[int],  # one of the values of `TTA`
-    ):
+    ) -> None:
         super().__init__()
         self.model = model
         self.ways = ways
@@ -441,7 +441,7 @@ class Journal:
         self,
         table: str | Path,  # the path of the table
         of: dict,  # what the rows depend on, as JSON can hold it
-    ):
+    ) -> None:
         self.path = Path(f'{table}.unfinished')
         self.of = of
         self.rows = {}  # by key
@@ -462,7 +462,7 @@ class Journal:
                 raise
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self.rows:
             self.path.unlink(missing_ok=True)  # nothing is worth keeping
         self.file.close()  # from now on others may open it
@@ -634,7 +634,7 @@ class DoneRows:
     """The rows of slides that are done, on each rank: those of a journal, and new ones. The first
     rank saves new ones in the journal."""
 
-    def __init__(self, journal: Journal, cases: Sequence[Case], ranks: Alone):
+    def __init__(self, journal: Journal, cases: Sequence[Case], ranks: Alone) -> None:
         self.journal = journal
         self.is_first = ranks.rank == 0
         self.keys = ranks.first(lambda: [case_key(case) for case in cases])

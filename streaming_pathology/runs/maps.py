@@ -139,7 +139,7 @@ class MapRun:
     Raises `InputError` for settings that do not go together, for slides and a checkpoint that
     cannot be used, and for a folder that holds anything else."""
 
-    def __init__(self, settings: HeatmapSettings):
+    def __init__(self, settings: HeatmapSettings) -> None:
         check_computation(settings)
         self.settings = settings
         self.model, self.card = load_model(settings.checkpoint, settings.device, settings.strip)

@@ -61,7 +61,7 @@ class Method:
 
     recipes: dict[str, tuple[Stage, ...]] = {}
 
-    def __init__(self, settings: TrainingSettings):
+    def __init__(self, settings: TrainingSettings) -> None:
         self.settings = settings
 
     # ---- settings

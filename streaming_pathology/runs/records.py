@@ -327,7 +327,7 @@ class Record(Callback):
         cases: Sequence[Case],
         method: Method,
         changed: dict | None = None,  # see `changes`; None: nothing
-    ):
+    ) -> None:
         self.folder = folder
         self.cases = cases
         self.method = method

@@ -120,7 +120,7 @@ class Preparation:
     """All checks before a `Run` writes anything, on the first rank. Its methods raise `InputError`
     for what cannot be used."""
 
-    def __init__(self, run: 'Run', resume: bool, accept_changes: bool, overwrite: bool):
+    def __init__(self, run: 'Run', resume: bool, accept_changes: bool, overwrite: bool) -> None:
         self.run, self.settings, self.method = run, run.settings, run.method
         self.accept_changes = accept_changes
         self.may_replace = overwrite or resume
@@ -383,7 +383,7 @@ class Training:
         task: Task,
         ranks: Alone,
         device: str,
-    ):
+    ) -> None:
         self.run, self.data, self.task = run, data, task
         self.settings, self.method, self.folder = run.settings, run.method, run.folder
         self.ranks, self.device = ranks, device
@@ -603,7 +603,7 @@ class Run:
         self,
         settings: TrainingSettings,
         folder: str | Path,  # new, empty, or of a former run
-    ):
+    ) -> None:
         self.settings = settings
         self.given = Path(folder).expanduser()
         self.folder = absolute(folder)

@@ -69,7 +69,7 @@ def option(
     default: Any,
     help: str,
     group: str = 'options',  # of the command line's help
-    **rules,  # the other fields of `Option`
+    **rules: Any,  # the other fields of `Option`
 ) -> Any:
     "A field of settings that is an option of the command line."
     return field(default=default, metadata=dict(option=Option(help, group, **rules)))
@@ -590,7 +590,7 @@ def from_values(
     kind: type[Kind],
     values: dict[str, Any],  # of a settings file
     where: str | Path,  # that file, for errors
-    **given,  # settings that count more than those of the file
+    **given: Any,  # settings that count more than those of the file
 ) -> Kind:
     """Settings of a kind from the values of a file. Values that a run finds out are left out.
 

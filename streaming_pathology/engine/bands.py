@@ -221,7 +221,8 @@ def stream_bands(
     module: nn.Module,  # the network, or its first part, the same on every rank
     strip: int | str = 512,  # rows of the image at a time, or 'auto', as for `stream`
     group: 'dist.ProcessGroup | None' = None,  # the process group; None: all processes
-    **options: Any,  # `keep`, `states`, `every`, `direction`, `memory`, as for `stream`
+    # `keep`, `states`, `every`, `direction`, `memory`, as for `stream`
+    **options: Any,
 ) -> Banded:
     """`module`, computed by all ranks together: each streams a band of the image, and every rank gets
     the whole output and, in backward, the whole gradient (already summed: do not reduce it again; the

@@ -138,7 +138,7 @@ class Strip:
     "A strip: its kind, its rows of the image, and the first row of each output that it makes."
 
     kind: Kind
-    image: Range  # its rows
+    image: Range  # its rows of the image
     outputs: tuple[int, ...]  # the first new row of each
     new: int  # the first row of the image that no strip above has read
 

@@ -62,7 +62,7 @@ class Instruction:
     number: int
     operation: Operation
     step: Step
-    given: list[Given]  # of each tensor
+    given: list[Given]  # for each tensor of `call`: where it comes from
     copies: bool  # it works in place, and on a copy, as others need the rows
     done: tuple[int, ...]  # maps that nobody reads afterwards
 
@@ -747,7 +747,7 @@ class Traced:
     "A network as it was traced for images of one shape, and by axis what was made of the trace."
 
     made_for: list[Any]  # the fingerprint of the network
-    graph: Graph | str  # or why there is none
+    graph: Graph | str  # the trace, or why there is none
     programs: dict[int, Program] = field(default_factory=dict)
     refusals: dict[int, str] = field(default_factory=dict)  # why there is no program
     schedules: OrderedDict[Any, Schedule] = field(default_factory=OrderedDict)

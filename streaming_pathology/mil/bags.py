@@ -231,7 +231,8 @@ class BagDataset(SlideDataset):
         # numbers in annotations that make a patch positive; None: patches have no labels
         classes: Sequence[int] | None = None,
         draws: int = 16,  # patches of a slide that learn in an epoch, where there are annotations
-        **kwargs: Any,  # for `SlideDataset`
+        # for `SlideDataset`
+        **kwargs: Any,
     ) -> None:
         super().__init__(cases, spacing, size, **kwargs)
         self.grid = grid

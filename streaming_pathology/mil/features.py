@@ -401,7 +401,8 @@ class FeatureDataset(BagDataset):
         encoder: str = '',  # checksum of the `Encoder`
         amp: str | None = None,  # precision that it runs in: None, 'bf16' or 'fp16'
         views: int = 1,  # augmented views of a slide
-        **kwargs: Any,  # for `BagDataset`
+        # for `BagDataset`
+        **kwargs: Any,
     ) -> None:
         super().__init__(cases, spacing, size, grid, **kwargs)
         at_least_one(views=views)
@@ -559,7 +560,8 @@ class FeatureMIL(nn.Module):
         task: Task,
         logits: torch.Tensor,  # (k, n_out)
         label: torch.Tensor,  # (k, ...): that of the slide
-        **details: Any,  # what `forward_with_details` told
+        # what `forward_with_details` told
+        **details: Any,
     ) -> torch.Tensor:
         "The aggregator's own loss, if it has one, otherwise that of the task: a scalar."
         own = getattr(self.aggregator, 'loss', None)

@@ -346,7 +346,8 @@ def augmented_checksum(
     seed: int,
     epoch: int,
     slide_id: str,
-    **settings: Any,  # of the `Augmentation`
+    # of the `Augmentation`
+    **settings: Any,
 ) -> int:
     "A checksum of the augmented pixels of a file, to compare processes and machines."
     image = pyvips.Image.new_from_file(str(path), access='random')

@@ -472,7 +472,8 @@ def check_cohort(
     size: Sequence[int] | None = None,  # canvas (height, width) in pixels, or None
     workers: int = 0,  # threads that read
     progress: bool = True,  # show a progress bar
-    **kwargs: Any,  # to `SlideDataset`: augment, seed, cache and others
+    # to `SlideDataset`: augment, seed, cache and others
+    **kwargs: Any,
 ) -> SlideDataset:
     """Read every slide once, as training will. Returns the dataset.
 

@@ -383,7 +383,8 @@ def tissue_box(
     spacing: float,  # microns per pixel that the box is given in
     # (bool (height, width), microns per pixel) as by `tissue_mask`, in place of it
     mask: tuple[np.ndarray, float] | None = None,
-    **kwargs: Any,  # for `tissue_mask`
+    # for `tissue_mask`
+    **kwargs: Any,
 ) -> tuple[int, int, int, int]:
     """The smallest box around all tissue: (top, left, height, width) in pixels at `spacing`, a
     region for `slide.read(spacing, ...)`. Raises `InputError` if there is no tissue."""
@@ -607,7 +608,8 @@ def biopsies(
     least: float = 0.1,
     # (bool (height, width), microns per pixel) as by `tissue_mask`, in place of it
     mask: tuple[np.ndarray, float] | None = None,
-    **kwargs: Any,  # for `tissue_mask`
+    # for `tissue_mask`
+    **kwargs: Any,
 ) -> list[Biopsy]:
     "The biopsies on a slide, in reading order."
     for name, value in dict(gap=gap, turn=turn, least=least).items():

@@ -146,7 +146,8 @@ def digest_of_first(file: BinaryIO, n_bytes: int) -> 'hashlib._Hash':
 # %% ../../nbs/training/04_checkpoints.ipynb #2f618cfd
 def save_checkpoint(
     path: str | Path,  # the file; its folder is made
-    **state: Any,  # what to keep: tensors, numbers, text, and lists and dicts of them
+    # what to keep: tensors, numbers, text, and lists and dicts of them
+    **state: Any,
 ) -> Path:
     """Write a checkpoint, whole or not at all; the versions of the packages, a note of its contents
     and a checksum are added to it.

@@ -192,7 +192,8 @@ def run_recipe(
     callbacks: Iterable[Callback] = (),  # more of them, told of each stage
     resume: dict | None = None,  # a checkpoint to resume from, of any stage
     ranks: Alone = ONE_PROCESS,
-    **kwargs: Any,  # for `fit`: seed, device, amp, task, clip, accept_changes, progress
+    # for `fit`: seed, device, amp, task, clip, accept_changes, progress
+    **kwargs: Any,
 ) -> list[dict]:
     """Train in stages; the model ends with the weights that the last one hands on. Returns one row
     an epoch, with its stage. Epochs are counted through, so that none repeats the augmentations

@@ -4,7 +4,7 @@ import csv
 
 import torch
 
-from streaming_pathology.training.checkpoints import load_checkpoint, points
+from streaming_pathology.training.checkpoints import checkpoint_files, load_checkpoint
 
 TRAIN = [
     '--spacing',
@@ -35,7 +35,7 @@ def rows(path, *but):  # of a CSV, without what is never the same
 def as_if_never_stopped(run, whole):
     a, b = (load_checkpoint(r / 'checkpoints/best.pt')['model'] for r in (run, whole))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    a, b = (load_checkpoint(points(r / 'checkpoints')[-1]) for r in (run, whole))
+    a, b = (load_checkpoint(checkpoint_files(r / 'checkpoints')[-1]) for r in (run, whole))
     assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
     assert rows(run / 'log.csv', 'seconds', 'peak_mb') == rows(
         whole / 'log.csv', 'seconds', 'peak_mb'

@@ -7,7 +7,7 @@ __all__ = ['sp_train', 'sp_mil', 'sp_predict', 'sp_export', 'sp_heatmap', 'BY', 
            'sp_synth', 'sp_compare', 'sp_bench', 'DEMO_COHORT', 'TINY', 'TINY_COHORT', 'sp_demo', 'RunFolder', 'train',
            'train_mil', 'train_in', 'PredictSettings', 'predict', 'tell_failed', 'ExportSettings', 'export',
            'file_of_run', 'heatmap', 'listed', 'EvaluateSettings', 'evaluate', 'figures_folder', 'ReportSettings',
-           'report', 'colour', 'TrimSettings', 'trim', 'print_trimmed', 'SynthSettings', 'synth', 'CompareSettings',
+           'report', 'color', 'TrimSettings', 'trim', 'print_trimmed', 'SynthSettings', 'synth', 'CompareSettings',
            'compare', 'several_pixels', 'BenchSettings', 'bench', 'DemoSettings', 'DemoOptions', 'demo', 'is_demo']
 
 # %% ../../nbs/cli/03_commands.ipynb #be2cbbb8
@@ -445,7 +445,7 @@ def report(settings: ReportSettings) -> None:
 sp_report = Command('report', (ReportSettings,), report, 'sp_report run --by site --anonymous')
 
 # %% ../../nbs/cli/03_commands.ipynb #ca19fc18
-def colour(text: str) -> tuple[int, int, int]:
+def color(text: str) -> tuple[int, int, int]:
     "'white' or '240,240,240' as (red, green, blue). Raises `ValueError` for another text."
     if text == 'white':
         return 255, 255, 255
@@ -472,7 +472,7 @@ class TrimSettings(Settings):
         None,
         'of all that is no tissue: white, or red,green,blue; without it as it is',
         'images',
-        read=colour,
+        read=color,
     )
     quality: int = option(90, 'of JPEG', 'images')
     gap: float = option(500.0, 'microns; pieces farther apart are different biopsies', 'biopsies')

@@ -204,7 +204,7 @@ def patch_heatmap(
     cell = int(cell)
     sums = np.zeros(grid_shape(bag.shape, cell))
     counts = np.zeros_like(sums)
-    patches = bag.places.tolist()
+    patches = bag.positions.tolist()
     network: Any = model  # whose methods are its own
     relevance = network.relevance(bag).tolist()
     for (top, left, factor), value in zip(patches, relevance, strict=True):

@@ -137,8 +137,8 @@ def checked_card(
     usual = dict(canvas=False, pen=True, labels=['label'], task=Binary().settings())
     try:
         complete = json.loads(json.dumps(plain(usual | card)))
-        colours = dict(mean=list(imagenet_mean), std=list(imagenet_std))
-        complete['model'] = colours | complete['model']
+        colors = dict(mean=list(imagenet_mean), std=list(imagenet_std))
+        complete['model'] = colors | complete['model']
     except (KeyError, TypeError):
         complete = {}
     if not {'spacing', 'size', 'amp'} <= complete.keys():
@@ -372,11 +372,11 @@ def turned(
 
 def turned_bag(bag: Bag, way: int) -> Bag:
     "A bag of which image and positions of patches are turned."
-    top, left, factor = bag.places.T
+    top, left, factor = bag.positions.T
     side = bag.size * factor
     top, left = turned_corner((top, left), (side, side), bag.image.shape[1:], way)
-    places = torch.stack([top, left, factor], 1)
-    return Bag(turned(bag.image, way), places, bag.size, bag.slide_id)
+    positions = torch.stack([top, left, factor], 1)
+    return Bag(turned(bag.image, way), positions, bag.size, bag.slide_id)
 
 
 def turned_canvas(canvas: Canvas, way: int) -> Canvas:

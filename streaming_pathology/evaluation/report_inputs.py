@@ -618,7 +618,7 @@ PUBLIC = {
     'recipe',
     'aggregator',
     'amp',
-    'normalise',
+    'normalize',
     'size',
     'strip',
     'memory',

@@ -279,10 +279,10 @@ def heatmap_layers(
         f'{run.map_name}, on its own scale',
     )
     layers = []
-    for kind, name, full_colour in zip(SCALES, names, (vmax, own_vmax)):
+    for kind, name, full_color in zip(SCALES, names, (vmax, own_vmax)):
         picture = f'pictures/{slide.stem}-{kind}.webp'
-        write_layer(folder / picture, heat, full_colour)
-        outline = outline_of(heat, full_colour / 2) if full_colour else ''
+        write_layer(folder / picture, heat, full_color)
+        outline = outline_of(heat, full_color / 2) if full_color else ''
         layers.append(Layer(name, f'../{picture}', outline=outline, shown=kind == 'common'))
     return layers
 

@@ -70,7 +70,7 @@ class PatchGrid:
         "Pixels a side of the smallest image that holds a patch of each magnification."
         return self.size * max(self.factors)
 
-    def places(
+    def positions(
         self,
         shape: Sequence[int],  # (height, width) of the image, each at least `smallest_side`
         tissue: np.ndarray,  # bool (rows, columns): tissue, every `STEP` pixels from the corner
@@ -95,13 +95,13 @@ class PatchGrid:
 
     def share(
         self,
-        places: np.ndarray,  # int (n, 3): top, left and factor
+        positions: np.ndarray,  # int (n, 3): top, left and factor
         where: np.ndarray,  # bool (rows, columns), every `STEP` pixels
     ) -> np.ndarray:
         "The share of each patch that is `where`: float64 (n,), from 0 to 1."
         sums = np.pad(where.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-        corner = places[:, :2]
-        opposite = corner + self.size * places[:, 2:]
+        corner = positions[:, :2]
+        opposite = corner + self.size * positions[:, 2:]
         top, left = _cells(corner, where.shape)
         bottom, right = _cells(opposite, where.shape)
         covered = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
@@ -119,7 +119,7 @@ class Bag:
     "Patches of one image. `len` is their number."
 
     image: torch.Tensor  # uint8 (3, H, W)
-    places: torch.Tensor  # int64 (n, 3): top, left and factor of each patch
+    positions: torch.Tensor  # int64 (n, 3): top, left and factor of each patch
     size: int  # pixels a side of a patch
     slide_id: str = ''
     # patches known to be positive or negative: their places (k, 3) and labels (k,); None: unknown
@@ -133,13 +133,13 @@ class Bag:
             self.shape = height, width
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.positions)
 
-    def patches(self, places: torch.Tensor | list | None = None) -> torch.Tensor:
+    def patches(self, positions: torch.Tensor | list | None = None) -> torch.Tensor:
         "The patches at some places (k, 3), by default at all, cut now: uint8 (k, 3, size, size)."
-        if places is None:
-            places = self.places
-        positions = torch.as_tensor(places).reshape(-1, 3).tolist()
+        if positions is None:
+            positions = self.positions
+        positions = torch.as_tensor(positions).reshape(-1, 3).tolist()
         if not positions:
             return torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
         return torch.stack([self._patch(*position) for position in positions])
@@ -258,10 +258,10 @@ class BagDataset(SlideDataset):
             "A coarse mask of the slide as it lies in the augmented image."
             return tissue_after((mask, *where[1:]), rgb.shape[:2], shape, item.get('record'))
 
-        image = enlarged(item['image'], self.grid.smallest_side, item['colour'])
+        image = enlarged(item['image'], self.grid.smallest_side, item['color'])
         tissue = augmented(where[0])
-        places = self.grid.places(image.shape[1:], tissue)
-        if not len(places):
+        positions = self.grid.positions(image.shape[1:], tissue)
+        if not len(positions):
             raise InputError(
                 f'slide {case.slide_id!r}: none of its patches of {self.grid.size} x '
                 f'{self.grid.size} pixels has tissue; leave it out, or give a larger size'
@@ -269,10 +269,10 @@ class BagDataset(SlideDataset):
         learns = None
         if self.classes:
             marked = augmented(self.marked(case, where)) & tissue
-            learns = self.drawn(case, epoch, places, tissue, marked)
+            learns = self.drawn(case, epoch, positions, tissue, marked)
         bag = Bag(
             image,
-            torch.from_numpy(places),
+            torch.from_numpy(positions),
             self.grid.size,
             case.slide_id,
             learns=learns,
@@ -309,7 +309,7 @@ class BagDataset(SlideDataset):
         self,
         case: Case,
         epoch: int,
-        places: np.ndarray,  # int64 (n, 3): of all patches
+        positions: np.ndarray,  # int64 (n, 3): of all patches
         tissue: np.ndarray,  # bool (rows, columns), every `STEP` pixels of the augmented image
         marked: np.ndarray,  # the same: tissue that is marked as positive
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -318,8 +318,10 @@ class BagDataset(SlideDataset):
 
         A patch is positive if half of its tissue is marked, or, in a slide without such a patch, if
         no other has more of it marked; it is negative if nothing is marked in it or beside it."""
-        share = self.grid.share(places, marked) / np.maximum(self.grid.share(places, tissue), 1e-9)
-        near = self.grid.share(places, ndimage.binary_dilation(marked, np.ones((3, 3))))
+        share = self.grid.share(positions, marked) / np.maximum(
+            self.grid.share(positions, tissue), 1e-9
+        )
+        near = self.grid.share(positions, ndimage.binary_dilation(marked, np.ones((3, 3))))
         highest = share.max() or 1  # where nothing is marked no patch is positive
         rng = keyed_rng(self.seed, epoch, case.slide_id, 'patches')
         positive = rng.permutation(np.flatnonzero(share >= min(0.5, highest)))
@@ -327,15 +329,15 @@ class BagDataset(SlideDataset):
         half = (self.draws + 1) // 2
         n_positive = min(len(positive), max(half, self.draws - len(negative)))
         chosen = np.concatenate([positive[:n_positive], negative[: self.draws - n_positive]])
-        return torch.from_numpy(places[chosen]), torch.from_numpy(share[chosen] > 0).float()
+        return torch.from_numpy(positions[chosen]), torch.from_numpy(share[chosen] > 0).float()
 
 
-def enlarged(image: torch.Tensor, side: int, colour: Sequence[int]) -> torch.Tensor:
+def enlarged(image: torch.Tensor, side: int, color: Sequence[int]) -> torch.Tensor:
     "An image (3, H, W) that is padded below and to the right to at least `side` pixels each way."
     height, width = image.shape[1:]
     if height >= side and width >= side:
         return image
-    background = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
+    background = torch.tensor(color, dtype=torch.uint8)[:, None, None]
     larger = background.repeat(1, max(height, side), max(width, side))
     larger[:, :height, :width] = image
     return larger

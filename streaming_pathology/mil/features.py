@@ -32,7 +32,7 @@ from ..slides.cohorts import Case
 from ..slides.readers import slide_files
 from ..training.loop import with_details
 from streaming_pathology.training.models import (
-    Normalise,
+    Normalize,
     StreamingClassifier,
     imagenet_mean,
     imagenet_std,
@@ -188,7 +188,7 @@ def built(card: dict, network: nn.Module | None = None) -> Encoder:
     card = json.loads(json.dumps(card))  # lists for tuples, as in the file of a checkpoint
     if network is None:
         network = make_encoder(card['backbone']).network
-    return Encoder(network, Normalise(card['mean'], card['std']), card=card)
+    return Encoder(network, Normalize(card['mean'], card['std']), card=card)
 
 # %% ../../nbs/mil/03_features.ipynb #db5632e6
 def _from_torchvision(name: str, weights: str | Path | None, sha256: str | None) -> Encoder:
@@ -292,7 +292,7 @@ class Features:
     "A `Bag` whose patches have become vectors. `len` is the number of patches."
 
     x: torch.Tensor  # float32 (n, d)
-    places: torch.Tensor  # int64 (n, 3): top, left and factor of each patch
+    positions: torch.Tensor  # int64 (n, 3): top, left and factor of each patch
     scores: torch.Tensor | None  # (n,): the logits that the encoder gave; None: it gives none
     size: int  # pixels a side of a patch
     shape: tuple[int, int]  # (height, width) of the image
@@ -317,7 +317,7 @@ def features_path(
 
 def write_features(path: str | Path, features: Features, key: dict) -> None:
     "Cache the features of a slide. The file is written whole or not at all."
-    tensors = dict(x=features.x, places=features.places)
+    tensors = dict(x=features.x, places=features.positions)
     if features.scores is not None:
         tensors['scores'] = features.scores
     about = json.dumps(
@@ -428,7 +428,7 @@ class FeatureDataset(BagDataset):
             size=self.size,
             pen=self.pen,
             clean=self.clean,
-            colour=self.colour,
+            color=self.color,
             grid=asdict(self.grid),
             encoder=self.encoder,
             amp=self.amp,
@@ -471,7 +471,7 @@ class FeatureDataset(BagDataset):
             label=self.label(case),
             slide_id=case.slide_id,
             box=features.shape,
-            colour=self.colour,
+            color=self.color,
         )
 
 
@@ -524,14 +524,16 @@ class FeatureMIL(nn.Module):
                 f'slide {bag.slide_id!r}: there is no backbone to make features of its patches with'
             )
         self.encoder.to(next(self.aggregator.parameters()).device)
-        batches = [self.encoder(bag.patches(places)) for places in bag.places.split(self.batch)]
+        batches = [
+            self.encoder(bag.patches(positions)) for positions in bag.positions.split(self.batch)
+        ]
         x = torch.cat([x for x, _ in batches]).cpu()
         scores = [scores for _, scores in batches]
         if scores[0] is None:
             scores = None
         else:
             scores = torch.cat(scores).cpu()
-        features = Features(x, bag.places, scores, bag.size, bag.shape, bag.slide_id)
+        features = Features(x, bag.positions, scores, bag.size, bag.shape, bag.slide_id)
         check_finite(features)
         if isinstance(bag, KeptBag) and bag.path is not None and bag.key is not None:
             write_features(bag.path, features, bag.key)
@@ -576,12 +578,12 @@ class FeatureMIL(nn.Module):
         aggregator: Any = self.aggregator  # whose methods are its own
         return aggregator.relevance(*self._inputs(x)).float().cpu()
 
-    def calibrate(self, patches: torch.Tensor) -> 'FeatureMIL':
+    def update_batchnorm(self, patches: torch.Tensor) -> 'FeatureMIL':
         "Set the running statistics of BatchNorm in an encoder of random weights."
         if self.encoder is None:
             raise InputError('there is no backbone whose statistics could be set')
         network: Any = self.encoder.network  # a `StreamingClassifier`, or another that has this
-        network.calibrate(patches)
+        network.update_batchnorm(patches)
         return self
 
 
@@ -593,7 +595,7 @@ def check_finite(features: Features) -> None:
     if finite.all():
         return
     first = int((~finite).int().argmax())
-    position = tuple(features.places[first, :2].tolist())
+    position = tuple(features.positions[first, :2].tolist())
     raise InputError(
         f'slide {features.slide_id!r}: the backbone gives features that are not finite for '
         f'{int((~finite).sum())} of {len(finite)} patches, the first at {position}; run it without '

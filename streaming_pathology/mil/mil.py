@@ -50,8 +50,8 @@ class InstanceMIL(nn.Module):
     @torch.no_grad()
     def scores(self, bag: Bag) -> torch.Tensor:
         "The logits (n, 1) of all patches of a bag."
-        batches = bag.places.split(self.batch)
-        return torch.cat([self.classify(bag.patches(places)) for places in batches])
+        batches = bag.positions.split(self.batch)
+        return torch.cat([self.classify(bag.patches(positions)) for positions in batches])
 
     def relevance(self, bag: Bag) -> torch.Tensor:
         "The probabilities (n,) of all patches of a bag."
@@ -72,20 +72,20 @@ class InstanceMIL(nn.Module):
         comparable = scores[:, 0].nan_to_num(torch.inf)
         order = comparable.sort(descending=True, stable=True).indices
         highest = order[: self.k]
-        return scores[highest], bag.places[highest.cpu()]
+        return scores[highest], bag.positions[highest.cpu()]
 
-    def choose(self, places: dict[str, list]) -> None:
+    def choose(self, positions: dict[str, list]) -> None:
         "From now on the slides learn from these patches: slide_id -> places (k, 3)."
-        self.chosen = places
+        self.chosen = positions
 
     def freeze_until(self, stage: str | None) -> 'InstanceMIL':
         "As `StreamingClassifier` does."
         self.network.freeze_until(stage)
         return self
 
-    def calibrate(self, patches: torch.Tensor) -> 'InstanceMIL':
+    def update_batchnorm(self, patches: torch.Tensor) -> 'InstanceMIL':
         "As `StreamingClassifier` does: set the running statistics of BatchNorm."
-        self.network.calibrate(patches)
+        self.network.update_batchnorm(patches)
         return self
 
     def forward(self, bag: Bag) -> torch.Tensor:
@@ -102,11 +102,11 @@ class InstanceMIL(nn.Module):
                 f'this network takes a Bag, as BagDataset gives it, not {type(bag).__name__}'
             )
         if not self.training:
-            scores, places = self.most_suspicious(bag)
-            return scores[:1], dict(top=places.tolist())
+            scores, positions = self.most_suspicious(bag)
+            return scores[:1], dict(top=positions.tolist())
         if bag.learns:
-            places, labels = bag.learns
-            return self.classify(bag.patches(places)), dict(labels=labels)
+            positions, labels = bag.learns
+            return self.classify(bag.patches(positions)), dict(labels=labels)
         if bag.slide_id not in self.chosen:
             raise InputError(
                 f'slide {bag.slide_id!r}: no patch was chosen in this epoch; train with the '

@@ -40,7 +40,7 @@ from ..slides.augment import STEP, Augmentation
 from ..slides.cohorts import Case
 from ..slides.datasets import SlideDataset
 from ..training.callbacks import DryRun
-from ..training.checkpoints import points
+from ..training.checkpoints import checkpoint_files
 from ..training.loop import TWO_CLASSES, Alone, Callback
 from ..training.models import StreamingClassifier
 from ..training.recipes import Stage, paper_mil, paper_streaming, scaled
@@ -386,7 +386,7 @@ class Embeddings(PatchMethod):
             with_top = [name for name, kind in aggregators.items() if kind.k]
             self.refuse(('top',), f'is a matter of {", ".join(with_top)}')
         if settings.backbone:
-            self.refuse(('arch', 'pool', 'normalise'), 'is a matter of the --backbone itself')
+            self.refuse(('arch', 'pool', 'normalize'), 'is a matter of the --backbone itself')
             settings.backbone = absolute_backbone(settings.backbone)
 
     def build(self, task: Task = TWO_CLASSES, kept: Path | None = None) -> FeatureMIL:
@@ -454,7 +454,7 @@ class Embeddings(PatchMethod):
         backbone, path = self.settings.backbone, folder / 'checkpoints' / ENCODER
         if not backbone or backbone_known(backbone):
             return None
-        if not path.is_file() or not points(path.parent):
+        if not path.is_file() or not checkpoint_files(path.parent):
             return None
         try:
             former = tomllib.loads((folder / 'settings.toml').read_text()).get('backbone')

@@ -258,7 +258,7 @@ FIXED = (
     'size',
     'canvas',
     'pen',
-    'normalise',
+    'normalize',
     'weights',
     'weights_sha256',
     'patch',

@@ -53,6 +53,7 @@ from streaming_pathology.runs.settings import (
     StreamingSettings,
     TrainingSettings,
     as_toml,
+    with_present_names,
 )
 from ..slides.cohorts import Case, read_manifest, resolve_splits
 from streaming_pathology.slides.datasets import (
@@ -73,11 +74,11 @@ from streaming_pathology.training.callbacks import (
 from streaming_pathology.training.checkpoints import (
     Checkpoints,
     HaltOnSignal,
-    last_point,
+    checkpoint_files,
+    last_checkpoint,
     load_checkpoint,
     load_weights,
     plain,
-    points,
     save_checkpoint,
 )
 from ..training.distributed import joined
@@ -125,7 +126,7 @@ class Preparation:
         self.accept_changes = accept_changes
         self.may_replace = overwrite or resume
         self.finished = (run.folder / DONE).exists()
-        has_points = bool(points(run.folder / 'checkpoints'))
+        has_points = bool(checkpoint_files(run.folder / 'checkpoints'))
         self.resumes = resume and (has_points or self.finished)
         self.point = None  # of the run that is resumed, as are the next two
         self.former = {}  # settings
@@ -217,14 +218,14 @@ class Preparation:
         warning = turned_out(data.part('train'), AUGMENTATIONS[settings.augment])
         if warning:
             warnings.warn(warning)
-        if settings.normalise == 'training':
-            self.find_colours(data)
+        if settings.normalize == 'training':
+            self.find_colors(data)
         tested = {case.label for case in cases if case.split == 'test'}
         if settings.task == 'binary' and tested < {0, 1}:
             warnings.warn('the test split does not have both classes, so there will be no AUC')
         return data
 
-    def find_colours(self, data: SlideDataset) -> None:
+    def find_colors(self, data: SlideDataset) -> None:
         "Mean and deviation of each channel: of the run that is resumed, or of the training slides."
         settings = self.settings
         if 'mean' in self.former:
@@ -258,7 +259,7 @@ class Preparation:
     def read_point(self) -> dict | None:
         "The last checkpoint of the run; None if there is none, or the run is finished without."
         try:
-            return last_point(self.run.folder / 'checkpoints')
+            return last_checkpoint(self.run.folder / 'checkpoints')
         except InputError as e:
             if not self.finished:
                 raise
@@ -318,7 +319,7 @@ def former_settings(folder: Path, point: dict | None) -> dict:
         raise InputError(f'{path} cannot be read: {one_line(e)}; give another folder') from None
     kind = MILSettings if former.get('command') == 'sp_mil' else StreamingSettings
     usual = {name: each.default for name, each in kind.options().items() if name != 'manifest'}
-    return as_read(usual) | former
+    return as_read(usual) | with_present_names(former)
 
 
 def as_read(values: dict) -> dict:
@@ -333,7 +334,7 @@ def update_batchnorm(model: torch.nn.Module, data: SlideDataset, seed: int) -> N
     if data.size:
         sides.extend(data.size)
     patches = sample_patches(data.part('train'), n=32, size=min(sides), seed=seed)
-    model.calibrate(patches)
+    model.update_batchnorm(patches)
 
 
 def save_weights(

@@ -24,7 +24,7 @@ from scipy import ndimage
 from ..core import InputError
 from .readers import reason
 from streaming_pathology.slides.slides import (
-    checked_colour,
+    checked_color,
     checked_flag,
     checked_number,
     checked_pixels,
@@ -229,7 +229,7 @@ def background(record: dict, color: tuple[int, int, int] = (255, 255, 255)) -> t
     """The (red, green, blue) that a background of `color` becomes, 0 to 255.
 
     A caller pads with it. Raises `InputError` for what is no colour."""
-    pixel = np.array([[checked_colour(color)]], np.uint8)
+    pixel = np.array([[checked_color(color)]], np.uint8)
     image = pyvips.Image.new_from_array(pixel).copy(interpretation='srgb')
     red, green, blue = change_colors(image, record).numpy()[0, 0].tolist()
     return red, green, blue
@@ -308,7 +308,7 @@ def augment(
         new_size = augmented_size(record, (image.height, image.width))
     else:
         new_size = checked_size(size)
-    color = checked_colour(color)
+    color = checked_color(color)
     if record['angle'] or record['elastic'] or record['scale'] != 1:
         image = mapped(image, record, new_size, color)
     else:

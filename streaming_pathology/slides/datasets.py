@@ -48,7 +48,7 @@ from streaming_pathology.slides.augment import (
 from .cohorts import Case, check_ids
 from streaming_pathology.slides.slides import (
     Slide,
-    checked_colour,
+    checked_color,
     checked_number,
     checked_pixels,
     checked_size,
@@ -80,7 +80,7 @@ def fit_canvas(
     # (height, width) of the canvas in pixels; None: the size of the image, rounded up
     size: Sequence[int] | None = None,
     multiple: int = 32,  # to which a size is rounded up
-    colour: Sequence[int] = (255, 255, 255),  # of the padding; white, as glass is
+    color: Sequence[int] = (255, 255, 255),  # of the padding; white, as glass is
 ) -> np.ndarray:
     """Pad an image with a colour, or crop it around its centre, each side on its own.
 
@@ -92,7 +92,7 @@ def fit_canvas(
     else:
         new_size = checked_size(size)
     canvas = np.empty((*new_size, 3), np.uint8)
-    canvas[:] = checked_colour(colour)
+    canvas[:] = checked_color(color)
     kept_rows, new_rows = centred(height, new_size[0])
     kept_columns, new_columns = centred(width, new_size[1])
     canvas[new_rows, new_columns] = image[kept_rows, kept_columns]
@@ -132,21 +132,21 @@ def paint_background(
     tissue: TissueMap,
     grid_spacing: float,  # microns per cell of the tissue map
     clean: float,  # microns
-    colour: Sequence[int],
+    color: Sequence[int],
 ) -> None:
     "Paint the pixels that are farther than `clean` microns from tissue."
     distance = distance_to(tissue.mask) * grid_spacing
     near = tissue._replace(mask=distance <= clean)
     for top in range(0, len(rgb), BAND):
         band = rgb[top : top + BAND]
-        band[~near.band(top)] = colour
+        band[~near.band(top)] = color
 
 
 def tissue_pixels(
     slide: Slide,
     spacing: float,  # microns per pixel
     clean: float | None = None,  # microns; what is farther from tissue is painted
-    colour: Sequence[int] = (255, 255, 255),  # with this
+    color: Sequence[int] = (255, 255, 255),  # with this
     # the path of a mask of the tissue; None: tissue is found by its colour
     mask: str | Path | None = None,
     pen: bool = True,  # leave out ink, as for `tissue_mask`
@@ -164,7 +164,7 @@ def tissue_pixels(
         grid_cells(left, width, spacing, grid_spacing, found.shape[1]),
     )
     if clean is not None:
-        paint_background(rgb, tissue, grid_spacing, clean, colour)
+        paint_background(rgb, tissue, grid_spacing, clean, color)
     return rgb, tissue
 
 # %% ../../nbs/slides/06_datasets.ipynb #9823b991
@@ -223,12 +223,12 @@ def check_augment(augment: object, canvas: bool) -> None:
 
 def sparse_canvas(
     image: torch.Tensor,  # uint8 (3, H, W)
-    colour: tuple[int, int, int],  # of the background
+    color: tuple[int, int, int],  # of the background
 ) -> Canvas:
     "An image as a `Canvas` of copied patches, so that the image itself can be freed."
-    views = Canvas.from_image(image, colour)
+    views = Canvas.from_image(image, color)
     patches = [(top, left, patch.clone()) for top, left, patch in views.patches]
-    return Canvas(views.shape[2:], colour, patches, torch.uint8)
+    return Canvas(views.shape[2:], color, patches, torch.uint8)
 
 # %% ../../nbs/slides/06_datasets.ipynb #57c183c3
 # an `Augmentation`, or a function of (image, numpy generator) such as `flips`
@@ -242,7 +242,7 @@ class SlideDataset(Dataset):
     - `label`: float32, nan if unknown; as many numbers as the label of the case has
     - `slide_id`: text
     - `box`: (height, width) of the box around the tissue, in pixels
-    - `colour`: (red, green, blue) of the background
+    - `color`: (red, green, blue) of the background
     - `record`: what was done to the image, if `augment` is an `Augmentation`
 
     Raises `InputError` for settings that do not fit and, with the name of the slide, for one that
@@ -262,7 +262,7 @@ class SlideDataset(Dataset):
         # microns; what is farther from tissue is painted in `colour`. None: `CANVAS_MARGIN` for a
         # canvas, else nothing is painted
         clean: float | None = None,
-        colour: Sequence[int] = (255, 255, 255),  # of the padding
+        color: Sequence[int] = (255, 255, 255),  # of the padding
         # leave out ink of felt pens; False for other stains than haematoxylin and eosin
         pen: bool = True,
     ) -> None:
@@ -280,7 +280,7 @@ class SlideDataset(Dataset):
         self.seed = seed
         self.canvas = canvas
         self.clean = clean
-        self.colour = checked_colour(colour)
+        self.color = checked_color(color)
         self.pen = pen
         check_ids(self.cases)
         keyed_rng(seed)  # refuses what is no seed
@@ -306,7 +306,7 @@ class SlideDataset(Dataset):
                 if slide.contradictions:
                     self.contradictions[case.slide_id] = slide.contradictions
                 return tissue_pixels(
-                    slide, self.spacing, self.clean, self.colour, case.mask, self.pen
+                    slide, self.spacing, self.clean, self.color, case.mask, self.pen
                 )
         except InputError as e:
             raise InputError(f'slide {case.slide_id!r}: {e}') from None
@@ -337,7 +337,7 @@ class SlideDataset(Dataset):
 
     def fitted(self, rgb: np.ndarray) -> torch.Tensor:
         "Pixels (height, width, 3), padded or cropped, in the order of torch: uint8 (3, H, W)."
-        canvas = fit_canvas(rgb, self.size, colour=self.colour)
+        canvas = fit_canvas(rgb, self.size, color=self.color)
         return torch.from_numpy(canvas).permute(2, 0, 1).contiguous()
 
     def augmented(self, rgb: np.ndarray, record: dict) -> torch.Tensor:
@@ -345,7 +345,7 @@ class SlideDataset(Dataset):
         size = self.size
         if size is None:
             size = rounded_up(augmented_size(record, rgb.shape[:2]))
-        return torch.from_numpy(pixels(apply_augmentation(rgb, record, size, self.colour)))
+        return torch.from_numpy(pixels(apply_augmentation(rgb, record, size, self.color)))
 
     def label(self, case: Case) -> torch.Tensor:
         "The label of a case, float32; nan if it is unknown."
@@ -357,19 +357,19 @@ class SlideDataset(Dataset):
         item: dict[str, Any] = dict(
             label=self.label(case), slide_id=case.slide_id, box=rgb.shape[:2]
         )
-        colour = self.colour
+        color = self.color
         if isinstance(self.augment, Augmentation):
             record = self.augment.draw(self.seed, epoch, case.slide_id)
             image = self.augmented(rgb, record)
-            colour = background(record, colour)
+            color = background(record, color)
             item['record'] = record
         else:
             image = self.fitted(rgb)
             if self.augment is not None:
                 image = self.augment(image, slide_rng(self.seed, epoch, case.slide_id))
         if self.canvas:
-            image = sparse_canvas(image, colour)
-        return item | dict(image=image, colour=colour)
+            image = sparse_canvas(image, color)
+        return item | dict(image=image, color=color)
 
     def part(
         self,

@@ -50,7 +50,7 @@ _TIFF_TAGS = {
     254: 'kind',
     256: 'width',
     257: 'height',
-    262: 'colours',
+    262: 'colors',
     270: 'description',
     277: 'channels',
     273: 'strips',
@@ -442,7 +442,7 @@ class _OpenSlideReader:
         self.file.close()
 
 # %% ../../nbs/slides/01_readers.ipynb #6faad9a0
-_COLOURS = (0, 1, 2, 3, 5, 6)  # grey either way, RGB, palette, CMYK, YCbCr
+_COLORS = (0, 1, 2, 3, 5, 6)  # grey either way, RGB, palette, CMYK, YCbCr
 _LOADERS = (
     'tiffload',
     'pngload',
@@ -473,9 +473,9 @@ class _VipsReader:
         weakref.finalize(self, forget_operations).atexit = False  # also where it is never closed
         ome = _ome(path, directories)
         planes = ome[1] if ome else [0]
-        if directories and directories[0].get('colours', (2,))[0] not in _COLOURS:
+        if directories and directories[0].get('colors', (2,))[0] not in _COLORS:
             raise InputError(
-                f'{path} has colours of a kind (photometric interpretation {directories[0]["colours"][0]}) that is not known: save it as RGB'
+                f'{path} has colours of a kind (photometric interpretation {directories[0]["colors"][0]}) that is not known: save it as RGB'
             )
         self.tiled, self.pages = (
             bool(directories) and 'tiles' in directories[planes[0]],
@@ -519,7 +519,7 @@ class _VipsReader:
             (h, w), (H, W) = (d['height'][0], d['width'][0]), self.sizes[0]
             ratio = min(H / h, W / w)
             alike = (
-                all(d.get(k) == first.get(k) for k in ('colours', 'channels'))
+                all(d.get(k) == first.get(k) for k in ('colors', 'channels'))
                 and abs(H / ratio - h) <= 2
                 and abs(W / ratio - w) <= 2
             )

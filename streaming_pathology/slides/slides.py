@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['area_average', 'is_number', 'is_within', 'checked_number', 'checked_flag', 'checked_pixels', 'whole_numbers',
-           'checked_colour', 'checked_size', 'glass_colour', 'read_ahead', 'png_chunk', 'png_parts', 'PixelRows',
+           'checked_color', 'checked_size', 'glass_color', 'read_ahead', 'png_chunk', 'png_parts', 'PixelRows',
            'Reader', 'Level', 'Slide', 'rows_of_region', 'read_in_worker', 'worker_pool']
 
 # %% ../../nbs/slides/02_slides.ipynb #09f2da53
@@ -128,12 +128,12 @@ def whole_numbers(values: Iterable[Any], n: int) -> tuple[int, ...] | None:
     return found
 
 
-def checked_colour(colour: Iterable[int]) -> tuple[int, int, int]:
+def checked_color(color: Iterable[int]) -> tuple[int, int, int]:
     "A colour (red, green, blue), if it is three whole numbers from 0 to 255; else `InputError`."
-    found = whole_numbers(colour, 3)
+    found = whole_numbers(color, 3)
     if found is None or min(found) < 0 or max(found) > 255:
         raise InputError(
-            f'{colour!r} is no colour: give (red, green, blue), whole numbers from 0 to 255'
+            f'{color!r} is no colour: give (red, green, blue), whole numbers from 0 to 255'
         )
     red, green, blue = found
     return red, green, blue
@@ -151,7 +151,7 @@ def checked_size(size: Iterable[int]) -> tuple[int, int]:
     return height, width
 
 # %% ../../nbs/slides/02_slides.ipynb #08e90efc
-def glass_colour(
+def glass_color(
     rgb: np.ndarray,  # uint8 (height, width, 3)
 ) -> np.ndarray:
     """The colour of the background, float (3,).
@@ -326,7 +326,7 @@ class Slide:
     @functools.cached_property
     def glass(self) -> np.ndarray:
         "The colour of the background, uint8 (3,)."
-        return np.round(glass_colour(self.thumbnail(1024))).astype(np.uint8)
+        return np.round(glass_color(self.thumbnail(1024))).astype(np.uint8)
 
     def size_at(self, spacing: float) -> tuple[int, int]:
         "(height, width) in pixels of the whole slide at a spacing in microns per pixel."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['optical_density', 'stain_signal', 'otsu', 'connected', 'distance_to', 'remove_small', 'pen_marks', 'open_mask',
            'no_mask', 'is_jpeg', 'mask_values', 'nearest', 'tissue_from_file', 'background_level', 'check_classes',
-           'numbers_in', 'class_numbers', 'network_mask', 'tissue_by_colour', 'tissue_from_source', 'tissue_mask',
+           'numbers_in', 'class_numbers', 'network_mask', 'tissue_by_color', 'tissue_from_source', 'tissue_mask',
            'box_around', 'tissue_box', 'Biopsy', 'Piece', 'pieces_of', 'long_axis', 'belong_together', 'box_distance',
            'groups_of', 'reading_axes', 'pointing', 'are_level', 'rows_of', 'reading_order', 'add_crumbs',
            'angle_from_upright', 'biopsies', 'draw_tissue', 'draw_outline']
@@ -27,7 +27,7 @@ from scipy.spatial import KDTree
 
 from ..core import InputError
 from .readers import Tiff, forget_operations, reason, transparent
-from .slides import Slide, checked_number, checked_pixels, glass_colour
+from .slides import Slide, checked_number, checked_pixels, glass_color
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,9 +47,9 @@ def stain_signal(
 ) -> np.ndarray:
     """How coloured each pixel is, float32 (height, width): the largest optical density of the three
     channels less the smallest. 0 for black, which was not scanned and has no colour."""
-    density = optical_density(rgb, glass_colour(rgb))
-    colour = density.max(axis=2) - density.min(axis=2)
-    return np.where(rgb.max(axis=2) < 30, 0, colour)
+    density = optical_density(rgb, glass_color(rgb))
+    color = density.max(axis=2) - density.min(axis=2)
+    return np.where(rgb.max(axis=2) < 30, 0, color)
 
 # %% ../../nbs/slides/02_tissue.ipynb #ebaebe14
 def otsu(values: np.ndarray, bins: int = 256) -> float:
@@ -98,14 +98,14 @@ def pen_marks(
 
     Coloured areas that hold back red light more, or green light less, than both stains together
     do."""
-    density = optical_density(rgb, glass_colour(rgb))
+    density = optical_density(rgb, glass_color(rgb))
     sigma = 24 / spacing
     red, green, blue = (
         ndimage.gaussian_filter(density[..., channel], sigma) for channel in range(3)
     )
-    is_coloured = (red + green + blue > 0.25) & (rgb.max(axis=2) >= 30)
+    is_colored = (red + green + blue > 0.25) & (rgb.max(axis=2) >= 30)
     is_foreign = (red > 1.2 * green) | (green < 1.1 * blue)
-    ink = remove_small(is_coloured & is_foreign, (width / spacing) ** 2)
+    ink = remove_small(is_colored & is_foreign, (width / spacing) ** 2)
     if not ink.any():
         return ink
     return distance_to(ink) * spacing < 48
@@ -295,7 +295,7 @@ def network_mask(
     return is_tissue.cpu().numpy()
 
 # %% ../../nbs/slides/02_tissue.ipynb #eaa94bf6
-def tissue_by_colour(
+def tissue_by_color(
     rgb: np.ndarray,  # uint8 (height, width, 3)
     spacing: float,  # microns per pixel
     threshold: float | None,  # least colour in optical density; None: by Otsu
@@ -357,7 +357,7 @@ def tissue_mask(
         mask = tissue_from_source(slide, source, spacing, shape)
     else:
         rgb = slide.read(spacing) if isinstance(slide, Slide) else slide
-        mask = tissue_by_colour(rgb, spacing, threshold, pen)
+        mask = tissue_by_color(rgb, spacing, threshold, pen)
     mask = ~remove_small(~mask, largest_hole / spacing**2)
     return remove_small(mask, smallest / spacing**2), spacing
 

@@ -46,7 +46,7 @@ from streaming_pathology.slides.readers import (
 from streaming_pathology.slides.slides import (
     PixelRows,
     Slide,
-    checked_colour,
+    checked_color,
     checked_flag,
     checked_number,
     worker_pool,
@@ -209,9 +209,9 @@ class CutPixels:
         self.tissue = labels == biopsy.number
         near = distance_from(self.tissue, biopsy.spacing) <= max(margin, biopsy.spacing)
         if background is None:
-            self.painted, self.colour = other_tissue(labels, biopsy), slide.glass
+            self.painted, self.color = other_tissue(labels, biopsy), slide.glass
         else:
-            self.painted, self.colour = ~near, np.array(background, np.uint8)
+            self.painted, self.color = ~near, np.array(background, np.uint8)
 
         (height, width), (mask_height, mask_width) = frame.size, labels.shape
         self.mask_rows = mask_index(height, frame.spacing, mask_height, biopsy.spacing)
@@ -237,7 +237,7 @@ class CutPixels:
         pixels = np.concatenate(parts)[:, self.columns]
         painted = self.look_up(self.painted, rows, self.columns)
         if painted.any():
-            pixels = np.where(painted[..., None], self.colour, pixels)
+            pixels = np.where(painted[..., None], self.color, pixels)
         return pixels
 
     def look_up(self, mask: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -275,7 +275,7 @@ def cut(
             f'{type(slide).__name__} and {type(biopsy).__name__}'
         )
     if background is not None:
-        background = checked_colour(background)
+        background = checked_color(background)
     frame = frame_around(biopsy, float(spacing), float(margin), upright)
     height, width = frame.size
     if max(height, width) > 10**6:
@@ -323,7 +323,7 @@ class Trim:
         for name in ('upright', 'squeeze', 'override_spacing', 'pen'):
             plain[name] = checked_flag(getattr(self, name), f'{name} of a trimming')
         if self.background is not None:
-            plain['background'] = checked_colour(self.background)
+            plain['background'] = checked_color(self.background)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEAL', 'DIGEST', 'CHUNK', 'plain', 'versions', 'tensors_in', 'contents_of', 'summary_of', 'seal_file', 'sealed_note',
            'digest_of_first', 'save_checkpoint', 'check_space', 'load_checkpoint', 'describe_checkpoint',
-           'load_weights', 'Checkpoints', 'same_row', 'points', 'last_point', 'HaltOnSignal']
+           'load_weights', 'Checkpoints', 'same_row', 'checkpoint_files', 'last_checkpoint', 'HaltOnSignal']
 
 # %% ../../nbs/training/04_checkpoints.ipynb #efba865e
 import hashlib
@@ -274,8 +274,8 @@ class Checkpoints(Callback):
         later ones are of a training that took another course, and go."""
         path = self.folder / f'point_{state.epoch:06}_{state.step:06}.pt'
         save_checkpoint(path, **state.state_dict(), settings=self.settings)
-        earlier = [point for point in points(self.folder) if point < path]
-        later = [point for point in points(self.folder) if point > path]
+        earlier = [point for point in checkpoint_files(self.folder) if point < path]
+        later = [point for point in checkpoint_files(self.folder) if point > path]
         n_surplus = max(0, len(earlier) - (self.keep - 1))
         for point in later + earlier[:n_surplus]:
             point.unlink()
@@ -344,15 +344,15 @@ def same_row(rows: list[dict], other_rows: list[dict]) -> bool:
     return repr(rows) == repr(other_rows)
 
 
-def points(folder: str | Path) -> list[Path]:
+def checkpoint_files(folder: str | Path) -> list[Path]:
     "The checkpoints in a folder that a training can resume from, the last one last."
     return sorted(Path(folder).glob('point_*.pt'))
 
 
-def last_point(folder: str | Path) -> dict | None:
+def last_checkpoint(folder: str | Path) -> dict | None:
     """The last checkpoint of a folder that is not damaged, for `fit(resume=)`; None where there is
     none. Warns of each that is damaged, and raises `InputError` if all are."""
-    paths = points(folder)
+    paths = checkpoint_files(folder)
     error = None
     for path in reversed(paths):
         try:

@@ -82,7 +82,7 @@ class Alone:
     size = 1
     together = 1  # slides that are evaluated before ranks exchange their rows
 
-    def places(self, first: int, last: int) -> range:
+    def positions(self, first: int, last: int) -> range:
         """Of the positions from `first` up to, but without, `last`: those whose slides are this
         rank's."""
         return range(first + (self.rank - first) % self.size, last, self.size)
@@ -261,12 +261,12 @@ def predict(
         rows = []
     was_training = model.training
     count = sum(ranks.gather(len(loader)))
-    slides = slides_of(loader, epoch, len(ranks.places(0, len(rows))))
+    slides = slides_of(loader, epoch, len(ranks.positions(0, len(rows))))
     next_row = next_row_or_error if failed else next_row_of
     model.eval()
     with progress_bar(desc, count, len(rows), progress and ranks.rank == 0) as bar:
         while len(rows) < count:
-            positions = ranks.places(len(rows), min(count, len(rows) + ranks.together))
+            positions = ranks.positions(len(rows), min(count, len(rows) + ranks.together))
             new = ranks.merged((i, next_row(model, slides, device, amp, task)) for i in positions)
             rows += new
             bar.update(len(new))
@@ -732,7 +732,7 @@ def train_epoch(
 
 def next_items(state: State, slides: Iterator[dict], end: int) -> Iterator[tuple[int, dict]]:
     "This rank's slides up to position `end`: (position, item). Refuses a slide without a label."
-    for position in state.ranks.places(state.step, end):
+    for position in state.ranks.positions(state.step, end):
         yield position, checked_label(next(slides))
 
 
@@ -894,7 +894,7 @@ def begin_epoch(state: State, loader: DataLoader | list[dict]) -> Iterator[dict]
     else:
         state.epoch_rng = rng_state()
         state.tell('before_epoch')
-    slides = slides_of(loader, state.epoch, len(state.ranks.places(0, state.step)))
+    slides = slides_of(loader, state.epoch, len(state.ranks.positions(0, state.step)))
     if resumes:
         set_rng_state(state.resumed_rng)
     return slides

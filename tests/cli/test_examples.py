@@ -100,7 +100,7 @@ def test_a_run_writes_its_settings(first):
         (['{manifest}', '{place}/x', '--device', 'tpu9'], '--device tpu9'),
         (['{manifest}', '{place}/x', '--spacing', 0.5], '12 of 12 slides'),
         (['{manifest}', '{place}/x', '--augment', 'much'], 'much'),
-        (['{manifest}', '{place}/x', '--normalise', 'tissue'], 'tissue'),
+        (['{manifest}', '{place}/x', '--normalize', 'tissue'], 'tissue'),
         (['{manifest}', '{place}/x', '--recipe', 'papers'], '--recipe'),
         (['{manifest}', '{place}/x', '--recipe', 'paper', '--epochs', 1], ''),
         (
@@ -121,7 +121,7 @@ def test_what_training_refuses(place, manifest, first, words, says):
 def test_predictions_see_slides_as_training_did(place, manifest):
     "The paper's augmentation, on canvases, normalised by the training set."
     few = '--spacing 4 --size 96,96 --epochs 1 --strip 32 --heatmaps 1 --copies 1 --augment paper'
-    more = '--canvas', '--normalise', 'training'
+    more = '--canvas', '--normalize', 'training'
     assert told(sp_train, manifest, place / 'paper', *few.split(), *more)[0] == 0
     settings = tomllib.loads((place / 'paper/settings.toml').read_text())
     assert settings['canvas']

@@ -88,7 +88,7 @@ def test_occlusion_finds_dark_pixels():
     assert np.allclose(heat, expected, rtol=0, atol=1e-7)
 
 
-def test_occlusion_in_coloured_glass_and_signed():
+def test_occlusion_in_colored_glass_and_signed():
     image = torch.full((3, 40, 60), 200.0)
     falls = occlusion(Dark(), image, size=8, glass=(0, 255, 255), signed=True)
     assert falls.shape == (10, 15)
@@ -128,8 +128,8 @@ def test_no_patch_no_heat():
 def test_patches_of_two_magnifications_are_averaged():
     image = torch.zeros(3, 96, 192, dtype=torch.uint8)
     image[:, :, :64] = 255
-    places = torch.tensor([[0, 0, 2], [0, 64, 1], [0, 0, 1]])
-    heat = patch_heatmap(First(), Bag(image, places, 32), cell=32)
+    positions = torch.tensor([[0, 0, 2], [0, 64, 1], [0, 0, 1]])
+    heat = patch_heatmap(First(), Bag(image, positions, 32), cell=32)
     assert np.array_equal(heat[:2, :3], [[1, 1, 0], [1, 1, 0]])
 
 
@@ -224,7 +224,7 @@ def test_overlay_refuses_other_images_and_opacities():
         overlay(rgb, heat, alpha=2)
 
 
-def test_full_colour_begins_at_the_percentile_or_at_the_highest_value():
+def test_full_color_begins_at_the_percentile_or_at_the_highest_value():
     assert color_map(np.ones((4, 4)))[..., 3].min() == 255
     assert color_map(np.eye(40))[..., 3].max() == 255
     lonely = np.zeros((40, 40))

@@ -203,7 +203,7 @@ def test_a_prediction_of_a_bag_is_the_mean_over_all_ways(bag):
     network.eval()
     assert row['probability'] == pytest.approx(mean_over_ways(network, bag), abs=1e-6)
     highest = network.scores(bag).argmax()
-    assert row['top'] == [bag.places[highest].tolist()]
+    assert row['top'] == [bag.positions[highest].tolist()]
 
 
 # ---- journals

@@ -40,9 +40,9 @@ def share_in_loops(tissue, top, left, factor, size=64):
     ids=['plain', 'overlapping', 'magnifications'],
 )
 def test_patches_lie_in_the_image_and_have_enough_tissue(grid, tissue):
-    places = grid.places(IMAGE, tissue)
-    assert len({*map(tuple, places)}) == len(places)
-    for top, left, factor in places:
+    positions = grid.positions(IMAGE, tissue)
+    assert len({*map(tuple, positions)}) == len(positions)
+    for top, left, factor in positions:
         assert share_in_loops(tissue, top, left, factor) >= max(grid.tissue, 1e-9)
         assert top + 64 * factor <= IMAGE[0]
         assert left + 64 * factor <= IMAGE[1]
@@ -50,24 +50,24 @@ def test_patches_lie_in_the_image_and_have_enough_tissue(grid, tissue):
 
 def test_a_grid_covers_the_image():
     covered = np.zeros(IMAGE, bool)
-    for top, left, _ in PatchGrid(64, 50, 0).places(IMAGE, np.ones((ROWS, COLUMNS), bool)):
+    for top, left, _ in PatchGrid(64, 50, 0).positions(IMAGE, np.ones((ROWS, COLUMNS), bool)):
         covered[top : top + 64, left : left + 64] = True
     assert covered.all()
 
 
 def test_where_no_patch_has_enough_tissue_it_is_the_one_with_the_most(tissue):
-    places = PatchGrid(64, tissue=0.9).places(IMAGE, tissue)
-    assert len(places) == 1
-    shares = [share_in_loops(tissue, *p) for p in PatchGrid(64, tissue=0).places(IMAGE, tissue)]
-    assert share_in_loops(tissue, *places[0]) == max(shares)
+    positions = PatchGrid(64, tissue=0.9).positions(IMAGE, tissue)
+    assert len(positions) == 1
+    shares = [share_in_loops(tissue, *p) for p in PatchGrid(64, tissue=0).positions(IMAGE, tissue)]
+    assert share_in_loops(tissue, *positions[0]) == max(shares)
 
 
 def test_without_tissue_there_is_no_patch(tissue):
-    assert PatchGrid(64).places(IMAGE, tissue & False).shape == (0, 3)
+    assert PatchGrid(64).positions(IMAGE, tissue & False).shape == (0, 3)
 
 
 def test_an_image_as_large_as_a_patch_has_one():
-    assert PatchGrid(64).places((64, 64), np.ones((4, 4), bool)).tolist() == [[0, 0, 1]]
+    assert PatchGrid(64).positions((64, 64), np.ones((4, 4), bool)).tolist() == [[0, 0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -139,17 +139,17 @@ def test_another_process_reads_the_same_patches(folder):
 
 def test_patches_are_parts_of_the_image(folder):
     bag = rotated(folder)[0, 3]['image']
-    assert torch.equal(bag.patches(bag.places[[2, 0]]), bag.patches()[[2, 0]])
+    assert torch.equal(bag.patches(bag.positions[[2, 0]]), bag.patches()[[2, 0]])
     assert bag.patches([]).shape == (0, 3, 64, 64)
-    assert torch.equal(bag.patches(bag.places[1].tolist()), bag.patches()[1:2])
-    for patch, (top, left, _) in zip(bag.patches(), bag.places.tolist()):
+    assert torch.equal(bag.patches(bag.positions[1].tolist()), bag.patches()[1:2])
+    for patch, (top, left, _) in zip(bag.patches(), bag.positions.tolist()):
         assert torch.equal(patch, bag.image[:, top : top + 64, left : left + 64])
 
 
 def test_a_magnification_is_a_mean_of_pixels(folder):
     bag = dataset(folder, grid=PatchGrid(64, factors=(1, 2, 4)))[0]['image']
-    assert sorted({*bag.places[:, 2].tolist()}) == [1, 2, 4]
-    for patch, (top, left, factor) in zip(bag.patches(), bag.places.tolist()):
+    assert sorted({*bag.positions[:, 2].tolist()}) == [1, 2, 4]
+    for patch, (top, left, factor) in zip(bag.patches(), bag.positions.tolist()):
         side = 64 * factor
         part = bag.image[:, top : top + side, left : left + side].double()
         mean = part.reshape(3, 64, factor, 64, factor).mean((2, 4))
@@ -157,17 +157,17 @@ def test_a_magnification_is_a_mean_of_pixels(folder):
 
 
 def test_a_bag_knows_the_shape_of_its_image():
-    image, places = torch.zeros(3, 40, 50, dtype=torch.uint8), torch.tensor([[0, 0, 1]])
-    assert Bag(image, places, 32).shape == (40, 50)
-    assert Bag(image, places, 32, shape=(20, 30)).shape == (20, 30)
-    assert len(Bag(image, places, 32)) == 1
+    image, positions = torch.zeros(3, 40, 50, dtype=torch.uint8), torch.tensor([[0, 0, 1]])
+    assert Bag(image, positions, 32).shape == (40, 50)
+    assert Bag(image, positions, 32, shape=(20, 30)).shape == (20, 30)
+    assert len(Bag(image, positions, 32)) == 1
 
 
 def test_a_slide_smaller_than_a_patch_is_a_bag_of_one_on_its_own_background(tmp_path):
     slide = tiny_cohort(tmp_path / 'tiny', n=2).parent / 'slides/s00.tiff'
     small = BagDataset([Case('s', 0, slide)], 4.0, grid=PatchGrid(256))
     bag = small[0]['image']
-    assert bag.places.tolist() == [[0, 0, 1]]
+    assert bag.positions.tolist() == [[0, 0, 1]]
     assert bag.image.shape == (3, 256, 256)
     assert bag.image[:, -1, -1].tolist() == [255] * 3
     assert max(bag.shape) < 256

@@ -261,7 +261,7 @@ def test_a_slide_is_a_bag_once_and_features_then(cached, dataset, cases, encoder
     bag = BagDataset(cases, 4.0, grid=GRID)[1]['image']
     model = FeatureMIL(encoder, make_aggregator('max', 512), batch=9)
     assert torch.equal(features.x, model.encode(bag).x)
-    assert torch.equal(features.places, bag.places)
+    assert torch.equal(features.positions, bag.positions)
     assert features.shape == bag.shape
 
 
@@ -283,8 +283,8 @@ def test_the_gradient_is_that_of_encoder_and_aggregator_as_one_network(
     found = gradient(model, *model.forward_with_details(cached[1]['image']))
     bag = BagDataset(cases, 4.0, grid=GRID)[1]['image']
     vectors = []
-    for places in bag.places.split(9):
-        vectors.append(net.head.flatten(net.head.pool(net.features(bag.patches(places)))))
+    for positions in bag.positions.split(9):
+        vectors.append(net.head.flatten(net.head.pool(net.features(bag.patches(positions)))))
     x = torch.cat(vectors)
     scores = net.head.fc(x)[:, 0]
     inputs = x.detach().double(), scores.detach().double()
@@ -301,7 +301,9 @@ def test_views_are_what_a_bag_dataset_shows(dataset, trained, cases, tmp_path):
     assert len([*tmp_path.iterdir()]) == 6 * 2 + 2
     shown = BagDataset(cases[:6], 4.0, grid=GRID, seed=3, augment=TURNING)
     for epoch in range(5):
-        assert torch.equal(train[2, epoch]['image'].places, shown[2, epoch % 2]['image'].places)
+        assert torch.equal(
+            train[2, epoch]['image'].positions, shown[2, epoch % 2]['image'].positions
+        )
 
 
 # ---- nothing stale is used
@@ -313,7 +315,7 @@ OTHERS = dict(
     size=(64, 64),
     grid=PatchGrid(32),
     pen=False,
-    colour=(0, 0, 0),
+    color=(0, 0, 0),
 )
 
 
@@ -411,7 +413,7 @@ def test_an_average_of_weights_does_not_copy_the_encoder(cached, trained, encode
 
 def test_a_bag_of_one_patch(cases, encoder):
     bag = BagDataset(cases, 4.0, grid=GRID)[1]['image']
-    one = Bag(bag.image, bag.places[:1], 32, 'one')
+    one = Bag(bag.image, bag.positions[:1], 32, 'one')
     model = FeatureMIL(encoder, make_aggregator('abmil', 512), batch=9).eval()
     assert model(one).shape == (1, 1)
 
@@ -436,8 +438,8 @@ def as_float(x):
 def many():
     "A bag of ten thousand patches."
     steps = torch.arange(100) * 32
-    places = torch.cartesian_prod(steps, steps, torch.ones(1, dtype=torch.long))
-    return Bag(torch.zeros(3, 3200, 3200, dtype=torch.uint8), places, 32)
+    positions = torch.cartesian_prod(steps, steps, torch.ones(1, dtype=torch.long))
+    return Bag(torch.zeros(3, 3200, 3200, dtype=torch.uint8), positions, 32)
 
 
 def test_the_encoder_sees_a_batch_at_a_time(many):

@@ -113,18 +113,18 @@ def test_it_learns_from_patches_with_labels(outlined, tuning, cohort):
 
 def test_patches_with_labels_learn_their_own_and_not_the_slides(outlined):
     bag = outlined[1]['image']
-    places, labels = bag.learns
+    positions, labels = bag.learns
     torch.manual_seed(0)
     net = InstanceMIL(TinyNet(), batch=7).train()
     logits, details = net.forward_with_details(bag)
     assert (logits.shape, labels.tolist()) == ((6, 1), [1.0] + [0.0] * 5)
     found = net.loss(Binary(), logits, torch.ones(6), **details)
-    close(found, Binary().loss(net.classify(bag.patches(places)), labels), 1e-6)
+    close(found, Binary().loss(net.classify(bag.patches(positions)), labels), 1e-6)
 
 
 def test_a_call_leaves_nothing_in_the_bag_or_in_the_network(model, outlined, train):
     for bag in (outlined[1]['image'], train[1]['image']):
-        model.choose({bag.slide_id: bag.places[:1]})
+        model.choose({bag.slide_id: bag.positions[:1]})
         before = dict(vars(bag)), dict(vars(model))
         for training in (False, True):
             model.train(training).forward_with_details(bag)
@@ -143,7 +143,7 @@ def test_an_average_of_weights_says_where_patches_are(train, tuning):
 
     fitted(train, tuning, [TwoPhases(train), EMA(0.9), Watching()], epochs=1)
     assert seen
-    assert all(len(places) == 1 for places in seen)
+    assert all(len(positions) == 1 for positions in seen)
 
 
 # ---- the gradient
@@ -163,7 +163,7 @@ def gradient(model, bag, label, k=1):
 def test_the_gradient_is_that_of_the_most_suspicious_patch(model, train):
     bag = train[1]['image']
     found, scores, top = gradient(model, bag, 1.0)
-    assert top[0] == bag.places[scores.argmax()].tolist()
+    assert top[0] == bag.positions[scores.argmax()].tolist()
     plain = copy.deepcopy(model.network).double()
     plain.zero_grad()
     Binary().loss(plain(bag.patches(top)), torch.ones(1).double()).backward()
@@ -174,8 +174,8 @@ def test_other_patches_do_not_change_it_while_they_are_less_suspicious(model, tr
     bag = train[1]['image']
     found, scores, top = gradient(model, bag, 1.0)
     tried = 0
-    for i, (row, column, _) in enumerate(bag.places.tolist()):
-        other = Bag(bag.image.clone(), bag.places, bag.size, bag.slide_id)
+    for i, (row, column, _) in enumerate(bag.positions.tolist()):
+        other = Bag(bag.image.clone(), bag.positions, bag.size, bag.slide_id)
         patch = other.image[:, row : row + 32, column : column + 32]
         patch.copy_(patch.flip(1, 2) // 2 + 100)
         changed, after, new = gradient(model, other, 1.0)
@@ -190,7 +190,7 @@ def test_the_gradient_of_several_patches_is_the_mean_of_theirs(model, train):
     bag = train[1]['image']
     three, scores, top = gradient(model, bag, 1.0, k=3)
     order = scores.argsort(descending=True, stable=True)[:3]
-    assert top == bag.places[order].tolist()
+    assert top == bag.positions[order].tolist()
     each = [
         gradient(model, Bag(bag.image, torch.tensor([place]), bag.size, 'x'), 1.0)[0]
         for place in top
@@ -300,7 +300,7 @@ def test_refusals(model, train):
 
 def test_a_bag_of_one_patch(model, train):
     bag = train[1]['image']
-    one = Bag(bag.image, bag.places[:1], 32, 'one')
+    one = Bag(bag.image, bag.positions[:1], 32, 'one')
     assert model.eval()(one).shape == (1, 1)
     logits, details = InstanceMIL(TinyNet(), 5).eval().forward_with_details(one)
     assert logits.shape == (1, 1)
@@ -332,8 +332,8 @@ class Watching(TinyNet):
 
 def test_memory_does_not_grow_with_the_bag():
     steps = torch.arange(100) * 32
-    places = torch.cartesian_prod(steps, steps, torch.ones(1, dtype=torch.long))
-    many = Bag(torch.zeros(3, 3200, 3200, dtype=torch.uint8), places, 32)
+    positions = torch.cartesian_prod(steps, steps, torch.ones(1, dtype=torch.long))
+    many = Bag(torch.zeros(3, 3200, 3200, dtype=torch.uint8), positions, 32)
     network = Watching()
     assert len(InstanceMIL(network, batch=50).scores(many)) == 10_000
     assert max(network.batches) == 50

@@ -15,7 +15,7 @@ from small import COMMAND
 from streaming_pathology.cli import commands as cli
 from streaming_pathology.slides.cohorts import tiny_cohort
 from streaming_pathology.slides.synthetic import write_cohort
-from streaming_pathology.training.checkpoints import Checkpoints, last_point
+from streaming_pathology.training.checkpoints import Checkpoints, last_checkpoint
 
 pytestmark = pytest.mark.usefixtures('small_resnet')
 
@@ -73,7 +73,7 @@ def test_stopped_in_either_phase(whole, tmp_path, monkeypatch):
         if status == 0:
             break
         assert status == 75
-        point = last_point(tmp_path / 'run/checkpoints')
+        point = last_checkpoint(tmp_path / 'run/checkpoints')
         phases.add(
             'training'
             if point['step']
@@ -250,7 +250,7 @@ def features(whole, once):
 
 def test_features_stopped(whole, features, tmp_path, monkeypatch):
     "After each slide; what is kept on the way is what is used."
-    argv, save, points = (
+    argv, save, checkpoint_files = (
         ['mil', whole / 'cohort/manifest.csv', tmp_path / 'run', *FEATURES, '--resume'],
         Checkpoints.save,
         [],
@@ -258,8 +258,8 @@ def test_features_stopped(whole, features, tmp_path, monkeypatch):
 
     def stopped(self, s):
         save(self, s)
-        points.append(1)
-        len(points) % 7 == 0 and signal.raise_signal(signal.SIGTERM)
+        checkpoint_files.append(1)
+        len(checkpoint_files) % 7 == 0 and signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Checkpoints, 'save', stopped)
     stops = 0

@@ -20,4 +20,4 @@ def test_no_folder_for_features(tmp_path):
 def test_no_backbone_to_calibrate():
     model = FeatureMIL(None, make_aggregator('mean', 4))
     with pytest.raises(InputError, match='no backbone whose statistics'):
-        model.calibrate(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+        model.update_batchnorm(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))

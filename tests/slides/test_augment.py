@@ -121,7 +121,7 @@ def test_tiny_images(size):
 # ---- colours
 
 
-def test_almost_no_change_of_colour_changes_nothing():
+def test_almost_no_change_of_color_changes_nothing():
     found = changed(NOISE, hue=1e-9, saturation=1 + 1e-6).astype(int)
     assert abs(found - NOISE).max() <= 1
 
@@ -140,7 +140,7 @@ def test_the_color_matrix_is_the_formula():
     np.testing.assert_allclose(darker, 0.8 * np.eye(3), rtol=0, atol=1e-12)
 
 
-def test_a_third_of_the_colour_circle_takes_red_to_green_to_blue():
+def test_a_third_of_the_color_circle_takes_red_to_green_to_blue():
     "Less their grey."
     turn = color_matrix({**NOTHING, 'hue': 120.0})
     swap = np.roll(np.eye(3), 1, 0)
@@ -217,7 +217,7 @@ def test_other_images_are_refused(image, problem):
 
 
 @pytest.mark.parametrize('color', [(300, 0, 0), 'white'], ids=str)
-def test_what_is_no_colour_is_refused(color):
+def test_what_is_no_color_is_refused(color):
     with pytest.raises(InputError, match='is no colour'):
         augment(NOISE, NOTHING, color=color)
     with pytest.raises(InputError, match='is no colour'):

@@ -65,7 +65,7 @@ RAMP = np.arange(6 * 5 * 3, dtype=np.uint8).reshape(6, 5, 3)
 )
 def test_an_image_is_laid_around_the_middle_of_a_canvas(size, rows, columns, padding):
     expected = np.pad(RAMP[rows, columns], (*padding, (0, 0)), constant_values=250)
-    np.testing.assert_array_equal(fit_canvas(RAMP, size, colour=(250, 250, 250)), expected)
+    np.testing.assert_array_equal(fit_canvas(RAMP, size, color=(250, 250, 250)), expected)
 
 
 def test_flips_reach_all_four_images():
@@ -136,7 +136,7 @@ def test_a_canvas_has_the_pixels_of_the_image_and_holds_few(cases, index):
     )
     image, canvas = plain[index, 3], painted[index, 3]
     assert torch.equal(image['image'], canvas['image'].dense()[0])
-    assert image['colour'] == canvas['colour']
+    assert image['color'] == canvas['color']
     record = Augmentation().draw(0, 3, cases[index].slide_id)
     assert image['record'] == canvas['record'] == record
     held = sum(patch.numel() for *_, patch in canvas['image'].patches)
@@ -199,7 +199,7 @@ def test_canvases_train_as_images_do(tmp_path, augment, monkeypatch):
         (dict(spacing=None), 'spacing of a dataset'),
         (dict(clean=-1), 'clean of a dataset'),
         (dict(cache='1GB'), 'cache of a dataset'),
-        (dict(colour=(300, 0, 0)), 'is no colour'),
+        (dict(color=(300, 0, 0)), 'is no colour'),
         (dict(seed=-1), 'is no seed'),
     ],
 )
@@ -401,7 +401,7 @@ def test_a_record_stays_as_it_is(cases):
     data = SlideDataset(cases[:2], 4, augment=Augmentation())
     for index, item in enumerate(slide_loader(data)):
         assert json.loads(json.dumps(item['record'])) == data[index]['record']
-        assert item['colour'] == data[index]['colour']
+        assert item['color'] == data[index]['color']
 
 
 def test_slides_to_train_on_need_labels(cases):

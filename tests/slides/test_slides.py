@@ -23,7 +23,7 @@ from streaming_pathology.slides.readers import forget_operations, sample_slide
 from streaming_pathology.slides.slides import (
     PixelRows,
     Slide,
-    checked_colour,
+    checked_color,
     checked_flag,
     checked_number,
     checked_pixels,
@@ -302,8 +302,8 @@ def test_what_only_counts_as_true_is_refused(value):
         checked_flag(value, 'a')
 
 
-def test_colours_and_sizes_of_numpy():
-    assert checked_colour(np.array([1, 2, 255])) == (1, 2, 255)
+def test_colors_and_sizes_of_numpy():
+    assert checked_color(np.array([1, 2, 255])) == (1, 2, 255)
     assert checked_size(np.array([3, 4])) == (3, 4)
 
 
@@ -320,15 +320,15 @@ def test_what_is_no_size_is_refused(bad):
     ['white', (256, 0, 0), (1, 2), 5, (0.5, 0, 0), (0, math.nan, 0), (-1, 0, 0), None],
     ids=str,
 )
-def test_what_is_no_colour_is_refused(bad):
+def test_what_is_no_color_is_refused(bad):
     with pytest.raises(InputError, match='is no colour'):
-        checked_colour(bad)
+        checked_color(bad)
 
 
-def test_a_colour_is_checked_where_it_can_be_read_only_once():
+def test_a_color_is_checked_where_it_can_be_read_only_once():
     "Fractions got through where the values came from a generator."
     with pytest.raises(InputError, match='is no colour'):
-        checked_colour(value for value in (0.5, 0, 0))
+        checked_color(value for value in (0.5, 0, 0))
 
 
 def test_pixels_of_another_kind_are_refused():

@@ -269,7 +269,7 @@ def test_settings_that_are_refused(wrong):
     assert f'{name} of a trimming' in refusal(Trim, **wrong)
 
 
-def test_a_background_that_is_no_colour():
+def test_a_background_that_is_no_color():
     assert 'is no colour' in refusal(Trim, background='white')
 
 

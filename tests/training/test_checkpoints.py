@@ -15,11 +15,11 @@ from streaming_pathology.core import Halted
 from streaming_pathology.training.checkpoints import (
     Checkpoints,
     HaltOnSignal,
+    checkpoint_files,
     describe_checkpoint,
-    last_point,
+    last_checkpoint,
     load_checkpoint,
     load_weights,
-    points,
     save_checkpoint,
 )
 from streaming_pathology.training.loop import Callback, TinyNet, fit, synth_learner
@@ -144,9 +144,9 @@ def whole(tmp_path_factory):
 
 
 def test_the_best_epoch_and_the_last_checkpoints(whole):
-    best, last = load_checkpoint(whole.folder / 'best.pt'), last_point(whole.folder)
+    best, last = load_checkpoint(whole.folder / 'best.pt'), last_checkpoint(whole.folder)
     assert best['epoch'] == 1 + np.argmin([row['tuning_loss'] for row in whole.history])
-    names = [path.name for path in points(whole.folder)]
+    names = [path.name for path in checkpoint_files(whole.folder)]
     assert names == ['point_000011_000000.pt', 'point_000012_000000.pt']
     assert last['history'] == whole.history
     load_weights(TinyNet(**best['settings']), best)
@@ -160,9 +160,9 @@ def test_the_last_checkpoint_is_damaged(whole, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train_in(tmp_path, Interrupt())
-    damage(points(tmp_path)[-1])
+    damage(checkpoint_files(tmp_path)[-1])
     with pytest.warns(UserWarning, match='the point before it is used'):
-        point = last_point(tmp_path)
+        point = last_checkpoint(tmp_path)
     assert (point['epoch'], point['step']) == (7, 9)
     assert_same_weights(train_in(tmp_path, resume=point), whole.model)
     best, best_of_whole = (load_checkpoint(path / 'best.pt') for path in (tmp_path, whole.folder))
@@ -170,21 +170,21 @@ def test_the_last_checkpoint_is_damaged(whole, tmp_path):
 
 
 def test_no_checkpoint_in_a_folder(tmp_path):
-    assert last_point(tmp_path / 'none') is None
+    assert last_checkpoint(tmp_path / 'none') is None
 
 
 @pytest.mark.filterwarnings('ignore')
 def test_all_checkpoints_are_damaged(whole, tmp_path):
-    shutil.copy(points(whole.folder)[-1], tmp_path)
-    damage(points(tmp_path)[0])
-    assert 'no point that is whole' in complaint(last_point, tmp_path)
+    shutil.copy(checkpoint_files(whole.folder)[-1], tmp_path)
+    damage(checkpoint_files(tmp_path)[0])
+    assert 'no point that is whole' in complaint(last_checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize('keep', [1, 2, 3])
 def test_how_many_checkpoints_are_kept(keep, tmp_path):
     saves = Checkpoints(tmp_path, minutes=0, keep=keep)
     fit(*synth_learner(3), epochs=2, callbacks=[saves], progress=False)
-    assert len(points(tmp_path)) == keep
+    assert len(checkpoint_files(tmp_path)) == keep
 
 
 # signals
@@ -224,7 +224,7 @@ def halted(folder, *moments):
 )
 def test_a_signal_halts_a_training(moment, said, whole, tmp_path):
     assert halted(tmp_path, moment) == said
-    assert_same_weights(train_in(tmp_path, resume=last_point(tmp_path)), whole.model)
+    assert_same_weights(train_in(tmp_path, resume=last_checkpoint(tmp_path)), whole.model)
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
@@ -248,7 +248,7 @@ def test_a_signal_after_the_last_epoch(whole, tmp_path):
 
     folder = shutil.copytree(whole.folder, tmp_path / 'run')
     with pytest.raises(Halted, match='stopped in epoch 12, all of 24'), HaltOnSignal() as halt:
-        train_in(folder, Late(), halt, resume=last_point(folder))
+        train_in(folder, Late(), halt, resume=last_checkpoint(folder))
 
 
 # what was accepted, and the best epoch
@@ -275,35 +275,35 @@ def test_what_was_accepted_is_saved_at_once(stopped):
         def continued(self, state):
             raise Halted
 
-    point = last_point(stopped)
+    point = last_checkpoint(stopped)
     assert (point['epoch'], point['step']) == (11, 11)
     assert point['gradients']
-    before = points(stopped)[-1].stat().st_mtime_ns
+    before = checkpoint_files(stopped)[-1].stat().st_mtime_ns
     with pytest.raises(Halted):
         train_in(stopped, Leave(), resume=point, accept_changes=True)
-    assert points(stopped)[-1].stat().st_mtime_ns > before
-    new = last_point(stopped)
+    assert checkpoint_files(stopped)[-1].stat().st_mtime_ns > before
+    new = last_checkpoint(stopped)
     for key in 'epoch step losses draws rng gradients optimizer callbacks'.split():
         assert str(new[key]) == str(point[key]), key
 
 
 def test_a_best_epoch_that_this_training_does_not_know(stopped):
     "As of an epoch that is trained again after a change."
-    path, point = stopped / 'best.pt', last_point(stopped)
+    path, point = stopped / 'best.pt', last_checkpoint(stopped)
     unknown = dict(epoch=12, history=[*point['history'], dict(epoch=12, tuning_loss=0.0)])
     save_checkpoint(path, **load_checkpoint(path) | unknown)
     best = dict(callbacks=[['Checkpoints', dict(best=0.0)]])
-    save_checkpoint(points(stopped)[-1], **point | best)
+    save_checkpoint(checkpoint_files(stopped)[-1], **point | best)
     with pytest.warns(UserWarning, match='an epoch 12 that this training does not know'):
-        train_in(stopped, resume=last_point(stopped), accept_changes=True)
-    assert str(load_checkpoint(path)['history']) == str(last_point(stopped)['history'])
+        train_in(stopped, resume=last_checkpoint(stopped), accept_changes=True)
+    assert str(load_checkpoint(path)['history']) == str(last_checkpoint(stopped)['history'])
 
 
 def test_the_best_epoch_was_deleted(stopped):
     path = stopped / 'best.pt'
     path.unlink()
     with pytest.warns(UserWarning, match='is gone, and with it the best epoch; epoch 12 takes'):
-        train_in(stopped, resume=last_point(stopped))
+        train_in(stopped, resume=last_checkpoint(stopped))
     assert load_checkpoint(path)['epoch'] == 12
 
 
@@ -312,5 +312,5 @@ def test_the_best_epoch_is_damaged(stopped):
     path.write_bytes(path.read_bytes()[:-1])
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        said = complaint(train_in, stopped, resume=last_point(stopped))
+        said = complaint(train_in, stopped, resume=last_checkpoint(stopped))
     assert 'with it the best epoch' in said

@@ -55,11 +55,11 @@ def three_classes(slides):
 @pytest.mark.parametrize(
     'first, last, places', [(0, 9, [1, 4, 7]), (2, 9, [4, 7]), (5, 6, []), (8, 8, [])]
 )
-def test_places_of_a_rank(first, last, places):
+def test_places_of_a_rank(first, last, positions):
     class SecondOfThree(Alone):
         rank, size = 1, 3
 
-    assert [*SecondOfThree().places(first, last)] == places
+    assert [*SecondOfThree().positions(first, last)] == positions
 
 
 def test_rows_that_are_there_are_not_computed_again(tuning):

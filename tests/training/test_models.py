@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from streaming_pathology.training.models import (
-    Normalise,
+    Normalize,
     StreamingClassifier,
     imagenet_mean,
     imagenet_std,
@@ -44,15 +44,15 @@ def model():
 def test_pixels_are_normalised_as_of_imagenet():
     white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     expected = (1 - torch.tensor(imagenet_mean)) / torch.tensor(imagenet_std)
-    torch.testing.assert_close(Normalise()(white)[0, :, 0, 0], expected)
-    assert Normalise()(white.double()).dtype == torch.float64
+    torch.testing.assert_close(Normalize()(white)[0, :, 0, 0], expected)
+    assert Normalize()(white.double()).dtype == torch.float64
 
 
 # ---- the classifier
 
 
 def test_gradients_are_those_of_the_plain_network(model, image):
-    model.calibrate(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
+    model.update_batchnorm(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
     parameters = list(model.parameters())
     streamed = torch.autograd.grad(model(image).sum(), parameters)
     whole = torch.autograd.grad(plain(model)(image).sum(), parameters)
@@ -65,7 +65,7 @@ def test_gradients_with_four_channels():
     torch.manual_seed(0)
     options = dict(in_chans=4, mean=[0.1, 0.2, 0.1, 0.3], std=[0.2] * 4)
     model = StreamingClassifier('resnet18', strip=64, **options).double()
-    model.calibrate(torch.randint(0, 256, (4, 4, 64, 64), dtype=torch.uint8))
+    model.update_batchnorm(torch.randint(0, 256, (4, 4, 64, 64), dtype=torch.uint8))
     image = torch.randint(0, 256, (1, 4, 200, 130), dtype=torch.uint8)
     parameters = list(model.parameters())
     streamed = torch.autograd.grad(model(image).sum(), parameters)
@@ -128,11 +128,11 @@ def test_batchnorm_is_never_in_training_mode(model):
 def test_a_calibration_that_fails_changes_nothing(model):
     former = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     nan = torch.full((4, 3, 64, 64), torch.nan)
-    assert 'not finite' in refusal(model.calibrate, nan)
+    assert 'not finite' in refusal(model.update_batchnorm, nan)
     assert all(torch.equal(tensor, former[name]) for name, tensor in model.state_dict().items())
     for norm in model.batch_norms():
         assert norm.momentum == 0.1 and not norm.training
-    model.calibrate(torch.randint(0, 256, (4, 3, 64, 64)).double())
+    model.update_batchnorm(torch.randint(0, 256, (4, 3, 64, 64)).double())
 
 
 # ---- what is refused
@@ -172,8 +172,8 @@ def test_images_that_are_refused(model, image):
 def test_patches_that_are_refused(model, image):
     four = StreamingClassifier('resnet18', strip=64, **FOUR)
     assert 'images are (N, 4, H, W)' in refusal(four, image)
-    assert 'patches of 4 channels' in refusal(four.calibrate, image)
-    assert 'needs a batch' in refusal(model.calibrate, image[:, :, :8, :8])
+    assert 'patches of 4 channels' in refusal(four.update_batchnorm, image)
+    assert 'needs a batch' in refusal(model.update_batchnorm, image[:, :, :8, :8])
 
 
 # ---- weights from files

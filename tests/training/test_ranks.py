@@ -24,7 +24,11 @@ from streaming_pathology.mil.mil import InstanceMIL, TwoPhases
 from streaming_pathology.slides.augment import Augmentation
 from streaming_pathology.slides.cohorts import read_manifest, tiny_cohort
 from streaming_pathology.slides.datasets import SlideDataset
-from streaming_pathology.training.checkpoints import load_checkpoint, points, save_checkpoint
+from streaming_pathology.training.checkpoints import (
+    checkpoint_files,
+    load_checkpoint,
+    save_checkpoint,
+)
 from streaming_pathology.training.distributed import Ranks
 from streaming_pathology.training.loop import Alone, TinyNet, fit, predict, synth_slides
 from streaming_pathology.training.recipes import Stage, run_recipe
@@ -365,7 +369,7 @@ def test_what_is_refused_is_refused_by_all(on_two, tmp_path):
 
 def died(agents, run, rank=1):
     "Kill a rank when two points are there; what the agents said, and the seconds that they still took."
-    while any(p.poll() is None for p in agents) and len(points(run / 'checkpoints')) < 2:
+    while any(p.poll() is None for p in agents) and len(checkpoint_files(run / 'checkpoints')) < 2:
         time.sleep(0.01)
     next(filter(None, (rank_process(p, rank) for p in agents))).kill()
     begun = time.monotonic()
@@ -419,7 +423,7 @@ def test_ranks_are_asked_to_stop(on_two, tmp_path):
     run = tmp_path / 'run'
     argv = ['train', on_two / 'cohort/manifest.csv', run, *TRAIN, '--resume']
     p = torchrun(*argv)
-    while p.poll() is None and not points(run / 'checkpoints'):
+    while p.poll() is None and not checkpoint_files(run / 'checkpoints'):
         time.sleep(0.01)
     p.send_signal(signal.SIGTERM)
     said, _ = p.communicate(timeout=100)

@@ -32,9 +32,9 @@ from streaming_pathology.slides.cohorts import tiny_cohort
 from streaming_pathology.training.callbacks import EarlyStopping
 from streaming_pathology.training.checkpoints import (
     Checkpoints,
-    last_point,
+    checkpoint_files,
+    last_checkpoint,
     load_checkpoint,
-    points,
 )
 from streaming_pathology.training.loop import TinyNet, fit, synth_learner
 
@@ -97,7 +97,9 @@ def test_killed_at_any_moment(cohort, whole, tmp_path):
             time.sleep(0.001)
         _, err = p.communicate(timeout=100)
         assert p.returncode in (0, -signal.SIGKILL) and 'Traceback' not in err, err
-        there = [tuple(map(int, f.stem.split('_')[1:])) for f in points(run / 'checkpoints')]
+        there = [
+            tuple(map(int, f.stem.split('_')[1:])) for f in checkpoint_files(run / 'checkpoints')
+        ]
         assert max(there, default=at) >= at and len(there) <= 3
         at = max(there, default=at)
         if p.returncode:
@@ -131,8 +133,8 @@ def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
     )  # the stops are early in a short run
     for k in range(2):
         p = process(*argv, start_new_session=True)
-        before = set(points(run / 'checkpoints'))
-        while p.poll() is None and not set(points(run / 'checkpoints')) - before:
+        before = set(checkpoint_files(run / 'checkpoints'))
+        while p.poll() is None and not set(checkpoint_files(run / 'checkpoints')) - before:
             time.sleep(0.002)
         (os.killpg, os.kill)[k % 2](p.pid, signal.SIGTERM)
         _, err = p.communicate(timeout=100)
@@ -187,7 +189,7 @@ def test_stopped_while_workers_start(cohort, tmp_path, later):
 def test_a_worker_is_killed(cohort, tmp_path):
     "As where memory runs out."
     p = process(cohort / 'manifest.csv', tmp_path / 'run', *TRAIN, '--epochs', 50, '--workers', 1)
-    while p.poll() is None and not points(tmp_path / 'run/checkpoints'):
+    while p.poll() is None and not checkpoint_files(tmp_path / 'run/checkpoints'):
         time.sleep(0.01)
     for c in psutil.Process(p.pid).children():
         if 'spawn_main' in ' '.join(c.cmdline()):
@@ -258,7 +260,7 @@ def halfway(whole, tmp_path):
     "A run that was broken off in its second epoch: its points are those of a run that ended there."
     shutil.copytree(whole, tmp_path / 'run')
     shutil.rmtree(tmp_path / 'run/report')
-    for p in points(tmp_path / 'run/checkpoints')[1:]:
+    for p in checkpoint_files(tmp_path / 'run/checkpoints')[1:]:
         p.unlink()
     return tmp_path / 'run'
 
@@ -409,7 +411,7 @@ def test_what_was_learnt_is_never_tested_on(cohort, halfway, capsys):
 
 
 def test_a_damaged_point(cohort, halfway, capsys):
-    for p in points(halfway / 'checkpoints'):
+    for p in checkpoint_files(halfway / 'checkpoints'):
         data = bytearray(p.read_bytes())
         data[len(data) // 3] ^= 4
         p.write_bytes(data)
@@ -460,7 +462,7 @@ def test_the_best_epoch_is_lost(cohort, whole, halfway, capsys):
     refused(capsys, argv, 'best.pt is damaged', 'delete it')
     best.unlink()
     assert cli.main(argv) == 0 and 'the weights of the last one are used' in capsys.readouterr().err
-    a, b = load_checkpoint(best)['model'], last_point(halfway / 'checkpoints')['model']
+    a, b = load_checkpoint(best)['model'], last_checkpoint(halfway / 'checkpoints')['model']
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -492,7 +494,7 @@ def test_what_was_finished_is_not(cohort, whole, halfway, capsys, monkeypatch):
     assert (
         rows(halfway / 'log.csv', 'seconds', 'peak_mb')
         == rows(whole / 'log.csv', 'seconds', 'peak_mb')[
-            : last_point(halfway / 'checkpoints')['epoch']
+            : last_checkpoint(halfway / 'checkpoints')['epoch']
         ]
         and len(json.loads((halfway / 'environment.json').read_text())['resumed']) == 1
     )
@@ -515,7 +517,7 @@ def test_a_cohort_inside_a_run(cohort, whole, tmp_path, capsys):
 
 
 def test_what_cannot_change(cohort, whole, halfway, capsys):
-    for options in (['--spacing', 8], ['--normalise', 'training'], ['--canvas']):
+    for options in (['--spacing', 8], ['--normalize', 'training'], ['--canvas']):
         refused(
             capsys,
             [
@@ -542,7 +544,7 @@ def test_other_weights(cohort, whole, tmp_path, capsys):
         ['train', cohort / 'manifest.csv', tmp_path / 'run', *TRAIN, '--epochs', 2, '--resume'],
     )
     assert cli.main([*argv, '--weights', tmp_path / '1.pt']) == 0
-    for p in points(run / 'checkpoints')[1:]:
+    for p in checkpoint_files(run / 'checkpoints')[1:]:
         p.unlink()
     shutil.rmtree(run / 'report')
     before = tree(run)
@@ -622,7 +624,7 @@ def test_a_malicious_point(cohort, halfway, tmp_path, capsys):
         def __reduce__(self):
             return os.system, (f'touch {tmp_path}/owned',)
 
-    for p in points(halfway / 'checkpoints'):
+    for p in checkpoint_files(halfway / 'checkpoints'):
         torch.save(dict(versions={}, x=Evil()), p)
     refused(
         capsys,
@@ -648,14 +650,14 @@ def test_a_malicious_point(cohort, halfway, tmp_path, capsys):
 
 def test_short_of_disk(cohort, whole, tmp_path):
     "A point that does not fit on the disk ends the training in one sentence; the point before is whole, and with room again it goes on."
-    size = max(p.stat().st_size for p in points(whole / 'checkpoints'))
+    size = max(p.stat().st_size for p in checkpoint_files(whole / 'checkpoints'))
     run, argv = tmp_path / 'run', [cohort / 'manifest.csv', tmp_path / 'run', *TRAIN, '--resume']
     p = process(*argv)
-    while p.poll() is None and not points(run / 'checkpoints'):
+    while p.poll() is None and not checkpoint_files(run / 'checkpoints'):
         time.sleep(0.002)
     p.send_signal(signal.SIGTERM)
     assert p.wait(100) == 75
-    there = {f.name: f.read_bytes() for f in points(run / 'checkpoints')}
+    there = {f.name: f.read_bytes() for f in checkpoint_files(run / 'checkpoints')}
 
     def little():
         heard()
@@ -670,9 +672,9 @@ def test_short_of_disk(cohort, whole, tmp_path):
         and 'cannot be written' in done.stderr
         and 'Traceback' not in done.stderr
     ), done.stderr
-    assert {f.name: f.read_bytes() for f in points(run / 'checkpoints')} == there and not list(
-        run.rglob('.*.partial')
-    )
+    assert {
+        f.name: f.read_bytes() for f in checkpoint_files(run / 'checkpoints')
+    } == there and not list(run.rglob('.*.partial'))
     assert cli.main(['train', *argv]) == 0
     as_if_never_stopped(run, whole)
 

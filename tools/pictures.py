@@ -203,7 +203,7 @@ def photograph(folder):
     "The top of the report of a demo, as a browser shows it."
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=find_chromium(), args=FLAGS)
-        page = browser.new_page(viewport=dict(width=960, height=790))
+        page = browser.new_page(viewport=dict(width=960, height=755))
         page.goto((folder / 'report/index.html').resolve().as_uri())
         page.screenshot(path=IMAGES / 'demo_report.png')
         browser.close()

@@ -6,7 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from fast import slow_tests, write_slow_tests
+from fast import is_slow, slow_tests, write_slow_tests
 
 COLLECTED = pytest.StashKey[list]()
 
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config, items):
     config.stash[COLLECTED] = list(items)
     slow = slow_tests()
     for item in items:
-        if item.nodeid not in slow:
+        if not is_slow(item.nodeid, slow):
             item.add_marker(pytest.mark.fast)
 
 

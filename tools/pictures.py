@@ -178,8 +178,8 @@ def draw_heatmaps(folder):
     heats = [pool_map(smoothgrad(model, image, n=25), 8) for image in images]
     full = np.percentile(heats[0], 99.5)
 
-    fig, axes = plt.subplots(2, 2, figsize=(7, 4.1))
-    fig.subplots_adjust(left=0.01, right=0.99, top=0.93, bottom=0.01, wspace=0.03, hspace=0.16)
+    fig, axes = plt.subplots(2, 2, figsize=(7, 3.15))
+    fig.subplots_adjust(left=0.01, right=0.99, top=0.93, bottom=0.01, wspace=0.03, hspace=0.12)
     for index, (row, image, heat) in enumerate(zip(axes, images, heats)):
         case = data.cases[index]
         rgb = image.permute(1, 2, 0).numpy()
@@ -203,7 +203,7 @@ def photograph(folder):
     "The top of the report of a demo, as a browser shows it."
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=find_chromium(), args=FLAGS)
-        page = browser.new_page(viewport=dict(width=880, height=640))
+        page = browser.new_page(viewport=dict(width=960, height=755))
         page.goto((folder / 'report/index.html').resolve().as_uri())
         page.screenshot(path=IMAGES / 'demo_report.png')
         browser.close()

@@ -5,12 +5,9 @@
 # %% auto #0
 __all__ = ['RUIFROK_JOHNSTON', 'SAMPLE_STAINS', 'PATTERNS', 'TUMOUR_PATTERNS', 'ANGLES', 'NUCLEI', 'OUTSIDE', 'STROMA', 'BENIGN',
            'TUMOUR', 'SPLITS', 'estimate_stains', 'spline_matrix', 'smooth_noise', 'fibre_noise', 'Core',
-           'pixel_centres', 'paint_core', 'choose_zone', 'Pattern', 'Glands', 'spaced_discs', 'gland_discs', 'waves',
-           'place_glands', 'window', 'offsets', 'draw_glands', 'ellipses', 'stamp_nuclei', 'Nucleus', 'varied_nuclei',
-           'ring_nuclei', 'pixels_of', 'grid_nuclei', 'no_glands', 'Tissue', 'add_benign', 'add_tumour', 'punch_holes',
-           'add_glands', 'Texture', 'paint_texture', 'soft_edge', 'paint_cytoplasm', 'stroma_nuclei', 'stain_amounts',
-           'paint_tissue', 'stain_image', 'PaintedBiopsy', 'check_painting', 'paint_biopsy', 'plan_cohort',
-           'assign_patients', 'PaintingTask', 'save_biopsy', 'painting_tasks', 'run_tasks', 'check_cohort_settings',
+           'pixel_centres', 'paint_core', 'Pattern', 'Glands', 'Nucleus', 'varied_nuclei', 'ring_nuclei', 'pixels_of',
+           'grid_nuclei', 'no_glands', 'Tissue', 'add_benign', 'add_tumour', 'punch_holes', 'add_glands',
+           'PaintedBiopsy', 'check_painting', 'paint_biopsy', 'plan_cohort', 'assign_patients', 'check_cohort_settings',
            'prepare_cohort_folder', 'write_cohort_manifest', 'write_cohort']
 
 # %% ../../nbs/slides/03_synthetic.ipynb #044bbbc7

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from streaming_pathology.cli.compare import sp_compare
+from streaming_pathology.cli.commands import sp_compare
 from streaming_pathology.evaluation.heatmaps import save_heatmap
 from streaming_pathology.evaluation.report import toy_run, write_report
 from streaming_pathology.evaluation.review import errors_of, read_categories

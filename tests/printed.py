@@ -16,7 +16,7 @@ MEASURED = {
     ('engine/09_ledger', 'd88142e2'): 'seconds of a step',
     ('engine/09_plan', '17ad241c'): 'times predicted from the speeds of this machine',
     ('engine/09_plan', 'e40d1bb9'): 'times predicted from the speeds of this machine',
-    ('evaluation/01_predict', 'i0000019'): 'seconds of each prediction',
+    ('evaluation/01_predict', '32033219'): 'seconds of each prediction',
 }
 
 # (notebook, id of a cell) -> why it writes to stderr, which is a failure in all other cells

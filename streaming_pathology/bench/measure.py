@@ -392,10 +392,11 @@ def where_measured(result: dict, device: str = 'cpu') -> str:
 
 # %% ../../nbs/bench/03_measure.ipynb #01f810f1
 def read_result(part: str, device: str = 'cpu', folder: str = '../results') -> dict:
-    "The committed result of a part; prints where it was measured."
+    "The committed result of a part; prints where it was measured. Empty where there is none yet."
     path = Path(folder) / f'{part}-{device}.json'
     if not path.exists():
-        raise InputError(f'{path} does not exist: sp_bench {path} --part {part} makes it')
+        print(f'not measured yet: sp_bench {path} --part {part} does it')
+        return {}
     result = json.loads(path.read_text())
     print(where_measured(result, device))
     return result

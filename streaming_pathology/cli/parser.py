@@ -53,8 +53,10 @@ def parser_of(kinds: tuple, program: str, description: str, example: str = '') -
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=Formatter,
+        add_help=False,
     )
-    groups = {}
+    groups = {'options': parser.add_argument_group('options')}
+    groups['options'].add_argument('-h', '--help', action='help', help='show this and exit')
     for kind in kinds:
         for name, each in kind.options().items():
             if each.default is dataclasses.MISSING:

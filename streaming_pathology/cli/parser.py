@@ -82,6 +82,8 @@ def help_of(each: dataclasses.Field) -> str:
     "The help text of a field, with its default."
     text = each.metadata['option'].help
     default = each.default
+    if isinstance(default, tuple):
+        default = ','.join(map(str, default))  # as it is typed
     if default not in (None, dataclasses.MISSING) and not isinstance(default, bool):
         text += f' (default: {default})'
     return text.replace('%', '%%')
@@ -107,10 +109,10 @@ def add_option(
         action = argparse.BooleanOptionalAction if each.default else 'store_true'
         group.add_argument(flag(name), dest=name, action=action, help=help_of(each))
         return
-    flags = list(dict.fromkeys([flag(name), f'--{name}']))  # --slide_spacing is understood as well
-    group.add_argument(
-        *flags, dest=name, type=reader(kind, name), metavar=name.upper(), help=help_of(each)
-    )
+    read = reader(kind, name)
+    group.add_argument(flag(name), dest=name, type=read, metavar=name.upper(), help=help_of(each))
+    if flag(name) != f'--{name}':  # --slide_spacing is understood as well
+        group.add_argument(f'--{name}', dest=name, type=read, help=argparse.SUPPRESS)
 
 # %% ../../nbs/cli/01_parser.ipynb #1e327eef
 def parse(

@@ -61,6 +61,19 @@ def test_options(told):
     assert found == (0, 'a.png (512, 256) 0.0002 None False True', '')
 
 
+def test_defaults_are_shown_as_they_are_typed():
+    @dataclass(kw_only=True)
+    class Painting(Settings):
+        command: ClassVar[str] = 'sp_painting'
+        size: tuple = option((512, 1024), 'of a slide', read=pixels)
+        slide_spacing: float = option(2.0, 'microns per pixel')
+
+    text = parser_of((Painting,), 'sp_painting', '').format_help()
+    assert '(default: 512,1024)' in text
+    assert text.count('options:') == 1
+    assert '--slide-spacing' in text and '--slide_spacing' not in text
+
+
 def test_both_spellings_of_an_option():
     assert parser_of((Toy,), 'sp_toy', '').parse_args(['a.png', '--dry-run']).dry_run
 

@@ -298,7 +298,7 @@ class PlainPatches(Dataset):
         self.slides = {}  # path -> open slide
         for number, (case, bag) in enumerate(zip(data.cases, bags)):
             top, left, *_ = tissue_box(Slide(case.path), data.spacing)
-            for patch_top, patch_left, _ in bag.places.tolist():
+            for patch_top, patch_left, _ in bag.positions.tolist():
                 position = str(case.path), number, top + patch_top, left + patch_left
                 self.positions.append(position)
 
@@ -335,7 +335,7 @@ def our_phase(network: nn.Module | None, loader: DataLoader) -> list[float]:
         return [row['logits'][0] for row in predict(network, loader, progress=False)]
     for item in loader:
         bag = item['image']
-        for places in bag.places.split(64):
+        for places in bag.positions.split(64):
             bag.patches(places)
     return []
 

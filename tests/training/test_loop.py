@@ -53,9 +53,9 @@ def three_classes(slides):
 
 
 @pytest.mark.parametrize(
-    'first, last, places', [(0, 9, [1, 4, 7]), (2, 9, [4, 7]), (5, 6, []), (8, 8, [])]
+    'first, last, positions', [(0, 9, [1, 4, 7]), (2, 9, [4, 7]), (5, 6, []), (8, 8, [])]
 )
-def test_places_of_a_rank(first, last, positions):
+def test_positions_of_a_rank(first, last, positions):
     class SecondOfThree(Alone):
         rank, size = 1, 3
 

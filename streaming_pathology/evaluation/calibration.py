@@ -8,7 +8,7 @@ __all__ = ['Calibration', 'calibration', 'plot_reliability', 'fit_temperature', 
 # %% ../../nbs/evaluation/04_calibration.ipynb #51ac50e9
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,6 +27,8 @@ from .evaluation import axis_or_new, in_legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+else:
+    Axes = Any  # matplotlib is loaded where something is drawn
 
 # %% ../../nbs/evaluation/04_calibration.ipynb #b8f7dad8
 @dataclass(frozen=True)

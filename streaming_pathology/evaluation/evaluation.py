@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -36,6 +36,8 @@ from ..io import finite_number, read_table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.typing import LegendLocType
+else:
+    Axes = LegendLocType = Any  # matplotlib is loaded where something is drawn
 
 # %% ../../nbs/evaluation/03_evaluation.ipynb #1c7744bb
 CURVES = Resampling(1000)  # of a band, unless another is asked for

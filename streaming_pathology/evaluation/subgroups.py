@@ -25,6 +25,8 @@ from .evaluation import axis_or_new
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+else:
+    Axes = Any  # matplotlib is loaded where something is drawn
 
 # %% ../../nbs/evaluation/05_subgroups.ipynb #sub000005
 def as_groups(

@@ -26,7 +26,9 @@ from .readers import Tiff, forget_operations, reason, transparent
 from .slides import Slide, checked_number, checked_pixels, glass_color
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch.nn import Module
+else:
+    Module = Any  # torch is loaded where a network is used
 
 # %% ../../nbs/slides/02_tissue.ipynb #df3da185
 def optical_density(
@@ -261,7 +263,7 @@ def network_mask(
     # a torch module, streamed or not, that takes (1, 3, height, width) between 0 and 1 (a streamed
     # one: 0 to 255) and gives logits: of tissue (1, 1, h, w), or of background and of each kind of
     # tissue (1, k, h, w)
-    network: 'nn.Module',
+    network: 'Module',
     spacing: float,  # microns per pixel that the network sees
 ) -> np.ndarray:
     "Tissue by a trained network, streamed over the slide; bool (h, w)."
@@ -311,7 +313,7 @@ def tissue_by_color(
 
 def tissue_from_source(
     slide: Slide | np.ndarray,
-    source: 'str | Path | nn.Module',  # as in `tissue_mask`
+    source: 'str | Path | Module',  # as in `tissue_mask`
     spacing: float,  # microns per pixel of `shape`
     shape: tuple[int, int],
 ) -> np.ndarray:
@@ -333,7 +335,7 @@ def tissue_mask(
     pen: bool = True,  # leave out `pen_marks`; False for other stains than haematoxylin and eosin
     # instead of colour: the path of a mask of the whole slide, as in `tissue_from_file`, or a
     # network, as in `network_mask`
-    source: 'str | Path | nn.Module | None' = None,
+    source: 'str | Path | Module | None' = None,
 ) -> tuple[np.ndarray, float]:
     """Where the tissue is: a mask, bool (height, width), and its spacing in microns per pixel.
 

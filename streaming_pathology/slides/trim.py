@@ -49,7 +49,9 @@ from streaming_pathology.slides.slides import (
 from .tissue import Biopsy, biopsies, distance_to, draw_tissue
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch.nn import Module
+else:
+    Module = Any  # torch is loaded where a network is used
 
 # %% ../../nbs/slides/07_trim.ipynb #4d8dbcd4
 LEAST_TURN = 1e-6  # radians; a frame that is turned by less counts as upright
@@ -332,7 +334,7 @@ class TrimTask:
     spacing: float | None  # microns per pixel of the slide; None: the file says it
     mask: Path | None  # absolute, of a mask of the whole slide; None: the tissue is to be found
     # finds the tissue if there is no mask; None: it is found by colour
-    network: 'nn.Module | None'
+    network: 'Module | None'
     weights: int | None  # checksum of that network
     out: Path  # the folder that is written
     settings: Trim
@@ -744,7 +746,7 @@ def check_together(cases: list[Case], others: list[Row], out: Path) -> None:
         raise InputError(several(start, problems))
 
 
-def weights_checksum(network: 'nn.Module | None') -> int | None:
+def weights_checksum(network: 'Module | None') -> int | None:
     """A checksum of a network's layers and weights; None without a network.
 
     Raises `InputError` if it is not a torch module."""
@@ -771,7 +773,7 @@ def trim_slides(
     progress: bool = True,  # a progress bar
     # a torch module that finds the tissue of slides without a mask, as in `network_mask`; sent to
     # the processes
-    network: 'nn.Module | None' = None,
+    network: 'Module | None' = None,
 ) -> dict:
     """Cut the biopsies of a cohort.
 
@@ -811,7 +813,7 @@ def trim_slides(
 
 # %% ../../nbs/slides/07_trim.ipynb #98a22b74
 def tasks_of(
-    cases: list[Case], out: Path, settings: Trim, network: 'nn.Module | None'
+    cases: list[Case], out: Path, settings: Trim, network: 'Module | None'
 ) -> dict[str, TrimTask]:
     "The task of each slide, by slide id. The network goes to those without a mask."
     checksum = weights_checksum(network)

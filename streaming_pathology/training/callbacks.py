@@ -9,7 +9,7 @@ __all__ = ['CSVLog', 'Tracker', 'TensorBoardLog', 'curves', 'LiveCurves', 'Early
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -22,6 +22,8 @@ from .loop import Callback, State, rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+else:
+    SummaryWriter = Any  # TensorBoard is an extra
 
 # %% ../../nbs/training/03_callbacks.ipynb #c06623ca
 class CSVLog(Callback):

@@ -24,6 +24,8 @@ from .loop import Alone, T
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+else:
+    Store = dist.Store
 
 # %% ../../nbs/training/06_distributed.ipynb #2b111bb8
 class Ranks(Alone):

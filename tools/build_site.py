@@ -3,10 +3,12 @@
 python tools/build_site.py               # ends with an error for a broken link or a warning
 """
 
+import ast
 import os
 import re
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 from nbdev.serve import proc_nbs
@@ -15,8 +17,32 @@ from smalldocs import layout
 from smalldocs.config import load
 from smalldocs.site import Site
 
+from streaming_pathology._modidx import d
+
 ROOT = Path(__file__).resolve().parent.parent
 CDN = layout.KATEX  # where smalldocs would have the reader's browser fetch KaTeX from
+
+
+@cache
+def hidden_links():
+    "Where nbdev would link what is not public: 'engine/ledger.html#size'."
+    links = set()
+    for symbols in d['syms'].values():
+        for name, (link, file) in symbols.items():
+            module = file.removesuffix('.py').replace('/', '.')
+            top = name.removeprefix(f'{module}.').partition('.')[0]
+            if top not in public_names(ROOT / file):
+                links.add(link)
+    return links
+
+
+@cache
+def public_names(path):
+    "The `__all__` of a module, which is not imported."
+    for node in ast.parse(path.read_text(encoding='utf-8')).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == '__all__':
+            return set(ast.literal_eval(node.value))
+    return set()
 
 
 class NbdevSite(Site):
@@ -40,10 +66,20 @@ class NbdevSite(Site):
         return super().find_page(target)
 
     def render_page(self, page):
-        "nbdev links the name of a private function too, whose documentation it does not show, and names in the comments of signatures, where a link is only its text: those names stay plain."
+        """nbdev links the name of a helper too, whose documentation it does not show, and names in
+        the comments of signatures, where a link is only its text: those names stay plain."""
         super().render_page(page)
         page.html = re.sub(r'\[(`[^`<]+`)\]\(/[^)<\s]*\)', r'\1', page.html)
-        page.html = re.sub(r'<a href="[^"]*\.html#_[^"]*"[^>]*>(.*?)</a>', r'\1', page.html)
+        folder = page.out.parent
+
+        def plain_if_hidden(link):
+            target = os.path.normpath(os.path.join(folder, link[1]))
+            is_private = link[1].partition('#')[2].startswith('_')
+            return link[2] if is_private or target in hidden_links() else link[0]
+
+        page.html = re.sub(
+            r'<a href="([^"]*\.html#[^"]*)"[^>]*>(.*?)</a>', plain_if_hidden, page.html
+        )
 
 
 def own_katex(out):

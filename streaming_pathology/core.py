@@ -21,6 +21,11 @@ def at_least_one(**values: float) -> None:
             raise InputError(f'{name} is {value}; it has to be a whole number, at least 1')
 
 
+def counted(number: int, one: str, more: str | None = None) -> str:
+    "A number with its noun: '1 slide', '2 slides'."
+    return f'{number} {one if number == 1 else more or one + "s"}'
+
+
 def message_lines(e: BaseException) -> list[str]:
     "The lines of an exception's message; its type, where it has no message."
     return str(e).strip().splitlines() or [type(e).__name__]

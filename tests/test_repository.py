@@ -81,6 +81,12 @@ def test_readme_is_the_index():
     assert not status, out
 
 
+def test_public_names_are_listed():
+    "tests/api.txt has the public names of the library with their parameters."
+    status, out = python('tools/api.py', '--check')
+    assert not status, out
+
+
 def test_readme_links():
     "Files that README.md points to are there."
     links = re.findall(

@@ -3,7 +3,6 @@
 python tools/build_site.py               # ends with an error for a broken link or a warning
 """
 
-import ast
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from api import public_names
 from nbdev.serve import proc_nbs
 from npm import PACKAGES, package
 from smalldocs import layout
@@ -27,22 +27,13 @@ CDN = layout.KATEX  # where smalldocs would have the reader's browser fetch KaTe
 def hidden_links():
     "Where nbdev would link what is not public: 'engine/ledger.html#size'."
     links = set()
-    for symbols in d['syms'].values():
-        for name, (link, file) in symbols.items():
-            module = file.removesuffix('.py').replace('/', '.')
+    for module, symbols in d['syms'].items():
+        names = public_names(ROOT / f'{module.replace(".", "/")}.py')
+        for name, (link, _) in symbols.items():
             top = name.removeprefix(f'{module}.').partition('.')[0]
-            if top not in public_names(ROOT / file):
+            if top not in names:
                 links.add(link)
     return links
-
-
-@cache
-def public_names(path):
-    "The `__all__` of a module, which is not imported."
-    for node in ast.parse(path.read_text(encoding='utf-8')).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == '__all__':
-            return set(ast.literal_eval(node.value))
-    return set()
 
 
 class NbdevSite(Site):

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import streaming_pathology.engine.streaming as engine
-from .measure import LAYOUTS, fresh, machine, noise, summary, timed
+from .measure import LAYOUTS, fresh, machine, noise, summary
 from .methods import loss, trunk
+from .processes import timed
 from ..engine.stream import stream
 
 # %% ../../nbs/bench/06_strips.ipynb #strips01

@@ -24,9 +24,9 @@ from streaming_pathology.bench.measure import (
     noise,
     plan_of,
     ratios,
-    timed,
 )
 from .methods import loss
+from .processes import timed
 from ..engine.ledger import Ledger
 from ..engine.plan import LEAST, Plan, lean_memory
 from ..engine.storage import source_of

@@ -18,8 +18,8 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .parser import Command, counted, main
-from ..core import InputError, one_line
+from .parser import Command, main
+from ..core import InputError, counted, one_line
 from ..io import several, write_whole
 from ..outputs import DONE, RUN, Output, absolute, output_file, staged
 from streaming_pathology.runs.settings import (
@@ -30,10 +30,11 @@ from streaming_pathology.runs.settings import (
     Settings,
     StreamingSettings,
     argument,
+    device_option,
     option,
     pixels,
     read_toml,
-    strip_rows,
+    strip_option,
 )
 
 # %% ../../nbs/cli/03_commands.ipynb #7cb6e6e0
@@ -122,21 +123,14 @@ class PredictSettings(Settings):
         'prediction',
         choices=('none', 'flips', 'all'),
     )
-    strip: int | str | None = option(
-        None,
-        'rows at a time, or auto; without it as in training',
-        'computation',
-        minimum=1,
-        read=strip_rows,
-        words=('auto',),
-    )
+    strip: int | str | None = strip_option()
     amp: str | None = option(
         None,
         'bf16, fp16 or none; without it as in training',
         'computation',
         choices=('bf16', 'fp16', 'none'),
     )
-    device: str = option('cpu', 'cuda for an accelerator', 'computation')
+    device: str = device_option()
     workers: int = option(0, 'processes that read slides ahead', 'computation', minimum=0)
 
 

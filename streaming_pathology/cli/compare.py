@@ -23,8 +23,7 @@ from matplotlib.axes import Axes
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from .parser import counted
-from ..core import InputError
+from ..core import InputError, counted
 from streaming_pathology.evaluation.auc import (
     DeLong,
     Estimate,
@@ -44,7 +43,7 @@ from streaming_pathology.evaluation.evaluation import (
     read_predictions,
 )
 from ..evaluation.pages import ACCENT, SECOND, figure_uri, html_page, table
-from ..evaluation.report import category_tables
+from ..evaluation.report_slides import category_tables
 from ..evaluation.review import Wrong, errors_of, numbered, read_categories
 from ..io import read_table, several, write_csv, write_whole
 from ..outputs import DONE, RUN, SYSTEM, absolute, uninterrupted

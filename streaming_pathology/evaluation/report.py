@@ -40,9 +40,6 @@ from streaming_pathology.evaluation.report_slides import (
     read_maps,
     write_slide,
 )
-from streaming_pathology.evaluation.report_slides import (
-    category_tables as category_tables,  # sp_compare shows them too, and finds them here
-)
 from .review import errors_of, read_categories
 from .viewer import copy_viewer
 from ..io import write_whole

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..core import InputError
+from ..core import InputError, counted
 from ..evaluation.gradients import smoothgrad
 from ..evaluation.heatmaps import patch_heatmap
 from streaming_pathology.evaluation.predict import (
@@ -569,10 +569,9 @@ def check_backbone(
         if case.split == 'test' and is_known:
             wrong.append(repr(case.slide_id))
     if wrong:
-        number = '1 slide' if len(wrong) == 1 else f'{len(wrong)} slides'
         raise InputError(
             several(
-                f"{number} to test on that the backbone's run {folder} has learnt from, or was "
+                f"{counted(len(wrong), 'slide')} to test on that the backbone's run {folder} has learnt from, or was "
                 'chosen by, or of such patients; give the splits that it had in the manifest',
                 wrong,
             )

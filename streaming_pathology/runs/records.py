@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import InputError
+from ..core import InputError, counted
 from ..evaluation.predict import label_columns
 from ..io import several, write_csv, write_whole
 from ..outputs import REPORT, RUN, claim
@@ -406,10 +406,9 @@ def check_learnt(
         if is_wrong:
             wrong.append(f'{case.slide_id!r} (now {case.split})')
     if wrong:
-        number = '1 slide' if len(wrong) == 1 else f'{len(wrong)} slides'
         raise InputError(
             several(
-                f'{number} for tuning or testing that this run has learnt from, or of such '
+                f'{counted(len(wrong), "slide")} for tuning or testing that this run has learnt from, or of such '
                 'patients; name the splits in the manifest, or give another folder',
                 wrong,
             )

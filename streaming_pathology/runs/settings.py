@@ -180,6 +180,23 @@ def strip_rows(text: str) -> int | str:
         raise ValueError(f'{text!r} is no number of rows; give one, or auto')
     return int(text)
 
+
+def strip_option() -> Any:
+    "The strip of a network that was trained already."
+    return option(
+        None,
+        'rows at a time, or auto; without it as in training',
+        'computation',
+        minimum=1,
+        read=strip_rows,
+        words=('auto',),
+    )
+
+
+def device_option() -> Any:
+    "What a command computes on."
+    return option('cpu', 'cuda for an accelerator', 'computation')
+
 # %% ../../nbs/runs/01_settings.ipynb #34d4faf8
 @dataclass(kw_only=True)
 class TrainingSettings(Settings):
@@ -335,7 +352,7 @@ class TrainingSettings(Settings):
         'computation',
         choices=('bf16', 'fp16'),
     )
-    device: str = option('cpu', 'cuda for an accelerator', 'computation')
+    device: str = device_option()
     workers: int = option(0, 'processes that read slides ahead', 'computation', minimum=0)
 
     # ---- what is written
@@ -570,15 +587,8 @@ class HeatmapSettings(Settings):
     )
     name: str = option('region', 'what QuPath calls them', 'regions')
     slide_spacing: float | None = option(None, SLIDE_SPACING, 'slides', above=0)
-    strip: int | str | None = option(
-        None,
-        'rows at a time, or auto; without it as in training',
-        'computation',
-        minimum=1,
-        read=strip_rows,
-        words=('auto',),
-    )
-    device: str = option('cpu', 'cuda for an accelerator', 'computation')
+    strip: int | str | None = strip_option()
+    device: str = device_option()
 
 # %% ../../nbs/runs/01_settings.ipynb #78f836a2
 Kind = TypeVar('Kind', bound=Settings)

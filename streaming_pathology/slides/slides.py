@@ -30,7 +30,7 @@ import openslide
 import pyvips
 from PIL import Image
 
-from ..core import InputError
+from ..core import InputError, counted
 from .readers import open_reader, reason, resolve_spacing
 
 # %% ../../nbs/slides/02_slides.ipynb #61282921
@@ -505,7 +505,7 @@ class Slide:
 
     def __repr__(self) -> str:
         height, width = self.size
-        levels = '1 level' if len(self.levels) == 1 else f'{len(self.levels)} levels'
+        levels = counted(len(self.levels), 'level')
         return (
             f'Slide({self.path.name}: {height} x {width} pixels of {self.spacing:.4g} microns, '
             f'{levels}, {self.format})'

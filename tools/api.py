@@ -1,20 +1,24 @@
-"""The public names of every module with their parameters, beside the committed list.
+"""tests/api.txt, the public names of every module with their parameters.
 
-A change of this list is a change that users see: it belongs into CHANGELOG.md. After it,
-`python tests/test_api.py` writes the list again."""
+A change of this list is a change that users see: it belongs into CHANGELOG.md.
+
+python tools/api.py                      # write the list
+python tools/api.py --check              # say how the library differs from it
+"""
 
 import ast
 import difflib
+import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'streaming_pathology'
 LIST = ROOT / 'tests/api.txt'
 
 
-def public_names(tree):
-    "What a module's `__all__` has."
-    for node in tree.body:
+def public_names(path):
+    "The `__all__` of a module, which is not imported."
+    for node in ast.parse(path.read_text(encoding='utf-8')).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == '__all__':
             return set(ast.literal_eval(node.value))
     return set()
@@ -48,8 +52,8 @@ def lines_of(name, node):
 
 def module_lines(path):
     "The public names of one module, one a line."
-    tree = ast.parse(path.read_text())
-    names = public_names(tree)
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    names = public_names(path)
     module = '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts)
     module = module.removesuffix('.__init__')
     lines = set()
@@ -67,11 +71,16 @@ def api():
     return [line for path in paths for line in module_lines(path)]
 
 
-def test_public_names():
-    expected, found = LIST.read_text().splitlines(), api()
-    changes = '\n'.join(difflib.unified_diff(expected, found, 'tests/api.txt', 'now', n=0))
-    assert not changes, f'{changes}\npython tests/test_api.py writes the list again'
+def changes():
+    "How the library differs from the list."
+    expected = LIST.read_text(encoding='utf-8').splitlines()
+    return '\n'.join(
+        difflib.unified_diff(expected, api(), 'tests/api.txt', 'now', n=0, lineterm='')
+    )
 
 
 if __name__ == '__main__':
-    LIST.write_text('\n'.join(api()) + '\n')
+    if sys.argv[1:] != ['--check']:
+        LIST.write_text('\n'.join(api()) + '\n', encoding='utf-8')
+    elif found := changes():
+        sys.exit(f'{found}\npython tools/api.py writes the list again')

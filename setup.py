@@ -1,12 +1,17 @@
 "Everything is in settings.ini; this hands it to setuptools."
 
 import runpy
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.develop import develop
+
+if sys.platform == 'win32':
+    # locks of folders and signals that stop a run are those of POSIX
+    sys.exit('streaming_pathology runs on Linux and macOS; on Windows, install it in WSL')
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=['='])
@@ -38,6 +43,7 @@ setup(
     author=cfg['author'],
     license='Apache-2.0',
     url=cfg['git_url'],
+    classifiers=['Operating System :: POSIX :: Linux', 'Operating System :: MacOS'],
     packages=find_packages(include=['streaming_pathology*']),
     include_package_data=True,
     package_data={
@@ -46,6 +52,7 @@ setup(
             'data/*',
             'data/openseadragon/*',
             'templates/*',
+            'templates/compare/*',
             'templates/report/*',
         ]
     },

@@ -8,6 +8,7 @@ __all__ = ['whole_file', 'write_whole', 'write_csv', 'locked', 'read_rows', 'rea
 # %% ../nbs/01_io.ipynb #a7dbd492
 import csv
 import difflib
+import fcntl
 import io
 import math
 import os
@@ -20,11 +21,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .core import InputError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where a folder cannot be locked
-    fcntl = None
 
 # %% ../nbs/01_io.ipynb #5d55d76c
 @contextmanager
@@ -90,10 +86,7 @@ def as_cell(value: Any) -> Any:
 def locked(folder: str | Path) -> Iterator[None]:
     """A lock on a folder, as long as the block runs. Raises `InputError` if another process has it.
 
-    On Windows, and on file systems without locks, there is none."""
-    if fcntl is None:
-        yield
-        return
+    On file systems without locks there is none."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

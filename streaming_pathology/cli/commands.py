@@ -130,7 +130,7 @@ class PredictSettings(Settings):
         'computation',
         choices=('bf16', 'fp16', 'none'),
     )
-    device: str = device_option()
+    device: str | None = device_option()
     workers: int = option(0, 'processes that read slides ahead', 'computation', minimum=0)
 
 
@@ -140,13 +140,13 @@ def predict(settings: PredictSettings) -> None:
     the slides."""
     from streaming_pathology.evaluation.predict import load_model, predict_table
     from streaming_pathology.runs.inputs import find_slides
-    from streaming_pathology.runs.runs import check_computation
+    from streaming_pathology.runs.runs import device_to_use
     from streaming_pathology.training.distributed import joined
 
-    check_computation(settings)
+    device = device_to_use(settings.device)
     inputs = [settings.checkpoint, settings.slides]
     table = r'slide_id,[^\n]*,seconds(,model,version)?\n'
-    with joined(settings.device) as (ranks, device):
+    with joined(device) as (ranks, device):
         out = ranks.first(lambda: output_file(settings.out, '.csv', inputs, table))
         model, card = load_model(settings.checkpoint, device, settings.strip)
         labels = (0, 1) if card['task']['name'] == 'binary' else None

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from fastcore.xml import FT, A, Div, Figure, Img, P, Span, Strong
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
@@ -42,7 +42,15 @@ from streaming_pathology.evaluation.evaluation import (
     plot_roc,
     read_predictions,
 )
-from ..evaluation.pages import ACCENT, SECOND, figure_uri, html_page, table
+from streaming_pathology.evaluation.pages import (
+    ACCENT,
+    SECOND,
+    Plot,
+    figure_uri,
+    html_page,
+    render,
+    table,
+)
 from ..evaluation.report_slides import category_tables
 from ..evaluation.review import Wrong, errors_of, numbered, read_categories
 from ..io import read_table, several, write_csv, write_whole
@@ -239,7 +247,7 @@ def check_unused(
     if wrong:
         raise InputError(
             several(
-                f'{side.name} has learnt from, or was chosen by, {counted(len(wrong), "slide")} '
+                f'{side.name} was trained or chosen on {counted(len(wrong), "slide")} '
                 f'of the split {split!r} of the other, or other slides of their patients; '
                 'compare on slides that neither was trained on',
                 dict.fromkeys(wrong),
@@ -473,10 +481,10 @@ def comparison_page(
 ) -> str:
     "The page of a comparison as HTML."
     sections = [
-        ('result', 'Result', result_section(comparison, sides, folder)),
-        ('figures', 'Figures', figures_section(comparison)),
-        ('errors', 'Errors', errors_section(sides, comparison.split, reviews)),
-        ('slides', 'Slides', slides_section(comparison)),
+        ('result', 'Result', [result_section(comparison, sides, folder)]),
+        ('figures', 'Figures', [figures_section(comparison)]),
+        ('errors', 'Errors', [errors_section(sides, comparison.split, reviews)]),
+        ('slides', 'Slides', [slides_section(comparison)]),
     ]
     return html_page(
         ' and '.join(comparison.names),
@@ -486,65 +494,46 @@ def comparison_page(
     )
 
 
-def result_section(comparison: Comparison, sides: Sequence[Side], folder: Path) -> tuple[FT, FT]:
+def result_section(comparison: Comparison, sides: Sequence[Side], folder: Path) -> Markup:
     "The difference with its interval, the ROC curves, and links to the two runs."
     first, second = comparison.names
-
-    curves = Img(
-        src=figure_uri(partial(plot_comparison, comparison)),
-        cls='plot',
-        alt=f'ROC curves of {first} and {second} with their bootstrap bands',
+    figure = Plot(
+        figure_uri(partial(plot_comparison, comparison)),
+        f'ROC curves of {first} and {second} with their bootstrap bands',
     )
-    unknown = [
-        f' What {side.name} was trained on is not known, as it lies in no run folder.'
+    runs = [
+        dict(name=side.name, report=report_of(side, folder), is_known=bool(side.splits))
         for side in sides
-        if not side.splits
     ]
-    links = [link_to_run(side, folder) for side in sides]
-    return (
-        Div(headline(comparison), Figure(curves), cls='answer'),
-        P('The runs: ', links[0], ' and ', links[1], '.', *unknown),
+    return render(
+        'compare/result.html',
+        names=comparison.names,
+        difference=comparison.delong.difference,
+        paired=comparison.paired,
+        interval=signed_interval(comparison.paired),
+        conclusion=comparison.conclusion,
+        n_slides=len(comparison.slides),
+        n_positive=comparison.n_positive,
+        n_patients=comparison.n_patients,
+        split=comparison.split,
+        figure=figure,
+        runs=runs,
     )
 
 
-def headline(comparison: Comparison) -> FT:
-    "The difference in large, and how it was found."
-    first, second = comparison.names
-    paired = comparison.paired
-    of_patients, units = '', 'slides'
-    if comparison.patient_ids:
-        of_patients, units = f', of {comparison.n_patients} patients', 'patients'
-    level = percent(paired.level)
-    return Div(
-        P(
-            Span(f'AUC of {first} less that of {second}', cls='eyebrow'),
-            Span(f'{comparison.delong.difference:+.3f}', cls='figure'),
-        ),
-        P(f'{level} interval ', Strong(signed_interval(paired))),
-        P(comparison.conclusion, cls='note'),
-        P(
-            f'{counted(len(comparison.slides), "slide")} of the {comparison.split} split, '
-            f'{comparison.n_positive} positive{of_patients}. The interval is the middle {level} of '
-            f'{paired.n_bootstrap:,} bootstrap resamples of {units}, on each of which both are '
-            f'evaluated (seed {paired.seed}).',
-            cls='small',
-        ),
-    )
-
-
-def link_to_run(side: Side, folder: Path) -> FT | str:
-    "The name of a side, as a link to the report of its run if there is one."
+def report_of(side: Side, folder: Path) -> str | None:
+    "The address of the report of a side's run, seen from `folder`; None if there is none."
     report = side.table.parent / DONE
     if not report.exists():
-        return side.name
-    return A(side.name, href=quote(os.path.relpath(report, folder)))
+        return None
+    return quote(os.path.relpath(report, folder))
 
 
-def figures_section(comparison: Comparison) -> tuple[FT]:
+def figures_section(comparison: Comparison) -> Markup:
     "Two tables: the figures of each side, and those of the difference."
     each = table('Each', ('', *comparison.names), rows_of_each(comparison))
     difference = table('The difference', ('', 'interval', 'p'), rows_of_tests(comparison))
-    return (Div(each, difference, cls='pair'),)
+    return render('compare/figures.html', tables=(each, difference))
 
 
 def rows_of_each(comparison: Comparison) -> list[tuple]:
@@ -581,33 +570,21 @@ def rows_of_tests(comparison: Comparison) -> list[tuple]:
     return rows
 
 
-def errors_section(
-    sides: Sequence[Side], split: str, reviews: Sequence[str | None]
-) -> tuple[FT, FT]:
+def errors_section(sides: Sequence[Side], split: str, reviews: Sequence[str | None]) -> Markup:
     "The errors of each side by their categories, as the paper's Table III."
     errors = {side.name: errors_in(side, split, review) for side, review in zip(sides, reviews)}
-    if any(reviews):
-        more = ', and what a reviewer wrote of them.'
-    else:
-        more = '; --categories takes what a reviewer wrote of them, as saved in the reports.'
-    text = (
-        'False positives and false negatives of each, at its own point of maximum accuracy on its '
-        f'slides of the split{more}'
-    )
-    return P(text), Div(*category_tables(errors), cls='pair')
+    return render('compare/errors.html', tables=category_tables(errors), is_reviewed=any(reviews))
 
 
-def slides_section(comparison: Comparison) -> tuple[FT, FT]:
+def slides_section(comparison: Comparison) -> Markup:
     "The 200 slides with the largest differences."
     rows = []
     for row in rows_of(comparison)[:200]:
         probabilities = f'{row["probability_a"]:.3f}', f'{row["probability_b"]:.3f}'
         rows.append((row['slide_id'], f'{row["label"]:g}', *probabilities))
     head = ('slide', 'label', *comparison.names)
-    return (
-        P('Sorted by the difference of the two, the largest first.'),
-        table('Slides', head, rows, hide=True, cls='numbers'),
-    )
+    slides = table('Slides', head, rows, hide=True, cls='numbers')
+    return render('compare/slides.html', table=slides)
 
 # %% ../../nbs/cli/02_compare.ipynb #ed56d55c
 def write_comparison(

@@ -211,7 +211,8 @@ def counted_anew(y: torch.Tensor, side: Side, kernel: int, stride: int, edge: in
     low, high = max(before - edge, 0), length - max(after - edge, 0)
     counted = (first + kernel).clamp(max=high) - first.clamp(min=low)
     shape = [-1] + [1] * (y.ndim - 1 - side.axis)
-    return y * (kernel / counted.view(shape).double()).to(y.dtype)
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    return y * (kernel / counted.view(shape).to(dtype)).to(y.dtype)
 
 # %% ../../nbs/engine/03_layers.ipynb #4aea87cc
 @rule('lp_pool2d')

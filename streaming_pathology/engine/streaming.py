@@ -667,9 +667,24 @@ class Record:
 
 # %% ../../nbs/engine/07_streaming.ipynb #a0db815a
 def random_numbers(device: torch.device) -> RandomNumbers:
-    "The state of the generators."
-    cuda = torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
-    return torch.get_rng_state(), cuda
+    "The states of the generators of the CPU and, where it is another one, of `device`."
+    if device.type == 'cuda':
+        return torch.get_rng_state(), torch.cuda.get_rng_state(device)
+    if device.type == 'mps':
+        return torch.get_rng_state(), torch.mps.get_rng_state()
+    return torch.get_rng_state(), None
+
+
+def set_random_numbers(states: RandomNumbers, device: torch.device) -> None:
+    "Set the generators to what `random_numbers` gave."
+    on_cpu, on_device = states
+    torch.set_rng_state(on_cpu)
+    if on_device is None:
+        return
+    if device.type == 'cuda':
+        torch.cuda.set_rng_state(on_device, device)
+    else:
+        torch.mps.set_rng_state(on_device)
 
 
 class same_numbers:
@@ -679,19 +694,13 @@ class same_numbers:
         self.state, self.device = state, device
 
     def __enter__(self) -> None:
-        if self.state is None:
-            return
-        numbers, cuda_numbers = self.state
-        cuda = self.device.type == 'cuda'
-        self.fork = torch.random.fork_rng([self.device] if cuda else [])
-        self.fork.__enter__()
-        torch.set_rng_state(numbers)
-        if cuda_numbers is not None:
-            torch.cuda.set_rng_state(cuda_numbers, self.device)
+        if self.state is not None:
+            self.before = random_numbers(self.device)
+            set_random_numbers(self.state, self.device)
 
     def __exit__(self, *error: Any) -> None:
         if self.state is not None:
-            self.fork.__exit__(*error)
+            set_random_numbers(self.before, self.device)
 
 # %% ../../nbs/engine/07_streaming.ipynb #94f6784a
 class StreamFunction(torch.autograd.Function):

@@ -256,8 +256,8 @@ def with_encoder(
     _, encoder = read_sealed(encoder_path)
     if encoder_hash(encoder, encoder_card) != encoder_card['sha256']:
         raise InputError(
-            f'{encoder_path} is another backbone than that whose features were learnt from; put '
-            'that back'
+            f'{encoder_path} is not the backbone whose features this network was trained on; put '
+            'that one back'
         )
     return weights | {f'encoder.{name}': value for name, value in encoder.items()}
 

@@ -33,7 +33,7 @@ from ..mil.features import FeatureMIL
 from ..mil.mil import InstanceMIL
 from ..outputs import Output, claim
 from .inputs import find_slides
-from .runs import check_computation
+from .runs import device_to_use
 from .settings import HeatmapSettings, flag
 from ..slides.datasets import SlideDataset
 from ..slides.readers import file_stamp
@@ -140,9 +140,9 @@ class MapRun:
     cannot be used, and for a folder that holds anything else."""
 
     def __init__(self, settings: HeatmapSettings) -> None:
-        check_computation(settings)
         self.settings = settings
-        self.model, self.card = load_model(settings.checkpoint, settings.device, settings.strip)
+        device = device_to_use(settings.device)
+        self.model, self.card = load_model(settings.checkpoint, device, settings.strip)
         self.check_method()
         self.cases = find_slides(
             settings.slides, settings.slide_spacing, None, columns=self.card['labels']
@@ -164,9 +164,7 @@ class MapRun:
                 f'--method {method}: this network looks at patches, whose map is --method patches'
             )
         if method == 'patches' and not of_patches:
-            raise InputError(
-                f'--method {method}: patches are a matter of networks of sp_mil; leave it out'
-            )
+            raise InputError(f'--method {method}: it is only for networks of sp_mil; leave it out')
         if method == 'attention' and not isinstance(self.model.head.pool, GatedAttention):
             raise InputError(
                 '--method attention: this network does not pool by attention; give another'
@@ -182,7 +180,7 @@ class MapRun:
         for name in sorted(self.unused()):
             if not self.settings.is_default(name):
                 raise InputError(
-                    f'{flag(name)} is no matter of --method {self.settings.method}; leave it out'
+                    f'{flag(name)} is not for --method {self.settings.method}; leave it out'
                 )
 
     def about(self) -> dict:

@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core import InputError, counted
+from ..engine.plan import budget
 from ..evaluation.gradients import smoothgrad
 from ..evaluation.heatmaps import patch_heatmap
 from streaming_pathology.evaluation.predict import (
@@ -85,7 +86,7 @@ class Method:
         settings = self.settings
         for name in DECIDED_BY_RECIPE:
             if not settings.is_default(name):
-                raise InputError(f'{flag(name)} is a matter of the recipe; leave out one of them')
+                raise InputError(f'{flag(name)} is set by the recipe; leave out one of them')
             setattr(settings, name, None)
         if settings.epochs is None:
             settings.epochs = sum(stage.epochs for stage in self.recipes[settings.recipe])
@@ -204,10 +205,15 @@ class Streaming(Method):
 
     recipes = dict(paper=paper_streaming)
 
+    def settle(self) -> None:
+        if self.settings.memory not in ('auto', 'least'):
+            budget(self.settings.memory)  # refuses what is no amount of memory
+        super().settle()
+
     def check_cases(self, cases: Sequence[Case]) -> None:
         if self.settings.recipe and not self.settings.weights:
             warnings.warn(
-                'the recipe trains the last block alone at first, on what the others have learnt '
+                'the recipe trains the last block alone at first, on what the others learned '
                 'before, and this network starts from random weights: give --weights'
             )
 
@@ -298,12 +304,11 @@ class PatchMethod(Method):
             names = ['aggregator'] if self.settings.top == 1 else ['aggregator', 'top']
             self.refuse(
                 names,
-                'is a matter of labels of slides, and with --annotation patches have labels of '
-                'their own',
+                'is only for labels of slides; with --annotation each patch has a label of its own',
             )
             self.positive_classes()
         else:
-            self.refuse(('classes', 'draws'), 'is a matter of --annotation')
+            self.refuse(('classes', 'draws'), 'is only for --annotation')
 
     def shown(self) -> dict:
         settings = self.settings
@@ -331,7 +336,7 @@ class Patches(PatchMethod):
     def refuse_others(self) -> None:
         super().refuse_others()
         names = ('backbone', 'views', 'features', 'dropout')
-        self.refuse(names, 'is a matter of --aggregator')
+        self.refuse(names, 'is only for --aggregator')
 
     def check_cases(self, cases: Sequence[Case]) -> None:
         settings = self.settings
@@ -378,14 +383,14 @@ class Embeddings(PatchMethod):
         super().refuse_others()
         self.refuse(
             ('freeze_until', 'recipe'),
-            'is a matter of networks that learn from patches, and the backbone of an aggregator '
-            'does not',
+            'is only for networks that are trained on patches; the backbone of an aggregator is '
+            'not trained',
         )
         if aggregators[settings.aggregator].k is None:
             with_top = [name for name, kind in aggregators.items() if kind.k]
-            self.refuse(('top',), f'is a matter of {", ".join(with_top)}')
+            self.refuse(('top',), f'is only for {", ".join(with_top)}')
         if settings.backbone:
-            self.refuse(('arch', 'pool', 'normalize'), 'is a matter of the --backbone itself')
+            self.refuse(('arch', 'pool', 'normalize'), 'is set by the --backbone')
             settings.backbone = absolute_backbone(settings.backbone)
 
     def build(self, task: Task = TWO_CLASSES, kept: Path | None = None) -> FeatureMIL:
@@ -445,7 +450,7 @@ class Embeddings(PatchMethod):
         trained_at = encoder.card.get('spacing', spacing)
         if trained_at != spacing:
             warnings.warn(
-                f'the backbone has learnt at {trained_at:g} microns per pixel, and is shown '
+                f'the backbone was trained at {trained_at:g} microns per pixel, and is shown '
                 f'{spacing:g}'
             )
 
@@ -486,7 +491,7 @@ class Embeddings(PatchMethod):
             check_backbone(Path(settings.backbone), cases)
         elif not settings.weights:
             warnings.warn(
-                'the backbone has random weights, of which little can be learnt; give --weights '
+                'the backbone has random weights, from which little can be learned; give --weights '
                 'or --backbone'
             )
 
@@ -560,9 +565,9 @@ def check_backbone(
     if not (folder / RUN.mark).exists() or not table.exists():
         return
     rows = read_table(table, ('slide_id', 'split'), ('patient_id',))
-    learnt = [row for row in rows if row['split'] in ('train', 'tuning')]
-    slides = {row['slide_id'] for row in learnt}
-    patients = {row['patient_id'] for row in learnt if row.get('patient_id')}
+    trained_on = [row for row in rows if row['split'] in ('train', 'tuning')]
+    slides = {row['slide_id'] for row in trained_on}
+    patients = {row['patient_id'] for row in trained_on if row.get('patient_id')}
     wrong = []
     for case in cases:
         is_known = case.slide_id in slides or case.patient_id in patients
@@ -571,8 +576,8 @@ def check_backbone(
     if wrong:
         raise InputError(
             several(
-                f"{counted(len(wrong), 'slide')} to test on that the backbone's run {folder} has learnt from, or was "
-                'chosen by, or of such patients; give the splits that it had in the manifest',
+                f"{counted(len(wrong), 'slide')} for testing that the backbone's run {folder} was trained "
+                'or chosen on, or of the same patients; give the splits that it had in the manifest',
                 wrong,
             )
         )

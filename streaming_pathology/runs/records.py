@@ -330,17 +330,17 @@ class Record(Callback):
         self.method = method
         self.settings = method.settings
         self.changed = {} if changed is None else changed
-        self.learnt = {}  # split -> `identity` of its cases
+        self.trained_on = {}  # split -> `identity` of its cases
         for split in ('train', 'tuning'):
-            self.learnt[split] = [identity(case) for case in cases if case.split == split]
+            self.trained_on[split] = [identity(case) for case in cases if case.split == split]
 
     def state_dict(self) -> dict:
-        return self.learnt
+        return self.trained_on
 
     def load_state_dict(self, state: dict) -> None:
-        for split, mine in self.learnt.items():
+        for split, mine in self.trained_on.items():
             former = [tuple(row) for row in state[split]]
-            self.learnt[split] = sorted({*mine, *former})
+            self.trained_on[split] = sorted({*mine, *former})
 
     def resumed(self, state: State) -> None:
         "Raises `InputError` if the training has ended and settings changed that it depends on."
@@ -388,14 +388,14 @@ def patience_of(value: int | str | None) -> float:
     return value if value else math.inf
 
 
-def check_learnt(
-    learnt: dict[str, list],  # the state of `Record`
+def check_held_out(
+    trained_on: dict[str, list],  # the state of `Record`
     cases: Sequence[Case],
 ) -> None:
     """Refuse validation (tuning) and test slides that a run was trained on, and test slides that
     have chosen its epochs. The same are slides of the same id, of the same patient, or of a file of
     the same name and size. Raises `InputError`."""
-    known = {split: [set(values) for values in zip(*rows)] for split, rows in learnt.items()}
+    known = {split: [set(values) for values in zip(*rows)] for split, rows in trained_on.items()}
     wrong = []
     for case in cases:
         is_wrong = False
@@ -408,8 +408,8 @@ def check_learnt(
     if wrong:
         raise InputError(
             several(
-                f'{counted(len(wrong), "slide")} for tuning or testing that this run has learnt from, or of such '
-                'patients; name the splits in the manifest, or give another folder',
+                f'{counted(len(wrong), "slide")} for tuning or testing that this run was trained '
+                'on, or of the same patients; name the splits in the manifest, or give another folder',
                 wrong,
             )
         )

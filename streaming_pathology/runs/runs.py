@@ -7,6 +7,8 @@ __all__ = ['Result', 'Run']
 
 # %% ../../nbs/runs/04_runs.ipynb #ff0ba3d3
 import json
+import os
+import sys
 import tomllib
 import warnings
 from collections import Counter
@@ -20,7 +22,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..core import InputError, one_line
-from ..engine.plan import budget
 from ..evaluation.heatmaps import fit_map, save_heatmap
 from streaming_pathology.evaluation.predict import (
     checked_card,
@@ -40,7 +41,7 @@ from streaming_pathology.runs.records import (
     FIXED,
     Record,
     changes,
-    check_learnt,
+    check_held_out,
     cohort_sha256,
     label_names,
     sentences,
@@ -48,7 +49,6 @@ from streaming_pathology.runs.records import (
 )
 from streaming_pathology.runs.settings import (
     MILSettings,
-    Settings,
     StreamingSettings,
     TrainingSettings,
     as_toml,
@@ -86,14 +86,25 @@ from ..training.recipes import run_recipe
 from ..training.tasks import Binary, Task, make_task
 
 # %% ../../nbs/runs/04_runs.ipynb #49cd7e26
-def check_computation(settings: Settings) -> None:
-    "Raises `InputError` for a device that is not there, and for a budget of memory that is none."
-    device = getattr(settings, 'device', None)
-    if device is not None:
-        check_device(device)
-    memory = getattr(settings, 'memory', 'auto')
-    if memory not in ('auto', 'least'):
-        budget(memory)
+def device_to_use(named: str | None) -> str:
+    """The device that is named or, if None is, the first that is there of cuda, mps and cpu, which
+    is then told on stderr. Raises `InputError` for a device that is not there."""
+    if named is not None:
+        check_device(named)
+        return named
+    device = first_device()
+    if os.environ.get('RANK', '0') == '0':
+        tqdm.write(f'computing on {device}', file=sys.stderr)
+    return device
+
+
+def first_device() -> str:
+    "The first device that is there of cuda, mps and cpu."
+    if torch.cuda.is_available():
+        return 'cuda'
+    if torch.backends.mps.is_available():
+        return 'mps'
+    return 'cpu'
 
 
 def check_device(device: str) -> None:
@@ -102,7 +113,7 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device)
     except Exception as e:
         why = one_line(e).split('.')[0].split(': ')[0]
-        raise InputError(f'--device {device}: {why}; use cpu, or cuda where there is one') from None
+        raise InputError(f'--device {device}: {why}; leave it out, or use cpu') from None
 
 # %% ../../nbs/runs/04_runs.ipynb #3b3bbcdd
 @dataclass
@@ -252,7 +263,7 @@ class Preparation:
         elif self.finished:
             return True
         if self.point is not None:
-            self.check_learnt(cases)
+            self.check_held_out(cases)
         return False
 
     def read_point(self) -> dict | None:
@@ -265,16 +276,16 @@ class Preparation:
             warnings.warn(f'{one_line(e)}; the run is finished all the same')
             return None
 
-    def check_learnt(self, cases: list[Case]) -> None:
-        "Refuse slides for testing that the run to be resumed was trained on: see `check_learnt`."
-        learnt = dict(self.point['callbacks']).get('Record')
-        if not learnt:
+    def check_held_out(self, cases: list[Case]) -> None:
+        "Refuse slides for testing that the run to be resumed was trained on: see `check_held_out`."
+        trained_on = dict(self.point['callbacks']).get('Record')
+        if not trained_on:
             raise InputError(
                 f'{self.run.given} was begun by a former version of this package, whose points do '
-                'not say which slides they learnt from; give another folder'
+                'not say which slides they were trained on; give another folder'
             )
         if self.changed:
-            check_learnt(learnt, cases)
+            check_held_out(trained_on, cases)
 
     def check_changes(self, now: dict) -> None:
         "Refuse to resume with settings that changed, if that was not accepted or is impossible."
@@ -617,7 +628,7 @@ class Run:
         range, and for settings that do not go together."""
         settings = self.settings
         settings.check()
-        check_computation(settings)
+        settings.device = device_to_use(settings.device)
         settings.manifest = str(absolute(settings.manifest))
         self.method.settle()
         features = getattr(settings, 'features', None)
@@ -708,8 +719,9 @@ def learn_cohort(
 ) -> str:
     "Train on cases, without a report. Returns a sentence on the test split."
     settings.check()
+    device = device_to_use(settings.device)
     run = Run(settings, folder)
     data = check_cohort(cases, settings.spacing, settings.size, cache=cache)
     model = run.method.build()
     update_batchnorm(model, data, settings.seed)
-    return Training(run, data, Binary(), Alone(), settings.device).go(model)
+    return Training(run, data, Binary(), Alone(), device).go(model)

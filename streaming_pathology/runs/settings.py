@@ -195,7 +195,8 @@ def strip_option() -> Any:
 
 def device_option() -> Any:
     "What a command computes on."
-    return option('cpu', 'cuda for an accelerator', 'computation')
+    help = 'cuda, mps or cpu (default: the first of these that is there)'
+    return option(None, help, 'computation')
 
 # %% ../../nbs/runs/01_settings.ipynb #34d4faf8
 @dataclass(kw_only=True)
@@ -352,7 +353,7 @@ class TrainingSettings(Settings):
         'computation',
         choices=('bf16', 'fp16'),
     )
-    device: str = device_option()
+    device: str | None = device_option()
     workers: int = option(0, 'processes that read slides ahead', 'computation', minimum=0)
 
     # ---- what is written
@@ -588,7 +589,7 @@ class HeatmapSettings(Settings):
     name: str = option('region', 'what QuPath calls them', 'regions')
     slide_spacing: float | None = option(None, SLIDE_SPACING, 'slides', above=0)
     strip: int | str | None = strip_option()
-    device: str = device_option()
+    device: str | None = device_option()
 
 # %% ../../nbs/runs/01_settings.ipynb #78f836a2
 Kind = TypeVar('Kind', bound=Settings)

@@ -45,14 +45,17 @@ def rng_state() -> dict:
     NumPy, torch, and torch on each GPU."""
     numpy_state: Any = np.random.get_state()  # a tuple, which NumPy's stubs say only half
     kind, words, *position = numpy_state
-    gpus = []
+    gpus, mps = [], None
     if torch.cuda.is_available():
         gpus = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        mps = torch.mps.get_rng_state()
     return dict(
         python=random.getstate(),
         numpy=(kind, words.tolist(), *position),
         torch=torch.get_rng_state(),
         cuda=gpus,
+        mps=mps,
     )
 
 
@@ -64,6 +67,8 @@ def set_rng_state(states: dict) -> None:
     torch.set_rng_state(states['torch'])
     for gpu, state in enumerate(states['cuda'][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(state, gpu)
+    if states.get('mps') is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states['mps'])
 
 # %% ../../nbs/training/03_loop.ipynb #357dfe50
 T = TypeVar('T')

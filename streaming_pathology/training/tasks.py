@@ -242,7 +242,7 @@ class Regression(Task):
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
         if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
             raise InputError(
-                f'a measure of mean {mean} and deviation {std} cannot be learnt: the labels have '
+                f'a measure of mean {mean} and deviation {std} cannot be learned: the labels have '
                 'to differ'
             )
         self.mean = float(mean)

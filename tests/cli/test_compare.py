@@ -405,7 +405,7 @@ def test_a_run_that_was_trained_on_a_test_slide_is_refused(copy, refused):
     table = rows(copy / 'cohort.csv')
     next(row for row in table if row['split'] == 'test')['split'] = 'train'
     write_csv(copy / 'cohort.csv', table)
-    refused(copy, 'has learnt from')
+    refused(copy, 'was trained or chosen on')
 
 
 def test_a_run_with_itself_is_refused(whole, refused):

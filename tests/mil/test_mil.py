@@ -142,7 +142,7 @@ def test_run_again(whole, tmp_path):
         (['--top', 0], '--top is 0'),
         (['--patch-batch', 0], '--patch-batch is 0'),
         (['--task', 'regression'], 'two classes'),
-        (['--recipe', 'paper'], '--lr is a matter of the recipe'),
+        (['--recipe', 'paper'], '--lr is set by the recipe'),
         (['--strip', 8], '--strip is no option'),
     ],
 )
@@ -503,17 +503,17 @@ def test_on_a_trained_backbone(whole, tmp_path, aggregator, more):
     [
         (['--aggregator', 'rnn'], 'how suspicious'),
         (['--aggregator', 'mil'], '--aggregator'),
-        (['--aggregator', 'abmil', '--top', 3], '--top is a matter of topk'),
-        (['--backbone', 'x.pt'], '--backbone is a matter of --aggregator'),
+        (['--aggregator', 'abmil', '--top', 3], '--top is only for topk'),
+        (['--backbone', 'x.pt'], '--backbone is only for --aggregator'),
         (['--aggregator', 'max', '--backbone', 'x.pt'], 'that is there'),
         (['--aggregator', 'max', '--views', 0], '--views'),
         (['--aggregator', 'max', '--dropout', 1], '--dropout'),
         (['--aggregator', 'max', '--freeze-until', 'layer4'], '--freeze-until'),
         (['--aggregator', 'clam', '--task', 'ordinal'], 'two classes'),
         (['--aggregator', 'max', '--backbone', 'torchvision:alexnet2'], 'has no network'),
-        (['--annotation', 'truth', '--aggregator', 'max'], '--aggregator is a matter of labels'),
+        (['--annotation', 'truth', '--aggregator', 'max'], '--aggregator is only for labels'),
         (['--annotation', 'outlines'], 'outlines'),
-        (['--classes', '2'], '--classes is a matter of --annotation'),
+        (['--classes', '2'], '--classes is only for --annotation'),
     ],
 )
 def test_settings_of_features(whole, tmp_path, capsys, options, says):
@@ -569,11 +569,11 @@ def test_annotations(tmp_path, capsys):
     assert float(rows(tmp_path / 'run/log.csv')[-1]['train_loss']) < 0.6
     text = painted.read_text()
     bare = tmp_path / 'cohort/bare.csv'
-    learnt = {r['slide_id'] for r in rows(tmp_path / 'run/cohort.csv') if r['split'] == 'train'}
+    learned = {r['slide_id'] for r in rows(tmp_path / 'run/cohort.csv') if r['split'] == 'train'}
     first = next(
         r
         for r in csv.DictReader(text.splitlines())
-        if r['label'] == '1' and r['slide_id'] in learnt
+        if r['label'] == '1' and r['slide_id'] in learned
     )
     bare.write_text(text.replace(first['truth'], ''))
     refused(capsys, ['mil', bare, tmp_path / 'x', *argv], 'has no annotation', first['slide_id'])

@@ -285,7 +285,7 @@ def test_what_was_changed_is_named(cohort, whole, halfway, capsys):
     )
     again('the cohort was another one', cohort=other)
     again(
-        '1 slide for tuning or testing that this run has learnt from',
+        '1 slide for tuning or testing that this run was trained on',
         's0',
         cohort=other,
         options=['--accept-changes'],
@@ -398,7 +398,7 @@ def test_what_was_learnt_is_never_tested_on(cohort, halfway, capsys):
         capsys,
         tried(4, (train, dict(patient_id='new')), (test, dict(patient_id=who))),
         f'{test!r} (now test)',
-    )  # a slide of a patient whose others were learnt from
+    )  # a slide of a patient whose others were learned from
     assert (
         cli.main(tried(4, (train, dict(split='', label='')), options=['--lr', 1e-5])) == 0
     )  # left out, and then back in another part

@@ -12,10 +12,10 @@ MEASURED = {
     ('bench/03_measure', '6876fa8a'): 'speed of the memory',
     ('bench/03_measure', '1e9ba2bf'): 'strips planned by the speeds of this machine',
     ('cli/03_commands', '8263f05f'): 'seconds of each prediction',
-    ('engine/09_ledger', 'b3466fa5'): 'speeds of this machine',
-    ('engine/09_ledger', 'd88142e2'): 'seconds of a step',
-    ('engine/09_plan', '17ad241c'): 'times predicted from the speeds of this machine',
-    ('engine/09_plan', 'e40d1bb9'): 'times predicted from the speeds of this machine',
+    ('engine/11_ledger', 'b3466fa5'): 'speeds of this machine',
+    ('engine/11_ledger', 'd88142e2'): 'seconds of a step',
+    ('engine/12_plan', '17ad241c'): 'times predicted from the speeds of this machine',
+    ('engine/12_plan', 'e40d1bb9'): 'times predicted from the speeds of this machine',
     ('evaluation/01_predict', '32033219'): 'seconds of each prediction',
 }
 

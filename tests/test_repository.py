@@ -305,7 +305,7 @@ def exists(name):
 
 
 def test_contributing_names_what_is_there():
-    "Files and names in CONTRIBUTING.md exist: `nbs/engine/07_streaming.ipynb`, `engine.rules.rule`."
+    "Files and names in CONTRIBUTING.md exist: `nbs/engine/09_streaming.ipynb`, `engine.rules.rule`."
     text = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
     quoted = re.findall(r'`([^`\n]+)`', text)
     files = [q for q in quoted if re.fullmatch(r'[\w./-]+\.(ipynb|py|md|ini|txt|toml|yml)', q)]

@@ -686,14 +686,14 @@ class ImageSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    wanted: bool = False  # its gradient is wanted
+    needs_grad: bool = False
     channels_last: bool = False
 
     def empty(self) -> torch.Tensor:
         "Such an image on the meta device. A clone, as forward may change it in place."
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         image = torch.empty(self.shape, dtype=self.dtype, device='meta', memory_format=layout)
-        return image.requires_grad_(self.wanted and self.dtype.is_floating_point).clone()
+        return image.requires_grad_(self.needs_grad and self.dtype.is_floating_point).clone()
 
 
 def trace(module: nn.Module, image: ImageSpec, seconds: float = 60.0) -> Graph:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from .graph import Call, Value, found_in, replaced
-from .windows import AnyWindow, Spread, Window
+from .windows import AnyWindow, TransposedWindow, Window
 
 # %% ../../nbs/engine/03_rules.ipynb #5b1601f7
 @dataclass(frozen=True)
@@ -56,11 +56,13 @@ class Op:
     tensors: Sequence[Map | Value]  # what `run` gets: maps, cut to what it reads, and others
     out: Rows
     window: AnyWindow = Window()
-    across: Window | Spread | None = Window()  # None: all columns are needed, and where they lie
+    across: Window | TransposedWindow | None = (
+        Window()
+    )  # None: all columns are needed, and where they lie
     pointwise: bool = False  # cheap, so it is done again on rows that are carried
     random: bool = False  # draws random numbers for each position
     alias: bool = False  # the output may share memory with the input
-    severs: bool = False  # no gradient passes through it
+    detaches: bool = False  # no gradient passes through it
     adjoint: 'Adjoint | None' = None  # its gradient by hand; else autograd finds it
     # drawn(device): a mask for the whole image, the last tensor
     drawn: Callable[[torch.device], torch.Tensor] | None = None
@@ -70,7 +72,7 @@ class Op:
 class Adjoint:
     """An operation and its gradient, where these are called so often that autograd's records cost
     more than they do: `forward(region, *tensors) -> result, saved`, and
-    `backward(gradient, saved, wanted) -> gradients of the tensors`, None where not `wanted`."""
+    `backward(gradient, saved, needs_grad) -> gradients of the tensors`, None where not `needs_grad`."""
 
     forward: Callable[..., tuple[torch.Tensor, Any]]
     backward: Callable[[torch.Tensor, Any, Sequence[bool]], Sequence[torch.Tensor | None]]

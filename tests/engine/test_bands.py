@@ -108,7 +108,7 @@ def test_bands_of_random_networks(
     # behind the bands: the whole outputs, to the loss, and back
     run, known, _ = played[0]
     program = run.program
-    leaves = [w.requires_grad_(o.number in run.wanted) for o, w in zip(program.outputs, whole)]
+    leaves = [w.requires_grad_(o.number in run.needs_grad) for o, w in zip(program.outputs, whole)]
     known.update(
         {
             **dict(zip((o.value for o in program.outputs), leaves)),

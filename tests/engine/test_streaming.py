@@ -557,7 +557,7 @@ def test_frozen_beginning_is_not_backpropagated():
     assert [
         o.call.layer
         for o in run.program.operations
-        if o.number in run.wanted and o.call.name == 'conv2d'
+        if o.number in run.needs_grad and o.call.name == 'conv2d'
     ] == ['4']
 
 

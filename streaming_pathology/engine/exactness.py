@@ -17,6 +17,7 @@ from torch.utils import _pytree as trees
 
 from .canvas import Canvas
 from .streaming import Streamed
+from .windows import StreamingError
 
 # %% ../../nbs/engine/15_exactness.ipynb #8b3c9c93
 def difference(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
@@ -46,8 +47,13 @@ def outputs_and_gradients(
     leaves: Sequence[torch.Tensor],
     seed: int = 0,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    "The output tensors of `network(image)`, and the gradients of `leaves` from a random sum of them."
+    """The output tensors of `network(image)`, and the gradients of `leaves` from a random sum of them.
+    Raises `StreamingError` if there is no tensor in the output."""
     outputs = [y for y in trees.tree_leaves(network(image)) if isinstance(y, torch.Tensor)]
+    if not outputs:
+        raise StreamingError(
+            f'{type(network).__name__} gives no tensor, so there is nothing to compare'
+        )
     generator = torch.Generator(outputs[0].device).manual_seed(seed)
     ends = [y for y in outputs if y.requires_grad]
     if not ends:

@@ -12,6 +12,7 @@ import random
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Value:
     shape: tuple[int, ...]
     dtype: torch.dtype
     path: str = ''  # of a parameter or a buffer: its name in the network
-    memory: int = 0  # values that share memory have the same number
+    storage: int = 0  # values that share memory have the same number
     fill: float | None = None  # the number that all of it is, if that is known
 
     @property
@@ -62,10 +63,10 @@ class Call:
     outputs: tuple[Value, ...] = ()
     several: bool = False  # the function returns a tuple or list
     inplace: bool = False  # it writes into its first argument and returns it
-    writes: tuple[int, ...] = ()  # the memory of the arguments into which it writes
+    writes: tuple[int, ...] = ()  # storages of the arguments into which it writes
     grad: bool = True  # gradients were enabled
     layer: str = ''  # path of the layer in the network
-    kind: str = ''  # class of the layer
+    layer_type: str = ''  # class of the layer
     line: str = ''  # where the call stands in the source
 
     @property
@@ -76,8 +77,8 @@ class Call:
     def where(self) -> str:
         "How a person would call the place: the layer in the network and its type, or the line."
         if self.layer:
-            return f"layer '{self.layer}' ({self.kind})"
-        return f"'{self.name}' in the forward of {self.kind} ({self.line})"
+            return f"layer '{self.layer}' ({self.layer_type})"
+        return f"'{self.name}' in the forward of {self.layer_type} ({self.line})"
 
     def __repr__(self) -> str:
         made = ', '.join(value.name for value in self.outputs)
@@ -153,9 +154,14 @@ def raw_name(function: Callable[..., Any]) -> str:
     return name if is_torchs(function) else f'{function.__module__}.{name}'
 
 
+def in_torch(module: str) -> bool:
+    "Whether a module is PyTorch's own: torch.nn is, torchvision is not."
+    return module.partition('.')[0] == 'torch'
+
+
 def is_torchs(function: Callable[..., Any]) -> bool:
     "Whether a function is PyTorch's, not one that calls `handle_torch_function` itself."
-    return (getattr(function, '__module__', None) or 'torch').partition('.')[0] == 'torch'
+    return in_torch(getattr(function, '__module__', None) or 'torch')
 
 
 def plain_name(function: Callable[..., Any]) -> str:
@@ -230,17 +236,19 @@ answers = {
     'type': type_name,
 }
 
-# %% ../../nbs/engine/02_graph.ipynb #782597a4
-low_precision = set(
+# %% ../../nbs/engine/02_graph.ipynb #82381c0b
+LOW_PRECISION = set(
     'prelu conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear '
-    'matmul mm bmm mv addmm addbmm addmv baddbmm einsum '
+    'matmul mm bmm addmm addbmm baddbmm einsum inner tensordot '
     'scaled_dot_product_attention'.split()
 )
-wide_on_cuda = set(
+LOW_ON_CUDA = {'mv', 'addmv'}
+FLOAT32_ON_CUDA = set(
     'exp expm1 log log2 log10 log1p pow reciprocal rsqrt acos asin tan cosh sinh '
     'softplus softmax softmin log_softmax layer_norm group_norm norm normalize cumsum '
-    'cumprod prod sum cosine_similarity'.split()
+    'cumprod prod sum cosine_similarity cdist mse_loss'.split()
 )
+FLOAT32_ON_CPU = {'prod', 'trace', 'cdist', 'mse_loss', 'local_response_norm'}
 
 
 def autocast_type(device: torch.device) -> torch.dtype | None:
@@ -273,12 +281,14 @@ def as_under_autocast(
     if dtype is None:
         return args, kwargs
     if device.type == 'cuda':
-        in_float32 = name in wide_on_cuda
+        in_float32 = name in FLOAT32_ON_CUDA
+        in_low_precision = name in LOW_PRECISION | LOW_ON_CUDA
     else:
-        in_float32 = name == 'pad' and pads_by_copies(*args, **kwargs)
+        in_float32 = name in FLOAT32_ON_CPU or name == 'pad' and pads_by_copies(*args, **kwargs)
+        in_low_precision = name in LOW_PRECISION
     if in_float32:
         dtype = torch.float32
-    elif name not in low_precision:
+    elif not in_low_precision:
         return args, kwargs
 
     def cast(tensor):
@@ -298,17 +308,20 @@ def precision_modes() -> tuple[Any, ...]:
         *map(torch.get_autocast_dtype, types),
     )
 
-# %% ../../nbs/engine/02_graph.ipynb #d561515b
-def memory_of(tensor: torch.Tensor) -> int:
+# %% ../../nbs/engine/02_graph.ipynb #232bc279
+def storage_of(tensor: torch.Tensor) -> int:
     "A number that tensors have in common if they are views of the same memory."
     return tensor.untyped_storage()._cdata
 
 
+LIBRARIES = Path(torch.__file__).parent, Path(inspect.getfile(StreamingError)).parent
+
+
 def is_users(file: str) -> bool:
-    "Whether a source file is neither PyTorch's nor this module's."
-    return file != is_users.__code__.co_filename and not file.startswith(
-        str(Path(torch.__file__).parent)
-    )
+    "Whether a source file is neither PyTorch's nor the engine's."
+    if file == is_users.__code__.co_filename:  # in a notebook, where no file is the engine's
+        return False
+    return not any(Path(file).is_relative_to(folder) for folder in LIBRARIES)
 
 
 def caller() -> str:
@@ -324,9 +337,9 @@ def caller() -> str:
 def line_of(error: Exception) -> str:
     "File and line of the user's code in which `error` was raised."
     frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
-    return (
-        f'{Path(frames[-1].filename).name}, line {frames[-1].lineno}' if frames else 'unknown line'
-    )
+    if not frames:
+        return 'unknown line'
+    return f'{Path(frames[-1].filename).name}, line {frames[-1].lineno}'
 
 
 def function_applied() -> str | None:
@@ -340,7 +353,20 @@ def function_applied() -> str | None:
         frame = frame.f_back
     return None
 
-# %% ../../nbs/engine/02_graph.ipynb #c74ec436
+# %% ../../nbs/engine/02_graph.ipynb #5957fe1e
+@dataclass
+class Known:
+    "A tensor of a trace, and what it stands for."
+
+    tensor: torch.Tensor  # held, or its id might be given to another one
+    value: Value
+    version: int  # how often its memory had been written into, through whatever view
+
+    @property
+    def was_written(self) -> bool:
+        return self.tensor._version != self.version
+
+
 class Recorder(TorchFunctionMode):
     """Records the calls of the thread in which it is active. `device` is the one that the meta
     device stands for; after `seconds` tracing is given up."""
@@ -350,8 +376,7 @@ class Recorder(TorchFunctionMode):
         self.device, self.seconds, self.began = device, seconds, time.monotonic()
         self.modes = precision_modes()
         self.calls: list[Call] = []
-        # id of a tensor -> the tensor, what it stands for, and its version then
-        self.known: dict[int, tuple[torch.Tensor, Value, int]] = {}
+        self.known: dict[int, Known] = {}  # by the id of the tensor
         self.layers = [('', 'the network')]
         self.names: dict[str, int] = {}
         self.running = 'nothing'
@@ -359,7 +384,7 @@ class Recorder(TorchFunctionMode):
 
     def note(self, tensor: torch.Tensor, value: Value) -> Value:
         "From now on `tensor` stands for `value`."
-        self.known[id(tensor)] = tensor, value, tensor._version
+        self.known[id(tensor)] = Known(tensor, value, tensor._version)
         return value
 
     def value(self, tensor: torch.Tensor) -> Value:
@@ -369,20 +394,20 @@ class Recorder(TorchFunctionMode):
                 f'{self.where()} uses a tensor that is neither a parameter nor a '
                 'buffer: register_buffer it, or use a number.'
             )
-        _, value, version = self.known[id(tensor)]
-        if tensor._version != version:
+        known = self.known[id(tensor)]
+        if known.was_written:
             raise StreamingError(
                 f'{self.where()} reads a map of which a view was changed in place: '
                 'make the change out of place.'
             )
-        return value
+        return known.value
 
     def where(self, line: str | None = None) -> str:
         "The place where forward is now."
-        path, kind = self.layers[-1]
+        path, layer_type = self.layers[-1]
         if path:
-            return f"layer '{path}' ({kind})"
-        return f"'{self.running}' in the forward of {kind} ({line or caller()})"
+            return f"layer '{path}' ({layer_type})"
+        return f"'{self.running}' in the forward of {layer_type} ({line or caller()})"
 
     def __torch_function__(
         self,
@@ -428,37 +453,53 @@ class Recorder(TorchFunctionMode):
         values = replaced((tuple(args), dict(kwargs)), torch.Tensor, self.value)
         out = self.run(function, args, kwargs)
         results = tensors_in(out)
-        changed = [t for t in given if t._version != self.known[id(t)][2]]
-        fresh = [
-            t for t in results if id(t) not in self.known or t._version != self.known[id(t)][2]
-        ]
-        if not fresh and not changed:
+        changed = [tensor for tensor in given if self.known[id(tensor)].was_written]
+        if not changed and not any(self.is_new(tensor) for tensor in results):
             self.check_harmless(function, given, out)
             return out
+        self.calls.append(self.new_call(function, values, out, changed))
+        if not is_torchs(function):
+            self.ends.update(tensor.grad_fn for tensor in results)
+        return out
+
+    def is_new(self, tensor: torch.Tensor) -> bool:
+        "Whether a result of a call stands for a new value: one made, or one written into."
+        known = self.known.get(id(tensor))
+        return known is None or known.was_written
+
+    def new_call(
+        self,
+        function: Callable[..., Any],
+        values: tuple[tuple[Any, ...], dict[str, Any]],  # its arguments, with values for tensors
+        out: Any,
+        changed: list[torch.Tensor],  # arguments into which it has written
+    ) -> Call:
+        "A call that has just run; from now on its results stand for new values."
         name = plain_name(function)
-        path, kind = self.layers[-1]
-        returned = any(t is r for t in changed for r in results)
+        args, kwargs = values
+        path, layer_type = self.layers[-1]
+        results = tensors_in(out)
         call = Call(
             function,
             name,
-            *values,
+            args,
+            kwargs,
             several=not isinstance(out, torch.Tensor),
             layer=path,
-            kind=kind,
-            inplace=returned,
-            writes=tuple(map(memory_of, changed)),
+            layer_type=layer_type,
+            inplace=any(tensor is result for tensor in changed for result in results),
+            writes=tuple(map(storage_of, changed)),
             grad=self.grad_mode(),
             line='' if path else caller(),
         )
         for tensor in changed:  # written on the side, as running statistics are
-            self.note(tensor, self.known[id(tensor)][1]).fill = None
-        call.outputs = tuple(self.note(t, self.named(name, path, t)) for t in results)
+            self.note(tensor, self.known[id(tensor)].value).fill = None
+        call.outputs = tuple(
+            self.note(tensor, self.named(name, path, tensor)) for tensor in results
+        )
         if name in ('zeros', 'ones') and 'out' not in kwargs:
             call.outputs[0].fill = float(name == 'ones')
-        self.calls.append(call)
-        if not is_torchs(function):
-            self.ends.update(t.grad_fn for t in results)
-        return out
+        return call
 
     def check_harmless(
         self, function: Callable[..., Any], given: list[torch.Tensor], out: Any
@@ -478,7 +519,7 @@ class Recorder(TorchFunctionMode):
         name = f'{path}.{name}' if path else name
         self.names[name] = number = self.names.get(name, 0) + 1
         name = name if number == 1 else f'{name}:{number}'
-        return Value(name, tuple(tensor.shape), tensor.dtype, memory=memory_of(tensor))
+        return Value(name, tuple(tensor.shape), tensor.dtype, storage=storage_of(tensor))
 
     def grad_mode(self) -> bool:
         "Whether gradients are on. What a trace would lose by a change of modes is refused."
@@ -499,7 +540,7 @@ class Recorder(TorchFunctionMode):
 
     def fixed(self) -> set[Value]:
         "The values that are computed from parameters and buffers alone."
-        found = {value for _, value, _ in self.known.values() if value.path}
+        found = {known.value for known in self.known.values() if known.value.path}
         for call in self.calls:
             if call.inputs and found.issuperset(call.inputs):
                 found.update(call.outputs)
@@ -545,40 +586,58 @@ def comparable(value: object, depth: int = 3) -> Any:
     objects the attributes, to some `depth`."""
     if isinstance(value, (bool, int, float, str, type(None))):
         return type(value), value
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list, deque)):
         return [comparable(part, depth) for part in value]
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(value)
+    if isinstance(value, bytearray):
+        return type(value), bytes(value)
     if isinstance(value, dict):
         return {key: comparable(part, depth) for key, part in value.items()}
     if isinstance(value, torch.Tensor):
         return Same(value), value.shape, value.dtype, value.requires_grad
     if isinstance(value, np.ndarray):
         return Same(value), value.tobytes()
-    if depth and has_settings(value):
-        return Same(value), comparable(vars(value), depth - 1)
+    if depth and may_have_settings(value):
+        return Same(value), comparable(attributes(value), depth - 1)
     return Same(value)
 
 
-def has_settings(value: object) -> bool:
-    "Whether `value` is an object of a user's class, whose attributes a forward may read."
-    if isinstance(value, (nn.Module, type, FunctionType)) or not hasattr(value, '__dict__'):
+def may_have_settings(value: object) -> bool:
+    "Whether `value` may be an object of a user's class, whose attributes a forward may read."
+    if isinstance(value, (nn.Module, type, FunctionType)):
         return False
-    return not type(value).__module__.startswith('torch')
+    return not in_torch(type(value).__module__)
+
+
+def attributes(value: object) -> dict[str, Any]:
+    "The attributes of an object, those in slots too."
+    found = dict(getattr(value, '__dict__', {}))
+    for each in type(value).__mro__:
+        slots = vars(each).get('__slots__', ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            if name.startswith('__') and not name.endswith('__'):
+                name = f'_{each.__name__.lstrip("_")}{name}'  # as Python calls it
+            if hasattr(value, name):
+                found[name] = getattr(value, name)
+    return found
+
+
+PLAIN = bool, int, float, str, tuple, list, dict, set, frozenset, deque, bytearray, type(None)
 
 
 def class_settings(classes: Iterable[type]) -> dict[type, dict[str, Any]]:
     "The plain attributes of classes that are the user's, which a forward may read."
     found = {}
-    for kind in dict.fromkeys(base for each in classes for base in each.__mro__):
-        if not kind.__module__.startswith(('torch', 'builtins')):
-            found[kind] = {
-                key: comparable(value)
-                for key, value in vars(kind).items()
-                if not key.startswith('__') and isinstance(value, PLAIN)
-            }
+    for each in dict.fromkeys(base for layer in classes for base in layer.__mro__):
+        if in_torch(each.__module__) or each is object:
+            continue
+        found[each] = {
+            name: comparable(value)
+            for name, value in vars(each).items()
+            if not name.startswith('__') and isinstance(value, PLAIN)
+        }
     return found
-
-
-PLAIN = bool, int, float, str, tuple, list, dict, type(None)
 
 # %% ../../nbs/engine/02_graph.ipynb #ae6a79bb
 def fingerprint(module: nn.Module) -> list[Any]:
@@ -705,15 +764,15 @@ def trace(module: nn.Module, image: ImageSpec, seconds: float = 60.0) -> Graph:
     for _ in range(3):  # another thread may have drawn the numbers
         try:
             with no_numbers_drawn():
-                return traced(module, image, seconds)
+                return traced_once(module, image, seconds)
         except Drawn:
             continue
     with no_numbers_drawn():
-        return traced(module, image, seconds)
+        return traced_once(module, image, seconds)
 
-# %% ../../nbs/engine/02_graph.ipynb #205603ad
-def traced(module: nn.Module, image: ImageSpec, seconds: float) -> Graph:
-    "As `trace`, once."
+# %% ../../nbs/engine/02_graph.ipynb #5731adf1
+def traced_once(module: nn.Module, image: ImageSpec, seconds: float) -> Graph:
+    "One attempt of `trace`, which does not look whether random numbers are drawn meanwhile."
     enabled = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(enabled):
         network, recorder = copied(module, Recorder(image.device, seconds))
@@ -732,7 +791,7 @@ def copied(module: nn.Module, recorder: Recorder) -> tuple[nn.Module, Recorder]:
     "A copy of a network on the meta device, and the recorder that knows its tensors and layers."
     network = on_meta(module)
     for path, tensor in (*network.named_parameters(), *network.named_buffers()):
-        value = Value(path, tuple(tensor.shape), tensor.dtype, path, memory_of(tensor))
+        value = Value(path, tuple(tensor.shape), tensor.dtype, path, storage_of(tensor))
         recorder.note(tensor, value)
     follow_layers(network, recorder)
     return network, recorder
@@ -745,7 +804,7 @@ def follow_layers(network: nn.Module, recorder: Recorder) -> None:
         layer.register_forward_pre_hook(lambda *_, place=place: recorder.layers.append(place))
         layer.register_forward_hook(lambda *_: recorder.layers.pop() and None)
 
-
+# %% ../../nbs/engine/02_graph.ipynb #8a1d3e6c
 def recorded_forward(
     network: nn.Module, x: torch.Tensor, recorder: Recorder, module: nn.Module, image: ImageSpec
 ) -> Any:
@@ -783,7 +842,7 @@ def too_small(module: nn.Module, image: ImageSpec, recorder: Recorder) -> bool:
         return len(larger.calls) > len(recorder.calls)
     return True
 
-
+# %% ../../nbs/engine/02_graph.ipynb #600141b1
 def check_unchanged(network: nn.Module, before: list[Any], recorder: Recorder) -> None:
     "Refuse a forward that changes attributes of its layers, which happens in a copy here."
     hooks = ('_forward_hooks', '_forward_pre_hooks')
@@ -804,7 +863,8 @@ def check_unchanged(network: nn.Module, before: list[Any], recorder: Recorder) -
 
 
 def check_functions(out: object, recorder: Recorder) -> None:
-    "Refuse a backward of one's own that left no other sign. A function that is one call keeps its."
+    """Refuse an `autograd.Function` of the user's own whose forward was taken apart into calls. (One
+    that was recorded as a single call keeps its backward.)"""
     seen, left = set(recorder.ends), [t.grad_fn for t in tensors_in(out)]
     while left:
         node = left.pop()

@@ -181,12 +181,12 @@ def fold_pair(conv: Call, norm: Call, apart: bool) -> list[Call]:
         several=True,
         grad=norm.grad,
         layer=conv.layer,
-        kind=conv.kind,
+        layer_type=conv.layer_type,
     )
     how = {k: own[k] for k in ('stride', 'padding', 'dilation', 'groups') if own[k] is not None}
     (out,) = norm.outputs
     place: dict[str, Any]
-    place = dict(layer=conv.layer, kind=conv.kind, line=conv.line, grad=conv.grad)
+    place = dict(layer=conv.layer, layer_type=conv.layer_type, line=conv.line, grad=conv.grad)
     if not apart:
         args = own['input'], weight, shift
         return [fold, Call(F.conv2d, 'conv2d', args, how, (out,), **place)]
@@ -209,7 +209,14 @@ def once_for_image(
 ) -> Call:
     "The call that draws a mask before the strips."
     return Call(
-        drawn, 'drawn', (device,), {}, (value,), grad=False, layer=call.layer, kind=call.kind
+        drawn,
+        'drawn',
+        (device,),
+        {},
+        (value,),
+        grad=False,
+        layer=call.layer,
+        layer_type=call.layer_type,
     )
 
 
@@ -271,9 +278,9 @@ class Program:
         """Refuse what would see other values if the parts ran one after the other: a tensor that is
         changed after maps were computed with it, or read before the strips and changed after them."""
         first = not any(value in self.maps or value in self.late for value in call.inputs)
-        memory = {value.memory for value in call.inputs if value not in self.maps} - {0}
+        storages = {value.storage for value in call.inputs if value not in self.maps} - {0}
         if (first and self.read_later.intersection(call.writes)) or (
-            first and self.written_later.intersection(memory)
+            first and self.written_later.intersection(storages)
         ):
             raise StreamingError(
                 f'{call.where()} changes or reads in place a tensor that the image has '
@@ -290,7 +297,7 @@ class Program:
             op = self.rule(call)
             self.check_shapes(call, op)
         except Refused as e:
-            why = f'attends across rows ({e})' if 'Attention' in call.kind else e
+            why = f'attends across rows ({e})' if 'Attention' in call.layer_type else e
             raise StreamingError(
                 f'{call.where()} {why}, and cannot be streamed: {advice(call, self)}.'
             ) from None

@@ -93,7 +93,8 @@ def beside_plain(
         found = compare(ways, case, repeats, log)
         result['comparisons'].append({**found, 'half_of_plain': total})
     for times_larger in (1, 2, 3):
-        size = [times_larger * side for side in sizes[0]]
+        height, width = sizes[0]
+        size = times_larger * height, times_larger * width
         # contiguous: in channels_last the gradient of the first convolution's weight takes minutes
         # where its output has more than 2**27 values (PyTorch 2.15 on a CPU)
         case = make_case('resnet18', 'layer4', size, device=device)

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from .methods import Step, trunk
-from .processes import fresh_process, process_status, timed
+from .processes import fresh_process, memory_now, timed
 from ..core import InputError
 from ..engine.canvas import Canvas
 from ..engine.ledger import size as text_size
@@ -158,7 +158,8 @@ def prepare(way: dict, case: dict, threads: int) -> tuple[Callable, Callable, Ca
     "The step, what clears its gradients and what makes an image; 'bf16' is autocast."
     torch.set_num_threads(threads)
     device, layout = torch.device(case['device']), layout_of(way, case)
-    step = Step(network_of(case).to(device, memory_format=layout), **way)
+    network = network_of(case).to(device).to(memory_format=layout)
+    step = Step(network, **way)
 
     def run(x):
         with torch.autocast(device.type, torch.bfloat16, enabled=case['dtype'] == 'bf16'):
@@ -189,11 +190,14 @@ class PeakMemory:
         else:
             ctypes.CDLL(None).malloc_trim(0)
             Path('/proc/self/clear_refs').write_text('5')  # the high-water mark begins anew
-            self.before = process_status('VmRSS')
+            self.before = memory_now()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.peak = torch.cuda.max_memory_allocated() if self.cuda else process_status('VmHWM')
+        if self.cuda:
+            self.peak = torch.cuda.max_memory_allocated()
+        else:
+            self.peak = memory_now(most=True)
         self.above = self.peak - self.before
 
 # %% ../../nbs/bench/03_measure.ipynb #dc45d95d

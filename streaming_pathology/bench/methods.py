@@ -65,6 +65,7 @@ class Checkpointed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = checkpoint(self.net[:4], x, use_reentrant=False)
         for stage in self.net[4:]:
+            assert isinstance(stage, nn.Sequential)
             for block in stage:
                 x = checkpoint(block, x, use_reentrant=False)
         return x
@@ -78,7 +79,9 @@ def plain(net: nn.Module) -> nn.Module:
 def lightstream(net: nn.Module, tile: int) -> Callable:
     "lightstream's engine around `net`; its layers are replaced in place."
     try:
-        from lightstream.core.constructor import StreamingConstructor
+        from lightstream.core.constructor import (  # pyright: ignore[reportMissingImports]
+            StreamingConstructor,
+        )
     except ImportError as e:
         raise InputError(
             "lightstream is not installed: pip install -c constraints.txt -e '.[bench]'."
@@ -151,6 +154,7 @@ def shake(net: nn.Module) -> nn.Module:
     "`net` with random biases, scales and statistics: its first ones hide errors, being neutral."
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
+            assert layer.running_mean is not None and layer.running_var is not None
             layer.running_mean.normal_(0, 0.1)
             layer.running_var.uniform_(0.5, 1.5)
     for name, p in net.named_parameters():

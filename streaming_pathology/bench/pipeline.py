@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,13 +30,14 @@ import torch.distributed as dist
 import torchvision
 from matplotlib.axes import Axes
 from scipy import ndimage
-from torch import multiprocessing, nn
+from torch import nn
+from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 
-from .processes import apart, fresh_process, process_status
+from .processes import apart, fresh_process, memory_now
 from ..engine.plan import lean_memory
 from ..mil.bags import Bag, BagDataset, PatchGrid
 from ..mil.mil import InstanceMIL
@@ -55,7 +57,7 @@ from ..training.loop import Alone, Callback, State, fit, predict
 from ..training.models import StreamingClassifier, imagenet_mean, imagenet_std
 
 # %% ../../nbs/bench/09_pipeline.ipynb #26c36e90
-WHITE = [255, 255, 255]
+WHITE = [255.0, 255.0, 255.0]
 
 
 def open_biopsy(path: str | Path) -> pyvips.Image:
@@ -132,7 +134,7 @@ def augment_by_torchvision(path: str, size: tuple[int, int], seed: int) -> torch
     image = pyvips.Image.new_from_file(path, access='sequential').numpy()
     transform = v2.Compose(
         [
-            v2.RandomRotation(180, InterpolationMode.BILINEAR, fill=255),
+            v2.RandomRotation((-180, 180), InterpolationMode.BILINEAR, fill=255),
             v2.RandomHorizontalFlip(),
             v2.RandomVerticalFlip(),
             v2.ColorJitter(brightness=0.05, saturation=0.05, hue=0.05),
@@ -272,8 +274,9 @@ def waiting_times(
     """Seconds that a device waits for the first slide of an epoch, and the share of the time after
     it that it waits. Of two epochs the second, as the first one starts the workers."""
     loader = slide_loader(data, train=True, workers=workers, oversample=False)
+    sampler: Any = loader.sampler
     for epoch in range(2):
-        loader.sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch)
         items, waits = iter(loader), []
         epoch_start = time.perf_counter()
         for _ in range(len(data)):
@@ -390,11 +393,11 @@ def first_phase(
             data = BagDataset(painted_cases(folder, size, slides), 0.96, grid=PatchGrid(patch))
             bags = [data[i]['image'] for i in range(slides)]
             loops = PhaseLoops(ours, plain, data, bags, workers)
-            settings = dict(size=list(size), patches=sum(map(len, bags)))
+            n_patches = sum(map(len, bags))
             for _ in range(repeats):
                 speed = matrix_speed() / results['operations']
                 results['runs'].append(dict(way='matrix product', per_second=speed))
-                for run in loops.round(**settings):
+                for run in loops.round(list(size), n_patches):
                     results['runs'].append(run)
                     log(run)
             del loops  # and with it the workers
@@ -405,7 +408,7 @@ def painted_cases(folder: str | Path, size: tuple[int, int], slides: int) -> lis
     "Painted slides, negative and positive in turn."
     cases = []
     for i in range(slides):
-        path = f'{folder}/{size[0]}x{size[1]}_{i}.tiff'
+        path = Path(folder, f'{size[0]}x{size[1]}_{i}.tiff')
         large_biopsy(path, size, i)
         cases.append(Case(f's{i}', i % 2, path))
     return cases
@@ -517,7 +520,7 @@ def beside_one(
         together = way == 'ranks'
         with tempfile.TemporaryDirectory() as folder:
             args = n_processes, together, folder, size, slides, batch
-            multiprocessing.spawn(train_epochs, args, nprocs=n_processes)
+            spawn(train_epochs, args, nprocs=n_processes)
             seconds = max(float(path.read_text()) for path in Path(folder).glob('seconds*'))
         trained = slides * n_processes
         if together:
@@ -564,7 +567,7 @@ def held() -> dict:
         name for name in os.listdir('/proc') if name.isdigit() and parent_of(name) == os.getpid()
     ]
     return dict(
-        memory=process_status('VmRSS'),
+        memory=memory_now(),
         used=info.uordblks + info.hblkhd,
         files=len(os.listdir('/proc/self/fd')),
         threads=threading.active_count(),
@@ -617,7 +620,7 @@ def long_run(
 # %% ../../nbs/bench/09_pipeline.ipynb #a9476b9c
 def train_long(steps: int, size: tuple[int, int], workers: int, every: int, queue: Queue) -> None:
     "Put what a training of so many steps held into a queue: see `long_run`."
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(os.cpu_count() or 1)
     lean_memory()
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_cohort(f'{folder}/cohort', 12, size, 4.0, progress=False)
@@ -659,11 +662,16 @@ def train_long(steps: int, size: tuple[int, int], workers: int, every: int, queu
     )
 
 
+COLORS = '#6b3f94', '#c2723b', '#3b7a57', '#555555'
+
+
 def plot_memory(runs: Sequence[dict], ax: Axes | None = None) -> Axes:
     "Memory of each run of `long_run`, and how much of it is in use; returns the axis."
     if ax is None:
         _, ax = plt.subplots(figsize=(5, 2.6), layout='constrained')
-    for run, color in zip(runs, ('#6b3f94', '#c2723b')):
+    measured = [run for run in runs if 'seen' in run]  # the others failed
+    for number, run in enumerate(measured):
+        color = COLORS[number % len(COLORS)]
         steps = [row['step'] for row in run['seen']]
         memory = [row['memory'] / 1e6 for row in run['seen']]
         used = [row['used'] / 1e6 for row in run['seen']]

@@ -68,7 +68,7 @@ class Trial:
 
     def __init__(self, case: dict) -> None:
         layout = LAYOUTS[case['layout']]
-        self.net = network_of(case).to(case['device'], memory_format=layout)
+        self.net = network_of(case).to(case['device']).to(memory_format=layout)
         self.x = noise(*case['size']).to(case['device'], memory_format=layout)
         self.cuda, self.streamed = case['device'] == 'cuda', stream(self.net)
         self.step(self.net)
@@ -163,7 +163,7 @@ def judged(
 ) -> dict:
     "The planned way of this `name` for a budget beside the fastest."
     median = {way: statistics.median(times['cpu'][way]) for way in (name, *others)}
-    best = min(median, key=median.get)
+    best = min(median, key=lambda way: median[way])
     return {
         'budget': total,
         'planned': name,

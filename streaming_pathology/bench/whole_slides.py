@@ -7,6 +7,7 @@ __all__ = ['large', 'gigapixel', 'beside_default', 'beside_dense']
 
 # %% ../../nbs/bench/05_whole_slides.ipynb #35e654c2
 from collections.abc import Callable
+from typing import Any
 
 from streaming_pathology.bench.measure import (
     in_turn,
@@ -34,6 +35,7 @@ def large(
     `lean_memory`, as the commands run. Where the plans differ, the smaller sizes once more in the
     strips of the last one."""
     cases = [make_case(arch, 'logits', size, image, device, dtype, lean=True) for size in sizes]
+    ways: list[tuple[dict, Any]]  # and what was planned for each
     if strip:
         fixed = dict(method='streaming', strip=strip, states='disk')
         ways = [(fixed, None) for _ in cases]

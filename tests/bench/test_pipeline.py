@@ -6,6 +6,7 @@ import torch
 import torchvision
 
 from streaming_pathology.bench import pipeline
+from streaming_pathology.bench.processes import process_status
 from streaming_pathology.mil.mil import InstanceMIL
 from streaming_pathology.training.models import StreamingClassifier
 
@@ -80,9 +81,9 @@ def test_memory_in_use_is_a_part_of_the_memory():
 
 
 def test_status_of_this_process():
-    now, most = (pipeline.process_status(key) for key in ('VmRSS', 'VmHWM'))
+    now, most = (process_status(key) for key in ('VmRSS', 'VmHWM'))
     assert 0 < now <= most
-    assert pipeline.process_status('VmNone') is None
+    assert process_status('VmNone') is None
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ class Program:
                 'the network, or use a copy of it.'
             )
         if not first:
-            self.read_later |= memory
+            self.read_later |= storages
             self.written_later.update(call.writes)
 
     def add_operation(self, call: Call) -> None:

@@ -58,9 +58,13 @@ class NbdevSite(Site):
 
     def render_page(self, page):
         """nbdev links the name of a helper too, whose documentation it does not show, and names in
-        the comments of signatures, where a link is only its text: those names stay plain."""
+        the comments of signatures, where a link is only its text: those names stay plain. So do
+        links to files of the repository, which are not on the site."""
         super().render_page(page)
         page.html = re.sub(r'\[(`[^`<]+`)\]\(/[^)<\s]*\)', r'\1', page.html)
+        page.html = re.sub(
+            r'<a href="(?:\.\./)+[A-Z]+(?:\.md)?(?:#[^"]*)?"[^>]*>(.*?)</a>', r'\1', page.html
+        )
         folder = page.out.parent
 
         def plain_if_hidden(link):

@@ -26,13 +26,16 @@ def from_root(text):
 
 
 def printed(output):
-    "The text of an output; a picture belongs into nbs/images, where README and site both find it."
+    "An output: a table of Markdown as it is, a text as code. A picture belongs into nbs/images, where README and site both find it."
+    table = output.get('data', {}).get('text/markdown')
+    if table is not None:
+        return ''.join(table).rstrip()
     text = output.get('text') or output.get('data', {}).get('text/plain')
     if text is None or any(kind.startswith('image/') for kind in output.get('data', {})):
         raise SystemExit(
             'error: nbs/index.ipynb has an output that is no text; save the picture to nbs/images and show it with ![...](images/...)'
         )
-    return ''.join(text).rstrip()
+    return '```\n' + ''.join(text).rstrip() + '\n```'
 
 
 def readme(path=ROOT / 'nbs' / 'index.ipynb'):
@@ -46,7 +49,7 @@ def readme(path=ROOT / 'nbs' / 'index.ipynb'):
             code = re.sub(r'^#\s*\|.*\n?', '', source, flags=re.M)
             if code and not re.search(r'^#\s*\|\s*echo:\s*false', source, re.M):
                 parts.append(f'```python\n{code}\n```')
-            parts += ['```\n' + printed(o) + '\n```' for o in cell['outputs']]
+            parts += map(printed, cell['outputs'])
     return (
         f'<!-- Made from nbs/{path.name} by tools/readme.py: change the notebook. -->\n\n'
         + '\n\n'.join(parts)

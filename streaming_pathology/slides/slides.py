@@ -280,14 +280,17 @@ class Slide:
     pickled and survives a fork. Raises `InputError` if the file is no slide or is damaged, or if
     its spacing is unknown.
 
-    `size` is (height, width) at full resolution, `levels` a list of `Level`, and `contradictions`
-    says in sentences where the file gives more than one spacing."""
+    `size` is (height, width) at full resolution, `spacing` the native one, of the file at full
+    resolution, `levels` a list of `Level`, and `contradictions` says in sentences where the file
+    gives more than one spacing. The spacing that a method such as `read` takes is another one, the
+    target, at which pixels are wanted."""
 
     def __init__(
         self,
         path: str
         | Path,  # any file that OpenSlide or libvips opens, or the folder of a DICOM slide
-        spacing: float | None = None,  # microns per pixel at full resolution, if the file says none
+        # native: microns per pixel of the file at full resolution, if the file says none
+        spacing: float | None = None,
         override: bool = False,  # use `spacing` whatever the file says
         warn: bool = True,  # of contradictions
     ) -> None:

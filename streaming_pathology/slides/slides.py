@@ -112,7 +112,7 @@ def checked_pixels(rgb: np.ndarray) -> np.ndarray:
     return rgb
 
 
-def whole_numbers(values: Iterable[Any], n: int) -> tuple[int, ...] | None:
+def exact_integers(values: Iterable[Any], n: int) -> tuple[int, ...] | None:
     "The values as ints, if they are `n` whole numbers; None otherwise."
     if isinstance(values, str):
         return None
@@ -128,7 +128,7 @@ def whole_numbers(values: Iterable[Any], n: int) -> tuple[int, ...] | None:
 
 def checked_color(color: Iterable[int]) -> tuple[int, int, int]:
     "A colour (red, green, blue), if it is three whole numbers from 0 to 255; else `InputError`."
-    found = whole_numbers(color, 3)
+    found = exact_integers(color, 3)
     if found is None or min(found) < 0 or max(found) > 255:
         raise InputError(
             f'{color!r} is no colour: give (red, green, blue), whole numbers from 0 to 255'
@@ -386,7 +386,7 @@ class Slide:
         "A region as four ints, the whole slide for None; `InputError` if it is none."
         if region is None:
             return 0, 0, *self.size_at(spacing)
-        found = whole_numbers(region, 4)
+        found = exact_integers(region, 4)
         if found is None or min(found[2:]) < 1:
             raise InputError(
                 f'{self.path}: region {region} must be four whole numbers (top, left, height, '

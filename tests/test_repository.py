@@ -59,6 +59,7 @@ def test_library_is_exported(tmp_path):
         return {
             p.relative_to(folder).as_posix(): p.read_text(encoding='utf-8')
             for p in folder.rglob('*.py')
+            if p.name != '__init__.py' or p.parent == folder  # those of folders are not exported
         }
 
     made, here = modules(tmp_path / LIBRARY.name), modules(LIBRARY)
@@ -66,6 +67,18 @@ def test_library_is_exported(tmp_path):
     assert not differ, (
         f'not what the notebooks say: {", ".join(differ)}; run nbdev_export and edit only notebooks'
     )
+
+
+def test_folders_say_what_they_are_for():
+    "In the `__init__.py` of a folder stands its line of the table in README.md, and nothing else."
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    lines = dict(re.findall(r'^\| `(\w+)` \| ([^|]+) \|', text, re.M))
+    files = [*LIBRARY.glob('*/__init__.py')]
+    assert files
+    for path in files:
+        line = lines[path.parent.name]
+        expected = f'"{line[0].upper()}{line[1:]}."\n'
+        assert path.read_text(encoding='utf-8') == expected, path
 
 
 @pytest.mark.parametrize('command', ['format --check', 'check'])
@@ -217,7 +230,7 @@ def test_size(path):
 
 @each_notebook
 def test_beginning(path):
-    "It begins with its title and one line that says what it is for; a room's module has the room's name."
+    "It begins with its title and one line that says what it is for; a notebook's module has its name."
     top = cells(path, 'markdown')[0]['source']
     assert re.match(r'# [^\s#].*\n+> \S', top), top
     if re.match(r'\d\d_\w+$', path.stem):

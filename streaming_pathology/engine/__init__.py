@@ -1,0 +1,1 @@
+"Exact streaming of any CNN."

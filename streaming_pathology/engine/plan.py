@@ -47,8 +47,8 @@ from streaming_pathology.engine.ledger import (
 from streaming_pathology.engine.program import (
     Operation,
     Program,
-    evaluate,
     receptive_fields,
+    run_calls,
     tensor_at,
 )
 from .schedule import GradientTotals, Schedule, Step, StripKind
@@ -406,7 +406,7 @@ class Loads:
         with Ledger() as ledger:
             note_network(ledger, module, self.train)
             self.parameters = ledger.now
-            known = evaluate(self.program.before, module, {})
+            known = run_calls(self.program.before, module, {})
             self.before = ledger.now - self.parameters
         self.operands = [
             known[v] if v in known else tensor_at(module, v.path) for v in self.program.operands
@@ -434,7 +434,7 @@ class Loads:
             gradients = (parameter.grad for parameter in module.parameters())
             ledger.note_all(known.values(), module.parameters(), module.buffers(), gradients)
             before = ledger.now
-            evaluate(self.program.after, module, known)
+            run_calls(self.program.after, module, known)
             ends = [known[v] for v in values_in(self.program.graph.output) if v in known]
             ends = [t for t in ends if t.requires_grad]
             if ends:

@@ -30,7 +30,7 @@ from streaming_pathology.engine.graph import (
     trace,
     values_in,
 )
-from .program import Operation, Program, evaluate, tensor_at
+from .program import Operation, Program, run_calls, tensor_at
 from .schedule import GradientTotals, Part, Schedule, Step, StripKind
 from streaming_pathology.engine.storage import (
     Blocks,
@@ -872,7 +872,7 @@ class Streamed(nn.Module):
                 outputs = run.forward()
         operations = [*program.outputs, *program.reductions]
         known.update((o.value, y) for o, y in zip(operations, outputs))
-        evaluate(program.after, self.module, known)
+        run_calls(program.after, self.module, known)
         return replaced(program.graph.output, Value, lambda value: self.tensor(value, known))
 
     def tensor(self, value: Value, known: dict[Value, torch.Tensor]) -> torch.Tensor:
@@ -902,7 +902,7 @@ class Streamed(nn.Module):
         "The pass over an image, ready to run; the values that depend on parameters only; the trace."
         axis, traced = self.traced_for(source)
         program = traced.programs[axis]
-        known = evaluate(program.before, self.module, {})
+        known = run_calls(program.before, self.module, {})
         operands = [self.tensor(value, known) for value in program.operands]
         schedule = self.schedule(traced, axis, source)
         if is_canvas(source):

@@ -1,0 +1,1 @@
+"From predictions to metrics, heatmaps and a report."

@@ -123,7 +123,7 @@ def patient_numbers(
 
 @dataclass(frozen=True)
 class Estimate:
-    "A figure of some slides with its confidence interval, and how that was made."
+    "A metric of some slides with its confidence interval, and how that was made."
 
     value: float
     low: float
@@ -257,7 +257,10 @@ def resampled(
     strata: list[np.ndarray] | None = None,  # see `draw_in_strata`; None: all patients as one
 ) -> tuple[np.ndarray, int]:
     """The statistic of many resamples of the patients (n_bootstrap,), and how many resamples had
-    no value and were drawn again."""
+    no value and were drawn again.
+
+    `statistic` is called with a batch of resamples, as weights: how often each slide counts, an
+    integer from 0 on. All slides of a patient have the same weight."""
     if n_bootstrap < 1:
         raise InputError(f'{n_bootstrap} bootstrap draws: n has to be at least 1')
     if strata is None:
@@ -284,7 +287,12 @@ def percentile_estimate(
     n_slides: int,
     resampling: Resampling = RESAMPLING,
 ) -> Estimate:
-    "A value with its percentile bootstrap interval."
+    """A value with its percentile bootstrap interval.
+
+    This is what makes an interval for a metric of one's own. `statistic` gets weights
+    (resamples, n_slides), how often each slide counts in each resample, and gives the metric of
+    each resample (resamples,), nan where it has none, as with one class only. Such a resample is
+    drawn again. Weights that are all 1 give `value`. `average_precision` is an example."""
     patients = resampling.patients(n_slides)
     values, redrawn = resampled(statistic, patients, resampling.n, resampling.seed)
     return bootstrap_estimate(value, values, redrawn, resampling, resampling.tails)

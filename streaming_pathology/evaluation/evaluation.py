@@ -322,7 +322,10 @@ def point_intervals(
 # %% ../../nbs/evaluation/03_evaluation.ipynb #36abaa9d
 @dataclass(frozen=True)
 class Metrics:
-    "What `metrics.json` holds of one set of slides: the names of the fields are those of the file."
+    """The AUC of one set of slides and what one threshold gives: the first entries of
+    `metrics.json`, by the names of the fields.
+
+    All other metrics of two classes are added beside these by `results`."""
 
     auc: float
     low: float

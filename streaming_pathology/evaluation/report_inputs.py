@@ -154,7 +154,7 @@ def toy_run(
     n: int = 24,  # labelled test slides
     seed: int = 0,
 ) -> Path:
-    "A run folder with made-up slides and figures, to try the report on. Returns its path."
+    "A run folder with made-up slides and metrics, to try the report on. Returns its path."
     folder, rng = Path(folder), np.random.default_rng(seed)
     settings = TOY_SETTINGS | dict(seed=seed)
     lines = [f'{name} = {json.dumps(value)}\n' for name, value in settings.items()]
@@ -326,13 +326,15 @@ def read_values(
         raise InputError(f'{path} is damaged: it should hold names and values')
     return values
 
-# %% ../../nbs/evaluation/15_report_inputs.ipynb #4a1052d7
-MAIN_FIGURES = dict(
+# %% ../../nbs/evaluation/15_report_inputs.ipynb #a2a29478
+# the metric in large type, of each task that has one: its name, and its key in `results`; where
+# `results` has low and high beside it, they are its interval
+MAIN_METRICS = dict(
     binary=('Area under the ROC curve', 'auc'),
-    classes=('Quadratic kappa', 'kappa'),
+    multiclass=('Quadratic kappa', 'kappa'),
     survival=('Concordance index', 'concordance'),
-    measure=('Mean absolute error', 'mean_absolute_error'),
-)  # of each task that has one: its name, and where it is in the results
+    regression=('Mean absolute error', 'mean_absolute_error'),
+)
 NEEDED = ('auc', 'draws', 'seed', 'level', 'split')  # in metrics.json of two classes
 EVALUATE_AGAIN = 'run sp_evaluate again, with --out elsewhere, and put what it writes in its place'
 
@@ -343,9 +345,9 @@ def computed_results(
     by: Sequence[str],  # columns to show groups of
     cohort: str | Path | None,  # manifest with these columns
 ) -> dict:
-    """The figures of predictions.csv, computed as metrics.json says.
+    """The metrics of predictions.csv, computed as metrics.json says.
 
-    Raises `InputError` if that is damaged, or says other figures."""
+    Raises `InputError` if that is damaged, or says other metrics."""
     path = folder / 'metrics.json'
     written = {}
     if path.exists():
@@ -393,10 +395,10 @@ def check_agreement(
     computed: dict,  # see `results`
     has_own_interval: bool,  # no other manifest is given, whose patients may be others
 ) -> None:
-    "Raises `InputError` if metrics.json says other figures than were computed."
+    "Raises `InputError` if metrics.json says other metrics than were computed."
     names = []
-    if computed['task'] in MAIN_FIGURES:
-        names.append(MAIN_FIGURES[computed['task']][1])
+    if computed['task'] in MAIN_METRICS:
+        names.append(MAIN_METRICS[computed['task']][1])
     if 'low' in written:
         names.append('threshold')
         if has_own_interval:
@@ -416,7 +418,7 @@ def check_agreement(
 # %% ../../nbs/evaluation/15_report_inputs.ipynb #c0fbfad2
 MISSING = {
     'metrics.json': (
-        'There is no metrics.json in the run folder: the figures were computed from '
+        'There is no metrics.json in the run folder: the metrics were computed from '
         'predictions.csv for this report.'
     ),
     'log.csv': ('There is no log.csv in the run folder, so the curves of training are missing.'),
@@ -481,7 +483,7 @@ def add_results(run: FinishedRun, by: Sequence[str], cohort: str | Path | None) 
     except InputError as e:
         if by or cohort or (run.folder / 'metrics.json').exists():
             raise
-        what = 'No AUC' if run.is_binary else 'No figure'
+        what = 'No AUC' if run.is_binary else 'No metrics'
         reason = str(e).replace(str(path), path.name)
         run.notes['metrics'] = f'{what}: {reason}.'
 
@@ -565,7 +567,7 @@ def parsed_comparison(
     aucs = [interval_in(values['auc'][side], values['auc'][side]['auc'], level) for side in (0, 1)]
     for estimate in (difference, *aucs):
         if not all(map(math.isfinite, (estimate.value, estimate.low, estimate.high))):
-            raise ValueError('its figures are no numbers')
+            raise ValueError('its metrics are no numbers')
     p_values = {
         'DeLong': p_in_words(values['delong']['p']),
         'permutation': p_in_words(values['permutation_p']),

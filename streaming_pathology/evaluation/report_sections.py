@@ -32,11 +32,11 @@ from streaming_pathology.evaluation.pages import (
     table,
 )
 from streaming_pathology.evaluation.report_inputs import (
-    MAIN_FIGURES,
+    MAIN_METRICS,
     FinishedRun,
     WrittenComparison,
 )
-from .results import sentences_of
+from .results import REPORTED, sentences_of
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #3e03f357
 class Fact(NamedTuple):
@@ -51,10 +51,10 @@ def result_section(run: FinishedRun) -> Section:
     "The answer, how sure it is, and facts of the run."
     metrics, values = run.metrics, {}
     if metrics:
-        values = dict(auc_name=MAIN_FIGURES['binary'][0], interval_name=INTERVALS[metrics.method])
+        values = dict(auc_name=MAIN_METRICS['binary'][0], interval_name=INTERVALS[metrics.method])
     elif run.results:
         values = dict(
-            main_figure=main_figure(run.results),
+            main_metric=main_metric(run.results),
             sentences=sentences_of(run.results),
         )
     contents = render(
@@ -68,13 +68,17 @@ def result_section(run: FinishedRun) -> Section:
     )
     return Section('result', 'Result', [contents])
 
-# %% ../../nbs/evaluation/16_report_sections.ipynb #affae2c7
-def main_figure(results: dict) -> Fact | None:
-    "The figure that matters of another task than two classes; None where it has no single one."
-    if results['task'] not in MAIN_FIGURES:
+# %% ../../nbs/evaluation/16_report_sections.ipynb #d5e13c2e
+def main_metric(results: dict) -> Fact | None:
+    "The metric in large type, of another task than two classes; None where it has no single one."
+    if results['task'] not in MAIN_METRICS:
         return None
-    name, key = MAIN_FIGURES[results['task']]
-    return Fact(name, f'{results[key]:.3f}')
+    name, key = MAIN_METRICS[results['task']]
+    value = f'{results[key]:.3f}'
+    if 'low' not in results:
+        return Fact(name, value)
+    interval = f'{results["low"]:.3f}–{results["high"]:.3f}'
+    return Fact(name, value, f'{percent(results["level"])} interval {interval}')
 
 
 def result_plot(run: FinishedRun) -> Plot | None:
@@ -92,7 +96,7 @@ def result_plot(run: FinishedRun) -> Plot | None:
 
 
 def facts_of(run: FinishedRun) -> list[Fact]:
-    "What the threshold gives, and what the run took."
+    "What the threshold gives, other metrics, and what the run took."
     facts = []
     metrics = run.metrics
     if metrics:
@@ -100,6 +104,8 @@ def facts_of(run: FinishedRun) -> list[Fact]:
             low, high = metrics.intervals[name]
             value = f'{getattr(metrics, name):.0%}'
             facts.append(Fact(name, value, f'{low:.0%} to {high:.0%}'))
+    if run.results:
+        facts += reported_facts(run.results)
     seconds = run.logged('seconds')
     if seconds:
         facts.append(Fact('training', spent(sum(seconds))))
@@ -109,6 +115,18 @@ def facts_of(run: FinishedRun) -> list[Fact]:
     seconds_of_slides = prediction_seconds(run)
     if seconds_of_slides:
         facts.append(Fact('network, one slide', spent(median(seconds_of_slides))))
+    return facts
+
+
+def reported_facts(results: dict) -> list[Fact]:
+    "The metrics of `REPORTED` with their intervals; none for other tasks than two classes."
+    facts = []
+    for name, metric in REPORTED.items():
+        if name not in results:
+            continue
+        found = results[name]
+        value = f'{found["value"]:.3f}'
+        facts.append(Fact(metric.words, value, f'{found["low"]:.3f} to {found["high"]:.3f}'))
     return facts
 
 
@@ -341,8 +359,8 @@ def prediction_section(run: FinishedRun) -> Section:
 # %% ../../nbs/evaluation/16_report_sections.ipynb #70b8d695
 LEFT_OUT = dict(
     train='to learn from', tuning='to choose epochs and thresholds by'
-)  # why slides of a split are in no figure
-IN_FIGURES, NOT_PREDICTED = 'in the figures', 'not predicted'
+)  # why slides of a split do not count in the metrics
+EVALUATED, NOT_PREDICTED = 'evaluated', 'not predicted'
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #806cfa29
 def cohort_table(run: FinishedRun) -> Markup:
@@ -404,7 +422,7 @@ def count_patients(rows: list[dict], split: str) -> int | None:
 
 
 def flow_table(run: FinishedRun) -> Markup | None:
-    "From the manifest to the figures: how many slides were left out, and why."
+    "From the manifest to the metrics: how many slides were left out, and why."
     if not run.is_binary:
         return None
     predictions = {each.slide_id: each for each in run.predictions}
@@ -418,23 +436,23 @@ def flow_table(run: FinishedRun) -> Markup | None:
         reason = LEFT_OUT.get(split, f'no prediction, split {split or "none"}')
         rows.append((f'left out: {reason}', not_predicted[split]))
     for reason, count in reasons.items():
-        if reason not in (IN_FIGURES, NOT_PREDICTED):
+        if reason not in (EVALUATED, NOT_PREDICTED):
             rows.append((f'left out: {reason}', count))
     n_beside = len(predictions.keys() - set(slide_ids))
     if n_beside:
         rows.append(('predicted, but in no manifest', n_beside))
-    rows.append((f'in the figures, split {run.split}', reasons[IN_FIGURES]))
-    return table('From the manifest to the figures', ('', 'slides'), rows, cls='numbers')
+    rows.append((f'evaluated, split {run.split}', reasons[EVALUATED]))
+    return table('From the manifest to the metrics', ('', 'slides'), rows, cls='numbers')
 
 
 def why_left_out(prediction: Prediction | None, split: str) -> str:
-    "Why a slide of the manifest is in no figure, or that it is, or that it was not predicted."
+    "Why a slide of the manifest is not evaluated, or that it is, or that it was not predicted."
     if prediction is None:
         return NOT_PREDICTED
     if prediction.label is None:
         return 'no label'
     if prediction.split == split:
-        return IN_FIGURES
+        return EVALUATED
     return LEFT_OUT.get(prediction.split, f'of the {prediction.split or "no"} split')
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #3a865851

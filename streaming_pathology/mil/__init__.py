@@ -1,0 +1,1 @@
+"The MIL baseline, on patches or patch embeddings."

@@ -171,7 +171,7 @@ class TwoPhases(Callback):
         model: Any = s.model  # an `InstanceMIL`, or another with this method
         model.choose({row['slide_id']: row['top'] for row in self.rows})
 
-    def resumed(self, s: State) -> None:
+    def after_load(self, s: State) -> None:
         "In the second phase choose as before; where changes were accepted, begin the first anew."
         if s.step:
             self.choose(s)

@@ -400,7 +400,7 @@ class Training:
         self.ranks, self.device = ranks, device
 
     def go(self, model: torch.nn.Module, callbacks: Iterable[Callback] = ()) -> str | None:
-        """Do all of it, with these callbacks after all others. Returns a sentence on the test
+        """Do all of it, with these callbacks before Checkpoints. Returns a sentence on the test
         split; None on all ranks but the first."""
         settings, folder, task = self.settings, self.folder, self.task
         if self.ranks.rank == 0 and self.run.point is None:
@@ -503,7 +503,13 @@ class Training:
     def callbacks(
         self, card: dict, train: SlideDataset, more: Iterable[Callback]
     ) -> list[Callback]:
-        "All callbacks, in the order in which they are called."
+        """All callbacks, in the order in which they are called.
+
+        A callback reads what those before it have done, so the order matters. Those of the method
+        come first, as the first phase of MIL chooses the patches of the epoch, or right after the
+        log, as the check of memory, which may end the training. EMA sets which weights are
+        evaluated and kept as the best. Checkpoints is last: what it saves, all others have done,
+        those of the user included."""
         settings, folder = self.settings, self.folder
         before, after = self.method.callbacks(train)
         callbacks = [*before, CSVLog(folder / 'log.csv'), *after]
@@ -516,8 +522,9 @@ class Training:
         callbacks.append(Record(folder, self.data.cases, self.method, self.run.changed))
         if settings.tensorboard:
             callbacks.append(TensorBoardLog(folder / 'tensorboard'))
+        callbacks += more
         callbacks.append(Checkpoints(folder / 'checkpoints', card, settings.save_minutes))
-        return [*callbacks, *more]
+        return callbacks
 
     # ---- results
 
@@ -645,8 +652,14 @@ class Run:
         resume: bool = False,  # resume a former run; start where there is none
         accept_changes: bool = False,  # resume although settings or slides were changed
         overwrite: bool = False,  # replace what a former run left in the folder
+        # more of them, such as a `Tracker`: called in this order, after those of the settings and
+        # before a checkpoint is saved
+        callbacks: Iterable[Callback] = (),
     ) -> Result | None:
         """Train, choose the best epoch, predict all slides, evaluate, and write the report.
+
+        What `callbacks` remember by their state_dict is saved in checkpoints, and given back to
+        callbacks of the same classes when the run is resumed. Without them it is not resumed.
 
         None if a run that is resumed is finished already, and on all ranks but the first. Raises
         `InputError` for what cannot be used, before anything is written, and `Halted` if it was
@@ -671,7 +684,7 @@ class Run:
             with self.filled(resume, ranks):
                 with HaltOnSignal() as halt:
                     training = Training(self, prepared.data, prepared.task, ranks, device)
-                    sentence = training.go(model, [halt])
+                    sentence = training.go(model, [*callbacks, halt])
                 if ranks.rank:
                     return None
                 report = write_report(self.given)
@@ -721,7 +734,7 @@ def learn_cohort(
     settings.check()
     device = device_to_use(settings.device)
     run = Run(settings, folder)
-    data = check_cohort(cases, settings.spacing, settings.size, cache=cache)
+    data = check_cohort(dataset(run.method.shown(), cases, cache=cache))
     model = run.method.build()
     update_batchnorm(model, data, settings.seed)
     return Training(run, data, Binary(), Alone(), device).go(model)

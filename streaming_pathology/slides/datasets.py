@@ -247,7 +247,7 @@ class SlideDataset(Dataset):
     def __init__(
         self,
         cases: Iterable[Case],
-        spacing: float,  # microns per pixel at which the network sees them
+        spacing: float,  # target: microns per pixel at which the network sees them
         # canvas (height, width) in pixels at that spacing; None: each slide its own size
         size: Sequence[int] | None = None,
         # `Augmentation`, or a function of (image, numpy generator) such as `flips`
@@ -255,7 +255,7 @@ class SlideDataset(Dataset):
         seed: int = 0,  # of the augmentation
         cache: float = 0,  # bytes of images to keep in memory, in each process that reads
         canvas: bool = False,  # images as `Canvas`; only an `Augmentation` can augment them
-        # microns; what is farther from tissue is painted in `colour`. None: `CANVAS_MARGIN` for a
+        # microns; what is farther from tissue is painted in `color`. None: `CANVAS_MARGIN` for a
         # canvas, else nothing is painted
         clean: float | None = None,
         color: Sequence[int] = (255, 255, 255),  # of the padding

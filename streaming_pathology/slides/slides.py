@@ -112,7 +112,7 @@ def checked_pixels(rgb: np.ndarray) -> np.ndarray:
     return rgb
 
 
-def whole_numbers(values: Iterable[Any], n: int) -> tuple[int, ...] | None:
+def exact_integers(values: Iterable[Any], n: int) -> tuple[int, ...] | None:
     "The values as ints, if they are `n` whole numbers; None otherwise."
     if isinstance(values, str):
         return None
@@ -128,7 +128,7 @@ def whole_numbers(values: Iterable[Any], n: int) -> tuple[int, ...] | None:
 
 def checked_color(color: Iterable[int]) -> tuple[int, int, int]:
     "A colour (red, green, blue), if it is three whole numbers from 0 to 255; else `InputError`."
-    found = whole_numbers(color, 3)
+    found = exact_integers(color, 3)
     if found is None or min(found) < 0 or max(found) > 255:
         raise InputError(
             f'{color!r} is no colour: give (red, green, blue), whole numbers from 0 to 255'
@@ -280,14 +280,17 @@ class Slide:
     pickled and survives a fork. Raises `InputError` if the file is no slide or is damaged, or if
     its spacing is unknown.
 
-    `size` is (height, width) at full resolution, `levels` a list of `Level`, and `contradictions`
-    says in sentences where the file gives more than one spacing."""
+    `size` is (height, width) at full resolution, `spacing` the native one, of the file at full
+    resolution, `levels` a list of `Level`, and `contradictions` says in sentences where the file
+    gives more than one spacing. The spacing that a method such as `read` takes is another one, the
+    target, at which pixels are wanted."""
 
     def __init__(
         self,
         path: str
         | Path,  # any file that OpenSlide or libvips opens, or the folder of a DICOM slide
-        spacing: float | None = None,  # microns per pixel at full resolution, if the file says none
+        # native: microns per pixel of the file at full resolution, if the file says none
+        spacing: float | None = None,
         override: bool = False,  # use `spacing` whatever the file says
         warn: bool = True,  # of contradictions
     ) -> None:
@@ -383,7 +386,7 @@ class Slide:
         "A region as four ints, the whole slide for None; `InputError` if it is none."
         if region is None:
             return 0, 0, *self.size_at(spacing)
-        found = whole_numbers(region, 4)
+        found = exact_integers(region, 4)
         if found is None or min(found[2:]) < 1:
             raise InputError(
                 f'{self.path}: region {region} must be four whole numbers (top, left, height, '

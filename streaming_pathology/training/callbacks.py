@@ -40,7 +40,7 @@ class CSVLog(Callback):
             rows.append({name: csv_value(value) for name, value in row.items()})
         write_csv(self.path, rows)
 
-    def continued(self, state: State) -> None:
+    def after_resume(self, state: State) -> None:
         if state.history:
             self.after_epoch(state)  # the file may be gone
 
@@ -174,7 +174,7 @@ class EarlyStopping(Callback):
         self.best = state['best']
         self.since = state['since']
 
-    def resumed(self, state: State) -> None:
+    def after_load(self, state: State) -> None:
         self.stop_if_due(state)
 
 # %% ../../nbs/training/03_callbacks.ipynb #ef47f454
@@ -198,7 +198,7 @@ class Cosine(Callback):
         rise = min(1, (epoch + 1) / (self.warmup + 1))
         return rise * (1 + math.cos(math.pi * done)) / 2
 
-    def resumed(self, state: State) -> None:
+    def after_load(self, state: State) -> None:
         self.before_epoch(state)
 
     def state_dict(self) -> dict:
@@ -252,7 +252,7 @@ class EMA(Callback):
         self.is_new = True
         state.evaluated = self.average.module
 
-    def resumed(self, state: State) -> None:
+    def after_load(self, state: State) -> None:
         if self.is_new:  # the checkpoint had no average: begin with its weights
             self.before_fit(state)
 

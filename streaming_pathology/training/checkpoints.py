@@ -304,7 +304,7 @@ class Checkpoints(Callback):
             history=state.history,
         )
 
-    def resumed(self, state: State) -> None:
+    def after_load(self, state: State) -> None:
         """Raises `InputError` if the best model is damaged; one of another course is not kept as
         best."""
         if not self.best_path.exists():
@@ -327,7 +327,7 @@ class Checkpoints(Callback):
                 'best of the epochs from here on takes its place'
             )
 
-    def continued(self, state: State) -> None:
+    def after_resume(self, state: State) -> None:
         if state.accepted:
             self.save(state)  # what was accepted is what the next one is compared with
 
@@ -381,7 +381,7 @@ class HaltOnSignal(Callback):
 
     def after_fit(self, state: State) -> None:
         self.training = None
-        if state.asked:
+        if state.halt_requested:
             raise state.halted()  # the signal came in the last moment
 
     def __enter__(self) -> Self:
@@ -402,9 +402,9 @@ class HaltOnSignal(Callback):
 
     def hear(self, number: int, frame: object) -> None:
         "Handle a signal."
-        if self.training is None or self.training.asked:
+        if self.training is None or self.training.halt_requested:
             self.__exit__()
             signal.raise_signal(number)
             return
-        self.training.asked = True
+        self.training.halt_requested = True
         os.write(2, b'\nstopping after this slide; once more to stop at once\n')

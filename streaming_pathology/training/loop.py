@@ -389,8 +389,10 @@ def synth_learner(n: int = 24, seed: int = 0) -> tuple[TinyNet, list[dict], list
 class Callback:
     """Base class of callbacks: every hook takes the `State` of the training and does nothing.
 
-    Callbacks are called in the order in which `fit` was given them. Any other object with some of
-    these methods is a callback too."""
+    Callbacks are called in the order in which `fit` was given them, for each hook in turn. One that
+    reads what another has done, such as a log of the learning rate, comes after it, and one that
+    saves all, `Checkpoints`, at the end. Any other object with some of these methods is a callback
+    too."""
 
     first_rank_only = False  # hooks are called on the first rank alone: it only writes
     uses_tuning_loss = False  # its state means nothing where tuning slides or the task have changed
@@ -398,12 +400,13 @@ class Callback:
     def before_fit(self, state: 'State') -> None:
         "Called once, before any epoch and before a checkpoint is loaded. Sets up what is its own."
 
-    def resumed(self, state: 'State') -> None:
+    def after_load(self, state: 'State') -> None:
         """Called when a checkpoint has been loaded into `state` and into all callbacks. May raise
         `InputError` to refuse it, so it writes nothing."""
 
-    def continued(self, state: 'State') -> None:
-        "Called after `resumed` of all callbacks, when none has refused. May write files."
+    def after_resume(self, state: 'State') -> None:
+        """Called when no callback has refused the checkpoint that was loaded, after all have been
+        asked. May write files."""
 
     def before_epoch(self, state: 'State') -> None:
         """Called before the first slide of epoch `state.epoch` (from 0), but not where an epoch is
@@ -412,7 +415,7 @@ class Callback:
     def at_rest(self, state: 'State') -> None:
         """Called between two slides or mini-batches, of training and of validation, and after an
         epoch. All that the rest of the training depends on is in `state.state_dict()`, which may
-        be saved. Setting `state.asked` halts the training at the next rest."""
+        be saved. Setting `state.halt_requested` halts the training at the next rest."""
 
     def after_step(self, state: 'State') -> None:
         "Called when the optimizer has changed the weights of `state.model`."
@@ -426,13 +429,28 @@ class Callback:
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps of it: tensors, numbers, text, and lists and dicts of them. Only
-        asked for where a subclass defines it."""
+        called where a subclass defines it.
+
+        A checkpoint has it under the name of the class. So a class keeps its name: under another a
+        checkpoint of before would be refused, as one of other callbacks."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        "Take back what `state_dict` gave. Called between `before_fit` and `resumed`."
+        "Take back what `state_dict` gave. Called after before_fit and before after_load."
 
-# %% ../../nbs/training/03_loop.ipynb #5dd51184
+# %% ../../nbs/training/03_loop.ipynb #09e0a086
+# hooks by the names that they had before, which callbacks may still have
+FORMER_HOOKS = {'after_load': 'resumed', 'after_resume': 'continued'}
+
+
+def hook_of(callback: object, name: str) -> Callable[['State'], None] | None:
+    "A hook of a callback, by its name or its former one; None if it has none."
+    former = FORMER_HOOKS.get(name)
+    if former is not None and hasattr(callback, former):
+        return getattr(callback, former)
+    return getattr(callback, name, None)
+
+
 def has_state(callback: object) -> bool:
     "Whether checkpoints keep something of a callback: whether it defines `state_dict`."
     method = getattr(type(callback), 'state_dict', None)
@@ -535,8 +553,8 @@ class State:
     seconds: float = 0.0  # that the epoch has taken
     stop: bool = False  # end after this epoch
     accepted: bool = False  # resumed, and changes of its settings were accepted
-    asked: bool = False  # to halt, on this rank
-    halt: bool = False  # was asked to halt, on any rank
+    halt_requested: bool = False  # on this rank: halt at the next rest
+    halt: bool = False  # it was requested on some rank, and the training halts now
     # what tuning slides are shown to, and kept as the best: the model, or an average of its weights
     evaluated: nn.Module = field(kw_only=True)
     epoch_rng: dict = field(default_factory=dict)  # `rng_state` when the epoch began
@@ -593,17 +611,18 @@ class State:
             )
         return value.item()
 
-    def tell(self, hook: str) -> None:
-        "Call a hook of every callback that has it."
+    def tell(self, name: str) -> None:
+        "Call the hook of this name of every callback that has it."
         for callback in self.callbacks:
             if self.ranks.rank > 0 and getattr(callback, 'first_rank_only', False):
                 continue
-            if hasattr(callback, hook):
-                getattr(callback, hook)(self)
+            hook = hook_of(callback, name)
+            if hook is not None:
+                hook(self)
 
     def rest(self) -> None:
         "Between two slides: the moment to save, and to leave if a callback asked for it."
-        self.halt = any(self.ranks.gather(self.asked))
+        self.halt = any(self.ranks.gather(self.halt_requested))
         self.seconds = time.perf_counter() - self.began
         self.tell('at_rest')
         if self.halt:
@@ -1016,8 +1035,8 @@ def fit(
     start_training(state, loader)
     if resume is not None:
         state.load_state_dict(resume, accept_changes)
-        state.tell('resumed')
-        state.tell('continued')
+        state.tell('after_load')
+        state.tell('after_resume')
     run_epochs(state, loader, tuning)
     state.tell('after_fit')
     return state.history
@@ -1045,5 +1064,5 @@ def run_epochs(state: State, loader: DataLoader | list[dict], tuning: Slides | N
         with progress_bar(desc, state.length, state.step, shown) as state.bar:
             train_epoch(state, slides)
         end_epoch(state, tuning)
-    if any(state.ranks.gather(state.asked)):  # while the last checkpoint was written
+    if any(state.ranks.gather(state.halt_requested)):  # while the last checkpoint was written
         raise state.halted()

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['imagenet_mean', 'imagenet_std', 'archs', 'stages', 'pools', 'Normalize', 'load_tensors', 'load_backbone',
-           'attention_pool', 'GatedAttention', 'StreamingClassifier']
+           'attention_pool', 'AttentionPool', 'GatedAttention', 'StreamingClassifier']
 
 # %% ../../nbs/training/01_models.ipynb #62fe4d49
 import hashlib
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeGuard
@@ -330,8 +330,24 @@ def weighted_mean(total: torch.Tensor) -> torch.Tensor:
     weights, features = total[:, 1:2, 0], total[:, 2:, 0]
     return features / weights
 
-# %% ../../nbs/training/01_models.ipynb #ff84d708
-class GatedAttention(nn.Module):
+# %% ../../nbs/training/01_models.ipynb #4417d560
+class AttentionPool(nn.Module):
+    """Pooling by attention over all positions: (N, C, H, W) -> (N, C), the mean of the features,
+    weighted by the softmax of `scores`.
+
+    A subclass defines `scores`. Whatever they are, the pooling is then streamed, and
+    `StreamingClassifier` and `sp_heatmap --method attention` show the attention. What `scores`
+    calls has to be streamed too, as a convolution of one pixel is."""
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        "The score of each position, before the softmax: (N, C, H, W) -> (N, 1, H, W)."
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return attention_pool(x, self.scores(x))
+
+
+class GatedAttention(AttentionPool):
     """Pooling by gated attention over all positions: (N, C, H, W) -> (N, C).
 
     Ilse et al. 2018, equation 9."""
@@ -345,9 +361,6 @@ class GatedAttention(nn.Module):
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         "The score of each position, before the softmax: (N, 1, H, W)."
         return self.weight(self.value(x).tanh() * self.gate(x).sigmoid())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return attention_pool(x, self.scores(x))
 
 # %% ../../nbs/training/01_models.ipynb #f0bfbc39
 archs = ('resnet18', 'resnet34', 'resnet50')
@@ -366,8 +379,13 @@ def maximum_pooling(channels: int) -> nn.Module:
     "The maximum over all positions, of any number of channels."
     return nn.AdaptiveMaxPool2d(1)
 
-# %% ../../nbs/training/01_models.ipynb #19c2b627
-pools = {'avg': average_pooling, 'max': maximum_pooling, 'attention': GatedAttention}
+# %% ../../nbs/training/01_models.ipynb #bb2b1362
+# by name: from the number of channels to a module that pools (N, C, H, W) to (N, C) or (N, C, 1, 1)
+pools: dict[str, Callable[[int], nn.Module]] = {
+    'avg': average_pooling,
+    'max': maximum_pooling,
+    'attention': GatedAttention,
+}
 
 # %% ../../nbs/training/01_models.ipynb #bd7a2b03
 class WithScores(nn.Sequential):
@@ -376,7 +394,7 @@ class WithScores(nn.Sequential):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         trunk, head = self
         pool, flatten, fc = head.children()
-        assert isinstance(pool, GatedAttention)
+        assert isinstance(pool, AttentionPool)
         x = trunk(x)
         scores = pool.scores(x)
         return fc(flatten(attention_pool(x, scores))), scores
@@ -471,7 +489,7 @@ class StreamingClassifier(nn.Module):
         # None
         weights: str | Path | WeightsEnum | None = None,
         strip: int | str = 512,  # rows of the image at a time, or 'auto': planned for `memory`
-        pool: str = 'avg',  # how features are pooled over the image: 'avg', 'max' or 'attention'
+        pool: str = 'avg',  # how features are pooled over the image: one of `pools`
         sha256: str | None = None,  # checksum of the weights file
         # whether BatchNorm's scale and shift are trained; None: only if there are no weights
         train_affine: bool | None = None,
@@ -516,7 +534,7 @@ class StreamingClassifier(nn.Module):
         self.check_images(x)
         if not attention:
             return self.whole()(x)
-        if not isinstance(self.head.pool, GatedAttention):
+        if not isinstance(self.head.pool, AttentionPool):
             raise InputError(
                 "attention needs a network that pools by attention: make it with pool='attention'."
             )
@@ -596,12 +614,13 @@ class StreamingClassifier(nn.Module):
         statistics are then those of before."""
         if patches.ndim != 4 or len(patches) * patches.shape[2] * patches.shape[3] < 2 * 32 * 32:
             raise InputError(
-                f'calibrate needs a batch (N, {self.in_chans}, h, w) of patches, not '
+                f'update_batchnorm needs a batch (N, {self.in_chans}, h, w) of patches, not '
                 f'{tuple(patches.shape)}.'
             )
         if patches.shape[1] != self.in_chans:
             raise InputError(
-                f'calibrate needs patches of {self.in_chans} channels, not {patches.shape[1]}.'
+                f'update_batchnorm needs patches of {self.in_chans} channels, not '
+                f'{patches.shape[1]}.'
             )
         norms = self.batch_norms()
         with collecting_statistics(norms):
@@ -609,7 +628,7 @@ class StreamingClassifier(nn.Module):
             variances = [norm.running_var for norm in norms if norm.running_var is not None]
             if not all(variance.isfinite().all() for variance in variances):
                 raise InputError(
-                    'calibrate got patches whose features are not finite: look for nan among '
-                    'their pixels.'
+                    'update_batchnorm got patches whose features are not finite: look for nan '
+                    'among their pixels.'
                 )
         return self

@@ -104,7 +104,7 @@ class WindowCheckpoints(Callback):
     def load_state_dict(self, state: dict) -> None:
         self.epochs, self.losses = state['epochs'], state['losses']
 
-    def resumed(self, state: State) -> None:
+    def after_load(self, state: State) -> None:
         if state.ranks.rank == 0 and self.losses:
             self.weights_of_window()  # which warns of those that are damaged
 

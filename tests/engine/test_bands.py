@@ -15,7 +15,7 @@ from torch import nn
 from streaming_pathology.core import InputError
 from streaming_pathology.engine.bands import shares, stream_bands
 from streaming_pathology.engine.canvas import Canvas
-from streaming_pathology.engine.program import evaluate
+from streaming_pathology.engine.program import run_calls
 from streaming_pathology.engine.storage import source_of
 from streaming_pathology.engine.windows import StreamingError
 from streaming_pathology.training.models import StreamingClassifier
@@ -115,7 +115,7 @@ def test_bands_of_random_networks(
             **({program.graph.image: image()} if program.graph.image in known else {}),
         }
     )
-    evaluate(program.after, net, known)
+    run_calls(program.after, net, known)
     ys = s.tensor(program.graph.output, known)
     assert close(ys, y)
     params, tops = list(net.parameters()), [w for w in leaves if w.requires_grad]

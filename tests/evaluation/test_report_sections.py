@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from refusals import refusal
 from reports import Page
@@ -13,16 +14,18 @@ from streaming_pathology.evaluation.report_sections import (
     calibration_section,
     cohort_table,
     curves_uri,
+    facts_of,
     flattened,
     flow_table,
     made_section,
+    main_metric,
     memory_in_words,
     prediction_section,
     result_section,
     training_section,
     verdict_of,
 )
-from streaming_pathology.evaluation.results import results
+from streaming_pathology.evaluation.results import REPORTED, results
 from streaming_pathology.io import write_csv
 
 
@@ -77,6 +80,34 @@ def test_result_without_metrics_says_why(run):
     text = page_of(result_section(other)).text
     assert 'No AUC: <too few>.' in text
     assert 'Synthetic' not in text
+
+
+def test_facts_have_the_metrics_that_are_reported(run):
+    facts = {fact.name: fact for fact in facts_of(run)}
+    for name, metric in REPORTED.items():
+        found = run.results[name]
+        assert facts[metric.words].value == f'{found["value"]:.3f}'
+        assert facts[metric.words].interval == f'{found["low"]:.3f} to {found["high"]:.3f}'
+
+
+def test_the_main_metric_of_another_task_has_its_interval(run, tmp_path):
+    rng = np.random.default_rng(0)
+    grades = rng.integers(0, 2, 40)
+    probabilities = np.clip(0.6 * grades + 0.4 * rng.random(40), 0, 1)
+    rows = [
+        dict(slide_id=f's{number}', grade=grade, split='test', probability_0=1 - p, probability_1=p)
+        for number, (grade, p) in enumerate(zip(grades, probabilities, strict=True))
+    ]
+    write_csv(tmp_path / 'predictions.csv', rows)
+    found = results(tmp_path / 'predictions.csv', n_bootstrap=100)
+    page = page_of(result_section(replace(run, results=found, settings={}, figures={})))
+    assert f'{found["kappa"]:.3f}' in page.texts
+    assert f'95% interval {found["low"]:.3f}–{found["high"]:.3f}' in page.texts
+
+
+def test_the_main_metric_of_regression_has_no_interval(run):
+    found = dict(task='regression', mean_absolute_error=0.25)
+    assert main_metric(found) == ('Mean absolute error', '0.250', '')
 
 
 @pytest.mark.parametrize('megabytes, text', [(911, '911 MB'), (999.4, '999 MB'), (2345, '2.35 GB')])
@@ -152,13 +183,13 @@ def test_slides_by_split(run):
     ]
 
 
-def test_from_the_manifest_to_the_figures(run):
+def test_from_the_manifest_to_the_metrics(run):
     assert rows_of(flow_table(run)) == [
         ['in the manifest', '85'],
         ['left out: to learn from', '48'],
         ['left out: to choose epochs and thresholds by', '12'],
         ['left out: no label', '1'],
-        ['in the figures, split test', '24'],
+        ['evaluated, split test', '24'],
     ]
 
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from refusals import refusal
 
-from streaming_pathology.evaluation.auc import INTERVALS, Resampling, auc
+from streaming_pathology.evaluation.auc import INTERVALS, Resampling, auc, percentile_estimate
 from streaming_pathology.evaluation.outcomes import class_aucs
 from streaming_pathology.evaluation.results import (
+    REPORTED,
+    ReportedMetric,
     figures_of,
     read_outcomes,
     results,
@@ -65,10 +67,10 @@ def other_tasks(tmp_path):
     survival = dict(months=months.clip(max=30), event=(months < 30).astype(int))
     several = dict(atypia=[None] * 5 + [0, 1] * 42 + [1], mitoses=[0, 0, 1] * 30)
     columns = dict(
-        classes=(dict(isup=grades), {f'probability_{k}': shares[:, k] for k in range(3)}),
+        multiclass=(dict(isup=grades), {f'probability_{k}': shares[:, k] for k in range(3)}),
         survival=(survival, dict(log_risk=risks)),
         multilabel=(several, {f'probability_{name}': rng.random(90) for name in several}),
-        measure=(dict(psa=months), dict(predicted_psa=months + risks)),
+        regression=(dict(psa=months), dict(predicted_psa=months + risks)),
     )
     return {task: write_table(tmp_path / f'{task}.csv', *each) for task, each in columns.items()}
 
@@ -89,8 +91,10 @@ def test_two_classes(two_classes):
     assert json.loads(json.dumps(found)) == found
     assert (found['patients'], found['n'], [*found['groups']]) == (30, 120, ['site', 'tumour'])
     assert abs(found['auc'] - auc(labels[80:], probabilities[80:])) < 1e-5
-    assert [*found][-6:] == [
-        'average_precision',
+    names = [*found]
+    assert names[names.index('task') :] == [
+        'task',
+        *REPORTED,
         'calibration',
         'temperature',
         'at_sensitivity',
@@ -98,7 +102,57 @@ def test_two_classes(two_classes):
         'notes',
     ]
     sentences = sentences_of(found)
-    assert len(sentences) == 6 + 2 + 3 and 'against all negative slides' in sentences[-1]
+    assert len(sentences) == 2 + len(REPORTED) + 3 + 2 + 3
+    assert 'against all negative slides' in sentences[-1]
+
+
+def test_the_metrics_that_are_reported(two_classes):
+    found = results(two_classes[0], n_bootstrap=50)
+    sentences = sentences_of(found)
+    for name, metric in REPORTED.items():
+        assert found[name]['low'] <= found[name]['value'] <= found[name]['high']
+        assert any(sentence.startswith(metric.words) for sentence in sentences)
+
+
+def balanced_accuracy(labels, probabilities, resampling):
+    "A metric of one's own: the mean of sensitivity and specificity at 0.5."
+    called = probabilities >= 0.5
+
+    def of_resamples(weights):
+        positives, negatives = weights @ labels, weights @ (1 - labels)
+        both = (positives > 0) & (negatives > 0)
+        sensitivity = weights @ (labels * called) / np.maximum(positives, 1)
+        specificity = weights @ ((1 - labels) * ~called) / np.maximum(negatives, 1)
+        return np.where(both, (sensitivity + specificity) / 2, np.nan)
+
+    value = of_resamples(np.ones((1, len(labels))))[0]
+    return percentile_estimate(value, of_resamples, len(labels), resampling)
+
+
+def test_a_metric_of_ones_own(two_classes, monkeypatch):
+    "Entered into one table, it is in the results and in the sentences, with its interval."
+    metric = ReportedMetric('balanced accuracy', balanced_accuracy)
+    monkeypatch.setitem(REPORTED, 'balanced_accuracy', metric)
+    path, _, labels, probabilities = two_classes
+    found = results(path, n_bootstrap=50)
+    called = probabilities[80:] >= 0.5
+    expected = np.mean([called[labels[80:] == 1].mean(), 1 - called[labels[80:] == 0].mean()])
+    assert abs(found['balanced_accuracy']['value'] - expected) < 1e-5
+    text = '; '.join(sentences_of(found))
+    interval = '{value:.3f} ({low:.3f} to {high:.3f})'.format(**found['balanced_accuracy'])
+    assert f'balanced accuracy {interval}' in text
+
+
+def test_a_file_from_before_a_metric_was_added_has_none(two_classes):
+    found = results(two_classes[0], n_bootstrap=50)
+    del found['average_precision']
+    assert 'average precision' not in '; '.join(sentences_of(found))
+
+
+@pytest.mark.parametrize('former, task', [('classes', 'multiclass'), ('measure', 'regression')])
+def test_tasks_by_their_former_names(other_tasks, former, task):
+    found = results(other_tasks[task], n_bootstrap=50)
+    assert sentences_of(found | dict(task=former)) == sentences_of(found)
 
 
 def test_two_classes_without_options(two_classes):
@@ -107,7 +161,7 @@ def test_two_classes_without_options(two_classes):
     assert found['threshold_from'] == 'test'
 
 
-@pytest.mark.parametrize('task', ['classes', 'survival', 'multilabel', 'measure'])
+@pytest.mark.parametrize('task', ['multiclass', 'survival', 'multilabel', 'regression'])
 def test_other_tasks(other_tasks, task):
     assert read_outcomes(other_tasks[task]).task == task
     found = results(other_tasks[task], n_bootstrap=100)
@@ -118,8 +172,8 @@ def test_other_tasks(other_tasks, task):
 @pytest.mark.parametrize('method', INTERVALS)
 def test_intervals_of_classes_are_made_as_the_table_says(other_tasks, method):
     "They were always made of 10,000 resamples with seed 0."
-    found = results(other_tasks['classes'], n_bootstrap=50, seed=3, method=method)
-    outcomes = read_outcomes(other_tasks['classes']).of_split('test', {})
+    found = results(other_tasks['multiclass'], n_bootstrap=50, seed=3, method=method)
+    outcomes = read_outcomes(other_tasks['multiclass']).of_split('test', {})
     resampling = Resampling(found['draws'], found['seed'])
     expected = class_aucs(outcomes.labels[:, 0], outcomes.predicted, method, resampling)
     for row, estimate in zip(found['classes'], expected):
@@ -254,11 +308,11 @@ def test_patients_that_contradict_themselves(two_classes, tmp_path):
 @pytest.mark.parametrize(
     ('task', 'option'),
     [
-        ('classes', dict(by=['site'])),
-        ('classes', dict(sensitivity=0.9)),
+        ('multiclass', dict(by=['site'])),
+        ('multiclass', dict(sensitivity=0.9)),
         ('multilabel', dict(threshold_split='tuning')),
         ('survival', dict(method='bca')),
-        ('measure', dict(method='bca')),
+        ('regression', dict(method='bca')),
     ],
 )
 def test_options_of_two_classes_are_refused_for_other_tasks(other_tasks, task, option):
@@ -277,7 +331,7 @@ def test_figures(two_classes, other_tasks):
     figures = figures_of(found, predictions, manifest)
     assert [*figures] == ['roc', 'precision_recall', 'reliability', 'groups_site']
     for task, names in dict(
-        classes=['confusion'], survival=['survival'], multilabel=[], measure=[]
+        multiclass=['confusion'], survival=['survival'], multilabel=[], regression=[]
     ).items():
         path = other_tasks[task]
         more = figures_of(results(path, n_bootstrap=20), path)

@@ -1,4 +1,6 @@
-"Aggregators: each formula again in loops over numbers, gradients, limits and refusals."
+"""Aggregators: each formula again in loops over numbers, gradients, limits and refusals.
+
+A new aggregator is tested by being in `aggregators`; `SMALL` and `OPTIONS` make it small."""
 
 import copy
 import math
@@ -18,6 +20,7 @@ from streaming_pathology.mil.aggregators import (
 from streaming_pathology.training.tasks import Binary, Regression
 
 N, D = 5, 3  # patches of a slide, features of a patch
+# options with which an aggregator is small
 SMALL = dict(
     rnn=dict(k=3, hidden=4),
     abmil=dict(hidden=6),
@@ -354,7 +357,10 @@ def test_a_slide_of_one_patch(made, name):
 ORDER = torch.tensor([3, 0, 4, 2, 1])
 
 
-@pytest.mark.parametrize('name', [name for name in aggregators if name != 'transmil'])
+ORDER_MATTERS = {'transmil'}
+
+
+@pytest.mark.parametrize('name', [name for name in aggregators if name not in ORDER_MATTERS])
 def test_the_order_of_patches_does_not_matter(made, name):
     net, x, scores = made.nets[name].eval(), made.x, torch.arange(5.0).double()
     close(net(x, scores).item(), net(x[ORDER], scores[ORDER]).item(), 1e-13)
@@ -433,6 +439,7 @@ def test_the_loss_of_clam_under_autocast(training):
     assert abs(found - exact) < 0.05
 
 
+# of 16 features, with units enough that dropout changes something
 OPTIONS = dict(abmil=dict(hidden=32), clam=dict(hidden=32), transmil=dict(hidden=32))
 
 
@@ -452,7 +459,15 @@ def test_dropout_is_of_training_and_not_of_maps(name):
         assert abs(net(x, scores).float() - logits) < 0.05
 
 
-@pytest.mark.parametrize('name', ['mean', 'abmil', 'transmil'])
+@pytest.mark.parametrize('name', aggregators)
+def test_attributes(name):
+    kind = aggregators[name]
+    assert kind.name == name
+    assert kind.relevance_is in ('probability', 'attention')
+    assert kind.k is None or kind.k > 0
+
+
+@pytest.mark.parametrize('name', [name for name, kind in aggregators.items() if kind.several])
 def test_several_outputs(name):
     torch.manual_seed(0)
     net, x = make_aggregator(name, 16, 4).eval(), torch.randn(9, 16)
@@ -467,8 +482,23 @@ def test_how_many_patches_count():
     assert make_aggregator('clam', 16).k == 8
 
 
-def test_clam_alone_has_a_loss_of_its_own():
-    assert [name for name, kind in aggregators.items() if hasattr(kind, 'loss')] == ['clam']
+@pytest.mark.parametrize(
+    'name', [name for name, kind in aggregators.items() if hasattr(kind, 'loss')]
+)
+def test_a_loss_of_its_own(made, name):
+    net, label = made.nets[name].train(), torch.ones(1)
+    logits, details = net.forward_with_details(made.x, made.scores)
+    loss = net.loss(Binary(), logits, label, **details)
+    assert loss.ndim == 0
+    loss.backward()
+    gradients = [weight.grad for weight in net.parameters() if weight.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_clam_has_a_loss_of_its_own_and_most_have_none():
+    assert hasattr(CLAM, 'loss')
+    assert not hasattr(aggregators['abmil'], 'loss')
 
 
 # ---- refusals

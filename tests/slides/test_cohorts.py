@@ -29,10 +29,12 @@ from streaming_pathology.slides.cohorts import (
     read_camelyon17,
     read_manifest,
     read_panda,
+    read_split,
     resolve_splits,
     safe_id,
     split_cohort,
     subset,
+    tiny_cohort,
     tiny_slide,
 )
 from streaming_pathology.slides.datasets import check_cohort
@@ -75,7 +77,7 @@ def refused_table(folder):
         ('slide_id,label\ns00,0_1\n', ["'0_1' is no number"]),
         ('slide_id,label\ns00,nan\n', ["line 2: label 'nan' is no number"]),
         ('slide_id,label\ns00,0\ns02,0\n', ['every label is 0']),
-        ('slide_id,label\ns00,\n', ['no case has a label']),
+        ('slide_id,label\ns00,\n', ['no slide has a label']),
         ('slide_id,label\ns00,0\ns00,1\n', ["line 3: slide_id 's00' was given on line 2"]),
         ('slide_id,label\ns00,0\nmissing,1\n', ["line 3: slide 'missing' has no path"]),
         ('slide_id,label,split\ns00,0,dev\n', ["line 2: split 'dev'", 'train, tuning, test']),
@@ -96,6 +98,37 @@ def test_bad_tables_are_refused_in_one_line(refused_table, text, says):
     for part in says:
         assert part in message
     assert '\n' not in message and 'bad.csv' in message
+
+
+@pytest.mark.parametrize(
+    'name, split',
+    [
+        ('training', 'train'),
+        ('train', 'train'),
+        ('validation', 'tuning'),
+        ('valid', 'tuning'),
+        ('val', 'tuning'),
+        ('tuning', 'tuning'),
+        ('test', 'test'),
+        ('', ''),
+    ],
+)
+def test_splits_have_other_names(name, split):
+    assert read_split(name) == split
+
+
+def test_a_manifest_with_other_names_of_splits(tmp_path):
+    path = tiny_cohort(tmp_path / 'cohort')
+    expected = read_manifest(path)
+    text = path.read_text().replace(',train', ',training').replace(',tuning', ',validation')
+    path.write_text(text)
+    assert 'validation' in text
+    assert read_manifest(path) == expected
+
+
+def test_a_slide_to_learn_from_needs_a_label_whatever_its_split_is_called(refused_table):
+    message = refused_table('slide_id,label,split\ns00,,val\ns01,1,test\n')
+    assert "slide 's00' is in the split val but has no label" in message
 
 
 def test_all_problems_of_a_row_are_told(refused_table):

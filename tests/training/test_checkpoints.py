@@ -272,7 +272,7 @@ def test_what_was_accepted_is_saved_at_once(stopped):
     "With all that the checkpoint before it had."
 
     class Leave(Callback):
-        def continued(self, state):
+        def after_resume(self, state):
             raise Halted
 
     point = last_checkpoint(stopped)

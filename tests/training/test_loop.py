@@ -232,11 +232,11 @@ class EveryHook(Callback):
     def before_fit(self, state):
         self.called.append('before_fit')
 
-    def resumed(self, state):
-        self.called.append('resumed')
+    def after_load(self, state):
+        self.called.append('after_load')
 
-    def continued(self, state):
-        self.called.append('continued')
+    def after_resume(self, state):
+        self.called.append('after_resume')
 
     def before_epoch(self, state):
         self.called.append('before_epoch')
@@ -275,8 +275,25 @@ def test_hooks_of_a_training_that_resumes(slides):
     options = dict(epochs=1, batch=2, progress=False)
     fit(TinyNet(), slides[:3], callbacks=[kept], **options)
     fit(TinyNet(), slides[:3], callbacks=[hooks], resume=kept.all[1], **options)
-    assert hooks.called[:3] == ['before_fit', 'resumed', 'continued']
+    assert hooks.called[:3] == ['before_fit', 'after_load', 'after_resume']
     assert 'before_epoch' not in hooks.called
+
+
+def test_hooks_by_their_former_names(slides):
+    "Callbacks from before the renaming are still called when a training resumes."
+    kept, called = KeptStates(), []
+
+    class Former(Callback):
+        def resumed(self, state):
+            called.append('resumed')
+
+        def continued(self, state):
+            called.append('continued')
+
+    options = dict(epochs=1, batch=2, progress=False)
+    fit(TinyNet(), slides[:3], callbacks=[kept], **options)
+    fit(TinyNet(), slides[:3], callbacks=[Former()], resume=kept.all[1], **options)
+    assert called == ['resumed', 'continued']
 
 
 def test_any_object_with_a_hook_is_a_callback(slides):
@@ -319,7 +336,7 @@ def test_the_keys_of_a_checkpoint(slides):
 def test_halted(slides):
     class Asks(Callback):
         def at_rest(self, state):
-            state.asked = state.step == 3
+            state.halt_requested = state.step == 3
 
     with pytest.raises(Halted, match='stopped in epoch 1, 4 of 6 slides done'):
         fit(*synth_learner(6), epochs=2, callbacks=[Asks()], progress=False)

@@ -10,12 +10,16 @@ from refusals import refusal
 from torch import nn
 from torchvision.models import resnet18
 
+from streaming_pathology.engine.exactness import canvas_like, check_exact, largest_difference
 from streaming_pathology.training.models import (
+    AttentionPool,
     Normalize,
     StreamingClassifier,
+    WithScores,
     imagenet_mean,
     imagenet_std,
     load_tensors,
+    pools,
 )
 
 FOUR = dict(in_chans=4, mean=[0.5] * 4, std=[0.2] * 4)  # channels
@@ -48,6 +52,69 @@ def test_pixels_are_normalised_as_of_imagenet():
     assert Normalize()(white.double()).dtype == torch.float64
 
 
+# ---- pooling: a new head is tested by being in `pools`
+
+ATTENTION_POOLS = [name for name, make in pools.items() if isinstance(make(1), AttentionPool)]
+
+
+def trunk_and_head(pool):
+    "A small trunk, and a head that pools by `pool`."
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Tanh())
+    head = nn.Sequential(pools[pool](8), nn.Flatten(), nn.Linear(8, 2))
+    return trunk, head
+
+
+def check_exact_by_rows(network):
+    "As `check_exact`, but by rows alone: of equal maxima the first in reading order is taken."
+    image = torch.randn(1, 3, 67, 59, dtype=torch.double, requires_grad=True)
+    for x in (image, canvas_like(image)):
+        for strip in (1, 5, 16):
+            assert largest_difference(network.double(), x, strip) <= 1e-9
+
+
+BY_ROWS_ALONE = {'max'}
+
+
+@pytest.mark.parametrize('pool', pools)
+def test_a_pool_is_streamed_exactly(pool):
+    check = check_exact_by_rows if pool in BY_ROWS_ALONE else check_exact
+    check(nn.Sequential(*trunk_and_head(pool)))
+
+
+@pytest.mark.parametrize('pool', pools)
+def test_a_pool_gives_a_number_for_each_channel(pool):
+    pooled = pools[pool](8)(torch.randn(2, 8, 5, 7))
+    assert pooled.shape in ((2, 8), (2, 8, 1, 1))
+
+
+@pytest.mark.parametrize('pool', ATTENTION_POOLS)
+def test_the_scores_of_an_attention_pool_are_streamed_exactly(pool):
+    check_exact(WithScores(*trunk_and_head(pool)))
+
+
+class Brightness(AttentionPool):
+    "A head of one's own: what is bright counts."
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Conv2d(channels, 1, 1)
+
+    def scores(self, x):
+        return self.weight(x)
+
+
+def test_a_head_of_ones_own_shows_its_attention(monkeypatch, image):
+    monkeypatch.setitem(pools, 'brightness', Brightness)
+    model = StreamingClassifier('resnet18', pool='brightness', strip=64)
+    logits, attention = model(image, attention=True)
+    assert torch.allclose(logits, plain(model)(image), rtol=1e-4, atol=1e-5)
+    assert attention.shape == (1, 1, 7, 10)
+    assert abs(attention.sum() - 1) < 1e-5
+    expected = model.head.pool.scores(model.features(image)).flatten().softmax(0)
+    torch.testing.assert_close(attention.flatten(), expected)
+
+
 # ---- the classifier
 
 
@@ -74,7 +141,7 @@ def test_gradients_with_four_channels():
         assert (a - b).abs().max() <= 1e-9 * b.abs().max()
 
 
-@pytest.mark.parametrize('pool', ['avg', 'max', 'attention'])
+@pytest.mark.parametrize('pool', pools)
 def test_pools_copies_and_state_dicts(pool, image):
     model = StreamingClassifier('resnet50', n_out=3, pool=pool, strip=50).double()
     model.trunk.module.layer4[-1].bn3.weight.data.fill_(0.5)
@@ -125,7 +192,7 @@ def test_batchnorm_is_never_in_training_mode(model):
     assert len(norms) == 20 and not any(norm.training for norm in norms)
 
 
-def test_a_calibration_that_fails_changes_nothing(model):
+def test_an_update_of_batchnorm_that_fails_changes_nothing(model):
     former = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     nan = torch.full((4, 3, 64, 64), torch.nan)
     assert 'not finite' in refusal(model.update_batchnorm, nan)

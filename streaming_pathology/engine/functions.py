@@ -9,7 +9,7 @@ __all__ = ['pointwise']
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .graph import Value, plain_name
 from streaming_pathology.engine.rules import (
     Adjoint,
+    Dims,
     Map,
     Op,
     Pair,
@@ -24,8 +25,9 @@ from streaming_pathology.engine.rules import (
     Refused,
     Rows,
     Rule,
+    across_unless,
     as_run,
-    beside,
+    dims_of,
     gets_function,
     need,
     need_image,
@@ -40,15 +42,15 @@ from .windows import TransposedWindow, Window, WindowTable
 def pointwise(
     random: Callable[..., bool] | None = None, alias: bool = False, detaches: bool = False
 ) -> Rule:
-    """The rule of a function of each position; `random(*args)` says whether it draws numbers. For
-    `alias` and `detaches` see `Op`."""
+    """The rule of a function of each position. `random(*args, **kwargs)`, given the arguments of
+    the call, says whether it draws random numbers; for `alias` and `detaches` see `Op`."""
 
     @gets_function
-    def rule(function, *args, **kwargs):
+    def apply(function, *args, **kwargs):
         need('out' not in kwargs, 'writes into a tensor given as out')
         run, tensors = as_run(function, args, kwargs)
-        drawn = bool(random and random(*args, **kwargs))
-        if any(with_rows(tensors)) and not drawn:
+        draws = random is not None and bool(random(*args, **kwargs))
+        if any(with_rows(tensors)) and not draws:
             return of_these_rows(run, tensors, alias)
         out, across = joined(tensors)
         adjoint = adjoint_of(plain_name(function), args, kwargs, tensors, run)
@@ -57,63 +59,138 @@ def pointwise(
             tensors,
             out,
             across=across,
-            random=drawn,
+            random=draws,
             alias=alias,
-            pointwise=not drawn,
+            pointwise=not draws,
             detaches=detaches,
             adjoint=adjoint,
         )
 
-    return rule
+    return apply
+
+# %% ../../nbs/engine/05_functions.ipynb #56874410
+def maps_of(tensors: Iterable[Map | Value]) -> list[Map]:
+    "Those that come in strips."
+    return [tensor for tensor in tensors if isinstance(tensor, Map)]
+
+
+def row_dimension(maps: Sequence[Map], why: str) -> int:
+    "Which dimension of all `maps` is the rows, counted from the end. Raises `Refused`, with `why`."
+    dims = {x.rows.row_from_end for x in maps}
+    need(len(dims) == 1, why)
+    return dims.pop()
+
+
+def need_equal_heights(maps: Sequence[Map], why: str) -> None:
+    "Raise `Refused` with the reason `why` for maps with different numbers of rows."
+    need(len({x.shape[x.axis] for x in maps}) == 1, why)
+
+
+def all_equal_along(values: Sequence[Value], dim: int) -> bool:
+    "Whether each has one position along `dim`, counted from the end, which holds for all."
+    return all(value.ndim < -dim or value.shape[dim] == 1 for value in values)
+
+
+def joined(tensors: Sequence[Map | Value]) -> tuple[Rows, Window | None]:
+    """Where rows lie in what broadcasts all `tensors`, and the window across: None if a part of the
+    columns cannot be computed by itself. Raises `Refused` for what mixes rows."""
+    maps = maps_of(tensors)
+    values = [tensor for tensor in tensors if isinstance(tensor, Value)]
+    row = row_dimension(maps, 'joins maps whose rows lie in different dimensions')
+    need_equal_heights(maps, 'joins maps with different numbers of rows')
+    need(all_equal_along(values, row), 'meets a tensor that differs from row to row')
+    columns = {x.rows.column_from_end for x in maps}  # None: of a map that has none
+    column = min((each for each in columns if each is not None), default=None)
+    widths = {x.shape[x.across] for x in maps if x.across is not None}
+    apart = len(columns) == 1 and len(widths) <= 1
+    if column is not None and not all_equal_along(values, column):
+        apart = False
+    ndim = max(tensor.ndim for tensor in tensors)
+    out = Rows(ndim, ndim + row, None if column is None else ndim + column)
+    return out, Window() if apart else None
 
 # %% ../../nbs/engine/05_functions.ipynb #01b044d0
 def with_rows(tensors: Sequence[Map | Value]) -> list[bool]:
-    "Which tensors have a row for each of the maps', counted from the same end."
-    x = next(t for t in tensors if isinstance(t, Map))
-    back, height = x.axis - x.ndim, x.shape[x.axis]
-    return [
-        isinstance(t, Value) and t.ndim >= -back and t.shape[back] == height > 1 for t in tensors
-    ]
+    "Which tensors are not maps, and have a row for each of the maps', counted from the same end."
+    x = maps_of(tensors)[0]
+    row, height = x.rows.row_from_end, x.shape[x.axis]
+    return [isinstance(t, Value) and t.ndim >= -row and t.shape[row] == height > 1 for t in tensors]
+
+
+def with_one_row(tensor: Map | Value, row: int) -> Value:
+    "A tensor as if all its rows were one; `row`: their dimension, counted from the end."
+    assert isinstance(tensor, Value)
+    shape = list(tensor.shape)
+    shape[row] = 1
+    return replace(tensor, shape=tuple(shape))
 
 
 def of_these_rows(
     run: Callable[..., torch.Tensor], tensors: Sequence[Map | Value], alias: bool = False
 ) -> Op:
-    "A function of maps and of tensors that have rows, too, of which each strip takes its own."
-    x = next(t for t in tensors if isinstance(t, Map))
-    back, height, rows = x.axis - x.ndim, x.shape[x.axis], with_rows(tensors)
-
-    def one(t):
-        return replace(t, shape=(*t.shape[:back], 1, *t.shape[t.ndim + back + 1 :]))
-
-    out, _ = joined([one(t) if cut else t for t, cut in zip(tensors, rows)])
+    """A function of maps and of tensors that have rows, too, of which each strip takes its own.
+    `run(region, *tensors)` gets all of them cut to the same rows."""
+    x = maps_of(tensors)[0]
+    row, height = x.rows.row_from_end, x.shape[x.axis]
+    cuts = with_rows(tensors)
+    shapes = [with_one_row(t, row) if cut else t for t, cut in zip(tensors, cuts)]
+    out, _ = joined(shapes)
 
     def run_cut(region, *given):
-        first, count = region.along.skip, region.along.count
-        return run(
-            region,
-            *(t.narrow(t.ndim + back, first, count) if cut else t for t, cut in zip(given, rows)),
-        )
+        first, count = region.along.table_row, region.along.count
+        parts = [t.narrow(row, first, count) if cut else t for t, cut in zip(given, cuts)]
+        return run(region, *parts)
 
-    numbers = tuple(range(height))  # nothing repeats, so a strip knows which rows it makes
+    numbers = tuple(range(height))
     return Op(run_cut, tensors, out, WindowTable(numbers, numbers, height), None, alias=alias)
 
-
+# %% ../../nbs/engine/05_functions.ipynb #0843511b
 Gradients = tuple[torch.Tensor | None, ...]
 
 
 def relu_back(gradient: torch.Tensor, saved: torch.Tensor, needs_grad: Sequence[bool]) -> Gradients:
+    "The gradient of a ReLU; `saved` is its result, which is above 0 exactly where its input is."
     return (torch.ops.aten.threshold_backward.default(gradient, saved, 0),)
 
 
 def hardtanh_back(low: float, high: float) -> Callable[..., Gradients]:
-    return lambda gradient, saved, needs_grad: (
-        torch.ops.aten.hardtanh_backward.default(gradient, saved, low, high),
-    )
+    "The gradient of a map that is cut at `low` and `high`; `saved` is the result, as for a ReLU."
+
+    def back(gradient, saved, needs_grad):
+        return (torch.ops.aten.hardtanh_backward.default(gradient, saved, low, high),)
+
+    return back
 
 
 def add_back(gradient: torch.Tensor, saved: None, needs_grad: Sequence[bool]) -> Gradients:
+    "The gradients of the two terms of a sum."
     return gradient, gradient
+
+
+def activation_back(name: str, args: tuple[Any, ...]) -> Callable[..., Gradients] | None:
+    "The gradient of an activation that was called with `args`, if it is written by hand."
+    if name == 'relu':
+        return relu_back
+    if name == 'relu6':
+        return hardtanh_back(0.0, 6.0)
+    if name != 'hardtanh':
+        return None
+    if len(args) < 2:
+        return hardtanh_back(-1.0, 1.0)
+    if len(args) == 2:  # only the lower bound was given by place
+        return None
+    low, high = args[1:3]
+    return hardtanh_back(low, high)
+
+
+def is_sum_of_maps(
+    args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Map | Value]
+) -> bool:
+    "Whether the arguments of a call are two maps of one shape and one type, and nothing else."
+    if kwargs or not len(args) == len(tensors) == len(maps_of(tensors)) == 2:
+        return False
+    first, second = tensors
+    return first.shape == second.shape and first.dtype == second.dtype
 
 
 def adjoint_of(
@@ -123,65 +200,30 @@ def adjoint_of(
     tensors: Sequence[Map | Value],
     run: Callable[..., torch.Tensor],
 ) -> Adjoint | None:
-    "The gradient by hand of the functions that networks use most."
-    backs = {
-        'relu': relu_back,
-        'relu6': hardtanh_back(0.0, 6.0),
-        'hardtanh': hardtanh_back(-1.0, 1.0),
-    }
-    if name == 'hardtanh' and len(args) == 2:
+    "The gradient by hand of the functions that networks use most; None for others."
+    if name in ('add', 'iadd') and is_sum_of_maps(args, kwargs, tensors):
+        return Adjoint(lambda *given: (run(*given), None), add_back)
+    back = activation_back(name, args)
+    if back is None or len(tensors) != 1 or set(kwargs) - {'inplace'}:
         return None
-    if name == 'hardtanh' and len(args) > 2:
-        backs[name] = hardtanh_back(*args[1:3])
-    if name in backs and len(tensors) == 1 and not {*kwargs} - {'inplace'}:
-        back = backs[name]
-        return Adjoint(lambda *given: with_result(run(*given)), back, own=True, saves_result=True)
-    plain = (
-        len(args) == len(tensors) == 2 and not kwargs and all(isinstance(t, Map) for t in tensors)
-    )
-    if name in ('add', 'iadd') and plain and tensors[0].shape == tensors[1].shape:
-        if tensors[0].dtype == tensors[1].dtype:
-            return Adjoint(lambda *given: (run(*given), None), add_back)
-    return None
 
+    def forward(*given):
+        result = run(*given)
+        return result, result  # the result is all that the gradient needs
 
-def with_result(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "A result that is also what its gradient needs."
-    return y, y
+    return Adjoint(forward, back, own=True, saves_result=True)
 
-
-def joined(tensors: Sequence[Map | Value]) -> tuple[Rows, Window | None]:
-    "Where rows lie in what broadcasts all `tensors`, and the window across."
-    maps = [t for t in tensors if isinstance(t, Map)]
-    others = [t for t in tensors if not isinstance(t, Map)]
-    backs = {x.axis - x.ndim for x in maps}
-    need(len(backs) == 1, 'joins maps whose rows lie in different dimensions')
-    back = backs.pop()
-    need(len({x.shape[x.axis] for x in maps}) == 1, 'joins maps with different numbers of rows')
-
-    def constant(d):
-        return all(t.ndim < -d or t.shape[d] == 1 for t in others)
-
-    need(constant(back), 'meets a tensor that differs from row to row')
-    sides = {None if x.across is None else x.across - x.ndim for x in maps}
-    side = next((s for s in sides if s is not None), None)
-    widths = {x.shape[x.across] for x in maps if x.across is not None}
-    alike = len(sides) == 1 and len(widths) <= 1 and (side is None or constant(side))
-    ndim = max(t.ndim for t in tensors)
-    out = Rows(ndim, ndim + back, None if side is None else ndim + side)
-    return out, Window() if alike else None
-
-
+# %% ../../nbs/engine/05_functions.ipynb #63f8573b
 each_position = (
     'relu relu6 leaky_relu elu selu celu gelu silu mish hardtanh hardswish hardsigmoid hardshrink '
-    'softshrink tanhshrink softplus _threshold softsign sigmoid logsigmoid log_sigmoid tanh threshold abs neg '
-    'negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan sinh cosh asinh '
-    'acosh atanh asin acos atan erf erfc clamp clip clamp_min clamp_max round floor ceil trunc frac '
-    'sign pow rpow add radd sub rsub mul rmul div divide truediv rtruediv true_divide multiply '
-    'subtract iadd isub imul itruediv ipow maximum minimum where lerp addcmul addcdiv nan_to_num lt '
-    'le gt ge eq ne logical_and logical_or logical_not isnan isfinite fmod remainder atan2 logit '
-    'xlogy sinc hypot floor_divide masked_fill zeros_like ones_like full_like positive invert and '
-    'or xor bitwise_and bitwise_or bitwise_not softmax2d'
+    'softshrink tanhshrink softplus _threshold softsign sigmoid logsigmoid log_sigmoid tanh '
+    'threshold abs neg negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal '
+    'sin cos tan sinh cosh asinh acosh atanh asin acos atan erf erfc clamp clip clamp_min '
+    'clamp_max round floor ceil trunc frac sign pow rpow add radd sub rsub mul rmul div divide '
+    'truediv rtruediv true_divide multiply subtract iadd isub imul itruediv ipow maximum minimum '
+    'where lerp addcmul addcdiv nan_to_num lt le gt ge eq ne logical_and logical_or logical_not '
+    'isnan isfinite fmod remainder atan2 logit xlogy sinc hypot floor_divide masked_fill '
+    'zeros_like ones_like full_like positive invert and or xor bitwise_and bitwise_or bitwise_not'
 ).split()
 for name in each_position:
     rules[name] = pointwise()
@@ -189,7 +231,7 @@ for name in 'float double half bfloat16 to type type_as contiguous clone'.split(
     rules[name] = pointwise(alias=True)
 rules['detach'] = pointwise(alias=True, detaches=True)
 
-
+# %% ../../nbs/engine/05_functions.ipynb #c01fc9b3
 def drops(x: Map, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
     "Whether dropout drops anything."
     return training and p > 0
@@ -206,11 +248,16 @@ def is_training(
     return training
 
 
+def always(*args: Any, **kwargs: Any) -> bool:
+    "Of functions that draw random numbers whatever they are given."
+    return True
+
+
 for name in ('dropout', 'alpha_dropout'):
     rules[name] = pointwise(drops, alias=True)
 rules['rrelu'] = pointwise(is_training)
 for name in ('rand_like', 'randn_like', 'bernoulli'):
-    rules[name] = pointwise(lambda *args, **kwargs: True)
+    rules[name] = pointwise(always)
 
 # %% ../../nbs/engine/05_functions.ipynb #f84671ba
 @rule('dropout1d', 'dropout2d', 'dropout3d')
@@ -233,41 +280,35 @@ def channel_dropout(
 
     return Op(lambda region, x, mask: x * mask, [input], input.rows, drawn=drawn)
 
-# %% ../../nbs/engine/05_functions.ipynb #8092d52e
-Dims = int | Sequence[int] | None  # of one dimension, of several, of all
-
-
-def dims_of(x: Map, dim: Dims) -> list[int]:
-    "`dim` as a list of dimensions counted from the front; None or nothing: all."
-    if dim is None or dim in ((), []):
-        return list(range(x.ndim))
-    return [d % x.ndim for d in ([dim] if isinstance(dim, int) else dim)]
-
-
-def along(default: int | None = None, first: str = 'dim') -> Rule:
-    "The rule of a function along a dimension that it keeps; `first` names its first parameter."
-    names = ('dim',) if first == 'dim' else (first, 'dim')
-
-    @gets_function
-    def rule(function, input, *args, **kwargs):
-        dim = named(args, kwargs, names).get('dim', default)
-        dim = kwargs.get('dims', dim)
-        need(dim is not None and input.axis not in dims_of(input, dim), 'works along the rows')
-        run, tensors = as_run(function, (input, *args), kwargs)
-        need(len(tensors) == 1, 'meets a tensor that differs from row to row')
-        return Op(run, tensors, input.rows, across=beside(input, dims_of(input, dim)))
-
-    return rule
-
-
+# %% ../../nbs/engine/05_functions.ipynb #9e184436
 def named(args: Iterable[Any], kwargs: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    "Arguments by name."
+    "Arguments by name; `names` are those of `args`, in order."
     return {**dict(zip(names, args)), **kwargs}
 
 
-for name in ('softmax', 'log_softmax', 'softmin', 'cumsum', 'cumprod', 'sort', 'argsort'):
+def along(default: int | None = None, first: str = 'dim') -> Rule:
+    """The rule of a function along a dimension that it keeps. `default`: the dimension if the call
+    names none; `first`: the name of the first parameter behind the input."""
+    names = ('dim',) if first == 'dim' else (first, 'dim')
+
+    @gets_function
+    def apply(function, input, *args, **kwargs):
+        dim = named(args, kwargs, names).get('dim', default)
+        dim = kwargs.get('dims', dim)
+        need(dim is not None, 'works along a dimension that the call does not name')
+        dims = dims_of(input, dim)
+        need(input.axis not in dims, 'works along the rows')
+        run, tensors = as_run(function, (input, *args), kwargs)
+        need(len(tensors) == 1, 'meets a tensor that differs from row to row')
+        return Op(run, tensors, input.rows, across=across_unless(input, dims))
+
+    return apply
+
+
+for name in ('softmax', 'log_softmax', 'softmin', 'cumsum', 'cumprod'):
     rules[name] = along()
-rules['glu'] = along(-1)
+for name in ('sort', 'argsort', 'glu'):
+    rules[name] = along(-1)
 rules['normalize'] = along(1, first='p')
 
 
@@ -282,9 +323,8 @@ def dims_given(input: Map, dims: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 def flip(input: Map, *dims: Any, **kwargs: Any) -> Op:
     dims = dims_given(input, dims, kwargs)
     need(input.axis not in dims, 'turns rows upside down')
-    return Op(
-        lambda region, x: torch.flip(x, dims), [input], input.rows, across=beside(input, dims)
-    )
+    across = across_unless(input, dims)
+    return Op(lambda region, x: torch.flip(x, dims), [input], input.rows, across=across)
 
 
 @rule('roll')
@@ -292,33 +332,35 @@ def roll(input: Map, shifts: Pair, dims: Dims = None) -> Op:
     need(dims is not None and input.axis not in dims_of(input, dims), 'rolls rows around')
     at = dims_of(input, dims)
     amounts = [shifts] if isinstance(shifts, int) else list(shifts)
-    run = lambda region, x: torch.roll(x, amounts, at)
-    return Op(run, [input], input.rows, across=beside(input, at))
+    across = across_unless(input, at)
+    return Op(lambda region, x: torch.roll(x, amounts, at), [input], input.rows, across=across)
 
-
+# %% ../../nbs/engine/05_functions.ipynb #344241b5
 def without(rows: Rows, dims: Sequence[int], keepdim: bool) -> Rows:
-    "Where rows lie after the dimensions `dims` have been reduced."
+    """Where rows lie after the dimensions `dims` have been reduced; with `keepdim` these stay, of
+    size 1."""
     left = Rows(rows.ndim, rows.axis, None) if rows.across in dims else rows
     if keepdim:
         return left
-    return left.moved(rows.ndim - len(dims), lambda d: d - sum(i < d for i in dims))
+    return left.moved(rows.ndim - len(dims), lambda d: d - sum(gone < d for gone in dims))
 
 
 def reducing(*names: str) -> Rule:
-    "The rule of a function that reduces other dimensions; `names` are its parameters after the input."
+    """The rule of a function that reduces other dimensions; `names` are its parameters after the
+    input."""
 
     @gets_function
-    def rule(function, input, *args, **kwargs):
-        if args and isinstance(args[0], (Map, Value)):  # max(x, y)
+    def apply(function, input, *args, **kwargs):
+        if args and isinstance(args[0], (Map, Value)):  # max(x, y) is a function of each position
             return pointwise()(function, input, *args, **kwargs)
         given = named(args, kwargs, names)
         dims = dims_of(input, given.get('dim', given.get('axis')))
         need(input.axis not in dims, 'reduces all rows in a way that has no rule')
         run, tensors = as_run(function, (input, *args), kwargs)
         out = without(input.rows, dims, bool(given.get('keepdim', False)))
-        return Op(run, tensors, out, across=beside(input, dims))
+        return Op(run, tensors, out, across=across_unless(input, dims))
 
-    return rule
+    return apply
 
 
 for name in 'amax amin max min prod logsumexp all any argmax argmin median'.split():
@@ -327,62 +369,74 @@ for name in 'var std var_mean std_mean'.split():
     rules[name] = reducing('dim', 'unbiased', 'keepdim')
 rules['norm'] = rules['linalg_vector_norm'] = reducing('p', 'dim', 'keepdim')
 
-
+# %% ../../nbs/engine/05_functions.ipynb #0bb65b84
 @rule('cat', 'concat', 'concatenate')
 def cat(tensors: Sequence[Map | Value], dim: int = 0) -> Op:
-    maps = [t for t in tensors if isinstance(t, Map)]
+    maps = maps_of(tensors)
     x = maps[0]
-    need(all(t.rows == x.rows for t in maps), 'joins maps whose rows lie in different dimensions')
+    same = all(each.rows == x.rows for each in maps)
+    need(same, 'joins maps whose rows lie in different dimensions')
     dim = dim % x.ndim
     need(dim != x.axis, 'joins maps one below the other')
-    across = beside(x, [dim])
-    if not all(isinstance(t, Map) or t.fill is not None for t in tensors):
+    across = across_unless(x, [dim])
+    if not all(isinstance(each, Map) or each.fill is not None for each in tensors):
         return of_these_rows(lambda region, *parts: torch.cat(parts, dim), tensors)
     if len(maps) < len(tensors):
         return Op(lambda region, *maps: cat_filled(tensors, maps, dim), maps, x.rows, across=across)
-    run = lambda region, *maps: torch.cat(maps, dim)
-    sizes = [t.shape[dim] for t in tensors]
-    adjoint = Adjoint(
-        lambda *given: (run(*given), None), lambda g, saved, needs_grad: g.split(sizes, dim)
-    )
-    return Op(run, tensors, x.rows, across=across, adjoint=adjoint)
+    sizes = [each.shape[dim] for each in tensors]
+
+    def run(region, *maps):
+        return torch.cat(maps, dim)
+
+    def forward(region, *maps):
+        return torch.cat(maps, dim), None
+
+    def backward(gradient, saved, needs_grad):
+        return gradient.split(sizes, dim)
+
+    return Op(run, tensors, x.rows, across=across, adjoint=Adjoint(forward, backward))
 
 
 def cat_filled(
     tensors: Sequence[Map | Value], maps: Sequence[torch.Tensor], dim: int
 ) -> torch.Tensor:
     "Rows of `maps` joined in the order of `tensors`, of which the others are zeros or ones."
-    left, shape, found = iter(maps), list(maps[0].shape), []
-    for t in tensors:
-        if isinstance(t, Map):
-            found.append(next(left))
+    left = iter(maps)
+    shape = list(maps[0].shape)
+    parts = []
+    for tensor in tensors:
+        if isinstance(tensor, Map):
+            parts.append(next(left))
         else:
-            shape[dim] = t.shape[dim]
-            found.append(maps[0].new_full(shape, t.fill or 0.0, dtype=t.dtype))
-    return torch.cat(found, dim)
+            shape[dim] = tensor.shape[dim]
+            parts.append(maps[0].new_full(shape, tensor.fill or 0.0, dtype=tensor.dtype))
+    return torch.cat(parts, dim)
+
+
+def with_new_dimension(rows: Rows, dim: int) -> Rows:
+    "Where rows lie once there is a new dimension `dim`."
+    return rows.moved(rows.ndim + 1, lambda d: d + 1 if d >= dim else d)
 
 
 @rule('stack')
 def stack(tensors: Sequence[Map | Value], dim: int = 0) -> Op:
-    maps = [t for t in tensors if isinstance(t, Map)]
+    maps = maps_of(tensors)
     x = maps[0]
-    need(
-        len(maps) == len(tensors) and all(t.rows == x.rows for t in maps),
-        'joins maps whose rows lie in different dimensions',
-    )
+    same = len(maps) == len(tensors) and all(each.rows == x.rows for each in maps)
+    need(same, 'joins maps whose rows lie in different dimensions')
     dim = dim % (x.ndim + 1)
-    out = x.rows.moved(x.ndim + 1, lambda d: d + (dim <= d))
-    return Op(lambda region, *given: torch.stack(given, dim), maps, out, across=beside(x, []))
+    out, across = with_new_dimension(x.rows, dim), across_unless(x, [])
+    return Op(lambda region, *given: torch.stack(given, dim), maps, out, across=across)
 
 
 @gets_function
 def parts(function: Callable[..., Any], input: Map, *args: Any, **kwargs: Any) -> Op:
     "A map cut into several along another dimension."
     dim = named(args, kwargs, ('size', 'dim')).get('dim', 0)
-    need(input.axis not in dims_of(input, dim), 'cuts a map into parts one below the other')
+    dims = dims_of(input, dim)
+    need(input.axis not in dims, 'cuts a map into parts one below the other')
     run, tensors = as_run(function, (input, *args), kwargs)
-    across = beside(input, dims_of(input, dim))
-    return Op(run, tensors, input.rows, across=across, alias=True)
+    return Op(run, tensors, input.rows, across=across_unless(input, dims), alias=True)
 
 
 for name in ('chunk', 'split', 'tensor_split', 'split_with_sizes'):
@@ -393,10 +447,10 @@ for name in ('chunk', 'split', 'tensor_split', 'split_with_sizes'):
 def unbind(input: Map, dim: int = 0) -> Op:
     dims = dims_of(input, dim)
     need(input.axis not in dims, 'cuts a map into single rows')
-    out = without(input.rows, dims, False)
-    return Op(lambda region, x: x.unbind(dim), [input], out, across=beside(input, dims), alias=True)
+    out, across = without(input.rows, dims, False), across_unless(input, dims)
+    return Op(lambda region, x: x.unbind(dim), [input], out, across=across, alias=True)
 
-
+# %% ../../nbs/engine/05_functions.ipynb #c2643087
 @rule('channel_shuffle', 'native_channel_shuffle')
 def channel_shuffle(input: Map, groups: int) -> Op:
     need_image(input)
@@ -417,8 +471,12 @@ def local_response_norm(
 def prelu(input: Map, weight: Map | Value) -> Op:
     need(isinstance(weight, Value), 'has a slope that depends on the image')
     need(input.axis != 1 or prod(weight.shape) == 1, 'has a slope for each row')
-    run = lambda region, x, weight: F.prelu(x, weight)
-    return Op(run, [input, weight], input.rows, across=beside(input, [1]), pointwise=True)
+    across = across_unless(input, [1])
+
+    def run(region, x, weight):
+        return F.prelu(x, weight)
+
+    return Op(run, [input, weight], input.rows, across=across, pointwise=True)
 
 
 @rule('batch_norm')
@@ -439,17 +497,16 @@ def batch_norm(
     )
     need(input.axis > 1, 'normalises over the rows')
     given = (running_mean, running_var, weight, bias)
-    tensors = [input, *(t for t in given if t is not None)]
-    need(
-        not any(isinstance(t, Map) for t in tensors[1:]), 'has statistics that depend on the image'
-    )
+    statistics = [tensor for tensor in given if tensor is not None]
+    need(not maps_of(statistics), 'has statistics that depend on the image')
+    across = across_unless(input, [1])
 
     def run(region, x, mean, var, *affine):
         scale = affine[0] if weight is not None else None
         shift = affine[-1] if bias is not None else None
         return F.batch_norm(x, mean, var, scale, shift, False, 0.0, eps)
 
-    return Op(run, tensors, input.rows, across=beside(input, [1]), pointwise=True)
+    return Op(run, [input, *statistics], input.rows, across=across, pointwise=True)
 
 
 @rule('instance_norm')
@@ -479,7 +536,8 @@ def layer_norm(
     first = input.ndim - len(normalized_shape)
     need(input.axis < first, 'normalises over the rows')
     run, tensors = as_run(function, (input, normalized_shape, *args), kwargs)
-    return Op(run, tensors, input.rows, across=beside(input, range(first, input.ndim)))
+    across = across_unless(input, range(first, input.ndim))
+    return Op(run, tensors, input.rows, across=across)
 
 
 rules['rms_norm'] = layer_norm
@@ -487,36 +545,41 @@ rules['rms_norm'] = layer_norm
 
 @rule('linear')
 def linear(input: Map, weight: Map | Value, bias: Map | Value | None = None) -> Op:
+    last = input.ndim - 1
     need(
-        input.axis != input.ndim - 1,
+        input.axis != last,
         'mixes rows (it works on the last dimension; permute the channels there)',
     )
     need(isinstance(weight, Value), 'has a weight that depends on the image')
     tensors = [input, weight] if bias is None else [input, weight, bias]
-    run = lambda region, x, *tensors: F.linear(x, *tensors)
-    return Op(run, tensors, input.rows, across=beside(input, [input.ndim - 1]))
+
+    def run(region, x, *tensors):
+        return F.linear(x, *tensors)
+
+    return Op(run, tensors, input.rows, across=across_unless(input, [last]))
 
 # %% ../../nbs/engine/05_functions.ipynb #09e3e197
 @rule('permute')
 def permute(input: Map, *dims: Any, **kwargs: Any) -> Op:
     dims = dims_given(input, dims, kwargs)
-    run = lambda region, x: x.permute(dims)
     out = input.rows.moved(input.ndim, dims.index)
-    return Op(run, [input], out, across=beside(input, []), alias=True)
+    across = across_unless(input, [])
+    return Op(lambda region, x: x.permute(dims), [input], out, across=across, alias=True)
 
 
 @rule('movedim', 'moveaxis')
 def movedim(input: Map, source: Pair, destination: Pair) -> Op:
-    numbers = torch.empty(tuple(range(input.ndim)), device='meta')  # each size says which it was
-    moved = numbers.movedim(dims_of(input, source), dims_of(input, destination))
+    # a tensor whose dimension d has size d, so that its shape shows the order
+    numbered = torch.empty(tuple(range(input.ndim)), device='meta')
+    moved = numbered.movedim(dims_of(input, source), dims_of(input, destination))
     return permute(input, *moved.shape)
 
 
 @rule('transpose', 'swapaxes', 'swapdims')
 def transpose(input: Map, dim0: int, dim1: int) -> Op:
-    a, b = dims_of(input, (dim0, dim1))
+    first, second = dims_of(input, (dim0, dim1))
     dims = list(range(input.ndim))
-    dims[a], dims[b] = b, a
+    dims[first], dims[second] = second, first
     return permute(input, *dims)
 
 
@@ -528,30 +591,25 @@ def matrix_transpose(input: Map) -> Op:
 @rule('unsqueeze')
 def unsqueeze(input: Map, dim: int) -> Op:
     dim = dim % (input.ndim + 1)
-    out = input.rows.moved(input.ndim + 1, lambda d: d + (dim <= d))
-    run = lambda region, x: x.unsqueeze(dim)
-    return Op(run, [input], out, across=beside(input, []), alias=True)
+    out, across = with_new_dimension(input.rows, dim), across_unless(input, [])
+    return Op(lambda region, x: x.unsqueeze(dim), [input], out, across=across, alias=True)
 
 
 @rule('squeeze')
 def squeeze(input: Map, dim: Dims = None) -> Op | Reduction:
-    dims = [d for d in dims_of(input, dim) if input.shape[d] == 1]
+    dims = tuple(d for d in dims_of(input, dim) if input.shape[d] == 1)
     if input.axis in dims:
-        return of_one_row(input, lambda x: x.squeeze(tuple(dims)))
-    run = lambda region, x: x.squeeze(tuple(dims))
-    out = without(input.rows, dims, False)
-    return Op(run, [input], out, across=beside(input, dims), alias=True)
+        return of_one_row(input, lambda x: x.squeeze(dims))
+    out, across = without(input.rows, dims, False), across_unless(input, dims)
+    return Op(lambda region, x: x.squeeze(dims), [input], out, across=across, alias=True)
 
-
+# %% ../../nbs/engine/05_functions.ipynb #1287728b
 @rule('flatten')
 def flatten(input: Map, start_dim: int = 0, end_dim: int = -1) -> Op | Reduction:
-    a, b = dims_of(input, (start_dim, end_dim))
-    if a < b and a <= input.axis <= b:
-        need(
-            input.shape[input.axis] == 1, 'flattens a map whose rows come in strips (pool it first)'
-        )
+    first, last = dims_of(input, (start_dim, end_dim))
     shape = input.shape
-    return reshaped(input, (*shape[:a], prod(shape[a : b + 1]), *shape[b + 1 :]))
+    target = (*shape[:first], prod(shape[first : last + 1]), *shape[last + 1 :])
+    return reshaped(input, target, 'flattens a map whose rows come in strips (pool it first)')
 
 
 @rule('unflatten')
@@ -577,76 +635,101 @@ def view_as(input: Map, other: Map | Value) -> Op | Reduction:
 
 def whole_shape(numbers: int, shape: Sequence[int]) -> tuple[int, ...]:
     "`shape` of so many `numbers`, with its -1 filled in."
-    shape = tuple(shape)
-    return tuple(numbers // -prod(shape) if size == -1 else size for size in shape)
+    others = -prod(shape)  # the product without the -1, if there is one
+    return tuple(numbers // others if size == -1 else size for size in shape)
+
+# %% ../../nbs/engine/05_functions.ipynb #ded53dbf
+class MovedDimension(NamedTuple):
+    "Where a dimension of a map is after a reshape, and the window of its positions."
+
+    source: int
+    target: int
+    window: Window | TransposedWindow = Window()
+    more: int = 1  # there are `more` positions for each one,
+    fewer: int = 1  # or one for `fewer`
 
 
-def kept_dimension(shape: Sequence[int], target: Sequence[int], d: int) -> int | None:
-    """Where dimension `d` of a `shape` is after a reshape to `target`; None if it is mixed with
-    others. Of several dimensions of size 1, the one that is as far from the end."""
-    found = [
-        e
-        for e, size in enumerate(target)
-        if size == shape[d] and prod(target[:e]) == prod(shape[:d])
+def kept_dimension(shape: Sequence[int], target: Sequence[int], dim: int) -> MovedDimension | None:
+    """Dimension `dim` of a `shape` where it stays one of its own in `target`. Of several of size 1,
+    that which is as far from the end."""
+    places = [
+        place
+        for place, size in enumerate(target)
+        if size == shape[dim] and prod(target[:place]) == prod(shape[:dim])
     ]
-    return min(found, key=lambda e: abs((len(target) - e) - (len(shape) - d)), default=None)
+    if not places:
+        return None
+    from_end = len(shape) - dim
+    return MovedDimension(dim, min(places, key=lambda e: abs((len(target) - e) - from_end)))
 
 
-# where a dimension is after a reshape, the window of its rows, by how much they are more or fewer
-MovedDimension = tuple[int, Window | TransposedWindow, int, int]
-
-
-def split_dimension(shape: Sequence[int], target: Sequence[int], d: int) -> MovedDimension | None:
-    "As space-to-depth by views: dimension `d` becomes two, of which the second is small."
-    for e, (size, block) in enumerate(zip(target, target[1:])):
-        if size * block == shape[d] and block > 1 and prod(target[:e]) == prod(shape[:d]):
-            return e, Window(block, block), 1, block
+def split_dimension(shape: Sequence[int], target: Sequence[int], dim: int) -> MovedDimension | None:
+    "Dimension `dim` of a `shape` where it becomes two in `target`, the second of which are blocks."
+    for place, (size, block) in enumerate(zip(target, target[1:])):
+        is_split = block > 1 and size * block == shape[dim]
+        if is_split and prod(target[:place]) == prod(shape[:dim]):
+            return MovedDimension(dim, place, Window(block, block), fewer=block)
     return None
 
 
-def merged_dimension(shape: Sequence[int], target: Sequence[int], d: int) -> MovedDimension | None:
-    "As depth-to-space by views: dimension `d` takes in the one behind it."
-    block = shape[d + 1] if d + 1 < len(shape) else 1
-    for e, size in enumerate(target):
-        if size == shape[d] * block and block > 1 and prod(target[:e]) == prod(shape[:d]):
-            return e, TransposedWindow(block, block), block, 1
+def merged_dimension(
+    shape: Sequence[int], target: Sequence[int], dim: int
+) -> MovedDimension | None:
+    "Dimension `dim` of a `shape` where it takes in the one behind it in `target`."
+    block = shape[dim + 1] if dim + 1 < len(shape) else 1
+    for place, size in enumerate(target):
+        is_merged = block > 1 and size == shape[dim] * block
+        if is_merged and prod(target[:place]) == prod(shape[:dim]):
+            return MovedDimension(dim, place, TransposedWindow(block, block), more=block)
     return None
 
 
-def moved_dimension(shape: Sequence[int], target: Sequence[int], d: int) -> MovedDimension | None:
-    "Where dimension `d` is after a reshape, the window of its rows, and by how much they are more or fewer."
-    kept = kept_dimension(shape, target, d)
-    if kept is not None:
-        return kept, Window(), 1, 1
-    return split_dimension(shape, target, d) or merged_dimension(shape, target, d)
+def moved_dimension(shape: Sequence[int], target: Sequence[int], dim: int) -> MovedDimension | None:
+    "Dimension `dim` of a `shape` after a reshape to `target`; None: it is mixed with others."
+    for find in (kept_dimension, split_dimension, merged_dimension):
+        moved = find(shape, target, dim)
+        if moved is not None:
+            return moved
+    return None
 
 
-def reshaped(input: Map, target: Sequence[int]) -> Op | Reduction:
-    "The reshape of a map to the shape `target` of the whole."
-    along = moved_dimension(input.shape, target, input.axis)
-    if along is None and input.shape[input.axis] == 1:
+def reshaped(
+    input: Map,
+    target: Sequence[int],
+    why: str = 'reshapes a map whose rows come in strips, and mixes rows with others',
+) -> Op | Reduction:
+    "The reshape of a map to the shape `target` of the whole. Raises `Refused`, with `why`."
+    rows = moved_dimension(input.shape, target, input.axis)
+    if rows is None and input.shape[input.axis] == 1:
         return of_one_row(input, lambda x: x.reshape(target))
-    if along is None:
-        raise Refused('reshapes a map whose rows come in strips, and mixes rows with others')
-    beside = None if input.across is None else moved_dimension(input.shape, target, input.across)
-    if beside is not None and beside[0] == along[0]:
-        beside = None
-    moved = [(input.axis, along)]
-    if input.across is not None and beside is not None:
-        moved.append((input.across, beside))
+    if rows is None:
+        raise Refused(why)
+    columns = None
+    if input.across is not None:
+        columns = moved_dimension(input.shape, target, input.across)
+    if columns is not None and columns.target == rows.target:  # merged with the rows
+        columns = None
+    moved = [rows] if columns is None else [rows, columns]
 
     def run(region, x):
         sizes = list(target)
-        for d, (e, _, more, fewer) in moved:
-            sizes[e] = x.shape[d] * more // fewer
+        for each in moved:
+            sizes[each.target] = x.shape[each.source] * each.more // each.fewer
         y = x.reshape(sizes)
-        for (d, (e, window, _, _)), side in zip(moved, region.sides):
-            if isinstance(window, TransposedWindow):
-                y = y.narrow(e, side.skip, side.count)
+        for each, side in zip(moved, region.sides):
+            if isinstance(each.window, TransposedWindow):
+                y = y.narrow(each.target, side.skip, side.count)
         return y
 
-    out = Rows(len(target), along[0], beside[0] if beside else None)
-    return Op(run, [input], out, along[1], beside[1] if beside else None, alias=True)
+    if columns is None:
+        return Op(run, [input], Rows(len(target), rows.target, None), rows.window, None, alias=True)
+    out = Rows(len(target), rows.target, columns.target)
+    return Op(run, [input], out, rows.window, columns.window, alias=True)
+
+# %% ../../nbs/engine/05_functions.ipynb #da40b8d5
+def with_leading(rows: Rows, count: int) -> Rows:
+    "Where rows lie behind so many new dimensions."
+    return rows.moved(rows.ndim + count, lambda d: d + count)
 
 
 @rule('expand')
@@ -656,19 +739,22 @@ def expand(input: Map, *sizes: Any) -> Op:
     axis = input.axis + lead
     need(shape[axis] in (-1, input.shape[input.axis]), 'repeats rows')
     shape[axis] = -1
-    beside = None
+    across = None
     if input.across is not None and shape[input.across + lead] in (-1, input.shape[input.across]):
         shape[input.across + lead] = -1
-        beside = Window()
-    out = input.rows.moved(len(shape), lambda d: d + lead)
-    return Op(lambda region, x: x.expand(shape), [input], out, across=beside, alias=True)
+        across = Window()
+    out = with_leading(input.rows, lead)
+    return Op(lambda region, x: x.expand(shape), [input], out, across=across, alias=True)
 
 
 @rule('expand_as')
 def expand_as(input: Map | Value, other: Map | Value) -> Op:
     if isinstance(input, Value):
         out, across = joined([input, other])
-        run = lambda region, value, x: value.expand_as(x)
+
+        def run(region, value, x):
+            return value.expand_as(x)
+
         return Op(run, [input, other], out, across=across, alias=True)
     return expand(input, *other.shape)
 
@@ -678,20 +764,22 @@ def repeat(input: Map, *sizes: Any) -> Op:
     sizes = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
     lead = len(sizes) - input.ndim
     need(sizes[input.axis + lead] == 1, 'repeats rows')
-    run = lambda region, x: x.repeat(sizes)
-    same = input.across is not None and sizes[input.across + lead] == 1
-    out = input.rows.moved(len(sizes), lambda d: d + lead)
-    return Op(run, [input], out, across=Window() if same else None)
+    keeps_columns = input.across is not None and sizes[input.across + lead] == 1
+    across = Window() if keeps_columns else None
+    out = with_leading(input.rows, lead)
+    return Op(lambda region, x: x.repeat(sizes), [input], out, across=across)
 
 
 @rule('repeat_interleave')
 def repeat_interleave(input: Map, repeats: int | Value, dim: int | None = None) -> Op:
-    need(
-        isinstance(repeats, int) and dim is not None and input.axis not in dims_of(input, dim),
-        'repeats rows',
-    )
-    run = lambda region, x: x.repeat_interleave(repeats, dim)
-    return Op(run, [input], input.rows, across=beside(input, dims_of(input, dim)))
+    need(isinstance(repeats, int) and dim is not None, 'repeats rows')
+    dims = dims_of(input, dim)
+    need(input.axis not in dims, 'repeats rows')
+
+    def run(region, x):
+        return x.repeat_interleave(repeats, dim)
+
+    return Op(run, [input], input.rows, across=across_unless(input, dims))
 
 # %% ../../nbs/engine/05_functions.ipynb #36481702
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -703,30 +791,65 @@ def sum_or_mean(mean: bool) -> Rule:
     "The rule of a sum or a mean over some dimensions."
 
     @gets_function
-    def rule(function, input, dim=None, keepdim=False, dtype=None, axis=None, keepdims=False):
-        dim, keepdim = axis if dim is None else dim, keepdim or keepdims
+    def apply(function, input, dim=None, keepdim=False, dtype=None, axis=None, keepdims=False):
+        dim = axis if dim is None else dim
+        keepdim = keepdim or keepdims
         dims = dims_of(input, dim)
         if input.axis not in dims:
             run, tensors = as_run(function, (input, dim, keepdim), {'dtype': dtype})
             out = without(input.rows, dims, keepdim)
-            return Op(run, tensors, out, across=beside(input, dims))
+            return Op(run, tensors, out, across=across_unless(input, dims))
         count = prod(input.shape[d] for d in dims) if mean else 1
 
         def add(total, part, x):
-            kind = dtype or (wide(x.dtype) if x.is_floating_point() else None)
-            new = x.sum(dims, keepdim, dtype=kind)
+            sum_dtype = dtype or (wide(x.dtype) if x.is_floating_point() else None)
+            new = x.sum(dims, keepdim, dtype=sum_dtype)
             if mean:
                 new = new / count
             return new if total is None else total + new
 
         return Reduction(add, [input], dtype=dtype)
 
-    return rule
+    return apply
 
 
-rules['sum'], rules['mean'] = sum_or_mean(False), sum_or_mean(True)
+rules['sum'] = sum_or_mean(False)
+rules['mean'] = sum_or_mean(True)
+
+# %% ../../nbs/engine/05_functions.ipynb #a2a7017c
+class BinPart(NamedTuple):
+    "The rows at hand that lie in a bin, counted from the first one at hand: `low` up to `high`."
+
+    low: int
+    high: int
+    is_continued: bool  # a strip above had rows of this bin
+
+    @property
+    def is_empty(self) -> bool:
+        "Whether no row at hand lies in the bin."
+        return self.low >= self.high
 
 
+class Bins:
+    "`height` rows in `count` bins, as PyTorch's adaptive pooling divides them."
+
+    def __init__(self, count: int, height: int) -> None:
+        # first row and the one after the last, rounded down and up
+        tops = [i * height // count for i in range(count)]
+        bottoms = [((i + 1) * height + count - 1) // count for i in range(count)]
+        self.edges = list(zip(tops, bottoms))
+        self.heights = [bottom - top for top, bottom in self.edges]
+
+    def in_rows(self, first: int, stop: int) -> tuple[BinPart, ...]:
+        "For each bin, which of the rows `first` to `stop` of the map lie in it."
+        parts = []
+        for top, bottom in self.edges:
+            low = max(top - first, 0)
+            high = max(min(bottom, stop) - first, low)
+            parts.append(BinPart(low, high, is_continued=top < first))
+        return tuple(parts)
+
+# %% ../../nbs/engine/05_functions.ipynb #31d26863
 OutputSize = int | Sequence[int | None]  # None: as many as there are
 
 
@@ -756,80 +879,93 @@ def adaptive(
     add_bins: Callable[..., torch.Tensor],
 ) -> Op | Reduction:
     "Adaptive pooling into bins of rows, or of columns where strips cut those."
-    sizes = list(pair(output_size))
+    count, width = pair(output_size)
     if input.axis == 3:
-        sizes.reverse()
-    count, beside = sizes
-    if count is None:
-        run = lambda region, x: function(x, output_size)
-        return Op(run, [input], input.rows, across=None)
-    height, width = input.shape[input.axis], beside or input.shape[input.rows.columns]
-    bins = [(i * height // count, -(-(i + 1) * height // count)) for i in range(count)]
+        count, width = width, count
+    if count is None:  # each row by itself
+        return Op(lambda region, x: function(x, output_size), [input], input.rows, across=None)
+    bins = Bins(count, input.shape[input.axis])
+    if width is None:
+        width = input.shape[input.rows.columns]
+
+    def add(total, parts, x):
+        return add_bins(total, parts, x, bins.heights, width)
 
     def part(first, stop, height):
-        if count == 1:
-            return ((0, stop - first, first > 0),)
-        return tuple((max(a - first, 0), min(b, stop) - first, a < first) for a, b in bins)
+        return bins.in_rows(first, stop)
 
-    def add(total, part, x):
-        if input.axis == 3:
-            x, total = x.transpose(2, 3), None if total is None else total.transpose(2, 3)
-        total = add_bins(total, part, x, [b - a for a, b in bins], width)
-        return total.transpose(2, 3) if input.axis == 3 else total
-
+    if input.axis == 3:
+        add = of_columns(add)
     return Reduction(add, [input], part=part, positional=count > 1)
+
+
+def of_columns(add: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    "`add` for strips of columns: their maps and bins are transposed, and the result back."
+
+    def add_columns(total, parts, x):
+        total = None if total is None else total.transpose(2, 3)
+        return add(total, parts, x.transpose(2, 3)).transpose(2, 3)
+
+    return add_columns
 
 
 def add_means(
     total: torch.Tensor | None,
-    part: Sequence[tuple[int, int, bool]],
+    parts: Sequence[BinPart],
     x: torch.Tensor,
     heights: Sequence[int],
     width: int,
 ) -> torch.Tensor:
-    "Add the rows `x` to the means of bins of `heights` rows and of `width` columns."
-    kind, columns = wide(x.dtype), x.shape[3]
+    """Add the rows `x` (N, C, rows, W) to the means `total` (N, C, bins, width), None at first, of
+    bins that have `heights` rows; `parts`: which of the rows lie in each."""
+    dtype, columns = wide(x.dtype), x.shape[3]
+    dims: tuple[int, ...] = (2, 3)
     if width != 1:
-        x = F.adaptive_avg_pool2d(x.to(kind), (None, width))
-    found = []
-    for i, ((low, high, _), rows) in enumerate(zip(part, heights)):
-        dims, count = ((2, 3), rows * columns) if width == 1 else (2, rows)
-        new = x[:, :, low : max(high, low)].sum(dims, keepdim=True, dtype=kind) / count
-        found.append(new if total is None else total[:, :, i : i + 1] + new)
-    return found[0] if len(found) == 1 else torch.cat(found, 2)
+        x = F.adaptive_avg_pool2d(x.to(dtype), (None, width))
+        dims, columns = (2,), 1
+    means = []
+    for i, (part, height) in enumerate(zip(parts, heights)):
+        rows = x[:, :, part.low : part.high]
+        new = rows.sum(dims, keepdim=True, dtype=dtype) / (height * columns)
+        means.append(new if total is None else total[:, :, i : i + 1] + new)
+    return means[0] if len(means) == 1 else torch.cat(means, 2)
 
 
 def add_maxima(
     total: torch.Tensor | None,
-    part: Sequence[tuple[int, int, bool]],
+    parts: Sequence[BinPart],
     x: torch.Tensor,
     heights: Sequence[int],
     width: int,
 ) -> torch.Tensor:
-    "The maxima of bins with the rows `x` besides."
-    found = []
-    for i, (low, high, begun) in enumerate(part):
-        old = total[:, :, i : i + 1] if total is not None else None
-        if low >= high:
-            found.append(x.new_zeros(*x.shape[:2], 1, width) if old is None else old)
+    """The maxima `total` (N, C, bins, width), None at first, with the rows `x` (N, C, rows, W)
+    taken in; `parts`: which of the rows lie in each bin. Of equal ones the first counts; NaN is the
+    largest."""
+    maxima = []
+    for i, part in enumerate(parts):
+        old = None if total is None else total[:, :, i : i + 1]
+        if part.is_empty:
+            maxima.append(x.new_zeros(*x.shape[:2], 1, width) if old is None else old)
             continue
-        new = F.adaptive_max_pool2d(x[:, :, low:high], (1, width))
-        if begun and old is not None:
+        new = F.adaptive_max_pool2d(x[:, :, part.low : part.high], (1, width))
+        if part.is_continued and old is not None:
             new = torch.where((new > old) | new.isnan(), new, old)
-        found.append(new)
-    return found[0] if len(found) == 1 else torch.cat(found, 2)
+        maxima.append(new)
+    return maxima[0] if len(maxima) == 1 else torch.cat(maxima, 2)
 
 # %% ../../nbs/engine/05_functions.ipynb #30162926
 def kept_apart(maps: Sequence[Map], why: str) -> tuple[Rows, Window | None]:
-    "Where rows lie in a product over the last two dimensions of `maps`, and the window across."
-    x = max(maps, key=lambda x: x.ndim)
-    backs = {t.axis - t.ndim for t in maps}
-    need(len(backs) == 1 and max(backs) < -2 and len({t.shape[t.axis] for t in maps}) == 1, why)
-    sides = {None if t.across is None else (t.across - t.ndim, t.shape[t.across]) for t in maps}
-    side = sides.pop() if len(sides) == 1 else None
-    if side is None or side[0] >= -2:
-        return Rows(x.ndim, x.axis, None), None
-    return x.rows, Window()
+    """Where rows lie in a product over the last two dimensions of `maps`, and the window across.
+    Raises `Refused`, with `why`, if it sums over rows or maps differ in them."""
+    largest = max(maps, key=lambda x: x.ndim)
+    need(row_dimension(maps, why) < -2, why)
+    need_equal_heights(maps, why)
+    columns = {None if x.across is None else x.rows.column_from_end for x in maps}
+    widths = {None if x.across is None else x.shape[x.across] for x in maps}
+    column = columns.pop() if len(columns) == len(widths) == 1 else None
+    if column is None or column >= -2:
+        return Rows(largest.ndim, largest.axis, None), None
+    return largest.rows, Window()
 
 
 @rule('matmul', 'bmm')
@@ -837,22 +973,30 @@ def matmul(input: Map | Value, other: Map | Value) -> Op:
     why = 'multiplies matrices of a map, which mixes its rows'
     if isinstance(input, Map) and isinstance(other, Map):
         out, across = kept_apart((input, other), why)
-        together = lambda region, *given: torch.matmul(*given)
-        return Op(together, [input, other], out, across=across)
+        maps = [input, other]
+        return Op(lambda region, *given: torch.matmul(*given), maps, out, across=across)
     if isinstance(input, Map):
-        x, matrix, summed = input, other, 1
-    elif isinstance(other, Map):
-        x, matrix, summed = other, input, 2
-    else:
-        raise Refused(why)
-    need(matrix.ndim == 2 and x.ndim > 2 and x.axis != x.ndim - summed, why)
+        return by_matrix(input, other, False, why)
+    if isinstance(other, Map):
+        return by_matrix(other, input, True, why)
+    raise Refused(why)
+
+
+def by_matrix(x: Map, matrix: Map | Value, from_left: bool, why: str) -> Op:
+    """A map times a matrix, or a matrix times a map; it sums over the last dimension or the one
+    before."""
+    summed = x.ndim - 2 if from_left else x.ndim - 1
+    need(matrix.ndim == 2, why)
+    need(x.ndim > 2, why)
+    need(x.axis != summed, why)
 
     def run(region, x, matrix):  # as matmul, which rounds in another way if a gradient is wanted
-        x, matrix = (x, matrix) if summed == 1 else (x.mT, matrix.mT)
+        if from_left:
+            x, matrix = x.mT, matrix.mT
         y = (x.flatten(0, -2) @ matrix).view(*x.shape[:-1], -1)
-        return y if summed == 1 else y.mT
+        return y.mT if from_left else y
 
-    return Op(run, [x, matrix], x.rows, across=beside(x, [x.ndim - summed]))
+    return Op(run, [x, matrix], x.rows, across=across_unless(x, [summed]))
 
 
 @rule('scaled_dot_product_attention')
@@ -866,8 +1010,10 @@ def attention(
     **kwargs: Any,
 ) -> Op:
     why = 'attends over all positions'
-    maps = [t for t in (query, key, value) if isinstance(t, Map)]
-    need(len(maps) == 3 and not dropout_p and not kwargs.get('enable_gqa'), why)
+    maps = maps_of((query, key, value))
+    need(len(maps) == 3, why)
+    need(not dropout_p, why)
+    need(not kwargs.get('enable_gqa'), why)
     out, across = kept_apart(maps, why)
     masks = [] if attn_mask is None else [attn_mask]
     joined([query, *masks])  # which refuses a mask that differs from row to row
@@ -877,30 +1023,42 @@ def attention(
 
     return Op(run, [*maps, *masks], out, across=across)
 
-
+# %% ../../nbs/engine/05_functions.ipynb #110de875
 @rule('einsum')
 def einsum(equation: str, *operands: Any) -> Op:
     why = 'sums products of maps in a way that may mix rows'
-    given = list(operands[0] if isinstance(operands[0], (list, tuple)) else operands)
+    tensors = list(operands[0] if isinstance(operands[0], (list, tuple)) else operands)
     need(isinstance(equation, str) and '->' in equation and '.' not in equation, why)
     inputs, out = equation.replace(' ', '').split('->')
-    terms = inputs.split(',')
-    pairs = [(term, x) for term, x in zip(terms, given) if isinstance(x, Map)]
-    rows = {(term[x.axis], x.shape[x.axis]) for term, x in pairs}
-    widths = {
-        None if x.across is None else (term[x.across], x.shape[x.across]) for term, x in pairs
-    }
-    need(len(rows) == 1, why)
-    ((row, _),) = rows
-    need(
-        out.count(row) == 1
-        and all(term.count(row) == isinstance(x, Map) for term, x in zip(terms, given)),
-        why,
-    )
-    side = widths.pop() if len(widths) == 1 else None
+    terms = list(zip(inputs.split(','), tensors))
+    maps = [(term, x) for term, x in terms if isinstance(x, Map)]
+    row = row_letter(maps, why)
+    need(out.count(row) == 1, why)
+    need(all(term.count(row) == isinstance(x, Map) for term, x in terms), why)
+    column = column_letter(maps)
     across = None
-    if side and out.count(side[0]) == 1 and inputs.count(side[0]) == len(pairs):
-        across = out.index(side[0])
-    where = Rows(len(out), out.index(row), across)
-    run = lambda region, *tensors: torch.einsum(equation, *tensors)
-    return Op(run, given, where, across=None if across is None else Window())
+    if column is not None and out.count(column) == 1 and inputs.count(column) == len(maps):
+        across = out.index(column)
+    rows = Rows(len(out), out.index(row), across)
+    window = None if across is None else Window()
+
+    def run(region, *tensors):
+        return torch.einsum(equation, *tensors)
+
+    return Op(run, tensors, rows, across=window)
+
+
+def row_letter(maps: Sequence[tuple[str, Map]], why: str) -> str:
+    """The letter of the rows, which is the same in the terms of all maps. Raises `Refused`, with
+    `why`."""
+    letters = {term[x.axis] for term, x in maps}
+    need(len(letters) == 1, why)
+    need_equal_heights([x for _, x in maps], why)
+    return letters.pop()
+
+
+def column_letter(maps: Sequence[tuple[str, Map]]) -> str | None:
+    "The letter of the columns, if it is the same in the terms of all maps."
+    letters = {None if x.across is None else term[x.across] for term, x in maps}
+    widths = {None if x.across is None else x.shape[x.across] for _, x in maps}
+    return letters.pop() if len(letters) == len(widths) == 1 else None

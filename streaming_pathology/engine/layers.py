@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['conv2d', 'max_pool2d', 'avg_pool2d', 'crop', 'conv_transpose2d', 'interpolate', 'pad']
 
-# %% ../../nbs/engine/04_layers.ipynb #eb4fe50b
-from collections.abc import Callable, Sequence
+# %% ../../nbs/engine/04_layers.ipynb #ac0ece24
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -24,7 +25,7 @@ from streaming_pathology.engine.rules import (
     Reduction,
     Refused,
     Rows,
-    beside,
+    across_unless,
     need,
     need_image,
     of_one_row,
@@ -34,6 +35,7 @@ from streaming_pathology.engine.rules import (
 )
 from streaming_pathology.engine.windows import (
     Region,
+    Repeat,
     Side,
     TransposedWindow,
     Window,
@@ -70,16 +72,22 @@ def conv2d(
     dilation: Pair = 1,
     groups: int = 1,
 ) -> Op:
+    "How a convolution is streamed. Raises `Refused` for a weight that depends on the image."
     need_image(input)
     need(isinstance(weight, Value), 'has a weight that depends on the image')
     stride, dilation = pair(stride), pair(dilation)
     how = stride, dilation, groups, input.device
     tensors = [input, weight] if bias is None else [input, weight, bias]
-    adjoint = Adjoint(lambda *given: convolve(*given, how=how), convolve_back, own=True)
-    along, across = windows(
-        input, weight.shape[2:], stride, dilation, conv_padding(weight, padding, dilation)
-    )
-    run = lambda *given: convolve(*given, how=how)[0]
+    pads = conv_padding(weight, padding, dilation)
+    along, across = windows(input, weight.shape[2:], stride, dilation, pads)
+
+    def forward(*given):
+        return convolve(*given, how=how)
+
+    def run(*given):
+        return convolve(*given, how=how)[0]
+
+    adjoint = Adjoint(forward, convolve_back, own=True)
     return Op(run, tensors, input.rows, along, across, adjoint=adjoint)
 
 # %% ../../nbs/engine/04_layers.ipynb #5fcd207c
@@ -91,10 +99,17 @@ def convolve(
     *,
     how: tuple[tuple[int, int], tuple[int, int], int, torch.device],
 ) -> tuple[torch.Tensor, tuple[Any, ...]]:
-    "A convolution, and what its gradient needs; `how`: stride, dilation, groups and device."
+    """The convolution of the inputs at hand, `x` (N, C, rows, columns), with `weight` (O, C /
+    groups, height, width) and `bias` (O,), and what its gradient needs; `how`: stride, dilation,
+    groups and device.
+
+    Saved are the region, `x` as it is convolved (without padding), the weight in the type of the
+    products, the types of weight and bias, and `how`.
+    """
     stride, dilation, groups, device = how
     dtype, wide = convolution_types(x, device)
-    types = weight.dtype, None if bias is None else bias.dtype
+    bias_type = None if bias is None else bias.dtype
+    types = weight.dtype, bias_type
     if wide == dtype == x.dtype == weight.dtype:
         y = F.conv2d(region.pad(x), weight, bias, stride, region.padding, dilation, groups)
         return y, (region, x, weight, types, how)
@@ -110,11 +125,12 @@ def convolve(
 def convolve_back(
     gradient: torch.Tensor, saved: tuple[Any, ...], needs_grad: Sequence[bool]
 ) -> list[torch.Tensor | None]:
-    "The gradients of the input, the weight and the bias."
+    """The gradients of the input, the weight and the bias, each of the shape and type of its
+    tensor, from that of the result and what `convolve` has `saved`; None where not `needs_grad`."""
     region, x, weight, types, (stride, dilation, groups, _) = saved
     types = x.dtype, *types
     masks = [needs_grad[0], needs_grad[1], len(needs_grad) > 2 and needs_grad[2]]
-    found = torch.ops.aten.convolution_backward.default(
+    gradients = torch.ops.aten.convolution_backward.default(
         as_type(gradient, weight.dtype),
         as_type(region.pad(x), weight.dtype),
         weight,
@@ -127,27 +143,34 @@ def convolve_back(
         groups,
         masks,
     )
-    found = [as_type(gradient, dtype) for gradient, dtype in zip(found, types)]
-    if found[0] is not None:
-        found[0] = region.unpad(found[0])
-    return found
+    gradients = [as_type(gradient, dtype) for gradient, dtype in zip(gradients, types)]
+    if gradients[0] is not None:
+        gradients[0] = region.unpad(gradients[0])
+    return gradients
 
 
 def as_type(tensor: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor | None:
     "`tensor.to(dtype)`, without a call where it is of that type already."
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+    if tensor is None or tensor.dtype == dtype:
+        return tensor
+    return tensor.to(dtype)
 
 
 def conv_padding(
     weight: Map | Value, padding: Pair | str, dilation: Sequence[int]
 ) -> list[tuple[int, int]]:
-    "Rows and columns of padding of a convolution, before and after."
+    "Padding of a convolution: (before, after) of rows and of columns."
     if padding == 'valid':
         padding = 0
     if not isinstance(padding, str):
-        return [(p, p) for p in pair(padding)]
-    totals = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation)]
+        return both_ends(padding)
+    totals = [step * (size - 1) for size, step in zip(weight.shape[2:], dilation)]  # 'same'
     return [(total // 2, total - total // 2) for total in totals]
+
+
+def both_ends(padding: Pair) -> list[tuple[int, int]]:
+    "As many rows before as after, and as many columns: (before, after) of each."
+    return [(each, each) for each in pair(padding)]
 
 # %% ../../nbs/engine/04_layers.ipynb #256d518c
 @rule('max_pool2d')
@@ -160,6 +183,7 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Op:
+    "How max pooling is streamed. Raises `Refused` for `return_indices`."
     need_image(input)
     need(not return_indices, 'returns indices into the whole map')
     kernel, stride, padding = pair(kernel_size), pair(stride or kernel_size), pair(padding)
@@ -171,7 +195,7 @@ def max_pool2d(
             region.pad(x, least), kernel, stride, region.padding, dilation, ceil_mode
         )
 
-    pads = [(p, p) for p in padding]
+    pads = both_ends(padding)
     return Op(run, [input], input.rows, *windows(input, kernel, stride, dilation, pads))
 
 
@@ -185,6 +209,7 @@ def avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Op:
+    "How average pooling is streamed."
     need_image(input)
     kernel, stride, padding = pair(kernel_size), pair(stride or kernel_size), pair(padding)
 
@@ -201,17 +226,18 @@ def avg_pool2d(
         if divisor_override:
             return y
         for side in region.padded:
-            d = side.axis - 2
-            edge = padding[d] if count_include_pad else 0
-            y = counted_anew(y, side, kernel[d], stride[d], edge)
+            at = side.axis - 2
+            edge = padding[at] if count_include_pad else 0
+            y = counted_anew(y, side, kernel[at], stride[at], edge)
         return y
 
-    pads = [(p, p) for p in padding]
+    pads = both_ends(padding)
     return Op(run, [input], input.rows, *windows(input, kernel, stride, 1, pads))
 
 # %% ../../nbs/engine/04_layers.ipynb #f2929847
 def counted_anew(y: torch.Tensor, side: Side, kernel: int, stride: int, edge: int) -> torch.Tensor:
-    "Averages `y` over `kernel` positions, as averages over those that are not beyond `edge`."
+    """Averages `y` (N, C, rows, columns) over `kernel` positions along `side`, as averages over
+    those of them that are not padding; the first `edge` positions of padding count as inputs do."""
     first = torch.arange(side.count, device=y.device) * stride
     before, after = side.filled
     length = (side.count - 1) * stride + kernel
@@ -233,23 +259,32 @@ def lp_pool2d(
     need_image(input)
     need(not ceil_mode, 'pools with ceil_mode=True, which has no rule')
     kernel, steps = pair(kernel_size), pair(stride or kernel_size)
-    run = lambda region, x: F.lp_pool2d(region.pad(x), norm_type, kernel, steps)
+
+    def run(region, x):
+        return F.lp_pool2d(region.pad(x), norm_type, kernel, steps)
+
     return Op(run, [input], input.rows, *windows(input, kernel, steps))
 
 
 @rule(torch.Tensor.unfold)
 def overlapping(input: Map, dimension: int, size: int, step: int) -> Op:
     "Pieces of a dimension as a dimension of their own."
-    d, window = dimension % input.ndim, Window(size, step)
-    along = window if d == input.axis else Window()
-    across = window if d == input.across else beside(input, [d])
+    dim = dimension % input.ndim
+    window = Window(size, step)
+    along = window if dim == input.axis else Window()
+    across = window if dim == input.across else across_unless(input, [dim])
     out = Rows(input.ndim + 1, input.axis, input.across)
-    run = lambda region, x: region.pad(x).unfold(d, size, step)
+
+    def run(region, x):
+        return region.pad(x).unfold(dim, size, step)
+
     return Op(run, [input], out, along, across, alias=True)
 
 # %% ../../nbs/engine/04_layers.ipynb #edc02834
 def crop(region: Region, y: torch.Tensor, lead: Sequence[int] = (0, 0)) -> torch.Tensor:
-    "The outputs wanted of `y`; `lead` rows and columns of `y` lie before those of the first input."
+    """The rows and columns of `y` (N, C, H, W) that a region asks for. `lead`: rows and columns at
+    the beginning of `y` that lie before the first output of the first input, as padding has cut
+    them off; where `y` ends too early, zeros follow."""
     for side in region.sides:
         skip = side.skip + lead[side.axis - 2]
         ends = -skip, side.count + skip - y.shape[side.axis]
@@ -266,10 +301,10 @@ def transposed_windows(
     "The windows along and across the strips, from numbers for rows and columns."
     reaches, factors, leads = pair(reach), pair(factor), pair(before)
 
-    def spread(d: int) -> TransposedWindow:
-        return TransposedWindow(reaches[d - 2], factors[d - 2], leads[d - 2])
+    def window(dim: int) -> TransposedWindow:
+        return TransposedWindow(reaches[dim - 2], factors[dim - 2], leads[dim - 2])
 
-    return spread(x.axis), spread(5 - x.axis)  # the other one of dimensions 2 and 3
+    return window(x.axis), window(5 - x.axis)  # the other one of dimensions 2 and 3
 
 # %% ../../nbs/engine/04_layers.ipynb #5a0defe4
 @rule('conv_transpose2d')
@@ -283,6 +318,7 @@ def conv_transpose2d(
     groups: int = 1,
     dilation: Pair = 1,
 ) -> Op:
+    "How a transposed convolution is streamed. Raises `Refused` for a weight of the image."
     need_image(input)
     need(isinstance(weight, Value), 'has a weight that depends on the image')
     stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
@@ -292,12 +328,14 @@ def conv_transpose2d(
         y = crop(region, y, padding)
         return y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype)
 
-    reach = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], dilation)]
+    reach = [(size - 1) * step + 1 for size, step in zip(weight.shape[2:], dilation)]
     tensors = [input, weight] if bias is None else [input, weight, bias]
     return Op(run, tensors, input.rows, *transposed_windows(input, reach, stride, padding))
 
 # %% ../../nbs/engine/04_layers.ipynb #8323b892
 Factor = float | list[float] | tuple[float, ...]  # for both rows and columns, or one for each
+# how many neighbouring input rows an output row reads
+NEIGHBOURS = {'nearest': 1, 'nearest-exact': 1, 'bilinear': 2, 'bicubic': 4}
 
 # %% ../../nbs/engine/04_layers.ipynb #85bb457f
 @rule('interpolate', 'upsample')
@@ -310,210 +348,290 @@ def interpolate(
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
 ) -> Op:
+    """How an interpolation is streamed: one of four cases. Raises `Refused` for `antialias`, for
+    areas of different sizes, and where PyTorch's gradient is not that of its values."""
     need_image(input)
     need(not antialias, 'interpolates with antialias=True, which has no rule')
     if mode == 'area' and size is not None:
-        parts = [Fraction(old, new) for new, old in zip(pair(size), input.shape[2:])]
-        need(all(n.denominator == 1 for n in parts), 'averages over areas of different sizes')
-        return avg_pool2d(input, tuple(map(int, parts)))
-    need(
-        mode in ('nearest', 'nearest-exact', 'bilinear', 'bicubic'),
-        f'interpolates with mode={mode!r}, which has no rule',
-    )
+        return area_means(input, size)
+    need(mode in NEIGHBOURS, f'interpolates with mode={mode!r}, which has no rule')
     if recompute_scale_factor:
-        size = [int(n * f) for n, f in zip(input.shape[2:], factors_of(scale_factor))]
-    if size is not None:
-        factor = [Fraction(new, old) for new, old in zip(pair(size), input.shape[2:])]
-    else:
-        factor = [Fraction(f) for f in factors_of(scale_factor)]
-    if factor == [1, 1]:
+        size = scaled_size(input, scale_factor)
+    factors = exact_factors(input, size, scale_factor)
+    if factors == [1, 1]:
         return Op(lambda region, x: x, [input], input.rows, alias=True)
-    if align_corners or any(f.denominator > 1 for f in factor):
-        return by_fractions(input, size, scale_factor, mode, align_corners)
-    factor = [int(f) for f in factor]
-    scale = tuple(map(float, factor))
+    if align_corners or any(factor.denominator > 1 for factor in factors):
+        return by_fractions(input, Stretch.of(input, size, scale_factor, mode, align_corners))
+    return by_whole_numbers(input, [int(factor) for factor in factors], mode, align_corners)
 
-    def run(region, x):
-        return crop(region, F.interpolate(x, None, scale, mode, align_corners))
+# %% ../../nbs/engine/04_layers.ipynb #5011bf1e
+def area_means(input: Map, size: Pair) -> Op:
+    "Means over areas of equal size: an average pooling."
+    areas = [Fraction(old, new) for new, old in zip(pair(size), input.shape[2:])]
+    need(all(n.denominator == 1 for n in areas), 'averages over areas of different sizes')
+    return avg_pool2d(input, tuple(map(int, areas)))
 
-    taps = {'bilinear': 2, 'bicubic': 4}.get(mode, 1)
-    reach = [taps * f + (taps > 1) for f in factor]
-    before = [(taps // 2 - 1) * f + (f + 1) // 2 if taps > 1 else 0 for f in factor]
-    return Op(run, [input], input.rows, *transposed_windows(input, reach, factor, before))
 
-# %% ../../nbs/engine/04_layers.ipynb #b96a0944
 def factors_of(scale_factor: Factor | None) -> tuple[float, ...]:
-    "By how much rows and columns are scaled."
+    "By how much rows and columns are scaled. Raises `Refused` where a call does not say it."
     if scale_factor is None:
         raise Refused('interpolates to no size')
-    return tuple(scale_factor) if isinstance(scale_factor, (tuple, list)) else (scale_factor,) * 2
+    if isinstance(scale_factor, (tuple, list)):
+        return tuple(scale_factor)
+    return scale_factor, scale_factor
 
 
+def scaled_size(input: Map, scale_factor: Factor | None) -> tuple[int, int]:
+    "Rows and columns of the whole map after scaling, rounded down as PyTorch does it."
+    factors = factors_of(scale_factor)
+    height, width = (int(old * factor) for old, factor in zip(input.shape[2:], factors))
+    return height, width
+
+
+def exact_factors(input: Map, size: Pair | None, scale_factor: Factor | None) -> list[Fraction]:
+    "By how much rows and columns are scaled, as fractions; a size goes before factors."
+    if size is not None:
+        return [Fraction(new, old) for new, old in zip(pair(size), input.shape[2:])]
+    return [Fraction(factor) for factor in factors_of(scale_factor)]
+
+# %% ../../nbs/engine/04_layers.ipynb #2409fd26
+def by_whole_numbers(
+    input: Map, factors: Sequence[int], mode: str, align_corners: bool | None
+) -> Op:
+    "An interpolation by a whole number along rows and one along columns."
+    scales = tuple(map(float, factors))
+    rows, columns = (outputs_reached(factor, NEIGHBOURS[mode]) for factor in factors)
+    reach, before = zip(rows, columns)
+
+    def run(region, x):
+        return crop(region, F.interpolate(x, None, scales, mode, align_corners))
+
+    return Op(run, [input], input.rows, *transposed_windows(input, reach, factors, before))
+
+
+def outputs_reached(factor: int, neighbours: int) -> tuple[int, int]:
+    "How many output rows an input row reaches, and how many of them lie before its own `factor`."
+    if neighbours == 1:
+        return factor, 0
+    return neighbours * factor + 1, (neighbours // 2 - 1) * factor + (factor + 1) // 2
+
+# %% ../../nbs/engine/04_layers.ipynb #95fc6c42
 @rule('pixel_shuffle')
 def pixel_shuffle(input: Map, upscale_factor: int) -> Op:
     need_image(input)
-    run = lambda region, x: crop(region, F.pixel_shuffle(x, upscale_factor))
-    return Op(
-        run, [input], input.rows, *transposed_windows(input, upscale_factor, upscale_factor, 0)
-    )
+    windows_of_both = transposed_windows(input, upscale_factor, upscale_factor, 0)
+
+    def run(region, x):
+        return crop(region, F.pixel_shuffle(x, upscale_factor))
+
+    return Op(run, [input], input.rows, *windows_of_both)
 
 
 @rule('pixel_unshuffle')
 def pixel_unshuffle(input: Map, downscale_factor: int) -> Op:
     need_image(input)
-    run = lambda region, x: F.pixel_unshuffle(x, downscale_factor)
+
+    def run(region, x):
+        return F.pixel_unshuffle(x, downscale_factor)
+
     return Op(run, [input], input.rows, *windows(input, downscale_factor, downscale_factor))
 
-# %% ../../nbs/engine/04_layers.ipynb #c9422f25
-def by_fractions(
-    input: Map,
-    size: Pair | None,
-    scale_factor: Factor | None,
-    mode: str,
-    align_corners: bool | None,
-) -> Op:
-    "An interpolation whose output rows lie anywhere between input rows."
+# %% ../../nbs/engine/04_layers.ipynb #be75b882
+@dataclass(frozen=True)
+class Stretch:
+    """An interpolation to `sizes`, or by `scales` if PyTorch is given those; of rows and columns
+    each."""
+
+    sizes: tuple[int, int]
+    scales: tuple[float, ...] | None
+    mode: str
+    align_corners: bool | None
+
+    @staticmethod
+    def of(
+        input: Map,
+        size: Pair | None,
+        scale_factor: Factor | None,
+        mode: str,
+        align_corners: bool | None,
+    ) -> 'Stretch':
+        "The interpolation of a map as a call asks for it."
+        if size is not None:
+            return Stretch(pair(size), None, mode, align_corners)
+        scales = tuple(float(factor) for factor in factors_of(scale_factor))
+        return Stretch(scaled_size(input, scales), scales, mode, align_corners)
+
+    def along(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        "`x` (N, C, H, W) interpolated along dimension `dim` alone."
+        at = dim - 2
+        if self.scales is not None:
+            scales = [1.0, 1.0]
+            scales[at] = self.scales[at]
+            return F.interpolate(x, None, tuple(scales), self.mode, self.align_corners)
+        size = list(x.shape[2:])
+        size[at] = self.sizes[at]
+        return F.interpolate(x, tuple(size), None, self.mode, self.align_corners)
+
+# %% ../../nbs/engine/04_layers.ipynb #f97e4ed2
+PROBES = 5  # more than the neighbouring rows that bicubic interpolation reads, which are 4
+# PyTorch 2.15 rounds float64 in another way where output rows and columns are fewer than this
+# together, so the images are as narrow as the map, or just wide enough to be rounded as it is
+SAME_ROUNDING = 129
+
+
+class Answer(NamedTuple):
+    "What an interpolation makes of the images that are asked."
+
+    means: torch.Tensor  # (1, rows out): the mean number of the rows that were mixed
+    weights: torch.Tensor  # (PROBES, rows out): of the row that leaves j when divided by PROBES
+    gradients: (
+        torch.Tensor
+    )  # (rows in,): the gradient of the sum of the first, which is 1 a row read
+
+
+def ask(input: Map, dim: int, stretch: Stretch) -> Answer:
+    """Interpolate images of numbers along dimension `dim`, in the type of the map; results on the
+    CPU."""
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    out, out_beside = stretch.sizes[dim - 2], stretch.sizes[3 - dim]
+    width = max(1, min(out_beside, SAME_ROUNDING - out))
+    with torch.inference_mode(False), torch.enable_grad():
+        rows = torch.arange(input.shape[dim], device=input.device)
+        remainders = torch.arange(PROBES, device=input.device)[:, None]
+        images = torch.cat([rows[None], rows % PROBES == remainders]).to(dtype)
+        images = images[None, :, :, None].expand(-1, -1, -1, width)  # (1, 1 + PROBES, rows, width)
+        images = images.transpose(2, dim).contiguous().requires_grad_()
+        results = stretch.along(images, dim).transpose(2, dim)[0, :, :, 0]
+        (gradients,) = torch.autograd.grad(results[0].sum(), images)
+    results = results.detach().cpu()
+    gradients = gradients.transpose(2, dim)[0, 0, :, 0].cpu()
+    return Answer(results[:1], results[1:], gradients)
+
+# %% ../../nbs/engine/04_layers.ipynb #5a64ccab
+class Taps:
+    """The input rows that an interpolation mixes: `numbers` of input rows and their `weights`,
+    tensors (taps, rows out) each."""
+
+    def __init__(self, numbers: torch.Tensor, weights: torch.Tensor) -> None:
+        self.numbers, self.weights = numbers, weights
+        self.number_lists: list[list[int]] = numbers.tolist()
+        self.weight_lists: list[list[float]] = weights.tolist()
+
+    def weighted_rows(
+        self, x: torch.Tensor, dim: int, first: int, count: int, first_input: int
+    ) -> torch.Tensor:
+        """Output rows `first` to `first + count` along dimension `dim`, as the sum of their taps.
+        `x` (N, C, H, W) begins there with input row `first_input`."""
+        stop = first + count
+        total = None
+        for numbers, weights in zip(self.number_lists, self.weight_lists):
+            at = torch.tensor(numbers[first:stop], device=x.device) - first_input
+            rows = x.index_select(dim, at)
+            if len(self.number_lists) > 1:  # a single tap weighs 1
+                weight = torch.tensor(weights[first:stop], dtype=x.dtype, device=x.device)
+                rows = rows * weight.view(-1, *[1] * (3 - dim))
+            total = rows if total is None else total + rows
+        assert total is not None  # there is one tap at least
+        return total
+
+
+def taps_of(input: Map, dim: int, stretch: Stretch) -> Taps:
+    """The rows that an interpolation of a map mixes along dimension `dim`. Raises `Refused` where
+    the gradient of PyTorch goes to other rows than these."""
+    answer = ask(input, dim, stretch)
+    remainders = torch.arange(PROBES)[:, None]
+    numbers = remainders + PROBES * ((answer.means - remainders) / PROBES).round().long()
+    taps = sorted_taps(numbers, answer.weights, input.shape[dim])
+    if len(taps.numbers) == 1:
+        check_gradient(taps.numbers[0], answer.gradients)
+    return taps
+
+
+def sorted_taps(numbers: torch.Tensor, weights: torch.Tensor, height: int) -> Taps:
+    "Taps of `height` input rows by their number, without those that no output row needs."
+    absent = weights == 0
+    heaviest = numbers.gather(0, weights.abs().argmax(0, keepdim=True))
+    numbers = torch.where(absent, heaviest, numbers)
+    most = int((~absent).sum(0).max())
+    absent_last = torch.where(absent, height, numbers)
+    order = absent_last.argsort(dim=0, stable=True)[:most]
+    return Taps(numbers.gather(0, order), weights.gather(0, order))
+
+
+def check_gradient(numbers: torch.Tensor, gradients: torch.Tensor) -> None:
+    """Refuse a gradient that goes to other rows than those that values come from: with one tap,
+    each input row gets 1 from each output row that reads it."""
+    readers = numbers.bincount(minlength=len(gradients))
     need(
-        input.dtype.is_floating_point or mode.startswith('nearest'), 'rounds means to whole numbers'
+        torch.equal(gradients.round().long(), readers),
+        'interpolates to a size at which the gradient of PyTorch goes to other rows than those '
+        'that the values came from, by its rounding (another size, mode or type avoids that)',
     )
-    scales: list[float] = []  # empty where the size is given
-    if size is not None:
-        sizes = list(pair(size))
-    else:
-        scales = [float(f) for f in factors_of(scale_factor)]
-        sizes = [int(n * f) for n, f in zip(input.shape[2:], scales)]
 
-    def stretched(x: torch.Tensor, d: int) -> torch.Tensor:
-        "`x` interpolated along its dimension `d` alone."
-        if scales:
-            factor = [1.0, 1.0]
-            factor[d - 2] = scales[d - 2]
-            return F.interpolate(x, None, tuple(factor), mode, align_corners)
-        new_size = list(x.shape[2:])
-        new_size[d - 2] = sizes[d - 2]
-        return F.interpolate(x, tuple(new_size), None, mode, align_corners)
-
-    across = input.rows.columns
-    of_rows = taps_of(input, input.axis, sizes, stretched)
-    of_columns = taps_of(input, across, sizes, stretched)
-    picks = table_of(input.shape[input.axis], *of_rows)
-    rows, row_weights = (table.tolist() for table in of_rows)
-    columns, column_weights = (table.tolist() for table in of_columns)
+# %% ../../nbs/engine/04_layers.ipynb #977e196c
+def by_fractions(input: Map, stretch: Stretch) -> Op:
+    "An interpolation whose output rows lie anywhere between input rows."
+    rounds = not (input.dtype.is_floating_point or stretch.mode.startswith('nearest'))
+    need(not rounds, 'rounds means to whole numbers')
+    axis, across = input.axis, input.rows.columns
+    rows, columns = taps_of(input, axis, stretch), taps_of(input, across, stretch)
+    window = table_of(rows, input.shape[axis])
+    width = stretch.sizes[across - 2]
 
     def run(region, x):
         y = region.pad(x)
         if x.is_floating_point():
             y = y.to(torch.promote_types(x.dtype, torch.float32))
-        first, count = region.along.skip, region.along.count
-        y = summed(y, input.axis, rows, row_weights, first, count, picks.lows[first])
-        y = summed(y, across, columns, column_weights, 0, sizes[across - 2], 0)
+        first, count = region.along.table_row, region.along.count
+        y = rows.weighted_rows(y, axis, first, count, window.lows[first])
+        y = columns.weighted_rows(y, across, 0, width, 0)
         return y.to(x.dtype)
 
-    return Op(run, [input], input.rows, picks, None)
+    return Op(run, [input], input.rows, window, None)
 
 
-def summed(
-    x: torch.Tensor,
-    d: int,
-    numbers: list[list[int]],
-    weights: list[list[float]],
-    first: int,
-    count: int,
-    low: int,
-) -> torch.Tensor:
-    "Rows `first` on of an interpolation along dimension `d`; `x` has the input rows from `low` on."
-    total = None
-    for number, weight in zip(numbers, weights):
-        at = torch.tensor(number[first : first + count], device=x.device) - low
-        part = x.index_select(d, at)
-        if len(numbers) > 1:
-            weight = torch.tensor(weight[first : first + count], dtype=x.dtype, device=x.device)
-            part = part * weight.view(-1, *[1] * (3 - d))
-        total = part if total is None else total + part
-    assert total is not None  # there is one tap at least
-    return total
+def table_of(taps: Taps, height: int) -> WindowTable:
+    "The window of output rows that read the rows of `taps`, of `height` input rows."
+    lows = taps.numbers.amin(0).flip(0).cummin(0).values.flip(0)
+    highs = taps.numbers.amax(0).cummax(0).values
+    table = torch.cat([taps.numbers, lows[None], highs[None]])
+    repeats = repeats_of(table, taps.weights)
+    return WindowTable(tuple(lows.tolist()), tuple(highs.tolist()), height, repeats)
 
 
-def taps_of(
-    input: Map,
-    d: int,
-    sizes: Sequence[int],
-    stretched: Callable[[torch.Tensor, int], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of which input rows each row of an interpolation to `sizes` is a sum, and with which weights:
-    (taps, rows) each."""
-    kind = torch.float64 if input.dtype == torch.float64 else torch.float32
-    # in float64, outputs of up to 128 rows and columns together are rounded in another way
-    beside = max(1, min(sizes[3 - d], 129 - sizes[d - 2]))
-    with torch.inference_mode(False), torch.enable_grad():
-        fifths = torch.arange(5, device=input.device)[:, None]
-        rows = torch.arange(input.shape[d], device=input.device)
-        probes = torch.cat([rows[None], rows % 5 == fifths]).to(kind)[None, :, :, None]
-        probes = probes.expand(-1, -1, -1, beside).transpose(2, d).contiguous().requires_grad_()
-        found = stretched(probes, d).transpose(2, d)[0, :, :, 0]
-        shares = torch.autograd.grad(found[0].sum(), probes)[0].transpose(2, d)[0, 0, :, 0].cpu()
-    found, fifths = found.detach().cpu(), fifths.cpu()
-    near, weights = found[:1], found[1:]
-    numbers = fifths + 5 * ((near - fifths) / 5).round().long()
-    heaviest = numbers.gather(0, weights.abs().argmax(0, keepdim=True))
-    numbers = torch.where(weights == 0, heaviest, numbers)
-    last = torch.where(weights == 0, input.shape[d], numbers)
-    order = last.argsort(dim=0, stable=True)[: int((weights != 0).sum(0).max())]
-    numbers, weights = numbers.gather(0, order), weights.gather(0, order)
-    if len(numbers) == 1:
-        need(
-            torch.equal(shares.round().long(), numbers[0].bincount(minlength=input.shape[d])),
-            'interpolates to a size at which the gradient of PyTorch goes to other rows than those '
-            'that the values came from, by its rounding (another size, mode or type avoids that)',
-        )
-    return numbers, weights
+MOST_REPEATED = 32  # output rows, among which a repetition is looked for
 
 
-def table_of(size: int, numbers: torch.Tensor, weights: torch.Tensor) -> WindowTable:
-    "The window of output rows that read the rows `numbers` of `size` rows."
-    lows = numbers.amin(0).flip(0).cummin(0).values.flip(0)
-    highs = numbers.amax(0).cummax(0).values
-    table = torch.cat([numbers, lows[None], highs[None]])
-    return WindowTable(
-        tuple(lows.tolist()), tuple(highs.tolist()), size, repeats_of(table, weights)
-    )
+def repeats_of(table: torch.Tensor, weights: torch.Tensor) -> Repeat | None:
+    """What repeats in the numbers of rows in a `table` (taps + 2, rows out), whose last line are
+    the highest rows read, and in their `weights` (taps, rows out) to the last bit; None: nothing.
 
-
-def repeats_of(table: torch.Tensor, weights: torch.Tensor) -> tuple[int, int, int, int] | None:
-    "As in `WindowTable`, if the rows in a `table` and their weights repeat to the last bit."
-    count, middle = table.shape[1], table.shape[1] // 2
+    It is looked for from the middle row on, and has to hold in one piece for half of the rows.
+    """
+    count = table.shape[1]
+    middle = count // 2
     for outputs in range(1, min(MOST_REPEATED, count // 4) + 1):
         inputs = int(table[-1, middle] - table[-1, middle - outputs])
         alike = (table[:, outputs:] - table[:, :-outputs] == inputs).all(0)
         alike &= (weights[:, outputs:] == weights[:, :-outputs]).all(0)
-        alike = alike.nonzero()[:, 0].tolist()
-        steady = alike and alike[-1] - alike[0] + 1 == len(alike) > count // 2
-        if steady and gcd(inputs, outputs) == 1:
-            return inputs, outputs, alike[0], count - outputs - 1 - alike[-1]
+        rows = alike.nonzero()[:, 0].tolist()
+        if len(rows) <= count // 2:
+            continue
+        in_one_piece = rows[-1] - rows[0] + 1 == len(rows)
+        if in_one_piece and gcd(inputs, outputs) == 1:
+            return Repeat(inputs, outputs, rows[0], count - outputs - 1 - rows[-1])
     return None
-
-
-MOST_REPEATED = 32
 
 # %% ../../nbs/engine/04_layers.ipynb #72a80ce4
 @rule('pad')
 def pad(input: Map, pad: Sequence[int], mode: str = 'constant', value: float | None = None) -> Op:
-    def of(d):
-        return slice(
-            2 * (input.ndim - 1 - d), 2 * (input.ndim - d)
-        )  # where `pad` speaks of dimension d
-
-    def ends(d: int | None) -> tuple[int, int]:
-        "The padding before and after along dimension `d`."
-        given = [] if d is None else pad[of(d)]
-        first, last = given or (0, 0)
-        return first, last
-
+    """How padding by `pad` (last dimension first, as PyTorch has it) is streamed, also by negative
+    numbers. Raises `Refused` for circular padding of rows."""
     widths = list(pad)
-    sides = ends(input.axis), ends(input.across)
+    along, across = pad_ends_of(input, widths, input.axis), pad_ends_of(input, widths, input.across)
     if mode == 'circular':
         need(
-            sides[0] == (0, 0),
+            along == (0, 0),
             'pads circularly along the height, where the first rows need the '
             'last (along the width it can)',
         )
@@ -523,80 +641,114 @@ def pad(input: Map, pad: Sequence[int], mode: str = 'constant', value: float | N
         need_image(input)
         if input.device.type == 'cpu' and autocast_type(input.device) and dtype != torch.double:
             dtype = torch.float32  # as PyTorch does it there
+    all_widths = widths + [0, 0] * (input.ndim - len(widths) // 2)
 
     def run(region, x):
         x = region.pad(x, value or 0.0).to(dtype)
-        left = [*pad] + [0, 0] * (input.ndim - len(pad) // 2)
+        left = list(all_widths)  # what `region.pad` has not added
         for side in region.sides:
             if not side.native:
-                left[of(side.axis)] = 0, 0
+                left[pad_place(input, side.axis)] = 0, 0
         return F.pad(x, left, mode, value) if any(left) else x
 
-    across = Window(pad=sides[1], mode=mode) if input.across is not None else None
-    return Op(run, [input], input.rows, Window(pad=sides[0], mode=mode), across, alias=True)
+    window = Window(pad=along, mode=mode)
+    window_across = None if input.across is None else Window(pad=across, mode=mode)
+    return Op(run, [input], input.rows, window, window_across, alias=True)
 
-# %% ../../nbs/engine/04_layers.ipynb #572e40dc
+# %% ../../nbs/engine/04_layers.ipynb #1c4fb110
+def pad_place(input: Map, dim: int) -> slice:
+    "Where a list of paddings speaks of dimension `dim`: it begins with the last dimension."
+    from_end = input.ndim - 1 - dim
+    return slice(2 * from_end, 2 * from_end + 2)
+
+
+def pad_ends_of(input: Map, widths: Sequence[int], dim: int | None) -> tuple[int, int]:
+    "The padding before and after along dimension `dim`, if there is one."
+    given = [] if dim is None else widths[pad_place(input, dim)]
+    first, last = given or (0, 0)
+    return first, last
+
+# %% ../../nbs/engine/04_layers.ipynb #ec4a663e
+class Entry(NamedTuple):
+    "One entry of an index: a slice, a whole number, a list of them, or None for a new dimension."
+
+    index: Any
+    dim: int | None  # of the map; None: a new one
+    dim_out: int | None  # of the result; None: a whole number leaves none
+
+
+def entries_of(index: Sequence[Any]) -> list[Entry]:
+    "The entries of an index that has one for each dimension of a map."
+    entries: list[Entry] = []
+    dim = dim_out = 0
+    for each in index:
+        is_new, stays = each is None, not isinstance(each, int)
+        entries.append(Entry(each, None if is_new else dim, dim_out if stays else None))
+        if not is_new:
+            dim += 1
+        if stays:
+            dim_out += 1
+    return entries
+
+
 @rule('getitem')
 def getitem(input: Map, index: Any) -> Op | Reduction:
     index = full_index(index, input.ndim)
-    along, across, at, dimension = Window(), Window(), 0, 0
-    axis_out = across_out = None
-    kept = list(index)
-    for position, i in enumerate(index):
-        if i is None:
-            at += 1
-            continue
-        if dimension == input.axis:
-            if not isinstance(i, slice):
-                return of_one_row(input, lambda x: x[tuple(index)])
-            along, axis_out, kept[position] = (
-                slice_window(i, input.shape[dimension]),
-                at,
-                slice(None),
-            )
-        elif dimension == input.across and isinstance(i, slice):
-            across, across_out = slice_window(i, input.shape[dimension]), at
-            kept[position] = slice(None)
-        elif dimension == input.across:
-            across = None
-        at += not isinstance(i, int)
-        dimension += 1
-    strides = {input.axis: along.stride, input.across: across.stride if across else 1}
-    picked = tuple(kept)
-    assert axis_out is not None  # an index has an entry for each dimension
+    entries = entries_of(index)
+    of_dim = {entry.dim: entry for entry in entries if entry.dim is not None}
+    rows = of_dim[input.axis]
+    if not isinstance(rows.index, slice):
+        return of_one_row(input, lambda x: x[tuple(index)])
+    window = slice_window(rows.index, input.shape[input.axis])
+    sliced = {input.axis: window}  # dimensions whose ends a region cuts off
+    across, across_out = Window() if input.across is None else None, None
+    if input.across is not None and isinstance(of_dim[input.across].index, slice):
+        columns = of_dim[input.across]
+        across = slice_window(columns.index, input.shape[input.across])
+        across_out = columns.dim_out
+        sliced[input.across] = across
+    every = {d: every_nth(d, each.stride) for d, each in sliced.items() if each.stride > 1}
+    picked = tuple(slice(None) if entry.dim in sliced else entry.index for entry in entries)
 
     def run(region, x):
         x = region.pad(x)  # which cuts off columns
         for side in region.sides:
-            if strides[side.axis] > 1:
-                x = x[(slice(None),) * side.axis + (slice(None, None, strides[side.axis]),)]
+            if side.axis in every:
+                x = x[every[side.axis]]
         return x[picked]
 
-    return Op(run, [input], Rows(at, axis_out, across_out), along, across, alias=True)
+    ndim_out = sum(entry.dim_out is not None for entry in entries)
+    assert rows.dim_out is not None  # a slice stays
+    out = Rows(ndim_out, rows.dim_out, across_out)
+    return Op(run, [input], out, window, across, alias=True)
+
+
+def every_nth(dim: int, step: int) -> tuple[slice, ...]:
+    "The index of every `step`th position along dimension `dim`."
+    return (*[slice(None)] * dim, slice(None, None, step))
 
 
 def full_index(index: Any, ndim: int) -> list[Any]:
-    "An index with an entry for each dimension."
+    "An index with an entry for each dimension. Raises `Refused` for masks and tensors."
     index = list(index) if isinstance(index, tuple) else [index]
-    plain = (int, slice, type(None), type(Ellipsis))
-    lists = [i for i in index if isinstance(i, list)]
+    allowed = (int, slice, type(None), type(Ellipsis))
+    lists = [each for each in index if isinstance(each, list)]
     if len(lists) == 1 and int not in map(type, index) and {*map(type, lists[0])} == {int}:
-        plain += (list,)
-    need(
-        all(isinstance(i, plain) and not isinstance(i, bool) for i in index),
-        'picks elements by a mask or a tensor',
-    )
+        allowed += (list,)
+    for each in index:
+        is_allowed = isinstance(each, allowed) and not isinstance(each, bool)
+        need(is_allowed, 'picks elements by a mask or a tensor')
     if Ellipsis not in index:
         index.append(Ellipsis)
     at = index.index(Ellipsis)
-    named = sum(i is not None and i is not Ellipsis for i in index)
+    named = sum(each is not None and each is not Ellipsis for each in index)
     index[at : at + 1] = [slice(None)] * (ndim - named)
     return index
 
 
-def slice_window(i: slice, size: int) -> Window:
-    "The window of `x[i]` along a dimension of `size`."
-    start, stop, step = i.indices(size)
+def slice_window(index: slice, size: int) -> Window:
+    "The window of `x[index]` along a dimension of `size`."
+    start, stop, step = index.indices(size)
     need(step > 0 and stop > start, 'picks out nothing, or backwards')
     last = start + (stop - start - 1) // step * step
     return Window(stride=step, pad=(-start, last + 1 - size))

@@ -8,12 +8,15 @@ __all__ = ['rules', 'Rows', 'Map', 'Op', 'Adjoint', 'Reduction', 'Refused', 'rul
 # %% ../../nbs/engine/03_rules.ipynb #97497d81
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from .graph import Call, Value, found_in, replaced
 from .windows import AnyWindow, TransposedWindow, Window
+
+# %% ../../nbs/engine/03_rules.ipynb #d2a4d169
+CPU = torch.device('cpu')
 
 # %% ../../nbs/engine/03_rules.ipynb #5b1601f7
 @dataclass(frozen=True)
@@ -27,12 +30,22 @@ class Rows:
 
     @property
     def columns(self) -> int:
-        "The other dimension of the image, where it is there."
+        "The other dimension of the image, of a map that has one."
         assert self.across is not None
         return self.across
 
+    @property
+    def row_from_end(self) -> int:
+        "The dimension that strips cut, counted from the end, as broadcasting does: -1 is the last."
+        return self.axis - self.ndim
+
+    @property
+    def column_from_end(self) -> int | None:
+        "The other dimension of the image, counted from the end."
+        return None if self.across is None else self.across - self.ndim
+
     def moved(self, ndim: int, move: Callable[[int], int]) -> 'Rows':
-        "The same after dimension d has become move(d)."
+        "Where rows and columns are in `ndim` dimensions, once each dimension d has become move(d)."
         across = None if self.across is None else move(self.across)
         return Rows(ndim, move(self.axis), across)
 
@@ -40,14 +53,12 @@ class Rows:
 class Map:
     "A value that comes in strips, as rules see it."
 
-    def __init__(
-        self, value: Value, rows: Rows, device: torch.device = torch.device('cpu')
-    ) -> None:
+    def __init__(self, value: Value, rows: Rows, device: torch.device = CPU) -> None:
         self.value, self.rows, self.device = value, rows, device
         self.shape, self.dtype = value.shape, value.dtype
         self.ndim, self.axis, self.across = rows.ndim, rows.axis, rows.across
 
-
+# %% ../../nbs/engine/03_rules.ipynb #2a112ad0
 @dataclass(eq=False)
 class Op:
     "How rows of a map are computed."
@@ -56,9 +67,8 @@ class Op:
     tensors: Sequence[Map | Value]  # what `run` gets: maps, cut to what it reads, and others
     out: Rows
     window: AnyWindow = Window()
-    across: Window | TransposedWindow | None = (
-        Window()
-    )  # None: all columns are needed, and where they lie
+    # None: `run` has to be given all columns
+    across: Window | TransposedWindow | None = Window()
     pointwise: bool = False  # cheap, so it is done again on rows that are carried
     random: bool = False  # draws random numbers for each position
     alias: bool = False  # the output may share memory with the input
@@ -71,19 +81,20 @@ class Op:
 @dataclass(eq=False)
 class Adjoint:
     """An operation and its gradient, where these are called so often that autograd's records cost
-    more than they do: `forward(region, *tensors) -> result, saved`, and
-    `backward(gradient, saved, needs_grad) -> gradients of the tensors`, None where not `needs_grad`."""
+    more than they do: `forward(region, *tensors) -> result, saved`, and `backward(gradient, saved,
+    needs_grad) -> gradients of the tensors`, None where not `needs_grad`."""
 
     forward: Callable[..., tuple[torch.Tensor, Any]]
     backward: Callable[[torch.Tensor, Any, Sequence[bool]], Sequence[torch.Tensor | None]]
     own: bool = False  # the gradients are new tensors, into which may be written
     saves_result: bool = False  # so nobody may write into the result
 
-
+# %% ../../nbs/engine/03_rules.ipynb #9c5a09b4
 @dataclass(eq=False)
 class Reduction:
     """How all rows become one value: `add(total, part, *rows)` from strip to strip, beginning with
-    None, then `finish(total)`. `part(first, stop, height)` says which rows they are, if that matters."""
+    None, then `finish(total)`. `part(first, stop, height)` says which rows they are, if that
+    matters."""
 
     add: Callable[..., torch.Tensor]
     tensors: Sequence[Map | Value]
@@ -91,8 +102,13 @@ class Reduction:
     part: Callable[[int, int, int], tuple[Any, ...]] = lambda first, stop, height: ()
     positional: bool = False  # parts differ from strip to strip
     dtype: torch.dtype | None = None  # asked for in the call
+    # what an `Op` may be, and a reduction never is
+    pointwise: ClassVar[bool] = False
+    random: ClassVar[bool] = False
+    alias: ClassVar[bool] = False
+    detaches: ClassVar[bool] = False
 
-
+# %% ../../nbs/engine/03_rules.ipynb #8fea04c1
 class Refused(Exception):
     "Why a call cannot be streamed."
 
@@ -107,28 +123,28 @@ rules: dict[str | Callable[..., Any], Rule] = {}
 def rule(*targets: str | Callable[..., Any]) -> Callable[[_F], _F]:
     "Register a rule for functions: names of PyTorch's, or function objects."
 
-    def add(f):
+    def register(function):
         for target in targets:
-            rules[target] = f
-        return f
+            rules[target] = function
+        return function
 
-    return add
+    return register
 
-# %% ../../nbs/engine/03_rules.ipynb #8367c930
-def gets_function(rule: _F) -> _F:
+# %% ../../nbs/engine/03_rules.ipynb #bfcbc951
+def gets_function(apply: _F) -> _F:
     "Mark a rule that is given the function itself, before its arguments."
-    rule.__dict__['gets_function'] = True
-    return rule
+    apply.__dict__['gets_function'] = True
+    return apply
 
 # %% ../../nbs/engine/03_rules.ipynb #e2f6bd74
 def need(ok: object, why: str) -> None:
-    "Refuse unless `ok`."
+    "Raise `Refused` with the reason `why`, unless `ok`."
     if not ok:
         raise Refused(why)
 
 # %% ../../nbs/engine/03_rules.ipynb #c0b26b0b
 def need_image(x: Map) -> None:
-    "Refuse what is not a map (N, C, H, W)."
+    "Raise `Refused` for what is not a map (N, C, H, W)."
     need(x.ndim == 4 and {x.axis, x.across} == {2, 3}, 'needs an (N, C, H, W) map here')
 
 
@@ -136,11 +152,13 @@ Pair = int | Sequence[int]  # a number for both rows and columns, or one for eac
 _N = TypeVar('_N')
 
 
-def pair(v: int | Sequence[_N]) -> tuple[int | _N, int | _N]:
-    "A number for both rows and columns, or one for each."
-    if isinstance(v, int):
-        return v, v
-    rows, columns = (*v, *v) if len(v) == 1 else v
+def pair(numbers: int | Sequence[_N]) -> tuple[int | _N, int | _N]:
+    "One number as (rows, columns), or a sequence of one or two."
+    if isinstance(numbers, int):
+        return numbers, numbers
+    if len(numbers) == 1:
+        return numbers[0], numbers[0]
+    rows, columns = numbers
     return rows, columns
 
 # %% ../../nbs/engine/03_rules.ipynb #5ae5565d
@@ -152,43 +170,59 @@ def windows(
     pads: Sequence[tuple[int, int]] = ((0, 0), (0, 0)),
     mode: str = 'constant',
 ) -> tuple[Window, Window]:
-    "The windows along and across the strips, from what a function says of rows and columns."
+    """The windows along and across the strips, from what a function says of rows and columns;
+    `pads`: (before, after) of each."""
     kernels, strides, dilations = pair(kernel), pair(stride), pair(dilation)
 
-    def window(d: int) -> Window:
-        i, (first, last) = d - 2, pads[d - 2]
-        return Window(kernels[i], strides[i], dilations[i], (first, last), mode)
+    def window(dim: int) -> Window:
+        at = dim - 2
+        first, last = pads[at]
+        return Window(kernels[at], strides[at], dilations[at], (first, last), mode)
 
     return window(x.axis), window(5 - x.axis)  # the other one of dimensions 2 and 3
 
-# %% ../../nbs/engine/03_rules.ipynb #1ecaa866
-def beside(x: Map, dims: Container[int]) -> Window | None:
-    "The window across the strips of a function that works along `dims`."
-    return None if x.across is None or x.across in dims else Window()
+# %% ../../nbs/engine/03_rules.ipynb #e89f05d4
+Dims = int | Sequence[int] | None  # one dimension, several, or all
+
+
+def dims_of(x: Map, dim: Dims) -> list[int]:
+    "`dim` as a list of dimensions counted from the front; None or nothing: all."
+    if dim is None or dim in ((), []):
+        return list(range(x.ndim))
+    dims = [dim] if isinstance(dim, int) else dim
+    return [d % x.ndim for d in dims]
+
+
+def across_unless(x: Map, dims: Container[int]) -> Window | None:
+    "The window across the strips, unless a function works along the columns, as one of its `dims`."
+    if x.across is None or x.across in dims:
+        return None
+    return Window()
 
 
 def as_run(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], list[Map | Value]]:
-    "A call as `run(region, *tensors)`, and its tensors."
-    tensors = found_in((args, kwargs), (Map, Value))  # as often as they occur
+    "A call as `run(region, *tensors)`, and its tensors, each as often as it occurs."
+    tensors = found_in((args, kwargs), (Map, Value))
     leading = 0
     while leading < len(args) and isinstance(args[leading], (Map, Value)):
         leading += 1
-    if leading == len(tensors):
-        rest = args[leading:]
-        return lambda region, *given: function(*given, *rest, **kwargs), tensors
+    if leading == len(tensors):  # nearly always: all tensors are the first arguments
+        others = args[leading:]
+        return lambda region, *given: function(*given, *others, **kwargs), tensors
 
     def run(region, *given):
         left = iter(given)
-        filled = replaced((args, kwargs), (Map, Value), lambda _: next(left))
-        return function(*filled[0], **filled[1])
+        filled_args, filled_kwargs = replaced((args, kwargs), (Map, Value), lambda _: next(left))
+        return function(*filled_args, **filled_kwargs)
 
     return run, tensors
 
 
 def of_one_row(input: Map, run: Callable[[torch.Tensor], torch.Tensor]) -> Reduction:
-    "What a function gives for a map of a single row, which is a value like any other once it is there."
+    """What `run` makes of a map of a single row: that row is in one strip, so its result is a value
+    like any other. Raises `Refused` for a map with more rows."""
     need(input.shape[input.axis] == 1, 'picks out a single row')
     return Reduction(lambda total, part, x: run(x).clone(), [input])
 
@@ -204,23 +238,24 @@ why_not: dict[str, str] = {
 # %% ../../nbs/engine/03_rules.ipynb #30fe5f83
 def rule_for(call: Call) -> Rule | None:
     "The rule of a call; None where there is none."
-    found = rules.get(call.function) if call.function.__hash__ else None
-    return found or rules.get(call.name)  # which is not the name of a user's function
+    own = rules.get(call.function) if call.function.__hash__ else None
+    return own or rules.get(call.name)  # which is not the name of a user's function
 
 # %% ../../nbs/engine/03_rules.ipynb #622e736a
 def apply_rule(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Op | Reduction:
-    "What `call` does to rows, with `args` in which maps stand for values."
-    found = rule_for(call)
-    if found is None:
+    """What `call` does to rows, with `args` and `kwargs` in which maps stand for values. Raises
+    `Refused`, also for arguments that the rule does not know."""
+    apply = rule_for(call)
+    if apply is None:
         raise Refused(
             why_not.get(call.name, f'calls {call.name}, which has no rule for strips of rows')
         )
-    if getattr(found, 'gets_function', False):
+    if getattr(apply, 'gets_function', False):
         args = (call.function, *args)
     if 'input' in kwargs:
         kwargs = dict(kwargs)
         args = (*args, kwargs.pop('input'))
     try:
-        return found(*args, **kwargs)
+        return apply(*args, **kwargs)
     except (TypeError, AttributeError, IndexError) as e:
         raise Refused(f'calls {call.name} in a way that is not understood ({e})') from e

@@ -388,7 +388,7 @@ class PartSource(Source, Protocol):
 
     canvas: Any  # None on the meta device
     blank: torch.Tensor  # a pixel without content
-    boxes: tuple[tuple[int, int, int, int], ...]  # (top, left, height, width) of its parts
+    boxes: tuple[tuple[int, int, int, int], ...]  # (top, left, bottom, right) of its parts
 
     def schedule(self, program: Program, strip: int, wait: dict[int, int], *rows: Any) -> Schedule:
         "The strips; `rows` as for `Schedule`."

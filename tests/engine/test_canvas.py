@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from streaming_pathology.core import InputError
-from streaming_pathology.engine.canvas import Canvas
+from streaming_pathology.engine.canvas import Canvas, Profile, Rect, boxes_of
 from streaming_pathology.engine.storage import source_of
 from streaming_pathology.engine.stream import stream
 from streaming_pathology.engine.windows import StreamingError
@@ -295,6 +295,53 @@ def test_work_is_that_of_the_tissue():
                 s(x)
         found[name] = counted.get_total_flops()
     assert found['canvas'] < 0.03 * found['dense'], found  # 1% is tissue
+
+
+# --- rectangles, boxes and profiles
+
+
+def test_where_rectangles_overlap():
+    a, b = Rect(2, 3, 10, 8), Rect(5, 0, 20, 4)
+    part = a.intersection(b)
+    assert part == b.intersection(a) == Rect(5, 3, 10, 4)
+    assert a.intersection(Rect(10, 3, 12, 8)) is None  # they touch
+    assert part.transposed() == a.transposed().intersection(b.transposed())
+    pixels = torch.arange(400).view(20, 20)
+    shown = pixels[a.top : a.bottom, a.left : a.right]
+    assert torch.equal(shown[part.index_in(a)], pixels[5:10, 3:4])
+    assert (a.height, a.width, a.area) == (8, 5, 40)
+    assert a.scaled(3) == Rect(6, 9, 30, 24)
+
+
+@pytest.mark.parametrize('price', [0, 1, 2, 5, 100])
+def test_boxes_cover_the_tissue(price):
+    torch.manual_seed(0)
+    for density in (0.02, 0.2, 0.7):
+        cells = torch.rand(30, 40) < density
+        covered = torch.zeros(30, 40, dtype=torch.bool)
+        boxes = boxes_of(cells, price)
+        for box in boxes:
+            covered[box.top : box.bottom, box.left : box.right] = True
+        assert not (cells & ~covered).any()
+        if price == 0:  # runs without a cell that is empty
+            assert torch.equal(covered, cells)
+
+
+@pytest.mark.parametrize(
+    'head,tail,period', [(0, 0, 1), (3, 2, 1), (2, 0, 3), (4, 5, 4), (9, 9, 1)]
+)
+def test_profiles_give_any_rows(head, tail, period):
+    size = 23 if head < 9 else 16
+    profile = Profile(size, head, tail, period)
+    whole = [i if i < head or i >= size - tail else head + (i - head) % period for i in range(size)]
+    whole = torch.tensor(whole if head + period + tail < size else range(size))
+    stored = torch.cat([whole[first:stop] for first, stop in profile.stored])
+    for first in range(size):
+        for stop in range(first, size + 1):
+            rows = profile.rows(stored, 0, first, stop)
+            assert torch.equal(rows, whole[first:stop])
+            low, high = profile.canonical(first, stop)
+            assert torch.equal(whole[low:high], whole[first:stop])
 
 
 # --- what is not a canvas

@@ -1503,7 +1503,7 @@ mixing = {
     'pieces of all': lambda y: F.unfold(y, 3),
     'a row': lambda y: y[:, :, 3],
     'a list of rows': lambda y: y[:, :, [3, 4]],
-    'flatten': lambda y: y.flatten(2),
+    'flatten': lambda y: y.flatten(1),
 }
 
 

@@ -484,9 +484,7 @@ class Answer(NamedTuple):
 
     means: torch.Tensor  # (1, rows out): the mean number of the rows that were mixed
     weights: torch.Tensor  # (PROBES, rows out): of the row that leaves j when divided by PROBES
-    gradients: (
-        torch.Tensor
-    )  # (rows in,): the gradient of the sum of the first, which is 1 a row read
+    gradients: torch.Tensor  # (rows in,): of the sum of `means`; with one tap, 1 for each reader
 
 
 def ask(input: Map, dim: int, stretch: Stretch) -> Answer:
@@ -539,7 +537,7 @@ def taps_of(input: Map, dim: int, stretch: Stretch) -> Taps:
     """The rows that an interpolation of a map mixes along dimension `dim`. Raises `Refused` where
     the gradient of PyTorch goes to other rows than these."""
     answer = ask(input, dim, stretch)
-    remainders = torch.arange(PROBES)[:, None]
+    remainders = torch.arange(PROBES, device=answer.means.device)[:, None]
     numbers = remainders + PROBES * ((answer.means - remainders) / PROBES).round().long()
     taps = sorted_taps(numbers, answer.weights, input.shape[dim])
     if len(taps.numbers) == 1:
@@ -606,7 +604,8 @@ def repeats_of(table: torch.Tensor, weights: torch.Tensor) -> Repeat | None:
     """What repeats in the numbers of rows in a `table` (taps + 2, rows out), whose last line are
     the highest rows read, and in their `weights` (taps, rows out) to the last bit; None: nothing.
 
-    It is looked for from the middle row on, and has to hold in one piece for half of the rows.
+    By how many input rows it repeats is read off in the middle; this has to hold for more than half
+    of the rows, all in one piece.
     """
     count = table.shape[1]
     middle = count // 2

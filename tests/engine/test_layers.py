@@ -1,4 +1,4 @@
-"Rules of functions that read neighbouring rows: rows computed by themselves are those of the whole."
+"Functions that read neighbouring rows: rows computed by themselves are those of the whole."
 
 import pytest
 import torch

@@ -477,9 +477,9 @@ class Background:
     "The maps of a program where a canvas shows its color. Raises `StreamingError` where they differ from place to place."
 
     def __init__(self, program: Program, schedule: Schedule) -> None:
-        self.program, heights = program, schedule.heights
+        self.program, sizes = program, schedule.sizes
         self.first_operand = len(program.operands)
-        self.rows, self.columns = heights.rows, heights.columns
+        self.rows, self.columns = sizes.heights, sizes.widths
         # number of a map -> along the strips and across them
         self.profiles: dict[int, tuple[Profile, Profile]] = {}
         self.sight: dict[int, tuple[ReceptiveField, ReceptiveField]] = {}
@@ -630,7 +630,7 @@ class Fill:
         "The background, views of what stands for all as far as that goes."
         return self.pick_from(operands[self.operand])
 
-    def give(self, gradient: torch.Tensor, totals: GradientTotals) -> None:
+    def add_gradient(self, gradient: torch.Tensor, totals: GradientTotals) -> None:
         "Add a gradient to that of the rows and columns that stand for all."
         if self.operand not in totals.needs_grad:
             return
@@ -655,7 +655,7 @@ class Piece:
     left: Fill | None = None
     right: Fill | None = None
 
-    def take(self, buffer: torch.Tensor, operands: list[torch.Tensor]) -> torch.Tensor:
+    def cut_out(self, buffer: torch.Tensor, operands: list[torch.Tensor]) -> torch.Tensor:
         parts = []
         if self.left is not None:
             parts.append(self.left.pick(operands))
@@ -667,7 +667,9 @@ class Piece:
             parts.append(self.right.pick(operands))
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.across)
 
-    def give(self, gradient: torch.Tensor, totals: GradientTotals) -> torch.Tensor | None:
+    def cut_out_backward(
+        self, gradient: torch.Tensor, totals: GradientTotals
+    ) -> torch.Tensor | None:
         "Give the gradient of the background; what is left is the buffer's."
         first = 0
         for fill, at in ((self.left, 'left'), (self.right, 'right')):
@@ -675,7 +677,7 @@ class Piece:
                 continue
             count = fill.width
             start = 0 if at == 'left' else gradient.shape[self.across] - count
-            fill.give(gradient.narrow(self.across, start, count), totals)
+            fill.add_gradient(gradient.narrow(self.across, start, count), totals)
             first = count if at == 'left' else first
         return None if self.columns is None else gradient.narrow(self.across, first, self.columns)
 
@@ -698,12 +700,12 @@ class CanvasSchedule(Schedule):
         program: Program,
         strip: int,
         wait: dict[int, int] | None = None,
-        heights: MapSizes | None = None,
+        sizes: MapSizes | None = None,
         rows: Range | None = None,
         extents: Iterable[tuple[int, int, int, int]] = (),
     ) -> None:
         self.extents = list(extents)
-        super().__init__(program, strip, wait, heights, rows)
+        super().__init__(program, strip, wait, sizes, rows)
 
     def all_strips(self) -> list[Strip]:
         self.background = Background(self.program, self)
@@ -730,7 +732,7 @@ class CanvasSchedule(Schedule):
         if not seen:
             return 0, 0
         begin, end = across.seeing(min(e[2] for e in seen), max(e[3] for e in seen))
-        grid, width = max(1, int(GRID / across.stride)), self.heights.columns[number]
+        grid, width = max(1, int(GRID / across.stride)), self.sizes.widths[number]
         begin, end = max(begin // grid * grid, 0), min(-(-end // grid) * grid, width)
         return (begin, end) if begin < end else (0, 0)
 
@@ -769,7 +771,7 @@ class CanvasSchedule(Schedule):
 
     def canvas_total(self, operation: Operation, buffers: list[CanvasBuffer]) -> Step | None:
         "A reduction takes in all columns of the new rows."
-        step, buffer = total_step(operation, buffers, self.heights), buffers[operation.number]
+        step, buffer = total_step(operation, buffers, self.sizes), buffers[operation.number]
         if step is None or not step.makes:
             return step
         rows = buffer.start, buffer.stop
@@ -792,7 +794,7 @@ class CanvasSchedule(Schedule):
 
     def reading(self, operation: Operation, step: Step, buffers: list[CanvasBuffer]) -> Step:
         "A step with the pieces that it reads."
-        rows, along = what_is_read(operation, buffers, self.heights)
+        rows, along = what_is_read(operation, buffers, self.sizes)
         reads: list[Piece | None] = []
         across, columns = None, buffers[operation.number].columns
         for a, each in zip(operation.inputs, rows):
@@ -804,14 +806,14 @@ class CanvasSchedule(Schedule):
         self, operation: Operation, a: int, first: int, stop: int
     ) -> tuple[int, int, Side]:
         "The columns of map `a` that columns `first` to `stop` of an operation read, and the `Side`."
-        width, axis = self.heights.columns[a], self.program.operations[a].rows.columns
+        width, axis = self.sizes.widths[a], self.program.operations[a].rows.columns
         if (first, stop) == self.all_columns(operation.number):
             return 0, width, whole_side(operation.across_window, stop, width, axis)
         return side_of(operation.across_window, first, stop, width, axis)
 
     def all_columns(self, number: int) -> Range:
         "All columns of a map."
-        return 0, self.heights.columns[number]
+        return 0, self.sizes.widths[number]
 
     def fill(self, number: int, rows: Range, columns: Range) -> Fill:
         "Background of a map."

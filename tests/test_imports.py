@@ -30,7 +30,7 @@ def loaded(*modules):
         (['streaming_pathology.evaluation.auc'], ['torch', 'openslide', 'pyvips']),
         (['streaming_pathology.slides.slides'], ['torch', 'matplotlib.pyplot']),
         (['streaming_pathology.slides.tissue'], ['torch']),
-        (ENGINE, [*PATHOLOGY, 'openslide', 'pyvips', 'sklearn']),
+        (ENGINE, [*PATHOLOGY, 'openslide', 'pyvips', 'sklearn', 'matplotlib.pyplot']),
     ],
     ids=['package', 'core', 'auc', 'slides', 'tissue', 'engine'],
 )

@@ -81,7 +81,7 @@ class Trial:
 
     def function(self, way: dict | None) -> Callable:
         "The streamed network; the plain one for None."
-        return self.net if way is None else self.streamed.like(**way, direction='rows')
+        return self.net if way is None else self.streamed.with_options(**way, direction='rows')
 
     def tensors_before(self) -> list[torch.Tensor]:
         "All tensors that are there before a step."

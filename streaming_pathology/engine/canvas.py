@@ -587,7 +587,7 @@ class Background:
     def __init__(self, program: Program, schedule: Schedule) -> None:
         self.program = program
         self.first_operand = len(program.operands)
-        self.rows, self.columns = schedule.heights.rows, schedule.heights.columns
+        self.rows, self.columns = schedule.sizes.heights, schedule.sizes.widths
         # by the number of a map
         self.profiles: dict[int, Profiles] = {}
         self.fields: dict[int, ReceptiveFields] = {}
@@ -737,7 +737,7 @@ class Fill:
         picked = self.background.excerpt(stored, self.number, self.rows, self.columns)
         return picked.to(self.background.types[self.number])
 
-    def give(self, gradient: torch.Tensor, totals: GradientTotals) -> None:
+    def add_gradient(self, gradient: torch.Tensor, totals: GradientTotals) -> None:
         "Add the gradient of the rows and columns to that of the stored ones, in float32 at least."
         if self.operand not in totals.needs_grad:
             return
@@ -761,7 +761,7 @@ class Piece:
     left: Fill | None = None
     right: Fill | None = None
 
-    def take(self, buffer: torch.Tensor, operands: list[torch.Tensor]) -> torch.Tensor:
+    def cut_out(self, buffer: torch.Tensor, operands: list[torch.Tensor]) -> torch.Tensor:
         "Background, the part of the buffer, background."
         parts = []
         if self.left is not None:
@@ -774,15 +774,17 @@ class Piece:
             parts.append(self.right.tensor(operands))
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.across)
 
-    def give(self, gradient: torch.Tensor, totals: GradientTotals) -> torch.Tensor | None:
+    def cut_out_backward(
+        self, gradient: torch.Tensor, totals: GradientTotals
+    ) -> torch.Tensor | None:
         "Add the gradient of the background to `totals`; that of the buffer's part is left."
         width = gradient.shape[self.across]
         left = 0 if self.left is None else self.left.width
         if self.left is not None:
-            self.left.give(gradient.narrow(self.across, 0, left), totals)
+            self.left.add_gradient(gradient.narrow(self.across, 0, left), totals)
         if self.right is not None:
             right = self.right.width
-            self.right.give(gradient.narrow(self.across, width - right, right), totals)
+            self.right.add_gradient(gradient.narrow(self.across, width - right, right), totals)
         if self.columns is None:
             return None
         return gradient.narrow(self.across, left, self.columns)
@@ -809,12 +811,12 @@ class CanvasSchedule(Schedule):
         program: Program,
         strip: int,
         wait: dict[int, int] | None = None,
-        heights: MapSizes | None = None,
+        sizes: MapSizes | None = None,
         rows: Range | None = None,
         extents: Iterable[Rect] = (),
     ) -> None:
         self.extents = list(extents)
-        super().__init__(program, strip, wait, heights, rows)
+        super().__init__(program, strip, wait, sizes, rows)
 
     def all_strips(self) -> list[Strip]:
         "The strips, each worked out by itself: tissue lies elsewhere in each."
@@ -850,7 +852,7 @@ class CanvasSchedule(Schedule):
         begin, end = field.across.map_rows(left, right)
         grid = max(1, int(GRID / field.across.stride))  # in columns of the map
         begin, end = begin // grid * grid, -(-end // grid) * grid
-        begin, end = max(begin, 0), min(end, self.heights.columns[number])
+        begin, end = max(begin, 0), min(end, self.sizes.widths[number])
         return (begin, end) if begin < end else NO_COLUMNS
 
     def canvas_strip(self, buffers: list[CanvasBuffer], following: list[Range]) -> Strip:
@@ -884,7 +886,7 @@ class CanvasSchedule(Schedule):
 
     def canvas_total(self, operation: Operation, buffers: list[CanvasBuffer]) -> Step | None:
         "A reduction takes in all columns of the new rows."
-        step, buffer = total_step(operation, buffers, self.heights), buffers[operation.number]
+        step, buffer = total_step(operation, buffers, self.sizes), buffers[operation.number]
         if step is None or not step.makes:
             return step
         rows = buffer.start, buffer.stop
@@ -906,7 +908,7 @@ class CanvasSchedule(Schedule):
 
     def reading(self, operation: Operation, step: Step, buffers: list[CanvasBuffer]) -> Step:
         "A step with the pieces that it reads."
-        rows_read, along = what_is_read(operation, buffers, self.heights)
+        rows_read, along = what_is_read(operation, buffers, self.sizes)
         reads: list[Piece | None] = []
         across, columns = None, buffers[operation.number].columns
         for read, rows in zip(operation.inputs, rows_read):
@@ -919,7 +921,7 @@ class CanvasSchedule(Schedule):
     ) -> tuple[int, int, Side]:
         """The columns of map `read` that columns `first` to `stop` of an operation read, and the
         `Side`."""
-        window, width = operation.across_window, self.heights.columns[read]
+        window, width = operation.across_window, self.sizes.widths[read]
         dim = self.program.operations[read].rows.columns
         if (first, stop) == self.all_columns(operation.number):
             return 0, width, whole_side(window, stop, width, dim)
@@ -927,7 +929,7 @@ class CanvasSchedule(Schedule):
 
     def all_columns(self, number: int) -> Range:
         "All columns of a map."
-        return 0, self.heights.columns[number]
+        return 0, self.sizes.widths[number]
 
     def fill(self, number: int, rows: Range, columns: Range) -> Fill:
         "Background of a map."

@@ -12,17 +12,16 @@ import ctypes
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import nn
 
 from ..core import InputError
@@ -53,12 +52,15 @@ from streaming_pathology.engine.program import (
 )
 from .schedule import GradientTotals, Schedule, Step, StripKind
 from .storage import Source, State, TensorSource, device_of, source_of
-from .streaming import Pass, Streamed, is_canvas
+from .streaming import Keeping, Pass, Streamed, is_canvas
 from .windows import StreamingError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # %% ../../nbs/engine/12_plan.ipynb #9fb8f296
 class EmptyImage(TensorSource):
-    "An image on the meta device, in the place of a real one."
+    "An image on the meta device, in the place of a real one; `axes` are those of `Source`."
 
     def __init__(self, image: ImageSpec, axes: tuple[int, ...] = (2, 3)) -> None:
         self.shape, self.dtype, self.device = torch.Size(image.shape), image.dtype, image.device
@@ -80,18 +82,18 @@ def empty_source(source: Source, image: ImageSpec) -> Source:
     empty.gradients = [torch.empty_like(t) if t.requires_grad else None for t in empty.tensors]
     return empty
 
-# %% ../../nbs/engine/12_plan.ipynb #3b110f91
-def empty_state(run: Pass, k: int) -> State:
-    "The state before strip `k`, on the meta device."
-    kind, state = run.strips[k].kind, {}
-    for operation, step in zip(run.program.operations[1:], kind.steps):
-        number = operation.number
-        if step is None or not step.old:
+# %% ../../nbs/engine/12_plan.ipynb #24866c40
+def empty_state(image_pass: Pass, k: int) -> State:
+    "The state that strip `k - 1` hands to strip `k`, on the meta device."
+    kind = image_pass.strips[k].kind
+    state: State = {}
+    for operation, step in zip(image_pass.program.computed, kind.steps):
+        if step is None or step.old == 0:
             continue
         if operation.reduces:
-            state[number] = empty_total(run, operation)
-        elif kind.columns is None or kind.columns[number] != (0, 0):
-            state[number] = empty_rows(operation, rows_shape(operation, step.old, kind))
+            state[operation.number] = empty_total(image_pass, operation)
+        elif kind.has_columns(operation.number):
+            state[operation.number] = empty_rows(operation, rows_shape(operation, step.old, kind))
     return state
 
 
@@ -110,323 +112,383 @@ def rows_shape(operation: Operation, rows: int, kind: StripKind) -> list[int]:
     return shape
 
 
-def empty_total(run: Pass, operation: Operation) -> torch.Tensor:
-    "The total of a reduction, on the meta device."
-    given, height = [], run.schedule.heights.rows[operation.inputs[0]]
+def empty_total(image_pass: Pass, operation: Operation) -> torch.Tensor:
+    "The total of a reduction, on the meta device: that of a single row."
+    tensors = []
     for is_map, number in operation.slots:
         if is_map:
-            of = run.program.operations[number]
-            row = [1 if d == of.axis else n for d, n in enumerate(of.value.shape)]
-            given.append(empty_rows(of, row))
+            read = image_pass.program.operations[number]
+            shape = list(read.value.shape)
+            shape[read.axis] = 1
+            tensors.append(empty_rows(read, shape))
         else:
-            given.append(run.operands[number])
+            tensors.append(image_pass.operands[number])
+    height = image_pass.schedule.sizes.heights[operation.inputs[0]]
+    reduction = operation.reduction
     with torch.no_grad():
-        return operation.reduction.add(None, operation.reduction.part(0, 1, height), *given)
+        return reduction.add(None, reduction.part(0, 1, height), *tensors)
 
 # %% ../../nbs/engine/12_plan.ipynb #8ffa9e8b
 @dataclass
 class StripCost:
-    "What a strip takes: bytes, and work (floating point operations, bytes moved, launches)."
+    "What a strip takes. Work is an array: floating point operations, bytes moved, launches."
 
     peak: float  # bytes at its peak, with its own state
     saved: float  # bytes of what it saves for its gradient
-    down: np.ndarray  # work of computing it
-    up: np.ndarray  # work of its gradient
+    forward: np.ndarray  # work of computing it
+    backward: np.ndarray  # work of its gradient
 
-# %% ../../nbs/engine/12_plan.ipynb #0d3829bd
-def cost_down(run: Pass, k: int) -> StripCost:
+# %% ../../nbs/engine/12_plan.ipynb #ef8418e6
+def cost_forward(image_pass: Pass, k: int) -> StripCost:
     "What it takes to compute strip `k` without its gradient."
     with Ledger() as ledger:
-        ledger.note_all(run.source.tensors, run.operands)
-        before, state = ledger.now, empty_state(run, k)
+        ledger.note_all(image_pass.source.tensors, image_pass.operands)
+        before = ledger.now
+        state = empty_state(image_pass, k)
         ledger.note_all(state.values())
-        outputs, _ = run.advance(k, state)
-        twice = counted_twice(run, outputs)
-    return StripCost(ledger.peak - before - twice, 0.0, ledger.work, np.zeros(3))
+        outputs, _ = image_pass.strip_without_tape(k, state)
+        twice = counted_twice(image_pass, outputs)
+    return StripCost(
+        peak=ledger.peak - before - twice, saved=0.0, forward=ledger.work, backward=np.zeros(3)
+    )
 
 
-def cost_up(run: Pass, k: int, gradients: State, whole: bool = True) -> StripCost:
-    """What it takes to compute strip `k` and its gradient, from `gradients` of the outputs. If not
-    `whole`, only what is saved is found out."""
+def cost_backward(
+    image_pass: Pass, k: int, gradients: State, with_gradient: bool = True
+) -> StripCost:
+    """What it takes to compute strip `k` with its tape, and its gradient from `gradients` of the
+    outputs. Without `with_gradient`, only `saved` is to be used."""
+    source = image_pass.source
     with Ledger() as ledger:
-        ledger.note_all(run.source.tensors, run.source.gradients, run.operands, gradients.values())
-        before, (below, totals) = ledger.now, from_below(run, k)
+        ledger.note_all(source.tensors, source.gradients, image_pass.operands, gradients.values())
+        before = ledger.now
+        below, totals = from_below(image_pass, k)
         ledger.note_all((below or {}).values(), totals.sums.values())
-        with_others, state = ledger.now, empty_state(run, k)
+        with_below = ledger.now
+        state = empty_state(image_pass, k)
         ledger.note_all(state.values())
-        record = run.record(k, state, k, again=k < len(run.strips) - 1)
+        is_last = k == len(image_pass.strips) - 1
+        record = image_pass.strip_with_tape(k, state, ahead=k, again=not is_last)
         del state  # what is needed of it, the record has
-        saved, down = ledger.now - with_others, ledger.work
-        outputs = record.outputs if len(run.strips) == 1 else {}
-        twice = counted_twice(run, outputs)
-        if whole:
-            run.back_through(k, record, below, gradients, totals)
-    return StripCost(ledger.peak - before - twice, saved - twice, down, ledger.work - down)
+        saved, forward = ledger.now - with_below, ledger.work
+        outputs = record.outputs if len(image_pass.strips) == 1 else {}
+        twice = counted_twice(image_pass, outputs)
+        if with_gradient:
+            image_pass.strip_backward(k, record, below, gradients, totals)
+    return StripCost(
+        peak=ledger.peak - before - twice,
+        saved=saved - twice,
+        forward=forward,
+        backward=ledger.work - forward,
+    )
 
 
-def counted_twice(run: Pass, outputs: State) -> int:
+def counted_twice(image_pass: Pass, outputs: State) -> int:
     "Bytes of the outputs of a lone strip: they are the network's, which are counted apart."
-    return sum(y.nbytes for y in outputs.values()) if len(run.strips) == 1 else 0
+    return sum(y.nbytes for y in outputs.values()) if len(image_pass.strips) == 1 else 0
 
 
-def from_below(run: Pass, k: int) -> tuple[State | None, GradientTotals]:
-    "What the strip below has left: gradients of its state, None if there is none, and totals."
-    totals = GradientTotals(run.leaves)
-    if k == len(run.strips) - 1:
+def from_below(image_pass: Pass, k: int) -> tuple[State | None, GradientTotals]:
+    """What the strip below has left: gradients of the state that it got, None if there is no strip
+    below, and the totals of the gradients of the operands."""
+    totals = GradientTotals(image_pass.grad_operands)
+    if k == len(image_pass.strips) - 1:
         return None, totals
-    for number in run.leaves:
-        leaf = run.operands[number]
-        kind = torch.promote_types(leaf.dtype, torch.float32)
-        totals.sums[number] = torch.empty_like(leaf, dtype=kind)
-    state = empty_state(run, k + 1)
-    return {number: t for number, t in state.items() if number in run.needs_grad}, totals
+    for number in image_pass.grad_operands:
+        operand = image_pass.operands[number]
+        wide = torch.promote_types(operand.dtype, torch.float32)
+        totals.sums[number] = torch.empty_like(operand, dtype=wide)
+    state = empty_state(image_pass, k + 1)
+    return {number: t for number, t in state.items() if number in image_pass.needs_grad}, totals
 
 # %% ../../nbs/engine/12_plan.ipynb #2bf48ce8
 class Sizes(NamedTuple):
     "How large strips of one kind are."
 
-    rows: int  # bytes of all rows that they make, with the rows that they are joined to
-    saved: int  # bytes of those that gradients or the strip below need
-    weights: int  # bytes of the operands that they use
-    products: int  # positions that they make, times the weights of each
-    steps: int  # operations that are run
+    rows: int = 0  # bytes of all rows that they make, with the rows that they are joined to
+    saved: int = 0  # bytes of those that gradients or the strip below need
+    weights: int = 0  # bytes of the operands that they use
+    products: int = 0  # positions that they make, times the weights of each
+    steps: int = 0  # operations that are run
 
     def share_of(self, other: 'Sizes') -> np.ndarray:
         "The part of the work of a strip of the sizes `other`: operations, bytes moved, launches."
         mine, others = ((s.products, s.rows + s.weights, s.steps) for s in (self, other))
         return np.array([a / b if b else 0.0 for a, b in zip(mine, others)])
 
-# %% ../../nbs/engine/12_plan.ipynb #612591fe
-NO_SIZE = Sizes(0, 0, 0, 0, 0)
-
-
+# %% ../../nbs/engine/12_plan.ipynb #4129a280
 def sizes_of(program: Program, kind: StripKind) -> Sizes:
     "The `Sizes` of a kind."
-    steps = [None, *kind.steps]
-    parts = [step_sizes(program, operation, steps, kind) for operation in program.operations[1:]]
-    return Sizes(*(sum(numbers) for numbers in zip(NO_SIZE, *parts)))
+    of_steps = [step_sizes(operation, kind, program) for operation in program.computed]
+    return Sizes(*(sum(numbers) for numbers in zip(Sizes(), *of_steps)))
 
 
-def runs(step: Step | None) -> bool:
+def is_run(step: Step | None) -> bool:
     "Whether an operation is run in a step."
     return step is not None and step.makes > 0 and not step.empty
 
 
-def step_sizes(
-    program: Program, operation: Operation, steps: list[Step | None], kind: StripKind
-) -> Sizes:
-    "The part of one operation."
-    step = steps[operation.number]
-    operands = [program.operands[n] for is_map, n in operation.slots if not is_map]
+def step_sizes(operation: Operation, kind: StripKind, program: Program) -> Sizes:
+    "What one operation adds to the `Sizes` of a kind."
+    step = kind.step_of(operation)
+    operands = [program.operands[number] for is_map, number in operation.slots if not is_map]
     weights = sum(math.prod(value.shape) * value.dtype.itemsize for value in operands)
     if operation.reduces:
-        return Sizes(0, 0, weights, 0, 1) if runs(step) else NO_SIZE
+        return Sizes(weights=weights, steps=1) if is_run(step) else Sizes()
     if step is None or step.empty:
-        return NO_SIZE
-    row = math.prod(rows_shape(operation, 1, kind))
-    saved = row * saved_rows(operation, steps) * operation.value.dtype.itemsize
+        return Sizes()
+    shape, itemsize = operation.value.shape, operation.value.dtype.itemsize
+    row = math.prod(rows_shape(operation, 1, kind))  # elements
+    saved = row * saved_rows(operation, kind) * itemsize
     if not step.makes:
-        return Sizes(0, saved, 0, 0, 0)
-    joined = row * (step.old + step.makes) * operation.value.dtype.itemsize
-    channels = operation.value.shape[1] if operation.value.ndim > 1 else 1
-    products = row * step.makes // channels * sum(math.prod(value.shape) for value in operands)
-    return Sizes(joined, saved, weights, products, 1)
+        return Sizes(saved=saved)
+    channels = shape[1] if len(shape) > 1 else 1
+    positions = row * step.makes // channels
+    return Sizes(
+        rows=row * (step.old + step.makes) * itemsize,
+        saved=saved,
+        weights=weights,
+        products=positions * sum(math.prod(value.shape) for value in operands),
+        steps=1,
+    )
 
 
-def saved_rows(operation: Operation, steps: list[Step | None]) -> int:
+def saved_rows(operation: Operation, kind: StripKind) -> int:
     """How many rows of an operation are needed after the strip was computed, by gradients or by the
     next strip: the inputs of convolutions and their like, the results of activations."""
-    step = steps[operation.number]
+    step = kind.step_of(operation)
     if step is None:
         return 0
+    all_rows = step.old + step.makes
     result = operation.adjoint is None or operation.adjoint.saves_result
     read = any(
-        runs(steps[reader.number]) and not getattr(reader.op, 'pointwise', False)
-        for reader in operation.readers
+        is_run(kind.step_of(reader)) and not reader.pointwise for reader in operation.readers
     )
     if read or (result and step.makes):
-        return step.old + step.makes
+        return all_rows
     if step.hands_down is None:
         return 0
-    # a copy of what is kept; else a view, which keeps all
-    return (
-        getattr(step.hands_down, 'count', step.old)
-        if operation.overwritten
-        else step.old + step.makes
-    )
+    if not operation.overwritten:
+        return all_rows  # what is handed down is a view, which keeps all
+    return getattr(step.hands_down, 'count', step.old)  # a copy
 
-
+# %% ../../nbs/engine/12_plan.ipynb #cce0af33
 SAMPLES = 5
 
 
 def strip_costs(
     program: Program, schedule: Schedule, cost: Callable[[int, bool], StripCost]
 ) -> list[StripCost]:
-    "What each strip takes: `cost(k, whole)` of a few, and what follows from that for the others."
+    """What each strip takes. `cost(k, with_gradient)` runs strip `k`; without its gradient, only
+    `saved` is right."""
     strips = schedule.strips
-    first = {strip.kind: k for k, strip in reversed([*enumerate(strips)])}
-    found = {strips[-1].kind: cost(len(strips) - 1, True)}
-    others = {kind: sizes_of(program, kind) for kind in first if kind not in found}
-    if others:
-        largest = max(others, key=others.__getitem__)
-        found[largest] = cost(first[largest], True)
-        saved = {
-            kind: cost(first[kind], False).saved
-            for kind in typical_kinds(schedule.counts(), others)
-        }
-        sizes, known = zip(*sorted((others[kind].saved, n) for kind, n in saved.items()))
+    first_of = {strip.kind: k for k, strip in reversed([*enumerate(strips)])}
+    last = strips[-1].kind
+    measured = {last: cost(len(strips) - 1, True)}
+    sizes = {kind: sizes_of(program, kind) for kind in first_of if kind != last}
+    if not sizes:
+        return [measured[last]] * len(strips)
+    largest = max(sizes, key=sizes.__getitem__)
+    measured[largest] = cost(first_of[largest], True)
+    typical = typical_kinds(schedule.counts(), sizes)
+    saved = {kind: cost(first_of[kind], False).saved for kind in typical}
+    saved = interpolated(saved, sizes)
+    if strips[0].kind in sizes:
         saved[strips[0].kind] = cost(0, False).saved  # padded above
-        for kind, size in others.items():
-            here = saved.get(kind, np.interp(size.saved, sizes, known))
-            found.setdefault(kind, estimated(found[largest], others[largest], size, here))
-    return [found[strip.kind] for strip in strips]
+    estimates = {
+        kind: estimated(measured[largest], sizes[largest], sizes[kind], saved[kind])
+        for kind in sizes
+    }
+    costs = {**estimates, **measured}
+    return [costs[strip.kind] for strip in strips]
 
 
-def typical_kinds(counts: dict[StripKind, int], sizes: dict[StripKind, Sizes]) -> list[StripKind]:
+def typical_kinds(counts: Counter[StripKind], sizes: dict[StripKind, Sizes]) -> list[StripKind]:
     "Some of the kinds with these sizes that are not rare, from small to large."
     often = max(counts[kind] for kind in sizes)
-    common = sorted(
-        (kind for kind in sizes if 2 * counts[kind] >= often), key=lambda kind: sizes[kind].saved
-    )
+    common = [kind for kind in sizes if 2 * counts[kind] >= often]
+    common.sort(key=lambda kind: sizes[kind].saved)
     numbers = np.linspace(0, len(common) - 1, min(SAMPLES, len(common))).round().astype(int)
     return [common[i] for i in numbers]
 
 
-def estimated(cost: StripCost, of: Sizes, sizes: Sizes, saved: float) -> StripCost:
-    "The cost of a strip of some `sizes` that saves so much, from the `cost` of one of sizes `of`."
-    share = sizes.share_of(of)
-    beside = (cost.peak - cost.saved) * min(1.0, sizes.rows / max(1, of.rows))
-    return StripCost(saved + beside, saved, cost.down * share, cost.up * share)
+def interpolated(
+    saved: dict[StripKind, float], sizes: dict[StripKind, Sizes]
+) -> dict[StripKind, float]:
+    "The bytes that all kinds save: those that were measured as they are, others by their sizes."
+    points = sorted((sizes[kind].saved, n_bytes) for kind, n_bytes in saved.items())
+    by_size, measured = zip(*points)
+    return {
+        kind: saved[kind] if kind in saved else np.interp(sizes[kind].saved, by_size, measured)
+        for kind in sizes
+    }
 
 
-def state_bytes(run: Pass) -> list[int]:
+def estimated(largest: StripCost, sizes_of_largest: Sizes, sizes: Sizes, saved: float) -> StripCost:
+    "The cost of a strip of some `sizes` that saves so many bytes, from that of the largest strip."
+    share = sizes.share_of(sizes_of_largest)
+    share_of_rows = min(1.0, sizes.rows / max(1, sizes_of_largest.rows))
+    return StripCost(
+        peak=saved + (largest.peak - largest.saved) * share_of_rows,
+        saved=saved,
+        forward=largest.forward * share,
+        backward=largest.backward * share,
+    )
+
+
+def state_bytes(image_pass: Pass) -> list[int]:
     "Bytes of the state before each strip."
-    found = {}
-    for k, strip in enumerate(run.strips):
-        if strip.kind not in found:
-            found[strip.kind] = sum(t.nbytes for t in empty_state(run, k).values())
-    return [found[strip.kind] for strip in run.strips]
+    of_kind = {}
+    for k, strip in enumerate(image_pass.strips):
+        if strip.kind not in of_kind:
+            state = empty_state(image_pass, k)
+            of_kind[strip.kind] = sum(tensor.nbytes for tensor in state.values())
+    return [of_kind[strip.kind] for strip in image_pass.strips]
 
-# %% ../../nbs/engine/12_plan.ipynb #b7c1773d
-@dataclass
-class Load:
-    "What all strips of one height take. Arrays have an entry for each strip: bytes, or work."
 
-    there: int  # bytes that are there all the time
-    peaks: np.ndarray  # at the peak of each strip, beside that
-    saved: np.ndarray  # what each saves for its gradient
-    states: np.ndarray  # the state before each
-    down: np.ndarray  # work of computing each
-    up: np.ndarray  # work of its gradient
-    tail: Usage  # what follows the strips, beside what is there
-    train: bool
-
-    def not_kept(self, keep: int) -> int:
-        "How many strips are computed again: those before the last `keep` ones."
-        return max(0, len(self.peaks) - keep) if self.train else 0
-
-    def waiting(self, keep: int = 1, every: int = 1, states: str = 'device') -> np.ndarray:
-        "Bytes of states that wait while each strip is at work."
-        count, number = self.not_kept(keep), np.arange(len(self.peaks))
-        if states != 'device':  # the next one is fetched
-            return np.full(len(number), max(self.states[:count], default=0))
-        last_group = (count - 1) // every * every
-        kept = (number < count) & ((number % every == 0) | (number >= last_group))
-        made = before_each(self.states * (number < count))
-        # in the group of the strip at work, states were computed again from the kept one on
-        group = np.minimum(number // every * every + 1, number)
-        again = np.where((number < last_group) & (every > 1), made - made[group], 0)
-        return before_each(self.states * kept) + again
-
-    def peak(self, keep: int = 1, every: int = 1, states: str = 'device') -> int:
-        "Bytes alive at once at most, if the last `keep` strips keep what their gradient needs."
-        kept = self.saved * (np.arange(len(self.peaks)) >= self.not_kept(keep))
-        waiting = self.waiting(keep, every, states)
-        strips = max(self.peaks + before_each(kept) + waiting)
-        tail = self.tail.peak + kept.sum() + waiting[-1]
-        return int(self.there + max(strips, tail))
-
-    def most(self, total: int, every: int = 1, states: str = 'device') -> int:
-        "How many strips may keep what their gradient needs within `total` bytes; one if none fits."
-        low, high = 1, len(self.peaks)
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.peak(middle, every, states) <= total
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
-
-    def times_computed(self, keep: int, every: int) -> np.ndarray:
-        "How often each strip is computed: once, and again unless it is kept, some of them twice."
-        again = np.arange(len(self.peaks)) < self.not_kept(keep)
-        return 1 + again * (2 - 1 / every)
-
-    def work(self, keep: int, every: int) -> np.ndarray:
-        "The work of all strips and of what follows them."
-        return self.times_computed(keep, every) @ self.down + self.up.sum(0) + self.tail.work
-
-    def seconds(self, speed: Speed, keep: int, every: int, states: str) -> float:
-        "The time of all strips."
-        copied = self.states[: self.not_kept(keep)].sum()
-        return speed.seconds(self.work(keep, every), copied, states)
-
-# %% ../../nbs/engine/12_plan.ipynb #e6b8bd06
 def before_each(sizes: np.ndarray) -> np.ndarray:
     "For each strip the sum of those before it."
     return np.cumsum(sizes) - sizes
 
-# %% ../../nbs/engine/12_plan.ipynb #a3a14492
-MIN_ROWS = 16  # lower strips take more memory, for their states
+# %% ../../nbs/engine/12_plan.ipynb #b7c1773d
+@dataclass
+class Load:
+    """What all strips of one height take. Arrays have an entry for each strip: bytes, or work (an
+    array of floating point operations, bytes moved and launches)."""
 
-# %% ../../nbs/engine/12_plan.ipynb #5b7bb6c4
+    resident: int  # bytes that are there all the time
+    peaks: np.ndarray  # bytes at the peak of each strip, beside that
+    saved: np.ndarray  # bytes that each saves for its gradient
+    states: np.ndarray  # bytes of the state before each
+    forward: np.ndarray  # work of computing each
+    backward: np.ndarray  # work of its gradient
+    tail: Usage  # what follows the strips, beside what is resident
+    train: bool
+
+    def keeping(self, keep: int, every: int = 1) -> Keeping:
+        "What is kept for the backward pass; a prediction, which has none, stores no states."
+        count = len(self.peaks)
+        return Keeping(count, keep if self.train else count, every)
+
+    def waiting(self, keep: int = 1, every: int = 1, states: str = 'device') -> np.ndarray:
+        "Bytes of states that wait while each strip is at work in the backward pass."
+        number, keeping = np.arange(len(self.peaks)), self.keeping(keep, every)
+        again = self.states[
+            : keeping.first_tape
+        ]  # the states before strips that are computed again
+        if states != 'device':  # only the one that is fetched is on the device
+            return np.full(len(number), max(again, default=0))
+        stored = np.zeros_like(self.states)
+        stored[keeping.stored] = self.states[keeping.stored]
+        waiting = before_each(stored)
+        if every == 1:
+            return waiting
+        # in the group of the strip at work, unless it is the last one, the states behind the first
+        # have been made again, as the strips of a group are gone through from its last one
+        made_again = before_each(np.pad(again, (0, len(number) - len(again))))
+        second = np.minimum(number // every * every + 1, number)
+        in_group = made_again - made_again[second]
+        return waiting + np.where(number < keeping.last_group, in_group, 0)
+
+    def peak(self, keep: int = 1, every: int = 1, states: str = 'device') -> int:
+        "Bytes alive at once at most, if the last `keep` strips keep what their gradient needs."
+        first_tape = self.keeping(keep).first_tape
+        kept = np.where(np.arange(len(self.peaks)) >= first_tape, self.saved, 0)
+        waiting = self.waiting(keep, every, states)
+        strips = max(self.peaks + before_each(kept) + waiting)
+        tail = self.tail.peak + kept.sum() + waiting[-1]
+        return int(self.resident + max(strips, tail))
+
+    def most_kept(self, byte_budget: int, every: int = 1, states: str = 'device') -> int:
+        "How many strips may keep what their gradient needs within a budget; one if none fits."
+        low, high = 1, len(self.peaks)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.peak(middle, every, states) <= byte_budget:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def times_computed(self, keep: int, every: int) -> np.ndarray:
+        "How often each strip is computed: once, and again unless it is kept, some of them twice."
+        again = np.arange(len(self.peaks)) < self.keeping(keep).first_tape
+        return 1 + again * (2 - 1 / every)
+
+    def work(self, keep: int, every: int) -> np.ndarray:
+        "The work of all strips and of what follows them."
+        forward = self.times_computed(keep, every) @ self.forward
+        return forward + self.backward.sum(0) + self.tail.work
+
+    def seconds(self, speed: Speed, keep: int, every: int, states: str) -> float:
+        "The time of all strips; `copied` states go to a store and come back."
+        copied = self.states[: self.keeping(keep).first_tape].sum()
+        return speed.seconds(self.work(keep, every), copied, states)
+
+# %% ../../nbs/engine/12_plan.ipynb #b46598f8
 class Loads:
     """What strips of any height take, of images of one shape.
 
     It is made for the modes of this moment: whether gradients are on, and autocast. `axes` are the
     dimensions of the image that may be cut into strips."""
 
+    min_rows = 16  # lower strips take more memory, for their states
+
     def __init__(
         self, streamed: Streamed, image: ImageSpec, axes: tuple[int, ...] = (2, 3)
     ) -> None:
-        self.streamed, self.image = streamed, image
+        self.streamed = streamed
+        self.image = image
         self.autocast = autocast_type(image.device)
-        self.train = torch.is_grad_enabled()
         source = EmptyImage(image, axes)
         self.axis, traced = streamed.traced_for(source)
-        self.program, self.length = traced.programs[self.axis], image.shape[self.axis]
-        self.dense: dict[int, Load] = {}  # by the height of a strip
+        self.program = traced.programs[self.axis]
+        self.length = image.shape[self.axis]
+        self.of_height: dict[int, Load] = {}  # of images that are no canvas, without the image
+        self.train = torch.is_grad_enabled()
         with self.as_if():
-            self.find_network(source)
+            # bytes of the network, of what is computed before the strips, and of their outputs
+            module = on_meta(streamed.module)
+            with Ledger() as ledger:
+                note_network(ledger, module, self.train)
+                self.parameters = ledger.now
+                known = run_calls(self.program.before, module, {})
+                self.before = ledger.now - self.parameters
+            self.operands = self.operands_of(module, known)
+            needs_grad = source.needs_grad or any(t.requires_grad for t in self.operands)
+            self.train = self.train and needs_grad
+            outputs = self.empty_outputs()
+            self.outputs = sum(tensor.nbytes for tensor in outputs.values())
+            known.update(outputs)
+            self.tail = self.tail_of(module, known, source)
 
     def as_if(self) -> AbstractContextManager[None]:
+        "The meta device in the place of the image's, in the modes of this `Loads`."
         return as_if(self.image.device, self.autocast, self.train)
 
-    def find_network(self, source: EmptyImage) -> None:
-        "What the network takes: its tensors, what is computed before the strips and after them."
-        module = on_meta(self.streamed.module)
-        with Ledger() as ledger:
-            note_network(ledger, module, self.train)
-            self.parameters = ledger.now
-            known = run_calls(self.program.before, module, {})
-            self.before = ledger.now - self.parameters
-        self.operands = [
-            known[v] if v in known else tensor_at(module, v.path) for v in self.program.operands
-        ]
-        needs_grad = source.needs_grad or any(t.requires_grad for t in self.operands)
-        self.train = self.train and needs_grad
-        self.find_outputs(known)
-        self.tail = self.tail_of(module, known, source)
+    # ---- the network around the strips
 
-    def find_outputs(self, known: dict[Value, torch.Tensor]) -> None:
+    def operands_of(
+        self, module: nn.Module, known: dict[Value, torch.Tensor]
+    ) -> list[torch.Tensor]:
+        "The operands of the strips: what was computed before them, and the network's tensors."
+        operands = []
+        for value in self.program.operands:
+            operands.append(known[value] if value in known else tensor_at(module, value.path))
+        return operands
+
+    def empty_outputs(self) -> dict[Value, torch.Tensor]:
         "Outputs of the strips on the meta device, where gradients begin."
-        outputs = [o.value for o in (*self.program.outputs, *self.program.reductions)]
-        made = {v: torch.empty(v.shape, dtype=v.dtype, device='meta') for v in outputs}
-        for tensor in made.values():
+        outputs = {}
+        for operation in (*self.program.outputs, *self.program.reductions):
+            value = operation.value
+            tensor = torch.empty(value.shape, dtype=value.dtype, device='meta')
             tensor.requires_grad_(self.train and tensor.is_floating_point())
-        self.outputs = sum(t.nbytes for t in made.values())
-        known.update(made)
+            outputs[value] = tensor
+        return outputs
 
     def tail_of(self, module: nn.Module, known: dict[Value, torch.Tensor], source: Source) -> Usage:
-        "What follows the strips."
+        "What follows the strips: the rest of the network, and its backward pass."
         if not self.program.after:
             return Usage(0, np.zeros(3), 0)
         known[self.program.graph.image] = source.tensors[0]
@@ -441,59 +503,71 @@ class Loads:
                 torch.autograd.backward(ends, [torch.empty_like(t) for t in ends])
         return Usage(ledger.peak - before, ledger.work, 0)
 
+    # ---- the strips
+
     def of(self, height: int, source: Source) -> Load:
         "What strips of `height` take, of an image that `source` reads."
         if is_canvas(source):
-            load = self.found(height, source)
+            load = self.load_without_image(height, source)
         else:
-            if height not in self.dense:
-                self.dense[height] = self.found(height, source)
-            load = self.dense[height]
+            if height not in self.of_height:
+                self.of_height[height] = self.load_without_image(height, source)
+            load = self.of_height[height]
         always, each_row = source.held
-        return replace(load, there=load.there + always + height * each_row)
+        return replace(load, resident=load.resident + always + height * each_row)
 
-    def found(self, height: int, source: Source) -> Load:
-        "The same without the image."
+    def load_without_image(self, height: int, source: Source) -> Load:
+        "What strips of `height` take, but for the memory of the image that `source` reads."
         with self.as_if():
-            run, background = self.empty_pass(height, empty_source(source, self.image))
-            gradients = self.gradients(run)
+            image_pass, background = self.empty_pass(height, empty_source(source, self.image))
+            gradients = self.output_gradients(image_pass)
 
-            def cost(k, whole):
-                return cost_up(run, k, gradients, whole) if self.train else cost_down(run, k)
+            def cost(k: int, with_gradient: bool) -> StripCost:
+                if not self.train:
+                    return cost_forward(image_pass, k)
+                return cost_backward(image_pass, k, gradients, with_gradient)
 
-            costs, states = strip_costs(self.program, run.schedule, cost), state_bytes(run)
-        there = self.parameters + self.before + background + self.outputs
-        there += sum(g.nbytes for g in gradients.values())
-        arrays = (
-            np.array([getattr(cost, name) for cost in costs])
-            for name in ('peak', 'saved', 'down', 'up')
+            costs = strip_costs(self.program, image_pass.schedule, cost)
+            states = state_bytes(image_pass)
+        of_outputs = self.outputs + sum(g.nbytes for g in gradients.values())
+        return Load(
+            resident=self.parameters + self.before + background + of_outputs,
+            peaks=np.array([each.peak for each in costs]),
+            saved=np.array([each.saved for each in costs]),
+            states=np.array(states),
+            forward=np.array([each.forward for each in costs]),
+            backward=np.array([each.backward for each in costs]),
+            tail=self.tail,
+            train=self.train,
         )
-        peaks, saved, down, up = arrays
-        return Load(there, peaks, saved, np.array(states), down, up, self.tail, self.train)
 
     def empty_pass(self, height: int, source: Source) -> tuple[Pass, int]:
         "A pass on the meta device, and the bytes of a canvas's background."
-        streamed, operands = self.streamed.like(strip=height), list(self.operands)
+        streamed = self.streamed.with_options(strip=height)
         schedule = streamed.make_schedule(self.program, source)
+        operands = list(self.operands)
         with Ledger() as ledger:
             if is_canvas(source):
                 operands += source.background(schedule, operands)
             background = ledger.now
-        run = streamed.new_pass(self.program, schedule, source, operands)
+        image_pass = streamed.new_pass(self.program, schedule, source, operands)
         if self.train:
-            run.prepare()
-        return run, background
+            image_pass.prepare()
+        return image_pass, background
 
-    def gradients(self, run: Pass) -> State:
-        "The gradients of outputs and reductions, on the meta device."
-        ends = (*self.program.outputs, *self.program.reductions) if self.train else ()
-        return {o.number: empty_rows(o, o.value.shape) for o in ends if o.number in run.needs_grad}
+    def output_gradients(self, image_pass: Pass) -> State:
+        "The gradients of outputs and reductions, on the meta device; none for a prediction."
+        if not self.train:
+            return {}
+        ends = (*self.program.outputs, *self.program.reductions)
+        needed = image_pass.needs_grad
+        return {o.number: empty_rows(o, o.value.shape) for o in ends if o.number in needed}
 
     def heights(self) -> list[int]:
-        "Heights of strips that come into question, the highest first."
+        "Heights of strips to try, the highest first."
         strides = [stride for *_, stride in receptive_fields(self.program)]
         stride = math.ceil(max(strides, default=1))
-        lowest = stride * -(-MIN_ROWS // stride)
+        lowest = stride * -(-self.min_rows // stride)
         doubled = [lowest * 2**i for i in range(30) if lowest * 2**i < self.length]
         return [self.length, *reversed(doubled)]
 
@@ -512,20 +586,21 @@ units = {
 
 
 def budget(memory: str | float, device: torch.device = torch.device('cpu')) -> int:
-    "Bytes from a number, text such as '8GB' or '11 GiB', or 'auto': what `device` has free now."
+    """Bytes from a number, text such as '8GB' or '11 GiB', or 'auto': what `device` has free now.
+    Raises `InputError` if it is none of these."""
     if memory == 'auto':
         return free_on_gpu(device) if device.type == 'cuda' else free_on_host()
-    given: Any = memory
+    n_bytes: Any = memory
     if isinstance(memory, str):
-        found = re.fullmatch(r'\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?i?B)\s*', memory, re.I)
-        given = float(found[1]) * units[found[2].upper()] if found else math.nan
-    no_number = isinstance(given, bool) or not isinstance(given, (int, float))
-    if no_number or not 0 < given < math.inf:
+        match = re.fullmatch(r'\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?i?B)\s*', memory, re.I)
+        n_bytes = float(match[1]) * units[match[2].upper()] if match else math.nan
+    no_number = isinstance(n_bytes, bool) or not isinstance(n_bytes, (int, float))
+    if no_number or not 0 < n_bytes < math.inf:
         raise InputError(
             f'memory={memory!r} is no amount of memory: give bytes, text such as '
             "'8GB', 'auto' or 'least'."
         )
-    return int(given)
+    return int(n_bytes)
 
 
 def free_on_gpu(device: torch.device) -> int:
@@ -541,9 +616,9 @@ def free_on_host() -> int:
     free = os.sysconf(pages) * os.sysconf('SC_PAGE_SIZE')
     meminfo = Path('/proc/meminfo')
     if meminfo.exists():
-        found = re.search(r'MemAvailable:\s+(\d+)', meminfo.read_text())
-        if found:  # Linux says it since 3.14
-            free = int(found[1]) * 1024
+        available = re.search(r'MemAvailable:\s+(\d+)', meminfo.read_text())
+        if available:  # Linux says it since 3.14
+            free = int(available[1]) * 1024
     group = Path('/sys/fs/cgroup')
     try:
         most, current = ((group / f'memory.{name}').read_text() for name in ('max', 'current'))
@@ -555,43 +630,78 @@ def free_on_host() -> int:
 class Way(NamedTuple):
     "One way to stream an image, and what it takes."
 
-    strip: int
-    keep: int
-    every: int
-    states: str
+    strip: int  # rows or columns of the image at a time
+    keep: int  # strips that keep what their gradient needs
+    every: int  # of the other strips, a state is stored before each n-th
+    states: str  # where: 'device', 'host' or 'disk'
     peak: int  # bytes
     time: float  # times that of the plain network
 
-
-@dataclass
+# %% ../../nbs/engine/12_plan.ipynb #78bb4a0b
+@dataclass(kw_only=True)
 class Plan:
     "How to stream an image of one shape, and what that takes."
 
     shape: tuple[int, ...]
-    strip: int  # rows or columns of the image at a time
-    keep: int  # strips that keep what their gradient needs
-    every: int  # a state is kept before every n-th strip
-    states: str  # where: 'device', 'host' or 'disk'
-    direction: str  # 'rows' or 'columns'
+    way: Way  # that was chosen
+    direction: str  # strips are cut along 'rows' or 'columns'
     streamed: bool  # False: the plain network fits, and `stream(net, 'auto')` runs it
-    peak_bytes: int  # alive at once at most: all that there is, and all in between
     flops: int  # floating point operations of the step
     pixels: float  # how often a pixel is computed forward
     seconds: float  # predicted
-    time: float  # predicted, as a multiple of the plain network's
     budget: int  # bytes
     plain: Usage  # what the plain network would take
     speed: Speed  # of the device
-    parts: dict[str, int] = field(repr=False)  # of the peak: name -> bytes
-    # the best way for each height, with those that do not fit
-    others: list[Way] = field(repr=False)
+    parts: dict[str, int]  # of the peak: name -> bytes
+    others: list[Way]  # the best way for each height, with those that do not fit
     why: str = ''  # this direction
-    at: Callable[[int], Load] = field(kw_only=True, repr=False)  # height of a strip -> its load
+    at: Callable[[int], Load]  # height of a strip -> its load
+
+    @property
+    def strip(self) -> int:
+        "Rows or columns of the image at a time."
+        return self.way.strip
+
+    @property
+    def keep(self) -> int:
+        "How many strips keep what their gradient needs."
+        return self.way.keep
+
+    @property
+    def every(self) -> int:
+        "Of the other strips, a state is stored before each n-th."
+        return self.way.every
+
+    @property
+    def states(self) -> str:
+        "Where states wait: 'device', 'host' or 'disk'."
+        return self.way.states
+
+    @property
+    def peak_bytes(self) -> int:
+        "Bytes alive at once at most: all that there is, and all in between."
+        return self.way.peak
+
+    @property
+    def time(self) -> float:
+        "Predicted, as a multiple of the plain network's."
+        return self.way.time
 
     @property
     def options(self) -> dict[str, Any]:
-        "For `stream`."
-        return {k: getattr(self, k) for k in ('strip', 'keep', 'every', 'states', 'direction')}
+        "The options for `stream`."
+        return {
+            'strip': self.strip,
+            'keep': self.keep,
+            'every': self.every,
+            'states': self.states,
+            'direction': self.direction,
+        }
+
+    @property
+    def length(self) -> int:
+        "Rows, or columns, that are cut into strips."
+        return self.shape[2 if self.direction == 'rows' else 3]
 
     def __str__(self) -> str:
         return '\n'.join([self.headline(), *self.explained(), '', *self.table()])
@@ -599,24 +709,20 @@ class Plan:
     __repr__ = __str__
 
     def headline(self) -> str:
-        "What is done."
+        "One line: the image, the budget, and how it is streamed."
         begin = f'{" x ".join(map(str, self.shape))}, {size(self.budget)}: '
         if not self.streamed:
             return begin + 'the plain network fits and is not streamed'
-        strips = -(-self.length() // self.strip)
+        strips = -(-self.length // self.strip)
         text = f'{strips} strips of {self.strip} {self.direction}{self.kept(strips)}'
         if self.states != 'device':
             text += f', states on the {self.states}'
         if self.every > 1:
-            text += f', a state kept before every {self.every}th'
+            text += f', one state in {self.every} is kept'
         return begin + text
 
-    def length(self) -> int:
-        "Rows, or columns, that are cut into strips."
-        return self.shape[2 if self.direction == 'rows' else 3]
-
     def kept(self, strips: int) -> str:
-        "How many strips keep what their gradient needs."
+        "How many of the strips keep what their gradient needs, in words."
         if self.keep >= strips:
             return ', all are kept'
         if self.keep > 1:
@@ -624,7 +730,7 @@ class Plan:
         return ', the last is kept' if self.keep else ''
 
     def explained(self) -> list[str]:
-        "What it takes."
+        "Lines: memory and its parts, time and work, the speed of the device."
         parts = ', '.join(f'{name} {size(n)}' for name, n in self.parts.items())
         return [
             f'peak {size(self.peak_bytes)} ({parts}); the plain network takes '
@@ -635,34 +741,35 @@ class Plan:
         ]
 
     def table(self) -> list[str]:
-        "The best ways for other heights of strips."
+        "Lines: the best way for each height of a strip that was tried."
         lines = [f'{"strip":>6}{"kept":>6}{"every":>7}  {"states":7}{"peak":>9}{"time":>7}']
         for way in self.others:
-            chosen = self.streamed and way.strip == self.strip
-            mark = '  <' if chosen else '' if way.peak <= self.budget else '  does not fit'
+            mark = ''
+            if self.streamed and way.strip == self.strip:
+                mark = '  <'
+            elif way.peak > self.budget:
+                mark = '  does not fit'
             lines.append(
                 f'{way.strip:6}{way.keep:6}{way.every:7}  {way.states:7}'
                 f'{size(way.peak):>9}{way.time:7.2f}{mark}'
             )
         return lines
 
-    def draw(self, ax: Axes | None = None, heights: Sequence[int] | None = None) -> Axes:
+    def draw(self, ax: 'Axes | None' = None, heights: Sequence[int] | None = None) -> 'Axes':
         """Memory against the height of a strip, one strip kept: with states on the device and on a
-        disk, beside the budget."""
-        ax = ax or plt.subplots(figsize=(5, 2.8))[1]
-        heights = heights or [h for h in (2**i for i in range(5, 30)) if h <= self.length()]
+        disk, beside the budget. Needs matplotlib."""
+        import matplotlib.pyplot as plt
+
+        if ax is None:
+            _, ax = plt.subplots(figsize=(5, 2.8))
+        if heights is None:
+            heights = [2**i for i in range(5, 30) if 2**i <= self.length]
         for states in ('device', 'disk'):
-            peaks = [self.at(h).peak(states=states) / 1e9 for h in heights]
+            peaks = [self.at(height).peak(states=states) / 1e9 for height in heights]
             ax.plot(heights, peaks, 'o-', ms=3, label=f'states on the {states}')
         ax.axhline(self.budget / 1e9, color='.6', lw=1, ls='--', label='budget')
-        ax.plot(
-            [self.strip],
-            [self.peak_bytes / 1e9],
-            '*',
-            ms=11,
-            color='C3',
-            label=f'the plan, {self.keep} kept',
-        )
+        label = f'the plan, {self.keep} kept'
+        ax.plot([self.strip], [self.peak_bytes / 1e9], '*', ms=11, color='C3', label=label)
         ax.set_xscale('log', base=2)
         ax.set(
             ylim=(0, None),
@@ -674,47 +781,125 @@ class Plan:
         ax.legend(fontsize=8)
         return ax
 
-# %% ../../nbs/engine/12_plan.ipynb #71dc47b2
-SHARE = 0.9  # of what is free: libraries take some for themselves
+# %% ../../nbs/engine/12_plan.ipynb #f6dbdfdb
+SHARE_OF_FREE = 0.9  # libraries take some of what is free for themselves
 LEAST = 1.1  # times the least memory there is, for memory='least'
 KEPT_OPTIONS = 256
 
+LoadOfHeight = Callable[[int], Load]
 
-class Costs:
-    """What it takes to stream images of one shape, dense or as canvases, and the best way to do it.
+
+def fastest(ways: Sequence[Way]) -> Way:
+    "The way that takes the least time, and of equal ones the least memory."
+    return min(ways, key=lambda way: (way.time, way.peak))
+
+
+def smallest(ways: Sequence[Way]) -> Way:
+    "The way that takes the least memory."
+    return min(ways, key=lambda way: way.peak)
+
+# %% ../../nbs/engine/12_plan.ipynb #8f8ea2ed
+class Ways:
+    """What it takes to stream images of one shape, dense or as canvases: each way, and its time.
 
     It is made for the modes of this moment, as `Loads` are."""
 
     def __init__(
         self, streamed: Streamed, image: ImageSpec, axes: tuple[int, ...] = (2, 3)
     ) -> None:
-        self.image, self.module = image, streamed.module
+        self.image = image
+        self.module = streamed.module
         self.loads = Loads(streamed, image, axes)
         self.train = self.loads.train
         self.plain = measure(
-            streamed.module,
+            self.module,
             image.shape,
             image.dtype,
-            self.loads.autocast,
-            torch.is_grad_enabled(),
-            image.needs_grad,
+            autocast=self.loads.autocast,
+            train=torch.is_grad_enabled(),
+            needs_grad=image.needs_grad,
         )
-        self.speed = speed_of(image.device, self.computed_in())
+        computed_in = self.loads.autocast or parameter_dtype(self.module)
+        self.speed = speed_of(image.device, computed_in)
         # at least that of a launch: a network may do nothing
         self.plain_seconds = max(self.speed.seconds(self.plain.work), self.speed.launch)
-        # what was found for the images so far: options, and for a canvas the height of a strip
-        self.made: dict[Any, dict[str, Any] | None] = {}
-        self.liked: dict[str, int] = {}
-        self.free: int | None = None
 
-    def computed_in(self) -> torch.dtype:
-        "The type in which convolutions are computed."
-        types = [p.dtype for p in self.module.parameters() if p.is_floating_point()]
-        return self.loads.autocast or next(iter(types), torch.float32)
+    def candidates(self, byte_budget: int, load_of_height: LoadOfHeight) -> list[int]:
+        """Heights of strips that may fit, the highest first. Memory grows in proportion to the
+        height, so two heights tell roughly how far it goes."""
+        heights = self.loads.heights()
+        if len(heights) < 4:
+            return heights
+        low, high = heights[-3], heights[-4]
+        peak = load_of_height(low).peak(states='disk')
+        highest = float(low)
+        if peak <= byte_budget:
+            growth = load_of_height(high).peak(states='disk') - peak
+            highest = low + (byte_budget - peak) * (high - low) / max(growth, 1)
+        # one strip needs no states, and half of the plain network: BatchNorms are folded
+        try_one_strip = self.plain.peak <= 2 * byte_budget
+        if try_one_strip and highest < self.loads.length:
+            return [self.loads.length, *(height for height in heights if height <= highest)]
+        return [height for height in heights if height <= highest]
 
-    def plain_peak(self, source: Source) -> float:
-        "What the plain network takes, if it can take this image: a tensor."
-        return self.plain.peak if isinstance(source, TensorSource) else math.inf
+    def best_ways(
+        self, heights: list[int], byte_budget: int, load_of_height: LoadOfHeight
+    ) -> list[Way]:
+        "The best way for each height, from the highest on until lower strips take longer."
+        best: list[Way] = []
+        shortest = math.inf
+        for height in heights:
+            ways = self.ways(height, load_of_height(height), byte_budget)
+            fitting = [way for way in ways if way.peak <= byte_budget]
+            if not fitting:
+                best.append(smallest(ways))
+                continue
+            best.append(fastest(fitting))
+            if best[-1].time > shortest:
+                break
+            shortest = best[-1].time
+        return best
+
+    def chosen_way(self, ways: list[Way], byte_budget: int, plain_peak: float) -> Way | None:
+        "The plain network if it fits, else the fastest way that does; None if none does."
+        if plain_peak <= byte_budget:
+            return Way(self.loads.length, 1, 1, 'device', peak=self.plain.peak, time=1.0)
+        fitting = [way for way in ways if way.peak <= byte_budget]
+        return fastest(fitting) if fitting else None
+
+    def ways(self, height: int, load: Load, byte_budget: int) -> list[Way]:
+        "The ways to run strips of `height`, each with as many strips kept as fit."
+        count, ways = len(load.peaks), []
+        for states, every in self.stores(count):
+            keep = load.most_kept(byte_budget, every, states) if self.train else 0
+            if keep == count:  # no states are stored
+                states, every = 'device', 1
+            seconds = load.seconds(self.speed, keep, every, states)
+            peak = load.peak(keep, every, states)
+            ways.append(Way(height, keep, every, states, peak, seconds / self.plain_seconds))
+        return ways
+
+    def stores(self, count: int) -> list[tuple[str, int]]:
+        "Where states of `count` strips may wait, and before how many strips one is stored."
+        if not self.train:
+            return [('device', 1)]
+        stores = [('device', 1), ('device', max(2, round(math.sqrt(count)))), ('disk', 1)]
+        if self.image.device.type == 'cuda':
+            stores.append(('host', 1))
+        return stores
+
+# %% ../../nbs/engine/12_plan.ipynb #a7ec9542
+class Costs(Ways):
+    "The best way to stream images of one shape, dense or as canvases."
+
+    def __init__(
+        self, streamed: Streamed, image: ImageSpec, axes: tuple[int, ...] = (2, 3)
+    ) -> None:
+        super().__init__(streamed, image, axes)
+        # the options for the images so far, by memory and what of an image matters
+        self.found: dict[Any, dict[str, Any] | None] = {}
+        self.canvas_strip: dict[str, int] = {}  # memory -> height of a strip, for all canvases
+        self.free: int | None = None  # bytes of the device, asked once
 
     def plan(
         self, memory: str | float, strip: int | None = None, source: Source | None = None
@@ -722,152 +907,92 @@ class Costs:
         """The plan for `memory`, with strips of any height or of `strip`, for what `source` reads,
         or for an image in memory. Raises `InputError` if there is none."""
         source = EmptyImage(self.image) if source is None else source
-        shape, plain_peak = tuple(source.shape), math.inf if strip else self.plain_peak(source)
-        there = self.there(source)
+        shape, resident = tuple(source.shape), self.resident_bytes(source)
+        plain_peak = math.inf if strip else self.plain_peak(source)
         source = empty_source(source, self.image)  # so that a plan holds no image
-        load = cache(lambda height: self.loads.of(height, source))
-        total = self.total(memory, plain_peak, there, load)
-        others = self.search([strip] if strip else self.candidates(total, load), total, load)
-        fit = [way for way in others if way.peak <= total]
-        if plain_peak <= total:
-            way = Way(self.loads.length, 1, 1, 'device', self.plain.peak, 1.0)
-        elif fit:
-            way = min(fit, key=lambda way: (way.time, way.peak))
-        else:
-            raise InputError(self.too_little(memory, total, shape, others, plain_peak))
-        return self.made_plan(way, shape, total, plain_peak > total, others, source, load)
+        load_of_height = cache(lambda height: self.loads.of(height, source))
+        byte_budget = self.byte_budget(memory, plain_peak, resident, load_of_height)
+        heights = [strip] if strip else self.candidates(byte_budget, load_of_height)
+        ways = self.best_ways(heights, byte_budget, load_of_height)
+        way = self.chosen_way(ways, byte_budget, plain_peak)
+        if way is None:
+            raise InputError(self.too_little(memory, byte_budget, shape, ways, plain_peak))
+        streamed = plain_peak > byte_budget
+        load = load_of_height(way.strip)
+        work, pixels = self.plain.work, 1.0
+        if streamed:
+            work = load.work(way.keep, way.every)
+            pixels = float(load.times_computed(way.keep, way.every).mean())
+        operations, _bytes_moved, _launches = work
+        return Plan(
+            shape=shape,
+            way=way,
+            direction='rows' if self.loads.axis == 2 else 'columns',
+            streamed=streamed,
+            flops=int(operations),
+            pixels=pixels,
+            seconds=way.time * self.plain_seconds,
+            budget=byte_budget,
+            plain=self.plain,
+            speed=self.speed,
+            parts=self.parts(way, load, streamed, source),
+            others=ways,
+            why=self.why(shape, load),
+            at=load_of_height,
+        )
 
     # ---- the memory there is
 
-    def total(
-        self, memory: str | float, plain_peak: float, there: int, load: Callable[[int], Load]
+    def byte_budget(
+        self, memory: str | float, plain_peak: float, resident: int, load_of_height: LoadOfHeight
     ) -> int:
-        "The bytes there are; `there`: of what is there already and is counted."
-        if str(memory).lower() == 'least':
-            least = min(load(h).peak(states='disk') for h in self.loads.heights()[-2:])
-            return int(LEAST * min(least, plain_peak))
-        return self.free_bytes(memory, there)
+        "How many bytes a plan may use, with the `resident` ones; 'least': a tenth above the least."
+        if str(memory).lower() != 'least':
+            return self.bytes_of(memory, resident)
+        lowest = self.loads.heights()[-2:]
+        least = min(load_of_height(height).peak(states='disk') for height in lowest)
+        return int(LEAST * min(least, plain_peak))
 
-    def free_bytes(self, memory: str | float, there: int) -> int:
-        "The same where `memory` is not 'least'."
-        if memory == 'auto':
-            self.free = self.free or budget('auto', self.image.device)  # asked once
-            return int(SHARE * self.free) + there
-        return budget(memory)
+    def bytes_of(self, memory: str | float, resident: int) -> int:
+        "Bytes of a number or a text; 'auto': what is free beside the `resident` ones, and these."
+        if memory != 'auto':
+            return budget(memory)
+        self.free = self.free or budget('auto', self.image.device)
+        return int(SHARE_OF_FREE * self.free) + resident
 
-    def there(self, source: Source) -> int:
+    def resident_bytes(self, source: Source) -> int:
         "Bytes of the network and the image, which are on the device already."
         tensors = (*self.module.parameters(), *self.module.buffers(), *source.tensors)
         return sum(t.nbytes for t in tensors if t.device == self.image.device)
 
+    def plain_peak(self, source: Source) -> float:
+        "What the plain network takes, if it can take this image: a tensor."
+        return self.plain.peak if isinstance(source, TensorSource) else math.inf
+
     def too_little(
         self,
         memory: str | float,
-        total: int,
+        byte_budget: int,
         shape: tuple[int, ...],
-        others: list[Way],
+        ways: list[Way],
         plain_peak: float,
     ) -> str:
-        "Why there is no plan."
-        way = min(others, key=lambda way: way.peak)
+        "Why there is no plan, in words."
+        way = smallest(ways)
         least, how = way.peak, f'with strips of {way.strip} and states on the {way.states}'
         if plain_peak < least:
             least, how = plain_peak, 'of the plain network'
-        what = 'a training step on' if self.train else 'a prediction for'
+        step = 'a training step on' if self.train else 'a prediction for'
         return (
-            f'memory={memory!r} ({size(total)}) is too little for {what} an image of '
+            f'memory={memory!r} ({size(byte_budget)}) is too little for {step} an image of '
             f'{" x ".join(map(str, shape))}: the least is {size(least)}, {how}; give more, a '
             'smaller image, or read its rows from a file.'
         )
 
-    # ---- ways
-
-    def candidates(self, total: int, load: Callable[[int], Load]) -> list[int]:
-        """Heights of strips that may fit, the highest first. Memory grows in proportion to the
-        height, so two heights tell roughly how far it goes."""
-        heights = self.loads.heights()
-        if len(heights) < 4:
-            return heights
-        low, high = heights[-3], heights[-4]
-        left, reach = total - load(low).peak(states='disk'), low
-        if left >= 0:
-            more = load(high).peak(states='disk') - load(low).peak(states='disk')
-            reach = low + left * (high - low) / max(more, 1)
-        # one strip needs no states, and half of the plain network: BatchNorms are folded
-        alone = self.plain.peak <= 2 * total
-        return [h for h in heights if h <= reach or (h == self.loads.length and alone)]
-
-    def search(self, heights: list[int], total: int, load: Callable[[int], Load]) -> list[Way]:
-        "The best way for each height, from the highest on until lower strips take longer."
-        found, fastest = [], math.inf
-        for height in heights:
-            ways = self.ways(height, load(height), total)
-            fit = [way for way in ways if way.peak <= total]
-            if not fit:
-                found.append(min(ways, key=lambda way: way.peak))
-                continue
-            found.append(min(fit, key=lambda way: (way.time, way.peak)))
-            if found[-1].time > fastest:
-                break
-            fastest = found[-1].time
-        return found
-
-    def ways(self, height: int, load: Load, total: int) -> list[Way]:
-        "The ways to run strips of `height`, each with as many strips kept as fit."
-        count, found = len(load.peaks), []
-        for states, every in self.stores(count):
-            keep = load.most(total, every, states) if self.train else 0
-            if keep == count:
-                states, every = 'device', 1
-            time = load.seconds(self.speed, keep, every, states) / self.plain_seconds
-            found.append(Way(height, keep, every, states, load.peak(keep, every, states), time))
-        return found
-
-    def stores(self, count: int) -> list[tuple[str, int]]:
-        "Where states may wait, and before how many strips one is kept."
-        if not self.train:
-            return [('device', 1)]
-        found = [('device', 1), ('device', max(2, round(math.sqrt(count)))), ('disk', 1)]
-        return found + [('host', 1)] * (self.image.device.type == 'cuda')
-
-    # ---- the plan
-
-    def made_plan(
-        self,
-        way: Way,
-        shape: tuple[int, ...],
-        total: int,
-        streamed: bool,
-        others: list[Way],
-        source: Source,
-        load: Callable[[int], Load],
-    ) -> Plan:
-        "A `Plan` from the way that was chosen."
-        chosen, pixels, work = load(way.strip), 1.0, self.plain.work
-        if streamed:
-            work = chosen.work(way.keep, way.every)
-            pixels = float(chosen.times_computed(way.keep, way.every).mean())
-        return Plan(
-            shape,
-            *way[:4],
-            ('rows', 'columns')[self.loads.axis - 2],
-            streamed,
-            way.peak,
-            int(work[0]),
-            pixels,
-            way.time * self.plain_seconds,
-            way.time,
-            total,
-            self.plain,
-            self.speed,
-            self.parts(way, chosen, streamed, source),
-            others,
-            self.why(shape, chosen),
-            at=load,
-        )
+    # ---- what a plan says
 
     def parts(self, way: Way, load: Load, streamed: bool, source: Source) -> dict[str, int]:
-        "What the peak is made of."
+        "What the peak is made of: name -> bytes."
         always, each_row = source.held
         parts = {
             'parameters and gradients': self.loads.parameters,
@@ -879,7 +1004,7 @@ class Costs:
         return parts
 
     def why(self, shape: tuple[int, ...], load: Load) -> str:
-        "Why strips are cut in this direction."
+        "Why strips are cut in this direction, in words."
         length, across = shape[self.loads.axis], shape[5 - self.loads.axis]
         if len(load.states) < 2 or length == across:
             return ''
@@ -892,44 +1017,51 @@ class Costs:
     # ---- for `Streamed`
 
     def options(self, memory: str | float, source: Source) -> dict[str, Any] | None:
-        """The options for what `source` reads, found once for images alike; None: the plain network
-        fits. How high strips are is found for the first canvas, how many are kept for each."""
+        """The options for what `source` reads, found once for images that take the same memory (and
+        canvases with the same boxes); None: the plain network fits. How high strips are is found
+        for the first canvas, how many are kept for each."""
         boxes = getattr(source, 'boxes', None)
         key = str(memory), source.held, boxes, isinstance(source, TensorSource)
-        if key not in self.made:
-            if len(self.made) >= KEPT_OPTIONS:
-                self.made.clear()
-            self.made[key] = self.found_options(memory, source)
-        return self.made[key]
+        if key not in self.found:
+            if len(self.found) >= KEPT_OPTIONS:
+                self.found.clear()
+            self.found[key] = self.new_options(memory, source)
+        return self.found[key]
 
-    def found_options(self, memory: str | float, source: Source) -> dict[str, Any] | None:
-        "The same anew."
+    def new_options(self, memory: str | float, source: Source) -> dict[str, Any] | None:
+        "The options from a new plan for what `source` reads; None: the plain network fits."
         if str(memory).lower() != 'least':
-            total = self.free_bytes(memory, self.there(source))
-            if self.plain_peak(source) <= total:
+            byte_budget = self.bytes_of(memory, self.resident_bytes(source))
+            if self.plain_peak(source) <= byte_budget:
                 return None
-        strip = self.liked.get(str(memory)) if is_canvas(source) else None
+        if is_canvas(source):
+            chosen = self.plan_of_canvas(memory, source)
+        else:
+            chosen = self.plan(memory, source=source)
+        return chosen.options if chosen.streamed else None
+
+    def plan_of_canvas(self, memory: str | float, source: Source) -> Plan:
+        "The plan for a canvas, with strips as high as for the one before if that fits."
+        strip = self.canvas_strip.get(str(memory))
         try:
-            found = self.plan(memory, strip, source)
+            chosen = self.plan(memory, strip, source)
         except InputError:
             if strip is None:
                 raise
-            found = self.plan(memory, source=source)
-        if is_canvas(source):
-            self.liked[str(memory)] = found.strip
-        return found.options if found.streamed else None
+            chosen = self.plan(memory, source=source)
+        self.canvas_strip[str(memory)] = chosen.strip
+        return chosen
 
 # %% ../../nbs/engine/12_plan.ipynb #17aba4cb
 def options_for(streamed: Streamed, source: Source) -> dict[str, Any] | None:
     """The options with which `streamed` streams what `source` reads; None: the plain network fits.
 
     `Costs` are found once for images that are nearly of the same size, for the largest of them if
-    that fits. They are kept with its trace, and made anew when the network has changed."""
+    that fits. They are kept with its trace, and made anew when the network has changed. Raises
+    `InputError` if `streamed.memory` is too little."""
     error = None
     for shape in (coarse_shape(source.shape), tuple(source.shape)):
-        image = ImageSpec(
-            shape, source.dtype, source.device, source.needs_grad, source.channels_last
-        )
+        image = spec_of(source, shape)
         try:
             return costs_of(streamed, image, source.axes).options(streamed.memory, source)
         except InputError as e:
@@ -937,13 +1069,24 @@ def options_for(streamed: Streamed, source: Source) -> dict[str, Any] | None:
     assert error is not None
     raise error
 
-# %% ../../nbs/engine/12_plan.ipynb #3ffc0326
+# %% ../../nbs/engine/12_plan.ipynb #b0d523aa
+def spec_of(source: Source, shape: tuple[int, ...]) -> ImageSpec:
+    "The spec of an image of `shape` that is otherwise like that of `source`."
+    return ImageSpec(shape, source.dtype, source.device, source.needs_grad, source.channels_last)
+
+
+def parameter_dtype(module: nn.Module) -> torch.dtype:
+    "The type of the parameters of a network; float32 if it has none."
+    types = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    return types[0] if types else torch.float32
+
+
 def coarse_shape(shape: Sequence[int]) -> tuple[int, ...]:
     "The largest of the shapes that are nearly the same: by an eighth of a side, or 32 pixels."
     sizes = []
-    for n in shape[2:]:
-        step = max(32, 2 ** (n.bit_length() - 4))
-        sizes.append(-(-n // step) * step)
+    for length in shape[2:]:
+        step = max(32, 2 ** (length.bit_length() - 4))
+        sizes.append(-(-length // step) * step)
     return *shape[:2], *sizes
 
 
@@ -953,6 +1096,45 @@ def costs_of(streamed: Streamed, image: ImageSpec, axes: tuple[int, ...]) -> Cos
     if axis not in traced.costs:
         traced.costs[axis] = Costs(streamed, image, axes)
     return traced.costs[axis]
+
+
+def is_image(image_or_shape: object) -> bool:
+    "Whether it is an image, not only the shape of one."
+    return hasattr(image_or_shape, 'shape')
+
+
+def spec_and_source(
+    module: nn.Module, image_or_shape: Any, dtype: torch.dtype | None
+) -> tuple[ImageSpec, Source]:
+    "The spec and the source of an image; for a shape alone, a source without pixels."
+    if is_image(image_or_shape):
+        source = source_of(image_or_shape, module)
+        return spec_of(source, tuple(source.shape)), source
+    spec = ImageSpec(tuple(image_or_shape), dtype or parameter_dtype(module), device_of(module))
+    return spec, EmptyImage(spec)
+
+
+def check_plan(module: object, shape: object, strip: object, autocast: object) -> None:
+    "Raise `InputError` or `StreamingError` for arguments of `plan` that make no sense."
+    if not isinstance(module, nn.Module):
+        raise StreamingError(f'plan takes an nn.Module, not {type(module).__name__}.')
+    whole = isinstance(strip, int) and not isinstance(strip, bool) and strip >= 1
+    if strip is not None and not whole:
+        raise InputError(
+            f'strip={strip!r} is not a number of rows: give an integer from 1 on, or '
+            'None to have it planned.'
+        )
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise InputError(
+            f'autocast={autocast!r} is not known: give torch.bfloat16, torch.float16 or None.'
+        )
+    sizes = shape if isinstance(shape, (tuple, list)) else ()
+    is_shape = len(sizes) == 4 and all(isinstance(n, int) and n > 0 for n in sizes)
+    if not is_shape and not is_image(shape):
+        raise InputError(
+            f'shape={shape!r} is not the shape of images: give (N, C, H, W) in whole '
+            'numbers, or an image.'
+        )
 
 # %% ../../nbs/engine/12_plan.ipynb #5b04250b
 def plan(
@@ -972,53 +1154,11 @@ def plan(
     if isinstance(module, Streamed):
         module = module.module
     check_plan(module, shape, strip, autocast)
-    image, source = image_of(module, shape, dtype)
+    image, source = spec_and_source(module, shape, dtype)
     streamed = Streamed(module, 1, direction=direction)
     with torch.set_grad_enabled(train), autocast_to(image.device, autocast):
         costs = Costs(streamed, image, source.axes)
     return costs.plan(memory, strip, source)
-
-# %% ../../nbs/engine/12_plan.ipynb #0fba51b1
-def image_of(module: nn.Module, shape: Any, dtype: torch.dtype | None) -> tuple[ImageSpec, Source]:
-    "What a trace has to know of the image, and its source."
-    if hasattr(shape, 'shape'):
-        source = source_of(shape, module)
-        return ImageSpec(
-            tuple(source.shape),
-            source.dtype,
-            source.device,
-            source.needs_grad,
-            source.channels_last,
-        ), source
-    types = (p.dtype for p in module.parameters() if p.is_floating_point())
-    image = ImageSpec(tuple(shape), dtype or next(types, torch.float32), device_of(module))
-    return image, EmptyImage(image)
-
-
-def check_plan(module: object, shape: object, strip: object, autocast: object) -> None:
-    "Refuse arguments of `plan` that make no sense."
-    if not isinstance(module, nn.Module):
-        raise StreamingError(f'plan takes an nn.Module, not {type(module).__name__}.')
-    whole = isinstance(strip, int) and not isinstance(strip, bool) and strip >= 1
-    if strip is not None and not whole:
-        raise InputError(
-            f'strip={strip!r} is not a number of rows: give an integer from 1 on, or '
-            'None to have it planned.'
-        )
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise InputError(
-            f'autocast={autocast!r} is not known: give torch.bfloat16, torch.float16 or None.'
-        )
-    sizes = shape if isinstance(shape, (tuple, list)) else ()
-    a_shape = len(sizes) == 4 and all(isinstance(n, int) and n > 0 for n in sizes)
-    if not a_shape and not hasattr(shape, 'shape'):
-        raise InputError(
-            f'shape={shape!r} is not the shape of images: give (N, C, H, W) in whole '
-            'numbers, or an image.'
-        )
-
-# %% ../../nbs/engine/12_plan.ipynb #b1bb179e
-M_MMAP_THRESHOLD = -3  # of mallopt: blocks of this size and more are given back at once
 
 # %% ../../nbs/engine/12_plan.ipynb #9f2b96a9
 def lean_memory(threshold: int = 2**23) -> bool:
@@ -1032,6 +1172,7 @@ def lean_memory(threshold: int = 2**23) -> bool:
         return False
     os.environ['THP_MEM_ALLOC_ENABLE'] = '1'  # read by PyTorch at its first allocation
     try:
-        return ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, threshold) == 1
+        # M_MMAP_THRESHOLD is -3: blocks of this size and more are given back at once
+        return ctypes.CDLL(None).mallopt(-3, threshold) == 1
     except (AttributeError, OSError):
         return False

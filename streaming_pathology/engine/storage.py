@@ -37,16 +37,18 @@ class StripSource(Source, Protocol):
     "An image that is read in whole rows."
 
     def read(self, axis: int, first: int, stop: int, ahead: Range | None = None) -> torch.Tensor:
-        "Rows `first` to `stop` along dimension `axis`; those of `ahead` will be wanted next."
+        """Rows `first` to `stop` along dimension `axis`, (N, C, rows, W) for axis 2; those of
+        `ahead` (first, stop) will be read next."""
         ...
 
     def add(self, axis: int, first: int, stop: int, gradient: torch.Tensor, final: int) -> None:
-        "Take the gradient of rows; those from `final` on are complete."
+        """Take the gradient of rows `first` to `stop`. As strips come from the last to the first,
+        rows from `final` on are complete; to those before it the strip above will add its part."""
         ...
 
 # %% ../../nbs/engine/08_storage.ipynb #26289cdd
 class TensorSource:
-    "An image that is a tensor (N, C, H, W)."
+    "An image that is a tensor (N, C, H, W). Raises `StreamingError` if it is another one."
 
     axes: tuple[int, ...] = (2, 3)
 
@@ -73,15 +75,15 @@ class TensorSource:
         return self.tensors[0].detach().narrow(axis, first, stop - first)
 
     def add(self, axis: int, first: int, stop: int, gradient: torch.Tensor, final: int) -> None:
-        "Take the gradient of rows; those from `final` on are complete."
+        "Add the gradient of rows to that of the image."
         total = self.gradients[0]
         if total is None:
             total = self.gradients[0] = torch.zeros_like(self.tensors[0])
         total.narrow(axis, first, stop - first).add_(gradient)
 
-
+# %% ../../nbs/engine/08_storage.ipynb #d2352cef
 class ArrayRows:
-    "An array (N, C, H, W) that is not a tensor, sliced where it lies: a memory map, or HDF5 or zarr."
+    "An array (N, C, H, W) that is not a tensor, sliced where it lies: memory map, HDF5, zarr."
 
     def __init__(self, array: Any) -> None:
         self.array, self.shape = array, array.shape
@@ -91,9 +93,13 @@ class ArrayRows:
 
 
 class RowSource:
-    """An image whose rows come from elsewhere: `rows.shape`, `rows.read(top, bottom)`, and
-    `rows.write(top, bottom, gradient)` if it wants its gradient. The next strip is read while one is
-    computed."""
+    """An image whose rows come from elsewhere. The next strip is read while one is computed.
+
+    `rows` has `shape`, (N, C, H, W), and `read(top, bottom)`, which gives (N, C, bottom - top, W),
+    a tensor or an array, of one type and on any device; one row is read at once to find these.
+
+    If it has `write(top, bottom, gradient)`, it gets its gradient, of each row once, from the last
+    to the first. Raises `StreamingError` if something else is given."""
 
     axes: tuple[int, ...] = (2,)
     channels_last = False
@@ -101,14 +107,16 @@ class RowSource:
     def __init__(self, rows: Any, device: torch.device) -> None:
         self.name = type(rows.array if isinstance(rows, ArrayRows) else rows).__name__
         self.rows: Any = rows
-        self.device, self.shape = device, self.checked_shape(rows.shape)
+        self.device = device
+        self.shape = self.checked_shape(rows.shape)
         self.needs_grad: bool = callable(getattr(rows, 'write', None))
         self.thread = ThreadPoolExecutor(1, 'rows')
-        self.ahead: dict[Range, Future[torch.Tensor]] = {}
+        self.ahead: dict[Range, Future[torch.Tensor]] = {}  # rows that are being read
+        # the part of the strip below of the gradient of rows that the next strip shares with it
         self.waiting: torch.Tensor | None = None
         self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
-        first = self.rows_of(0, 1, None)
-        self.dtype, self.home = first.dtype, first.device
+        first_row = self.rows_of(0, 1, None)
+        self.dtype, self.home = first_row.dtype, first_row.device
         if self.needs_grad and not self.dtype.is_floating_point:
             raise StreamingError(
                 f'{self.name} has a write for the gradient, but its rows are '
@@ -132,16 +140,16 @@ class RowSource:
         return torch.Size(int(n) for n in sizes)
 
     def rows_of(self, first: int, stop: int, dtype: torch.dtype | None) -> torch.Tensor:
-        """Rows as they are read, checked: of any type, or of `dtype`. They are in pinned memory where
-        they go to a GPU."""
+        """Rows as they are read, checked: of any type, or of `dtype`. They are in pinned memory
+        where they go to a GPU."""
         call = f'{self.name}.read({first}, {stop})'
-        found = self.rows.read(first, stop)
+        answer = self.rows.read(first, stop)
         try:
-            rows = torch.as_tensor(found)
+            rows = torch.as_tensor(answer)
         except (RuntimeError, TypeError, ValueError) as e:
             why = (str(e).splitlines() or [''])[0]
             raise StreamingError(
-                f'{call} gave {type(found).__name__}, which is no tensor and cannot '
+                f'{call} gave {type(answer).__name__}, which is no tensor and cannot '
                 f'be made one ({why}): return a tensor, or an array of numbers as '
                 'they lie in this machine.'
             ) from e
@@ -160,18 +168,20 @@ class RowSource:
             return rows.to(self.device, non_blocking=True)
 
     def read(self, axis: int, first: int, stop: int, ahead: Range | None = None) -> torch.Tensor:
-        "Rows `first` to `stop`; those of `ahead`, (first, stop), will be wanted next."
-        waiting = self.ahead.pop((first, stop), None)
-        rows = waiting.result() if waiting else self.fetch(first, stop)
+        "Rows `first` to `stop`; those of `ahead` (first, stop) will be read next."
+        being_read = self.ahead.pop((first, stop), None)
+        rows = self.fetch(first, stop) if being_read is None else being_read.result()
         if self.stream:
             now = torch.cuda.current_stream(self.device)
             now.wait_stream(self.stream)
             rows.record_stream(now)
-        self.ahead = {ahead: self.thread.submit(self.fetch, *ahead)} if ahead else {}
+        self.ahead = {}
+        if ahead:
+            self.ahead[ahead] = self.thread.submit(self.fetch, *ahead)
         return rows
 
     def add(self, axis: int, first: int, stop: int, gradient: torch.Tensor, final: int) -> None:
-        "Write the gradient of rows from `final` on, which is complete; that of the others waits."
+        "Write the gradient of rows from `final` on, which is complete; the others' has to wait."
         if self.waiting is not None and self.waiting.shape[2]:
             gradient[:, :, -self.waiting.shape[2] :].add_(self.waiting)
         self.waiting = gradient[:, :, : final - first].clone()
@@ -185,7 +195,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 # %% ../../nbs/engine/08_storage.ipynb #debb56df
 def source_of(x: Any, module: nn.Module) -> Source:
-    "How strips read the image `x`."
+    """How strips read the image `x`: a tensor, an array, what has `read`, or what has a `source`,
+    as a canvas does. Raises `StreamingError` if it is none of these."""
     if isinstance(x, torch.Tensor):
         return TensorSource(x)
     device = device_of(module)
@@ -206,10 +217,10 @@ Blocks = dict[torch.dtype, torch.Tensor]  # a block of memory for each type
 
 
 class Layout:
-    "Where the tensors of a state lie in a block for each type."
+    "Where the tensors of a state lie in a block for each type; one for all strips of a kind."
 
     def __init__(self, state: State) -> None:
-        self.sizes: dict[torch.dtype, int] = {}
+        self.sizes: dict[torch.dtype, int] = {}  # of the block of each type: its elements
         # number -> type, shape, strides, and where it begins in the block
         self.places: dict[int, tuple[torch.dtype, torch.Size, tuple[int, ...], int]] = {}
         for key, tensor in state.items():
@@ -219,7 +230,7 @@ class Layout:
             self.sizes[tensor.dtype] = at + tensor.numel()
 
     def pack(self, state: State, device: torch.device) -> Blocks:
-        "A block for each type, with a copy of the state."
+        "A copy of the state: for each type a block of memory, a tensor of one dimension."
         blocks = {
             dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in self.sizes.items()
         }
@@ -242,7 +253,7 @@ def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     "The strides of a dense copy of `tensor`, channels last if it is."
     return torch.empty_like(tensor, device='meta').stride()
 
-
+# %% ../../nbs/engine/08_storage.ipynb #b866d56c
 class Store(Protocol):
     "Where states wait for the backward pass."
 
@@ -251,7 +262,7 @@ class Store(Protocol):
         ...
 
     def get(self, kept: Any, ahead: Any = None) -> Blocks:
-        "The blocks; those of `ahead` will be wanted next."
+        "The blocks; those of `ahead` will be needed next."
         ...
 
 # %% ../../nbs/engine/08_storage.ipynb #8cb4e312
@@ -270,7 +281,7 @@ class OnHost:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.ahead: dict[int, Blocks] = {}
+        self.ahead: dict[int, Blocks] = {}  # id of what `put` gave -> its copy on the device
         self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
 
     def copy(self, blocks: Blocks, make: Callable[[torch.Tensor], torch.Tensor]) -> Blocks:
@@ -301,7 +312,7 @@ class OnHost:
         return self.copy(kept, on_device)
 
     def get(self, kept: Blocks, ahead: Blocks | None = None) -> Blocks:
-        "The blocks; those of `ahead` will be wanted next."
+        "The blocks; those of `ahead` will be needed next."
         blocks = self.ahead.pop(id(kept), None) or self.fetch(kept)
         if self.stream is not None:
             now = torch.cuda.current_stream(self.device)
@@ -316,14 +327,16 @@ Written = tuple[int, dict[torch.dtype, int]]  # where a state begins in the file
 
 # %% ../../nbs/engine/08_storage.ipynb #e741e27f
 class OnDisk:
-    "States wait in a file without a name, which vanishes with the process. A thread reads and writes it."
+    """States wait in a file without a name, which vanishes with the process.
+
+    A thread reads and writes it. Raises `OSError` if the disk is full or the file was cut off."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.file = tempfile.TemporaryFile(buffering=0)
         self.thread = ThreadPoolExecutor(1, 'states')
         self.written: Future[int] | None = None  # where the state written last ends
-        self.ahead: dict[int, Future[Blocks]] = {}
+        self.ahead: dict[int, Future[Blocks]] = {}  # by the id of what `put` gave
 
     def move(self, transfer: Callable[[memoryview], int | None], blocks: Blocks, at: int) -> int:
         "Write or read the blocks from position `at` on; returns where they end."
@@ -354,7 +367,7 @@ class OnDisk:
         return self.thread.submit(self.read, *kept)
 
     def get(self, kept: Written, ahead: Written | None = None) -> Blocks:
-        "The blocks; those of `ahead` will be wanted next."
+        "The blocks; those of `ahead` will be needed next."
         if self.written is not None:
             self.written.result()
         blocks = (self.ahead.pop(id(kept), None) or self.fetch(kept)).result()

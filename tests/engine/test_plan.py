@@ -1,6 +1,7 @@
 """Plans: what is planned is what happens, for random networks and budgets, and whatever the plan,
 the result is the plain network's."""
 
+import dataclasses
 import gc
 import json
 import pickle
@@ -23,7 +24,15 @@ from streaming_pathology.engine import plan as planner
 from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.engine.graph import ImageSpec
 from streaming_pathology.engine.ledger import Ledger, Speed, measure, speed_of
-from streaming_pathology.engine.plan import Costs, EmptyImage, Loads, budget, options_for, plan
+from streaming_pathology.engine.plan import (
+    Costs,
+    EmptyImage,
+    Loads,
+    budget,
+    coarse_shape,
+    options_for,
+    plan,
+)
 from streaming_pathology.engine.program import Program
 from streaming_pathology.engine.storage import source_of
 from streaming_pathology.engine.stream import stream
@@ -234,7 +243,7 @@ def test_patches_may_be_views_of_a_large_image():
     copies = loads.of(64, source_of(canvas, net))
     patches = sum(patch.nbytes for *_, patch in canvas.patches)
     assert np.array_equal(views.saved, copies.saved)
-    assert views.there - copies.there == image.nbytes - patches
+    assert views.resident - copies.resident == image.nbytes - patches
 
 
 def test_what_is_free_is_beside_what_is_there():
@@ -283,9 +292,9 @@ def test_rows_and_patches_are_not_the_whole_image():
     s(Slide())
     s(Slide())
     (costs,) = costs_in(s)
-    assert len(costs.made) == 1
+    assert len(costs.found) == 1
     s(torch.zeros(Slide.shape, dtype=torch.uint8))  # in memory
-    assert sum(len(costs.made) for costs in costs_in(s)) == 2
+    assert sum(len(costs.found) for costs in costs_in(s)) == 2
 
 
 def test_plans_for_gradients_of_the_image():
@@ -525,7 +534,7 @@ def test_few_strips_of_many_are_run():
     net = nn.Sequential(*list(resnet18().eval().children())[:6])
     image = ImageSpec((1, 3, 20_000, 300), torch.float32, cpu)
     loads = Loads(Streamed(net, 1, direction='rows'), image)
-    with mock.patch.object(planner, 'cost_up', side_effect=planner.cost_up) as run:
+    with mock.patch.object(planner, 'cost_backward', side_effect=planner.cost_backward) as run:
         load = loads.of(32, EmptyImage(image))
     assert len(load.peaks) == 625 and run.call_count <= 3 + planner.SAMPLES
 
@@ -551,9 +560,9 @@ def test_work_is_predicted_for_all_strips_from_a_few():
         return [cost(k, True) for k in range(len(schedule.strips))]
 
     for strip in (32, 128):
-        load = loads.found(strip, EmptyImage(image))
+        load = loads.load_without_image(strip, EmptyImage(image))
         with mock.patch.object(planner, 'strip_costs', each):
-            exact = loads.found(strip, EmptyImage(image))
+            exact = loads.load_without_image(strip, EmptyImage(image))
         operations, moved, launches = load.work(1, 1) / exact.work(1, 1)
         assert 0.97 < operations < 1.03 and 0.8 < moved < 1.2 and 0.7 < launches < 1.3
         for keep in (1, 5, 99):
@@ -629,3 +638,36 @@ def test_a_network_that_computes_nothing(memory):
     "Its time is no part of nothing."
     found = plan(nn.Identity(), (1, 3, 256, 256), memory)
     assert 0 <= found.time < 1e6
+
+
+def test_some_states_are_kept():
+    "The number is any from 2 on, so no ordinal is made of it."
+    p = plan(small(), (1, 3, 500, 400), '1GB', strip=32)
+    for every in (2, 3, 21):
+        way = p.way._replace(every=every)
+        assert f', one state in {every} is kept' in dataclasses.replace(p, way=way).headline()
+    assert 'state' not in dataclasses.replace(p, way=p.way._replace(every=1)).headline()
+
+
+@pytest.mark.parametrize('keep, every', [(0, 1), (1, 1), (1, 2), (1, 3), (2, 4), (5, 3), (99, 2)])
+def test_states_wait_as_planned(keep, every):
+    "Bytes of the states that are stored while each strip is at work, and of those that are planned."
+    net, shape = small(), (1, 3, 200, 40)
+    spec = ImageSpec(shape, torch.float32, cpu)
+    load = Loads(Streamed(net, 1, direction='rows'), spec).of(16, EmptyImage(spec))
+    image_pass, _, _ = Streamed(net, 16, direction='rows').strips(source_of(torch.rand(shape), net))
+    outputs = image_pass.forward(True, keep, 'device', every)
+    strip_backward, found = image_pass.strip_backward, {}
+
+    def at_work(k, *args):
+        blocks = [block for state in image_pass.states.values() for block in state.key.values()]
+        found[k] = sum(block.nbytes for block in blocks)
+        return strip_backward(k, *args)
+
+    image_pass.strip_backward = at_work
+    image_pass.backward([torch.ones_like(y) for y in outputs])
+    assert [found[k] for k in sorted(found)] == load.waiting(keep, every).tolist()
+
+
+def test_images_that_are_nearly_of_the_same_size():
+    assert coarse_shape((1, 3, 1000, 90)) == (1, 3, 1024, 96)

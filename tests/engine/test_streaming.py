@@ -37,6 +37,7 @@ from networks import (
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.shufflenetv2 import channel_shuffle
 
 from streaming_pathology.engine.canvas import Canvas
@@ -46,7 +47,7 @@ from streaming_pathology.engine.program import Program
 from streaming_pathology.engine.schedule import Schedule
 from streaming_pathology.engine.storage import TensorSource, source_of
 from streaming_pathology.engine.stream import stream
-from streaming_pathology.engine.streaming import Pass
+from streaming_pathology.engine.streaming import GradientSum, Keeping, Pass, Streamed
 from streaming_pathology.engine.windows import StreamingError
 from streaming_pathology.training.models import GatedAttention
 
@@ -2295,3 +2296,89 @@ def test_differences_of_infinities():
         and difference(-a, a) == difference(a * torch.nan, a) == torch.inf
         and difference(a, a) == 0
     )
+
+
+@pytest.mark.parametrize('keep', [0, 1, 2, 7, 99])
+@pytest.mark.parametrize('every', [1, 2, 3, 50])
+def test_a_pass_keeps_what_keeping_says(keep, every):
+    net = small()
+    image_pass, _, _ = stream(net, 8).strips(TensorSource(torch.rand(1, 3, 61, 20)))
+    image_pass.forward(True, keep, 'device', every)
+    count = len(image_pass.strips)
+    keeping = Keeping(count, keep, every)
+    assert sorted(image_pass.states) == keeping.stored
+    assert sorted(image_pass.records) == [*range(keeping.first_tape, count)]
+    # the first of each group, and all of the last one
+    last = count - keep - 1
+    assert keeping.stored == [
+        k for k in range(max(0, count - keep)) if k % every == 0 or k // every == last // every
+    ]
+
+
+@pytest.mark.parametrize('owned', [True, False])
+def test_a_sum_of_gradients_has_one_total(owned):
+    "Each part is added once, and into memory of others nothing is written."
+    shared, part = torch.ones(1, 2, 5, 3), torch.rand(1, 2, 2, 3)
+    gradient = GradientSum(lambda: {2: 5})
+    gradient.add(shared, owned=owned)
+    gradient.add(part, ((2, 1, 2),))
+    expected = torch.ones(1, 2, 5, 3)
+    expected[:, :, 1:3] += part
+    assert torch.equal(gradient.total(), expected) and torch.equal(gradient.total(), expected)
+    assert owned or torch.equal(shared, torch.ones(1, 2, 5, 3))
+    gradient.add(part, ((2, 0, 2),))
+    expected[:, :, :2] += part
+    assert torch.equal(gradient.total(), expected)
+
+
+class Copies(TorchDispatchMode):
+    "How often a tensor is cloned inside."
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.clone.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('keep', [0, 99])
+def test_rows_are_copied_once_for_an_operation_in_place(keep):
+    "Autograd records SiLU on a copy of the rows that another operation reads, and not on a second one."
+
+    def f(m, x, inplace):
+        x = m.c(x)
+        twice = 2 * x
+        return twice + F.silu(x, inplace)
+
+    x, copies, gradients_of = torch.rand(1, 3, 40, 20), {}, {}
+    conv = nn.Conv2d(3, 4, 1)
+    for inplace in (False, True):
+        net = Fn(lambda m, x, inplace=inplace: f(m, x, inplace), c=conv)
+        streamed = stream(net, 8, keep=keep)
+        streamed(x)  # traced
+        with Copies() as counted:
+            y = streamed(x)
+            (gradients_of[inplace],) = torch.autograd.grad(y.square().sum(), [conv.weight])
+        copies[inplace] = counted.count
+    strips = 5
+    times_computed = 1 if keep else 2
+    assert copies[True] - copies[False] == strips * times_computed
+    assert torch.equal(gradients_of[True], gradients_of[False])
+
+
+def test_other_options_of_the_same_network():
+    "What is not given stays as it was; traces are shared."
+    net, x = small(), torch.rand(1, 3, 40, 20)
+    streamed = stream(net, 8, keep=3, states='disk', every=2, direction='rows')
+    streamed(x)
+    other = streamed.with_options(strip=16, every=1)
+    assert other.module is net and other.planner is streamed.planner
+    assert other.options == {**streamed.options, 'strip': 16, 'every': 1}
+    with mock.patch('streaming_pathology.engine.streaming.trace', side_effect=AssertionError):
+        assert torch.allclose(other(x), net(x), atol=1e-5)
+    assert type(other) is Streamed and streamed.strip == 8
+    assert streamed.with_options().options == streamed.options
+    with pytest.raises(StreamingError, match='strip=0'):
+        streamed.with_options(strip=0)

@@ -164,7 +164,7 @@ def test_another_head_or_strip_is_used(model, image):
     changed.head = copy.deepcopy(changed.head)
     changed.head.fc.weight.data.zero_()
     assert torch.equal(changed(image), changed.head.fc.bias[None])
-    changed.trunk = changed.trunk.like(strip=32)
+    changed.trunk = changed.trunk.with_options(strip=32)
     assert changed.whole().options['strip'] == 32
 
 

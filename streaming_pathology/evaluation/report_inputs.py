@@ -90,7 +90,7 @@ TOY_SETTINGS = dict(
     epochs=12,
     lr=0.01,
     momentum=0.9,
-    batch=16,
+    batch_size=16,
 )
 TOY_ENVIRONMENT = dict(
     date='2026-01-01 12:00',
@@ -619,7 +619,8 @@ PUBLIC = {
     'size',
     'strip',
     'memory',
-    'magnify',
+    'downsample',
+    'magnify',  # downsample in former versions
     'tta',
     'device',
 }  # settings whose words name nobody

@@ -176,7 +176,9 @@ def read_maps(folder: str | Path, run: FinishedRun) -> Maps:
     values = read_values(path, json.loads, 'give a folder that sp_heatmap wrote')
     try:
         model, name = str(values['model']), METHODS[values['method']]
-        threshold, is_readable = float(values['threshold']), values['format'] == FORMAT
+        # `threshold` is what former versions called it
+        threshold = float(values.get('region_threshold', values.get('threshold')))
+        is_readable = values['format'] == FORMAT
         if not 0 < threshold < math.inf:
             raise ValueError(f'threshold {threshold}')
     except (KeyError, TypeError, ValueError) as e:
@@ -292,7 +294,9 @@ def gallery_section(
 ) -> Section:
     "Cards of the labelled slides, the largest error first, and of the unlabelled ones."
     if not slides:
-        sentence = 'There are no labelled slides.' if most else 'No slide was asked for (--most 0).'
+        sentence = (
+            'There are no labelled slides.' if most else 'No slide was asked for (--max-slides 0).'
+        )
         return Section('slides', 'Slides', [render('report/note.html', sentence=sentence)])
     contents = render(
         'report/gallery.html',

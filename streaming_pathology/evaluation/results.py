@@ -510,19 +510,19 @@ def check_options(
     threshold_split: str | None,
     method: str,
 ) -> None:
-    "Raises `InputError` for an option of two classes where a table is of another task."
+    "Raises `InputError` for an option that does not apply to the task of a table."
     if table.task == 'binary':
         return
-    given = dict(sensitivity=sensitivity, by=by)
+    given = {'--target-sensitivity (sensitivity)': sensitivity, '--subgroups (by)': by}
     if table.task != 'survival':
-        given['threshold_split'] = threshold_split
+        given['--threshold-split (threshold_split)'] = threshold_split
     if table.task in ('survival', 'regression') and method != 'logit':
-        given['method'] = method
+        given['--interval (method)'] = method
     for name, value in given.items():
         if value:
             raise InputError(
-                f'{table.path}: {name} applies to two classes only, and this table is of another '
-                'task; leave it out'
+                f'{table.path} has predictions of the task {table.task}, to which {name} does not '
+                'apply; remove it'
             )
 
 

@@ -177,7 +177,7 @@ def run_of(folder: Path, path: Path) -> Run:
         raise InputError(f'{path}: manifest is {manifest!r}; it has to be a text')
     settings = from_values(kind, values, path, manifest=str(path.parent / manifest))
     if not manifest:
-        raise InputError(f'{path} does not say its manifest')
+        raise InputError(f'{path} has no line manifest = "..."')
     return Run(settings, folder)
 
 
@@ -206,7 +206,7 @@ def two_tables(categories: str | None) -> list[str | None]:
     tables = [name.strip() for name in categories.split(',')]
     if len(tables) != 2:
         raise InputError(
-            f'--categories {categories}: give two tables with a comma between them, one for each; '
+            f'--error-review {categories}: give two tables with a comma between them, one for each; '
             'one may be empty'
         )
     return [name if name else None for name in tables]
@@ -232,7 +232,7 @@ def compare_runs(
     stopped, the same call resumes. Of several processes that train together the first one compares,
     and the others return None. Raises `InputError` for what cannot be compared."""
     if not 0 < level < 1:
-        raise InputError(f'--level is {level}; it has to be between 0 and 1, as .95')
+        raise InputError(f'--confidence is {level}; it has to be between 0 and 1, as .95')
     folder = absolute(out)
     sources = two_sources((first, second), folder, out, two_tables(categories))
     check_former(folder, out, sources, split)

@@ -53,7 +53,7 @@ AUGMENTATIONS = dict(
     paper=Augmentation(),
     strong=Augmentation(scale=0.05, stain=0.05),
 )
-DECIDED_BY_RECIPE = ('freeze_until', 'lr', 'optimizer', 'momentum', 'batch')
+DECIDED_BY_RECIPE = ('freeze_until', 'lr', 'optimizer', 'momentum', 'batch_size')
 
 # %% ../../nbs/runs/02_methods.ipynb #1522d9ef
 class Method:
@@ -86,7 +86,9 @@ class Method:
         settings = self.settings
         for name in DECIDED_BY_RECIPE:
             if not settings.is_default(name):
-                raise InputError(f'{flag(name)} is set by the recipe; leave out one of them')
+                raise InputError(
+                    f'{flag(name)} is set by --recipe {settings.recipe}; remove one of the two'
+                )
             setattr(settings, name, None)
         if settings.epochs is None:
             settings.epochs = sum(stage.epochs for stage in self.recipes[settings.recipe])
@@ -104,11 +106,11 @@ class Method:
         "How slides are shown to the network: a part of its card."
         settings = self.settings
         return dict(
-            canvas=getattr(settings, 'canvas', False),
+            canvas=getattr(settings, 'skip_background', False),
             spacing=settings.spacing,
             size=settings.size,
             amp=settings.amp,
-            pen=settings.pen,
+            pen=settings.exclude_pen,
         )
 
     def network(self, task: Task) -> dict:
@@ -218,7 +220,7 @@ class Streaming(Method):
             )
 
     def callbacks(self, train: SlideDataset) -> tuple[list[Callback], list[Callback]]:
-        if not self.settings.dry_run:
+        if not self.settings.memory_check:
             return [], []
         return [], [DryRun(largest_slide(train))]
 
@@ -226,7 +228,7 @@ class Streaming(Method):
         self, model: torch.nn.Module, data: SlideDataset, index: int, device: str
     ) -> np.ndarray:
         image = data.image(index).to(device)
-        return smoothgrad(model, image, n=self.settings.copies, seed=self.settings.seed)
+        return smoothgrad(model, image, n=self.settings.n_samples, seed=self.settings.seed)
 
 # %% ../../nbs/runs/02_methods.ipynb #2cee4d70
 def whole_numbers(
@@ -248,12 +250,12 @@ class PatchMethod(Method):
     usual_optimizer: str = 'sgd'
     usual_lr: float = 1e-5
     usual_augment: str = 'flips'
-    usual_top: int | None = 1
+    usual_top_k: int | None = 1
 
-    def magnifications(self) -> tuple[int, ...]:
+    def downsampling_factors(self) -> tuple[int, ...]:
         "See `PatchGrid`."
         what = '1 for --spacing, 2 for twice as many microns per pixel'
-        return whole_numbers(self.settings.magnify, '--magnify', what)
+        return whole_numbers(self.settings.downsample, '--downsample', what)
 
     def positive_classes(self) -> tuple[int, ...]:
         "The numbers in annotations that make a patch positive."
@@ -261,10 +263,11 @@ class PatchMethod(Method):
         return whole_numbers(self.settings.classes, '--classes', what)
 
     def refuse(self, names: Iterable[str], why: str) -> None:
-        "Raises `InputError` for the first of these settings that is given."
+        """Raises `InputError` for the first of these settings that is given; `why`: the rest of the
+        sentence, with what to do."""
         for name in names:
             if not self.settings.is_default(name):
-                raise InputError(f'{flag(name)} {why}; leave it out')
+                raise InputError(f'{flag(name)} {why}')
 
     def settle(self) -> None:
         settings = self.settings
@@ -272,11 +275,13 @@ class PatchMethod(Method):
         self.refuse_others()
         if settings.features:
             settings.features = str(absolute(settings.features))
-        PatchGrid(settings.patch, settings.stride, settings.tissue, self.magnifications())
+        PatchGrid(
+            settings.patch_size, settings.stride, settings.tissue, self.downsampling_factors()
+        )
         if settings.augment is None:
             settings.augment = self.usual_augment
-        if settings.top is None:
-            settings.top = self.usual_top
+        if settings.top_k is None:
+            settings.top_k = self.usual_top_k
         super().settle()
         if not settings.recipe:
             if settings.lr is None:
@@ -301,24 +306,28 @@ class PatchMethod(Method):
     def refuse_others(self) -> None:
         "Refuse settings that are of other ways only."
         if self.settings.annotation:
-            names = ['aggregator'] if self.settings.top == 1 else ['aggregator', 'top']
+            names = ['aggregator'] if self.settings.top_k == 1 else ['aggregator', 'top_k']
             self.refuse(
                 names,
-                'is only for labels of slides; with --annotation each patch has a label of its own',
+                'does not apply with --annotation, where each patch has a label of its own; remove '
+                'one of the two',
             )
             self.positive_classes()
         else:
-            self.refuse(('classes', 'draws'), 'is only for --annotation')
+            self.refuse(
+                ('classes', 'patches_per_slide'),
+                'only applies with --annotation; remove it, or add --annotation COLUMN',
+            )
 
     def shown(self) -> dict:
         settings = self.settings
         bags = dict(
-            size=settings.patch,
+            size=settings.patch_size,
             stride=settings.stride,
             tissue=settings.tissue,
-            factors=self.magnifications(),
-            k=1 if settings.top is None else settings.top,
-            batch=settings.patch_batch,
+            factors=self.downsampling_factors(),
+            k=1 if settings.top_k is None else settings.top_k,
+            batch=settings.patch_batch_size,
         )
         return super().shown() | dict(bags=bags)
 
@@ -336,7 +345,7 @@ class Patches(PatchMethod):
     def refuse_others(self) -> None:
         super().refuse_others()
         names = ('backbone', 'views', 'features', 'dropout')
-        self.refuse(names, 'is only for --aggregator')
+        self.refuse(names, 'only applies with --aggregator; remove it, or add --aggregator NAME')
 
     def check_cases(self, cases: Sequence[Case]) -> None:
         settings = self.settings
@@ -362,7 +371,7 @@ class Patches(PatchMethod):
     def prepare_training_part(self, train: SlideDataset) -> None:
         if self.settings.annotation:
             train.classes = self.positive_classes()
-            train.draws = self.settings.draws
+            train.draws = self.settings.patches_per_slide
 
     def callbacks(self, train: SlideDataset) -> tuple[list[Callback], list[Callback]]:
         if self.settings.annotation:
@@ -376,21 +385,25 @@ class Embeddings(PatchMethod):
     usual_optimizer = 'adamw'
     usual_lr = 2e-4
     usual_augment = 'none'
-    usual_top = None
+    usual_top_k = None
 
     def refuse_others(self) -> None:
         settings = self.settings
         super().refuse_others()
         self.refuse(
             ('freeze_until', 'recipe'),
-            'is only for networks that are trained on patches; the backbone of an aggregator is '
-            'not trained',
+            'does not apply with --aggregator, whose backbone is not trained; remove one of the '
+            'two',
         )
         if aggregators[settings.aggregator].k is None:
             with_top = [name for name, kind in aggregators.items() if kind.k]
-            self.refuse(('top',), f'is only for {", ".join(with_top)}')
+            self.refuse(
+                ('top_k',), f'only applies with --aggregator {" or ".join(with_top)}; remove it'
+            )
         if settings.backbone:
-            self.refuse(('arch', 'pool', 'normalize'), 'is set by the --backbone')
+            self.refuse(
+                ('arch', 'pool', 'normalize'), 'is set by --backbone; remove one of the two'
+            )
             settings.backbone = absolute_backbone(settings.backbone)
 
     def build(self, task: Task = TWO_CLASSES, kept: Path | None = None) -> FeatureMIL:
@@ -403,10 +416,10 @@ class Embeddings(PatchMethod):
             name=settings.aggregator,
             d=embedding.shape[1],
             n_out=task.n_out,
-            k=settings.top,
+            k=settings.top_k,
             dropout=settings.dropout,
         )
-        model = FeatureMIL(encoder, make_aggregator(**made), settings.patch_batch)
+        model = FeatureMIL(encoder, make_aggregator(**made), settings.patch_batch_size)
         with torch.no_grad():  # what the aggregator cannot take is refused before slides are read
             model.eval().aggregator(embedding, scores)
         model.made = made
@@ -432,7 +445,7 @@ class Embeddings(PatchMethod):
         noise = torch.randint(
             0,
             256,
-            (1, 3, settings.patch, settings.patch),
+            (1, 3, settings.patch_size, settings.patch_size),
             generator=torch.Generator().manual_seed(0),
             dtype=torch.uint8,
         )
@@ -518,8 +531,8 @@ class Embeddings(PatchMethod):
         data.encoder = card['sha256']
         if point is not None and card['sha256'] != former['sha256']:
             raise InputError(
-                f'the backbone is another one than that which {folder} has begun with; put back '
-                f'{path.name}, or give another folder'
+                f'the backbone is not the one that {folder} started with; put back {path.name}, or '
+                'choose a new folder'
             )
         if ranks.rank == 0 and point is None:
             save_encoder(path, model.encoder)
@@ -539,8 +552,8 @@ class Embeddings(PatchMethod):
         now = encoder.card.get('code', encoder.sealed()['sha256'])
         if now != former.get('code', former['sha256']):
             raise InputError(
-                f'--backbone {backbone} is another one than that which {folder} has begun with; '
-                'give that, or another folder'
+                f'--backbone {backbone} is not the one that {folder} started with; give that one, or '
+                'choose a new folder'
             )
 
 # %% ../../nbs/runs/02_methods.ipynb #3c9eac8f
@@ -576,8 +589,9 @@ def check_backbone(
     if wrong:
         raise InputError(
             several(
-                f"{counted(len(wrong), 'slide')} for testing that the backbone's run {folder} was trained "
-                'or chosen on, or of the same patients; give the splits that it had in the manifest',
+                f'data leakage: {counted(len(wrong), "test slide")}, or other slides of the same '
+                f"patients, were in the training or tuning split of the backbone's run {folder}; use "
+                'its splits in the manifest',
                 wrong,
             )
         )

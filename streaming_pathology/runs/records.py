@@ -25,7 +25,14 @@ from ..evaluation.predict import label_columns
 from ..io import several, write_csv, write_whole
 from ..outputs import REPORT, RUN, claim
 from .methods import Method
-from .settings import TrainingSettings, as_toml, flag, read_toml
+from streaming_pathology.runs.settings import (
+    MILSettings,
+    StreamingSettings,
+    TrainingSettings,
+    as_toml,
+    flag,
+    read_toml,
+)
 from ..slides.cohorts import Case
 from ..slides.readers import slide_files
 from ..training.checkpoints import versions
@@ -227,46 +234,18 @@ def with_former(
     times = [*first.get('resumed', []), '; '.join([when, *resumed])]
     return now | first | dict(resumed=times)
 
-# %% ../../nbs/runs/03_records.ipynb #e0384843
-# these change nothing that is trained
-HARMLESS = (
-    'manifest',
-    'features',
-    'backbone',
-    'workers',
-    'cache_gb',
-    'heatmaps',
-    'copies',
-    'tensorboard',
-    'save_minutes',
-    'dry_run',
-    'mean',
-    'std',
-)
-# these make it another run
-FIXED = (
-    'command',
-    'arch',
-    'pool',
-    'recipe',
-    'task',
-    'label',
-    'spacing',
-    'size',
-    'canvas',
-    'pen',
-    'normalize',
-    'weights',
-    'weights_sha256',
-    'patch',
-    'stride',
-    'tissue',
-    'magnify',
-    'aggregator',
-    'dropout',
-    'annotation',
-)
-COMPUTATION = ('strip', 'memory', 'patch_batch', 'device')  # how something is computed, not what
+# %% ../../nbs/runs/03_records.ipynb #e890ec96
+def resumable(rule: str) -> frozenset[str]:
+    "The settings of all trainings with this rule for a run that is resumed: see `Option`."
+    names = set()
+    for kind in (StreamingSettings, MILSettings):
+        names |= {name for name, of_name in kind.on_resume().items() if of_name == rule}
+    return frozenset(names)
+
+
+FREE = resumable('free')  # nothing that is trained depends on these
+COMPUTATION = resumable('computation')  # how something is computed, not what
+FIXED = resumable('never')  # these make it another run
 
 # %% ../../nbs/runs/03_records.ipynb #58a44232
 def changes(
@@ -279,7 +258,7 @@ def changes(
     moved = sha256 and former.get('weights_sha256') == sha256
     found = {}
     for name, value in now.items():
-        if name in HARMLESS or (name == 'weights' and moved):
+        if name in FREE or (name == 'weights' and moved):
             continue
         if former.get(name) != value:
             found[name] = former.get(name)
@@ -360,7 +339,7 @@ class Record(Callback):
 
     def late_changes(self, state: State) -> set[str]:
         "Settings that changed and affect training, though the training has ended."
-        late = set(self.changed) - set(COMPUTATION)  # the predictions need those
+        late = set(self.changed) - COMPUTATION  # the predictions need those
         if len(state.history) == self.settings.epochs:
             late.discard('epochs')
         former, now = self.changed.get('patience'), self.settings.patience
@@ -408,8 +387,9 @@ def check_held_out(
     if wrong:
         raise InputError(
             several(
-                f'{counted(len(wrong), "slide")} for tuning or testing that this run was trained '
-                'on, or of the same patients; name the splits in the manifest, or give another folder',
+                f'data leakage: {counted(len(wrong), "slide")} for tuning or testing, or others of the '
+                'same patients, were already used to train this run or to choose its epochs; set the '
+                'splits in the manifest, or choose a new folder',
                 wrong,
             )
         )

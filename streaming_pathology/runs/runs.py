@@ -45,6 +45,7 @@ from streaming_pathology.runs.records import (
     cohort_sha256,
     label_names,
     sentences,
+    shown,
     write_record,
 )
 from streaming_pathology.runs.settings import (
@@ -52,6 +53,7 @@ from streaming_pathology.runs.settings import (
     StreamingSettings,
     TrainingSettings,
     as_toml,
+    flag,
     with_present_names,
 )
 from ..slides.cohorts import Case, read_manifest, resolve_splits
@@ -201,9 +203,9 @@ class Preparation:
     def check_survival(self, cases: list[Case]) -> None:
         "The loss of survival compares slides, and needs an event among them."
         settings = self.settings
-        if not settings.recipe and settings.batch < 2:
+        if not settings.recipe and settings.batch_size < 2:
             raise InputError(
-                '--batch 1: survival compares the slides of a mini-batch; give at least 2'
+                '--batch-size 1: survival compares the slides of a mini-batch; give at least 2'
             )
         if not any(case.label[1] for case in cases if case.split == 'tuning'):
             raise InputError(
@@ -281,8 +283,8 @@ class Preparation:
         trained_on = dict(self.point['callbacks']).get('Record')
         if not trained_on:
             raise InputError(
-                f'{self.run.given} was begun by a former version of this package, whose points do '
-                'not say which slides they were trained on; give another folder'
+                f'{self.run.given} was started by an older version of this package, whose '
+                'checkpoints do not record the training slides; choose a new folder'
             )
         if self.changed:
             check_held_out(trained_on, cases)
@@ -293,26 +295,32 @@ class Preparation:
         if not self.accept_changes:
             raise InputError(
                 several(
-                    f'{run.given} holds a run of other settings; give those, or '
-                    '--accept-changes, or another folder',
+                    f'{run.given} holds a run with other settings; give those, accept the changes '
+                    'with --accept-changes, or choose a new folder',
                     sentences(changed, now),
                 )
             )
         fixed = list(FIXED)
         if self.settings.recipe:
             fixed.append('epochs')
-        other = [f'{name} {self.former.get(name)}' for name in changed if name in fixed]
-        if other:
+        former = [as_asked(name, self.former.get(name)) for name in changed if name in fixed]
+        if former:
             raise InputError(
-                f'{run.given} holds another network or schedule, or one that began or sees '
-                f'slides otherwise ({", ".join(other)}), which cannot go on as this one; give '
-                'another folder'
+                f'{run.given} was trained with {", ".join(former)}, which cannot be changed on '
+                'resume; give that again, or choose a new folder'
             )
         if not self.point:
             raise InputError(
-                f'{run.given} holds a finished run without a point to go on from; give another '
-                'folder'
+                f'{run.given} holds a finished run without a checkpoint to resume from; choose a '
+                'new folder'
             )
+
+
+def as_asked(name: str, value: object) -> str:
+    "A setting in an error, as it was given on the command line."
+    if name == 'command':
+        return str(value)
+    return f'{flag(name)} {shown(value)}'
 
 
 def former_settings(folder: Path, point: dict | None) -> dict:
@@ -329,7 +337,7 @@ def former_settings(folder: Path, point: dict | None) -> dict:
         raise InputError(f'{path} cannot be read: {one_line(e)}; give another folder') from None
     kind = MILSettings if former.get('command') == 'sp_mil' else StreamingSettings
     usual = {name: each.default for name, each in kind.options().items() if name != 'manifest'}
-    return as_read(usual) | with_present_names(former)
+    return as_read(usual) | with_present_names(kind, former)
 
 
 def as_read(values: dict) -> dict:
@@ -472,7 +480,7 @@ class Training:
             lr=settings.lr,
             optimizer=settings.optimizer,
             momentum=settings.momentum,
-            batch=settings.batch,
+            batch=settings.batch_size,
             **shared,
         )
         if ranks.rank == 0:
@@ -523,7 +531,7 @@ class Training:
         if settings.tensorboard:
             callbacks.append(TensorBoardLog(folder / 'tensorboard'))
         callbacks += more
-        callbacks.append(Checkpoints(folder / 'checkpoints', card, settings.save_minutes))
+        callbacks.append(Checkpoints(folder / 'checkpoints', card, settings.checkpoint_minutes))
         return callbacks
 
     # ---- results
@@ -643,8 +651,8 @@ class Run:
             settings.features = None
         elif features and Path(features).is_relative_to(self.folder):
             raise InputError(
-                f'--features {features} lies in the folder of the run; leave it out, or give '
-                'another place'
+                f'--features {features} lies in the folder of the run; remove it, or give a folder '
+                'elsewhere'
             )
 
     def train(
@@ -667,8 +675,7 @@ class Run:
         self.settle()
         if resume and overwrite:
             raise InputError(
-                '--resume goes on with a former run and --overwrite replaces it; leave out one of '
-                'them'
+                '--resume continues a former run and --overwrite replaces it; give only one of them'
             )
         with joined(self.settings.device) as (ranks, device):
             kept = self.method.kept_encoder(self.folder) if resume else None

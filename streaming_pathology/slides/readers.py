@@ -373,7 +373,10 @@ def resolve_spacing(
         if not (math.isfinite(given) and given > 0):
             raise InputError(f'{path}: spacing must be a positive number of microns per pixel')
     elif override:
-        raise InputError(f'{path}: there is no spacing to override with: pass spacing=')
+        raise InputError(
+            f'{path}: there is no spacing to override with; give --slide-spacing, or the column '
+            'spacing of the manifest (in Python: spacing=)'
+        )
     known = {
         source: size
         for source, size in said.items()
@@ -387,12 +390,15 @@ def resolve_spacing(
         )
     if not known:
         raise InputError(
-            f'{path} does not say how many microns a pixel is: pass spacing=, or fill the column spacing of the manifest'
+            f'{path} has no pixel size (microns per pixel); fill the column spacing of the manifest, '
+            'or give --slide-spacing where the command has it (in Python: spacing=)'
         )
     source, (y, x) = next(iter(known.items()))
     if max(y, x) > 1.05 * min(y, x):
         raise InputError(
-            f'{path} has pixels that are not square ({y:.4g} x {x:.4g} microns by its {source}): pass spacing= and override=True if that is wrong'
+            f'{path} has pixels that are not square ({y:.4g} x {x:.4g} microns by its {source}); if '
+            'that is wrong, give the right size by --slide-spacing and --override-spacing of sp_trim '
+            '(in Python: spacing= and override=True)'
         )
     spacing = (y + x) / 2
     against = [

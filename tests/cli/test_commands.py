@@ -33,7 +33,20 @@ from streaming_pathology.training.checkpoints import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures('small_resnet')
 
-QUICK = ['--spacing', 4, '--epochs', 1, '--batch', 4, '--strip', 64, '--heatmaps', 0, '--lr', 1e-3]
+QUICK = [
+    '--spacing',
+    4,
+    '--epochs',
+    1,
+    '--batch-size',
+    4,
+    '--strip',
+    64,
+    '--heatmaps',
+    0,
+    '--lr',
+    1e-3,
+]
 HEADER = 'slide_id,label,path,patient_id,split\n'
 
 
@@ -301,7 +314,7 @@ def test_demo_and_synth_check_first(bad, capsys, name):
         (['--device', 'tpu'], 'tpu'),
         (['--weights', 'none.pt'], 'none.pt'),
         (['--freeze-until', 'layer9'], 'layer9'),
-        (['--pool', 'sum'], 'avg'),
+        (['--pool', 'none-such'], 'avg'),
         (['--workers', -1], '--workers'),
     ],
 )
@@ -348,10 +361,10 @@ def test_predictions_stay(cohort, trained, bad, tmp_path, capsys):
     before = out.read_bytes()
     whole = (bad / 'slides/s03.tiff').read_bytes()
     (bad / 'slides/s03.tiff').write_text('no image')
-    refused(capsys, ['predict', model, bad / 'manifest.csv', out], "'s03'", '--skip')
+    refused(capsys, ['predict', model, bad / 'manifest.csv', out], "'s03'", '--skip-failed')
     assert out.read_bytes() == before and not list(tmp_path.glob('.*'))
     assert (
-        cli.main(['predict', model, bad / 'manifest.csv', out, '--skip']) == 0
+        cli.main(['predict', model, bad / 'manifest.csv', out, '--skip-failed']) == 0
         and rows(out) == rows(trained / 'predictions.csv', 's03')
         and "'s03'" in capsys.readouterr().err
     )
@@ -455,7 +468,7 @@ def test_tasks(cohort, tmp_path, capsys, task, header, label):
         64,
         '--heatmaps',
         0,
-        '--batch',
+        '--batch-size',
         4,
     ]
     refused(capsys, train, "'label'")
@@ -531,16 +544,16 @@ def test_evaluate(trained, tmp_path, capsys):
         refused(capsys, ['evaluate', p, '--seed', seed], '--seed')
     assert not (tmp_path / 'm.json').exists()
     assert (
-        cli.main(['evaluate', p, '--out', tmp_path / 'm.json', '--draws', 100]) == 0
+        cli.main(['evaluate', p, '--out', tmp_path / 'm.json', '--n-bootstrap', 100]) == 0
         and json.loads((tmp_path / 'm.json').read_text())['n'] == 2
     )
     for option, value, says in (
         ('--interval', 'wald', '--interval'),
-        ('--sensitivity', 2, 'above 0, up to 1'),
-        ('--by', 'grade', 'cohort.csv'),
-        ('--level', 1, 'level 1'),
+        ('--target-sensitivity', 2, 'above 0, up to 1'),
+        ('--subgroups', 'grade', 'cohort.csv'),
+        ('--confidence', 1, 'between 0 and 1'),
         ('--figures', p, 'is a file'),
-        ('--cohort', tmp_path / 'no.csv', 'no.csv'),
+        ('--manifest', tmp_path / 'no.csv', 'no.csv'),
     ):
         refused(capsys, ['evaluate', p, option, value], says)
     (tmp_path / 'all.csv').write_text(
@@ -562,17 +575,17 @@ def test_evaluate(trained, tmp_path, capsys):
                 tmp_path / 'all.csv',
                 '--threshold-split',
                 'tuning',
-                '--sensitivity',
+                '--target-sensitivity',
                 0.9,
-                '--cohort',
+                '--manifest',
                 tmp_path / 'cohort.csv',
-                '--by',
+                '--subgroups',
                 'site',
                 '--figures',
                 tmp_path / 'figures',
                 '--out',
                 tmp_path / 'all.json',
-                '--draws',
+                '--n-bootstrap',
                 200,
             ]
         )
@@ -595,7 +608,7 @@ def test_evaluate(trained, tmp_path, capsys):
     }
 
     def drawn(folder):
-        return ['evaluate', tmp_path / 'all.csv', '--draws', 20, '--figures', folder]
+        return ['evaluate', tmp_path / 'all.csv', '--n-bootstrap', 20, '--figures', folder]
 
     assert cli.main(drawn(tmp_path / 'figures')) == 0
     (tmp_path / 'figures/roc.svg').write_text('<svg>mine</svg>')
@@ -612,7 +625,7 @@ def test_report(trained, cohort, tmp_path, capsys):
     refused(capsys, ['report', trained, '--out', trained / 'log.csv/r'], 'in the run')
     refused(capsys, ['report', trained, '--out', cohort / 'manifest.csv/r'], 'cannot be written')
     refused(capsys, ['report', trained, '--out', trained / 'mine'], 'in the run')
-    refused(capsys, ['report', trained, '--most', -1], '--most')
+    refused(capsys, ['report', trained, '--max-slides', -1], '--max-slides')
     assert (
         cli.main(['report', trained, '--out', out]) == 0
         and tree(trained) == before
@@ -649,14 +662,14 @@ def test_report(trained, cohort, tmp_path, capsys):
                 trained,
                 '--out',
                 out,
-                '--by',
+                '--subgroups',
                 'site',
-                '--cohort',
+                '--manifest',
                 tmp_path / 'm.csv',
                 '--maps',
                 tmp_path / 'maps',
                 '--anonymous',
-                '--most',
+                '--max-slides',
                 2,
             ]
         )
@@ -671,18 +684,18 @@ def test_report(trained, cohort, tmp_path, capsys):
     )
     refused(capsys, ['report', trained, '--maps', cohort], 'heatmaps.json')
     refused(capsys, ['report', trained, '--comparison', cohort], 'comparison.json')
-    refused(capsys, ['report', trained, '--by', 'grade'], 'grade')
-    refused(capsys, ['report', trained, '--categories', tmp_path / 'm.csv'], 'error')
+    refused(capsys, ['report', trained, '--subgroups', 'grade'], 'grade')
+    refused(capsys, ['report', trained, '--error-review', tmp_path / 'm.csv'], 'error')
     assert all(v == before[k] for k, v in tree(trained).items() if k.is_file())
 
 
 @pytest.mark.parametrize(
     'method, more',
     [
-        ('smoothgrad', ['--copies', 2, '--place', 8]),
-        ('integrated', ['--steps', 2, '--place', 8]),
+        ('smoothgrad', ['--n-samples', 2, '--cell', 8]),
+        ('integrated', ['--n-steps', 2, '--cell', 8]),
         ('activation', []),
-        ('occlusion', ['--square', 32]),
+        ('occlusion', ['--occlusion-size', 32]),
     ],
 )
 def test_heatmaps(trained, bad, tmp_path, capsys, method, more):
@@ -732,7 +745,7 @@ def test_heatmaps(trained, bad, tmp_path, capsys, method, more):
                 and max(y) > 0
                 and min(x) < 10**4
             )
-    refused(capsys, [*argv, '--threshold', 0.7], 'other settings')
+    refused(capsys, [*argv, '--region-threshold', 0.7], 'other settings')
 
 
 def test_a_map_follows_its_mask(trained, bad, tmp_path):
@@ -746,7 +759,7 @@ def test_a_map_follows_its_mask(trained, bad, tmp_path):
             tmp_path / 'maps',
             '--method',
             'gradient',
-            '--place',
+            '--cell',
             8,
         ],
     )
@@ -774,14 +787,14 @@ def test_heatmaps_refused(trained, cohort, tmp_path, capsys):
     for more, says in (
         (['--method', 'patches'], 'sp_mil'),
         (['--method', 'shap'], '--method'),
-        (['--method', 'attention'], 'by attention'),
-        (['--copies', 0], '--copies'),
-        (['--threshold', 0], '--threshold'),
-        (['--place', 0], '--place'),
+        (['--method', 'attention'], 'attention pooling'),
+        (['--n-samples', 0], '--n-samples'),
+        (['--region-threshold', 0], '--region-threshold'),
+        (['--cell', 0], '--cell'),
         (['--target', 3], 'target=3'),
-        (['--noise', -1], '--noise'),
-        (['--steps', 3], '--steps is no matter'),
-        (['--method', 'activation', '--place', 8], '--place is no matter'),
+        (['--noise-std', -1], '--noise-std'),
+        (['--n-steps', 3], '--n-steps has no effect'),
+        (['--method', 'activation', '--cell', 8], '--cell has no effect'),
     ):
         refused(
             capsys,
@@ -870,7 +883,16 @@ def test_spacing_is_filled_in_only_where_a_slide_does_not_say(tmp_path):
 
 
 def test_a_training_that_diverges_leaves_what_was_there(cohort, trained, tmp_path, capsys):
-    argv = ['train', cohort / 'manifest.csv', tmp_path / 'run', *QUICK, '--lr', 1e30, '--batch', 1]
+    argv = [
+        'train',
+        cohort / 'manifest.csv',
+        tmp_path / 'run',
+        *QUICK,
+        '--lr',
+        1e30,
+        '--batch-size',
+        1,
+    ]
     refused(capsys, argv, 's0')
     assert not list(tmp_path.iterdir())
     shutil.copytree(trained, tmp_path / 'run')
@@ -1007,7 +1029,7 @@ def test_ink_that_is_no_ink(tmp_path, capsys):
         rgb[20:70, 20:48] = (60, 90, 170)
         write_tiff(rgb, p, 4.0)
     boxes = {}
-    for name, argv in (('ink', []), ('stain', ['--no-pen'])):
+    for name, argv in (('ink', []), ('stain', ['--keep-pen'])):
         assert cli.main(['train', folder / 'manifest.csv', tmp_path / name, *QUICK, *argv]) == 0
         with Image.open(next((tmp_path / name / 'images').iterdir())) as im:
             boxes[name] = im.size
@@ -1033,9 +1055,9 @@ def test_ink_that_is_no_ink(tmp_path, capsys):
                 tmp_path / 'trimmed',
                 '--spacing',
                 4,
-                '--least',
+                '--min-area-mm2',
                 0.001,
-                '--no-pen',
+                '--keep-pen',
                 '--workers',
                 1,
             ]
@@ -1155,7 +1177,7 @@ def test_a_trimming_that_is_stopped_ends_at_once(tmp_path, workers):
         tmp_path / 'out',
         '--spacing',
         '2',
-        '--least',
+        '--min-area-mm2',
         '.01',
         '--workers',
         str(workers),
@@ -1208,7 +1230,7 @@ def test_a_trimming_that_is_killed_goes_on(tmp_path):
             tmp_path / out,
             '--spacing',
             '2',
-            '--least',
+            '--min-area-mm2',
             '.01',
             '--workers',
             '1',
@@ -1247,7 +1269,7 @@ def test_a_trimming_that_is_killed_goes_on(tmp_path):
         (
             [Path(sys.executable).with_name('sp_trim')],
             'slides',
-            ['--spacing', 8, '--least', 0.001],
+            ['--spacing', 8, '--min-area-mm2', 0.001],
             ['torch', 'streaming_pathology.cli'],
         ),
         ([COMMAND[1], 'train'], 'manifest.csv', QUICK, ['torchvision', 'streaming_pathology.cli']),
@@ -1290,7 +1312,7 @@ def test_trimming_onto_a_full_disk(tmp_path):
         tmp_path / 'out',
         '--spacing',
         '2',
-        '--least',
+        '--min-area-mm2',
         '.01',
         '--workers',
         '0',

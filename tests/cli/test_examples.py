@@ -64,8 +64,8 @@ def manifest(place):
 @pytest.fixture(scope='module')
 def first(place, manifest, small_resnet):
     "A run of two epochs."
-    few = '--spacing 4 --size 64,64 --epochs 2 --lr 0.001 --batch 4 --strip 64 --heatmaps 1'
-    status, _, err = told(sp_train, manifest, place / 'first', *few.split(), '--copies', 2)
+    few = '--spacing 4 --size 64,64 --epochs 2 --lr 0.001 --batch-size 4 --strip 64 --heatmaps 1'
+    status, _, err = told(sp_train, manifest, place / 'first', *few.split(), '--n-samples', 2)
     assert status == 0, err
     return place / 'first'
 
@@ -120,11 +120,13 @@ def test_what_training_refuses(place, manifest, first, words, says):
 
 def test_predictions_see_slides_as_training_did(place, manifest):
     "The paper's augmentation, on canvases, normalised by the training set."
-    few = '--spacing 4 --size 96,96 --epochs 1 --strip 32 --heatmaps 1 --copies 1 --augment paper'
-    more = '--canvas', '--normalize', 'training'
+    few = (
+        '--spacing 4 --size 96,96 --epochs 1 --strip 32 --heatmaps 1 --n-samples 1 --augment paper'
+    )
+    more = '--skip-background', '--normalize', 'training'
     assert told(sp_train, manifest, place / 'paper', *few.split(), *more)[0] == 0
     settings = tomllib.loads((place / 'paper/settings.toml').read_text())
-    assert settings['canvas']
+    assert settings['skip_background']
     assert settings['augment'] == 'paper'
     assert 0.2 < settings['mean'][1] < settings['mean'][0] < 0.9
     checkpoint, table = place / 'paper/checkpoints/best.pt', place / 'c.csv'
@@ -152,7 +154,7 @@ def test_stages_of_the_paper(place, manifest):
 
 
 def test_multiple_instance_learning(place, manifest):
-    few = '--spacing 4 --patch 32 --epochs 1 --lr 0.001 --heatmaps 2'
+    few = '--spacing 4 --patch-size 32 --epochs 1 --lr 0.001 --heatmaps 2'
     assert told(sp_mil, manifest, place / 'mil', *few.split())[0] == 0
     names = {path.name for path in (place / 'mil').iterdir()}
     assert names >= {'report', 'predictions.csv', 'log.csv', 'checkpoints', 'heatmaps'}
@@ -211,7 +213,7 @@ def test_names_and_spacings_of_a_folder(place, best):
 
 
 def test_heatmaps(place, best):
-    few = '--copies 3 --place 4 --name tumour'.split()
+    few = '--n-samples 3 --cell 4 --region-class tumour'.split()
     assert told(sp_heatmap, best, place / 'cohort/slides/s00.tiff', place / 'maps', *few)[0] == 0
     found = sorted(
         path.relative_to(place / 'maps').as_posix() for path in place.glob('maps/**/*.*')
@@ -229,7 +231,7 @@ def test_heatmaps(place, best):
 
 def test_evaluation_and_report(place, first, best):
     table, out = first / 'predictions.csv', place / 'm.json'
-    few = '--split', 'train', '--draws', 200
+    few = '--split', 'train', '--n-bootstrap', 200
     assert told(sp_evaluate, table, *few, '--out', out)[0] == 0
     assert json.loads(out.read_text())['n'] == 8
     told(sp_predict, best, place / 'cohort/slides', place / 'unlabelled.csv')
@@ -238,13 +240,13 @@ def test_evaluation_and_report(place, first, best):
 
 
 def test_trimming(place):
-    few = '--spacing', 8, '--least', 0.001, '--workers', 0
+    few = '--spacing', 8, '--min-area-mm2', 0.001, '--workers', 0
     slides, out = place / 'cohort/slides', place / 'trimmed'
     assert told(sp_trim, slides, out, *few)[0] == 0
     assert len(read_manifest(out / 'manifest.csv', need_label=False)) == 12
     assert '12 slides as before' in told(sp_trim, slides, out, *few)[1]
     for words, says in (
-        (['--spacing', 4, '--least', 0.001], 'other settings'),
+        (['--spacing', 4, '--min-area-mm2', 0.001], 'other settings'),
         (['--background', 'green'], 'no colour'),
         (['--quality', 0], 'quality'),
         (['--margin', -1], 'margin'),

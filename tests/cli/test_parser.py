@@ -10,7 +10,6 @@ import pytest
 from streaming_pathology.cli.parser import COMMANDS, Command, parser_of
 from streaming_pathology.core import InputError
 from streaming_pathology.evaluation.auc import INTERVALS
-from streaming_pathology.evaluation.heatmaps import METHODS
 from streaming_pathology.evaluation.predict import TTA
 from streaming_pathology.mil.aggregators import aggregators
 from streaming_pathology.runs import settings as names
@@ -106,13 +105,26 @@ def test_errors_are_one_line(told, words, status):
 
 
 @pytest.mark.parametrize(
+    'words, says',
+    [
+        (['--sise', '3'], 'unknown option --sise; did you mean --size? (see sp_toy --help)'),
+        (['--size', 'big'], "--size: 'big' is no size; give height,width in pixels, e.g. 512,256"),
+        (['--lr', 'fast'], "--lr: 'fast' is not a number"),
+    ],
+)
+def test_errors_say_what_to_do(told, words, says):
+    _, _, err = told('a.png', *words)
+    assert err.startswith(f'error: {says}')
+
+
+@pytest.mark.parametrize(
     'text, says',
     [
-        ('imgae = "b"', 'does not say its image'),
+        ('imgae = "b"', 'has no line image = '),
         ('image = "b"\nsise = 3', 'did you mean size?'),
         ('image = "b"\nflips = 1', 'true or false'),
-        ('image = "b"\nlr = "fast"', 'invalid float value'),
-        ('lr = 3', 'does not say its image'),
+        ('image = "b"\nlr = "fast"', "lr: 'fast' is not a number"),
+        ('lr = 3', 'has no line image = '),
         ('image = 3', 'image is 3; it has to be a text'),
         ('lr', 'cannot be read'),
     ],
@@ -135,7 +147,6 @@ def test_the_choices_of_settings_are_those_of_the_library():
     def choices(kind, name):
         return {*kind.options()[name].metadata['option'].choices}
 
-    assert choices(names.StreamingSettings, 'pool') == {*pools}
+    assert {*names.POOL_NAMES} == {*pools}
     assert choices(commands.EvaluateSettings, 'interval') == {*INTERVALS}
-    assert choices(names.HeatmapSettings, 'method') == {*METHODS}
     assert choices(commands.PredictSettings, 'tta') == {*TTA}

@@ -20,7 +20,7 @@ from streaming_pathology.io import write_csv, write_whole
 from streaming_pathology.outputs import REPORT
 
 EVIL = '"><img src=x onerror=alert(1)>\'</title></style></script><script>alert(2)</script>&amp;'
-ABOUT = dict(format=FORMAT, model='0', method='occlusion', threshold=0.5)
+ABOUT = dict(format=FORMAT, model='0', method='occlusion', region_threshold=0.5)
 SCALE = dict(seen=[360, 520], step=32, top=1.0)
 
 

@@ -459,7 +459,7 @@ def compared(tmp_path_factory):
         toy_run(folder / name, seed=ord(name), n=16)
         write_report(folder / name, most=2)
     tables = [str(folder / name / 'predictions.csv') for name in 'ab']
-    options = ['--draws', '200', '--shared']
+    options = ['--n-bootstrap', '200', '--shared']
     assert sp_compare([*tables, str(folder / 'comparison'), *options]) == 0
     return folder
 

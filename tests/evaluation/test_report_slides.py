@@ -27,7 +27,7 @@ from streaming_pathology.evaluation.review import Wrong, errors_of
 from streaming_pathology.evaluation.viewer import viewer_files
 from streaming_pathology.io import write_whole
 
-ABOUT = dict(format=FORMAT, model='0', method='occlusion', threshold=0.5)
+ABOUT = dict(format=FORMAT, model='0', method='occlusion', region_threshold=0.5)
 SCALE = dict(seen=[360, 520], step=32, top=1.0)
 EVIL = '"><script>alert(1)</script>\''
 
@@ -129,11 +129,19 @@ def test_maps_of_another_image_are_refused(run, maps, slide, tmp_path, scale, sa
 
 
 @pytest.mark.parametrize(
-    'change', [dict(threshold=float('nan')), dict(method='magic'), dict(format='another')]
+    'change', [dict(region_threshold=float('nan')), dict(method='magic'), dict(format='another')]
 )
 def test_damaged_folders_of_maps_are_refused(run, maps, change):
     write_whole(maps / 'heatmaps.json', json.dumps(ABOUT | change))
     assert 'maps' in refusal(read_maps, maps, run)
+
+
+def test_maps_of_a_former_version_are_read(run, maps):
+    former = {name: value for name, value in ABOUT.items() if name != 'region_threshold'}
+    write_whole(maps / 'heatmaps.json', json.dumps(former))
+    assert 'cannot be read' in refusal(read_maps, maps, run)
+    write_whole(maps / 'heatmaps.json', json.dumps(former | dict(threshold=0.7)))
+    assert read_maps(maps, run).threshold == 0.7
 
 
 def test_maps_of_another_network_are_refused(part, maps):

@@ -306,18 +306,32 @@ def test_patients_that_contradict_themselves(two_classes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('task', 'option'),
+    ('task', 'option', 'flag'),
     [
-        ('multiclass', dict(by=['site'])),
-        ('multiclass', dict(sensitivity=0.9)),
-        ('multilabel', dict(threshold_split='tuning')),
-        ('survival', dict(method='bca')),
-        ('regression', dict(method='bca')),
+        ('multiclass', dict(by=['site']), '--subgroups'),
+        ('multiclass', dict(sensitivity=0.9), '--target-sensitivity'),
+        ('multilabel', dict(threshold_split='tuning'), '--threshold-split'),
+        ('survival', dict(method='bca'), '--interval'),
+        ('regression', dict(method='bca'), '--interval'),
     ],
 )
-def test_options_of_two_classes_are_refused_for_other_tasks(other_tasks, task, option):
+def test_options_of_two_classes_are_refused_for_other_tasks(other_tasks, task, option, flag):
+    "By the name of the command line, and by that of Python."
     says = refusal(results, other_tasks[task], **option)
-    assert f'{[*option][0]} applies to two classes only' in says
+    assert f'{flag} ({[*option][0]}) does not apply' in says
+    assert task in says
+
+
+@pytest.mark.parametrize(
+    ('task', 'option'),
+    [
+        ('classes', dict(method='bca')),
+        ('multilabel', dict(method='delong')),
+        ('survival', dict(threshold_split='test')),
+    ],
+)
+def test_options_that_other_tasks_have_too(other_tasks, task, option):
+    assert results(other_tasks[task], n_bootstrap=20, **option)['task'] == task
 
 
 # ---- figures

@@ -24,9 +24,9 @@ TRAIN = [
     4,
     '--epochs',
     2,
-    '--batch',
+    '--batch-size',
     3,
-    '--patch',
+    '--patch-size',
     32,
     '--lr',
     1e-3,
@@ -34,7 +34,7 @@ TRAIN = [
     2,
     '--augment',
     'paper',
-    '--save-minutes',
+    '--checkpoint-minutes',
     0,
 ]
 
@@ -134,16 +134,16 @@ def test_run_again(whole, tmp_path):
 @pytest.mark.parametrize(
     'options, says',
     [
-        (['--patch', 20], 'a patch has 20'),
+        (['--patch-size', 20], 'a patch has 20'),
         (['--stride', 40], '40 pixels apart'),
         (['--tissue', 1.5], 'share of tissue is 1.5'),
-        (['--magnify', '1,x'], 'whole numbers'),
-        (['--magnify', '0'], 'different whole numbers'),
-        (['--top', 0], '--top is 0'),
-        (['--patch-batch', 0], '--patch-batch is 0'),
+        (['--downsample', '1,x'], 'whole numbers'),
+        (['--downsample', '0'], 'different whole numbers'),
+        (['--top-k', 0], '--top-k is 0'),
+        (['--patch-batch-size', 0], '--patch-batch-size is 0'),
         (['--task', 'regression'], 'two classes'),
-        (['--recipe', 'paper'], '--lr is set by the recipe'),
-        (['--strip', 8], '--strip is no option'),
+        (['--recipe', 'paper'], '--lr is set by --recipe paper'),
+        (['--strip', 8], 'unknown option --strip'),
     ],
 )
 def test_settings(whole, tmp_path, capsys, options, says):
@@ -158,7 +158,7 @@ def test_going_on(whole, tmp_path, capsys):
     shutil.copytree(whole / 'run', run := tmp_path / 'run')
     shutil.rmtree(run / 'report')
     before = tree(run)
-    for options in (['--patch', 64], ['--tissue', 0.5], ['--magnify', '1,2']):
+    for options in (['--patch-size', 64], ['--tissue', 0.5], ['--downsample', '1,2']):
         refused(
             capsys,
             [
@@ -198,7 +198,7 @@ def test_recipe(whole, tmp_path):
         tmp_path / 'run',
         '--spacing',
         4,
-        '--patch',
+        '--patch-size',
         32,
         '--heatmaps',
         0,
@@ -219,15 +219,15 @@ FEATURES = [
     4,
     '--epochs',
     3,
-    '--batch',
+    '--batch-size',
     3,
-    '--patch',
+    '--patch-size',
     64,
     '--stride',
     32,
     '--heatmaps',
     2,
-    '--save-minutes',
+    '--checkpoint-minutes',
     0,
     '--aggregator',
     'abmil',
@@ -291,7 +291,7 @@ def test_features_killed(whole, features, tmp_path):
                         run,
                         *FEATURES,
                         '--resume',
-                        '--save-minutes',
+                        '--checkpoint-minutes',
                         minutes,
                     ],
                 ),
@@ -402,7 +402,7 @@ def test_heatmaps(whole, features, tmp_path, capsys):
                 '--method',
                 'gradient',
             ],
-            'looks at patches',
+            'network of patches',
         )
 
 
@@ -457,7 +457,7 @@ def test_other_backbone(whole, features, tmp_path, capsys):
     'aggregator, more',
     [
         ('rnn', []),
-        ('topk', ['--top', 2]),
+        ('topk', ['--top-k', 2]),
         ('clam', ['--dropout', 0.2, '--amp', 'bf16', '--ema', 0.9]),
     ],
 )
@@ -472,7 +472,7 @@ def test_on_a_trained_backbone(whole, tmp_path, aggregator, more):
                 4,
                 '--epochs',
                 1,
-                '--patch',
+                '--patch-size',
                 64,
                 '--heatmaps',
                 0,
@@ -503,17 +503,20 @@ def test_on_a_trained_backbone(whole, tmp_path, aggregator, more):
     [
         (['--aggregator', 'rnn'], 'how suspicious'),
         (['--aggregator', 'mil'], '--aggregator'),
-        (['--aggregator', 'abmil', '--top', 3], '--top is only for topk'),
-        (['--backbone', 'x.pt'], '--backbone is only for --aggregator'),
+        (['--aggregator', 'abmil', '--top-k', 3], '--top-k only applies with --aggregator topk'),
+        (['--backbone', 'x.pt'], '--backbone only applies with --aggregator'),
         (['--aggregator', 'max', '--backbone', 'x.pt'], 'that is there'),
         (['--aggregator', 'max', '--views', 0], '--views'),
         (['--aggregator', 'max', '--dropout', 1], '--dropout'),
         (['--aggregator', 'max', '--freeze-until', 'layer4'], '--freeze-until'),
         (['--aggregator', 'clam', '--task', 'ordinal'], 'two classes'),
         (['--aggregator', 'max', '--backbone', 'torchvision:alexnet2'], 'has no network'),
-        (['--annotation', 'truth', '--aggregator', 'max'], '--aggregator is only for labels'),
+        (
+            ['--annotation', 'truth', '--aggregator', 'max'],
+            '--aggregator does not apply with --annotation',
+        ),
         (['--annotation', 'outlines'], 'outlines'),
-        (['--classes', '2'], '--classes is only for --annotation'),
+        (['--classes', '2'], '--classes only applies with --annotation'),
     ],
 )
 def test_settings_of_features(whole, tmp_path, capsys, options, says):
@@ -525,7 +528,7 @@ def test_settings_of_features(whole, tmp_path, capsys, options, says):
             tmp_path / 'run',
             '--spacing',
             4,
-            '--patch',
+            '--patch-size',
             64,
             *options,
         ],
@@ -544,9 +547,9 @@ def test_annotations(tmp_path, capsys):
         4,
         '--epochs',
         4,
-        '--batch',
+        '--batch-size',
         3,
-        '--patch',
+        '--patch-size',
         32,
         '--heatmaps',
         0,
@@ -558,7 +561,7 @@ def test_annotations(tmp_path, capsys):
         'truth',
         '--classes',
         '3',
-        '--save-minutes',
+        '--checkpoint-minutes',
         0,
     ]
     assert (
@@ -619,7 +622,18 @@ def test_own_backbone(whole, tmp_path, monkeypatch, capsys):
         'import torch\ndef net():\n    torch.seed(); net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 6))\n    net[2].also = net[2].weight # one tensor under two names\n    return net, lambda x: x.float()/255\n'
     )
     shutil.copytree(whole / 'run', tmp_path / 'trained')
-    argv = ['--spacing', 4, '--patch', 64, '--heatmaps', 0, '--lr', 1e-3, '--aggregator', 'max']
+    argv = [
+        '--spacing',
+        4,
+        '--patch-size',
+        64,
+        '--heatmaps',
+        0,
+        '--lr',
+        1e-3,
+        '--aggregator',
+        'max',
+    ]
     for run, backbone in ('own', 'mine.py:net'), ('other', 'trained'):
         command = [
             'mil',

@@ -50,13 +50,13 @@ def tables(tmp_path_factory):
 @pytest.fixture(scope='module')
 def former(tables):
     "A comparison of the two."
-    words = tables / 'streaming.csv', tables / 'mil.csv', tables / 'compared', '--draws', 1000
+    words = tables / 'streaming.csv', tables / 'mil.csv', tables / 'compared', '--n-bootstrap', 1000
     assert compared(*words) == 0
     return tables / 'compared'
 
 
 def test_two_tables(tables, former, capsys):
-    words = tables / 'streaming.csv', tables / 'mil.csv', former, '--draws', 1000
+    words = tables / 'streaming.csv', tables / 'mil.csv', former, '--n-bootstrap', 1000
     assert compared(*words) == 0
     out, err = capsys.readouterr()
     assert err == ''
@@ -67,7 +67,7 @@ def test_two_tables(tables, former, capsys):
 
 def test_slides_that_both_have(tables, tmp_path):
     words = tables / 'streaming.csv', tables / 'fewer.csv', tmp_path / 'out', '--shared'
-    assert compared(*words, '--draws', 100) == 0
+    assert compared(*words, '--n-bootstrap', 100) == 0
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_slides_that_both_have(tables, tmp_path):
         ('streaming.csv mil.csv streaming.csv', 'is a file'),
         ('streaming.csv mil.csv .', 'holds'),
         ('streaming.csv mil.csv x --split val', "'val'"),
-        ('streaming.csv mil.csv x --level 2', '--level'),
-        ('streaming.csv mil.csv x --draws 0', '--draws'),
+        ('streaming.csv mil.csv x --confidence 2', '--confidence'),
+        ('streaming.csv mil.csv x --n-bootstrap 0', '--n-bootstrap'),
         ('streaming.csv fewer.csv x', '3 slides'),
         ('streaming.csv fewer.csv compared --shared', 'holds the comparison of'),
         ('streaming.csv mil.csv damaged', 'no comparison'),
@@ -103,7 +103,18 @@ def test_what_cannot_be_compared(tables, former, monkeypatch, capsys, words, say
 # ---- runs
 
 
-TRAIN = ['--spacing', 4, '--epochs', 2, '--batch', 3, '--heatmaps', 0, '--save-minutes', 0]
+TRAIN = [
+    '--spacing',
+    4,
+    '--epochs',
+    2,
+    '--batch-size',
+    3,
+    '--heatmaps',
+    0,
+    '--checkpoint-minutes',
+    0,
+]
 MIL = """command = "sp_mil"
 manifest = "{manifest}"
 spacing = 4.0
@@ -190,7 +201,7 @@ def test_categories_side_by_side(whole, reviewed):
     "The paper's Table III: what a reviewer wrote of the errors of both."
     run, other, out = whole / 'streaming', whole / 'compared/mil', reviewed / 'out'
     both = f'{reviewed / "a.csv"},{reviewed / "b.csv"}'
-    assert compared(run, other, out, '--draws', 50, '--categories', both) == 0
+    assert compared(run, other, out, '--n-bootstrap', 50, '--error-review', both) == 0
     page = (out / 'comparison.html').read_text()
     n_errors = sum(len(errors_of(each / 'predictions.csv')[0]) for each in (run, other))
     assert ('a fold of the tissue' in page) == bool(n_errors)
@@ -199,7 +210,7 @@ def test_categories_side_by_side(whole, reviewed):
 
 def test_categories_of_a_run_that_is_not_finished_are_refused(whole, reviewed, capsys):
     words = whole / 'streaming', whole / 'mil.toml', reviewed / 'new'
-    assert compared(*words, '--categories', f',{reviewed / "b.csv"}') == 2
+    assert compared(*words, '--error-review', f',{reviewed / "b.csv"}') == 2
     assert 'mil is not finished' in capsys.readouterr().err
     assert not (reviewed / 'new').exists()
 
@@ -216,14 +227,14 @@ def test_categories_that_are_none_are_refused(whole, reviewed, capsys, categorie
     run = whole / 'streaming'
     given = categories.format(reviewed=reviewed, run=run)
     words = run, whole / 'compared/mil', reviewed / 'out'
-    assert compared(*words, '--categories', given) == 2
+    assert compared(*words, '--error-review', given) == 2
     assert says in capsys.readouterr().err
 
 
 def test_links_to_runs_of_any_name(whole, tmp_path):
     shutil.copytree(whole / 'streaming', tmp_path / 'run #1 of 50%')
     words = tmp_path / 'run #1 of 50%', whole / 'compared/mil', tmp_path / 'out'
-    assert compared(*words, '--draws', 50, '--level', 0.999) == 0
+    assert compared(*words, '--n-bootstrap', 50, '--confidence', 0.999) == 0
     page = (tmp_path / 'out/comparison.html').read_text()
     assert 'href="../run%20%231%20of%2050%25/report/index.html"' in page
     assert '99.9% interval' in page

@@ -14,8 +14,8 @@ from streaming_pathology.slides.synthetic import paint_biopsy
 SPACING = 4.0  # microns per pixel: coarse, so that a slide takes little time
 TRAIN, TUNING, TEST = 96, 40, 4  # slides
 TRAINING = (
-    '--epochs 6 --optimizer adamw --lr 1e-3 --batch 4 --cosine --strip 64 --heatmaps 0 '
-    '--cache-gb 0.1 --no-dry-run'
+    '--epochs 6 --optimizer adamw --lr 1e-3 --batch-size 4 --cosine --strip 64 --heatmaps 0 '
+    '--cache-gb 0.1 --no-memory-check'
 )
 
 

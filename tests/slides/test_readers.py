@@ -95,7 +95,7 @@ def test_format(formats, name):
 
 def test_without_spacing(formats):
     for name in FLAT:
-        with pytest.raises(InputError, match='does not say how many microns'):
+        with pytest.raises(InputError, match='has no pixel size'):
             Slide(formats[name])
 
 

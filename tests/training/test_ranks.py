@@ -274,7 +274,7 @@ TRAIN = [
     4,
     '--epochs',
     3,
-    '--batch',
+    '--batch-size',
     3,
     '--strip',
     64,
@@ -282,7 +282,7 @@ TRAIN = [
     0,
     '--lr',
     1e-3,
-    '--save-minutes',
+    '--checkpoint-minutes',
     0.003,
 ]
 

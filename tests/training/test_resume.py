@@ -35,6 +35,7 @@ from streaming_pathology.training.checkpoints import (
     checkpoint_files,
     last_checkpoint,
     load_checkpoint,
+    save_checkpoint,
 )
 from streaming_pathology.training.loop import TinyNet, fit, synth_learner
 
@@ -127,7 +128,7 @@ def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
             '--resume',
             '--workers',
             workers,
-            '--save-minutes',
+            '--checkpoint-minutes',
             0,
         ],
     )  # the stops are early in a short run
@@ -196,9 +197,7 @@ def test_a_worker_is_killed(cohort, tmp_path):
             c.kill()
     _, err = p.communicate(timeout=60)
     assert (
-        p.returncode == 2
-        and 'a process that reads slides was killed' in err
-        and 'Traceback' not in err
+        p.returncode == 2 and 'a data-loading worker was killed' in err and 'Traceback' not in err
     ), err
 
 
@@ -206,10 +205,7 @@ def test_a_worker_is_killed_while_it_hands_over(capsys):
     def reset():
         raise ConnectionResetError(104, 'Connection reset by peer')
 
-    assert (
-        status_of(reset) == 2
-        and 'a process that reads slides was killed' in capsys.readouterr().err
-    )
+    assert status_of(reset) == 2 and 'a data-loading worker was killed' in capsys.readouterr().err
 
 
 def test_a_loader_that_misses_its_worker_says_nothing_when_it_goes(capsys, monkeypatch):
@@ -227,7 +223,7 @@ def test_a_loader_that_misses_its_worker_says_nothing_when_it_goes(capsys, monke
     monkeypatch.setattr(sys, 'unraisablehook', said.append)
     assert (
         status_of(read) == 2
-        and 'a process that reads slides was killed' in capsys.readouterr().err
+        and 'a data-loading worker was killed' in capsys.readouterr().err
         and not said
     )
 
@@ -285,7 +281,7 @@ def test_what_was_changed_is_named(cohort, whole, halfway, capsys):
     )
     again('the cohort was another one', cohort=other)
     again(
-        '1 slide for tuning or testing that this run was trained on',
+        'data leakage: 1 slide for tuning or testing',
         's0',
         cohort=other,
         options=['--accept-changes'],
@@ -302,7 +298,7 @@ def test_what_was_changed_is_named(cohort, whole, halfway, capsys):
                 *TRAIN,
                 '--workers',
                 1,
-                '--copies',
+                '--n-samples',
                 3,
                 '--resume',
             ]
@@ -424,7 +420,7 @@ def test_a_damaged_point(cohort, halfway, capsys):
         for said in [''.join(capsys.readouterr())]
         for t in ('no point that is whole', 'is finished')
     )
-    refused(capsys, [*argv, '--lr', 0.1, '--accept-changes'], 'without a point to go on from')
+    refused(capsys, [*argv, '--lr', 0.1, '--accept-changes'], 'without a checkpoint to resume from')
     (halfway / 'settings.toml').write_text('lr = = 1')
     refused(capsys, argv, 'settings.toml cannot be read')
 
@@ -474,7 +470,7 @@ def test_what_was_finished_is_not(cohort, whole, halfway, capsys, monkeypatch):
     (halfway / 'heatmaps').mkdir(exist_ok=True)
     (halfway / 'heatmaps/s00.npy').touch()
     argv, save = (
-        ['train', cohort / 'manifest.csv', halfway, *TRAIN, '--save-minutes', 0, '--resume'],
+        ['train', cohort / 'manifest.csv', halfway, *TRAIN, '--checkpoint-minutes', 0, '--resume'],
         Checkpoints.save,
     )
 
@@ -517,7 +513,7 @@ def test_a_cohort_inside_a_run(cohort, whole, tmp_path, capsys):
 
 
 def test_what_cannot_change(cohort, whole, halfway, capsys):
-    for options in (['--spacing', 8], ['--normalize', 'training'], ['--canvas']):
+    for options in (['--spacing', 8], ['--normalize', 'training'], ['--skip-background']):
         refused(
             capsys,
             [
@@ -529,9 +525,34 @@ def test_what_cannot_change(cohort, whole, halfway, capsys):
                 '--resume',
                 '--accept-changes',
             ],
-            'sees slides otherwise',
+            'cannot be changed on resume',
             options[0][2:],
         )
+
+
+def test_settings_by_former_names(cohort, whole, halfway, capsys):
+    "Checkpoints and settings of a former version are those of the same run."
+    former = dict(
+        exclude_pen='pen',
+        skip_background='canvas',
+        batch_size='batch',
+        n_samples='copies',
+        checkpoint_minutes='save_minutes',
+        memory_check='dry_run',
+    )
+    for path in (halfway / 'checkpoints').glob('*.pt'):
+        point = load_checkpoint(path)
+        settings = point['settings']['settings']
+        assert former.keys() <= settings.keys()
+        renamed = {former.get(name, name): value for name, value in settings.items()}
+        point['settings']['settings'] = renamed
+        del point['versions']
+        save_checkpoint(path, **point)
+    argv = ['train', cohort / 'manifest.csv', halfway, *TRAIN, '--resume']
+    refused(capsys, [*argv, '--batch-size', 2], '--batch-size was 3 and is 2')
+    refused(capsys, [*argv, '--keep-pen', '--accept-changes'], '--exclude-pen True')
+    assert cli.main(argv) == 0
+    as_if_never_stopped(halfway, whole)
 
 
 def test_other_weights(cohort, whole, tmp_path, capsys):
@@ -551,7 +572,9 @@ def test_other_weights(cohort, whole, tmp_path, capsys):
     shutil.copy(tmp_path / '1.pt', tmp_path / '3.pt')
     for options in (['--weights', tmp_path / '2.pt'], []):
         refused(capsys, [*argv, *options], '--weights-sha256 was')
-        refused(capsys, [*argv, *options, '--accept-changes'], 'began or sees', 'weights')
+        refused(
+            capsys, [*argv, *options, '--accept-changes'], 'cannot be changed on resume', 'weights'
+        )
         assert tree(run) == before
     assert cli.main([*argv, '--weights', tmp_path / '3.pt']) == 0
 

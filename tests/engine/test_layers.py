@@ -63,7 +63,7 @@ def test_averages_that_do_not_count_padding():
         {'scale_factor': (0.7, 2)},
         {'scale_factor': 2.3, 'recompute_scale_factor': True},
         {'scale_factor': 2},
-        {'scale_factor': (3, 1)},
+        {'scale_factor': (4, 1)},
         {'size': (96, 80)},
         {'size': (48, 40)},
     ],

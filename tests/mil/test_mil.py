@@ -170,7 +170,7 @@ def test_going_on(whole, tmp_path, capsys):
                 '--resume',
                 '--accept-changes',
             ],
-            'sees slides otherwise',
+            'cannot be changed on resume',
             options[0][2:],
         )
     refused(
@@ -186,7 +186,7 @@ def test_going_on(whole, tmp_path, capsys):
             '--resume',
             '--accept-changes',
         ],
-        'command sp_mil',
+        'was trained with sp_mil',
     )
     assert tree(run) == before
 
@@ -434,7 +434,7 @@ def test_other_backbone(whole, features, tmp_path, capsys):
     refused(
         capsys,
         ['mil', whole / 'cohort/manifest.csv', run, *FEATURES, '--resume'],
-        'another one',
+        'is not the one that',
         'encoder.safetensors',
     )
     refused(
@@ -449,7 +449,9 @@ def test_other_backbone(whole, features, tmp_path, capsys):
         'encoder.safetensors',
     )
     refused(
-        capsys, ['mil', whole / 'cohort/manifest.csv', run, *FEATURES, '--resume'], 'another one'
+        capsys,
+        ['mil', whole / 'cohort/manifest.csv', run, *FEATURES, '--resume'],
+        'is not the one that',
     )
 
 
@@ -704,7 +706,7 @@ def test_own_backbone(whole, tmp_path, monkeypatch, capsys):
                 '--backbone',
                 tmp_path / 'leak',
             ],
-            'to test on that the backbone',
+            'training or tuning split of the backbone',
         )
         refused(
             capsys,

@@ -345,8 +345,8 @@ def test_what_was_changed_is_named(cohort, whole, halfway, capsys):
             '--pool',
             'attention',
         ],
-        'another network or schedule',
-        'pool avg',
+        'was trained with --pool avg',
+        'cannot be changed on resume',
     )
 
 

@@ -572,7 +572,7 @@ def test_options_of_two_classes_are_refused_for_other_tasks(other_tasks, task, o
 @pytest.mark.parametrize(
     ('task', 'option'),
     [
-        ('classes', dict(method='bca')),
+        ('multiclass', dict(method='bca')),
         ('multilabel', dict(method='delong')),
         ('survival', dict(threshold_split='test')),
     ],

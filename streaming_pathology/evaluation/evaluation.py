@@ -330,7 +330,7 @@ class Metrics:
     auc: float
     low: float
     high: float
-    method: str  # of the interval, one of `INTERVALS`
+    method: str  # that made the interval, one of `INTERVAL_NAMES`
     bootstrap_low: float  # the paper's interval, a percentile bootstrap
     bootstrap_high: float
     n: int  # labelled slides
@@ -406,7 +406,7 @@ def evaluate(
         auc=area.value,
         low=area.low,
         high=area.high,
-        method=method,
+        method=area.method,
         bootstrap_low=paper.low,
         bootstrap_high=paper.high,
         n=len(positive),

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ..core import InputError, message_lines
-from .auc import Estimate, check_level, check_scores
+from .auc import Estimate, asked_interval, check_level, check_scores
 from streaming_pathology.evaluation.evaluation import (
     Metrics,
     Prediction,
@@ -331,7 +331,8 @@ def read_values(
 # `results` has low and high beside it, they are its interval
 MAIN_METRICS = dict(
     binary=('Area under the ROC curve', 'auc'),
-    multiclass=('Quadratic kappa', 'kappa'),
+    multiclass=('Macro-averaged AUC', 'macro_auc'),
+    ordinal=('Quadratic kappa', 'kappa'),
     survival=('Concordance index', 'concordance'),
     regression=('Mean absolute error', 'mean_absolute_error'),
 )
@@ -362,7 +363,7 @@ def computed_results(
         computed = results(folder / 'predictions.csv', by=by, cohort=cohort, **options)
     except InputError:
         raise
-    except (TypeError, ValueError, KeyError) as e:
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
         problem = f'{type(e).__name__}: {e}'
         raise InputError(f'{path} is damaged ({problem}): {EVALUATE_AGAIN}') from None
     if written:
@@ -373,13 +374,17 @@ def computed_results(
 def evaluation_options(
     written: dict,  # metrics.json
 ) -> dict:
-    "The arguments of `results` that metrics.json tells. Raises what a damaged file raises."
+    """The arguments of `results` that metrics.json tells. Raises what a damaged file raises.
+
+    Of several labels, each has the same."""
+    if written.get('labels'):
+        written = next(iter(written['labels'].values()))
     options = dict(
         n_bootstrap=written.get('draws', 10_000),
         seed=written.get('seed', 0),
         level=written.get('level', 0.95),
         split=written.get('split', 'test'),
-        method=written.get('method', 'logit'),
+        method=asked_interval(method_in(written)),
     )
     threshold_split = written.get('threshold_from')
     if threshold_split != options['split']:
@@ -389,6 +394,18 @@ def evaluation_options(
     return options
 
 
+def method_in(
+    written: dict,  # metrics.json
+) -> str:
+    "By which method the intervals of AUCs were made; of several classes, that of the first."
+    if 'method' in written:
+        return written['method']
+    for area in written.get('classes', []):
+        if area and 'method' in area:
+            return area['method']
+    return 'logit'
+
+
 def check_agreement(
     path: Path,  # of metrics.json
     written: dict,  # what it says
@@ -396,14 +413,7 @@ def check_agreement(
     has_own_interval: bool,  # no other manifest is given, whose patients may be others
 ) -> None:
     "Raises `InputError` if metrics.json says other metrics than were computed."
-    names = []
-    if computed['task'] in MAIN_METRICS:
-        names.append(MAIN_METRICS[computed['task']][1])
-    if 'low' in written:
-        names.append('threshold')
-        if has_own_interval:
-            names += ['low', 'high']
-    for name in names:
+    for name in names_to_compare(written, computed, has_own_interval):
         if name not in computed:
             continue
         value = written.get(name)
@@ -414,6 +424,27 @@ def check_agreement(
                 f'{path} says {shown} {value} but predictions.csv and cohort.csv beside it give '
                 f'{computed[name]:.4f}: {EVALUATE_AGAIN}'
             )
+
+
+def names_to_compare(written: dict, computed: dict, has_own_interval: bool) -> list[str]:
+    """Which metrics have to agree: see `check_agreement`.
+
+    Former files have the quadratic kappa of classes without order too, and of survival the median
+    of slides; of these the metrics are compared that have not changed."""
+    if computed['task'] == 'multiclass' and 'macro_auc' not in written:
+        return ['accuracy']
+    names = []
+    if computed['task'] in MAIN_METRICS:
+        names.append(MAIN_METRICS[computed['task']][1])
+    if 'low' not in written:
+        return names
+    if computed['task'] != 'survival':
+        names.append('threshold')
+    elif has_own_interval and 'patients' in written:  # the median of patients
+        names.append('threshold')
+    if has_own_interval:
+        names += ['low', 'high']
+    return names
 
 # %% ../../nbs/evaluation/15_report_inputs.ipynb #c0fbfad2
 MISSING = {
@@ -568,8 +599,11 @@ def parsed_comparison(
     for estimate in (difference, *aucs):
         if not all(map(math.isfinite, (estimate.value, estimate.low, estimate.high))):
             raise ValueError('its metrics are no numbers')
+    delong = 'DeLong'
+    if values.get('patients'):
+        delong = "DeLong, with Obuchowski's variance for patients"
     p_values = {
-        'DeLong': p_in_words(values['delong']['p']),
+        delong: p_in_words(values['delong']['p']),
         'permutation': p_in_words(values['permutation_p']),
     }
     labels = [float(row['label']) for row in rows]

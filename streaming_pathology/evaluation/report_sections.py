@@ -18,7 +18,11 @@ import numpy as np
 from markupsafe import Markup
 
 from ..core import InputError
-from .auc import INTERVALS, difference_shown, percent
+from streaming_pathology.evaluation.auc import (
+    INTERVAL_NAMES,
+    difference_shown,
+    percent,
+)
 from .evaluation import Prediction, plot_roc
 from streaming_pathology.evaluation.pages import (
     ACCENT,
@@ -36,7 +40,7 @@ from streaming_pathology.evaluation.report_inputs import (
     FinishedRun,
     WrittenComparison,
 )
-from .results import REPORTED, sentences_of
+from .results import NO_TEMPERATURE, REPORTED, sentences_of
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #3e03f357
 class Fact(NamedTuple):
@@ -51,7 +55,11 @@ def result_section(run: FinishedRun) -> Section:
     "The answer, how sure it is, and facts of the run."
     metrics, values = run.metrics, {}
     if metrics:
-        values = dict(auc_name=MAIN_METRICS['binary'][0], interval_name=INTERVALS[metrics.method])
+        values = dict(
+            auc_name=MAIN_METRICS['binary'][0],
+            interval_name=INTERVAL_NAMES[metrics.method],
+            has_no_error='newcombe' in metrics.method,
+        )
     elif run.results:
         values = dict(
             main_metric=main_metric(run.results),
@@ -61,6 +69,8 @@ def result_section(run: FinishedRun) -> Section:
         'report/result.html',
         run=run,
         metrics=metrics,
+        guessing=guessing_note(run.results),
+        notes=notes_of(run.results, on_calibration=False),
         is_synthetic=run.settings.get('synthetic') is True,
         figure=result_plot(run),
         facts=facts_of(run),
@@ -69,6 +79,35 @@ def result_section(run: FinishedRun) -> Section:
     return Section('result', 'Result', [contents])
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #d5e13c2e
+def guessing_in_words(
+    low: float,  # of the interval of an AUC
+    high: float,
+) -> str | None:
+    "What an interval says about guessing, as a sentence; None where it lies above 0.5."
+    if low > 0.5:
+        return None
+    if high < 0.5:
+        return (
+            'The whole interval lies below 0.5: on these slides the network is worse than '
+            'guessing. Are the labels the right way round?'
+        )
+    return 'The interval holds 0.5: on these slides the network cannot be told from guessing.'
+
+
+def guessing_note(results: dict | None) -> str | None:
+    "What the interval of the main metric says about guessing, if that is an AUC."
+    if not results or not {'auc', 'macro_auc'} & results.keys():
+        return None
+    return guessing_in_words(results['low'], results['high'])
+
+
+def notes_of(results: dict | None, on_calibration: bool) -> list[str]:
+    "The notes of `results` that are on calibration, or the others."
+    if not results:
+        return []
+    return [note for note in results['notes'] if note.startswith(NO_TEMPERATURE) == on_calibration]
+
+
 def main_metric(results: dict) -> Fact | None:
     "The metric in large type, of another task than two classes; None where it has no single one."
     if results['task'] not in MAIN_METRICS:
@@ -233,7 +272,7 @@ def calibration_section(run: FinishedRun) -> Section:
         calibration=run.results['calibration'],
         temperature=run.results.get('temperature'),
         precision=run.results['average_precision'],
-        notes=run.results['notes'],
+        notes=notes_of(run.results, on_calibration=True),
         reliability=figure_uri(run.figures['reliability']),
         precision_recall=figure_uri(run.figures['precision_recall']),
     )

@@ -9,6 +9,7 @@ __all__ = ['REPORTED', 'TASKS', 'Outcomes', 'read_outcomes', 'Request', 'Reporte
 # %% ../../nbs/evaluation/07_results.ipynb #res000002
 import math
 import re
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,7 +21,12 @@ import matplotlib.figure
 import numpy as np
 
 from ..core import InputError
-from .auc import Estimate, Resampling
+from streaming_pathology.evaluation.auc import (
+    INTERVAL_NAMES,
+    Estimate,
+    Resampling,
+    patient_numbers,
+)
 from streaming_pathology.evaluation.calibration import (
     calibration,
     fit_temperature,
@@ -28,6 +34,7 @@ from streaming_pathology.evaluation.calibration import (
     scaled_probabilities,
 )
 from streaming_pathology.evaluation.evaluation import (
+    Metrics,
     average_precision,
     column_of,
     evaluate,
@@ -46,8 +53,10 @@ from streaming_pathology.evaluation.outcomes import (
     confusion_matrix,
     kappa,
     logrank,
+    macro_auc,
     plot_confusion,
     plot_survival,
+    riskiest_slides,
 )
 from .subgroups import by_group, plot_groups
 from ..io import read_table, write_whole
@@ -59,7 +68,7 @@ class OutcomeTable:
     "A table of predictions of any task."
 
     path: Path
-    task: str  # binary, multiclass, multilabel, survival or regression
+    task: str  # binary, multiclass (ordinal too), multilabel, survival or regression
     labels: list[str]  # names of the columns of labels
     predicted: list[str]  # names of the columns of predictions
     # of each slide: slide_id, split and a number for each of these columns; None where a label is
@@ -173,6 +182,8 @@ class Request:
     "What `results` was asked for."
 
     table: OutcomeTable
+    task: str  # one of `TASKS`
+    task_from: str  # how it is known: given, settings.toml, assumed, or table
     patients: dict[str, str]  # {slide_id: patient_id}
     split: str  # slides to evaluate
     threshold_split: str | None  # slides to choose thresholds and the temperature on
@@ -191,6 +202,37 @@ class Request:
         return replace(self.resampling, patient_ids=outcomes.patient_ids)
 
 # %% ../../nbs/evaluation/07_results.ipynb #d2453381
+CLASS_TASKS = ('multiclass', 'ordinal')  # whose tables are alike
+
+
+def known_task(table: OutcomeTable, given: str | None) -> tuple[str, str]:
+    """The task of a table, and how it is known: see `Request`.
+
+    Raises `InputError` if another task is given than the table can be of."""
+    possible = CLASS_TASKS if table.task in CLASS_TASKS else (table.task,)
+    if given is not None and given not in possible:
+        raise InputError(
+            f'{table.path} is a table of {" or ".join(possible)}, not of {given!r}; leave the task '
+            'out, or give the table that it is of'
+        )
+    if given is not None:
+        return given, 'given'
+    if table.task not in CLASS_TASKS:
+        return table.task, 'table'
+    of_run = task_in_settings(table.path.parent / 'settings.toml')
+    if of_run in CLASS_TASKS:
+        return of_run, 'settings.toml'
+    return 'multiclass', 'assumed'
+
+
+def task_in_settings(path: Path) -> str | None:
+    "The task that the settings of a run say; None where they cannot be read or say none."
+    try:
+        return tomllib.loads(path.read_text(encoding='utf-8')).get('task')
+    except (OSError, ValueError):
+        return None
+
+
 def known_patients(
     path: str | Path,  # a table of predictions
     cohort: str | Path | None = None,  # CSV with slide_id and patient_id; None: see below
@@ -205,6 +247,55 @@ def known_patients(
     if not patients:
         patients = read_patients(of_run, needed=False)
     return patients
+
+# %% ../../nbs/evaluation/07_results.ipynb #cd51f2ad
+def without_width(
+    intervals: dict[str, tuple[float, float]],  # by what they are of
+) -> list[str]:
+    "A sentence on the intervals that have no width, if there are such."
+    names = [name for name, (low, high) in intervals.items() if high - low <= 1e-12]
+    if not names:
+        return []
+    return [
+        'An interval without width is no certainty: these slides give no error to go by, and it '
+        f'says nothing about other slides. It has none for {"; ".join(names)}.'
+    ]
+
+# %% ../../nbs/evaluation/07_results.ipynb #c694aae7
+FEW_PATIENTS = 20  # effective number in a class, below which intervals by patient are too narrow
+
+
+def effective_patients(
+    patients: np.ndarray,  # number of each slide's patient (n,)
+) -> float:
+    "How many patients with equally many slides would be as unequal as these: Kish (1965)."
+    sizes = np.unique(patients, return_counts=True)[1]
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
+
+
+def few_patients(
+    patient_ids: Sequence | np.ndarray | None,  # of each slide; None: each has its own
+    classes: dict[str, np.ndarray],  # bool (n,), by what their slides are called
+) -> list[str]:
+    "A sentence on classes whose patients are few or very unequal, where they have several slides."
+    if patient_ids is None:
+        return []
+    texts = []
+    for name, members in classes.items():
+        patients = patient_numbers(patient_ids, len(members))[members]
+        if len(patients) > 0 and effective_patients(patients) < FEW_PATIENTS:
+            sizes = np.unique(patients, return_counts=True)[1]
+            largest = sizes.max() / len(patients)
+            texts.append(
+                f'patients of the {len(patients)} {name}: {len(sizes)}, one of whom has '
+                f'{largest:.0%} of them'
+            )
+    if not texts:
+        return []
+    return [
+        'Intervals may be too narrow, as patients are few or have very unequal numbers of slides: '
+        f'{"; ".join(texts)}.'
+    ]
 
 # %% ../../nbs/evaluation/07_results.ipynb #c04e19fe
 class ReportedMetric(NamedTuple):
@@ -221,6 +312,9 @@ REPORTED = dict(
 )
 
 # %% ../../nbs/evaluation/07_results.ipynb #fee4f89d
+NO_TEMPERATURE = 'No temperature'  # how a note on calibration begins
+
+
 def binary_results(request: Request) -> dict:
     "The metrics of two classes."
     tested = request.outcomes(request.split)
@@ -250,7 +344,7 @@ def binary_results(request: Request) -> dict:
         try:
             result['temperature'] = temperature_results(request, tested, chosen_on)
         except InputError as e:
-            notes.append(f'No temperature: {e}.')
+            notes.append(f'{NO_TEMPERATURE}: {e}.')
     if request.sensitivity is not None:
         result['at_sensitivity'] = sensitivity_results(request, tested, chosen_on)
     if request.by:
@@ -258,8 +352,38 @@ def binary_results(request: Request) -> dict:
             column: subgroup_results(request, tested, column, metrics.threshold)
             for column in request.by
         }
-    result['notes'] = notes
+    result['notes'] = notes + interval_notes(metrics, result, labels, tested.patient_ids)
     return result
+
+
+def interval_notes(
+    metrics: Metrics,
+    result: dict,  # of `binary_results`, with the metrics that are reported and the calibration
+    labels: np.ndarray,  # 0 or 1 (n,)
+    patient_ids: list[str] | None,
+) -> list[str]:
+    "Sentences on intervals that say less than they seem to."
+    intervals = auc_intervals(metrics)
+    for name, metric in REPORTED.items():
+        intervals[metric.words] = result[name]['low'], result[name]['high']
+    intervals['Brier score'] = result['calibration']['low'], result['calibration']['high']
+    return without_width(intervals) + few_patients(patient_ids, by_class(labels))
+
+
+def auc_intervals(metrics: Metrics) -> dict[str, tuple[float, float]]:
+    "The two intervals of the AUC, by what they are of."
+    paper = "the AUC by the paper's bootstrap"
+    if metrics.auc in (0, 1):
+        paper = f'{paper}, as the two classes do not overlap on these slides'
+    return {
+        f'the AUC by {INTERVAL_NAMES[metrics.method]}': (metrics.low, metrics.high),
+        paper: (metrics.bootstrap_low, metrics.bootstrap_high),
+    }
+
+
+def by_class(labels: np.ndarray) -> dict[str, np.ndarray]:
+    "The slides of two classes, by what they are called."
+    return {'positive slides': labels == 1, 'negative slides': labels == 0}
 
 
 def chosen_threshold(outcomes: Outcomes, split: str) -> float:
@@ -341,20 +465,20 @@ def subgroup_results(
 
 # %% ../../nbs/evaluation/07_results.ipynb #2737f8a6
 def class_results(request: Request) -> dict:
-    "The metrics of several classes."
+    "The metrics of several classes, with or without an order."
     tested = request.outcomes(request.split)
     labels, n_classes = tested.labels[:, 0], tested.predicted.shape[1]
     called = tested.predicted.argmax(1)
     resampling = request.resampling_of(tested)
-    agreement = kappa(labels, called, n_classes=n_classes, resampling=resampling)
+    if request.task == 'ordinal':
+        main = ordinal_results(labels, called, n_classes, resampling)
+    else:
+        main = multiclass_results(labels, tested.predicted, resampling)
     aucs = class_aucs(labels, tested.predicted, request.method, resampling)
     return dict(
-        task='multiclass',
-        kappa=agreement.value,
-        low=agreement.low,
-        high=agreement.high,
-        redrawn=agreement.redrawn,
-        weights='quadratic',
+        task=request.task,
+        task_from=request.task_from,
+        **main,
         accuracy=float((labels == called).mean()),
         n=len(labels),
         draws=request.resampling.n,
@@ -363,7 +487,41 @@ def class_results(request: Request) -> dict:
         split=request.split,
         confusion=confusion_matrix(labels, called, n_classes).tolist(),
         classes=[class_result(area) for area in aucs],
-        notes=[],
+        notes=class_notes(request, tested, main),
+    )
+
+
+def ordinal_results(
+    labels: np.ndarray, called: np.ndarray, n_classes: int, resampling: Resampling
+) -> dict:
+    "The main metric of classes with an order, whose interval is low and high."
+    agreement = kappa(labels, called, n_classes=n_classes, resampling=resampling)
+    return dict(
+        kappa=agreement.value,
+        low=agreement.low,
+        high=agreement.high,
+        redrawn=agreement.redrawn,
+        weights='quadratic',
+    )
+
+
+def multiclass_results(
+    labels: np.ndarray, probabilities: np.ndarray, resampling: Resampling
+) -> dict:
+    """The main metric of classes without an order, whose interval is low and high, and the
+    agreement of the likeliest class, which does not depend on how classes are numbered."""
+    called, n_classes = probabilities.argmax(1), probabilities.shape[1]
+    agreement = kappa(labels, called, 'none', n_classes, resampling)
+    area = macro_auc(labels, probabilities, resampling)
+    return dict(
+        macro_auc=area.value,
+        low=area.low,
+        high=area.high,
+        redrawn=area.redrawn,
+        kappa=agreement.value,
+        kappa_low=agreement.low,
+        kappa_high=agreement.high,
+        weights='none',
     )
 
 
@@ -371,7 +529,31 @@ def class_result(area: Estimate | None) -> dict | None:
     "The AUC of one class, for JSON."
     if area is None:
         return None
-    return dict(auc=area.value, low=area.low, high=area.high)
+    return dict(auc=area.value, low=area.low, high=area.high, method=area.method)
+
+
+def class_notes(request: Request, tested: Outcomes, main: dict) -> list[str]:
+    "What was assumed of the classes, and on intervals that say less than they seem to."
+    notes = []
+    if request.task_from == 'assumed':
+        notes.append(
+            'Neither the table nor a settings.toml beside it says whether the classes have an '
+            "order: they are taken as without one. Of grades give results(task='ordinal'), or "
+            'evaluate the table in the folder of its run.'
+        )
+    if 'macro_auc' in main:
+        intervals = {
+            'the macro-averaged AUC': (main['low'], main['high']),
+            'kappa': (main['kappa_low'], main['kappa_high']),
+        }
+    else:
+        intervals = {'kappa': (main['low'], main['high'])}
+    return notes + without_width(intervals) + few_patients(tested.patient_ids, all_slides(tested))
+
+
+def all_slides(tested: Outcomes) -> dict[str, np.ndarray]:
+    "All slides, as one class of `few_patients`."
+    return {'slides': np.ones(len(tested.slide_ids), bool)}
 
 
 def multilabel_results(request: Request) -> dict:
@@ -381,33 +563,46 @@ def multilabel_results(request: Request) -> dict:
     of_labels, notes = {}, []
     for number, label in enumerate(request.table.labels):
         known = np.isfinite(tested.labels[:, number])
+        labels, of_known = tested.labels[known, number], resampling.of_slides(known)
         try:
             metrics = evaluate(
-                tested.labels[known, number],
+                labels,
                 tested.predicted[known, number],
-                resampling.of_slides(known),
+                of_known,
                 request.method,
                 request.split,
             )
-            of_labels[label] = asdict(metrics)
         except InputError as e:
             notes.append(f'{label}: {e}.')
+            continue
+        of_labels[label] = asdict(metrics)
+        remarks = without_width(auc_intervals(metrics))
+        remarks += few_patients(of_known.patient_ids, by_class(labels))
+        notes += [f'{label}: {remark}' for remark in remarks]
     if not of_labels:
         raise InputError('; '.join(notes))
     return dict(task='multilabel', labels=of_labels, notes=notes)
 
 
+def survival_of_patients(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Times, events and log risks, each (n_patients,): of each patient those of the slide with the
+    highest log risk, see `riskiest_slides`."""
+    times, events = outcomes.labels.T
+    risks = outcomes.predicted[:, 0]
+    chosen = riskiest_slides(times, events, risks, outcomes.patient_ids)
+    return times[chosen], events[chosen], risks[chosen]
+
+
 def survival_results(request: Request) -> dict:
-    "The concordance, and two groups of risk."
+    "The concordance of slides, and two groups of patients by their highest log risk."
     tested = request.outcomes(request.split)
     threshold_from = request.split
     if request.threshold_split:
         threshold_from = request.threshold_split
-    chosen_on = request.outcomes(threshold_from)
-    times, events = tested.labels.T
-    risks = tested.predicted[:, 0]
-    estimate = concordance(times, events, risks, request.resampling_of(tested))
-    threshold = float(np.median(chosen_on.predicted))
+    estimate = concordance(*tested.labels.T, tested.predicted[:, 0], request.resampling_of(tested))
+    _, _, chosen_on = survival_of_patients(request.outcomes(threshold_from))
+    threshold = float(np.median(chosen_on))
+    times, events, risks = survival_of_patients(tested)
     high = risks > threshold
     p = logrank(times, events, high)
     return dict(
@@ -415,7 +610,8 @@ def survival_results(request: Request) -> dict:
         concordance=estimate.value,
         low=estimate.low,
         high=estimate.high,
-        n=len(times),
+        n=len(tested.slide_ids),
+        patients=None if tested.patient_ids is None else len(times),
         events=int(events.sum()),
         draws=request.resampling.n,
         redrawn=estimate.redrawn,
@@ -426,8 +622,39 @@ def survival_results(request: Request) -> dict:
         threshold_from=threshold_from,
         high_risk=int(high.sum()),
         logrank_p=None if math.isnan(p) else p,
-        notes=[],
+        notes=survival_notes(tested, estimate),
     )
+
+
+def survival_notes(tested: Outcomes, estimate: Estimate) -> list[str]:
+    "Which slide counts for a patient and why, and on an interval that says less than it seems to."
+    notes = without_width({'the concordance': (estimate.low, estimate.high)})
+    if tested.patient_ids is None:
+        return notes
+    notes.append(
+        'The groups of risk, their curves and the log-rank test have one row a patient: the slide '
+        'with the highest log risk, as slides of one patient share an outcome, and a patient is as '
+        'ill as the worst of the slides. The concordance is of slides; its interval takes those of '
+        'one patient as alike.'
+    )
+    differing = patients_with_several_outcomes(tested.patient_ids, tested.labels)
+    if differing > 0:
+        notes.append(
+            f'Patients whose slides have different times or events: {differing}; those of the '
+            'slide with the highest log risk count.'
+        )
+    return notes + few_patients(tested.patient_ids, all_slides(tested))
+
+
+def patients_with_several_outcomes(
+    patient_ids: list[str],  # of each slide
+    labels: np.ndarray,  # times and events (n, 2)
+) -> int:
+    "How many patients have slides with different times or events."
+    outcomes = {}
+    for patient, outcome in zip(patient_ids, labels.tolist(), strict=True):
+        outcomes.setdefault(patient, set()).add(tuple(outcome))
+    return sum(len(different) > 1 for different in outcomes.values())
 
 
 def regression_results(request: Request) -> dict:
@@ -453,6 +680,7 @@ def regression_results(request: Request) -> dict:
 TASKS = dict(
     binary=binary_results,
     multiclass=class_results,
+    ordinal=class_results,
     multilabel=multilabel_results,
     survival=survival_results,
     regression=regression_results,
@@ -473,9 +701,15 @@ def results(
     seed: int = 0,  # of the resamples
     level: float = 0.95,  # of the intervals
     method: str = 'logit',  # of the AUC's interval: see `auc_interval`
+    # ordinal or multiclass, where the table is of classes; None: as the settings.toml beside `path`
+    # says, and without one multiclass
+    task: str | None = None,
 ) -> dict:
     """All metrics of one split of a table of predictions, as JSON can hold them; `task` says of
-    which kind they are.
+    which kind they are, and `task_from` of classes how that is known.
+
+    Metrics are of slides. Where patients have several, intervals take slides of one patient as
+    alike; only the groups of risk of survival are of patients, one row each.
 
     Raises `InputError` with the file and what is wrong with it."""
     table = read_outcomes(path)
@@ -485,8 +719,11 @@ def results(
     if cohort is None:
         cohort = Path(path).parent / 'cohort.csv'
     try:
+        known, task_from = known_task(table, task)
         request = Request(
             table=table,
+            task=known,
+            task_from=task_from,
             patients=patients,
             split=split,
             threshold_split=threshold_split,
@@ -496,7 +733,7 @@ def results(
             method=method,
             resampling=Resampling(n_bootstrap, seed, level),
         )
-        return TASKS[table.task](request)
+        return TASKS[request.task](request)
     except InputError as e:
         if str(path) in str(e):
             raise
@@ -554,7 +791,7 @@ def binary_sentences(metrics: dict) -> list[str]:
     bootstrap = f'{metrics["bootstrap_low"]:.3f} to {metrics["bootstrap_high"]:.3f}'
     brier = metrics['calibration']
     sentences = [
-        f"AUC {with_interval(metrics, 'auc')}, by the paper's bootstrap {bootstrap}; "
+        f"AUC {with_method(metrics)}, by the paper's bootstrap {bootstrap}; "
         f'{metrics["n"]} slides{of_patients}, {metrics["positives"]} positive',
         point_sentence(metrics),
     ]
@@ -586,6 +823,15 @@ def with_interval(metrics: dict, name: str) -> str:
     return f'{metrics[name]:.3f} ({metrics["low"]:.3f} to {metrics["high"]:.3f})'
 
 
+def with_method(metrics: dict) -> str:
+    "The AUC with its interval and the method that made that, if the file says it."
+    low, high = f'{metrics["low"]:.3f}', f'{metrics["high"]:.3f}'
+    by = ''
+    if metrics.get('method') in INTERVAL_NAMES:
+        by = f' by {INTERVAL_NAMES[metrics["method"]]}'
+    return f'{metrics["auc"]:.3f} ({low} to {high}{by})'
+
+
 def point_sentence(point: dict) -> str:
     "What a threshold gives."
     shares = []
@@ -607,38 +853,57 @@ def subgroup_sentence(column: str, row: dict) -> str:
 
 
 def class_sentences(metrics: dict) -> list[str]:
-    "The metrics of several classes in words."
-    sentences = [
-        f'quadratic kappa {with_interval(metrics, "kappa")}, {metrics["n"]} slides, accuracy '
-        f'{metrics["accuracy"]:.3f}'
-    ]
+    "The metrics of several classes in words; also of a former file, which has the kappa alone."
+    slides = f'{metrics["n"]} slides, accuracy {metrics["accuracy"]:.3f}'
+    if 'macro_auc' in metrics:
+        agreement = dict(
+            kappa=metrics['kappa'], low=metrics['kappa_low'], high=metrics['kappa_high']
+        )
+        main = (
+            f'macro-averaged AUC {with_interval(metrics, "macro_auc")}, unweighted kappa '
+            f'{with_interval(agreement, "kappa")}, {slides}'
+        )
+    else:
+        main = f'quadratic kappa {with_interval(metrics, "kappa")}, {slides}'
+    if metrics.get('task_from') == 'assumed':
+        main += '; it is assumed that the classes have no order, which the table does not tell'
+    sentences = [main]
     for number, area in enumerate(metrics['classes']):
         if area is not None:
-            text = f'class {number} against the rest: AUC {with_interval(area, "auc")}'
-            sentences.append(text)
+            sentences.append(f'class {number} against the rest: AUC {with_method(area)}')
     return sentences
 
 
 def multilabel_sentences(metrics: dict) -> list[str]:
     "The metrics of several labels in words."
     return [
-        f'{label}: AUC {with_interval(of_label, "auc")}, {of_label["n"]} slides, '
+        f'{label}: AUC {with_method(of_label)}, {of_label["n"]} slides, '
         f'{of_label["positives"]} positive'
         for label, of_label in metrics['labels'].items()
     ]
 
 
 def survival_sentences(metrics: dict) -> list[str]:
-    "The metrics of survival in words."
-    slides = 'slide' if metrics['high_risk'] == 1 else 'slides'
+    "The metrics of survival in words; also of a former file, whose rows are slides."
+    concordance = f'concordance {with_interval(metrics, "concordance")}, {metrics["n"]} slides'
     p = ''
     if metrics['logrank_p'] is not None:
         p = f'; log-rank p {metrics["logrank_p"]:.3g}'
+    threshold, median_of = f'{metrics["threshold"]:.3g}', metrics['threshold_from']
+    n_high = metrics['high_risk']
+    if metrics.get('patients') is None:
+        slides = 'slide' if n_high == 1 else 'slides'
+        return [
+            f'{concordance}, {metrics["events"]} events',
+            f'{n_high} {slides} of high risk, above {threshold}, the median of the split '
+            f'{median_of}{p}',
+        ]
+    patients = 'patient' if n_high == 1 else 'patients'
     return [
-        f'concordance {with_interval(metrics, "concordance")}, {metrics["n"]} slides, '
-        f'{metrics["events"]} events',
-        f'{metrics["high_risk"]} {slides} of high risk, above {metrics["threshold"]:.3g}, the '
-        f'median of the split {metrics["threshold_from"]}{p}',
+        f'{concordance} of {metrics["patients"]} patients, of whom {metrics["events"]} had the '
+        'event',
+        f'{n_high} {patients} of high risk, by the highest log risk of the slides of each: above '
+        f'{threshold}, the median of the patients of the split {median_of}{p}',
     ]
 
 
@@ -654,6 +919,7 @@ def regression_sentences(metrics: dict) -> list[str]:
 SENTENCES = dict(
     binary=binary_sentences,
     multiclass=class_sentences,
+    ordinal=class_sentences,
     multilabel=multilabel_sentences,
     survival=survival_sentences,
     regression=regression_sentences,
@@ -710,10 +976,10 @@ def class_figures(metrics: dict, outcomes: Outcomes, color: str) -> dict[str, Ca
 
 
 def survival_figures(metrics: dict, outcomes: Outcomes, color: str) -> dict[str, Callable]:
-    "The figure of survival."
-    high = outcomes.predicted[:, 0] > metrics['threshold']
-    draw = partial(plot_survival, *outcomes.labels.T, high, level=metrics['level'])
-    return dict(survival=draw)
+    "The figure of survival: the curves of two groups of patients."
+    times, events, risks = survival_of_patients(outcomes)
+    high = risks > metrics['threshold']
+    return dict(survival=partial(plot_survival, times, events, high, level=metrics['level']))
 
 
 FIGURES = dict(binary=binary_figures, multiclass=class_figures, survival=survival_figures)

@@ -597,7 +597,7 @@ def test_evaluate(trained, tmp_path, capsys):
         and 'site a' in said
         and 'temperature' in said
         and found['groups']['site'][0]['n'] == 27
-        and found['method'] == 'logit'
+        and found['method'] == 'clustered_logit'
         and found['seed'] == 0
     )
     assert {f.name for f in (tmp_path / 'figures').iterdir()} == {

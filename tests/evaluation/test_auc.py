@@ -14,10 +14,12 @@ from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
 from streaming_pathology.evaluation.auc import (
+    INTERVAL_NAMES,
     INTERVALS,
     Estimate,
     Resampling,
     accuracy_test,
+    asked_interval,
     auc,
     auc_error,
     auc_interval,
@@ -300,6 +302,40 @@ def test_interval_has_a_width_where_there_is_no_error(labels, full):
     found = auc_interval(labels, np.arange(len(labels)))
     assert getattr(found, full) == (full == 'high')
     assert 0.02 < found.high - found.low < 1
+
+
+@pytest.mark.parametrize(
+    ('labels', 'scores', 'patient_ids', 'method', 'used'),
+    [
+        ([0, 0, 0, 1, 1], [1, 2, 4, 3, 5], None, 'logit', 'logit'),
+        ([0, 0, 0, 1, 1], [1, 2, 3, 4, 5], None, 'logit', 'newcombe'),
+        ([0, 0, 0, 1, 1], [4, 5, 6, 2, 3], None, 'logit', 'newcombe'),
+        ([0, 0, 0, 1, 1], [1, 1, 1, 1, 1], None, 'logit', 'newcombe'),
+        ([0, 0, 0, 0, 1], [1, 2, 4, 5, 3], None, 'logit', 'newcombe'),
+        ([0, 0, 0, 1, 1], [1, 2, 4, 3, 5], 'abcde', 'logit', 'logit'),
+        ([0, 0, 0, 1, 1], [1, 2, 4, 3, 5], 'aabcd', 'logit', 'clustered_logit'),
+        ([0, 0, 0, 1, 1], [1, 2, 4, 3, 5], 'aabcc', 'logit', 'clustered_newcombe'),
+        ([0, 0, 0, 1, 1], [1, 2, 3, 4, 5], 'aabcd', 'logit', 'clustered_newcombe'),
+        ([0, 0, 0, 1, 1], [1, 2, 4, 3, 5], None, 'delong', 'delong'),
+        ([0, 0, 0, 1, 1], [1, 2, 4, 3, 5], 'aabcd', 'delong', 'clustered_delong'),
+        ([0, 0, 0, 1, 1], [1, 2, 4, 3, 5], 'aabcd', 'bca', 'bca'),
+    ],
+)
+def test_the_method_of_an_interval_is_the_one_that_was_used(
+    labels, scores, patient_ids, method, used
+):
+    ids = None if patient_ids is None else [*patient_ids]
+    found = auc_interval(labels, scores, method, Resampling(50, patient_ids=ids))
+    assert found.method == used and used in INTERVAL_NAMES
+    assert found.as_json()['method'] == used
+    again = auc_interval(labels, scores, asked_interval(used), Resampling(50, patient_ids=ids))
+    assert again == found
+
+
+def test_shares_say_by_which_method_they_were_made():
+    assert share_interval([1, 0, 1]).method == 'wilson'
+    assert share_interval([1, 0, 1], patient_ids='abc').method == 'wilson'
+    assert share_interval([1, 0, 1], patient_ids='aab').method == 'clustered_wilson'
 
 
 def test_interval_of_one_patient():

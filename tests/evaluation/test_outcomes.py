@@ -15,8 +15,10 @@ from streaming_pathology.evaluation.outcomes import (
     confusion_matrix,
     kappa,
     logrank,
+    macro_auc,
     plot_confusion,
     plot_survival,
+    riskiest_slides,
 )
 
 matplotlib.use('Agg')
@@ -105,6 +107,56 @@ def test_class_aucs_are_scikit_learns():
         assert abs(found.value - roc_auc_score(labels == number, scores[:, number])) < 1e-12
 
 
+@pytest.fixture
+def four_classes():
+    "Labels of three classes, and probabilities of four, of 120 slides."
+    rng = np.random.default_rng(1)
+    labels, logits = rng.integers(0, 3, 120), rng.normal(0, 1, (120, 4))
+    logits[np.arange(120), labels] += 1
+    return labels, np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+
+def mean_auc(labels, probabilities):
+    return np.mean([roc_auc_score(labels == k, probabilities[:, k]) for k in np.unique(labels)])
+
+
+def test_macro_auc_is_the_mean_of_classes_that_have_slides(four_classes):
+    found = macro_auc(*four_classes, Resampling(10))
+    assert abs(found.value - mean_auc(*four_classes)) < 1e-12
+
+
+def test_interval_of_macro_auc(four_classes):
+    labels, probabilities = four_classes
+    slow = [
+        mean_auc(labels[drawn], probabilities[drawn])
+        for drawn in np.random.default_rng(3).integers(0, 120, (100, 120))
+    ]
+    found = macro_auc(labels, probabilities, Resampling(100, seed=3))
+    assert np.allclose(limits(found), np.quantile(slow, [0.025, 0.975]), rtol=0, atol=1e-9)
+
+
+def test_macro_auc_of_slides_that_are_there_twice(four_classes):
+    labels, probabilities = four_classes
+    by_patient = Resampling(200, patient_ids=np.arange(120).repeat(2))
+    twice = macro_auc(labels.repeat(2), probabilities.repeat(2, axis=0), by_patient)
+    once = macro_auc(labels, probabilities, Resampling(200))
+    assert np.allclose(limits(twice), limits(once), rtol=0, atol=1e-9)
+
+
+def test_rare_classes_do_not_count_in_resamples_without_them():
+    "Of 25 classes with one slide each, hardly any resample has all."
+    rng = np.random.default_rng(0)
+    labels = np.r_[np.zeros(25, int), np.arange(1, 26)]
+    found = macro_auc(labels, rng.random((50, 26)), Resampling(100))
+    assert found.low < found.value < found.high and found.redrawn == 0
+
+
+def test_macro_auc_needs_two_classes():
+    says = refusal(macro_auc, [1, 1], [[0.2, 0.8], [0.3, 0.7]])
+    assert 'all 2 slides are of class 1' in says
+    assert 'one row a slide' in refusal(macro_auc, [0, 1], [0.1, 0.2])
+
+
 def test_impossible_probabilities_are_refused():
     assert 'one row a slide' in refusal(class_aucs, [0, 1], [0.1, 0.2])
     assert 'slide number 1 are not finite' in refusal(class_aucs, [0, 1], [[0, 1], [np.nan, 1]])
@@ -173,6 +225,43 @@ def test_logrank_by_its_definition(patients):
     high = risks > 2
     expected = stats.chi2.sf(logrank_statistic(times, events, high), 1)
     assert abs(logrank(times, events, high) - expected) < 1e-9
+
+
+def test_the_slide_with_the_highest_risk_stands_for_its_patient():
+    times, events = [3, 3, 5, 8, 8, 8], [1, 1, 0, 0, 0, 0]
+    risks, patient_ids = [0.1, 0.4, 0.3, -2, -1, -3], ['a', 'a', 'b', 'c', 'c', 'c']
+    assert riskiest_slides(times, events, risks, patient_ids).tolist() == [1, 2, 4]
+    assert riskiest_slides(times, events, risks, None).tolist() == [0, 1, 2, 3, 4, 5]
+    shuffled = [5, 3, 1, 0, 4, 2]
+    parts = [[column[i] for i in shuffled] for column in (times, events, risks, patient_ids)]
+    assert {shuffled[number] for number in riskiest_slides(*parts)} == {1, 2, 4}
+
+
+def test_of_equal_risks_the_longest_time_counts():
+    chosen = riskiest_slides([2, 7, 7, 5], [1, 0, 1, 1], [1, 1, 1, 0], ['a', 'a', 'a', 'a'])
+    assert chosen.tolist() == [2]
+    assert '1 patients for 2 slides' in refusal(riskiest_slides, [1, 2], [1, 0], [0, 0], ['a'])
+
+
+def p_without_effect(rng, one_row_a_patient):
+    "The p-value of 60 patients with five slides each, whose risks say nothing."
+    patients = np.arange(60).repeat(5)
+    times = rng.exponential(20, 60)[patients] + 0.1
+    events = (rng.random(60) < 0.6)[patients]
+    risks = rng.normal(0, 1, 60)[patients] + rng.normal(0, 0.7, 300)
+    if one_row_a_patient:
+        chosen = riskiest_slides(times, events, risks, patients)
+        times, events, risks = times[chosen], events[chosen], risks[chosen]
+        assert len(times) == 60
+    return logrank(times, events, risks > np.median(risks))
+
+
+@pytest.mark.parametrize('one_row_a_patient, low, high', [(True, 0.02, 0.085), (False, 0.2, 0.45)])
+def test_logrank_finds_no_effect_where_there_is_none(one_row_a_patient, low, high):
+    "In about one of twenty studies, and not in a third of them, as with every slide a row."
+    rng = np.random.default_rng(0)
+    p_values = np.array([p_without_effect(rng, one_row_a_patient) for _ in range(400)])
+    assert low < (p_values < 0.05).mean() < high
 
 
 def test_logrank_of_nothing(patients):

@@ -233,7 +233,7 @@ def test_a_folder_of_maps_is_given_once(toy, more, tmp_path):
     assert 'is given twice' in message
 
 
-def test_patients_count_as_one_each(toy, tmp_path):
+def test_slides_of_one_patient_are_taken_as_alike(toy, tmp_path):
     slide_ids = sorted(each.slide_id for each in read_run(toy).predictions)
     rows = [
         dict(slide_id=slide_id, patient_id=f'p{number // 2}')
@@ -241,7 +241,9 @@ def test_patients_count_as_one_each(toy, tmp_path):
     ]
     write_csv(tmp_path / 'patients.csv', rows)
     index = write_report(toy, tmp_path / 'out', cohort=tmp_path / 'patients.csv')
-    assert 'patients, who count as one each' in text_of(index)
+    text = text_of(index)
+    assert 'of 12 patients' in text and 'as one each' not in text
+    assert 'slides of one patient are taken as alike in its interval' in text
 
 
 def test_no_slide_is_shown_where_none_is_asked_for(toy, tmp_path):
@@ -314,13 +316,15 @@ def task_table(task):
             f'{number % 3},test,{one},{two},{1 - one - two}'
             for number, (one, two, _) in enumerate(shares)
         ]
-        return head, lines, 'Quadratic kappa'
+        return head, lines, 'Macro-averaged AUC'
+    if task == 'ordinal':
+        return *task_table('multiclass')[:2], 'Quadratic kappa'
     head = 'slide_id,months,event,split,log_risk'
     lines = [f'{months[number]},{number % 2},test,{rng.normal()}' for number in range(40)]
     return head, lines, 'Concordance index'
 
 
-@pytest.mark.parametrize('task', ['multiclass', 'survival'])
+@pytest.mark.parametrize('task', ['multiclass', 'ordinal', 'survival'])
 def test_other_tasks(tmp_path, task):
     head, lines, says = task_table(task)
     run = tmp_path / task

@@ -3,15 +3,18 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from refusals import refusal
 
 from streaming_pathology.evaluation.report_inputs import (
     FinishedRun,
+    evaluation_options,
     read_comparison,
     read_run,
     without_names,
 )
+from streaming_pathology.evaluation.results import results
 from streaming_pathology.io import write_csv, write_whole
 
 COMPARED = dict(
@@ -107,6 +110,121 @@ def test_a_wanted_sensitivity_is_asked_for_again(part):
     assert 'metrics.json is damaged' in refusal(read_run, part)
 
 
+# ---- metrics.json of before
+
+
+def test_a_file_that_calls_newcombes_interval_by_what_was_asked_for(part):
+    "The small run has no pair in the wrong order."
+    path = part / 'metrics.json'
+    metrics = json.loads(path.read_text())
+    assert metrics['method'] == 'newcombe'
+    path.write_text(json.dumps(metrics | dict(method='logit')))
+    assert read_run(part).results == read_run_with(path, metrics).results
+
+
+def read_run_with(path, metrics):
+    path.write_text(json.dumps(metrics))
+    return read_run(path.parent)
+
+
+@pytest.mark.parametrize(
+    'written, method',
+    [
+        (dict(method='logit'), 'logit'),
+        (dict(method='newcombe'), 'logit'),
+        (dict(method='clustered_delong'), 'delong'),
+        (dict(method='bca'), 'bca'),
+        ({}, 'logit'),
+        (dict(classes=[None, dict(auc=0.5), dict(method='clustered_delong')]), 'delong'),
+        (dict(labels=dict(a=dict(method='bca'))), 'bca'),
+    ],
+)
+def test_intervals_are_made_again_as_they_were_asked_for(written, method):
+    assert evaluation_options(written)['method'] == method
+
+
+def test_several_labels_are_evaluated_again_as_each_of_them_says():
+    label = dict(draws=50, seed=3, level=0.9, split='tuning', threshold_from='tuning')
+    options = evaluation_options(dict(task='multilabel', labels=dict(a=label)))
+    assert (options['n_bootstrap'], options['seed'], options['level']) == (50, 3, 0.9)
+    assert options['split'] == 'tuning' and 'threshold_split' not in options
+
+
+@pytest.fixture
+def classes(tmp_path):
+    "A run of three classes: its folder, whose settings do not say the task yet."
+    rng = np.random.default_rng(0)
+    labels, shares = rng.integers(0, 3, 60), rng.dirichlet([1, 1, 1], 60)
+    shares[np.arange(60), labels] += 0.5
+    shares /= shares.sum(1, keepdims=True)
+    rows = [
+        dict(slide_id=f's{number}', grade=label, split='test')
+        | {f'probability_{each}': share for each, share in enumerate(row)}
+        for number, (label, row) in enumerate(zip(labels, shares, strict=True))
+    ]
+    write_csv(tmp_path / 'run/predictions.csv', rows)
+    return tmp_path / 'run'
+
+
+def former_metrics(run):
+    "What was written of classes, with or without an order, when the kappa was always quadratic."
+    found = results(run / 'predictions.csv', n_bootstrap=50, task='ordinal')
+    former = {name: value for name, value in found.items() if name != 'task_from'}
+    for area in former['classes']:
+        del area['method']
+    return former
+
+
+@pytest.mark.parametrize('former_task', ['classes', 'multiclass'])
+@pytest.mark.parametrize('task', ['multiclass', 'ordinal'])
+def test_a_file_with_the_quadratic_kappa_of_any_classes_is_read(classes, task, former_task):
+    (classes / 'settings.toml').write_text(f'task = "{task}"\n')
+    former = former_metrics(classes) | dict(task=former_task)
+    (classes / 'metrics.json').write_text(json.dumps(former))
+    found = read_run(classes).results
+    assert (found['task'], found['task_from']) == (task, 'settings.toml')
+    changed = former | dict(accuracy=0.123, kappa=0.123)
+    (classes / 'metrics.json').write_text(json.dumps(changed))
+    assert 'run sp_evaluate again' in refusal(read_run, classes)
+
+
+@pytest.mark.parametrize('name', ['macro_auc', 'low', 'high'])
+def test_other_metrics_of_classes_than_their_own_are_refused(classes, name):
+    (classes / 'settings.toml').write_text('task = "multiclass"\n')
+    found = results(classes / 'predictions.csv', n_bootstrap=50)
+    (classes / 'metrics.json').write_text(json.dumps(found))
+    assert read_run(classes).results == found
+    (classes / 'metrics.json').write_text(json.dumps(found | {name: found[name] + 0.01}))
+    assert 'run sp_evaluate again' in refusal(read_run, classes)
+
+
+def test_a_file_with_the_median_of_slides_is_read(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [
+        dict(
+            slide_id=f's{number}',
+            months=10 + number // 2,
+            event=number // 2 % 2,
+            split='test',
+            log_risk=rng.normal(),
+        )
+        for number in range(40)
+    ]
+    write_csv(tmp_path / 'predictions.csv', rows)
+    patients = [
+        dict(slide_id=f's{number}', split='test', patient_id=f'p{number // 2}')
+        for number in range(40)
+    ]
+    write_csv(tmp_path / 'cohort.csv', patients)
+    (tmp_path / 'settings.toml').write_text('task = "survival"\n')
+    found = results(tmp_path / 'predictions.csv', n_bootstrap=50)
+    former = {name: value for name, value in found.items() if name != 'patients'}
+    (tmp_path / 'metrics.json').write_text(json.dumps(former | dict(threshold=0.0)))
+    assert read_run(tmp_path).results == found
+    (tmp_path / 'metrics.json').write_text(json.dumps(found | dict(threshold=0.0)))
+    assert 'says threshold 0.0' in refusal(read_run, tmp_path)
+
+
 # ---- a comparison
 
 
@@ -117,6 +235,14 @@ def test_what_is_read_of_a_comparison(run, compared):
     assert [area.value for area in comparison.aucs] == [0.9, 0.8]
     assert comparison.p_values == dict(DeLong='0.03', permutation='–')
     assert len(comparison.labels) == 24
+
+
+def test_the_test_of_patients_is_called_by_its_variance(run, compared):
+    (compared / 'comparison.json').write_text(json.dumps(COMPARED | dict(patients=12)))
+    assert [*read_comparison(compared, run).p_values] == [
+        "DeLong, with Obuchowski's variance for patients",
+        'permutation',
+    ]
 
 
 def test_runs_are_called_by_what_they_are_without_names(run, compared):

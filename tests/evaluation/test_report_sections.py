@@ -17,6 +17,7 @@ from streaming_pathology.evaluation.report_sections import (
     facts_of,
     flattened,
     flow_table,
+    guessing_in_words,
     made_section,
     main_metric,
     memory_in_words,
@@ -75,6 +76,92 @@ def test_result_warns(run, tmp_path, probabilities, says):
     assert says in page_of(result_section(other)).text
 
 
+@pytest.mark.parametrize(
+    'low, high, says',
+    [
+        (0.4, 0.6, 'cannot be told from guessing'),
+        (0.5, 0.9, 'cannot be told from guessing'),
+        (0.2, 0.5, 'cannot be told from guessing'),
+        (0.045, 0.214, 'are the labels the right way round?'),
+    ],
+)
+def test_what_an_interval_says_about_guessing(low, high, says):
+    assert says in guessing_in_words(low, high).lower()
+
+
+def test_an_interval_above_guessing_says_nothing_about_it():
+    assert guessing_in_words(0.501, 0.9) is None
+
+
+def result_of(run, folder, labels, probabilities, patients=None):
+    "The page of the result of other predictions."
+    path = folder / 'predictions.csv'
+    rows = [
+        dict(slide_id=f's{number}', label=label, split='test', probability=value, seconds=None)
+        for number, (label, value) in enumerate(zip(labels, probabilities, strict=True))
+    ]
+    write_csv(path, rows)
+    cohort = None
+    if patients is not None:
+        cohort = folder / 'patients.csv'
+        ids = [dict(slide_id=f's{number}', patient_id=each) for number, each in enumerate(patients)]
+        write_csv(cohort, ids)
+    found = results(path, n_bootstrap=100, cohort=cohort)
+    return page_of(result_section(replace(run, results=found)))
+
+
+@pytest.mark.parametrize(
+    'sign, says, does_not',
+    [
+        (0, 'cannot be told from guessing', 'right way round'),
+        (-1, 'right way round', 'told from guessing'),
+        (1, 'The interval is by', 'right way round'),
+    ],
+)
+def test_result_says_what_the_interval_says_about_guessing(run, tmp_path, sign, says, does_not):
+    labels = np.arange(60) % 2
+    probabilities = 0.5 + sign * 0.2 * (labels - 0.5) + np.tile([-0.1, -0.1, 0, 0, 0.2, 0.2], 10)
+    text = result_of(run, tmp_path, labels, probabilities).text
+    assert says in text and does_not not in text
+
+
+def test_result_names_the_method_that_made_the_interval(run, tmp_path):
+    labels, mixed = np.arange(60) % 2, np.random.default_rng(0).random(60)
+    plain = result_of(run, tmp_path, labels, mixed).text
+    assert 'The interval is by DeLong on the logit scale; the paper’s' in plain
+    apart = result_of(run, tmp_path, labels, 0.4 * labels + 0.3 * mixed).text
+    assert "The interval is by Newcombe's method 5, as these slides give no error" in apart
+    by_patient = result_of(run, tmp_path, labels, mixed, np.arange(60) // 2).text
+    assert "is by Obuchowski's variance on the logit scale; the paper’s" in by_patient
+
+
+def test_result_says_that_the_auc_is_of_slides(run, tmp_path):
+    labels, mixed = np.arange(60) % 2, np.random.default_rng(0).random(60)
+    text = result_of(run, tmp_path, labels, mixed, np.arange(60) // 2).text
+    assert '30 negative, of 30 patients. The AUC is of slides' in text
+    assert (
+        'taken as alike in its interval' in text and 'bootstrap resamples of the patients' in text
+    )
+    assert 'as one each' not in text
+    alone = result_of(run, tmp_path, labels, mixed).text
+    assert 'The AUC is of slides' not in alone and 'of the patients' not in alone
+
+
+def test_result_says_that_patients_are_few(run, tmp_path):
+    labels, mixed = np.arange(60) % 2, np.random.default_rng(0).random(60)
+    text = result_of(run, tmp_path, labels, mixed, np.arange(60) // 10).text
+    assert 'patients of the 30 positive slides: 6, one of whom has 17% of them' in text
+
+
+def test_a_note_on_calibration_stands_there_only(run):
+    notes = ['No temperature: all slides are on the right side.', 'Intervals may be too narrow.']
+    other = replace(run, results=run.results | dict(notes=notes))
+    assert 'too narrow' in page_of(result_section(other)).text
+    assert 'No temperature' not in page_of(result_section(other)).text
+    assert 'No temperature' in page_of(calibration_section(other)).text
+    assert 'too narrow' not in page_of(calibration_section(other)).text
+
+
 def test_result_without_metrics_says_why(run):
     other = replace(run, results=None, notes=dict(metrics='No AUC: <too few>.'), settings={})
     text = page_of(result_section(other)).text
@@ -99,10 +186,17 @@ def test_the_main_metric_of_another_task_has_its_interval(run, tmp_path):
         for number, (grade, p) in enumerate(zip(grades, probabilities, strict=True))
     ]
     write_csv(tmp_path / 'predictions.csv', rows)
-    found = results(tmp_path / 'predictions.csv', n_bootstrap=100)
+    found = results(tmp_path / 'predictions.csv', n_bootstrap=100, task='ordinal')
     page = page_of(result_section(replace(run, results=found, settings={}, figures={})))
     assert f'{found["kappa"]:.3f}' in page.texts
     assert f'95% interval {found["low"]:.3f}–{found["high"]:.3f}' in page.texts
+    assert 'Quadratic kappa' in page.text
+    found = results(tmp_path / 'predictions.csv', n_bootstrap=100)
+    page = page_of(result_section(replace(run, results=found, settings={}, figures={})))
+    assert f'{found["macro_auc"]:.3f}' in page.texts
+    assert f'95% interval {found["low"]:.3f}–{found["high"]:.3f}' in page.texts
+    assert 'Macro-averaged AUC' in page.text and 'Quadratic' not in page.text
+    assert 'it is assumed that the classes have no order' in page.text
 
 
 def test_the_main_metric_of_regression_has_no_interval(run):

@@ -8,14 +8,17 @@ import pytest
 from refusals import refusal
 
 from streaming_pathology.evaluation.auc import INTERVALS, Resampling, auc, percentile_estimate
-from streaming_pathology.evaluation.outcomes import class_aucs
+from streaming_pathology.evaluation.outcomes import class_aucs, kappa
 from streaming_pathology.evaluation.results import (
     REPORTED,
     ReportedMetric,
+    effective_patients,
+    few_patients,
     figures_of,
     read_outcomes,
     results,
     sentences_of,
+    without_width,
 )
 from streaming_pathology.io import write_csv
 
@@ -180,6 +183,250 @@ def test_intervals_of_classes_are_made_as_the_table_says(other_tasks, method):
         assert (row['low'], row['high']) == (estimate.low, estimate.high)
 
 
+# ---- by which method
+
+
+def test_the_method_that_made_an_interval_is_written_and_said(two_classes):
+    predictions, manifest, *_ = two_classes
+    alone = results(predictions, n_bootstrap=50)
+    by_patient = results(predictions, cohort=manifest, n_bootstrap=50)
+    assert (alone['method'], by_patient['method']) == ('logit', 'clustered_logit')
+    assert 'by DeLong on the logit scale)' in sentences_of(alone)[0]
+    assert "by Obuchowski's variance on the logit scale)" in sentences_of(by_patient)[0]
+
+
+def test_the_method_of_perfect_predictions_is_newcombes(few):
+    found = results(few, n_bootstrap=20)
+    assert found['method'] == 'newcombe'
+    assert "by Newcombe's method 5)" in sentences_of(found)[0]
+
+
+def test_a_file_without_a_method_names_none(few):
+    found = results(few, n_bootstrap=20)
+    del found['method']
+    assert 'AUC 1.000 (0.207 to 1.000), by' in sentences_of(found)[0]
+
+
+@pytest.mark.parametrize('task', ['multiclass', 'multilabel'])
+def test_each_class_and_label_has_the_method_of_its_interval(other_tasks, task):
+    found = results(other_tasks[task], n_bootstrap=20)
+    rows = found['labels'].values() if task == 'multilabel' else found['classes']
+    assert [row['method'] for row in rows] == ['logit'] * len(rows)
+    assert 'by DeLong on the logit scale)' in sentences_of(found)[-1]
+
+
+# ---- classes with and without an order
+
+
+def beside_settings(path, task):
+    (path.parent / 'settings.toml').write_text(f'title = "a run"\ntask = "{task}"\n')
+
+
+def test_quadratic_kappa_is_only_of_classes_with_an_order(other_tasks):
+    path = other_tasks['multiclass']
+    ordinal = results(path, n_bootstrap=50, task='ordinal')
+    assert (ordinal['task'], ordinal['task_from']) == ('ordinal', 'given')
+    assert ordinal['weights'] == 'quadratic' and 'macro_auc' not in ordinal
+    assert sentences_of(ordinal)[0].startswith('quadratic kappa')
+    found = results(path, n_bootstrap=50, task='multiclass')
+    assert (found['task'], found['task_from']) == ('multiclass', 'given')
+    said = sentences_of(found)[0]
+    assert said.startswith('macro-averaged AUC') and 'unweighted kappa' in said
+    assert 'quadratic' not in said and 'assumed' not in said
+    outcomes = read_outcomes(path).of_split('test', {})
+    labels, called = outcomes.labels[:, 0], outcomes.predicted.argmax(1)
+    for each, weights in ((ordinal, 'quadratic'), (found, 'none')):
+        expected = kappa(labels, called, weights, 3, Resampling(50))
+        assert each['kappa'] == expected.value
+    assert (found['kappa_low'], found['kappa_high']) == (expected.low, expected.high)
+    areas = [area['auc'] for area in found['classes']]
+    assert abs(found['macro_auc'] - np.mean(areas)) < 1e-12
+    assert found['low'] < found['macro_auc'] < found['high']
+
+
+@pytest.mark.parametrize('task', ['ordinal', 'multiclass'])
+def test_the_task_is_that_of_the_settings_beside_the_table(other_tasks, task):
+    path = other_tasks['multiclass']
+    beside_settings(path, task)
+    found = results(path, n_bootstrap=20)
+    assert (found['task'], found['task_from']) == (task, 'settings.toml')
+    assert 'assumed' not in sentences_of(found)[0] and found['notes'] == []
+
+
+@pytest.mark.parametrize('text', [None, 'task = "survival"', 'title = "x"', 'task = = 1'])
+def test_where_the_task_is_not_known_it_is_said_which_was_assumed(other_tasks, text):
+    path = other_tasks['multiclass']
+    if text is not None:
+        (path.parent / 'settings.toml').write_text(text)
+    found = results(path, n_bootstrap=20)
+    assert (found['task'], found['task_from']) == ('multiclass', 'assumed')
+    assert 'it is assumed that the classes have no order' in sentences_of(found)[0]
+    assert "results(task='ordinal')" in found['notes'][0]
+
+
+@pytest.mark.parametrize(
+    'task, given', [('multiclass', 'survival'), ('survival', 'ordinal'), ('multiclass', 'grades')]
+)
+def test_a_task_that_the_table_is_not_of_is_refused(other_tasks, task, given):
+    says = refusal(results, other_tasks[task], task=given)
+    assert f'{task}.csv is a table of {task}' in says and f'not of {given!r}' in says
+
+
+def test_former_files_of_classes_have_the_quadratic_kappa(other_tasks):
+    former = dict(
+        task='classes',
+        kappa=0.5,
+        low=0.4,
+        high=0.6,
+        weights='quadratic',
+        accuracy=0.75,
+        n=90,
+        classes=[dict(auc=0.8, low=0.7, high=0.9), None],
+    )
+    assert sentences_of(former) == [
+        'quadratic kappa 0.500 (0.400 to 0.600), 90 slides, accuracy 0.750',
+        'class 0 against the rest: AUC 0.800 (0.700 to 0.900)',
+    ]
+
+
+# ---- survival of patients
+
+
+@pytest.fixture
+def survival_by_patient(tmp_path):
+    "The tables of 60 patients with five slides each: predictions and manifest."
+    rng = np.random.default_rng(0)
+    patients = np.arange(60).repeat(5)
+    months = rng.exponential(20, 60).clip(0.1, 30)[patients]
+    risks = rng.normal(0, 1, 60)[patients] + rng.normal(0, 0.7, 300)
+    labels = dict(months=months, event=(months < 30).astype(int))
+    path = write_table(tmp_path / 'survival.csv', labels, dict(log_risk=risks))
+    rows = [dict(slide_id=f's{number}', patient_id=f'p{number // 5}') for number in range(300)]
+    write_csv(tmp_path / 'manifest.csv', rows)
+    return path, tmp_path / 'manifest.csv', months, risks
+
+
+def test_groups_of_risk_are_of_patients(survival_by_patient):
+    "One patient is in one group, that of the slide with the highest log risk."
+    path, manifest, months, risks = survival_by_patient
+    found = results(path, cohort=manifest, n_bootstrap=20)
+    highest = risks.reshape(60, 5).max(1)
+    assert (found['n'], found['patients'], found['high_risk']) == (300, 60, 30)
+    assert found['threshold'] == np.median(highest)
+    assert found['events'] == (months[::5] < 30).sum()
+    concordance, groups = sentences_of(found)
+    assert f'300 slides of 60 patients, of whom {found["events"]} had the event' in concordance
+    assert groups.startswith('30 patients of high risk, by the highest log risk')
+    assert 'as ill as the worst of the slides' in found['notes'][0]
+
+
+def test_curves_count_patients(survival_by_patient):
+    import matplotlib.pyplot as plt
+
+    path, manifest, *_ = survival_by_patient
+    found = results(path, cohort=manifest, n_bootstrap=20)
+    _, ax = plt.subplots()
+    figures_of(found, path, manifest)['survival'](ax)
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    counts = [[int(word) for word in text.split() if word.isdigit()] for text in texts]
+    assert [group for group, _ in counts] == [30, 30]
+    assert sum(events for _, events in counts) == found['events']
+    assert ax.get_legend().get_title().get_text() == f'log-rank p = {found["logrank_p"]:.2g}'
+    plt.close(ax.figure)
+
+
+def test_the_median_is_of_the_patients_of_the_tuning_split(survival_by_patient):
+    path, manifest, _, risks = survival_by_patient
+    lines = path.read_text().splitlines(True)
+    tuned = [line.replace(',test,', ',tuning,') for line in lines[1:101]]
+    path.write_text(''.join([lines[0], *tuned, *lines[101:]]))
+    found = results(path, threshold_split='tuning', cohort=manifest, n_bootstrap=20)
+    highest = risks.reshape(60, 5).max(1)
+    assert found['threshold'] == np.median(highest[:20])
+    assert found['high_risk'] == (highest[20:] > found['threshold']).sum()
+    assert 'the median of the patients of the split tuning' in sentences_of(found)[1]
+
+
+def test_patients_whose_slides_have_different_outcomes_are_told(survival_by_patient):
+    path, manifest, *_ = survival_by_patient
+    lines = path.read_text().splitlines(True)
+    months = lines[1].split(',')[1]
+    path.write_text(''.join(lines).replace(f's0,{months}', 's0,29.5'))
+    notes = results(path, cohort=manifest, n_bootstrap=20)['notes']
+    assert any('different times or events: 1;' in note for note in notes)
+
+
+def test_survival_without_patients_counts_slides(other_tasks):
+    found = results(other_tasks['survival'], n_bootstrap=20)
+    assert found['patients'] is None and found['notes'] == []
+    concordance, groups = sentences_of(found)
+    assert concordance.endswith(f'90 slides, {found["events"]} events')
+    assert groups.startswith('45 slides of high risk, above')
+
+
+def test_former_files_of_survival_count_slides(other_tasks):
+    found = results(other_tasks['survival'], n_bootstrap=20)
+    former = {name: value for name, value in found.items() if name != 'patients'}
+    assert sentences_of(former) == sentences_of(found)
+
+
+# ---- intervals that say less than they seem to
+
+
+def test_an_interval_without_width_has_a_note():
+    assert without_width(dict(a=(0.1, 0.2), b=(0.1, 0.3))) == []
+    (note,) = without_width({'kappa': (0.8, 0.8), 'b': (0.1, 0.3), 'Brier score': (0.0, 0.0)})
+    assert note.endswith('It has none for kappa; Brier score.')
+
+
+def test_perfect_predictions_have_a_note(few):
+    (note,) = results(few, n_bootstrap=20)['notes']
+    assert "the AUC by the paper's bootstrap, as the two classes do not overlap" in note
+    assert note.endswith('average precision.')
+
+
+@pytest.mark.parametrize(
+    'task, says',
+    [('multiclass', 'AUC; kappa'), ('survival', 'the concordance'), ('multilabel', 'bootstrap')],
+)
+def test_slides_of_one_patient_have_a_note(other_tasks, tmp_path, task, says):
+    rows = [dict(slide_id=f's{number}', patient_id='a') for number in range(90)]
+    write_csv(tmp_path / 'one.csv', rows)
+    notes = results(other_tasks[task], cohort=tmp_path / 'one.csv', n_bootstrap=20)['notes']
+    note = next(note for note in notes if 'without width' in note)
+    assert says in note
+
+
+def test_intervals_with_a_width_have_no_note(two_classes, other_tasks):
+    predictions, manifest, *_ = two_classes
+    assert results(predictions, cohort=manifest, n_bootstrap=50)['notes'] == []
+    assert results(other_tasks['survival'], n_bootstrap=50)['notes'] == []
+
+
+def test_few_and_unequal_patients_are_told():
+    assert effective_patients(np.arange(60) // 4) == 15
+    unequal = np.r_[np.zeros(40, int), np.arange(1, 31)]
+    assert abs(effective_patients(unequal) - 70**2 / (40**2 + 30)) < 1e-12
+    every = np.ones(70, bool)
+    (note,) = few_patients(unequal, {'positive slides': every})
+    assert '70 positive slides: 31, one of whom has 57% of them' in note
+    assert few_patients(np.arange(70), {'slides': every}) == []
+    assert few_patients(None, {'slides': every[:3]}) == []
+
+
+def test_few_patients_are_told_with_their_class(two_classes, tmp_path):
+    "The positive slides of the test split are of five patients, the negative ones of sixty."
+    path, _, labels, _ = two_classes
+    rows = []
+    for number in range(200):
+        patient = f'p{number % 10}' if labels[number] else f'n{number}'
+        rows.append(dict(slide_id=f's{number}', patient_id=patient))
+    write_csv(tmp_path / 'few.csv', rows)
+    (note,) = results(path, cohort=tmp_path / 'few.csv', n_bootstrap=50)['notes']
+    assert 'patients of the 60 positive slides: 5, one of whom has 20% of them' in note
+    assert 'negative' not in note
+
+
 def test_no_temperature_where_all_slides_are_right(tmp_path):
     path = tmp_path / 'easy.csv'
     path.write_text(
@@ -325,7 +572,7 @@ def test_options_of_two_classes_are_refused_for_other_tasks(other_tasks, task, o
 @pytest.mark.parametrize(
     ('task', 'option'),
     [
-        ('classes', dict(method='bca')),
+        ('multiclass', dict(method='bca')),
         ('multilabel', dict(method='delong')),
         ('survival', dict(threshold_split='test')),
     ],

@@ -321,7 +321,7 @@ class Record(Callback):
             former = [tuple(row) for row in state[split]]
             self.trained_on[split] = sorted({*mine, *former})
 
-    def resumed(self, state: State) -> None:
+    def after_load(self, state: State) -> None:
         "Raises `InputError` if the training has ended and settings changed that it depends on."
         more_epochs = state.epoch < state.first + state.epochs and not state.stop
         stages = self.method.stages()
@@ -355,7 +355,7 @@ class Record(Callback):
             return 'more --patience, or '
         return f'--epochs {len(state.history) + 1} or more, or '
 
-    def continued(self, state: State) -> None:
+    def after_resume(self, state: State) -> None:
         "Write the record of the run that is resumed."
         changed = sentences(self.changed, self.settings.as_dict())
         resumed = [f'epoch {state.epoch + 1}', *changed]

@@ -439,18 +439,6 @@ class Callback:
         "Take back what `state_dict` gave. Called after before_fit and before after_load."
 
 # %% ../../nbs/training/03_loop.ipynb #09e0a086
-# hooks by the names that they had before, which callbacks may still have
-FORMER_HOOKS = {'after_load': 'resumed', 'after_resume': 'continued'}
-
-
-def hook_of(callback: object, name: str) -> Callable[['State'], None] | None:
-    "A hook of a callback, by its name or its former one; None if it has none."
-    former = FORMER_HOOKS.get(name)
-    if former is not None and hasattr(callback, former):
-        return getattr(callback, former)
-    return getattr(callback, name, None)
-
-
 def has_state(callback: object) -> bool:
     "Whether checkpoints keep something of a callback: whether it defines `state_dict`."
     method = getattr(type(callback), 'state_dict', None)
@@ -616,7 +604,7 @@ class State:
         for callback in self.callbacks:
             if self.ranks.rank > 0 and getattr(callback, 'first_rank_only', False):
                 continue
-            hook = hook_of(callback, name)
+            hook = getattr(callback, name, None)
             if hook is not None:
                 hook(self)
 

@@ -279,23 +279,6 @@ def test_hooks_of_a_training_that_resumes(slides):
     assert 'before_epoch' not in hooks.called
 
 
-def test_hooks_by_their_former_names(slides):
-    "Callbacks from before the renaming are still called when a training resumes."
-    kept, called = KeptStates(), []
-
-    class Former(Callback):
-        def resumed(self, state):
-            called.append('resumed')
-
-        def continued(self, state):
-            called.append('continued')
-
-    options = dict(epochs=1, batch=2, progress=False)
-    fit(TinyNet(), slides[:3], callbacks=[kept], **options)
-    fit(TinyNet(), slides[:3], callbacks=[Former()], resume=kept.all[1], **options)
-    assert called == ['resumed', 'continued']
-
-
 def test_any_object_with_a_hook_is_a_callback(slides):
     class Steps:
         count = 0

@@ -589,7 +589,7 @@ def test_what_comes_too_late():
         try:
             values = dict(recipe=None, epochs=first + epochs, patience=None) | settings
             method = Streaming(StreamingSettings(manifest='', **values))
-            Record('run', [], method, changed).resumed(s)
+            Record('run', [], method, changed).after_load(s)
         except InputError as e:
             return str(e)
 

@@ -440,7 +440,7 @@ def test_other_backbone(whole, features, tmp_path, capsys):
     refused(
         capsys,
         ['predict', run / 'checkpoints/best.pt', whole / 'cohort/manifest.csv', tmp_path / 'p.csv'],
-        'another backbone',
+        'is not the backbone whose features',
     )
     (run / 'checkpoints/encoder.safetensors').unlink()
     refused(

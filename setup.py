@@ -63,6 +63,7 @@ setup(
         'dev': cfg['dev_requirements'].split(),
         'bench': cfg['bench_requirements'].split(),
         'notebooks': cfg['notebooks_requirements'].split(),
+        'codecs': cfg['codecs_requirements'].split(),
     },
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),

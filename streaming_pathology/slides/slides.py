@@ -18,20 +18,21 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BytesIO
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
-import openslide
 import pyvips
 from PIL import Image
 
 from ..core import InputError, counted
-from .readers import open_reader, reason, resolve_spacing
+from .pyramids import Ratio, ratio_by_size
+from .readers import Reader, open_reader, reading, resolve_spacing
 
 # %% ../../nbs/slides/02_slides.ipynb #61282921
 def area_average(
@@ -243,28 +244,7 @@ class PixelRows:
             source, '', access='sequential', fail_on='truncated', unlimited=True
         )
 
-# %% ../../nbs/slides/02_slides.ipynb #4569f1db
-class Reader(Protocol):
-    "An open file of a slide, as `open_reader` gives it."
-
-    sizes: list[tuple[int, int]]  # (height, width) of each level, the finest first
-    said: dict[str, tuple[float, float]]  # source -> (height, width) of a pixel, microns
-    properties: dict[str, str]
-    format: str
-    associated: Sequence[str]  # names of images that the scanner added
-
-    def fetch(self, level: int, top: int, left: int, height: int, width: int) -> np.ndarray:
-        "Pixels of a level, uint8 (height, width, 3)."
-        ...
-
-    def associated_image(self, name: str) -> np.ndarray:
-        "One of the `associated` images, uint8 (height, width, 3)."
-        ...
-
-    def close(self) -> None:
-        "Close the file."
-
-
+# %% ../../nbs/slides/02_slides.ipynb #e15ddbea
 class Level(NamedTuple):
     "One image of the pyramid of a slide."
 
@@ -280,10 +260,11 @@ class Slide:
     pickled and survives a fork. Raises `InputError` if the file is no slide or is damaged, or if
     its spacing is unknown.
 
-    `size` is (height, width) at full resolution, `spacing` the native one, of the file at full
-    resolution, `levels` a list of `Level`, and `contradictions` says in sentences where the file
-    gives more than one spacing. The spacing that a method such as `read` takes is another one, the
-    target, at which pixels are wanted."""
+    `size` is (height, width) at full resolution, upright, `spacing` the native one, of the file at
+    full resolution, and `levels` a list of `Level`. `contradictions` says in sentences where the
+    file gives more than one spacing, and `notes` what else is unusual about it, such as tiles that
+    are left out. The spacing that a method such as `read` takes is another one, the target, at
+    which pixels are wanted."""
 
     def __init__(
         self,
@@ -292,7 +273,7 @@ class Slide:
         # native: microns per pixel of the file at full resolution, if the file says none
         spacing: float | None = None,
         override: bool = False,  # use `spacing` whatever the file says
-        warn: bool = True,  # of contradictions
+        warn: bool = True,  # of contradictions, and of what is unusual
     ) -> None:
         self.path = Path(path)
         self._own = threading.local()  # the reader of each thread, and the process that opened it
@@ -300,9 +281,12 @@ class Slide:
         self.spacing, self.contradictions = resolve_spacing(
             self.path, reader.said, spacing, override
         )
+        self.notes: list[str] = []
+        self._warn = warn
         if warn:
             for sentence in self.contradictions:
                 warnings.warn(sentence, stacklevel=2)
+        self._tell(reader)
         self.size = reader.sizes[0]
         self.properties = reader.properties
         self.format = reader.format
@@ -316,12 +300,17 @@ class Slide:
             self._own.process = os.getpid()
         return self._own.reader
 
+    def _tell(self, reader: Reader) -> None:
+        "Warn of what a reader noted, once."
+        for sentence in reader.notes:
+            if sentence not in self.notes:
+                self.notes.append(sentence)
+                if self._warn:
+                    warnings.warn(sentence, stacklevel=3)
+
     def _level(self, height: int, width: int) -> Level:
         "A level by its size."
-        ratio = self.size[0] / height
-        whole = round(ratio)
-        if abs(ratio - whole) * height < 1.5:  # sizes of levels are rounded to whole pixels
-            ratio = whole
+        ratio = ratio_by_size(self.size, (height, width))
         return Level(height, width, self.spacing * ratio)
 
     @functools.cached_property
@@ -353,11 +342,11 @@ class Slide:
                 f'{self.path}: a region of {height} x {width} pixels does not fit into memory: '
                 'read a part of it, or use rows'
             )
-        level = self._level_for(spacing)
-        factor = self._factor(spacing, level)
-        if factor == 1:
-            return self._fetch(level, top, left, height, width)
-        return self._averaged(level, factor, top, left, height, width)
+        level, ratio = self._level_for(spacing)
+        factors = self._factor(spacing, ratio[0]), self._factor(spacing, ratio[1])
+        if factors == (1, 1):
+            return self._fetch(level, ratio, top, left, height, width)
+        return self._averaged(level, ratio, factors, top, left, height, width)
 
     def _checked_spacing(self, spacing: float) -> float:
         "A spacing that the slide can be read at; `InputError` otherwise."
@@ -400,58 +389,84 @@ class Slide:
         top, left, height, width = found
         return top, left, height, width
 
-    def _level_for(self, spacing: float) -> int:
-        "The number of the coarsest level that is fine enough for a spacing."
+    def _level_for(self, spacing: float) -> tuple[int, Ratio]:
+        """The number of the coarsest level that is fine enough for a spacing, and how many pixels
+        of the slide go into one of it."""
         fine_enough = [
             number for number, level in enumerate(self.levels) if level.spacing <= spacing * 1.001
         ]
-        return max(fine_enough, key=lambda number: self.levels[number].spacing, default=0)
+        reader = self._open()
+        for number in sorted(fine_enough, key=lambda number: -self.levels[number].spacing):
+            with self._closing_on_error(), reading(self.path, f'level {number}'):
+                ratio = reader.ratio(number)
+            is_fine = ratio is not None and self.spacing * max(ratio) <= spacing * 1.001
+            if ratio is not None and is_fine:
+                return number, ratio
+        return 0, (1.0, 1.0)
 
-    def _factor(self, spacing: float, number: int) -> float:
-        "How many pixels of a level go into one at a spacing, along each axis."
-        level = self.levels[number]
-        factor = spacing / level.spacing
+    def _factor(self, spacing: float, ratio: float) -> float:
+        "How many pixels of a level go into one at a spacing, along an axis."
+        factor = spacing / (self.spacing * ratio)
         whole = round(factor)
-        tolerance = min(1e-4, 0.1 / max(level.height, level.width))
+        tolerance = min(1e-4, 0.1 * ratio / max(self.size))
         if abs(factor - whole) < tolerance * factor:  # numbers in files are rounded
             return float(whole)
         return factor
 
-    def _fetch(self, number: int, top: int, left: int, height: int, width: int) -> np.ndarray:
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        "Close the file if it cannot be read: what failed once may spoil further reads."
+        try:
+            yield
+        except InputError:
+            self.close()
+            raise
+
+    def _fetch(
+        self, number: int, ratio: Ratio, top: int, left: int, height: int, width: int
+    ) -> np.ndarray:
         "Pixels of a level, white outside the slide."
         out = np.full((height, width, 3), 255, np.uint8)
         level = self.levels[number]
-        first_row, last_row = max(top, 0), min(top + height, level.height)
-        first_column, last_column = max(left, 0), min(left + width, level.width)
+        # a level may be padded beyond the slide
+        n_rows = min(level.height, math.ceil(self.size[0] / ratio[0] - 1e-6))
+        n_columns = min(level.width, math.ceil(self.size[1] / ratio[1] - 1e-6))
+        first_row, last_row = max(top, 0), min(top + height, n_rows)
+        first_column, last_column = max(left, 0), min(left + width, n_columns)
         rows, columns = last_row - first_row, last_column - first_column
         if rows <= 0 or columns <= 0:
             return out
-        try:
-            pixels = self._open().fetch(number, first_row, first_column, rows, columns)
-        except (pyvips.Error, openslide.OpenSlideError, OSError) as e:
-            self.close()
-            raise InputError(
-                f'{self.path} is truncated or damaged: the pixels at row {first_row}, column '
-                f'{first_column} of level {number} cannot be read ({reason(e)})'
-            ) from None
+        place = f'the pixels at row {first_row}, column {first_column} of level {number}'
+        with self._closing_on_error(), reading(self.path, place):
+            reader = self._open()
+            pixels = reader.fetch(number, first_row, first_column, rows, columns)
+        self._tell(reader)
         out[first_row - top : last_row - top, first_column - left : last_column - left] = pixels
         return out
 
     def _averaged(
-        self, number: int, factor: float, top: int, left: int, height: int, width: int
+        self,
+        number: int,
+        ratio: Ratio,
+        factors: tuple[float, float],  # down, across
+        top: int,
+        left: int,
+        height: int,
+        width: int,
     ) -> np.ndarray:
-        "A region as means over `factor` x `factor` pixels of a level, read in bands of some rows."
-        first_column = math.floor(left * factor + 1e-6)
-        columns = math.ceil((left + width) * factor - 1e-6) - first_column
-        band = max(1, int(2**25 / (3 * factor * columns)))
+        "A region as means over pixels of a level, read in bands of some rows."
+        down, across = factors
+        first_column = math.floor(left * across + 1e-6)
+        columns = math.ceil((left + width) * across - 1e-6) - first_column
+        band = max(1, int(2**25 / (3 * down * columns)))
         out = np.empty((height, width, 3), np.uint8)
         for done in range(0, height, band):
             row, count = top + done, min(band, height - done)
-            first_row = math.floor(row * factor + 1e-6)
-            rows = math.ceil((row + count) * factor - 1e-6) - first_row
-            pixels = self._fetch(number, first_row, first_column, rows, columns)
-            means = area_average(pixels, row * factor - first_row, factor, count)
-            means = area_average(means, left * factor - first_column, factor, width, axis=1)
+            first_row = math.floor(row * down + 1e-6)
+            rows = math.ceil((row + count) * down - 1e-6) - first_row
+            pixels = self._fetch(number, ratio, first_row, first_column, rows, columns)
+            means = area_average(pixels, row * down - first_row, down, count)
+            means = area_average(means, left * across - first_column, across, width, axis=1)
             out[done : done + count] = means + 0.5
         return out
 
@@ -484,9 +499,16 @@ class Slide:
     def associated(self) -> dict[str, np.ndarray]:
         """The images that the scanner added to the slide: name -> uint8 (height, width, 3).
 
-        The label and the macro photograph can identify a patient and are never among them."""
-        reader = self._open()
-        return {name: reader.associated_image(name) for name in reader.associated}
+        The label and the macro photograph can identify a patient and are never among them. An
+        image that is damaged is left out with a warning: the slide itself may be whole."""
+        images = {}
+        for name in self._open().associated:
+            try:
+                with self._closing_on_error(), reading(self.path, f'its image {name!r}'):
+                    images[name] = self._open().associated_image(name)
+            except InputError as e:
+                warnings.warn(f'{e}; it is left out', stacklevel=2)
+        return images
 
     def close(self) -> None:
         "Close the file. It is opened again if the slide is used again."

@@ -22,7 +22,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
 from ..core import InputError
-from .readers import Tiff, forget_operations, reason, transparent
+from .masks import declares_transparency
+from .readers import forget_operations, reason
 from .slides import Slide, checked_number, checked_pixels, glass_color
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def tissue_from_file(
     values = mask_values(path, image, spacing, shape)
     is_opaque = True
     if image.hasalpha():
-        if not transparent(Tiff(path).directories):
+        if not declares_transparency(path):
             raise InputError(
                 f'{path} has {image.bands} channels and does not say what the last one is: save '
                 'the mask in grey or in RGB'

@@ -16,9 +16,9 @@ import json
 import os
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from .parser import Command, main
 from ..core import InputError, counted, one_line
@@ -382,7 +382,10 @@ def evaluate(settings: EvaluateSettings) -> None:
     if folder is not None:
         from streaming_pathology.evaluation.results import draw_results
 
-        drawn = draw_results(found, settings.predictions, folder, settings.manifest)
+        manifest = None
+        if settings.manifest is not None:
+            manifest = Path(settings.manifest)
+        drawn = draw_results(found, Path(settings.predictions), folder, manifest)
     print('\n'.join(sentences_of(found)))
     if drawn:
         print(f'drew {", ".join(drawn)} into {settings.figures}')
@@ -552,7 +555,9 @@ def trim(settings: TrimSettings) -> None:
     from streaming_pathology.runs.inputs import find_slides
     from streaming_pathology.slides.trim import Trim, trim_slides
 
-    workers = os.cpu_count() if settings.workers is None else settings.workers
+    workers = settings.workers
+    if workers is None:
+        workers = os.cpu_count() or 1  # the system may not say it
     trimming = Trim(
         spacing=settings.spacing,
         margin=settings.margin,
@@ -775,6 +780,16 @@ sp_bench = Command(
     'bench', (BenchSettings,), bench, 'sp_bench methods.json --part methods', lean=False
 )
 
+# %% ../../nbs/cli/02_commands.ipynb #dab9ec74
+class Painting(TypedDict, total=False):
+    "How the cohort of a demo is painted: arguments of `write_cohort`."
+
+    n: int
+    size: tuple[int, int]
+    spacing: float
+    tumour_fractions: tuple[float, float]
+    splits: dict[str, float]
+
 # %% ../../nbs/cli/02_commands.ipynb #b2af7ccf
 def as_for_training(name: str, default: object) -> Any:
     "A setting of sp_train with another default."
@@ -801,7 +816,7 @@ class DemoSettings(StreamingSettings):
     n_samples: int = as_for_training('n_samples', 8)
 
 
-DEMO_COHORT = dict(
+DEMO_COHORT = Painting(
     n=220,
     size=(128, 256),
     spacing=2.0,
@@ -809,7 +824,7 @@ DEMO_COHORT = dict(
     splits=dict(train=0.6, tuning=0.1, test=0.3),
 )
 TINY = dict(title='Tiny demo: painted biopsies', epochs=2, heatmaps=3, n_samples=2)
-TINY_COHORT = dict(n=20, size=(128, 192), splits=dict(train=0.4, tuning=0.2, test=0.4))
+TINY_COHORT = Painting(n=20, size=(128, 192), splits=dict(train=0.4, tuning=0.2, test=0.4))
 
 
 @dataclass(kw_only=True)
@@ -841,7 +856,7 @@ def demo(options: DemoOptions) -> None:
 
     settings, painting = DemoSettings(seed=options.seed), DEMO_COHORT
     if options.tiny:
-        settings = DemoSettings(seed=options.seed, **TINY)
+        settings = replace(settings, **TINY)
         painting = DEMO_COHORT | TINY_COHORT
     out, start = Path(options.out).expanduser(), time.perf_counter()
     former = is_demo(absolute(options.out) / 'settings.toml')

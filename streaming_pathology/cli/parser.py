@@ -57,7 +57,13 @@ class OnOff(argparse.Action):
         super().__init__(nargs=0, **rules)
         self.off = off
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         setattr(namespace, self.dest, option_string not in self.off)
 
     def format_usage(self) -> str:
@@ -357,7 +363,7 @@ def keep_memory_small() -> None:
     pyvips.cache_set_max(0)
 
 # %% ../../nbs/cli/01_parser.ipynb #2df60a1d
-COMMANDS = {}
+COMMANDS: dict[str, 'Command'] = {}
 
 
 class Command:
@@ -375,6 +381,7 @@ class Command:
         self.name, self.kinds, self.run, self.example = name, kinds, run, example
         self.lean, self.files = lean, files
         self.__doc__, self.__name__ = run.__doc__, f'sp_{name}'
+        self.description = ' '.join((run.__doc__ or '').split())  # in one line
         COMMANDS[name] = self
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
@@ -383,8 +390,9 @@ class Command:
 
     def go(self, argv: Sequence[str] | None) -> None:
         "Parse and run."
-        description = ' '.join(self.__doc__.split())
-        settings = parse(self.kinds, self.__name__, description, self.example, argv, self.files)
+        settings = parse(
+            self.kinds, self.__name__, self.description, self.example, argv, self.files
+        )
         if argv is None:
             hide_main(self.__name__)
         if self.lean:
@@ -404,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ('-h', '--help'):
         print('usage: python -m streaming_pathology.cli COMMAND ...\n')
         for each in COMMANDS.values():
-            print(f'  {each.name:10} {" ".join(each.__doc__.split())}')
+            print(f'  {each.name:10} {each.description}')
         return 0
     near = difflib.get_close_matches(name, COMMANDS, 1)
     hint = f'did you mean {near[0]}?' if near else f'there are {", ".join(COMMANDS)}'

@@ -71,6 +71,10 @@ def planned_side(
     )
     side = Side(name, path)
     for case in resolve_splits(cases, seed=settings.seed, where=settings.manifest):
+        if isinstance(case.label, tuple):
+            raise InputError(
+                f'{settings.manifest}: the task binary takes one number a slide as its label'
+            )
         prediction = Prediction(case.slide_id, case.label, case.split, math.nan)
         side.predictions[case.slide_id] = prediction
         side.add_to_cohort(case.slide_id, case.patient_id, case.split)
@@ -101,6 +105,7 @@ class Source:
     def read_run(self) -> None:
         "Read the settings of the run that has to be made, if there is one."
         if self.folder is not None:
+            assert self.settings is not None  # of a run that has to be made
             self.run = run_of(self.folder, self.settings)
 
     def check_run(self) -> None:
@@ -246,7 +251,7 @@ def compare_runs(
     if os.environ.get('RANK', '0') != '0':
         return None
     sides = [read_side(source.name, source.table) for source in sources]
-    comparison = compare_sides(*sides, split, shared, n_bootstrap, seed, level)
+    comparison = compare_sides(sides[0], sides[1], split, shared, n_bootstrap, seed, level)
     reviews = [source.review for source in sources]
     tables = [str(source.table) for source in sources]
     write_comparison(comparison, sides, folder, reviews, tables=tables, environment=environment())
@@ -284,7 +289,8 @@ def check_former(folder: Path, out: str | Path, sources: Sequence[Source], split
     "Refuse a folder that holds anything but the same comparison."
     if not folder.exists():
         return
-    own_runs = [source.folder.name for source in sources if lies_in(source, folder)]
+    new_runs = [source.folder for source in sources if source.folder is not None]
+    own_runs = [run.name for run in new_runs if run.parent == folder]
     for path in folder.iterdir():
         known = path.name in (*FILES, *own_runs, *SYSTEM) or path.name.endswith('.partial')
         if not known and not (path / RUN.mark).exists():
@@ -301,11 +307,6 @@ def check_former(folder: Path, out: str | Path, sources: Sequence[Source], split
             f'{out} holds the comparison of {" and ".join(former_tables)} on the split '
             f'{former_split!r}; give the name of another folder'
         )
-
-
-def lies_in(source: Source, folder: Path) -> bool:
-    "Whether the run that has to be made lies in the folder of the comparison."
-    return source.folder is not None and source.folder.parent == folder
 
 
 def former_comparison(path: Path) -> tuple[list[str], str]:
@@ -332,7 +333,7 @@ def check_reviews(sources: Sequence[Source]) -> None:
 def check_sides(sources: Sequence[Source], split: str, shared: bool) -> None:
     "Refuse slides that cannot be compared, and categories that do not fit, before any training."
     sides = [source.expected() for source in sources]
-    slides_in_common(*sides, split, shared)
+    slides_in_common(sides[0], sides[1], split, shared)
     for side, source in zip(sides, sources):
         if source.review:
             errors_in(side, split, source.review)

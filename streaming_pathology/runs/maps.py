@@ -42,7 +42,7 @@ from .runs import device_to_use
 from .settings import HeatmapSettings, flag, with_present_names
 from ..slides.datasets import SlideDataset
 from ..slides.readers import file_stamp
-from ..training.models import AttentionPool
+from ..training.models import AttentionPool, StreamingClassifier
 
 # %% ../../nbs/runs/06_maps.ipynb #33e08bc9
 MAPS = Output(
@@ -148,12 +148,13 @@ def draw_attention(
     settings: HeatmapSettings, model: torch.nn.Module, image: torch.Tensor
 ) -> np.ndarray:
     "The weights of pooling by attention."
+    assert isinstance(model, StreamingClassifier)  # see `problem_of_attention`
     return attention_map(model, image)
 
 
 def problem_of_attention(model: torch.nn.Module) -> str | None:
     "Why a network has no map of attention."
-    if isinstance(model.head.pool, AttentionPool):
+    if isinstance(model, StreamingClassifier) and isinstance(model.head.pool, AttentionPool):
         return None
     return (
         'this network has no attention pooling; choose another method, or a network that was '
@@ -211,12 +212,18 @@ heatmap_methods = dict(
 )
 
 # %% ../../nbs/runs/06_maps.ipynb #ac6887f2
+def chosen_method(settings: HeatmapSettings) -> HeatmapMethod:
+    "The method of settings in which one was chosen."
+    assert settings.method is not None  # the method check_method of `MapRun` decides it
+    return heatmap_methods[settings.method]
+
+
 def map_of(
     settings: HeatmapSettings, model: torch.nn.Module, data: SlideDataset, index: int
 ) -> tuple[torch.Tensor, np.ndarray, float]:
     """The image of the slide at an index, uint8 (3, H, W); its map, float (h, w); and the value of
     the map that has full colour."""
-    method = heatmap_methods[settings.method]
+    method = chosen_method(settings)
     if method.of_patches:
         shown = data[index]['image']
         height, width = shown.shape
@@ -257,7 +264,7 @@ class MapRun:
         of_patches = isinstance(self.model, (InstanceMIL, FeatureMIL))
         if settings.method is None:
             settings.method = 'patches' if of_patches else 'smoothgrad'
-        method = heatmap_methods[settings.method]
+        method = chosen_method(settings)
         if of_patches and not method.of_patches:
             problem = 'this is a network of patches; use --method patches'
         elif method.of_patches and not of_patches:
@@ -272,7 +279,7 @@ class MapRun:
         of_all = set()
         for method in heatmap_methods.values():
             of_all.update(method.uses)
-        return of_all - set(heatmap_methods[self.settings.method].uses)
+        return of_all - set(chosen_method(self.settings).uses)
 
     def check_unused(self) -> None:
         "Refuse settings that are of other methods only."
@@ -334,7 +341,7 @@ class MapRun:
         mask = case.mask
         if mask:
             mask = file_stamp(mask)
-        stamp = dict(slide=file_stamp(case.path), mask=mask, spacing=case.spacing)
+        stamp: dict[str, Any] = dict(slide=file_stamp(case.path), mask=mask, spacing=case.spacing)
         note = self.former_note(path, stamp)
         if note is None:
             note = stamp | self.new_map(index)
@@ -362,9 +369,11 @@ class MapRun:
             warnings.warn(f'slide {slide_id!r}: the map is zero everywhere')
             full = 1.0
         height, width = image.shape[1:]
-        step = heatmap_methods[settings.method].cell(settings, image)
-        # the last cells of the map may reach beyond the image
-        field = field_of(self.data, index, (height, width), (height / step, width / step))
+        step = chosen_method(settings).cell(settings, image)
+        # the last cells of the map may reach beyond the image, so it has fractions of rows and
+        # columns, which is all right for a field
+        size, shape = (height, width), (height / step, width / step)
+        field = field_of(self.data, index, size, shape)  # pyright: ignore[reportArgumentType]
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         picture.thumbnail((4096, 4096), Image.Resampling.LANCZOS)
         save_heatmap(self.folder / f'maps/{slide_id}.npy', heat)

@@ -11,6 +11,7 @@ import tomllib
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -31,9 +32,9 @@ from streaming_pathology.evaluation.predict import (
 )
 from ..io import read_table, several
 from ..mil.aggregators import aggregators, make_aggregator
-from ..mil.bags import PatchGrid, check_annotation
-from ..mil.features import LIBRARIES, Encoder, FeatureMIL
-from ..mil.mil import TwoPhases
+from ..mil.bags import BagDataset, PatchGrid, check_annotation
+from ..mil.features import LIBRARIES, Encoder, FeatureDataset, FeatureMIL
+from ..mil.mil import InstanceMIL, TwoPhases
 from ..outputs import RUN, absolute
 from .settings import MILSettings, StreamingSettings, TrainingSettings, flag
 from ..slides.augment import STEP, Augmentation
@@ -47,7 +48,7 @@ from ..training.recipes import Stage, paper_mil, paper_streaming, scaled
 from ..training.tasks import Task
 
 # %% ../../nbs/runs/02_methods.ipynb #ba71f6bd
-AUGMENTATIONS = dict(
+AUGMENTATIONS: dict[str, Augmentation | None] = dict(
     none=None,
     flips=Augmentation(rotate=0, elastic=0, hue=0, saturation=0, brightness=0),
     paper=Augmentation(),
@@ -55,13 +56,38 @@ AUGMENTATIONS = dict(
 )
 DECIDED_BY_RECIPE = ('freeze_until', 'lr', 'optimizer', 'momentum', 'batch_size')
 
+Network = StreamingClassifier | InstanceMIL | FeatureMIL  # that a run trains
+# the settings of a way to train
+Asked = TypeVar('Asked', bound=TrainingSettings, covariant=True)
+
+
+def augmentation_of(settings: TrainingSettings) -> Augmentation | None:
+    "How training slides are augmented, by settings that were decided; None: not at all."
+    assert settings.augment is not None  # the method settle of `Method` decides it
+    return AUGMENTATIONS[settings.augment]
+
+
+def single_stage(settings: TrainingSettings) -> Stage:
+    "The schedule of a training without a recipe, by settings that were decided."
+    assert settings.epochs is not None and settings.lr is not None
+    assert settings.optimizer is not None and settings.momentum is not None
+    assert settings.batch_size is not None  # only a recipe leaves them open
+    return Stage(
+        settings.epochs,
+        settings.lr,
+        settings.freeze_until,
+        optimizer=settings.optimizer,
+        momentum=settings.momentum,
+        batch=settings.batch_size,
+    )
+
 # %% ../../nbs/runs/02_methods.ipynb #1522d9ef
-class Method:
+class Method(Generic[Asked]):
     "A way to train, with what all ways have in common. Its methods are called in their order here."
 
     recipes: dict[str, tuple[Stage, ...]] = {}
 
-    def __init__(self, settings: TrainingSettings) -> None:
+    def __init__(self, settings: Asked) -> None:
         self.settings = settings
 
     # ---- settings
@@ -84,6 +110,7 @@ class Method:
     def settle_recipe(self) -> None:
         "Leave the schedule to the recipe, which has one for each of its stages."
         settings = self.settings
+        assert settings.recipe is not None  # or nothing is left to it
         for name in DECIDED_BY_RECIPE:
             if not settings.is_default(name):
                 raise InputError(
@@ -96,9 +123,11 @@ class Method:
 
     def stages(self) -> tuple[Stage, ...] | None:
         "The stages of the recipe, scaled to the epochs; None without a recipe."
-        if not self.settings.recipe:
+        settings = self.settings
+        if not settings.recipe:
             return None
-        return scaled(self.recipes[self.settings.recipe], self.settings.epochs)
+        assert settings.epochs is not None  # the method settle decides it
+        return scaled(self.recipes[settings.recipe], settings.epochs)
 
     # ---- what is trained
 
@@ -116,7 +145,7 @@ class Method:
     def network(self, task: Task) -> dict:
         "How the network is built, arguments of `StreamingClassifier`: a part of its card."
         settings = self.settings
-        card = dict(
+        card: dict[str, Any] = dict(
             arch=settings.arch,
             n_out=task.n_out,
             pool=settings.pool,
@@ -132,7 +161,7 @@ class Method:
         task: Task = TWO_CLASSES,
         # the run's own copy of its backbone, to be used in place of it: see the method kept_encoder
         kept: Path | None = None,
-    ) -> torch.nn.Module:
+    ) -> Network:
         """The network that the settings describe, ready to be trained. Raises `InputError` if it
         cannot be built."""
         settings = self.settings
@@ -142,6 +171,7 @@ class Method:
             weights=settings.weights,
             sha256=settings.weights_sha256,
         )
+        assert not isinstance(model, FeatureMIL)  # which `Embeddings` builds
         return model.freeze_until(settings.freeze_until)
 
     def kept_encoder(self, folder: Path) -> Path | None:
@@ -202,7 +232,7 @@ def largest_slide(data: SlideDataset) -> dict:
     return data[max(range(len(data)), key=area)]
 
 # %% ../../nbs/runs/02_methods.ipynb #91eb3647
-class Streaming(Method):
+class Streaming(Method[StreamingSettings]):
     "A network of whole images, computed in strips (the paper, section IV-A)."
 
     recipes = dict(paper=paper_streaming)
@@ -243,7 +273,7 @@ def whole_numbers(
         raise InputError(f'{option} {text}: give whole numbers with commas, {what}') from None
 
 
-class PatchMethod(Method):
+class PatchMethod(Method[MILSettings]):
     "What networks of patches and of their embeddings have in common."
 
     # defaults of settings that are None
@@ -370,12 +400,14 @@ class Patches(PatchMethod):
 
     def prepare_training_part(self, train: SlideDataset) -> None:
         if self.settings.annotation:
+            assert isinstance(train, BagDataset)  # as the card has `bags`
             train.classes = self.positive_classes()
             train.draws = self.settings.patches_per_slide
 
     def callbacks(self, train: SlideDataset) -> tuple[list[Callback], list[Callback]]:
         if self.settings.annotation:
             return [], []
+        assert isinstance(train, BagDataset)  # as the card has `bags`
         return [TwoPhases(train, self.settings.workers)], []
 
 # %% ../../nbs/runs/02_methods.ipynb #28b6385c
@@ -395,6 +427,7 @@ class Embeddings(PatchMethod):
             'does not apply with --aggregator, whose backbone is not trained; remove one of the '
             'two',
         )
+        assert settings.aggregator is not None  # see `method_of`
         if aggregators[settings.aggregator].k is None:
             with_top = [name for name, kind in aggregators.items() if kind.k]
             self.refuse(
@@ -412,7 +445,7 @@ class Embeddings(PatchMethod):
         encoder = self.encoder(kept)
         self.check_spacing(encoder)
         embedding, scores = self.embedding_of_noise(encoder)
-        made = dict(
+        made: dict[str, Any] = dict(
             name=settings.aggregator,
             d=embedding.shape[1],
             n_out=task.n_out,
@@ -422,7 +455,8 @@ class Embeddings(PatchMethod):
         model = FeatureMIL(encoder, make_aggregator(**made), settings.patch_batch_size)
         with torch.no_grad():  # what the aggregator cannot take is refused before slides are read
             model.eval().aggregator(embedding, scores)
-        model.made = made
+        # a plain attribute, which torch's types do not foresee
+        model.made = made  # pyright: ignore[reportArgumentType]
         return model.train()
 
     def encoder(self, kept: Path | None) -> Encoder:
@@ -519,15 +553,18 @@ class Embeddings(PatchMethod):
     ) -> dict:
         """Give all ranks and the dataset one encoder, and save it in the folder of a new run.
         Raises `InputError` if a run that is resumed has begun with another."""
+        encoder = model.encoder
+        assert encoder is not None  # the method build gives it one
+        assert isinstance(data, FeatureDataset)  # as there is a folder: see dataset_options
         path, former = folder / 'checkpoints' / ENCODER, {}
         if point is not None:
             former = point['settings']['features']['encoder']
-            self.check_named_backbone(model.encoder, former, folder)
+            self.check_named_backbone(encoder, former, folder)
             if path.exists():
-                load_encoder(path, model.encoder)
-        for _, value in sorted(model.encoder.to(device).state_dict().items()):
+                load_encoder(path, encoder)
+        for _, value in sorted(encoder.to(device).state_dict().items()):
             ranks.same(value)
-        card = model.encoder.sealed()
+        card = encoder.sealed()
         data.encoder = card['sha256']
         if point is not None and card['sha256'] != former['sha256']:
             raise InputError(
@@ -535,7 +572,7 @@ class Embeddings(PatchMethod):
                 'choose a new folder'
             )
         if ranks.rank == 0 and point is None:
-            save_encoder(path, model.encoder)
+            save_encoder(path, encoder)
         return dict(encoder=card, aggregator=model.made)
 
     def check_named_backbone(
@@ -597,10 +634,9 @@ def check_backbone(
         )
 
 # %% ../../nbs/runs/02_methods.ipynb #24f65703
-def method_of(settings: TrainingSettings) -> Method:
+def method_of(settings: TrainingSettings) -> Method[TrainingSettings]:
     "The way to train that settings ask for."
-    if not isinstance(settings, MILSettings):
-        return Streaming(settings)
-    if settings.aggregator:
-        return Embeddings(settings)
-    return Patches(settings)
+    if isinstance(settings, MILSettings):
+        return Embeddings(settings) if settings.aggregator else Patches(settings)
+    assert isinstance(settings, StreamingSettings)  # there is no third kind
+    return Streaming(settings)

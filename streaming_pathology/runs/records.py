@@ -17,6 +17,7 @@ import subprocess
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,8 +75,8 @@ def git_commit() -> str | None:
 
 def git(folder: Path, *command: str) -> str:
     "What git prints in a folder; nothing if it fails."
-    command = ['git', '-C', str(folder), *command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    words = ['git', '-C', str(folder), *command]
+    return subprocess.run(words, capture_output=True, text=True, timeout=5).stdout.strip()
 
 
 def processor() -> str:
@@ -146,7 +147,7 @@ def write_cases(
     folder = Path(path).parent.resolve()
     rows = []
     for case in cases:
-        row = dict(slide_id=case.slide_id)
+        row: dict[str, Any] = dict(slide_id=case.slide_id)
         row.update(zip(labels, label_values(case, len(labels))))
         row['path'] = seen_from(folder, case.path)
         row.update(patient_id=case.patient_id, split=case.split, spacing=case.spacing)
@@ -301,7 +302,7 @@ class Record(Callback):
         self,
         folder: Path,  # of the run
         cases: Sequence[Case],
-        method: Method,
+        method: Method[TrainingSettings],
         changed: dict | None = None,  # see `changes`; None: nothing
     ) -> None:
         self.folder = folder
@@ -325,7 +326,10 @@ class Record(Callback):
         "Raises `InputError` if the training has ended and settings changed that it depends on."
         more_epochs = state.epoch < state.first + state.epochs and not state.stop
         stages = self.method.stages()
-        more_stages = stages is not None and state.stage < len(stages)
+        more_stages = False
+        if stages is not None:
+            assert state.stage is not None  # `run_recipe` says it
+            more_stages = state.stage < len(stages)
         if more_epochs or more_stages:
             return
         late = sorted(self.late_changes(state))
@@ -364,7 +368,7 @@ class Record(Callback):
 # %% ../../nbs/runs/03_records.ipynb #f376b1b1
 def patience_of(value: int | str | None) -> float:
     "Epochs of patience; infinite if it is not set."
-    return value if value else math.inf
+    return float(value) if value else math.inf
 
 
 def check_held_out(

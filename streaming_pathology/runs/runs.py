@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch.utils.data import DataLoader
@@ -35,8 +36,9 @@ from ..evaluation.report import write_report
 from ..evaluation.results import results, sentences_of
 from ..evaluation.viewer import save_picture
 from ..io import several, write_whole
+from ..mil.features import FeatureDataset
 from ..outputs import DONE, absolute, claim, continuing, replacing
-from .methods import AUGMENTATIONS, method_of
+from .methods import Network, augmentation_of, method_of, single_stage
 from streaming_pathology.runs.records import (
     FIXED,
     Record,
@@ -178,8 +180,9 @@ class Preparation:
     def task_of(self, cases: list[Case]) -> Task:
         "The task of the settings, fitted to the training slides; refuses labels that do not fit."
         settings, manifest = self.settings, self.settings.manifest
-        train = [case.label for case in cases if case.split == 'train']
-        task = make_task(settings.task, train, settings.balance == 'weights')
+        # all of them have one, as `read_manifest` refuses others
+        labels = [case.label for case in cases if case.split == 'train' and case.label is not None]
+        task = make_task(settings.task, labels, settings.balance == 'weights')
         if settings.task == 'survival':
             self.check_survival(cases)
         columns = prediction_columns(task, label_columns(task.name, label_names(settings)))
@@ -203,11 +206,11 @@ class Preparation:
     def check_survival(self, cases: list[Case]) -> None:
         "The loss of survival compares slides, and needs an event among them."
         settings = self.settings
-        if not settings.recipe and settings.batch_size < 2:
+        if not settings.recipe and single_stage(settings).batch < 2:
             raise InputError(
                 '--batch-size 1: survival compares the slides of a mini-batch; give at least 2'
             )
-        if not any(case.label[1] for case in cases if case.split == 'tuning'):
+        if not any(has_event(case.label) for case in cases if case.split == 'tuning'):
             raise InputError(
                 f'{settings.manifest}: no slide of the split tuning has an event, so no epoch '
                 'can be chosen'
@@ -225,9 +228,9 @@ class Preparation:
             **options,
         )
         data = check_cohort(data, workers=settings.workers)
-        if options:
+        if isinstance(data, FeatureDataset):
             data.hashed()
-        warning = turned_out(data.part('train'), AUGMENTATIONS[settings.augment])
+        warning = turned_out(data.part('train'), augmentation_of(settings))
         if warning:
             warnings.warn(warning)
         if settings.normalize == 'training':
@@ -265,7 +268,7 @@ class Preparation:
         elif self.finished:
             return True
         if self.point is not None:
-            self.check_held_out(cases)
+            self.check_held_out(self.point, cases)
         return False
 
     def read_point(self) -> dict | None:
@@ -278,9 +281,9 @@ class Preparation:
             warnings.warn(f'{one_line(e)}; the run is finished all the same')
             return None
 
-    def check_held_out(self, cases: list[Case]) -> None:
+    def check_held_out(self, point: dict, cases: list[Case]) -> None:
         "Refuse slides for testing that the run to be resumed was trained on: see `check_held_out`."
-        trained_on = dict(self.point['callbacks']).get('Record')
+        trained_on = dict(point['callbacks']).get('Record')
         if not trained_on:
             raise InputError(
                 f'{self.run.given} was started by an older version of this package, whose '
@@ -316,6 +319,11 @@ class Preparation:
             )
 
 
+def has_event(label: float | tuple[float, ...] | None) -> bool:
+    "Whether a label of survival, (time, event), says that there was one."
+    return isinstance(label, tuple) and bool(label[1])
+
+
 def as_asked(name: str, value: object) -> str:
     "A setting in an error, as it was given on the command line."
     if name == 'command':
@@ -344,8 +352,25 @@ def as_read(values: dict) -> dict:
     "Settings as they are after they were written and read."
     return tomllib.loads(as_toml(values))
 
+
+def settle_features(
+    settings: MILSettings,
+    folder: Path,  # of the run
+) -> None:
+    "Decide where patch embeddings are cached: elsewhere, or None. Raises `InputError`."
+    features = settings.features
+    if not features:
+        return
+    if Path(features) == folder / 'features':
+        settings.features = None
+    elif Path(features).is_relative_to(folder):
+        raise InputError(
+            f'--features {features} lies in the folder of the run; remove it, or give a folder '
+            'elsewhere'
+        )
+
 # %% ../../nbs/runs/04_runs.ipynb #564c7d4f
-def update_batchnorm(model: torch.nn.Module, data: SlideDataset, seed: int) -> None:
+def update_batchnorm(model: Network, data: SlideDataset, seed: int) -> None:
     """Set the running statistics of a network with random weights, by 32 patches of the training
     slides. Every slide of the dataset was read once."""
     sides = [128, *map(min, data.boxes.values())]
@@ -390,6 +415,20 @@ def best_weights(
     load_weights(model, best)
     if best['settings'] != plain(card):  # the card by which its predictions are made
         save_checkpoint(path, **best | dict(settings=card))
+
+
+class Common(TypedDict):
+    "What `fit` is asked for in one stage, and `run_recipe` in each of several."
+
+    callbacks: list[Callback]
+    resume: dict | None
+    accept_changes: bool
+    ranks: Alone
+    device: str
+    task: Task
+    seed: int
+    amp: str | None
+    clip: float | None
 
 
 class Training:
@@ -456,7 +495,7 @@ class Training:
         best = self.folder / 'checkpoints/best.pt'
         train, tuning = self.parts()
         loaders = self.loader(train, shuffled=True), self.loader(tuning, shuffled=False)
-        shared = dict(
+        common = Common(
             callbacks=self.callbacks(card, train, more_callbacks),
             resume=self.run.point,
             accept_changes=bool(self.run.changed),
@@ -469,19 +508,20 @@ class Training:
         )
         stages = self.method.stages()
         if stages:
-            history = run_recipe(model, *loaders, stages, self.folder / 'checkpoints', **shared)
+            history = run_recipe(model, *loaders, stages, self.folder / 'checkpoints', **common)
             if ranks.rank == 0:
                 save_weights(model, best, card, settings.seed, history)
             return
+        stage = single_stage(settings)
         history = fit(
             model,
             *loaders,
-            epochs=settings.epochs,
-            lr=settings.lr,
-            optimizer=settings.optimizer,
-            momentum=settings.momentum,
-            batch=settings.batch_size,
-            **shared,
+            epochs=stage.epochs,
+            lr=stage.lr,
+            optimizer=stage.optimizer,
+            momentum=stage.momentum,
+            batch=stage.batch,
+            **common,
         )
         if ranks.rank == 0:
             best_weights(model, best, card, settings.seed, history)
@@ -490,7 +530,7 @@ class Training:
 
     def parts(self) -> tuple[SlideDataset, SlideDataset]:
         "The training slides, augmented, and the validation (tuning) slides."
-        train = self.data.part('train', augment=AUGMENTATIONS[self.settings.augment])
+        train = self.data.part('train', augment=augmentation_of(self.settings))
         self.method.prepare_training_part(train)
         return train, self.data.part('tuning', augment=None)
 
@@ -646,14 +686,8 @@ class Run:
         settings.device = device_to_use(settings.device)
         settings.manifest = str(absolute(settings.manifest))
         self.method.settle()
-        features = getattr(settings, 'features', None)
-        if features and Path(features) == self.folder / 'features':
-            settings.features = None
-        elif features and Path(features).is_relative_to(self.folder):
-            raise InputError(
-                f'--features {features} lies in the folder of the run; remove it, or give a folder '
-                'elsewhere'
-            )
+        if isinstance(settings, MILSettings):
+            settle_features(settings, self.folder)
 
     def train(
         self,
@@ -677,6 +711,7 @@ class Run:
             raise InputError(
                 '--resume continues a former run and --overwrite replaces it; give only one of them'
             )
+        assert self.settings.device is not None  # the method settle decides it
         with joined(self.settings.device) as (ranks, device):
             kept = self.method.kept_encoder(self.folder) if resume else None
             # a network that cannot be built is refused before slides are read
@@ -692,7 +727,7 @@ class Run:
                 with HaltOnSignal() as halt:
                     training = Training(self, prepared.data, prepared.task, ranks, device)
                     sentence = training.go(model, [*callbacks, halt])
-                if ranks.rank:
+                if sentence is None:  # on all ranks but the first
                     return None
                 report = write_report(self.given)
         predictions, weights = self.given / 'predictions.csv', self.given / 'checkpoints/best.pt'
@@ -706,8 +741,8 @@ class Run:
         self.method = method_of(self.settings)
 
     def initial_model(
-        self, model: torch.nn.Module, prepared: Prepared, kept: Path | None, ranks: Alone
-    ) -> torch.nn.Module:
+        self, model: Network, prepared: Prepared, kept: Path | None, ranks: Alone
+    ) -> Network:
         "The network as the training begins, now that slides and task are known."
         settings, task = self.settings, prepared.task
         has_own_network = not getattr(settings, 'backbone', None)
@@ -744,4 +779,6 @@ def learn_cohort(
     data = check_cohort(dataset(run.method.shown(), cases, cache=cache))
     model = run.method.build()
     update_batchnorm(model, data, settings.seed)
-    return Training(run, data, Binary(), Alone(), device).go(model)
+    sentence = Training(run, data, Binary(), Alone(), device).go(model)
+    assert sentence is not None  # of the only rank
+    return sentence

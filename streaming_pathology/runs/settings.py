@@ -150,7 +150,7 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """The command and all settings as they are written down: name -> value. Left out are those
         that the run has not found out yet, and fields with `saved=False` in their metadata."""
-        values = {'command': self.command}
+        values: dict[str, Any] = {'command': self.command}
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
             is_unknown = value is None and each.metadata.get('found', False)

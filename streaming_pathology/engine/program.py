@@ -15,7 +15,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import functions, layers  # noqa: F401 (their rules)
-from .graph import Call, Graph, Value, replaced, values_in
+from streaming_pathology.engine.graph import (
+    Call,
+    Graph,
+    Value,
+    replaced,
+    tensors_in,
+    values_in,
+)
 from streaming_pathology.engine.rules import (
     Adjoint,
     Map,
@@ -541,6 +548,5 @@ def run_calls(
         args, kwargs = replaced((call.args, call.kwargs), Value, known.__getitem__)
         with torch.set_grad_enabled(call.grad and torch.is_grad_enabled()):
             out = call.function(*args, **kwargs)
-        results = tuple(out) if call.several else (out,)
-        known.update(zip(call.outputs, results))
+        known.update(zip(call.outputs, tensors_in(out)))
     return known

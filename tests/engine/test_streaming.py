@@ -1408,6 +1408,15 @@ def coordinates(m, x):
     )
 
 
+@pytest.mark.parametrize('direction', ['rows', 'auto'])
+def test_a_row_written_into_a_constant(direction):
+    "What writes gives no tensor, but its constant has another content from then on."
+    net = Fn(one_more_row, c=nn.Conv2d(3, 3, 3, padding=1)).double()
+    for size in ((40, 22), (22, 40)):
+        image = torch.randn(1, 3, *size, dtype=torch.double, requires_grad=True)
+        compare(net, image, 6, direction=direction)
+
+
 tensors_with_rows = {
     'a row written': one_more_row,
     'coordinates': coordinates,

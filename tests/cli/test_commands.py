@@ -144,8 +144,8 @@ def test_one_class_to_train_on(bad, capsys):
 
 
 def test_unknown_split(bad, capsys):
-    manifest(bad, HEADER + 's00,1,slides/s00.tiff,p,val\n')
-    training_refused(capsys, bad, "'val'", 'tuning')
+    manifest(bad, HEADER + 's00,1,slides/s00.tiff,p,holdout\n')
+    training_refused(capsys, bad, "'holdout'", 'tuning')
 
 
 def test_unsafe_id(bad, capsys):

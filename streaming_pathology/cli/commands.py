@@ -144,7 +144,7 @@ def predict(settings: PredictSettings) -> None:
     the slides."""
     from streaming_pathology.evaluation.predict import load_model, predict_table
     from streaming_pathology.runs.inputs import find_slides
-    from streaming_pathology.runs.runs import device_to_use
+    from streaming_pathology.runs.runs import device_to_use, tell_device
     from streaming_pathology.training.distributed import joined
 
     device = device_to_use(settings.device)
@@ -159,6 +159,7 @@ def predict(settings: PredictSettings) -> None:
                 settings.slides, settings.slide_spacing, labels, columns=card['labels']
             )
         )
+        tell_device(device, settings.device)
         rows, failed = predict_table(
             model,
             card,

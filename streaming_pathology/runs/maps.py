@@ -38,7 +38,7 @@ from ..mil.features import FeatureMIL, Features
 from ..mil.mil import InstanceMIL
 from ..outputs import Output, claim
 from .inputs import find_slides
-from .runs import device_to_use
+from .runs import device_to_use, tell_device
 from .settings import HeatmapSettings, flag, with_present_names
 from ..slides.datasets import SlideDataset
 from ..slides.readers import file_stamp
@@ -257,6 +257,7 @@ class MapRun:
         self.check_unused()
         inputs = [settings.checkpoint, *(case.path for case in self.cases)]
         self.folder = claim(settings.out, True, MAPS, inputs)
+        tell_device(device, settings.device)
 
     def check_method(self) -> None:
         "Choose the method if none is given; refuse one that does not fit the network."

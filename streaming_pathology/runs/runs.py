@@ -91,15 +91,18 @@ from ..training.tasks import Binary, Task, make_task
 
 # %% ../../nbs/runs/04_runs.ipynb #49cd7e26
 def device_to_use(named: str | None) -> str:
-    """The device that is named or, if None is, the first that is there of cuda, mps and cpu, which
-    is then told on stderr. Raises `InputError` for a device that is not there."""
-    if named is not None:
-        check_device(named)
-        return named
-    device = first_device()
-    if os.environ.get('RANK', '0') == '0':
+    """The device that is named or, if None is, the first that is there of cuda, mps and cpu.
+    Raises `InputError` for a device that is not there."""
+    if named is None:
+        return first_device()
+    check_device(named)
+    return named
+
+
+def tell_device(device: str, named: str | None) -> None:
+    "Say on stderr which device was taken, if none was named. Told once, by the first rank."
+    if named is None and os.environ.get('RANK', '0') == '0':
         tqdm.write(f'computing on {device}', file=sys.stderr)
-    return device
 
 
 def first_device() -> str:
@@ -677,12 +680,14 @@ class Run:
         self.point = None  # the checkpoint that it is resumed from
         self.changed = {}  # settings that changed since that: see `changes`
         self.was_finished = False  # a run to be resumed had nothing left to do
+        self.named_device: str | None = None  # by the user; None: it is chosen, and told
 
     def settle(self) -> None:
         """Decide the settings that were not given. Raises `InputError` for values that are out of
         range, and for settings that do not go together."""
         settings = self.settings
         settings.check()
+        self.named_device = settings.device
         settings.device = device_to_use(settings.device)
         settings.manifest = str(absolute(settings.manifest))
         self.method.settle()
@@ -722,6 +727,7 @@ class Run:
                 self.was_finished = ranks.rank == 0
                 return None
             self.take_over(prepared)
+            tell_device(device, self.named_device)
             model = self.initial_model(model, prepared, kept, ranks)
             with self.filled(resume, ranks):
                 with HaltOnSignal() as halt:
@@ -775,6 +781,7 @@ def learn_cohort(
     "Train on cases, without a report. Returns a sentence on the test split."
     settings.check()
     device = device_to_use(settings.device)
+    tell_device(device, settings.device)
     run = Run(settings, folder)
     data = check_cohort(dataset(run.method.shown(), cases, cache=cache))
     model = run.method.build()

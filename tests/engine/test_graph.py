@@ -138,7 +138,7 @@ FUNCTIONS = {
     'conv3d': lambda x: (F.conv3d, x, x[None]),
     'conv_transpose1d': lambda x: (F.conv_transpose1d, x[0], x[0]),
     'conv_transpose2d': lambda x: (F.conv_transpose2d, x, x),
-    'conv_transpose3d': lambda x: (F.conv_transpose3d, x, x[None]),
+    'conv_transpose3d': lambda x: (F.conv_transpose3d, x, x[:, None]),
     'einsum': lambda x: (torch.einsum, 'nchw,nchv->nhwv', x, x),
     'exp': lambda x: (torch.exp, x),
     'inner': lambda x: (torch.inner, x, x),

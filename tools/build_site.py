@@ -46,8 +46,12 @@ class NbdevSite(Site):
         return page
 
     def warn(self, msg):
-        if 'output-file' not in msg:
-            super().warn(msg)  # read() above reads it
+        if 'output-file' in msg:  # read() above reads it
+            return
+        outside = re.search(r'broken link ([^ #]+).* \(outside the project\)', msg)
+        if outside and (ROOT / 'nbs' / outside[1]).exists():  # render_page() below takes it out
+            return
+        super().warn(msg)
 
     def find_page(self, target):
         if target.suffix == '.html':

@@ -407,6 +407,13 @@ def levels_of(path: Path, slide: TiffSlide) -> list[list[TiffImage]]:
     return levels
 
 
+@functools.lru_cache(1024)
+def known_ratios(path: Path, size: int, changed: int) -> dict[int, Ratio | None]:
+    """The ratios of the levels of a file of `size` bytes that was changed at a time, as far as they
+    are known: its readers share them, and add to them."""
+    return {0: (1.0, 1.0)}
+
+
 def gap_notes(path: Path, pixels: TiffPixels) -> list[str]:
     "A sentence on tiles that the scanner left out."
     if not pixels.has_gaps:
@@ -440,7 +447,8 @@ class TiffReader:
         self.said = {
             source: self.orientation.turned_pair(size) for source, size in slide.spacings.items()
         }
-        self.ratios: dict[int, Ratio | None] = {0: (1.0, 1.0)}
+        state = path.stat()
+        self.ratios = known_ratios(path.absolute(), state.st_size, state.st_mtime_ns)
         self.properties: dict[str, str] = {}
         self.format = 'OME-TIFF' if slide.is_ome else 'tiff'
         self.notes = [
@@ -451,8 +459,7 @@ class TiffReader:
         for level in self.levels:
             level.notes = self.notes  # to which reading may add
         if first.bits == 16:
-            for pixels in some_pixels(self.levels[-1]):
-                check_depth(path, pixels, slide.bits)
+            check_depth(path, some_pixels(self.levels[-1]), slide.bits)
 
     def ratio(self, level: int) -> Ratio | None:
         "How many pixels of level 0 go into one of a level, by its pixels; None if it is not used."
@@ -496,19 +503,17 @@ class TiffReader:
 SAMPLED = 512  # pixels of the side of a region
 
 
-def some_pixels(pixels: TiffPixels) -> Iterator[np.ndarray]:
-    "One array: pixels of an image, all of a flat or small one, else of nine places."
+def some_pixels(pixels: TiffPixels) -> np.ndarray:
+    "Pixels of an image: all of a flat or small one, else of nine places."
     height, width = pixels.size
     if pixels.tile is None or height * width <= (3 * SAMPLED) ** 2:
-        yield pixels.fetch(0, 0, height, width)
-        return
+        return pixels.fetch(0, 0, height, width)
     n_rows, n_columns = min(SAMPLED, height), min(SAMPLED, width)
-    parts = [
-        pixels.fetch(top, left, n_rows, n_columns)
-        for top in np.linspace(0, height - n_rows, 3).astype(int).tolist()
-        for left in np.linspace(0, width - n_columns, 3).astype(int).tolist()
-    ]
-    yield np.stack(parts)
+    parts = []
+    for top in np.linspace(0, height - n_rows, 3).astype(int).tolist():
+        for left in np.linspace(0, width - n_columns, 3).astype(int).tolist():
+            parts.append(pixels.fetch(top, left, n_rows, n_columns))
+    return np.stack(parts)
 
 # %% ../../nbs/slides/05_readers.ipynb #eb59827e
 BEGINNINGS = {

@@ -679,6 +679,14 @@ def bits_in_use(slide: TiffImage, ome: OmeImage | None) -> int | None:
     return said if said is not None and said < slide.bits else None
 
 
+def check_children(path: Path, slide: TiffImage, images: list[TiffImage]) -> None:
+    "Refuse a file with a sub-image that is larger than the slide, as raw photographs have."
+    children = [child for image in images for child in image.children]
+    larger = [child.size for child in children if area(child.size) > area(slide.size)]
+    if larger:
+        raise ambiguous(path, [slide.size, *larger])
+
+
 def levels_in(images: list[TiffImage], planes: list[TiffImage]) -> list[list[TiffImage]]:
     "Images that may be smaller versions: sub-images; of a slide in one page, other pages."
     n = min(len(plane.children) for plane in planes)
@@ -710,6 +718,7 @@ def tiff_slide(path: Path, images: list[TiffImage]) -> TiffSlide:
         planes = [slide_page(path, images)]
         others = images
         spacings = {'resolution tags': planes[0].spacing}
+    check_children(path, planes[0], images)
     return TiffSlide(
         planes=planes,
         levels=levels_in(others, planes),

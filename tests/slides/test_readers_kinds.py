@@ -121,6 +121,15 @@ def test_a_largest_page_that_says_to_be_reduced_is_ambiguous(tmp_path):
     assert 'none is clearly the slide' in says(tiffs.write_pages(tmp_path / 'a.tif', pages))
 
 
+def test_a_sub_image_that_is_larger_is_ambiguous(tmp_path):
+    "A raw photograph has a thumbnail as its page, and itself below it."
+    rgb = tiffs.pixels()
+    with tifffile.TiffWriter(tmp_path / 'a.tif') as file:
+        file.write(rgb[::4, ::4], photometric='rgb', subfiletype=1, subifds=1, metadata=None)
+        file.write(rgb, photometric='rgb', metadata=None)
+    assert 'none is clearly the slide' in says(tmp_path / 'a.tif', spacing=0.5)
+
+
 @pytest.mark.parametrize(
     'text, is_photograph',
     [
@@ -348,6 +357,15 @@ def test_levels_without_a_flag_are_read(tmp_path):
     pages = [(rgb, dict(tile=(64, 64))), (dark, dict(tile=(64, 64)))]
     with Slide(tiffs.write_pages(tmp_path / 'a.tif', pages), spacing=0.5) as slide:
         assert (slide.read(1.0) == dark).all()
+
+
+def test_what_is_known_of_levels_is_forgotten_when_the_file_changes(tmp_path):
+    path = tmp_path / 'a.tif'
+    rgb = tiffs.pixels((1000, 800), 1)
+    for level in (cropped(rgb, 2), cropped(rgb, 2)[::-1]):
+        pages = [(rgb, dict(tile=(64, 64))), (level, dict(tile=(64, 64), subfiletype=1))]
+        with Slide(tiffs.write_pages(path, pages), spacing=0.5) as slide:
+            assert abs(slide.read(1.0).astype(int) - cropped(rgb, 2)).max() <= 1
 
 
 # ---- 4. damage

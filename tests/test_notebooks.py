@@ -27,7 +27,7 @@ def server():
     )
     yield process
     process.stdin.close()
-    process.wait(10)
+    process.wait(120)
 
 
 def run(server, path, skip, out):

@@ -3,28 +3,11 @@
 import csv
 
 import torch
+from runs import quick
 
 from streaming_pathology.training.checkpoints import checkpoint_files, load_checkpoint
 
-TRAIN = [
-    '--spacing',
-    4,
-    '--epochs',
-    3,
-    '--batch-size',
-    3,
-    '--strip',
-    64,
-    '--heatmaps',
-    0,
-    '--lr',
-    1e-2,
-    '--cosine',
-    '--checkpoint-minutes',
-    0.003,
-    '--augment',
-    'paper',
-]
+TRAIN = quick(3, 3, 1e-2, '--cosine', '--checkpoint-minutes', 0.003, '--augment', 'paper')
 
 
 def rows(path, *but):  # of a CSV, without what is never the same

@@ -7,6 +7,12 @@ from pathlib import Path
 from streaming_pathology.cli import commands as cli
 
 
+def quick(epochs, batch_size, lr, *more):
+    "Options of a training of small slides that takes seconds."
+    of_network = ['--spacing', 4, '--strip', 64, '--heatmaps', 0]
+    return [*of_network, '--epochs', epochs, '--batch-size', batch_size, '--lr', lr, *more]
+
+
 def tree(folder):
     return {p: p.stat().st_mtime_ns for p in Path(folder).rglob('*')}
 

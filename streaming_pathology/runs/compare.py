@@ -8,7 +8,6 @@ __all__ = ['Source', 'compare_runs']
 # %% ../../nbs/runs/07_compare.ipynb #cmr00003
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from streaming_pathology.runs.settings import (
     read_toml,
 )
 from ..slides.cohorts import read_manifest, resolve_splits
+from ..training.distributed import is_first_process
 
 # %% ../../nbs/runs/07_compare.ipynb #eb0392d0
 def read_side(name: str, path: Path) -> Side:
@@ -248,7 +248,7 @@ def compare_runs(
     check_reviews(sources)
     check_sides(sources, split, shared)
     train_missing(sources)
-    if os.environ.get('RANK', '0') != '0':
+    if not is_first_process():
         return None
     sides = [read_side(source.name, source.table) for source in sources]
     comparison = compare_sides(sides[0], sides[1], split, shared, n_bootstrap, seed, level)

@@ -7,7 +7,6 @@ __all__ = ['Result', 'Run']
 
 # %% ../../nbs/runs/04_runs.ipynb #ff0ba3d3
 import json
-import os
 import sys
 import tomllib
 import warnings
@@ -84,7 +83,7 @@ from streaming_pathology.training.checkpoints import (
     plain,
     save_checkpoint,
 )
-from ..training.distributed import joined
+from ..training.distributed import is_first_process, joined
 from ..training.loop import Alone, Callback, fit, predict, summary
 from ..training.recipes import run_recipe
 from ..training.tasks import Binary, Task, make_task
@@ -101,7 +100,7 @@ def device_to_use(named: str | None) -> str:
 
 def tell_device(device: str, named: str | None) -> None:
     "Say on stderr which device was taken, if none was named. Told once, by the first rank."
-    if named is None and os.environ.get('RANK', '0') == '0':
+    if named is None and is_first_process():
         tqdm.write(f'computing on {device}', file=sys.stderr)
 
 

@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/slides/06_masks.ipynb #3b1c13ba
 import struct
 import tempfile
-import warnings
 import zlib
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def grey_png(path: Path) -> tuple[bytes, int, int] | None:
     return None
 
 
-def opened(path: Path, source: pyvips.Source | None = None) -> pyvips.Image:
+def opened(path: str | Path, source: pyvips.Source | None = None) -> pyvips.Image:
     "The image in the file of a mask, or from a source, to be read once."
     if source is None:
         return pyvips.Image.new_from_file(
@@ -161,13 +160,3 @@ def looks_inverted(
         return False
     border = np.concatenate([is_tissue[0], is_tissue[-1], is_tissue[1:-1, 0], is_tissue[1:-1, -1]])
     return bool(border.mean() >= BORDER_IF_INVERTED and is_tissue.mean() > 0.5)
-
-# %% ../../nbs/slides/06_masks.ipynb #3376d058
-def warn_if_inverted(path: str | Path, is_tissue: np.ndarray) -> None:
-    "Warn of a mask that seems to mark the glass."
-    if looks_inverted(is_tissue):
-        warnings.warn(
-            f'{path} marks nearly all of the border of the slide, so it seems to mark the glass '
-            'and not the tissue: invert it, if it does',
-            stacklevel=3,
-        )

@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
 from ..core import InputError
-from .masks import declares_transparency
+from .masks import declares_transparency, opened
 from .readers import forget_operations, reason
 from .slides import Slide, checked_number, checked_pixels, glass_color
 
@@ -113,9 +113,7 @@ def pen_marks(
 def open_mask(path: str | Path) -> pyvips.Image:
     "The image in a file of a mask, to be read once; `InputError` if there is none."
     try:
-        return pyvips.Image.new_from_file(
-            str(path), access='sequential', fail_on='truncated', revalidate=True
-        )
+        return opened(path)
     except pyvips.Error as e:
         raise no_mask(path, e) from None
 

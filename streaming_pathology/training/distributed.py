@@ -168,6 +168,11 @@ def joined(device: str = 'cpu') -> Iterator[tuple[Alone, str]]:
         dist.destroy_process_group()
 
 # %% ../../nbs/training/07_distributed.ipynb #a7529ce5
+def is_first_process() -> bool:
+    "Whether this is the first of the processes that torchrun started, or the only one."
+    return os.environ.get('RANK', '0') == '0'
+
+
 def check_environment(size: str) -> None:
     "Raises `InputError` if the environment is not what torchrun sets together with WORLD_SIZE."
     numbers = ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_PORT')

@@ -17,7 +17,7 @@ import pytest
 import pyvips
 import torch
 from PIL import Image
-from runs import heard, refused, tree
+from runs import heard, quick, refused, tree
 from safetensors import safe_open
 from small import COMMAND
 
@@ -33,20 +33,7 @@ from streaming_pathology.training.checkpoints import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures('small_resnet')
 
-QUICK = [
-    '--spacing',
-    4,
-    '--epochs',
-    1,
-    '--batch-size',
-    4,
-    '--strip',
-    64,
-    '--heatmaps',
-    0,
-    '--lr',
-    1e-3,
-]
+QUICK = quick(1, 4, 1e-3)
 HEADER = 'slide_id,label,path,patient_id,split\n'
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from resumed import rows as rows_but
+from runs import quick
 from small import COMMAND
 
 from streaming_pathology.cli import commands as cli
@@ -269,22 +270,7 @@ def test_ranks_train_as_one(alone, ranks):
 
 # the command
 
-TRAIN = [
-    '--spacing',
-    4,
-    '--epochs',
-    3,
-    '--batch-size',
-    3,
-    '--strip',
-    64,
-    '--heatmaps',
-    0,
-    '--lr',
-    1e-3,
-    '--checkpoint-minutes',
-    0.003,
-]
+TRAIN = quick(3, 3, 1e-3, '--checkpoint-minutes', 0.003)
 
 
 def torchrun(*argv, ranks=2, where=('--standalone',)):

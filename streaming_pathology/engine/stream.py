@@ -10,13 +10,14 @@ from torch import nn
 
 from .plan import options_for
 from .streaming import Streamed
+from .windows import StreamingError
 
 # %% ../../nbs/engine/13_stream.ipynb #fca06539
 def stream(
     module: nn.Module,  # the network, or its first part
     # rows of the image at a time, or 'auto': planned for each shape of image; memory grows with it,
-    # results do not depend on it
-    strip: int | str = 512,
+    # results do not depend on it; None: planned if `memory` is given, else 512
+    strip: int | str | None = None,
     # how many of the last strips keep what their gradient needs instead of being computed again;
     # the first costs no memory at the peak
     keep: int = 1,
@@ -28,8 +29,8 @@ def stream(
     # 'rows': strips lie below each other; 'columns': beside each other; 'auto': whichever makes
     # them shorter
     direction: str = 'auto',
-    # for strip='auto': bytes, text such as '8GB', 'auto': what the device has free, or 'least'
-    memory: str | float = 'auto',
+    # for planned strips: bytes, text such as '8GB', 'auto': what the device has free, or 'least'
+    memory: str | float | None = None,
 ) -> Streamed:
     """`module`, computed strip by strip: the same parameters, values and gradients, in the memory of
     a strip and of the states between strips.
@@ -38,4 +39,12 @@ def stream(
     `shape` and whose `read(top, bottom)` gives rows. Raises `StreamingError` for options that make no
     sense; and, when it is called, for a network that cannot be streamed exactly, with the layer and
     the reason."""
+    if strip is None:
+        strip = 512 if memory is None else 'auto'
+    if memory is None:
+        memory = 'auto'
+    elif memory != 'auto' and strip != 'auto':
+        raise StreamingError(
+            f'memory={memory!r} plans the strips, and strip={strip!r} gives them: leave one out.'
+        )
     return Streamed(module, strip, keep, states, every, direction, memory, planner=options_for)

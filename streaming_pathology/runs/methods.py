@@ -240,6 +240,12 @@ class Streaming(Method[StreamingSettings]):
     def settle(self) -> None:
         if self.settings.memory not in ('auto', 'least'):
             budget(self.settings.memory)  # refuses what is no amount of memory
+        strip, memory = self.settings.strip, self.settings.memory
+        if memory != 'auto' and strip != 'auto':
+            raise InputError(
+                f'--memory {memory} plans the strips, and --strip {strip} gives them: add --strip '
+                'auto, or leave --memory out.'
+            )
         super().settle()
 
     def check_cases(self, cases: Sequence[Case]) -> None:

@@ -509,7 +509,8 @@ class StreamingClassifier(nn.Module):
         layers: OrderedDict[str, nn.Module] = OrderedDict(normalise=Normalize(mean, std))
         for name in stages[1:]:
             layers[name] = getattr(net, name)
-        self.trunk = stream(nn.Sequential(layers), strip, memory=memory)
+        planned_for = memory if strip == 'auto' else None
+        self.trunk = stream(nn.Sequential(layers), strip, memory=planned_for)
         channels = net.fc.in_features
         self.head = nn.Sequential(
             OrderedDict(

@@ -514,10 +514,20 @@ def test_networks_of_hardly_any_layers(net):
         assert torch.equal(stream(net, 'auto', memory=memory)(x), net(x))
 
 
+def test_memory_plans_the_strips_or_is_refused():
+    net = small()
+    assert stream(net).strip == 512
+    planned = stream(net, memory='1GB')
+    assert planned.strip == 'auto' and planned.memory == '1GB'
+    assert stream(net, memory='auto').strip == 'auto'
+    with pytest.raises(StreamingError, match="memory='1GB' plans the strips, and strip=64 gives"):
+        stream(net, 64, memory='1GB')
+
+
 def test_an_image_that_fits_is_not_streamed():
     net, x = small(), torch.rand(1, 3, 200, 300)
     with mock.patch('streaming_pathology.engine.streaming.Pass', side_effect=Pass) as made:
-        fits = stream(net, 'auto', memory='1GB')
+        fits = stream(net, memory='1GB')
         assert torch.equal(fits(x), net(x))
         made.reset_mock()  # costs are found with passes
         fits(x)

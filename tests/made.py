@@ -2,6 +2,7 @@
 
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyvips
@@ -15,6 +16,35 @@ from streaming_pathology.slides.readers import sample_slide
 from streaming_pathology.slides.synthetic import paint_biopsy
 
 SPACING = 0.5
+
+
+class Format(NamedTuple):
+    "What a slide of `every_format` is like."
+
+    levels: int = 1
+    is_lossy: bool = False
+    gives_spacing: bool = True
+
+
+FORMATS = {
+    'aperio.svs': Format(levels=2),
+    'bigtiff.tif': Format(levels=4, is_lossy=True),
+    'children.tif': Format(levels=4),
+    'dicom': Format(levels=2, is_lossy=True),
+    'hamamatsu.ndpi': Format(levels=3, is_lossy=True),
+    'image.jpg': Format(is_lossy=True, gives_spacing=False),
+    'image.png': Format(gives_spacing=False),
+    'image.webp': Format(gives_spacing=False),
+    'leica.scn': Format(levels=2),
+    'mirax.mrxs': Format(levels=2, is_lossy=True),
+    'ome.ome.tif': Format(levels=3),
+    'pages.tif': Format(levels=4),
+    'philips.tiff': Format(levels=2),
+    'planar.ome.tif': Format(levels=3),
+    'sample.svs': Format(),
+    'strips.tif': Format(),
+    'ventana.bif': Format(levels=2),
+}
 TIFFS = dict(photometric='rgb', metadata=None)  # of tifffile
 
 
@@ -53,6 +83,7 @@ def ome(path, rgb, planar=False, **metadata):
                 PhysicalSizeXUnit='µm',
                 PhysicalSizeY=SPACING * 1000,
                 PhysicalSizeYUnit='nm',
+                UUID='urn:uuid:00000000-0000-0000-0000-000000000001',  # the same bytes each time
                 **metadata,
             ),
             **kwargs,
@@ -90,10 +121,14 @@ def svs(path, rgb):
 
 
 def dicom(folder, rgb, tile=128, series=None):
-    "A slide in DICOM (VL Whole Slide Microscopy Image, TILED_FULL, JPEG), a file for each of two levels, a label and an overview."
+    "A slide in DICOM (VL Whole Slide Microscopy Image, TILED_FULL, JPEG), a file for each of two levels, a label and an overview; the same bytes for the same name of the folder."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    series, study, frame = series or generate_uid(), generate_uid(), generate_uid()
+
+    def uid(what):
+        return generate_uid(entropy_srcs=[folder.name, what])
+
+    series, study, frame = series or uid('series'), uid('study'), uid('frame')
     kinds = [
         ('level0', rgb, ['ORIGINAL', 'PRIMARY', 'VOLUME', 'NONE'], SPACING),
         ('level1', rgb[::2, ::2], ['DERIVED', 'PRIMARY', 'VOLUME', 'RESAMPLED'], 2 * SPACING),
@@ -115,7 +150,7 @@ def dicom(folder, rgb, tile=128, series=None):
         d = Dataset()
         d.file_meta = FileMetaDataset()
         d.file_meta.MediaStorageSOPClassUID = d.SOPClassUID = '1.2.840.10008.5.1.4.1.1.77.1.6'
-        d.file_meta.MediaStorageSOPInstanceUID = d.SOPInstanceUID = generate_uid()
+        d.file_meta.MediaStorageSOPInstanceUID = d.SOPInstanceUID = uid(name)
         d.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
         (
             d.StudyInstanceUID,

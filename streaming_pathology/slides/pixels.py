@@ -17,15 +17,14 @@ import tempfile
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyvips
 from PIL import Image, ImageCms
-from tifffile import TiffFile
 
 from ..core import InputError
 from streaming_pathology.slides.tiff import (
@@ -33,6 +32,8 @@ from streaming_pathology.slides.tiff import (
     TiffImage,
     header_of_pixels,
     header_of_tiles,
+    open_tiff,
+    page_of,
     pixel_tags,
     without_log,
 )
@@ -94,22 +95,30 @@ def spliced(
 # %% ../../nbs/slides/04_pixels.ipynb #3835f8bb
 LOADERS = ('tiffload', 'pngload', 'jpegload', 'webpload')
 
-# %% ../../nbs/slides/04_pixels.ipynb #3c8ed2a2
+# %% ../../nbs/slides/04_pixels.ipynb #72341a20
+def loader_of(image: pyvips.Image) -> str:
+    "libvips' word for how an image is read, such as 'pngload', whether by name or from a source."
+    return str(image.get('vips-loader')).removesuffix('_source')
+
+
 def opened(
     path: Path,
     source: pyvips.Source | None = None,  # instead of the file
     access: str = 'sequential',  # 'random' for tiles
-    **options: int,  # `page` and `subifd` of a TIFF
+    page: int | None = None,  # of a TIFF
+    subifd: int | None = None,  # number of a sub-image of this page
 ) -> pyvips.Image:
     "The image in a file, not decoded yet. Raises `InputError` for a kind that no slide has."
-    settings: dict[str, Any] = dict(access=access, fail_on='warning', **options)
+    settings: dict[str, Any] = dict(access=access, fail_on='warning')
+    for name, number in (('page', page), ('subifd', subifd)):
+        if number is not None:
+            settings[name] = number
     if source is None:
         image = pyvips.Image.new_from_file(str(path), revalidate=True, **settings)
     else:
         image = pyvips.Image.new_from_source(source, '', **settings)
-    loader = image.get('vips-loader').removesuffix('_source')
-    if loader not in LOADERS:
-        kind = loader.removesuffix('load')
+    if loader_of(image) not in LOADERS:
+        kind = loader_of(image).removesuffix('load')
         raise InputError(
             f'{path} is an image of a kind ({kind}) that no slide has: save it as TIFF, PNG, JPEG '
             'or WebP'
@@ -225,7 +234,10 @@ def color_notes(path: Path, profile: bytes | None, is_cmyk: bool) -> list[str]:
         notes.append(f'{path} is in CMYK, and is converted to RGB by a general profile')
     return notes
 
-# %% ../../nbs/slides/04_pixels.ipynb #86c36f98
+# %% ../../nbs/slides/04_pixels.ipynb #a4abf167
+T = TypeVar('T')
+
+
 @dataclass(frozen=True)
 class Orientation:
     "How an image is shown, by the number that TIFF and EXIF have for it."
@@ -247,9 +259,9 @@ class Orientation:
         "Whether columns, once upright, are in the opposite order."
         return self.number in (2, 3, 6, 7)
 
-    def turned_pair(self, pair: tuple) -> tuple:
+    def turned_pair(self, pair: tuple[T, T]) -> tuple[T, T]:
         "A pair (of rows, of columns) of the stored image, such as its size, of the upright one."
-        return pair[::-1] if self.swaps else pair
+        return (pair[1], pair[0]) if self.swaps else pair
 
     def stored_region(
         self,
@@ -423,12 +435,10 @@ class TiffPixels:
     def image(self) -> pyvips.Image:
         "The image in RGB, not decoded yet."
         access = 'sequential' if self.tile is None else 'random'
-        images = []
-        for plane in self.planes:
-            options = {'page': plane.page}
-            if plane.child is not None:
-                options['subifd'] = plane.child
-            images.append(opened(self.path, access=access, **options))
+        images = [
+            opened(self.path, access=access, page=plane.page, subifd=plane.child)
+            for plane in self.planes
+        ]
         return self.joined(images)
 
     def image_from(self, headers: list[bytes]) -> pyvips.Image:
@@ -438,10 +448,12 @@ class TiffPixels:
 
     def joined(self, images: list[pyvips.Image]) -> pyvips.Image:
         "The planes of an image as one, in RGB."
-        image, *more = images
-        if more:
+        image, *others = images
+        for other in others:
+            image = image.bandjoin(other)
+        if others:
             space = 'srgb' if image.format == 'uchar' else 'rgb16'
-            image = image.bandjoin(more).copy(interpretation=space)
+            image = image.copy(interpretation=space)
         return as_rgb(self.path, image, self.colors)
 
     def check_opens(self) -> None:
@@ -675,14 +687,10 @@ class DecodedByTifffile(TiffPixels):
         return colors.astype(np.uint8)
 
     @functools.cached_property
-    def decoder(self) -> Any:
+    def decoder(self) -> Callable[..., Any]:
         "What decodes a tile by tifffile; it needs no open file."
-        plane = self.planes[0]
-        with without_log(), TiffFile(self.path, is_ndpi=False) as tiff:
-            page: Any = tiff.pages[plane.page]
-            if plane.child is not None:
-                page = page.pages[plane.child]
-            return page.decode
+        with without_log(), open_tiff(self.path) as tiff:
+            return page_of(tiff, self.planes[0]).decode
 
 # %% ../../nbs/slides/04_pixels.ipynb #baa0c37b
 def tiff_pixels(path: Path, planes: list[TiffImage], colors: Colors, level: int = 0) -> TiffPixels:

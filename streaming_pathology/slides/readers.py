@@ -45,6 +45,7 @@ from streaming_pathology.slides.pixels import (
     color_notes,
     decoded,
     forget_operations,
+    loader_of,
     opened,
     orientation_of,
     reason,
@@ -319,11 +320,12 @@ class OpenSlideReader:
             images = tiff_images(path)
         self.file = openslide.OpenSlide(path)
         self.sizes = [(height, width) for width, height in self.file.level_dimensions]
-        self.properties = dict(self.file.properties)
+        self.properties: Mapping[str, str] = dict(self.file.properties)
         self.said = {'properties of the scanner': spacing_by_openslide(self.properties)}
         if images and images[0].size == self.sizes[0]:  # the first may be a macro photograph
             self.said['resolution tags'] = images[0].spacing
-        self.associated = [name for name in self.file.associated_images if name in HARMLESS]
+        found = self.file.associated_images
+        self.associated: Sequence[str] = [name for name in found if name in HARMLESS]
         self.notes: list[str] = []
 
     def ratio(self, level: int) -> Ratio | None:
@@ -449,7 +451,7 @@ class TiffReader:
         }
         state = path.stat()
         self.ratios = known_ratios(path.absolute(), state.st_size, state.st_mtime_ns)
-        self.properties: dict[str, str] = {}
+        self.properties: Mapping[str, str] = {}
         self.format = 'OME-TIFF' if slide.is_ome else 'tiff'
         self.notes = [
             *slide.notes,
@@ -575,15 +577,14 @@ class PictureReader:
         check_beginning(path)
         self.head = self.clean_head()
         image = self.opened()
-        loader = image.get('vips-loader').removesuffix('_source')
         if value_of(image, 'n-pages', 1) > 1 or is_animated_png(path):
             raise InputError(f'{path} is an animation of several images: save one of them')
         rgb = as_rgb(path, image, Colors())
         self.orientation: Orientation = orientation_of(value_of(image, 'orientation', 1))
         self.sizes = [self.orientation.turned_pair((rgb.height, rgb.width))]
         self.said: dict[str, tuple[float, float]] = {}
-        self.properties: dict[str, str] = {}
-        self.format = loader.removesuffix('load')
+        self.properties: Mapping[str, str] = {}
+        self.format = loader_of(image).removesuffix('load')
         profile = value_of(image, 'icc-profile-data', None)
         self.notes += color_notes(path, profile, image.interpretation == 'cmyk')
         if image.format == 'ushort':
@@ -743,7 +744,7 @@ def write_tiff(
                 compression=compression,
                 Q=quality,
                 region_shrink='nearest' if nearest else 'mean',
-                keep='none',
+                keep=pyvips.ForeignKeep.NONE,
             )
         except pyvips.Error as e:
             raise InputError(f'{path} cannot be written: {reason(e)}') from None

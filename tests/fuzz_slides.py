@@ -35,6 +35,7 @@ import tifffile
 from pydicom.dataelem import RawDataElement
 
 from streaming_pathology.core import InputError
+from streaming_pathology.slides.readers import slide_files
 from streaming_pathology.slides.slides import Slide, area_average
 
 SEED = 0
@@ -151,6 +152,7 @@ FINDERS: dict[str, Callable[[Path], Iterator[Number]]] = {
     '.webp': numbers_of_webp,
     '.dcm': numbers_of_dicom,
     '.ini': numbers_of_text,
+    '.vms': numbers_of_text,
     '.dat': numbers_of_index,
 }
 
@@ -263,11 +265,7 @@ def plan_of(number: int) -> Plan:
 
 def files_of(slide: Path) -> list[Path]:
     "The files of a slide that may be damaged."
-    if slide.is_dir():
-        return sorted(slide.glob('level*.dcm'))
-    if slide.suffix == '.mrxs':
-        return [slide, *sorted(slide.with_suffix('').iterdir())]
-    return [slide]
+    return [file for file in slide_files(slide) if file.stem not in ('label', 'overview')]
 
 
 def damaged_slide(plan: Plan, slide: Path, folder: Path) -> tuple[Path, list[int] | None]:
@@ -277,7 +275,7 @@ def damaged_slide(plan: Plan, slide: Path, folder: Path) -> tuple[Path, list[int
     rng = np.random.default_rng([SEED, plan.number])
     files = files_of(slide)
     victim = files[rng.integers(len(files))]
-    for file in (*slide.iterdir(),) if slide.is_dir() else files:
+    for file in slide_files(slide):
         copy = folder / file.relative_to(slide.parent)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if file != victim:

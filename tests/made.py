@@ -32,6 +32,7 @@ FORMATS = {
     'children.tif': Format(levels=4),
     'dicom': Format(levels=2, is_lossy=True),
     'hamamatsu.ndpi': Format(levels=3, is_lossy=True),
+    'hamamatsu.vms': Format(levels=2, is_lossy=True),
     'image.jpg': Format(is_lossy=True, gives_spacing=False),
     'image.png': Format(gives_spacing=False),
     'image.webp': Format(gives_spacing=False),
@@ -350,6 +351,25 @@ def hamamatsu(path, rgb):
             pointer = end
 
 
+def vms(path, rgb):
+    "As Hamamatsu's NanoZoomer writes (VMS): a text that names a JPEG in tiles of restart intervals, a small one of the whole, and the macro photograph."
+    rgb = rgb[:640, :512]
+    images = {
+        'ImageFile': rgb,
+        'MapFile': rgb[::8, ::8],
+        'MacroImage': np.full((60, 160, 3), 9, np.uint8),
+    }
+    lines = ['[Virtual Microscope Specimen]', 'NoLayers=1', 'NoJpegColumns=1', 'NoJpegRows=1']
+    for key, image in images.items():
+        file = path.with_name(f'{path.stem}-{key}.jpg')
+        data = vips(image).jpegsave_buffer(Q=95, subsample_mode='off', restart_interval=4)
+        file.write_bytes(data)
+        lines.append(f'{key}={file.name}')
+    lines += [f'PhysicalWidth={512 * SPACING * 1000:.0f}']
+    lines += [f'PhysicalHeight={640 * SPACING * 1000:.0f}', 'SourceLens=20']
+    path.write_text('\n'.join(lines) + '\n')
+
+
 def mirax(path, rgb, tile=64):
     "As 3DHISTECH's scanners write (MRXS): tiles of two levels in a data file, where they lie in an index, and what they mean in an INI file."
     folder, ident = path.with_suffix(''), 'AB' * 16
@@ -449,11 +469,10 @@ def every_format(folder):
     leica(folder / 'leica.scn', rgb)
     ventana(folder / 'ventana.bif', rgb)
     hamamatsu(folder / 'hamamatsu.ndpi', rgb)
+    vms(folder / 'hamamatsu.vms', rgb)
     mirax(folder / 'mirax.mrxs', rgb)
     Image.fromarray(rgb).save(folder / 'image.png')
     (folder / 'image.jpg').write_bytes(jpeg(rgb))
     vips(rgb).webpsave(str(folder / 'image.webp'), lossless=True)
     (folder / 'sample.svs').write_bytes(sample_slide().read_bytes())
-    return {
-        p.name: p for p in sorted(folder.iterdir()) if p.name != 'mirax'
-    }  # the data of mirax.mrxs
+    return {name: folder / name for name in FORMATS}

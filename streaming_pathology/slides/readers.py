@@ -668,23 +668,34 @@ def open_reader(path: str | Path) -> Reader:
         make = next(make for recognises, make in READERS if recognises(path))
         return make(path)
 
-# %% ../../nbs/slides/05_readers.ipynb #ad786249
-SUFFIXES = set(
-    '.svs .tif .tiff .ndpi .mrxs .scn .bif .svslide .dcm .png .jpg .jpeg .webp'.split()
-)  # of slide files
+# %% ../../nbs/slides/05_readers.ipynb #db665eba
+SUFFIXES = set(  # of slide files
+    '.svs .tif .tiff .btf .tf8 .qptiff .ndpi .vms .vmu .mrxs .scn .bif .svslide .czi .dcm '
+    '.png .jpg .jpeg .webp'.split()
+)
+NAMES_OTHERS = ('.vms', '.vmu')  # texts of Hamamatsu that name the images beside them
+
+# %% ../../nbs/slides/05_readers.ipynb #24921cc4
+def files_named_in(path: Path) -> list[Path]:
+    "The files beside a text of lines such as 'ImageFile=slide.jpg' that it names."
+    text = beginning(path, 2**20).decode(errors='replace')
+    names = {line.partition('=')[2].strip() for line in text.splitlines()}
+    return [file for file in path.parent.iterdir() if file.name in names and file.is_file()]
 
 # %% ../../nbs/slides/05_readers.ipynb #e4aad516
 def slide_files(path: str | Path) -> list[Path]:
     """All files of one slide, sorted.
 
     The DICOM files in a folder, those of a DICOM series, a MIRAX file and those in the folder
-    beside it; otherwise the file itself."""
+    beside it, a VMS or VMU file and those that it names; otherwise the file itself."""
     path = Path(path)
     if path.is_dir():
         return dicom_files(path)
     series = files_of_series(path)
     if series:
         return series
+    if path.suffix.lower() in NAMES_OTHERS and path.is_file():
+        return sorted([path, *files_named_in(path)])
     if path.suffix.lower() == '.mrxs':
         beside = [file for file in path.with_suffix('').glob('*') if file.is_file()]
         return sorted([path, *beside])

@@ -194,6 +194,8 @@ def reading(path: Path, what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except MemoryError:
+        raise InputError(f'{path}: there is not enough memory to read {what}') from None
     except LIBRARY_ERRORS as e:
         raise InputError(
             f'{path} is truncated or damaged: {what} cannot be read ({reason(e)})'

@@ -38,7 +38,7 @@ FORMATS = {
     'children.tif': Format(levels=4),
     'dicom': Format(levels=2, is_lossy=True),
     'hamamatsu.ndpi': Format(levels=3, is_lossy=True),
-    'hamamatsu.vms': Format(levels=2, is_lossy=True),
+    'hamamatsu.vms': Format(levels=7, is_lossy=True),
     'image.jpg': Format(is_lossy=True, gives_spacing=False),
     'image.png': Format(gives_spacing=False),
     'image.webp': Format(gives_spacing=False),

@@ -44,6 +44,7 @@ from streaming_pathology.slides.pixels import (
     clean_jpeg_header,
     color_notes,
     decoded,
+    decoded_jpeg,
     forget_operations,
     loader_of,
     opened,
@@ -610,7 +611,9 @@ class PictureReader:
 
     def all_pixels(self) -> np.ndarray:
         "All pixels, as stored."
-        if self.pixels is None:
+        if self.pixels is None and self.format == 'jpeg':
+            self.pixels = decoded_jpeg(self.path, self.opened())
+        elif self.pixels is None:
             self.pixels = decoded(self.path, as_rgb(self.path, self.opened(), Colors()))
         return self.pixels
 

@@ -119,7 +119,15 @@ def header_of_state(path: Path, size: int, changed: int) -> DicomHeader:
             ) from None
         if not header.kind:
             raise IncompleteDicom(cut)
-        if header.is_slide and not has_all_pixels(file, size):
+        try:
+            is_whole = not header.is_slide or has_all_pixels(file, size)
+        except Exception as e:  # of pydicom, for tiles of which the lengths are damaged
+            raise IncompleteDicom(
+                f'{path} is damaged: its tiles cannot be found ({e}); copy it again, or export it '
+                'anew',
+                header.series or None,
+            ) from None
+        if not is_whole:
             raise IncompleteDicom(cut, header.series or None)
     return header
 

@@ -16,23 +16,29 @@ import struct
 import tempfile
 import threading
 import weakref
+import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import pyvips
 from PIL import Image, ImageCms
-from tifffile import TiffFile
 
 from ..core import InputError
 from streaming_pathology.slides.tiff import (
+    EIGHT_BYTES,
+    FOUR_BYTES,
+    TWO_BYTES,
     PixelTags,
     TiffImage,
     header_of_pixels,
     header_of_tiles,
+    open_tiff,
+    packed_header,
+    page_of,
     pixel_tags,
     without_log,
 )
@@ -94,22 +100,30 @@ def spliced(
 # %% ../../nbs/slides/04_pixels.ipynb #3835f8bb
 LOADERS = ('tiffload', 'pngload', 'jpegload', 'webpload')
 
-# %% ../../nbs/slides/04_pixels.ipynb #3c8ed2a2
+# %% ../../nbs/slides/04_pixels.ipynb #72341a20
+def loader_of(image: pyvips.Image) -> str:
+    "libvips' word for how an image is read, such as 'pngload', whether by name or from a source."
+    return str(image.get('vips-loader')).removesuffix('_source')
+
+
 def opened(
     path: Path,
     source: pyvips.Source | None = None,  # instead of the file
     access: str = 'sequential',  # 'random' for tiles
-    **options: int,  # `page` and `subifd` of a TIFF
+    page: int | None = None,  # of a TIFF
+    subifd: int | None = None,  # number of a sub-image of this page
 ) -> pyvips.Image:
     "The image in a file, not decoded yet. Raises `InputError` for a kind that no slide has."
-    settings: dict[str, Any] = dict(access=access, fail_on='warning', **options)
+    settings: dict[str, Any] = dict(access=access, fail_on='warning')
+    for name, number in (('page', page), ('subifd', subifd)):
+        if number is not None:
+            settings[name] = number
     if source is None:
         image = pyvips.Image.new_from_file(str(path), revalidate=True, **settings)
     else:
         image = pyvips.Image.new_from_source(source, '', **settings)
-    loader = image.get('vips-loader').removesuffix('_source')
-    if loader not in LOADERS:
-        kind = loader.removesuffix('load')
+    if loader_of(image) not in LOADERS:
+        kind = loader_of(image).removesuffix('load')
         raise InputError(
             f'{path} is an image of a kind ({kind}) that no slide has: save it as TIFF, PNG, JPEG '
             'or WebP'
@@ -225,7 +239,10 @@ def color_notes(path: Path, profile: bytes | None, is_cmyk: bool) -> list[str]:
         notes.append(f'{path} is in CMYK, and is converted to RGB by a general profile')
     return notes
 
-# %% ../../nbs/slides/04_pixels.ipynb #86c36f98
+# %% ../../nbs/slides/04_pixels.ipynb #a4abf167
+T = TypeVar('T')
+
+
 @dataclass(frozen=True)
 class Orientation:
     "How an image is shown, by the number that TIFF and EXIF have for it."
@@ -247,9 +264,9 @@ class Orientation:
         "Whether columns, once upright, are in the opposite order."
         return self.number in (2, 3, 6, 7)
 
-    def turned_pair(self, pair: tuple) -> tuple:
+    def turned_pair(self, pair: tuple[T, T]) -> tuple[T, T]:
         "A pair (of rows, of columns) of the stored image, such as its size, of the upright one."
-        return pair[::-1] if self.swaps else pair
+        return (pair[1], pair[0]) if self.swaps else pair
 
     def stored_region(
         self,
@@ -279,15 +296,22 @@ def orientation_of(number: int) -> Orientation:
     "The orientation with a number; upright for a number that means nothing."
     return Orientation(number if 1 <= number <= 8 else 1)
 
-# %% ../../nbs/slides/04_pixels.ipynb #c93308b0
+# %% ../../nbs/slides/04_pixels.ipynb #b7cf5fd6
+JPEG, YCBCR = 7, 6  # compression and photometric interpretation of a TIFF
 START_OF_SCAN = 0xDA
 WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}  # markers without a segment
 
-# %% ../../nbs/slides/04_pixels.ipynb #da6d12a4
-def clean_jpeg_header(file: BinaryIO) -> tuple[bytes, int] | None:
-    """The header of a JPEG without bytes that mean nothing, and where its scan begins in the file.
+# %% ../../nbs/slides/04_pixels.ipynb #3aeb7b99
+class JpegHeader(NamedTuple):
+    "The header of a JPEG."
 
-    None if there are no such bytes, or if it is no JPEG."""
+    data: bytes  # without bytes that mean nothing
+    start: int  # where its scan begins in the file
+    n_junk: int  # bytes that mean nothing
+
+
+def jpeg_header(file: BinaryIO) -> JpegHeader | None:
+    "The header of a JPEG; None if it is none."
     if file.read(2) != b'\xff\xd8':
         return None
     head, n_junk = b'\xff\xd8', 0
@@ -304,7 +328,7 @@ def clean_jpeg_header(file: BinaryIO) -> tuple[bytes, int] | None:
         if marker == 0:
             n_junk += 2
         elif marker == START_OF_SCAN:
-            return (head, file.tell() - 2) if n_junk else None
+            return JpegHeader(head, file.tell() - 2, n_junk)
         elif marker in WITHOUT_LENGTH:
             head += b'\xff' + byte
         else:
@@ -312,6 +336,16 @@ def clean_jpeg_header(file: BinaryIO) -> tuple[bytes, int] | None:
             if len(length) < 2:
                 return None
             head += b'\xff' + byte + length + file.read(struct.unpack('>H', length)[0] - 2)
+
+
+def clean_jpeg_header(file: BinaryIO) -> tuple[bytes, int] | None:
+    """The header of a JPEG without bytes that mean nothing, and where its scan begins in the file.
+
+    None if there are no such bytes, or if it is no JPEG."""
+    header = jpeg_header(file)
+    if header is None or not header.n_junk:
+        return None
+    return header.data, header.start
 
 
 def jpeg_problem(data: bytes, tables: bytes | None) -> str | None:
@@ -328,6 +362,113 @@ def jpeg_problem(data: bytes, tables: bytes | None) -> str | None:
     except pyvips.Error as e:
         return reason(e)
     return None
+
+# %% ../../nbs/slides/04_pixels.ipynb #009e622b
+START_OF_FRAME = (0xC0, 0xC1)  # of a JPEG whose pixels are in one pass
+ADOBE = b'Adobe'
+
+
+class JpegFrame(NamedTuple):
+    "The image of a JPEG."
+
+    height: int
+    width: int
+    n_colors: int
+    sampling: tuple[int, int]  # how many times fewer samples the second and third colour have
+
+
+def segments(header: bytes) -> Iterator[tuple[int, bytes]]:
+    "(marker, content) of each part of the header of a JPEG."
+    at = 2
+    while at + 4 <= len(header):
+        marker = header[at + 1]
+        if marker in WITHOUT_LENGTH:
+            at += 2
+            continue
+        (length,) = struct.unpack_from('>H', header, at + 2)
+        yield marker, header[at + 4 : at + 2 + length]
+        at += 2 + length
+
+
+def plain_frame(header: bytes) -> JpegFrame | None:
+    """The image of a JPEG in 8 bits, in grey, or in Y, Cb and Cr.
+
+    None for one of another kind: several passes, CMYK, RGB."""
+    frame = None
+    for marker, content in segments(header):
+        if content.startswith(ADOBE) and content[11:12] != b'\1':
+            return None
+        if marker in START_OF_FRAME and len(content) >= 9:
+            bits, height, width, n_colors = struct.unpack_from('>BHHB', content)
+            factors = content[7::3]
+            first = (factors[0] >> 4, factors[0] & 15)
+            is_known = n_colors == 1 or (n_colors == 3 and factors[1:3] == b'\x11\x11')
+            if bits != 8 or not height or not is_known:
+                return None
+            frame = JpegFrame(height, width, n_colors, first)
+    return frame
+
+
+def jpeg_as_tiff(path: Path) -> pyvips.Source | None:
+    "A plain JPEG as a TIFF with one strip, for libvips; None for one of another kind."
+    with open(path, 'rb') as file:
+        header = jpeg_header(file)
+        if header is None:
+            return None
+        file.seek(header.start + 4)
+        n_in_scan = file.read(1)
+    frame = plain_frame(header.data)
+    if frame is None or n_in_scan != bytes([frame.n_colors]):
+        return None
+    tags = PixelTags('<', {})
+    length = len(header.data) + path.stat().st_size - header.start
+    values = {
+        256: (FOUR_BYTES, [frame.width]),
+        257: (FOUR_BYTES, [frame.height]),
+        258: (TWO_BYTES, [8] * frame.n_colors),
+        259: (TWO_BYTES, [JPEG]),
+        262: (TWO_BYTES, [YCBCR if frame.n_colors == 3 else 1]),
+        273: (EIGHT_BYTES, [0]),
+        277: (TWO_BYTES, [frame.n_colors]),
+        278: (FOUR_BYTES, [frame.height]),
+        279: (EIGHT_BYTES, [length]),
+    }
+    if frame.n_colors == 3:
+        values[530] = (TWO_BYTES, list(frame.sampling))
+    for number, (kind, numbers) in values.items():
+        tags.tags[number] = tags.numbers(kind, numbers)
+    head = packed_header(tags, np.zeros(1, np.int64))
+    return spliced(path, head + header.data, header.start)
+
+
+def decoded_jpeg(path: Path, image: pyvips.Image) -> np.ndarray:
+    """All pixels of a JPEG, of which `image` is what libvips opens, uint8 (h, w, 3).
+
+    Raises `InputError` if its data do not end where the image does."""
+    source = jpeg_as_tiff(path)
+    if source is None:
+        return decoded(path, as_rgb(path, image, Colors()))
+    try:
+        return decoded(path, as_rgb(path, opened(path, source), Colors()))
+    except pyvips.Error:
+        pixels = decoded(path, as_rgb(path, image, Colors()))  # raises what libjpeg finds wrong
+        if can_be_decoded(jpeg_as_tiff(path)):
+            raise InputError(
+                f'{path} is truncated or damaged: its JPEG data do not end where the image does'
+            ) from None
+        return pixels
+
+
+def can_be_decoded(source: pyvips.Source | None) -> bool:
+    "Whether libvips reads an image from a source, with whatever warnings."
+    try:
+        image = pyvips.Image.new_from_source(source, '', access='sequential', fail_on='none')
+        region = pyvips.Region.new(image)
+        for top in range(0, image.height, 256):
+            region.fetch(0, top, image.width, min(256, image.height - top))
+    except pyvips.Error:
+        return False
+    return True
 
 # %% ../../nbs/slides/04_pixels.ipynb #9cbe961e
 IN_MEMORY = 2**29  # bytes
@@ -355,8 +496,7 @@ def decoded(path: Path, image: pyvips.Image, in_memory: int = IN_MEMORY) -> np.n
         pixels[top : top + n] = np.frombuffer(data, np.uint8).reshape(n, -1, 3)
     return pixels
 
-# %% ../../nbs/slides/04_pixels.ipynb #0a1727e6
-JPEG = 7
+# %% ../../nbs/slides/04_pixels.ipynb #8e3d655a
 NOT_SUPPORTED = (
     'not implemented',
     'not configured',
@@ -423,12 +563,10 @@ class TiffPixels:
     def image(self) -> pyvips.Image:
         "The image in RGB, not decoded yet."
         access = 'sequential' if self.tile is None else 'random'
-        images = []
-        for plane in self.planes:
-            options = {'page': plane.page}
-            if plane.child is not None:
-                options['subifd'] = plane.child
-            images.append(opened(self.path, access=access, **options))
+        images = [
+            opened(self.path, access=access, page=plane.page, subifd=plane.child)
+            for plane in self.planes
+        ]
         return self.joined(images)
 
     def image_from(self, headers: list[bytes]) -> pyvips.Image:
@@ -438,10 +576,12 @@ class TiffPixels:
 
     def joined(self, images: list[pyvips.Image]) -> pyvips.Image:
         "The planes of an image as one, in RGB."
-        image, *more = images
-        if more:
+        image, *others = images
+        for other in others:
+            image = image.bandjoin(other)
+        if others:
             space = 'srgb' if image.format == 'uchar' else 'rgb16'
-            image = image.bandjoin(more).copy(interpretation=space)
+            image = image.copy(interpretation=space)
         return as_rgb(self.path, image, self.colors)
 
     def check_opens(self) -> None:
@@ -623,6 +763,77 @@ class JpegTiles(TiffPixels):
         super().close()
         self.kept.clear()
 
+# %% ../../nbs/slides/04_pixels.ipynb #67f1b08d
+DEFLATE = (8, 32946)
+
+
+def deflate_problem(
+    data: bytes,
+    least: int,  # bytes that are needed
+    most: int | None,  # bytes that there may be
+) -> str | None:
+    "What is wrong with deflated data; None if nothing is."
+    inflater = zlib.decompressobj()
+    limit = least if most is None else most
+    try:
+        n = len(inflater.decompress(data, limit + 1))
+    except zlib.error as e:
+        return reason(e)
+    if n < least:
+        return f'{n:,} of {least:,} bytes are in its data'
+    if most is not None and n > most:
+        return f'more than {most:,} bytes are in its data'
+    if most is not None and not inflater.eof:
+        return 'its data have no end'
+    return None
+
+
+class DeflatedPixels(TiffPixels):
+    "The pixels of an image that is deflated, each tile or strip of which is checked once."
+
+    def __init__(self, path: Path, planes: list[TiffImage], colors: Colors, level: int = 0) -> None:
+        super().__init__(path, planes, colors, level)
+        self.checked: set[tuple[int, int]] = set()
+
+    def fetch_tiles(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        "Pixels of a region of which all tiles are in the file."
+        for row, column, _ in self.parts_of(top, left, height, width):
+            if (row, column) not in self.checked:
+                says = self.problem(row, column)
+                if says is not None:
+                    raise self.damaged(row, column, says)
+                self.checked.add((row, column))
+        return super().fetch_tiles(top, left, height, width)
+
+    def all_pixels(self) -> np.ndarray:
+        "All pixels of an image in strips."
+        for number in range(len(self.planes[0].offsets)):
+            says = self.problem(number, 0)
+            if says is not None:
+                raise self.damaged(0, 0, f'strip {number}: {says}')
+        return super().all_pixels()
+
+    def problem(self, row: int, column: int) -> str | None:
+        "What is wrong with a tile or strip."
+        for plane in self.planes:
+            least, most = self.n_bytes(plane, row)
+            says = deflate_problem(self.raw_tile(plane, row, column), least, most)
+            if says is not None:
+                return says
+        return None
+
+    def n_bytes(self, plane: TiffImage, row: int) -> tuple[int, int | None]:
+        "How many bytes a tile or strip has, at least and at most; (0, None) if it is not known."
+        if plane.photometric == YCBCR and plane.subsampling != (1, 1):
+            return 0, None
+        samples = plane.samples if plane.planar == 1 else 1
+        height, width = plane.tile or (min(plane.rows_per_strip, plane.height), plane.width)
+        bytes_per_row = math.ceil(width * samples * plane.bits / 8)
+        left = height
+        if plane.tile is None:
+            left = min(height, plane.height - row % plane.grid[0] * height)
+        return left * bytes_per_row, height * bytes_per_row  # the last strip may be filled up
+
 # %% ../../nbs/slides/04_pixels.ipynb #06f90744
 def has_imagecodecs() -> bool:
     "Whether the package with further compressions is installed."
@@ -675,14 +886,10 @@ class DecodedByTifffile(TiffPixels):
         return colors.astype(np.uint8)
 
     @functools.cached_property
-    def decoder(self) -> Any:
+    def decoder(self) -> Callable[..., Any]:
         "What decodes a tile by tifffile; it needs no open file."
-        plane = self.planes[0]
-        with without_log(), TiffFile(self.path, is_ndpi=False) as tiff:
-            page: Any = tiff.pages[plane.page]
-            if plane.child is not None:
-                page = page.pages[plane.child]
-            return page.decode
+        with without_log(), open_tiff(self.path) as tiff:
+            return page_of(tiff, self.planes[0]).decode
 
 # %% ../../nbs/slides/04_pixels.ipynb #baa0c37b
 def tiff_pixels(path: Path, planes: list[TiffImage], colors: Colors, level: int = 0) -> TiffPixels:
@@ -692,6 +899,8 @@ def tiff_pixels(path: Path, planes: list[TiffImage], colors: Colors, level: int 
     plane = planes[0]
     if plane.compression == JPEG and plane.tile is not None:
         return JpegTiles(path, planes, colors, level)
+    if plane.compression in DEFLATE:
+        return DeflatedPixels(path, planes, colors, level)
     pixels = TiffPixels(path, planes, colors, level)
     if plane.compression in ALWAYS_SUPPORTED:
         return pixels

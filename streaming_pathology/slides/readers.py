@@ -44,7 +44,9 @@ from streaming_pathology.slides.pixels import (
     clean_jpeg_header,
     color_notes,
     decoded,
+    decoded_jpeg,
     forget_operations,
+    loader_of,
     opened,
     orientation_of,
     reason,
@@ -193,6 +195,8 @@ def reading(path: Path, what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except MemoryError:
+        raise InputError(f'{path}: there is not enough memory to read {what}') from None
     except LIBRARY_ERRORS as e:
         raise InputError(
             f'{path} is truncated or damaged: {what} cannot be read ({reason(e)})'
@@ -319,11 +323,12 @@ class OpenSlideReader:
             images = tiff_images(path)
         self.file = openslide.OpenSlide(path)
         self.sizes = [(height, width) for width, height in self.file.level_dimensions]
-        self.properties = dict(self.file.properties)
+        self.properties: Mapping[str, str] = dict(self.file.properties)
         self.said = {'properties of the scanner': spacing_by_openslide(self.properties)}
         if images and images[0].size == self.sizes[0]:  # the first may be a macro photograph
             self.said['resolution tags'] = images[0].spacing
-        self.associated = [name for name in self.file.associated_images if name in HARMLESS]
+        found = self.file.associated_images
+        self.associated: Sequence[str] = [name for name in found if name in HARMLESS]
         self.notes: list[str] = []
 
     def ratio(self, level: int) -> Ratio | None:
@@ -449,7 +454,7 @@ class TiffReader:
         }
         state = path.stat()
         self.ratios = known_ratios(path.absolute(), state.st_size, state.st_mtime_ns)
-        self.properties: dict[str, str] = {}
+        self.properties: Mapping[str, str] = {}
         self.format = 'OME-TIFF' if slide.is_ome else 'tiff'
         self.notes = [
             *slide.notes,
@@ -575,15 +580,14 @@ class PictureReader:
         check_beginning(path)
         self.head = self.clean_head()
         image = self.opened()
-        loader = image.get('vips-loader').removesuffix('_source')
         if value_of(image, 'n-pages', 1) > 1 or is_animated_png(path):
             raise InputError(f'{path} is an animation of several images: save one of them')
         rgb = as_rgb(path, image, Colors())
         self.orientation: Orientation = orientation_of(value_of(image, 'orientation', 1))
         self.sizes = [self.orientation.turned_pair((rgb.height, rgb.width))]
         self.said: dict[str, tuple[float, float]] = {}
-        self.properties: dict[str, str] = {}
-        self.format = loader.removesuffix('load')
+        self.properties: Mapping[str, str] = {}
+        self.format = loader_of(image).removesuffix('load')
         profile = value_of(image, 'icc-profile-data', None)
         self.notes += color_notes(path, profile, image.interpretation == 'cmyk')
         if image.format == 'ushort':
@@ -607,7 +611,9 @@ class PictureReader:
 
     def all_pixels(self) -> np.ndarray:
         "All pixels, as stored."
-        if self.pixels is None:
+        if self.pixels is None and self.format == 'jpeg':
+            self.pixels = decoded_jpeg(self.path, self.opened())
+        elif self.pixels is None:
             self.pixels = decoded(self.path, as_rgb(self.path, self.opened(), Colors()))
         return self.pixels
 
@@ -667,23 +673,34 @@ def open_reader(path: str | Path) -> Reader:
         make = next(make for recognises, make in READERS if recognises(path))
         return make(path)
 
-# %% ../../nbs/slides/05_readers.ipynb #ad786249
-SUFFIXES = set(
-    '.svs .tif .tiff .ndpi .mrxs .scn .bif .svslide .dcm .png .jpg .jpeg .webp'.split()
-)  # of slide files
+# %% ../../nbs/slides/05_readers.ipynb #db665eba
+SUFFIXES = set(  # of slide files
+    '.svs .tif .tiff .btf .tf8 .qptiff .ndpi .vms .vmu .mrxs .scn .bif .svslide .czi .dcm '
+    '.png .jpg .jpeg .webp'.split()
+)
+NAMES_OTHERS = ('.vms', '.vmu')  # texts of Hamamatsu that name the images beside them
+
+# %% ../../nbs/slides/05_readers.ipynb #24921cc4
+def files_named_in(path: Path) -> list[Path]:
+    "The files beside a text of lines such as 'ImageFile=slide.jpg' that it names."
+    text = beginning(path, 2**20).decode(errors='replace')
+    names = {line.partition('=')[2].strip() for line in text.splitlines()}
+    return [file for file in path.parent.iterdir() if file.name in names and file.is_file()]
 
 # %% ../../nbs/slides/05_readers.ipynb #e4aad516
 def slide_files(path: str | Path) -> list[Path]:
     """All files of one slide, sorted.
 
     The DICOM files in a folder, those of a DICOM series, a MIRAX file and those in the folder
-    beside it; otherwise the file itself."""
+    beside it, a VMS or VMU file and those that it names; otherwise the file itself."""
     path = Path(path)
     if path.is_dir():
         return dicom_files(path)
     series = files_of_series(path)
     if series:
         return series
+    if path.suffix.lower() in NAMES_OTHERS and path.is_file():
+        return sorted([path, *files_named_in(path)])
     if path.suffix.lower() == '.mrxs':
         beside = [file for file in path.with_suffix('').glob('*') if file.is_file()]
         return sorted([path, *beside])
@@ -743,7 +760,7 @@ def write_tiff(
                 compression=compression,
                 Q=quality,
                 region_shrink='nearest' if nearest else 'mean',
-                keep='none',
+                keep=pyvips.ForeignKeep.NONE,
             )
         except pyvips.Error as e:
             raise InputError(f'{path} cannot be written: {reason(e)}') from None

@@ -344,9 +344,15 @@ class Slide:
             )
         level, ratio = self._level_for(spacing)
         factors = self._factor(spacing, ratio[0]), self._factor(spacing, ratio[1])
-        if factors == (1, 1):
-            return self._fetch(level, ratio, top, left, height, width)
-        return self._averaged(level, ratio, factors, top, left, height, width)
+        try:
+            if factors == (1, 1):
+                return self._fetch(level, ratio, top, left, height, width)
+            return self._averaged(level, ratio, factors, top, left, height, width)
+        except MemoryError:
+            raise InputError(
+                f'{self.path}: there is not enough memory to read a region of {height} x {width} '
+                f'pixels at {spacing:.4g} microns per pixel'
+            ) from None
 
     def _checked_spacing(self, spacing: float) -> float:
         "A spacing that the slide can be read at; `InputError` otherwise."

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-from tifffile import TiffFile, TiffFileError, TiffPage
+from tifffile import TiffFile, TiffFileError, TiffFrame, TiffPage
 
 from ..core import InputError, counted
 from .pyramids import is_version
@@ -200,6 +200,26 @@ def without_log() -> Iterator[list[str]]:
     finally:
         log.removeFilter(is_of_another_thread)
 
+# %% ../../nbs/slides/03_tiff.ipynb #1aa0c546
+def open_tiff(path: Path) -> TiffFile:
+    "A TIFF by tifffile, to be closed after use, of which each page has its tags."
+    return TiffFile(path, is_ndpi=False, is_lsm=False, is_scanimage=False)
+
+
+def with_tags(page: TiffPage | TiffFrame) -> TiffPage:
+    "A page of `open_tiff`, where none is a frame, which has no tags."
+    assert isinstance(page, TiffPage)
+    return page
+
+
+def page_of(tiff: TiffFile, image: TiffImage) -> TiffPage:
+    "The page, or the sub-image of a page, that an image was made of."
+    page = with_tags(tiff.pages[image.page])
+    if image.child is None:
+        return page
+    assert page.pages is not None
+    return with_tags(page.pages[image.child])
+
 # %% ../../nbs/slides/03_tiff.ipynb #592a7ab9
 def check_chain(path: Path, tiff: TiffFile) -> None:
     "Refuse a chain of pages that does not end: its last pages are not in the file."
@@ -255,7 +275,8 @@ def children_of(path: Path, page: TiffPage, number: int, seen: set[int]) -> list
     if not offsets or page.pages is None:
         return []
     children = []
-    for i, child in enumerate(page.pages):
+    for i, found in enumerate(page.pages):
+        child = with_tags(found)
         note_page(path, child, seen)
         children.append(image_of(child, number, i))
     return children
@@ -329,9 +350,9 @@ def read_images(path: Path, size: int) -> list[TiffImage]:
     seen: set[int] = set()
     check_first_page(path, size)
     try:
-        # NDPI keeps offsets in a way of its own; what is an NDPI is not read here
-        with without_log() as log, TiffFile(path, is_ndpi=False) as tiff:
-            for number, page in enumerate(tiff.pages):
+        with without_log() as log, open_tiff(path) as tiff:
+            for number, found in enumerate(tiff.pages):
+                page = with_tags(found)
                 note_page(path, page, seen)
                 image = image_of(page, number)
                 image.children.extend(children_of(path, page, number, seen))
@@ -785,10 +806,8 @@ class PixelTags(NamedTuple):
 
 def pixel_tags(path: Path, image: TiffImage) -> PixelTags:
     "The tags of an image that pixels need, as they are in the file."
-    with without_log(), TiffFile(path, is_ndpi=False) as tiff:
-        page = tiff.pages[image.page]
-        if image.child is not None:
-            page = page.pages[image.child]
+    with without_log(), open_tiff(path) as tiff:
+        page = page_of(tiff, image)
         tags = {}
         for number in TAGS_OF_PIXELS:
             if number in page.tags:

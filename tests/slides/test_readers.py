@@ -1,4 +1,5 @@
-"Every format opens, with the right pixels and spacing; and what is damaged is refused in one sentence, never taken, never a crash."
+"""Every format opens, with the right pixels and spacing; and what is damaged is refused in one
+sentence, never taken, never a crash."""
 
 import gc
 import os
@@ -16,6 +17,7 @@ import pytest
 import pyvips
 import tifffile
 from PIL import Image
+from refusals import refusal
 
 from streaming_pathology.core import InputError
 from streaming_pathology.slides.cohorts import Case, read_manifest
@@ -24,98 +26,90 @@ from streaming_pathology.slides.readers import slide_files, slide_key
 from streaming_pathology.slides.slides import Slide
 from streaming_pathology.slides.trim import each_apart
 
+NAMES = list(made.FORMATS)
+FLAT = [name for name, kind in made.FORMATS.items() if not kind.gives_spacing]
+WHOLE_TILES = ('hamamatsu.vms', 'mirax.mrxs', 'ventana.bif')  # made of 640 x 512 pixels
+
 
 @pytest.fixture(scope='module')
 def formats(tmp_path_factory):
     return made.every_format(tmp_path_factory.mktemp('formats'))
 
 
-NAMES = 'aperio.svs bigtiff.tif children.tif dicom hamamatsu.ndpi image.jpg image.png image.webp leica.scn mirax.mrxs ome.ome.tif pages.tif philips.tiff planar.ome.tif sample.svs strips.tif ventana.bif'.split()
-FLAT = ('image.jpg', 'image.png', 'image.webp')
-LEVELS = {
-    'aperio.svs': 2,
-    'hamamatsu.ndpi': 3,
-    'leica.scn': 2,
-    'mirax.mrxs': 2,
-    'philips.tiff': 2,
-    'ventana.bif': 2,
-    'bigtiff.tif': 4,
-    'children.tif': 4,
-    'dicom': 2,
-    'ome.ome.tif': 3,
-    'pages.tif': 4,
-    'planar.ome.tif': 3,
-}
+def opened(path):
+    "A slide, with the spacing that flat files need."
+    return Slide(path, spacing=made.SPACING if path.name in FLAT else None)
 
 
 def test_all_are_here(formats):
-    assert sorted(formats) == NAMES
+    assert all(path.exists() for path in formats.values())
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='open files are looked up in /proc')
 def test_no_file_stays_open(formats):
-    for name, path in formats.items():
-        with Slide(path, spacing=made.SPACING if name in FLAT else None) as s:
-            s.read(2 * made.SPACING)
+    for path in formats.values():
+        with opened(path) as slide:
+            slide.read(2 * made.SPACING)
     gc.collect()
-    held = [os.readlink(f) for f in Path('/proc/self/fd').iterdir() if f.is_symlink()]
-    assert not [h for h in held if any(h.startswith(str(p)) for p in formats.values())], held
+    held = [os.readlink(file) for file in Path('/proc/self/fd').iterdir() if file.is_symlink()]
+    slides = tuple(str(path) for path in formats.values())
+    assert not [file for file in held if file.startswith(slides)]
 
 
-@pytest.mark.parametrize('name', [n for n in NAMES if n != 'sample.svs'])
+def shown(name, rgb):
+    "What a slide of a format shows of these pixels."
+    if name == 'leica.scn':  # on a larger glass
+        glass = np.full((1100, 1140, 3), 255, np.uint8)
+        glass[200:900, 300:840] = rgb
+        return glass
+    return rgb[:640, :512] if name in WHOLE_TILES else rgb
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if name != 'sample.svs'])
 def test_format(formats, name):
     "Pixels, levels and spacing, of the whole and of a region."
-    rgb = made.pixels()
-    with Slide(formats[name], spacing=made.SPACING if name in FLAT else None) as s:
-        if name == 'leica.scn':
-            full = np.full((1100, 1140, 3), 255, np.uint8)
-            full[200:900, 300:840] = rgb
-            rgb = full  # on a larger glass
-        if name in ('mirax.mrxs', 'ventana.bif'):
-            rgb = rgb[:640, :512]
-        assert (
-            s.size == rgb.shape[:2]
-            and abs(s.spacing / made.SPACING - 1) < 0.005
-            and len(s.levels) == LEVELS.get(name, 1)
-            and not s.contradictions
-        )
-        lossy = name in ('image.jpg', 'bigtiff.tif', 'dicom', 'hamamatsu.ndpi', 'mirax.mrxs')
-        got = s.read(made.SPACING)
-        assert abs(got.astype(int) - rgb).mean() < (4 if lossy else 1e-9)
-        assert (s.read(made.SPACING, (300, 200, 60, 70)) == got[300:360, 200:270]).all()
-        h, w = (n // 2 - 1 for n in rgb.shape[:2])
-        assert (
-            abs(
-                s.read(2 * made.SPACING)[:h, :w]
-                - rgb[: 2 * h, : 2 * w].reshape(h, 2, w, 2, 3).mean((1, 3))
-            ).mean()
-            < 12
-        )
+    rgb = shown(name, made.pixels())
+    kind = made.FORMATS[name]
+    with opened(formats[name]) as slide:
+        assert slide.size == rgb.shape[:2]
+        assert abs(slide.spacing / made.SPACING - 1) < 0.005 and not slide.contradictions
+        assert len(slide.levels) == kind.levels
+        found = slide.read(made.SPACING)
+        assert abs(found.astype(int) - rgb).mean() < (4 if kind.is_lossy else 1e-9)
+        part = slide.read(made.SPACING, (300, 200, 60, 70))
+        assert (part == found[300:360, 200:270]).all()
+        height, width = (side // 2 - 1 for side in rgb.shape[:2])
+        blocks = rgb[: 2 * height, : 2 * width].reshape(height, 2, width, 2, 3)
+        half = slide.read(2 * made.SPACING)[:height, :width]
+        assert abs(half - blocks.mean((1, 3))).mean() < 12
 
 
 def test_without_spacing(formats):
     for name in FLAT:
-        with pytest.raises(InputError, match='has no pixel size'):
-            Slide(formats[name])
+        assert 'has no pixel size' in refusal(Slide, formats[name])
+
+
+def test_slide_files(formats):
+    "All files of a slide, whose change is noticed."
+    assert len(slide_files(formats['dicom'])) == 4
+    assert len(slide_files(formats['mirax.mrxs'])) == 4
+    named = [file.name for file in slide_files(formats['hamamatsu.vms'])]
+    images = [f'hamamatsu-{key}.jpg' for key in ('ImageFile', 'MacroImage', 'MapFile')]
+    assert named == [*images, 'hamamatsu.vms']
+    assert slide_files(formats['pages.tif']) == [formats['pages.tif']]
 
 
 def test_contradictions(tmp_path, formats):
     "What the file says first is used; what contradicts it is told."
-    rgb = made.pixels((440, 440))
+    made.ome(tmp_path / 'a.ome.tif', made.pixels((440, 440)))
+    image = pyvips.Image.new_from_file(str(tmp_path / 'a.ome.tif'))
+    path = tmp_path / 'a.tif'  # its tags say 1 micron, the metadata that are kept 0.5
+    image.copy(xres=1000, yres=1000).tiffsave(str(path), tile=True, resunit='cm')
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('always')
-        made.ome(tmp_path / 'a.ome.tif', rgb)
-        data = tmp_path / 'a.tif'
-        pyvips.Image.new_from_file(str(tmp_path / 'a.ome.tif')).copy(xres=1000, yres=1000).tiffsave(
-            str(data), tile=True, resunit='cm'
-        )  # tags say 1 micron, the metadata that is kept .5
-        s = Slide(data)
-    assert (
-        abs(s.spacing - 1) < 0.005
-        and len(s.contradictions) == 1
-        and 'OME metadata' in s.contradictions[0]
-        and len(seen) == 1
-    )
+        slide = Slide(path)
+    assert abs(slide.spacing - 1) < 0.005 and len(seen) == 1
+    assert len(slide.contradictions) == 1 and 'OME metadata' in slide.contradictions[0]
     with pytest.warns(UserWarning, match='0.25 by its given spacing; 0.5 is used'):
         assert abs(Slide(formats['pages.tif'], spacing=0.25).spacing - 0.5) < 1e-3
     with pytest.warns(UserWarning, match='0.5 by its resolution tags; 0.25 is used'):
@@ -124,129 +118,120 @@ def test_contradictions(tmp_path, formats):
 
 def test_openslide_against_the_tags(tmp_path):
     "The scanner's own words are used, the resolution tags beside them reported."
-    path = tmp_path / 'a.svs'
-    rgb = made.pixels((440, 440))
-    with tifffile.TiffWriter(path) as t:
-        for f in (1, 4):
-            t.write(
-                rgb[::f, ::f],
-                tile=(256, 256),
-                description='Aperio Image Library v11.2.1 \r\n440x440 [0,0 440x440] (256x256) JPEG/RGB Q=95|AppMag = 20|MPP = 0.5',
-                resolution=(1e4 / 0.4, 1e4 / 0.4),
-                resolutionunit='CENTIMETER',
-                software=False,
-                **made.TIFFS,
-            )
-    with pytest.warns(
-        UserWarning,
-        match='0.5 microns per pixel by its properties of the scanner, but 0.4 by its resolution tags; 0.5 is used',
-    ):
+    path, rgb = tmp_path / 'a.svs', made.pixels((440, 440))
+    about = (
+        'Aperio Image Library v11.2.1 \r\n440x440 [0,0 440x440] (256x256) JPEG/RGB Q=95'
+        '|AppMag = 20|MPP = 0.5'
+    )
+    options = dict(made.TIFFS, tile=(256, 256), description=about, software=False)
+    tags = dict(resolution=(1e4 / 0.4, 1e4 / 0.4), resolutionunit='CENTIMETER')
+    with tifffile.TiffWriter(path) as file:
+        for step in (1, 4):
+            file.write(rgb[::step, ::step], **options, **tags)
+    said = '0.5 microns per pixel by its properties of the scanner, but 0.4 by its resolution tags'
+    with pytest.warns(UserWarning, match=f'{said}; 0.5 is used'):
         assert Slide(path).spacing == 0.5
 
 
-def test_other_channels(tmp_path):
-    "Of a TIFF's other channels only those that say so are transparency; tiles of one colour each are refused."
-    rgb, more = made.pixels((440, 450))[:140, :150], np.full((140, 150, 1), 100, np.uint8)
-    kwargs = dict(resolution=(2e4, 2e4), resolutionunit='CENTIMETER', metadata=None)
-    for kind, kept in (('unspecified', True), ('unassalpha', False)):
-        tifffile.imwrite(
-            tmp_path / 'a.tif',
-            np.dstack([rgb, more]),
-            photometric='rgb',
-            extrasamples=[kind],
-            **kwargs,
-        )
-        assert (Slide(tmp_path / 'a.tif').read(0.5) == rgb).all() == kept
-    tifffile.imwrite(
-        tmp_path / 'a.tif',
-        np.dstack([rgb[..., :1], more]),
-        photometric='minisblack',
-        planarconfig='contig',
-        extrasamples=['unspecified'],
-        **kwargs,
-    )
-    with pytest.raises(InputError, match='has 2 channels'):
-        Slide(tmp_path / 'a.tif')
-    tifffile.imwrite(
-        tmp_path / 'a.tif',
-        np.moveaxis(rgb, -1, 0),
-        photometric='rgb',
-        planarconfig='separate',
-        tile=(64, 64),
-        **kwargs,
-    )
-    with pytest.raises(InputError, match='tiles of its own'):
-        Slide(tmp_path / 'a.tif')
+OTHER_CHANNELS = dict(resolution=(2e4, 2e4), resolutionunit='CENTIMETER', metadata=None)
+
+
+@pytest.mark.parametrize('kind, is_kept', [('unspecified', True), ('unassalpha', False)])
+def test_other_channels(tmp_path, kind, is_kept):
+    "Of a TIFF's other channels only those that say so are transparency."
+    rgb = made.pixels((440, 450))[:140, :150]
+    more = np.full((140, 150, 1), 100, np.uint8)
+    options = dict(photometric='rgb', extrasamples=[kind], **OTHER_CHANNELS)
+    tifffile.imwrite(tmp_path / 'a.tif', np.dstack([rgb, more]), **options)
+    assert (Slide(tmp_path / 'a.tif').read(0.5) == rgb).all() == is_kept
+
+
+def test_channels_that_are_no_colours(tmp_path):
+    "Two channels, and tiles of one colour each, are refused."
+    rgb = made.pixels((440, 450))[:140, :150]
+    options = dict(planarconfig='contig', extrasamples=['unspecified'], **OTHER_CHANNELS)
+    tifffile.imwrite(tmp_path / 'a.tif', rgb[..., :2], photometric='minisblack', **options)
+    assert 'has 2 channels' in refusal(Slide, tmp_path / 'a.tif')
+    options = dict(planarconfig='separate', tile=(64, 64), **OTHER_CHANNELS)
+    tifffile.imwrite(tmp_path / 'a.tif', np.moveaxis(rgb, -1, 0), photometric='rgb', **options)
+    assert 'tiles of its own' in refusal(Slide, tmp_path / 'a.tif')
+
+
+WITH_PHOTOGRAPHS = (
+    'aperio.svs',
+    'sample.svs',
+    'dicom',
+    'hamamatsu.ndpi',
+    'hamamatsu.vms',
+    'leica.scn',
+    'philips.tiff',
+    'ventana.bif',
+)
 
 
 def test_label_and_macro_stay(formats):
     "No way leads to the label or the macro photograph."
-    for name in (
-        'aperio.svs',
-        'sample.svs',
-        'dicom',
-        'hamamatsu.ndpi',
-        'leica.scn',
-        'philips.tiff',
-        'ventana.bif',
-    ):
-        with Slide(formats[name]) as s:
-            assert set(s._open().file.associated_images) & {'label', 'macro'}
-            assert set(s.associated()) <= {'thumbnail', 'map'}
-            assert not any(np.unique(a).tolist() in ([7], [9]) for a in s.associated().values())
+    for name in WITH_PHOTOGRAPHS:
+        with Slide(formats[name]) as slide:
+            assert set(slide._open().file.associated_images) & {'label', 'macro'}
+            found = slide.associated()
+            assert set(found) <= {'thumbnail', 'map'}
+            assert not any(np.unique(each).tolist() in ([7], [9]) for each in found.values())
 
 
-def test_dicom_folders(tmp_path, formats):
+# ---- DICOM
+
+
+def test_a_folder_with_two_slides(tmp_path, formats):
     assert Slide(formats['dicom'] / 'level1.dcm').size == Slide(formats['dicom']).size
     shutil.copytree(formats['dicom'], tmp_path / 'two')
     made.dicom(tmp_path / 'other', made.pixels((440, 440)))
-    for p in (tmp_path / 'other').iterdir():
-        shutil.copy(p, tmp_path / 'two' / f'other_{p.name}')
-    with pytest.raises(InputError, match='holds 2 slides'):
-        Slide(tmp_path / 'two')
+    for file in (tmp_path / 'other').iterdir():
+        shutil.copy(file, tmp_path / 'two' / f'other_{file.name}')
+    assert 'holds 2 slides' in refusal(Slide, tmp_path / 'two')
+    n_files = len([*(tmp_path / 'two').iterdir()])
+    assert len(slide_files(tmp_path / 'two/level1.dcm')) * 2 == n_files
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(InputError, match='without DICOM'):
-        Slide(tmp_path / 'empty')
-    (tmp_path / 'm.csv').write_text(
-        'slide_id,label,path,patient_id,split\n'
-        + ''.join(
-            f'{p.parent.name}{p.stem},{k},{p},p{k},{s}\n'
-            for k, (p, s) in enumerate(
-                (
-                    (formats['dicom'] / 'level0.dcm', 'train'),
-                    (formats['dicom'] / 'level1.dcm', 'test'),
-                )
-            )
-        )
-    )
-    with pytest.raises(
-        InputError, match='line 3: .*level1.dcm is the slide that was given on line 2'
-    ):
-        read_manifest(tmp_path / 'm.csv')
-    shutil.copytree(formats['dicom'], tmp_path / 'names')
-    for p in sorted((tmp_path / 'names').iterdir()):
-        p.rename(p.with_suffix('.DCM') if p.stem == 'level0' else p.with_suffix(''))
-    assert len({slide_key(p) for p in (tmp_path / 'names', *(tmp_path / 'names').iterdir())}) == 1
-    assert all(
-        slide_files(p) == sorted((tmp_path / 'names').iterdir())
-        for p in (tmp_path / 'names', *(tmp_path / 'names').iterdir())
-    )
-    assert len(slide_files(tmp_path / 'two/level1.dcm')) * 2 == len(
-        [*(tmp_path / 'two').iterdir()]
-    ) and slide_files(tmp_path / 'm.csv') == [tmp_path / 'm.csv']
-    (tmp_path / 'names/level1').write_bytes((tmp_path / 'names/level1').read_bytes()[:9000])
-    with pytest.raises(InputError, match='truncated'):
-        Slide(tmp_path / 'names/level0.DCM')
+    assert 'without DICOM' in refusal(Slide, tmp_path / 'empty')
+
+
+def test_two_files_of_a_series_are_one_slide(tmp_path, formats):
+    lines = ['slide_id,label,path,patient_id,split']
+    for level, split in enumerate(('train', 'test')):
+        path = formats['dicom'] / f'level{level}.dcm'
+        lines.append(f's{level},{level},{path},p{level},{split}')
+    (tmp_path / 'm.csv').write_text('\n'.join(lines) + '\n')
+    says = refusal(read_manifest, tmp_path / 'm.csv')
+    assert 'line 3: ' in says and 'level1.dcm is the slide that was given on line 2' in says
+    assert slide_files(tmp_path / 'm.csv') == [tmp_path / 'm.csv']
+
+
+def test_names_of_dicom_files_do_not_matter(tmp_path, formats):
+    folder = tmp_path / 'names'
+    shutil.copytree(formats['dicom'], folder)
+    for file in sorted(folder.iterdir()):
+        file.rename(file.with_suffix('.DCM') if file.stem == 'level0' else file.with_suffix(''))
+    files = sorted(folder.iterdir())
+    assert len({slide_key(path) for path in (folder, *files)}) == 1
+    assert all(slide_files(path) == files for path in (folder, *files))
+    (folder / 'level1').write_bytes((folder / 'level1').read_bytes()[:9000])
+    assert 'truncated' in refusal(Slide, folder / 'level0.DCM')
 
 
 # ---- a corpus of damaged files
 
+SHARES = (0.001, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
+MIRAX_FILES = ('Data0000.dat', 'Index.dat', 'Slidedat.ini')
+OF_SEVERAL_FILES = ('dicom', 'hamamatsu.vms', 'mirax.mrxs')
+
 
 def cut_short(formats, folder):
-    "Every format cut at several places."
+    "Every format cut at several places, but for VMS, which `test_fuzz` damages."
     for name in NAMES:
-        for k, share in enumerate((0.001, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)):
-            path = victim = folder / f'cut{k}_{name}'
+        if name == 'hamamatsu.vms':
+            continue
+        for number, share in enumerate(SHARES):
+            path = victim = folder / f'cut{number}_{name}'
             if name == 'dicom':
                 shutil.copytree(formats[name], path)
                 victim = path / 'level0.dcm'
@@ -254,90 +239,89 @@ def cut_short(formats, folder):
                 shutil.copy(formats[name], path)
             if name == 'mirax.mrxs':
                 shutil.copytree(formats[name].with_suffix(''), path.with_suffix(''))
-                victim = path.with_suffix('') / ('Data0000.dat', 'Index.dat', 'Slidedat.ini')[k % 3]
+                victim = path.with_suffix('') / MIRAX_FILES[number % 3]
             data = victim.read_bytes()
             victim.write_bytes(data[: int(len(data) * share)])
 
 
 def flipped(formats, folder):
-    "Bytes flipped at random where the format can know: anywhere in files with checksums, in the headers of others; not in JPEG, whose header may say anything."
+    """Bytes flipped at random where the format can know: anywhere in files with checksums, in the
+    headers of others; not in JPEG, whose header may say anything."""
     rng = np.random.default_rng(0)
     for name in NAMES:
-        if name in ('dicom', 'image.jpg', 'mirax.mrxs'):
+        if name in (*OF_SEVERAL_FILES, 'image.jpg'):
             continue
         data = formats[name].read_bytes()
-        for k in range(6):
-            broken, n = (
-                bytearray(data),
-                len(data) if name in ('image.png', 'strips.tif', 'pages.tif') else 64,
-            )
-            for at in rng.integers(0, n, 40 if n > 64 else 12):
+        has_checksum = name in ('image.png', 'strips.tif', 'pages.tif')
+        reach, n = (len(data), 40) if has_checksum else (64, 12)
+        for number in range(6):
+            broken = bytearray(data)
+            for at in rng.integers(0, reach, n):
                 broken[at] ^= int(rng.integers(1, 256))
-            (folder / f'flip{k}_{name}').write_bytes(broken)
+            (folder / f'flip{number}_{name}').write_bytes(broken)
+
+
+ENDINGS = ('svs', 'tif', 'tiff', 'ndpi', 'mrxs', 'scn', 'bif', 'dcm', 'png', 'jpg', 'webp')
+DRAWING = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="500" height="400">'
+    '<rect width="300" height="300" fill="purple"/></svg>'
+)
 
 
 def wrong(formats, folder):
     "Files that are something else."
-    for ending in ('svs', 'tif', 'tiff', 'ndpi', 'mrxs', 'scn', 'bif', 'dcm', 'png', 'jpg', 'webp'):
+    picture = Image.fromarray(made.pixels())
+    for ending in ENDINGS:
         (folder / f'empty.{ending}').touch()
         (folder / f'zeros.{ending}').write_bytes(bytes(5000))
         (folder / f'text.{ending}').write_text('slide_id,label\n')
-        with zipfile.ZipFile(folder / f'zip.{ending}', 'w') as z:
-            z.writestr('slide.tif', bytes(1000))
-        (folder / f'random.{ending}').write_bytes(np.random.default_rng(len(ending)).bytes(3000))
-        (folder / f'drawing.{ending}').write_text(
-            '<svg xmlns="http://www.w3.org/2000/svg" width="500" height="400"><rect width="300" height="300" fill="purple"/></svg>'
-        )
-        Image.fromarray(made.pixels()).save(folder / f'animation.{ending}', 'GIF')
-        Image.fromarray(made.pixels()).save(folder / f'bitmap.{ending}', 'PPM')
+        with zipfile.ZipFile(folder / f'zip.{ending}', 'w') as archive:
+            archive.writestr('slide.tif', bytes(1000))
+        noise = np.random.default_rng(len(ending)).bytes(3000)
+        (folder / f'random.{ending}').write_bytes(noise)
+        (folder / f'drawing.{ending}').write_text(DRAWING)
+        picture.save(folder / f'animation.{ending}', 'GIF')
+        picture.save(folder / f'bitmap.{ending}', 'PPM')
     (folder / 'folder.svs').mkdir()
 
 
+IMPOSSIBLE = {256: 2**31 - 1, 257: 2**31 - 1, 277: 40_000, 258: 77, 262: 3000, 259: 60_000}
+
+
 def crafted(formats, folder):
-    "A huge declared size, and directories that form a loop."
+    "A huge declared size, tags with impossible values, and directories that form a loop."
     data = bytearray(formats['image.png'].read_bytes())
     data[16:24] = struct.pack('>II', 200_000, 200_000)
     data[29:33] = struct.pack('>I', zlib.crc32(data[12:29]))
     (folder / 'huge.png').write_bytes(data)
-
-    def entries(
-        data, at
-    ):  # byte of each entry of a classic TIFF directory, and of the next pointer
-        (n,) = struct.unpack_from('<H', data, at)
-        return range(at + 2, at + 2 + 12 * n, 12), at + 2 + 12 * n
-
     for name in ('pages.tif', 'strips.tif', 'children.tif'):
         data = bytearray(formats[name].read_bytes())
         (first,) = struct.unpack_from('<I', data, 4)
-        places, pointer = entries(data, first)
+        (n,) = struct.unpack_from('<H', data, first)
+        entries = range(first + 2, first + 2 + 12 * n, 12)
         looped = bytearray(data)
-        struct.pack_into('<I', looped, pointer, first)
+        struct.pack_into('<I', looped, entries.stop, first)
         (folder / f'loop_{name}').write_bytes(looped)
-        for tag, value in (
-            (256, 2**31 - 1),
-            (257, 2**31 - 1),
-            (277, 40_000),
-            (258, 77),
-            (262, 3000),
-            (259, 60_000),
-        ):
+        for tag, value in IMPOSSIBLE.items():
             changed = bytearray(data)
-            for p in places:
-                if struct.unpack_from('<H', data, p)[0] == tag:
-                    struct.pack_into('<HII', changed, p + 2, 4, 1, value)
+            for at in entries:
+                if struct.unpack_from('<H', data, at)[0] == tag:
+                    struct.pack_into('<HII', changed, at + 2, 4, 1, value)
             (folder / f'tag{tag}_{name}').write_bytes(changed)
 
 
 def outcome(path):
-    "What becomes of one file in a cohort: None if it would be trained on, else the reason that is given."
+    "What becomes of one file in a cohort: None if it would be trained on, else the reason."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
+        case = Case(path.name, 1.0, path, spacing=made.SPACING)
         try:
-            check_cohort(
-                [Case(path.name, 1.0, path, spacing=made.SPACING)], made.SPACING, progress=False
-            )
+            check_cohort([case], made.SPACING, progress=False)
         except InputError as e:
             return str(e)
+
+
+N_DAMAGED = 331  # cut 136, flipped 84, something else 89, crafted 22
 
 
 @pytest.mark.timeout(600)
@@ -345,33 +329,15 @@ def test_damaged_corpus(formats, tmp_path):
     "None hangs, crashes its process or enters training; each is named with a reason, in one line."
     for make in (cut_short, flipped, wrong, crafted):
         make(formats, tmp_path)
-    paths = sorted(tmp_path.iterdir())
-    assert len(paths) >= 200, len(paths)
+    data_of_mirax = {path.with_suffix('') for path in tmp_path.glob('*.mrxs')}
+    paths = sorted(path for path in tmp_path.iterdir() if path not in data_of_mirax)
+    assert len(paths) == N_DAMAGED
     entered = []
-    for path, said, error in each_apart(outcome, paths, workers=2):
+    for path, says, error in each_apart(outcome, paths, workers=2):
         assert error is None, f'{path.name}: {error!r}'
-        if said is None:
+        if says is None:
             entered.append(path.name)
         else:
-            assert path.name in said and '\n' not in said and 'Traceback' not in said, (
-                path.name,
-                said,
-            )
-    assert not entered, entered
-
-
-def test_flips_in_pixels(formats, tmp_path):
-    "What no checksum tells is read or refused, nothing else."
-    rng = np.random.default_rng(1)
-    for name in NAMES:
-        source = formats[name] / 'level0.dcm' if name == 'dicom' else formats[name]
-        for k in range(6):
-            if name == 'dicom':
-                shutil.copytree(formats[name], tmp_path / 'dicom', dirs_exist_ok=True)
-            path = tmp_path / 'dicom/level0.dcm' if name == 'dicom' else tmp_path / name
-            broken = bytearray(source.read_bytes())
-            for at in rng.integers(64, len(broken), 5):
-                broken[at] ^= 255
-            path.write_bytes(broken)
-            said = outcome(path)
-            assert said is None or '\n' not in said
+            is_sentence = '\n' not in says and 'Traceback' not in says
+            assert path.name in says and is_sentence, (path.name, says)
+    assert not entered

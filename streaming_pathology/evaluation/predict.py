@@ -263,13 +263,13 @@ def with_encoder(
 
 # %% ../../nbs/evaluation/01_predict.ipynb #289c562d
 def load_model(
-    path: str | Path,  # a checkpoint of sp_train or sp_mil, or what sp_export made of one
+    path: str | Path,  # a run folder, a checkpoint in it, or what sp_export made of one
     device: str | torch.device = 'cpu',
     strip: int | str | None = None,  # rows at a time, or 'auto'; None: as in training
 ) -> tuple[StreamingClassifier | InstanceMIL | FeatureMIL, dict]:
     """A trained network in evaluation mode, and its card with `sha256`, its name. Raises
     `InputError` if it cannot be used."""
-    path = Path(path)
+    path = best_checkpoint(path)
     if path.suffix.lower() == '.safetensors':
         card, weights = read_sealed(path)
     else:

@@ -37,7 +37,7 @@ from ..mil.bags import Bag
 from ..mil.features import FeatureMIL, Features
 from ..mil.mil import InstanceMIL
 from ..outputs import Output, claim
-from .inputs import find_slides
+from .inputs import Outcome, find_slides
 from .runs import device_to_use, tell_device
 from .settings import HeatmapSettings, flag, with_present_names
 from ..slides.datasets import SlideDataset
@@ -55,6 +55,7 @@ MAPS = Output(
         'tiff/*.tiff',
         'geojson/*.geojson',
         'regions.csv',
+        'slides.csv',
     ),
 )
 # of the table of regions
@@ -250,9 +251,11 @@ class MapRun:
         device = device_to_use(settings.device)
         self.model, self.card = load_model(settings.checkpoint, device, settings.strip)
         self.check_method()
-        self.cases = find_slides(
+        self.found = find_slides(
             settings.slides, settings.slide_spacing, None, columns=self.card['labels']
         )
+        self.cases = self.found.cases
+        self.failed: dict[str, str] = {}  # slide_id -> a sentence, after `draw`
         self.data = dataset(self.card, self.cases)
         self.check_unused()
         inputs = [settings.checkpoint, *(case.path for case in self.cases)]
@@ -305,16 +308,18 @@ class MapRun:
         """Draw all maps that are not there, and write the table of regions. Returns the number of
         slides, the number of regions, and a sentence on each slide that failed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        failed, rows = [], []
+        rows = []
+        self.failed.clear()
         with locked(self.folder):
             self.check_former()
             for index in tqdm(range(len(self.cases)), desc='heatmaps', unit='slide', leave=False):
                 try:
                     rows += self.slide(index)
                 except InputError as e:
-                    failed.append(str(e))
+                    self.failed[self.cases[index].slide_id] = str(e)
             write_csv(self.folder / 'regions.csv', rows, COLUMNS)
-        return len(self.cases), len(rows), failed
+            Outcome(self.found, self.failed).write(self.folder / 'slides.csv')
+        return len(self.cases), len(rows), list(self.failed.values())
 
     def check_former(self) -> None:
         "Refuse a folder with other maps; note in a new one what these are."

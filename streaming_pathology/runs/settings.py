@@ -49,6 +49,7 @@ class Option:
     # names in former versions: not shown, but still understood on the command line and in files
     former_names: tuple[str, ...] = ()
     opposite: str = ''  # of a switch that is on: the name that turns it off (default: no_NAME)
+    several: bool = False  # an argument of one word or more, which is a tuple
 
     def problem(self, value: object) -> str | None:
         "What is wrong with a value, as the end of a sentence; None if nothing is."
@@ -255,6 +256,12 @@ def workers_option() -> Any:
         on_resume='free',
     )
 
+# %% ../../nbs/runs/01_settings.ipynb #c27d92fe
+SLIDE_SPACING = (
+    'pixel size in microns of slides whose file and manifest row give none (default: such slides '
+    'are refused)'
+)
+
 # %% ../../nbs/runs/01_settings.ipynb #34d4faf8
 @dataclass(kw_only=True)
 class TrainingSettings(Settings):
@@ -297,6 +304,14 @@ class TrainingSettings(Settings):
         'slides',
         above=0,
         on_resume='never',
+    )
+    slide_spacing: float | None = option(None, SLIDE_SPACING, 'slides', above=0)
+    skip_failed: bool = option(
+        False,
+        'leave out slides that cannot be used, which are listed as a warning (default: nothing is '
+        'trained if there are any)',
+        'slides',
+        on_resume='free',
     )
     size: tuple[int, int] | None = option(
         None,
@@ -461,6 +476,7 @@ class TrainingSettings(Settings):
 
     # ---- what a run finds out
     cohort_sha256: str | None = found()  # see `cohort_sha256` in records
+    left_out: tuple[str, ...] | None = found(on_resume='free')  # ids, with --skip-failed
     # mean and standard deviation of each channel, from 0 to 1, with --normalize training
     mean: tuple[float, ...] | None = found(on_resume='free')
     std: tuple[float, ...] | None = found(on_resume='free')
@@ -667,11 +683,13 @@ class MILSettings(TrainingSettings):
         on_resume='never',
     )
 
-# %% ../../nbs/runs/01_settings.ipynb #e6bcdb03
-SLIDES = 'manifest (CSV), folder of slides, or one slide'
-SLIDE_SPACING = (
-    'pixel size in microns of slides whose file and manifest row give none (default: such slides '
-    'are refused)'
+# %% ../../nbs/runs/01_settings.ipynb #82b36544
+SLIDES = (
+    'manifest (CSV), folder (all slides in it and in the folders below), or slide; one or several'
+)
+MODEL = (
+    'run folder of sp_train or sp_mil, whose best checkpoint is taken; one of its checkpoints; or '
+    'what sp_export made of one'
 )
 HEATMAP_METHODS = (
     'smoothgrad',
@@ -690,14 +708,11 @@ class HeatmapSettings(Settings):
 
     command: ClassVar[str] = 'sp_heatmap'
 
-    checkpoint: str = argument(
-        'file that sp_train or sp_mil wrote, e.g. run/checkpoints/best.pt, or that sp_export made '
-        'of it'
-    )
-    slides: str = argument(SLIDES)
+    checkpoint: str = argument(MODEL)
+    slides: tuple[str, ...] = argument(SLIDES, several=True)
     out: str = argument(
         'folder to write: overlay/*.png, tiff/*.tiff, geojson/*.geojson for QuPath, maps/*.npy, '
-        'regions.csv'
+        'regions.csv, and what became of each slide: slides.csv'
     )
     method: str | None = option(
         None,

@@ -6,12 +6,12 @@
 __all__ = ['sp_train', 'sp_mil', 'CHECK_COLUMNS', 'sp_check', 'FEW', 'sp_predict', 'sp_export', 'sp_heatmap', 'SUBGROUPS',
            'sp_evaluate', 'sp_report', 'sp_trim', 'COHORT', 'sp_synth', 'sp_compare', 'sp_bench', 'DEMO_COHORT', 'TINY',
            'TINY_COHORT', 'sp_demo', 'RunFolder', 'train', 'train_mil', 'train_in', 'CheckSettings', 'check',
-           'processes', 'with_all', 'PredictSettings', 'slides_and_table', 'predict', 'slides_to_predict', 'kept_rows',
-           'print_predictions', 'ExportSettings', 'export', 'file_of_run', 'heatmap', 'listed', 'n_bootstrap_option',
-           'confidence_option', 'EvaluateSettings', 'evaluate', 'figures_folder', 'ReportSettings', 'report', 'color',
-           'TrimSettings', 'trim', 'print_trimmed', 'SynthSettings', 'synth', 'CompareSettings', 'compare',
-           'several_pixels', 'BenchSettings', 'bench', 'as_for_training', 'DemoSettings', 'DemoOptions', 'demo',
-           'is_demo']
+           'check_all', 'tell_check', 'processes', 'with_all', 'PredictSettings', 'slides_and_table', 'predict',
+           'slides_to_predict', 'same_for_all', 'predict_share', 'merge_predicted', 'kept_rows', 'print_predictions',
+           'ExportSettings', 'export', 'file_of_run', 'heatmap', 'listed', 'n_bootstrap_option', 'confidence_option',
+           'EvaluateSettings', 'evaluate', 'figures_folder', 'ReportSettings', 'report', 'color', 'TrimSettings',
+           'trim', 'print_trimmed', 'SynthSettings', 'synth', 'CompareSettings', 'compare', 'several_pixels',
+           'BenchSettings', 'bench', 'as_for_training', 'DemoSettings', 'DemoOptions', 'demo', 'is_demo']
 
 # %% ../../nbs/cli/02_commands.ipynb #be2cbbb8
 import json
@@ -40,17 +40,21 @@ from streaming_pathology.runs.settings import (
     StreamingSettings,
     argument,
     device_option,
+    merge_option,
     option,
     pixels,
     read_toml,
+    shard_option,
     strip_option,
     workers_option,
 )
 
 if TYPE_CHECKING:
     from streaming_pathology.runs.inputs import FoundSlides, Outcome
-else:
-    FoundSlides = Outcome = Any  # slides are opened where they are used
+    from streaming_pathology.runs.shards import Shard, ShardResult
+    from streaming_pathology.slides.check import SlideCheck
+else:  # slides are opened where they are used
+    FoundSlides = Outcome = Shard = ShardResult = SlideCheck = Any
 
 # %% ../../nbs/cli/02_commands.ipynb #7cb6e6e0
 @dataclass(kw_only=True)
@@ -132,6 +136,27 @@ def tell_outcome(outcome: Outcome, table: str | Path | None = None) -> None:
     raise InputError(outcome.problem())
 
 
+def tell_shard(
+    shard: Shard,
+    out: Path,  # what all shards write
+    found: FoundSlides,  # the slides of this one
+    result: ShardResult,
+) -> None:
+    "Print what became of the slides of a shard. Slides that failed are an error."
+    from streaming_pathology.runs.inputs import Outcome
+    from streaming_pathology.runs.shards import Shards
+
+    text = f'shard {shard} of {out}'
+    if result.n_before and result.n_before == result.n_slides:
+        print(f'{text} was done before')
+    elif result.n_before:
+        print(f'{text}: {counted(result.n_before, "slide")} as before')
+    else:
+        print(text)
+    outcome = Outcome(found, result.failed)
+    tell_outcome(outcome, outcome.write(Shards(out).place(shard) / 'slides.csv'))
+
+
 def named_model(path: str) -> str:
     "The file of a network that a user has named; of a run folder it is told which."
     from streaming_pathology.runs.inputs import model_file
@@ -185,6 +210,8 @@ class CheckSettings(Settings):
     workers: int | None = option(
         None, 'worker processes (default: one for each processor)', 'computation', minimum=0
     )
+    shard: str | None = shard_option()
+    merge: bool = merge_option()
 
 
 def check(settings: CheckSettings) -> None:
@@ -192,27 +219,56 @@ def check(settings: CheckSettings) -> None:
     levels, compression, area of tissue, and why a slide cannot be used. Pixels at full resolution
     are not read."""
     from streaming_pathology.runs.inputs import Outcome, find_slides
-    from streaming_pathology.slides.check import check_slides
+    from streaming_pathology.runs.shards import check_shard, chosen_shard, merge_checks, share
 
-    table = None
+    shard = chosen_shard(settings.shard, settings.merge)
+    if settings.csv is None and (shard is not None or settings.merge):
+        raise InputError('--shard and --merge need --csv, the table of all shards')
+    table = Path()
     if settings.csv is not None:
         table = output_file(settings.csv, '.csv', settings.slides, 'name,status,')
-    found = find_slides(settings.slides, settings.slide_spacing, labels=None)
+    found = find_slides(settings.slides, settings.slide_spacing, labels=None, columns=())
+    look_for = settings.tissue, settings.exclude_pen
+    if shard is not None:
+        workers = processes(settings.workers)
+        result = check_shard(found.cases, table, shard, *look_for, workers, tell_check)
+        tell_shard(shard, table, share(found, shard), result)
+        return
+    if settings.merge:
+        facts, failed = merge_checks(found.cases, table, *look_for)
+    else:
+        facts, failed = check_all(found, settings)
+    outcome = Outcome(found, failed, done='ok')
+    if settings.csv is not None:
+        of_path = {str(case.path): facts[case.slide_id] for case in found.cases}
+        rows = [row | of_path.get(row['path'], {}) for row in outcome.rows()]
+        write_csv(table, [with_all(row, CHECK_COLUMNS) for row in rows], CHECK_COLUMNS)
+    tell_outcome(outcome, settings.csv)
+
+
+def check_all(
+    found: FoundSlides, settings: CheckSettings
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Check all slides, and tell what is found of each. Returns these facts, slide_id -> column ->
+    value, and slide_id -> a sentence of those that failed."""
+    from streaming_pathology.slides.check import check_slides
+
+    facts, failed = {}, {}
     workers = min(processes(settings.workers), len(found.cases))
-    checks = {}
     with tqdm(total=len(found.cases), desc='checking slides', unit='slide', leave=False) as bar:
         for each in check_slides(
             found.cases, settings.tissue, settings.exclude_pen, workers, bar.update
         ):
-            checks[each.slide_id] = each
-            tqdm.write(each.line(), file=sys.stdout)
-    failed = {name: each.problem for name, each in checks.items() if each.problem}
-    outcome = Outcome(found, failed, done='ok')
-    if table is not None:
-        facts = {str(each.path): each.row() for each in checks.values()}
-        rows = [row | facts.get(row['path'], {}) for row in outcome.rows()]
-        write_csv(table, [with_all(row, CHECK_COLUMNS) for row in rows], CHECK_COLUMNS)
-    tell_outcome(outcome, settings.csv)
+            facts[each.slide_id] = each.row()
+            if each.problem:
+                failed[each.slide_id] = each.problem
+            tell_check(each)
+    return facts, failed
+
+
+def tell_check(found: SlideCheck) -> None:
+    "Print what was found of a slide, in a line."
+    tqdm.write(found.line(), file=sys.stdout)
 
 
 def processes(workers: int | None) -> int:
@@ -253,6 +309,12 @@ class PredictSettings(Settings):
         'slides',
         former_names=('skip',),
     )
+    positive: str | None = option(
+        None,
+        'where labels of the manifest are names: the name that is 1, or several, comma-separated '
+        '(default: as in training)',
+        'slides',
+    )
     tta: str = option(
         'none',
         'test-time augmentation: none, flips (mean over four mirror images) or all (mean over '
@@ -269,6 +331,8 @@ class PredictSettings(Settings):
     )
     device: str | None = device_option()
     workers: int = workers_option()
+    shard: str | None = shard_option()
+    merge: bool = merge_option()
 
 
 def slides_and_table(settings: PredictSettings) -> tuple[tuple[str, ...], str]:
@@ -290,7 +354,10 @@ def predict(settings: PredictSettings) -> None:
     from streaming_pathology.evaluation.predict import load_model, predict_table
     from streaming_pathology.runs.inputs import Outcome
     from streaming_pathology.runs.runs import device_to_use, tell_device
+    from streaming_pathology.runs.shards import chosen_shard
     from streaming_pathology.training.distributed import joined
+
+    shard = chosen_shard(settings.shard, settings.merge)
 
     device = device_to_use(settings.device)
     table = r'slide_id,[^\n]*,seconds(,model,version)?\n'
@@ -300,7 +367,14 @@ def predict(settings: PredictSettings) -> None:
         out = ranks.first(lambda: output_file(given, '.csv', inputs, table))
         model, card = load_model(named_model(settings.checkpoint), device, settings.strip)
         found = ranks.first(lambda: slides_to_predict(settings, slides, card))
+        if settings.merge:
+            if ranks.rank == 0:
+                merge_predicted(settings, card, found, out)
+            return
         tell_device(device, settings.device)
+        if shard is not None:
+            predict_share(settings, (model, card), found, out, shard, device, ranks)
+            return
         rows, sentences = predict_table(
             model,
             card,
@@ -338,11 +412,79 @@ def slides_to_predict(
     from streaming_pathology.runs.inputs import Outcome, find_slides
 
     labels = (0, 1) if card['task']['name'] == 'binary' else None
-    found = find_slides(slides, settings.slide_spacing, labels, columns=card['labels'])
+    positive = card['positive'] if settings.positive is None else settings.positive
+    found = find_slides(
+        slides, settings.slide_spacing, labels, columns=card['labels'], positive=positive
+    )
     if found.unusable and not settings.skip_failed:
         problem = Outcome(found, {}).problem()
         raise InputError(f'{problem}; or leave them out of the table with --skip-failed')
     return found
+
+
+def same_for_all(settings: PredictSettings, card: dict[str, Any]) -> dict[str, Any]:
+    "What all shards of a table have in common."
+    import streaming_pathology
+
+    amp = card['amp'] if settings.amp is None else settings.amp
+    version = streaming_pathology.__version__
+    return dict(model=card['sha256'], version=version, amp=amp, tta=settings.tta)
+
+
+def predict_share(
+    settings: PredictSettings,
+    network: tuple[Any, dict[str, Any]],  # as `load_model` gives it
+    found: FoundSlides,  # of all shards
+    out: Path,
+    shard: Shard,
+    device: str,
+    ranks: Any,
+) -> None:
+    "Predict the slides of a shard into a table of its own, and tell what became of them."
+    from streaming_pathology.runs.inputs import Outcome
+    from streaming_pathology.runs.shards import predict_shard, share
+
+    model, card = network
+    result = predict_shard(
+        model,
+        card,
+        found.cases,
+        out,
+        shard,
+        same_for_all(settings, card),
+        skip=settings.skip_failed,
+        ranks=ranks,
+        device=device,
+        amp=settings.amp,
+        workers=settings.workers,
+        tta=settings.tta,
+    )
+    if ranks.rank:
+        return
+    mine = share(found, shard)
+    if result.failed and not settings.skip_failed:
+        outcome = Outcome(mine, result.failed)
+        print(f'shard {shard} of {out}: {outcome}')
+        raise InputError(
+            f'{outcome.problem()}; fix or remove them, or leave them out of the table with '
+            '--skip-failed. Finished slides are kept: the same command resumes'
+        )
+    tell_shard(shard, out, mine, result)
+
+
+def merge_predicted(
+    settings: PredictSettings, card: dict[str, Any], found: FoundSlides, out: Path
+) -> None:
+    "Put the tables of all shards together, and tell what became of the slides."
+    from streaming_pathology.runs.inputs import Outcome
+    from streaming_pathology.runs.shards import merge_predictions
+
+    n_rows, failed = merge_predictions(found.cases, out, same_for_all(settings, card))
+    outcome = Outcome(found, failed)
+    statuses = outcome.write(out.with_suffix('.slides.csv'))
+    if n_rows:
+        print(f'wrote {out}: {counted(n_rows, "slide")}')
+    tell_outcome(outcome, statuses)
 
 
 def kept_rows(rows: list[dict]) -> str:
@@ -427,13 +569,21 @@ def heatmap(settings: HeatmapSettings) -> None:
     interrupted, the same command resumes."""
     from streaming_pathology.runs.inputs import Outcome
     from streaming_pathology.runs.maps import MapRun
+    from streaming_pathology.runs.shards import chosen_shard, draw_shard, merge_maps, share
 
+    shard = chosen_shard(settings.shard, settings.merge)
     settings.checkpoint = named_model(settings.checkpoint)
     run = MapRun(settings)
-    n_slides, n_regions, failed = run.draw()
+    if shard is not None:
+        tell_shard(shard, run.folder, share(run.found, shard), draw_shard(run, shard))
+        return
+    if settings.merge:
+        n_regions = merge_maps(run)
+    else:
+        _, n_regions, _ = run.draw()
+    n_slides = len(run.cases) - len(run.failed)
     print(
-        f'wrote {Path(settings.out)}: {counted(n_slides - len(failed), "slide")}, '
-        f'{counted(n_regions, "region")}'
+        f'wrote {Path(settings.out)}: {counted(n_slides, "slide")}, {counted(n_regions, "region")}'
     )
     tell_outcome(Outcome(run.found, run.failed), Path(settings.out) / 'slides.csv')
 
@@ -719,17 +869,33 @@ class TrimSettings(Settings):
         'use the spacing of the manifest, or --slide-spacing, even where the file gives another',
         'slides',
     )
+    positive: str | None = option(
+        None,
+        'where labels of the manifest are names: the name that is 1, or several, comma-separated, '
+        'e.g. tumour; every other one is 0 (default: labels are numbers)',
+        'slides',
+    )
     workers: int | None = option(
         None, 'worker processes (default: one for each processor)', 'computation', minimum=0
     )
+    shard: str | None = shard_option()
+    merge: bool = merge_option()
 
 
 def trim(settings: TrimSettings) -> None:
     """Cut the biopsies out of slides. Writes tiled TIFFs, a manifest, thumbnails with outlines, and
     a table of what failed."""
     from streaming_pathology.runs.inputs import Outcome, find_slides
+    from streaming_pathology.runs.shards import (
+        ShardResult,
+        chosen_shard,
+        merge_trimmed,
+        share,
+        trim_shard,
+    )
     from streaming_pathology.slides.trim import Trim, trim_slides
 
+    shard = chosen_shard(settings.shard, settings.merge)
     trimming = Trim(
         spacing=settings.spacing,
         margin=settings.margin,
@@ -743,14 +909,29 @@ def trim(settings: TrimSettings) -> None:
         pen=settings.exclude_pen,
     )
     slides = find_slides(
-        settings.slides, settings.slide_spacing, labels=None, override=settings.override_spacing
+        settings.slides,
+        settings.slide_spacing,
+        labels=None,
+        override=settings.override_spacing,
+        positive=settings.positive,
     )
-    found = trim_slides(slides.cases, settings.out, trimming, processes(settings.workers))
+    out, workers = Path(settings.out), processes(settings.workers)
+    if settings.merge:
+        found = merge_trimmed(slides.cases, out, trimming)
+    elif shard is None:
+        found = trim_slides(slides.cases, out, trimming, workers)
+    else:
+        found = trim_shard(slides.cases, out, trimming, shard, workers)
     for warning in found['warnings']:
         warnings.warn(warning)
-    print_trimmed(found, Path(settings.out))
+    if shard is not None:
+        slides = share(slides, shard)
+        result = ShardResult(found['failed'], len(slides.cases), found['skipped'])
+        tell_shard(shard, out, slides, result)
+        return
+    print_trimmed(found, out)
     outcome = Outcome(slides, found['failed'])
-    tell_outcome(outcome, outcome.write(Path(settings.out) / 'slides.csv'))
+    tell_outcome(outcome, outcome.write(out / 'slides.csv'))
 
 
 def print_trimmed(

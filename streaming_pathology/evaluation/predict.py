@@ -130,7 +130,7 @@ def checked_card(
     """A card, completed by what former checkpoints took for granted, as JSON has it (lists for
     tuples). Raises `InputError` if it does not say how its network is built and what it is shown.
     """
-    usual = dict(canvas=False, pen=True, labels=['label'], task=Binary().settings())
+    usual = dict(canvas=False, pen=True, labels=['label'], positive=None, task=Binary().settings())
     try:
         complete = json.loads(json.dumps(plain(usual | card)))
         colors = dict(mean=list(imagenet_mean), std=list(imagenet_std))

@@ -59,7 +59,7 @@ from streaming_pathology.evaluation.outcomes import (
     riskiest_slides,
 )
 from .subgroups import by_group, is_missing, plot_groups
-from ..io import read_table, write_whole
+from ..io import SEPARATORS, read_table, write_whole
 from ..outputs import output_file
 
 # %% ../../nbs/evaluation/07_results.ipynb #c4374b63
@@ -788,7 +788,8 @@ def check_slides_in_cohort(table: OutcomeTable, cohort: str | Path | None) -> No
     "Raises `InputError` if a cohort is given that lacks slides of a table."
     if cohort is None:
         return
-    known = {row['slide_id'] for row in read_table(cohort, ('slide_id',))}
+    rows = read_table(cohort, ('slide_id',), separators=SEPARATORS)
+    known = {row['slide_id'] for row in rows}
     missing = [row['slide_id'] for row in table.rows if row['slide_id'] not in known]
     if missing:
         raise InputError(

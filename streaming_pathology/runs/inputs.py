@@ -18,7 +18,13 @@ from ..core import InputError, counted
 from ..io import several, write_csv
 from ..outputs import REPORT, RUN, Output
 from ..slides.check import with_spacing
-from ..slides.cohorts import Case, read_manifest, safe_id
+from streaming_pathology.slides.cohorts import (
+    TABLES,
+    Case,
+    read_manifest,
+    refuse_spreadsheet,
+    safe_id,
+)
 from ..slides.dicom import IncompleteDicom, dicom_header, is_dicom, slide_key
 from ..slides.readers import SUFFIXES, slide_files
 
@@ -309,6 +315,7 @@ def find_slides(
     labels: Sequence[float] | None = (0, 1),  # that a manifest may have; None: any number
     override: bool = False,  # `spacing` also where a file says another, but the manifest none
     columns: Sequence[str] = ('label',),  # of the manifest, with the label
+    positive: str | None = None,  # labels by name that are 1: see `read_manifest`
 ) -> FoundSlides:
     """The cases of manifests, of all slides in folders and in folders below, and of single slides.
 
@@ -321,8 +328,9 @@ def find_slides(
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f'{path}: there is no such manifest, folder or slide')
-        if path.suffix.lower() == '.csv' and path.is_file():
-            cases += read_manifest(path, need_label=False, labels=labels, columns=columns)
+        refuse_spreadsheet(path)
+        if path.suffix.lower() in TABLES and path.is_file():
+            cases += read_manifest(path, False, labels, columns=columns, positive=positive)
             continue
         found = found_at(path)
         cases += found.cases

@@ -176,11 +176,17 @@ class Preparation:
         "The cases of the manifest with their splits."
         settings = self.settings
         zero_or_one = settings.task in ('binary', 'multilabel')
+        if settings.positive is not None and settings.task != 'binary':
+            raise InputError(
+                f'--positive {settings.positive} is for the task binary; remove it, or number the '
+                f'classes for the task {settings.task}'
+            )
         cases = read_manifest(
             settings.manifest,
             labels=(0, 1) if zero_or_one else None,
             columns=label_names(settings),
             annotation=getattr(settings, 'annotation', None),
+            positive=settings.positive,
         )
         if settings.slide_spacing:
             cases = [with_spacing(case, settings.slide_spacing) for case in cases]
@@ -513,6 +519,7 @@ class Training:
             model={} if features else self.method.network(task),
             task=task.settings(),
             labels=label_names(settings),
+            positive=settings.positive,
             cohort_sha256=settings.cohort_sha256,
             settings=settings.as_dict(),
             **self.method.shown(),

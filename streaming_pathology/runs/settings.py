@@ -256,6 +256,25 @@ def workers_option() -> Any:
         on_resume='free',
     )
 
+
+def shard_option() -> Any:
+    "The share of the slides that a command works on."
+    return option(
+        None,
+        'work on a share of the slides only: 3/50 is the third of fifty, while other jobs work on '
+        'the other shares and write to the same place (default: on all slides)',
+        'shards',
+    )
+
+
+def merge_option() -> Any:
+    "Whether a command puts together what shards have written."
+    return option(
+        False,
+        'after all shards: write the tables of all slides, or say which shards are not done',
+        'shards',
+    )
+
 # %% ../../nbs/runs/01_settings.ipynb #c27d92fe
 SLIDE_SPACING = (
     'pixel size in microns of slides whose file and manifest row give none (default: such slides '
@@ -286,6 +305,13 @@ class TrainingSettings(Settings):
         'label',
         'manifest column with the label; for multilabel and survival several, comma-separated, '
         'e.g. months,event',
+        'labels',
+        on_resume='never',
+    )
+    positive: str | None = option(
+        None,
+        'where labels are names: the name that is 1, or several, comma-separated, e.g. tumour; '
+        'every other one is 0 (default: labels are numbers)',
         'labels',
         on_resume='never',
     )
@@ -784,6 +810,8 @@ class HeatmapSettings(Settings):
     slide_spacing: float | None = option(None, SLIDE_SPACING, 'slides', above=0)
     strip: int | str | None = strip_option()
     device: str | None = device_option()
+    shard: str | None = shard_option()
+    merge: bool = merge_option()
 
 # %% ../../nbs/runs/01_settings.ipynb #78f836a2
 Kind = TypeVar('Kind', bound=Settings)

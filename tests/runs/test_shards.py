@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refusal
 
+from streaming_pathology.cli.commands import sp_check, sp_heatmap, sp_predict, sp_trim
 from streaming_pathology.core import InputError
-from streaming_pathology.io import locked, write_csv, write_once
+from streaming_pathology.io import locked, read_table, write_csv, write_once
 from streaming_pathology.runs.shards import (
     Shard,
     Shards,
@@ -22,6 +23,8 @@ from streaming_pathology.runs.shards import (
 )
 from streaming_pathology.slides.cohorts import Case, read_manifest, tiny_cohort
 from streaming_pathology.slides.trim import Trim, trim_slides
+from streaming_pathology.training.checkpoints import save_checkpoint
+from streaming_pathology.training.models import StreamingClassifier
 
 
 def cases_named(*names):
@@ -266,3 +269,158 @@ def test_nothing_is_written_into_a_folder_of_something_else(cohort, tmp_path):
     with pytest.raises(InputError, match='no folder of trimmed biopsies'):
         trim_shard(cohort, tmp_path, TRIM, Shard(1, 2), progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
+
+
+# ---- commands
+
+
+@pytest.fixture(scope='module')
+def manifest(cohort):
+    "The table of the seven slides."
+    return cohort[0].path.parent.parent / 'manifest.csv'
+
+
+@pytest.fixture(scope='module')
+def best(tmp_path_factory, small_resnet):
+    "A network that was not trained."
+    card = dict(model=dict(arch='resnet18', n_out=1, strip=64), spacing=4.0, size=None, amp=None)
+    weights = dict(StreamingClassifier(**card['model']).state_dict())
+    path = tmp_path_factory.mktemp('network') / 'best.pt'
+    return save_checkpoint(path, model=weights, settings=card, epoch=1, history=[])
+
+
+@pytest.fixture
+def run(capsys):
+    "A function: exit status of a command, and all that it says, in one text."
+
+    def said(command, *words):
+        status = command([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return status, out + err
+
+    return said
+
+
+COMMANDS = {
+    'check': (sp_check, ['--no-tissue', '--workers', 1]),
+    'trim': (sp_trim, ['--spacing', 8, '--min-area-mm2', 0.001, '--workers', 1]),
+    'predict': (sp_predict, ['--skip-failed', '--device', 'cpu']),
+    'heatmap': (sp_heatmap, ['--method', 'activation', '--device', 'cpu']),
+}
+
+
+def words_of(name, best, manifest, out):
+    "The words of a command, and the tables that it writes."
+    command, options = COMMANDS[name]
+    if name == 'check':
+        table = out.with_suffix('.csv')
+        return [command, manifest, '--csv', table, *options], [table]
+    if name == 'trim':
+        tables = [out / each for each in ('manifest.csv', 'failed.csv', 'slides.csv')]
+        return [command, manifest, out, *options], tables
+    if name == 'heatmap':
+        tables = [out / each for each in ('regions.csv', 'slides.csv')]
+        return [command, best, manifest, out, *options], tables
+    table = out.with_suffix('.csv')
+    return [command, best, manifest, table, *options], [table, out.with_suffix('.slides.csv')]
+
+
+def rows_in(table):
+    "Rows of a table without the time that each took."
+    rows = [dict(row) for row in read_table(table, [])]
+    for row in rows:
+        row.pop('seconds', None)
+    return rows
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_shards_of_a_command_write_what_one_job_does(run, best, manifest, tmp_path, name):
+    "In any order, with one slide that is no image, and with a shard that is started twice."
+    whole, tables = words_of(name, best, manifest, tmp_path / 'whole')
+    assert run(*whole)[0] == 3
+    words, parts = words_of(name, best, manifest, tmp_path / 'parts')
+    for text, expected in (('2/3', 0), ('1/3', 3), ('2/3', 0)):
+        status, said = run(*words, '--shard', text)
+        assert status == expected, said
+    assert 'shard 2/3' in said and 'was done before' in said
+    status, said = run(*words, '--merge')
+    assert (status, '1 of 3 shards not done (3/3)' in said) == (2, True), said
+    assert not any(path.exists() for path in parts)
+    assert run(*words, '--shard', '3/3')[0] == 0
+    for _ in range(2):
+        status, said = run(*words, '--merge')
+        assert status == 3 and '7 slides found: 6' in said and '1 failed' in said, said
+    for one, other in zip(tables, parts, strict=True):
+        assert rows_in(one) == rows_in(other)
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_options_that_do_not_go_together(run, best, manifest, tmp_path, name):
+    words, _ = words_of(name, best, manifest, tmp_path / 'out')
+    assert 'give one of the two' in run(*words, '--shard', '1/2', '--merge')[1]
+    assert 'as in 3/8' in run(*words, '--shard', '0/2')[1]
+    status, said = run(*words, '--merge')
+    assert status == 2 and 'has no shards to merge' in said
+
+
+def test_a_check_in_shards_needs_a_table(run, manifest):
+    assert '--csv' in run(sp_check, manifest, '--shard', '1/2')[1]
+
+
+def test_a_shard_of_predictions_goes_on(run, best, manifest, tmp_path, monkeypatch):
+    "What is predicted is not predicted again, but for a slide whose label was corrected."
+    from streaming_pathology.training import models
+
+    seen = []
+    forward = models.StreamingClassifier.forward
+
+    def counted(self, *args, **options):
+        seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(models.StreamingClassifier, 'forward', counted)
+    words = [sp_predict, best, manifest, tmp_path / 'p.csv', '--device', 'cpu', '--skip-failed']
+    assert run(*words, '--shard', '1/1')[0] == 130
+    assert run(*words, '--shard', '1/1')[0] == 3
+    assert len(seen) == 3 + 4
+    text = manifest.read_text()
+    changed = manifest.with_name('changed.csv')
+    changed.write_text(text.replace('s02,0', 's02,1'))
+    words[2] = changed
+    status, said = run(*words, '--merge')
+    assert status == 2 and 'in another state (1/1)' in said
+    assert run(*words, '--shard', '1/1')[0] == 3 and len(seen) == 8
+    assert run(*words, '--merge')[0] == 3
+    labels = [row['label'] for row in read_table(tmp_path / 'p.csv', ['label'])]
+    assert labels == ['0', '1', '1', '0', '1', '0']
+
+
+def test_without_skipping_a_shard_with_a_bad_slide_is_not_done(run, best, manifest, tmp_path):
+    words = [sp_predict, best, manifest, tmp_path / 'p.csv', '--device', 'cpu']
+    for text in ('1/2', '2/2'):
+        run(*words, '--shard', text)
+    status, said = run(*words, '--merge')
+    assert status == 2 and '1 of 2 shards not done (2/2)' in said
+    assert run(*words, '--skip-failed', '--shard', '2/2')[0] == 3
+    assert run(*words, '--merge')[0] == 3
+
+
+def test_a_name_for_one_is_positive_in_every_command(run, best, manifest, tmp_path):
+    "A table with semicolons and names, trimmed and predicted; heatmaps and checks need no labels."
+    text = manifest.read_text().replace(',0,', ',benign,').replace(',1,', ',Tumour,')
+    named = manifest.with_name('named.csv')
+    named.write_text('\ufeff' + text.replace(',', ';'))
+    for name in COMMANDS:
+        words, tables = words_of(name, best, named, tmp_path / name)
+        if name in ('trim', 'predict'):
+            status, said = run(*words)
+            assert status == 2 and "'benign' (4) and 'Tumour' (3)" in said
+            words += ['--positive', 'tumour']
+        status, said = run(*words)
+        assert status == 3 and 'semicolons' in said, said
+        if name in ('trim', 'predict'):
+            assert "1 is 'Tumour' (3); 0 is 'benign' (4)" in said
+            labels = [row['label'] for row in read_table(tables[0], ['label'])]
+            assert labels == ['0', '1', '0', '0', '1', '0']

@@ -261,7 +261,8 @@ def merge_trimmed(cases: Sequence[Case], out: str | Path, settings: Trim) -> dic
     """What `trim_slides` would have written and returned of all slides, after all shards are done.
     Raises `InputError` if they are not."""
     failed = Shards(Path(out)).all_failed(cases)
-    return trim_slides(cases, out, settings, progress=False, known_failed=failed)
+    found = trim_slides(cases, out, settings, progress=False, known_failed=failed)
+    return found | dict(skipped=0)
 
 # %% ../../nbs/runs/08_shards.ipynb #ed9208a4
 TABLE = 'table.csv'  # of a shard, in its folder
@@ -385,8 +386,9 @@ class Lines:
 
     def add(self, slide_id: str, value: Any) -> None:
         "Add a line. A new line is begun first, as the last one may have no end."
+        text = json.dumps([slide_id, value], default=lambda number: number.item())  # NumPy's
         with open(self.path, 'a') as file:
-            file.write('\n' + json.dumps([slide_id, value]) + '\n')
+            file.write(f'\n{text}\n')
 
 # %% ../../nbs/runs/08_shards.ipynb #140bd2ad
 CHECKED = 'checked.jsonl'  # of a shard, in its folder

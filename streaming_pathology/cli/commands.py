@@ -154,7 +154,7 @@ def tell_shard(
     else:
         print(text)
     outcome = Outcome(found, result.failed)
-    tell_outcome(outcome, outcome.write(Shards(out).place(shard) / 'slides.csv'))
+    tell_outcome(outcome, outcome.write(Shards(out).folder_of(shard) / 'slides.csv'))
 
 
 def named_model(path: str) -> str:

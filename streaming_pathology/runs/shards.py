@@ -105,7 +105,7 @@ class Shards:
         is_table = self.out.suffix.lower() == '.csv'
         return self.out.with_suffix('.shards') if is_table else self.out / SHARDS
 
-    def place(self, shard: Shard) -> Path:
+    def folder_of(self, shard: Shard) -> Path:
         "The folder of a shard."
         return self.folder / f'{shard.number}-of-{shard.of}'
 
@@ -117,17 +117,17 @@ class Shards:
     ) -> Iterator[Path]:
         "The folder of a shard, which no other process works on as long as the block runs."
         self.check_about(dict(shards=shard.of) | (about or {}))
-        place = self.place(shard)
-        place.mkdir(parents=True, exist_ok=True)
+        shard_folder = self.folder_of(shard)
+        shard_folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(place))
+                stack.enter_context(locked(shard_folder))
             except InputError:
                 raise InputError(
                     f'shard {shard} of {self.out} is being worked on by another process: wait for '
                     'it'
                 ) from None
-            yield place
+            yield shard_folder
 
     def check_about(self, about: dict[str, Any]) -> None:
         "Refuse a shard that has something else in common than those that are there."
@@ -155,7 +155,7 @@ class Shards:
 
     def done(self, shard: Shard) -> dict[str, str] | None:
         "The slides of a shard that is done, slide id -> why it failed or ''; None if it is not."
-        path = self.place(shard) / 'done.json'
+        path = self.folder_of(shard) / 'done.json'
         return self.read(path)['slides'] if path.exists() else None
 
     def finish(
@@ -166,7 +166,7 @@ class Shards:
     ) -> None:
         "Say that a shard is done."
         text = json.dumps(dict(slides=slides, stamps=stamps), indent=1) + '\n'
-        write_whole(self.place(shard) / 'done.json', text)
+        write_whole(self.folder_of(shard) / 'done.json', text)
 
     def to_do(self, shard: Shard, cases: Sequence[Case], stamps: dict[str, Any]) -> list[Case]:
         "The slides of a shard that are not done, have failed, or are in another state than then."
@@ -183,7 +183,7 @@ class Shards:
 
     def stamps(self, shard: Shard) -> dict[str, Any]:
         "The states of the slides of a shard that is done, by slide id."
-        return self.read(self.place(shard) / 'done.json').get('stamps') or {}
+        return self.read(self.folder_of(shard) / 'done.json').get('stamps') or {}
 
     def read(self, path: Path) -> dict:
         "A file that shards have written."
@@ -330,10 +330,10 @@ def predict_shard(
     ranks = ONE_PROCESS if ranks is None else ranks
     shards, mine, failed = Shards(Path(out)), shard.take(cases), {}
     with ExitStack() as stack:
-        place = ranks.first(lambda: stack.enter_context(shards.working(shard, about)))
+        shard_folder = ranks.first(lambda: stack.enter_context(shards.working(shard, about)))
         stamps = ranks.first(lambda: stamps_of(mine))
         rest = ranks.first(lambda: shards.to_do(shard, mine, stamps))
-        new = place / 'new.csv'
+        new = shard_folder / 'new.csv'
         if rest:
             rows, sentences = predict_table(
                 model, card, rest, new, skip=skip, ranks=ranks, **options
@@ -342,9 +342,9 @@ def predict_shard(
             without = [case.slide_id for case in rest if case.slide_id not in done]
             failed = dict(zip(without, sentences, strict=True))
         if ranks.rank == 0 and (skip or not failed):
-            tables = [path for path in (place / TABLE, new) if path.exists()]
+            tables = [path for path in (shard_folder / TABLE, new) if path.exists()]
             if tables:
-                merge_tables(tables, place / TABLE, [case.slide_id for case in mine])
+                merge_tables(tables, shard_folder / TABLE, [case.slide_id for case in mine])
             shards.finish(shard, {case.slide_id: '' for case in mine} | failed, stamps)
             new.unlink(missing_ok=True)
     return ShardResult(failed, len(mine), len(mine) - len(rest))
@@ -358,7 +358,7 @@ def merge_predictions(
     shards = Shards(Path(out))
     shards.check_about(dict(shards=shards.of()) | about)
     failed = shards.all_failed(cases, in_state=True)
-    tables = [shards.place(shard) / TABLE for shard in all_shards(shards.of())]
+    tables = [shards.folder_of(shard) / TABLE for shard in all_shards(shards.of())]
     tables = [path for path in tables if path.exists()]
     n_rows = 0
     if tables:
@@ -406,8 +406,8 @@ def check_shard(
     "As `check_slides`, of the slides of one shard that were not checked before."
     shards, mine, failed = Shards(Path(out)), shard.take(cases), {}
     about = dict(tissue=tissue, pen=pen)
-    with shards.working(shard, about) as place:
-        lines = Lines(place / CHECKED)
+    with shards.working(shard, about) as shard_folder:
+        lines = Lines(shard_folder / CHECKED)
         former, stamps = lines.read(), stamps_of(mine)
         rest = []
         for case in mine:
@@ -434,7 +434,7 @@ def merge_checks(
     failed = shards.all_failed(cases, in_state=True)
     rows = {}
     for shard in all_shards(shards.of()):
-        for slide_id, value in Lines(shards.place(shard) / CHECKED).read().items():
+        for slide_id, value in Lines(shards.folder_of(shard) / CHECKED).read().items():
             rows[slide_id] = value['row']
     return {case.slide_id: rows[case.slide_id] for case in cases}, failed
 

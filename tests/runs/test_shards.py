@@ -126,7 +126,7 @@ def test_a_folder_of_something_else_is_refused_and_stays(shards):
 
 def test_damaged_files_are_named(shards):
     finish(shards, Shard(1, 1))
-    path = shards.place(Shard(1, 1)) / 'done.json'
+    path = shards.folder_of(Shard(1, 1)) / 'done.json'
     path.write_text('{"slides"')
     assert f'{path} is damaged' in refusal(shards.all_done, CASES)
 

@@ -75,9 +75,13 @@ def all_shards(of: int) -> list[Shard]:
 # %% ../../nbs/runs/08_shards.ipynb #f9cd38fd
 def case_stamp(case: Case) -> list:
     "What a row of a table depends on, but for where files lie, as JSON has it."
-    mask = None if case.mask is None else file_stamp(case.mask)
-    stamp = [case.label, case.split, case.spacing, file_stamp(case.path), mask]
-    return json.loads(json.dumps(stamp))
+    files = []
+    for path in (case.path, case.mask):
+        files.append(None)
+        if path is not None:
+            with suppress(InputError, OSError):  # it is told when the slide is read
+                files[-1] = file_stamp(path)
+    return json.loads(json.dumps([case.label, case.split, case.spacing, *files]))
 
 
 def stamps_of(cases: Iterable[Case]) -> dict[str, list]:
@@ -192,8 +196,8 @@ class Shards:
         except (OSError, ValueError, TypeError):
             raise InputError(f'{path} is damaged: delete it, and run its shard again') from None
 
-    def of(self) -> int:
-        "How many shards there are."
+    def n_shards(self) -> int:
+        "How many shards there are. Raises `InputError` if none has begun."
         path = self.folder / 'about.json'
         if not path.exists():
             raise InputError(
@@ -211,7 +215,7 @@ class Shards:
         Raises `InputError`, which names the shards that are not done, or were about other slides
         than they would be about now."""
         missing, changed, found = [], [], {}
-        for shard in all_shards(self.of()):
+        for shard in all_shards(self.n_shards()):
             slides, mine = self.done(shard), shard.take(cases)
             if slides is None:
                 missing.append(str(shard))
@@ -223,7 +227,7 @@ class Shards:
                 found.update(slides)
         parts = []
         if missing:
-            parts.append(f'{len(missing)} of {self.of()} shards not done ({listed(missing)})')
+            parts.append(f'{len(missing)} of {self.n_shards()} shards not done ({listed(missing)})')
         if changed:
             number = counted(len(changed), 'shard')
             parts.append(f'{number} of other slides, or in another state ({listed(changed)})')
@@ -356,9 +360,9 @@ def merge_predictions(
     """Put the tables of all shards together. Returns the number of rows, and slide id -> reason of
     the slides that failed. Raises `InputError` if shards are not done."""
     shards = Shards(Path(out))
-    shards.check_about(dict(shards=shards.of()) | about)
+    shards.check_about(dict(shards=shards.n_shards()) | about)
     failed = shards.all_failed(cases, in_state=True)
-    tables = [shards.folder_of(shard) / TABLE for shard in all_shards(shards.of())]
+    tables = [shards.folder_of(shard) / TABLE for shard in all_shards(shards.n_shards())]
     tables = [path for path in tables if path.exists()]
     n_rows = 0
     if tables:
@@ -430,10 +434,10 @@ def merge_checks(
     """What all shards have found: slide id -> facts as by the method row of `SlideCheck`, and slide
     id -> reason of those that failed. Raises `InputError` if shards are not done."""
     shards = Shards(Path(out))
-    shards.check_about(dict(shards=shards.of(), tissue=tissue, pen=pen))
+    shards.check_about(dict(shards=shards.n_shards(), tissue=tissue, pen=pen))
     failed = shards.all_failed(cases, in_state=True)
     rows = {}
-    for shard in all_shards(shards.of()):
+    for shard in all_shards(shards.n_shards()):
         for slide_id, value in Lines(shards.folder_of(shard) / CHECKED).read().items():
             rows[slide_id] = value['row']
     return {case.slide_id: rows[case.slide_id] for case in cases}, failed

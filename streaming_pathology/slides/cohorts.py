@@ -140,10 +140,19 @@ def label_name(text: str) -> str:
 MISSING = ('nan', 'inf', '-inf', 'na', 'n/a', 'null')  # what programs write for no value
 
 
+def is_number(label: str) -> bool:
+    "Whether a label is a number."
+    try:
+        finite_number(label, '')
+    except ValueError:
+        return False
+    return True
+
+
 def is_name(label: str) -> bool:
-    "Whether a label is a name: it has letters, and is no word for a missing value."
-    has_letters = re.search(r'[^\W\d_]', label)
-    return bool(has_letters) and label_name(label) not in MISSING
+    "Whether a label is a name: it has letters or digits, and is no word for a missing value."
+    has_characters = re.search(r'[^\W_]', label)
+    return bool(has_characters) and not is_number(label) and label_name(label) not in MISSING
 
 
 def label_by_name(text: str, column: str, positive: Collection[str]) -> float:
@@ -151,13 +160,10 @@ def label_by_name(text: str, column: str, positive: Collection[str]) -> float:
     `ValueError` for what is neither a name nor a number."""
     if label_name(text) in positive:
         return 1.0
-    if not is_name(text):
-        try:
-            finite_number(text, column)
-        except ValueError:
-            raise ValueError(
-                f'{column} {text!r} is no label; leave the cell empty where it is not known'
-            ) from None
+    if not is_name(text) and not is_number(text):
+        raise ValueError(
+            f'{column} {text!r} is no label; leave the cell empty where it is not known'
+        )
     return 0.0
 
 

@@ -223,9 +223,9 @@ def test_times_with_a_decimal_comma(folder):
 def named(folder):
     "A function: the labels of a table with these texts as labels, and all that was warned."
 
-    def read(labels, **options):
+    def read(texts, **options):
         path = folder / 'named.csv'
-        lines = [f's{number:02},{label}' for number, label in enumerate(labels)]
+        lines = [f's{number:02},{label}' for number, label in enumerate(texts)]
         path.write_text('\n'.join(['slide_id,diagnosis', *lines]))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')

@@ -97,6 +97,7 @@ RUN = Output(
 )
 FORMER = '.former'  # a folder in it: what it held before
 NEW = '.new'  # a folder in it: what is not finished
+SHARDS = 'shards'  # a folder in it: what parts of the work say that they have done
 SYSTEM = ('lost+found', '.DS_Store', 'Thumbs.db')  # what operating systems put anywhere
 
 
@@ -122,8 +123,10 @@ def contents(folder: Path) -> Iterator[Path]:
 
 def foreign(folder: Path, kind: Output) -> Path | None:
     "The first thing in a folder that no command of this kind wrote, relative to it."
+    paths = list(contents(folder))
+    # after the files, as another process that fills the folder now writes the mark first
     marked = kind.is_marked(folder) or kind.is_marked(folder / FORMER)
-    for path in contents(folder):
+    for path in paths:
         if is_temporary(path):
             continue
         place = Path(*(name for name in path.parts if name not in (FORMER, NEW)))
@@ -152,6 +155,7 @@ def claim(
     inputs: Iterable[str | Path] = (),  # paths that are read, which must not lie in the folder
     way: str = 'add --overwrite to replace it, or',  # how else than by another folder
     others: bool = False,  # what lies beside a former run may stay
+    shared: bool = False,  # other processes may be writing into it
 ) -> Path:
     """The absolute path of an output folder.
 
@@ -161,7 +165,7 @@ def claim(
     if folder.exists() and not folder.is_dir():
         raise InputError(f'{given} is a file; give the name of a new folder')
     if folder.is_dir():
-        check_contents(folder, given, kind, others)
+        check_contents(folder, given, kind, others, shared)
         if not overwrite and holds_anything(folder):
             text = f'{given} holds what a former run wrote; {way} give the name of a new folder'
             raise InputError(text.replace('  ', ' '))
@@ -175,9 +179,12 @@ def claim(
     return folder
 
 # %% ../nbs/02_outputs.ipynb #cbc37f3d
-def check_contents(folder: Path, given: str | Path, kind: Output, others: bool) -> None:
-    "Refuse a folder that is being written or, unless `others`, that holds what no former run wrote."
-    with locked(folder):
+def check_contents(
+    folder: Path, given: str | Path, kind: Output, others: bool, shared: bool
+) -> None:
+    """Refuse a folder that is being written, but for `shared`; or, unless `others`, one that holds
+    what no former run wrote."""
+    with locked(folder, shared):
         path = None if others else foreign(folder, kind)
     if path:
         raise InputError(

@@ -31,7 +31,7 @@ from streaming_pathology.evaluation.auc import (
     roc,
     share_interval,
 )
-from ..io import finite_number, read_table
+from ..io import SEPARATORS, finite_number, read_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -490,7 +490,7 @@ def column_of(path: str | Path, column: str, needed: bool = True) -> dict[str, s
     columns = ('slide_id', column) if needed else ('slide_id',)
     way_out = f'give a manifest with slide_id and {column}'
     values = {}
-    for row in read_table(path, columns, (column,), way_out):
+    for row in read_table(path, columns, (column,), way_out, SEPARATORS, (column,)):
         value = row.get(column)
         if not value:
             continue

@@ -130,7 +130,7 @@ def checked_card(
     """A card, completed by what former checkpoints took for granted, as JSON has it (lists for
     tuples). Raises `InputError` if it does not say how its network is built and what it is shown.
     """
-    usual = dict(canvas=False, pen=True, labels=['label'], task=Binary().settings())
+    usual = dict(canvas=False, pen=True, labels=['label'], positive=None, task=Binary().settings())
     try:
         complete = json.loads(json.dumps(plain(usual | card)))
         colors = dict(mean=list(imagenet_mean), std=list(imagenet_std))
@@ -263,13 +263,13 @@ def with_encoder(
 
 # %% ../../nbs/evaluation/01_predict.ipynb #289c562d
 def load_model(
-    path: str | Path,  # a checkpoint of sp_train or sp_mil, or what sp_export made of one
+    path: str | Path,  # a run folder, a checkpoint in it, or what sp_export made of one
     device: str | torch.device = 'cpu',
     strip: int | str | None = None,  # rows at a time, or 'auto'; None: as in training
 ) -> tuple[StreamingClassifier | InstanceMIL | FeatureMIL, dict]:
     """A trained network in evaluation mode, and its card with `sha256`, its name. Raises
     `InputError` if it cannot be used."""
-    path = Path(path)
+    path = best_checkpoint(path)
     if path.suffix.lower() == '.safetensors':
         card, weights = read_sealed(path)
     else:

@@ -641,6 +641,7 @@ def has_predictions(run: FinishedRun, rows: list[dict], scores: list[float]) -> 
 PUBLIC = {
     'command',
     'task',
+    'positive',
     'arch',
     'pool',
     'augment',

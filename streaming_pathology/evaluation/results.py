@@ -58,8 +58,8 @@ from streaming_pathology.evaluation.outcomes import (
     plot_survival,
     riskiest_slides,
 )
-from .subgroups import by_group, plot_groups
-from ..io import read_table, write_whole
+from .subgroups import by_group, is_missing, plot_groups
+from ..io import SEPARATORS, read_table, write_whole
 from ..outputs import output_file
 
 # %% ../../nbs/evaluation/07_results.ipynb #c4374b63
@@ -352,6 +352,7 @@ def binary_results(request: Request) -> dict:
             column: subgroup_results(request, tested, column, metrics.threshold)
             for column in request.by
         }
+    notes += unknown_notes(request, tested)
     result['notes'] = notes + interval_notes(metrics, result, labels, tested.patient_ids)
     return result
 
@@ -441,6 +442,26 @@ def sensitivity_results(request: Request, tested: Outcomes, chosen_on: Outcomes)
         **asdict(point),
         intervals={name: [share.low, share.high] for name, share in shares.items()},
     )
+
+
+def unknown_notes(request: Request, tested: Outcomes) -> list[str]:
+    """A sentence on each column of subgroups that is empty for some slides: they are in none.
+
+    Where it is empty for all negative slides, each subgroup is compared with all of these."""
+    notes = []
+    positive = tested.labels[:, 0] == 1
+    for column in request.by:
+        values = column_of(request.cohort, column)
+        unknown = np.array([is_missing(values.get(slide_id)) for slide_id in tested.slide_ids])
+        if unknown[~positive].all() and not unknown[positive].all():
+            unknown &= positive
+        if unknown.any():
+            first = tested.slide_ids[int(unknown.argmax())]
+            notes.append(
+                f'{int(unknown.sum())} of {len(unknown)} slides have nothing in {column!r} and are '
+                f'in none of its subgroups ({first!r} is the first).'
+            )
+    return notes
 
 
 def subgroup_results(
@@ -767,7 +788,8 @@ def check_slides_in_cohort(table: OutcomeTable, cohort: str | Path | None) -> No
     "Raises `InputError` if a cohort is given that lacks slides of a table."
     if cohort is None:
         return
-    known = {row['slide_id'] for row in read_table(cohort, ('slide_id',))}
+    rows = read_table(cohort, ('slide_id',), separators=SEPARATORS)
+    known = {row['slide_id'] for row in rows}
     missing = [row['slide_id'] for row in table.rows if row['slide_id'] not in known]
     if missing:
         raise InputError(

@@ -68,6 +68,7 @@ def planned_side(
         labels=(0, 1),
         columns=label_names(settings),
         annotation=getattr(settings, 'annotation', None),
+        positive=settings.positive,
     )
     side = Side(name, path)
     for case in resolve_splits(cases, seed=settings.seed, where=settings.manifest):

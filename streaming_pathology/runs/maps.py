@@ -8,7 +8,7 @@ __all__ = ['heatmap_methods', 'MapRun']
 # %% ../../nbs/runs/06_maps.ipynb #ed11879a
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..core import InputError
+from ..core import InputError, counted
 from ..evaluation.gradients import integrated_gradients, smoothgrad
 from streaming_pathology.evaluation.heatmaps import (
     FORMAT,
@@ -32,12 +32,12 @@ from streaming_pathology.evaluation.heatmaps import (
 )
 from ..evaluation.predict import dataset, load_model
 from ..evaluation.qupath import field_of, write_exports
-from ..io import locked, write_csv, write_whole
+from ..io import locked, several, write_csv, write_whole
 from ..mil.bags import Bag
 from ..mil.features import FeatureMIL, Features
 from ..mil.mil import InstanceMIL
-from ..outputs import Output, claim
-from .inputs import find_slides
+from ..outputs import SHARDS, Output, claim
+from .inputs import Outcome, find_slides
 from .runs import device_to_use, tell_device
 from .settings import HeatmapSettings, flag, with_present_names
 from ..slides.datasets import SlideDataset
@@ -45,16 +45,23 @@ from ..slides.readers import file_stamp
 from ..training.models import AttentionPool, StreamingClassifier
 
 # %% ../../nbs/runs/06_maps.ipynb #33e08bc9
+OF_A_SLIDE = (
+    'maps/*.npy',
+    'maps/*.json',
+    'overlay/*.png',
+    'tiff/*.tiff',
+    'geojson/*.geojson',
+)  # what is written of each
 MAPS = Output(
     'heatmaps.json',
     f'"{FORMAT}"',
     (
-        'maps/*.npy',
-        'maps/*.json',
-        'overlay/*.png',
-        'tiff/*.tiff',
-        'geojson/*.geojson',
+        *OF_A_SLIDE,
         'regions.csv',
+        'slides.csv',
+        f'{SHARDS}/about.json',
+        f'{SHARDS}/*/done.json',
+        f'{SHARDS}/*/slides.csv',
     ),
 )
 # of the table of regions
@@ -250,13 +257,14 @@ class MapRun:
         device = device_to_use(settings.device)
         self.model, self.card = load_model(settings.checkpoint, device, settings.strip)
         self.check_method()
-        self.cases = find_slides(
-            settings.slides, settings.slide_spacing, None, columns=self.card['labels']
-        )
+        self.found = find_slides(settings.slides, settings.slide_spacing, None, columns=())
+        self.cases = self.found.cases
+        self.failed: dict[str, str] = {}  # slide_id -> a sentence, after `draw`
         self.data = dataset(self.card, self.cases)
         self.check_unused()
         inputs = [settings.checkpoint, *(case.path for case in self.cases)]
-        self.folder = claim(settings.out, True, MAPS, inputs)
+        in_shards = settings.shard is not None
+        self.folder = claim(settings.out, True, MAPS, inputs, shared=in_shards)
         tell_device(device, settings.device)
 
     def check_method(self) -> None:
@@ -295,7 +303,8 @@ class MapRun:
 
     def about(self) -> dict:
         "What all maps of a folder have in common: the network, and settings that they depend on."
-        left_out = {'strip', 'device', 'checkpoint', 'slides', 'out', 'command', *self.unused()}
+        left_out = {'strip', 'device', 'checkpoint', 'slides', 'out', 'command', 'shard', 'merge'}
+        left_out |= self.unused()
         values = self.settings.as_dict()
         about = dict(format=FORMAT, model=self.card['sha256'])
         about.update({name: value for name, value in values.items() if name not in left_out})
@@ -305,16 +314,68 @@ class MapRun:
         """Draw all maps that are not there, and write the table of regions. Returns the number of
         slides, the number of regions, and a sentence on each slide that failed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        failed, rows = [], []
         with locked(self.folder):
             self.check_former()
-            for index in tqdm(range(len(self.cases)), desc='heatmaps', unit='slide', leave=False):
-                try:
-                    rows += self.slide(index)
-                except InputError as e:
-                    failed.append(str(e))
-            write_csv(self.folder / 'regions.csv', rows, COLUMNS)
-        return len(self.cases), len(rows), failed
+            rows = self.draw_slides(range(len(self.cases)))
+            self.write_tables(rows)
+        return len(self.cases), len(rows), list(self.failed.values())
+
+    def draw_slides(self, indices: Sequence[int]) -> list[dict]:
+        "Draw slides that are not drawn yet; `failed` has those that failed. Returns their regions."
+        rows = []
+        self.failed.clear()
+        for index in tqdm(indices, desc='heatmaps', unit='slide', leave=False):
+            try:
+                rows += self.slide(index)
+            except InputError as e:
+                self.failed[self.cases[index].slide_id] = str(e)
+        return rows
+
+    def write_tables(self, rows: list[dict]) -> None:
+        "Write the table of regions, and what became of each slide."
+        write_csv(self.folder / 'regions.csv', rows, COLUMNS)
+        Outcome(self.found, self.failed).write(self.folder / 'slides.csv')
+
+    # ---- while other processes draw other slides into the folder
+
+    def begin(self) -> None:
+        "Make the folder, and note in it what its maps are; refuses one with other maps."
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.check_former()
+
+    def draw_part(self, slide_ids: Collection[str]) -> int:
+        "Draw these slides; tables are not written. Returns how many of them were drawn before."
+        indices = [i for i, case in enumerate(self.cases) if case.slide_id in slide_ids]
+        with locked(self.folder, shared=True):
+            n_before = sum(self.finished_note(index) is not None for index in indices)
+            self.draw_slides(indices)
+        return n_before
+
+    def write_finished(self, failed: Mapping[str, str]) -> int:
+        """Write the tables of all slides, where all are drawn but those that `failed` (slide id ->
+        reason). Returns the number of regions. Raises `InputError` if one is not drawn."""
+        rows, missing = [], []
+        with locked(self.folder):
+            self.check_former()
+            for index, case in enumerate(self.cases):
+                if case.slide_id in failed:
+                    continue
+                note = self.finished_note(index)
+                if note is None:
+                    missing.append(repr(case.slide_id))
+                else:
+                    rows += note['regions']
+            if missing:
+                raise InputError(
+                    several(
+                        f'{counted(len(missing), "slide")} of a shard that was done, or the maps '
+                        'of them, have changed since; run it again',
+                        missing,
+                    )
+                )
+            self.failed = dict(failed)
+            self.write_tables(rows)
+        return len(rows)
 
     def check_former(self) -> None:
         "Refuse a folder with other maps; note in a new one what these are."
@@ -337,17 +398,27 @@ class MapRun:
 
     def slide(self, index: int) -> list[dict]:
         "Draw one slide, unless that is done. Returns the rows of its regions."
+        note = self.finished_note(index)
+        if note is None:
+            note = self.stamp(index) | self.new_map(index)
+            write_whole(self.note_path(index), json.dumps(note) + '\n')
+        return note['regions']
+
+    def note_path(self, index: int) -> Path:
+        "Where the note on a slide is written."
+        return self.folder / f'maps/{self.cases[index].slide_id}.json'
+
+    def stamp(self, index: int) -> dict[str, Any]:
+        "The state of the files of a slide, to be compared later."
         case = self.cases[index]
-        path = self.folder / f'maps/{case.slide_id}.json'
         mask = case.mask
         if mask:
             mask = file_stamp(mask)
-        stamp: dict[str, Any] = dict(slide=file_stamp(case.path), mask=mask, spacing=case.spacing)
-        note = self.former_note(path, stamp)
-        if note is None:
-            note = stamp | self.new_map(index)
-            write_whole(path, json.dumps(note) + '\n')
-        return note['regions']
+        return dict(slide=file_stamp(case.path), mask=mask, spacing=case.spacing)
+
+    def finished_note(self, index: int) -> dict | None:
+        "The note on a slide that is drawn; None if it is to be drawn."
+        return self.former_note(self.note_path(index), self.stamp(index))
 
     def former_note(self, path: Path, stamp: dict) -> dict | None:
         "The note on a slide, if its file is the same and all of its maps are there; else None."
@@ -357,7 +428,7 @@ class MapRun:
             return None
         if not note or any(note.get(name) != value for name, value in stamp.items()):
             return None
-        files = [pattern.replace('*', path.stem) for pattern in MAPS.files if '*' in pattern]
+        files = [pattern.replace('*', path.stem) for pattern in OF_A_SLIDE]
         return note if all((self.folder / file).exists() for file in files) else None
 
     def new_map(self, index: int) -> dict:

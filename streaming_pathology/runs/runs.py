@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..core import InputError, one_line
+from ..core import InputError, counted, one_line
 from ..evaluation.heatmaps import fit_map, save_heatmap
 from streaming_pathology.evaluation.predict import (
     checked_card,
@@ -57,7 +57,8 @@ from streaming_pathology.runs.settings import (
     flag,
     with_present_names,
 )
-from ..slides.cohorts import Case, read_manifest, resolve_splits
+from ..slides.check import with_spacing
+from ..slides.cohorts import Case, check_splits, read_manifest, resolve_splits
 from streaming_pathology.slides.datasets import (
     SlideDataset,
     channel_statistics,
@@ -161,6 +162,10 @@ class Preparation:
             claim(run.given, self.may_replace, inputs=self.inputs(cases))
         self.method.check_cases(cases)
         data = self.read_slides(cases)
+        self.note_left_out(cases, data)
+        if len(data) < len(cases):
+            check_splits(data.cases, settings.manifest)
+            task = self.task_of(data.cases)
         # another process may have written there in the meantime
         claim(run.given, self.may_replace, others=self.resumes)
         return Prepared(settings, data, task, self.point, self.changed)
@@ -171,12 +176,20 @@ class Preparation:
         "The cases of the manifest with their splits."
         settings = self.settings
         zero_or_one = settings.task in ('binary', 'multilabel')
+        if settings.positive is not None and settings.task != 'binary':
+            raise InputError(
+                f'--positive {settings.positive} is for the task binary; remove it, or number the '
+                f'classes for the task {settings.task}'
+            )
         cases = read_manifest(
             settings.manifest,
             labels=(0, 1) if zero_or_one else None,
             columns=label_names(settings),
             annotation=getattr(settings, 'annotation', None),
+            positive=settings.positive,
         )
+        if settings.slide_spacing:
+            cases = [with_spacing(case, settings.slide_spacing) for case in cases]
         return resolve_splits(cases, seed=settings.seed, where=Path(settings.manifest))
 
     def task_of(self, cases: list[Case]) -> Task:
@@ -212,11 +225,14 @@ class Preparation:
             raise InputError(
                 '--batch-size 1: survival compares the slides of a mini-batch; give at least 2'
             )
-        if not any(has_event(case.label) for case in cases if case.split == 'tuning'):
-            raise InputError(
-                f'{settings.manifest}: no slide of the split tuning has an event, so no epoch '
-                'can be chosen'
-            )
+        for split, why in (
+            ('train', 'nothing can be learned'),
+            ('tuning', 'no epoch can be chosen'),
+        ):
+            if not any(has_event(case.label) for case in cases if case.split == split):
+                raise InputError(
+                    f'{settings.manifest}: no slide of the split {split} has an event, so {why}'
+                )
 
     def read_slides(self, cases: list[Case]) -> SlideDataset:
         "The dataset of all cases, after every slide was read once."
@@ -229,7 +245,7 @@ class Preparation:
             seed=settings.seed,
             **options,
         )
-        data = check_cohort(data, workers=settings.workers)
+        data = check_cohort(data, workers=settings.workers, skip_failed=settings.skip_failed)
         if isinstance(data, FeatureDataset):
             data.hashed()
         warning = turned_out(data.part('train'), augmentation_of(settings))
@@ -237,10 +253,24 @@ class Preparation:
             warnings.warn(warning)
         if settings.normalize == 'training':
             self.find_colors(data)
-        tested = {case.label for case in cases if case.split == 'test'}
+        tested = {case.label for case in data.cases if case.split == 'test'}
         if settings.task == 'binary' and tested < {0, 1}:
             warnings.warn('the test split does not have both classes, so there will be no AUC')
         return data
+
+    def note_left_out(self, cases: list[Case], data: SlideDataset) -> None:
+        """Note which slides were left out, as they cannot be used. Refuses to resume a run that was
+        trained without others."""
+        kept = {case.slide_id for case in data.cases}
+        left_out = [case.slide_id for case in cases if case.slide_id not in kept]
+        former = list(self.former.get('left_out', []))
+        if self.point is not None and left_out != former and not self.accept_changes:
+            raise InputError(
+                f'{self.run.given} was trained without {listed_ids(former)}, as they could not be '
+                f'used; now these are {listed_ids(left_out)}. Make the files as they were, accept '
+                'the change with --accept-changes, or choose a new folder'
+            )
+        self.settings.left_out = tuple(left_out) if left_out else None
 
     def find_colors(self, data: SlideDataset) -> None:
         "Mean and deviation of each channel: of the run that is resumed, or of the training slides."
@@ -319,6 +349,14 @@ class Preparation:
                 f'{run.given} holds a finished run without a checkpoint to resume from; choose a '
                 'new folder'
             )
+
+
+def listed_ids(slide_ids: Sequence[str]) -> str:
+    "Slides in a sentence: the first few by name."
+    if not slide_ids:
+        return 'no slide'
+    start = counted(len(slide_ids), 'slide')
+    return several(start, [repr(slide_id) for slide_id in slide_ids])
 
 
 def has_event(label: float | tuple[float, ...] | None) -> bool:
@@ -481,6 +519,7 @@ class Training:
             model={} if features else self.method.network(task),
             task=task.settings(),
             labels=label_names(settings),
+            positive=settings.positive,
             cohort_sha256=settings.cohort_sha256,
             settings=settings.as_dict(),
             **self.method.shown(),

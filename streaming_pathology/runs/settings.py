@@ -49,6 +49,7 @@ class Option:
     # names in former versions: not shown, but still understood on the command line and in files
     former_names: tuple[str, ...] = ()
     opposite: str = ''  # of a switch that is on: the name that turns it off (default: no_NAME)
+    several: bool = False  # an argument of one word or more, which is a tuple
 
     def problem(self, value: object) -> str | None:
         "What is wrong with a value, as the end of a sentence; None if nothing is."
@@ -255,6 +256,31 @@ def workers_option() -> Any:
         on_resume='free',
     )
 
+
+def shard_option() -> Any:
+    "The share of the slides that a command works on."
+    return option(
+        None,
+        'work on a share of the slides only: 3/50 is the third of fifty, while other jobs work on '
+        'the other shares and write to the same place (default: on all slides)',
+        'shards',
+    )
+
+
+def merge_option() -> Any:
+    "Whether a command puts together what shards have written."
+    return option(
+        False,
+        'after all shards: write the tables of all slides, or say which shards are not done',
+        'shards',
+    )
+
+# %% ../../nbs/runs/01_settings.ipynb #c27d92fe
+SLIDE_SPACING = (
+    'pixel size in microns of slides whose file and manifest row give none (default: such slides '
+    'are refused)'
+)
+
 # %% ../../nbs/runs/01_settings.ipynb #34d4faf8
 @dataclass(kw_only=True)
 class TrainingSettings(Settings):
@@ -282,6 +308,13 @@ class TrainingSettings(Settings):
         'labels',
         on_resume='never',
     )
+    positive: str | None = option(
+        None,
+        'where labels are names: the name that is 1, or several, comma-separated, e.g. tumour; '
+        'every other one is 0 (default: labels are numbers)',
+        'labels',
+        on_resume='never',
+    )
     balance: str = option(
         'oversample',
         'class imbalance: oversample draws every class as often as the largest (as in the paper), '
@@ -297,6 +330,14 @@ class TrainingSettings(Settings):
         'slides',
         above=0,
         on_resume='never',
+    )
+    slide_spacing: float | None = option(None, SLIDE_SPACING, 'slides', above=0)
+    skip_failed: bool = option(
+        False,
+        'leave out slides that cannot be used, which are listed as a warning (default: nothing is '
+        'trained if there are any)',
+        'slides',
+        on_resume='free',
     )
     size: tuple[int, int] | None = option(
         None,
@@ -461,6 +502,7 @@ class TrainingSettings(Settings):
 
     # ---- what a run finds out
     cohort_sha256: str | None = found()  # see `cohort_sha256` in records
+    left_out: tuple[str, ...] | None = found(on_resume='free')  # ids, with --skip-failed
     # mean and standard deviation of each channel, from 0 to 1, with --normalize training
     mean: tuple[float, ...] | None = found(on_resume='free')
     std: tuple[float, ...] | None = found(on_resume='free')
@@ -667,11 +709,13 @@ class MILSettings(TrainingSettings):
         on_resume='never',
     )
 
-# %% ../../nbs/runs/01_settings.ipynb #e6bcdb03
-SLIDES = 'manifest (CSV), folder of slides, or one slide'
-SLIDE_SPACING = (
-    'pixel size in microns of slides whose file and manifest row give none (default: such slides '
-    'are refused)'
+# %% ../../nbs/runs/01_settings.ipynb #82b36544
+SLIDES = (
+    'manifest (CSV), folder (all slides in it and in the folders below), or slide; one or several'
+)
+MODEL = (
+    'run folder of sp_train or sp_mil, whose best checkpoint is taken; one of its checkpoints; or '
+    'what sp_export made of one'
 )
 HEATMAP_METHODS = (
     'smoothgrad',
@@ -690,14 +734,11 @@ class HeatmapSettings(Settings):
 
     command: ClassVar[str] = 'sp_heatmap'
 
-    checkpoint: str = argument(
-        'file that sp_train or sp_mil wrote, e.g. run/checkpoints/best.pt, or that sp_export made '
-        'of it'
-    )
-    slides: str = argument(SLIDES)
+    checkpoint: str = argument(MODEL)
+    slides: tuple[str, ...] = argument(SLIDES, several=True)
     out: str = argument(
         'folder to write: overlay/*.png, tiff/*.tiff, geojson/*.geojson for QuPath, maps/*.npy, '
-        'regions.csv'
+        'regions.csv, and what became of each slide: slides.csv'
     )
     method: str | None = option(
         None,
@@ -769,6 +810,8 @@ class HeatmapSettings(Settings):
     slide_spacing: float | None = option(None, SLIDE_SPACING, 'slides', above=0)
     strip: int | str | None = strip_option()
     device: str | None = device_option()
+    shard: str | None = shard_option()
+    merge: bool = merge_option()
 
 # %% ../../nbs/runs/01_settings.ipynb #78f836a2
 Kind = TypeVar('Kind', bound=Settings)

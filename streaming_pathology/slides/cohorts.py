@@ -15,7 +15,7 @@ import operator
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,15 @@ import numpy as np
 import pyvips
 
 from ..core import InputError
-from ..io import check_header, finite_number, read_rows, read_table, several
+from streaming_pathology.io import (
+    SEPARATORS,
+    check_header,
+    finite_number,
+    read_rows,
+    read_table,
+    several,
+    with_point,
+)
 from .augment import keyed_rng
 from .readers import SUFFIXES, slide_key
 
@@ -120,18 +128,63 @@ def find_slide(slide_id: str, folder: Path) -> Path:
         )
     return found[0]
 
-# %% ../../nbs/slides/11_cohorts.ipynb #14b83ff5
+# %% ../../nbs/slides/11_cohorts.ipynb #351aeb8f
+def label_name(text: str) -> str:
+    "A label as it is compared: without capitals and doubled blanks; of a number its shortest form."
+    try:
+        return f'{finite_number(text, ""):g}'
+    except ValueError:
+        return ' '.join(text.casefold().split())
+
+
+MISSING = ('nan', 'inf', '-inf', 'na', 'n/a', 'null')  # what programs write for no value
+
+
+def is_number(label: str) -> bool:
+    "Whether a label is a number."
+    try:
+        finite_number(label, '')
+    except ValueError:
+        return False
+    return True
+
+
+def is_name(label: str) -> bool:
+    "Whether a label is a name: it has letters or digits, and is no word for a missing value."
+    has_characters = re.search(r'[^\W_]', label)
+    return bool(has_characters) and not is_number(label) and label_name(label) not in MISSING
+
+
+def label_by_name(text: str, column: str, positive: Collection[str]) -> float:
+    """1 for a label that is among the positive ones, see `label_name`, and 0 for any other. Raises
+    `ValueError` for what is neither a name nor a number."""
+    if label_name(text) in positive:
+        return 1.0
+    if not is_name(text) and not is_number(text):
+        raise ValueError(
+            f'{column} {text!r} is no label; leave the cell empty where it is not known'
+        )
+    return 0.0
+
+
 def read_label(
     row: dict,  # column -> text
     columns: Sequence[str],  # that hold the label
     allowed: Sequence[float] | None = None,  # values; None: any number
+    # labels by name, as by `label_name`, that are 1 while all others are 0; empty: they are numbers
+    positive: Collection[str] = (),
 ) -> float | tuple[float, ...] | None:
     """The label of a row: a number or, of several columns, a tuple in which nan is what is unknown;
     None if nothing is known. Raises `ValueError`."""
     values = []
     for column in columns:
         text = row.get(column)
-        values.append(finite_number(text, column) if text else None)
+        if not text:
+            values.append(None)
+        elif positive:
+            values.append(label_by_name(text, column, positive))
+        else:
+            values.append(finite_number(text, column))
     for column, value in zip(columns, values, strict=True):
         if allowed is not None and value is not None and value not in allowed:
             known = ', '.join(f'{label:g}' for label in allowed)
@@ -183,11 +236,14 @@ class CaseReader:
     allowed: Sequence[float] | None  # values of a label; None: any number
     need_label: bool  # slides to train on must have a label
     annotation: str | None  # the column with masks of classes
+    positive: Collection[str] = ()  # labels by name: see `read_label`
+    numbers: Collection[str] = ()  # columns with numbers that may have decimal commas
 
     def case(self, row: dict) -> tuple[Case | None, list[str]]:
         "The `Case` of a row (column -> text), and what is wrong with it; None if anything is."
         problems = []
         fields = {}
+        row = row | {name: with_point(row[name]) for name in self.numbers if name in row}
         slide_id = row.get('slide_id', '')
         with collected(problems):
             fields['slide_id'] = safe_id(slide_id)
@@ -211,7 +267,7 @@ class CaseReader:
 
     def label(self, row: dict) -> float | tuple[float, ...] | None:
         "As `read_label`. Raises `ValueError` also if a slide to train on has no label."
-        label = read_label(row, self.columns, self.allowed)
+        label = read_label(row, self.columns, self.allowed, self.positive)
         split = row.get('split', '')
         to_learn_from = OTHER_SPLIT_NAMES.get(split, split) in ('train', 'tuning')
         if label is None and self.need_label and to_learn_from:
@@ -314,7 +370,104 @@ def check_classes(
             'of both classes'
         )
 
-# %% ../../nbs/slides/11_cohorts.ipynb #dbc86a81
+# %% ../../nbs/slides/11_cohorts.ipynb #f70329bf
+def counted_labels(labels: Counter[str]) -> str:
+    "Labels in words, the most frequent first: 'benign' (4) and 'tumour' (3)."
+    parts = [f'{label!r} ({count})' for label, count in labels.most_common(8)]
+    if len(labels) > 8:
+        parts.append(f'{len(labels) - 8} more')
+    return joined(parts)
+
+
+def joined(parts: Sequence[str]) -> str:
+    "Parts of a sentence with commas and, before the last, an 'and'."
+    *before, last = parts
+    return f'{", ".join(before)} and {last}' if before else last
+
+
+def hint_of_names(column: str, labels: Counter[str]) -> str:
+    "What to do where labels are names; empty where none is."
+    if not any(is_name(label) for label in labels):
+        return ''
+    return (
+        f'. The labels in {column!r} are {counted_labels(labels)}: say by --positive (positive= in '
+        'Python) which of these names is 1; every other one is then 0'
+    )
+
+
+def positive_names(
+    path: str | Path,  # of the manifest, for messages
+    column: str,
+    labels: Counter[str],  # in this column
+    positive: str | Sequence[str],  # the names; in a text commas stand between them
+    need_label: bool,  # one of them must be there
+) -> set[str]:
+    """The names of labels that are 1, as by `label_name`; empty where labels are numbers already.
+
+    Warns of what becomes of which name. Raises `InputError` if none of the names is there."""
+    if isinstance(positive, str):
+        positive = positive.split(',')
+    names = {label_name(name) for name in positive} - {''}
+    if not names:
+        raise InputError(f'--positive {positive!r} names no label; give one of those in {column!r}')
+    ones = Counter({label: n for label, n in labels.items() if label_name(label) in names})
+    zeros = labels - ones
+    asked = ' or '.join(sorted(names))
+    if not ones and not any(is_name(label) for label in labels):
+        if labels:
+            warnings.warn(
+                f'{path}: the labels in {column!r} are numbers, so --positive {asked} is not used'
+            )
+        return set()
+    if not ones and need_label:
+        raise InputError(
+            f'{path}: no label in {column!r} is {asked}; there are {counted_labels(labels)}: give '
+            'one of these names as --positive'
+        )
+    parts = []
+    if ones:
+        parts.append(f'1 is {counted_labels(ones)}')
+    if zeros:
+        parts.append(f'0 is {counted_labels(zeros)}')
+    warnings.warn(f'{path}, labels in {column!r}: {"; ".join(parts)}')
+    return names
+
+
+def names_and_hint(
+    path: str | Path,  # of the manifest, for messages
+    rows: Iterable[dict],  # column -> text
+    columns: Sequence[str],  # that hold the label
+    positive: str | Sequence[str] | None,  # see `positive_names`; None: labels are numbers
+    need_label: bool,
+) -> tuple[set[str], str]:
+    """The names of labels that are 1, see `positive_names`, and what to add to an error about
+    labels that are no numbers. Raises `InputError` for names of labels in several columns."""
+    if len(columns) != 1:
+        if positive is not None:
+            raise InputError(
+                f'{path}: --positive is for labels in one column, not in {joined(columns)}'
+            )
+        return set(), ''
+    (column,) = columns
+    labels = Counter(row[column] for row in rows if row.get(column))
+    if positive is None:
+        return set(), hint_of_names(column, labels)
+    return positive_names(path, column, labels, positive, need_label), ''
+
+# %% ../../nbs/slides/11_cohorts.ipynb #e0082316
+TABLES = ('.csv', '.tsv', '.txt')  # endings of manifests
+SPREADSHEETS = ('.xlsx', '.xlsm', '.xls', '.ods', '.numbers')
+
+
+def refuse_spreadsheet(path: str | Path) -> None:
+    "Refuse a file that is a spreadsheet, by its ending."
+    path = Path(path)
+    if path.suffix.lower() in SPREADSHEETS and path.is_file():
+        raise InputError(
+            f'{path} is a spreadsheet; open it, save the sheet as CSV (UTF-8), and give that file'
+        )
+
+
 def check_columns(
     path: str | Path,  # for messages
     header: list[str],
@@ -342,12 +495,47 @@ def check_columns(
     check_header(path, header, needed, known)
 
 
-def refuse_manifest(path: str | Path, problems: list[tuple[int, str]]) -> NoReturn:
+def refuse_manifest(
+    path: str | Path,
+    problems: list[tuple[int, str]],  # (line, sentence) each
+    hint: str = '',  # to be told after them
+) -> NoReturn:
     "Raise one `InputError` that tells all problems, by line."
     by_line = sorted(problems, key=operator.itemgetter(0))
     sentences = [f'line {line}: {sentence}' for line, sentence in by_line]
     plural = 's' if len(problems) > 1 else ''
-    raise InputError(several(f'{path} has {len(problems)} problem{plural}', sentences))
+    raise InputError(several(f'{path} has {len(problems)} problem{plural}', sentences) + hint)
+
+
+def tell_separator(path: str | Path, separator: str, rows: list[dict], columns: list[str]) -> None:
+    "Warn of a table without commas between its values, and of a decimal comma in these columns."
+    if separator == ',':
+        return
+    name = 'tabs' if separator == '\t' else 'semicolons'
+    text = f'{path}: its columns are separated by {name}'
+    for row in rows:
+        for column in columns:
+            value = row.get(column, '')
+            if with_point(value) != value:
+                warnings.warn(f'{text}, and {value} in {column!r} is read as {with_point(value)}')
+                return
+    warnings.warn(text)
+
+
+def full_rows(
+    header: list[str],
+    lines: list[tuple[int, list[str]]],  # (line number, values)
+    problems: list[tuple[int, str]],  # (line number, sentence), to be added to
+) -> list[tuple[int, dict[str, str]]]:
+    "(line number, row) of lines with a value for each column; other lines become problems."
+    rows = []
+    for line, values in lines:
+        if len(values) == len(header):
+            rows.append((line, dict(zip(header, values, strict=True))))
+        else:
+            text = f'{len(values)} values for {len(header)} columns'
+            problems.append((line, f'{text}; decimals are written with a point'))
+    return rows
 
 # %% ../../nbs/slides/11_cohorts.ipynb #655a8fca
 def read_manifest(
@@ -362,30 +550,39 @@ def read_manifest(
     columns: Sequence[str] = ('label',),
     # the column with masks of classes, where there is one; it may be empty in some rows
     annotation: str | None = None,
+    # labels by name that are 1, while every other one is 0: one, or several with commas between
+    # them; None: labels are numbers
+    positive: str | Sequence[str] | None = None,
 ) -> list[Case]:
     """Read and check a manifest: one `Case` a row, in the order of the file.
 
-    Raises one `InputError` that tells all that is wrong with it, with line numbers."""
-    header, rows = read_rows(path, 'give the path of a CSV manifest')
+    Columns are separated by commas, semicolons or tabs, as the header shows; without commas, labels
+    and spacings may have decimal commas. Warns of such a table, and of what becomes of labels that
+    are names. Raises one `InputError` that tells all that is wrong with it, with line numbers."""
+    refuse_spreadsheet(path)
+    way_out = 'give the path of a CSV manifest'
+    header, lines, separator = read_rows(path, way_out, SEPARATORS, 'slide_id')
     check_columns(path, header, columns, need_label, annotation)
-    if not rows:
+    if not lines:
         raise InputError(f'{path} has a header but no rows; add one row a slide')
+    problems = []  # (line, sentence)
+    rows = full_rows(header, lines, problems)
+    just_rows = [row for _, row in rows]
+    numbers = [*columns, 'spacing'] if separator != ',' else []
+    tell_separator(path, separator, just_rows, numbers)
+    names, hint = names_and_hint(path, just_rows, columns, positive, need_label)
     if not folder:
         folder = Path(path).parent
-    reader = CaseReader(Path(folder), columns, labels, need_label, annotation)
+    reader = CaseReader(Path(folder), columns, labels, need_label, annotation, names, numbers)
     cases = []  # (line, case)
-    problems = []  # (line, sentence)
-    for line, values in rows:
-        if len(values) != len(header):
-            problems.append((line, f'{len(values)} values for {len(header)} columns'))
-            continue
-        case, sentences = reader.case(dict(zip(header, values, strict=True)))
+    for line, row in rows:
+        case, sentences = reader.case(row)
         problems += [(line, sentence) for sentence in sentences]
         if case is not None:
             cases.append((line, case))
     problems += problems_between(cases)
     if problems:
-        refuse_manifest(path, problems)
+        refuse_manifest(path, problems, hint)
     cases = [case for _, case in cases]
     if need_label:
         check_classes(cases, path)
@@ -841,7 +1038,7 @@ def is_header(name: str, images: dict[str, Path]) -> bool:
 
 def camelyon16_reference(table: Path, images: dict[str, Path]) -> dict[str, float]:
     "The labels of CAMELYON16's test set by slide: 1 for metastasis. Raises `InputError`."
-    header, rows = read_rows(table, 'give the path of a CSV manifest')
+    header, rows, _ = read_rows(table, 'give the path of a CSV manifest')
     labels = {}
     for line, cells in [(1, header), *rows]:  # the published file has no header
         name = re.sub(r'\.tif$', '', cells[0], flags=re.I)

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -378,6 +378,12 @@ class SlideDataset(Dataset):
         part.augment = augment
         return part
 
+    def without(self, slide_ids: Collection[str]) -> 'SlideDataset':
+        "All cases but some as a dataset that shares the images kept by this one."
+        rest = copy.copy(self)
+        rest.cases = [case for case in self.cases if case.slide_id not in slide_ids]
+        return rest
+
 # %% ../../nbs/slides/12_datasets.ipynb #18ebb40e
 def canvas_text(size: Sequence[int], spacing: float) -> str:
     "A canvas of (height, width) pixels at a spacing, in words."
@@ -440,9 +446,9 @@ def turned_out(data: SlideDataset, augment: Augment | None) -> str | None:
         'holds them'
     )
 
-# %% ../../nbs/slides/12_datasets.ipynb #faec7a6d
-def unreadable(data: SlideDataset, workers: int, progress: bool) -> list[str]:
-    "Read every slide of a dataset; what is wrong with those that cannot be read."
+# %% ../../nbs/slides/12_datasets.ipynb #a9340393
+def unreadable(data: SlideDataset, workers: int, progress: bool) -> dict[str, str]:
+    "Read every slide of a dataset; slide_id -> what is wrong, of those that cannot be read."
 
     def problem(index: int) -> str | None:
         try:
@@ -459,7 +465,11 @@ def unreadable(data: SlideDataset, workers: int, progress: bool) -> list[str]:
             disable=not progress,
             leave=False,
         )
-        return [text for text in bar if text is not None]
+        problems = list(bar)
+    ids = [case.slide_id for case in data.cases]
+    return {
+        slide_id: text for slide_id, text in zip(ids, problems, strict=True) if text is not None
+    }
 
 # %% ../../nbs/slides/12_datasets.ipynb #c5f52401
 def check_cohort(
@@ -468,6 +478,8 @@ def check_cohort(
     size: Sequence[int] | None = None,  # canvas (height, width) in pixels, or None
     workers: int = 0,  # threads that read
     progress: bool = True,  # show a progress bar
+    # leave out slides that cannot be used, with a warning, if any other is left
+    skip_failed: bool = False,
     # to `SlideDataset`: augment, seed, cache and others
     **kwargs: Any,
 ) -> SlideDataset:
@@ -484,7 +496,11 @@ def check_cohort(
         data = SlideDataset(cases, spacing, size, **kwargs)
     problems = unreadable(data, workers, progress)
     if problems:
-        raise InputError(several(f'{len(problems)} of {len(data)} slides cannot be used', problems))
+        start = f'{len(problems)} of {len(data)} slides cannot be used'
+        if not skip_failed or len(problems) == len(data):
+            raise InputError(several(start, problems.values()))
+        warnings.warn(several(f'{start} and are left out', problems.values()))
+        data = data.without(problems)
     for sentence in (cropped(data), turned_out(data, data.augment)):
         if sentence is not None:
             warnings.warn(sentence)

@@ -13,7 +13,7 @@ import math
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -27,8 +27,16 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 from tqdm.auto import tqdm
 
-from ..core import InputError
-from ..io import Row, locked, read_table, several, write_csv, write_whole
+from ..core import InputError, counted
+from streaming_pathology.io import (
+    Row,
+    locked,
+    read_table,
+    several,
+    write_csv,
+    write_once,
+    write_whole,
+)
 from .cohorts import Case, check_files, check_ids, leaks, safe_id
 from streaming_pathology.slides.readers import (
     COARSEST,
@@ -648,7 +656,11 @@ COLUMNS = ['slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'grade
 
 
 @contextmanager
-def claimed(out: Path, settings: Trim) -> Iterator[None]:
+def claimed(
+    out: Path,
+    settings: Trim,
+    shared: bool = False,  # with processes that trim other slides into it
+) -> Iterator[None]:
     """Make the folder of a trimming and keep other processes out of it, as long as the block runs.
 
     Raises `InputError` if it cannot be made, is in use, or holds anything but a trimming with these
@@ -657,8 +669,11 @@ def claimed(out: Path, settings: Trim) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f'{out} cannot be written ({e.strerror or e})') from None
-    with locked(out):
+    with locked(out, shared):
         check_settings(out, settings)
+        if shared:
+            yield
+            return
         remove_partial(out)  # of a former run that was killed
         try:
             yield
@@ -670,13 +685,14 @@ def check_settings(out: Path, settings: Trim) -> None:
     "Write the settings into a new folder; refuse one that holds others, or what is no trimming."
     path = out / 'trim.json'
     current = json.loads(json.dumps(dataclasses.asdict(settings)))
+    # looked at before the settings, which another process that fills the folder now writes first
+    entries = [entry.name for entry in out.iterdir()]
     if not path.exists():
-        if any(not entry.name.startswith('.') for entry in out.iterdir()):
+        if any(not name.startswith('.') for name in entries):
             raise InputError(
                 f'{out} is not empty and no folder of trimmed biopsies: choose another folder'
             )
-        write_whole(path, json.dumps(current))
-        return
+        write_once(path, json.dumps(current))
     try:
         former = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -774,6 +790,12 @@ def trim_slides(
     # a torch module that finds the tissue of slides without a mask, as in `network_mask`; sent to
     # the processes
     network: 'Module | None' = None,
+    # ids of the slides to trim now, while other processes trim others into the folder: failed.csv
+    # and manifest.csv are not written; None: all
+    part: Collection[str] | None = None,
+    # after such processes: the slides that failed, slide id -> reason. Nothing is trimmed, as all
+    # other slides are finished, and the tables are written
+    known_failed: dict[str, str] | None = None,
 ) -> dict:
     """Cut the biopsies of a cohort.
 
@@ -793,15 +815,21 @@ def trim_slides(
     if not isinstance(settings, Trim):
         raise InputError(f'settings {settings!r} of a trimming: give a Trim')
     check_names(cases)
-    with claimed(out, settings):
+    with claimed(out, settings, shared=part is not None):
         tasks = tasks_of(cases, out, settings, network)
         others, others_failed = other_rows(out, tasks)
         check_together(cases, others, out)
-        notes, failed = run_tasks(tasks, workers, progress)
+        if part is not None:
+            tasks = {slide_id: task for slide_id, task in tasks.items() if slide_id in part}
+        if known_failed is None:
+            notes, failed = run_tasks(tasks, workers, progress)
+        else:
+            notes, failed = finished_notes(tasks, known_failed), known_failed
         rows = manifest_rows(cases, notes, settings)
-        failed_rows = [dict(slide_id=name, reason=text) for name, text in failed.items()]
-        write_csv(out / 'failed.csv', [*others_failed, *failed_rows], ['slide_id', 'reason'])
-        write_csv(out / 'manifest.csv', [*others, *rows], COLUMNS)
+        if part is None:
+            failed_rows = [dict(slide_id=name, reason=text) for name, text in failed.items()]
+            write_csv(out / 'failed.csv', [*others_failed, *failed_rows], ['slide_id', 'reason'])
+            write_csv(out / 'manifest.csv', [*others, *rows], COLUMNS)
     return dict(
         slides=len(notes),
         biopsies=len(rows),
@@ -859,6 +887,28 @@ def run_tasks(tasks: dict[str, TrimTask], workers: int, progress: bool) -> tuple
             else:
                 failed[task.slide_id] = why_failed(task, error)
     return notes, failed
+
+
+def finished_notes(tasks: dict[str, TrimTask], failed: Collection[str]) -> dict[str, dict]:
+    "The notes on all slides but those that failed. Raises `InputError` if one is not finished."
+    notes, missing = {}, []
+    for slide_id, task in tasks.items():
+        if slide_id in failed:
+            continue
+        note = finished_note(task)
+        if note is None:
+            missing.append(repr(slide_id))
+        else:
+            notes[slide_id] = note
+    if missing:
+        raise InputError(
+            several(
+                f'{counted(len(missing), "slide")} of a shard that was done, or what was written '
+                'of them, have changed since; run it again',
+                missing,
+            )
+        )
+    return notes
 
 
 def why_failed(task: TrimTask, error: Exception) -> str:

@@ -15,6 +15,7 @@ import random
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -772,6 +773,12 @@ def each_backward(
         yield position, (item['slide_id'], loss)
 
 
+WITHOUT_GRADIENT = (
+    'a mini-batch has no two slides to compare (survival: no event, or no other slide at risk), so '
+    'there is nothing to learn from it and no step; a larger batch size has more events in each'
+)
+
+
 def joint_backward(
     state: State, items: Iterable[tuple[int, dict]], size: int
 ) -> Iterator[tuple[int, tuple[str, float]]]:
@@ -785,9 +792,13 @@ def joint_backward(
     slides, logits, labels = zip(*state.ranks.merged(found))
     loss, gradients = joint_gradient(state.task, torch.cat(logits), torch.stack(labels))
     check_finite(loss.item(), ', '.join(slides), state.epoch)
+    learns = bool(gradients.any())
+    if not learns:
+        warnings.warn(WITHOUT_GRADIENT)
     for position, item in items:
         gradient = gradients[position % state.batch].to(state.device)
-        state.backward(position, item, with_gradient(gradient))
+        if learns:
+            state.backward(position, item, with_gradient(gradient))
         yield position, (item['slide_id'], loss.item())
 
 
@@ -806,6 +817,9 @@ def optimizer_step(state: State, slides: list[str]) -> None:
     "One step on the gradient of a mini-batch of `slides`, cut to a norm of `state.clip` if given."
     params, scaler = state.params(), state.scaler
     state.ranks.add(params)
+    if all(param.grad is None for param in params):  # there was nothing to learn on any rank
+        state.tell('after_step')
+        return
     scaler.unscale_(state.optimizer)
     if not scaler.is_enabled() and not all_finite(params):
         raise InputError(

@@ -165,7 +165,8 @@ def test_multiple_instance_learning(place, manifest):
 
 def test_the_same_probabilities_as_the_run_wrote(place, first, best):
     slides, table = place / 'cohort/slides', place / 'p.csv'
-    assert told(sp_predict, best, slides, table)[:2] == (0, f'wrote {table}: 12 slides')
+    counts = f'12 slides found: 12 done; see {place / "p.slides.csv"}'
+    assert told(sp_predict, best, slides, table)[:2] == (0, f'wrote {table}: 12 slides\n{counts}')
     assert probabilities(table) == probabilities(first / 'predictions.csv')
     assert told(sp_export, first, place / 'model.safetensors')[0] == 0
     assert told(sp_predict, place / 'model.safetensors', slides, place / 'e.csv')[0] == 0
@@ -185,7 +186,8 @@ def test_the_same_probabilities_as_the_run_wrote(place, first, best):
         (['{best}', '{place}/nowhere', '{place}/q.csv'], 'nowhere'),
         (['{best}', '{first}', '{place}/q.csv'], 'no slides'),
         (['{best}', '{place}/file', '{place}/q.csv'], "'file'"),
-        (['{best}', '{slides}', '{first}'], 'is a folder'),
+        (['{best}', '{slides}', '{first}'], 'what sp_train wrote 1'),
+        (['{best}', '{slides}', '--out', '{first}'], 'is a folder'),
     ],
 )
 def test_what_prediction_refuses(place, first, best, words, says):
@@ -205,7 +207,7 @@ def test_names_and_spacings_of_a_folder(place, best):
     shutil.copy(place / 'cohort/slides/s01.tiff', place / 'names/#1.tiff')
     assert "'#1'" in refused(sp_predict, best, place / 'names', place / 'd.csv')
     (place / 'names/#1.tiff').rename(place / 'names/a.tiff')
-    found = [find_slides(place / 'names', 2.0, override=o)[0].spacing for o in (False, True)]
+    found = [find_slides(place / 'names', 2.0, override=o).cases[0].spacing for o in (False, True)]
     assert found == [None, 2.0]
 
 
@@ -225,6 +227,7 @@ def test_heatmaps(place, best):
         'maps/s00.npy',
         'overlay/s00.png',
         'regions.csv',
+        'slides.csv',
         'tiff/s00.tiff',
     ]
 

@@ -545,6 +545,33 @@ def test_a_column_that_says_nothing(two_classes, tmp_path):
     assert "says nothing in 'site'" in refusal(results, two_classes[0], **options)
 
 
+def test_slides_that_are_in_no_subgroup_are_told(two_classes, tmp_path):
+    predictions, manifest, labels, _ = two_classes
+    rows = [
+        dict(slide_id=f's{k}', site=None if k % 4 == 1 else 'a', stage=None) for k in range(200)
+    ]
+    for row, label in zip(rows, labels, strict=True):
+        row['stage'] = 'I' if label else None
+    rows[81]['stage'] = None
+    write_csv(tmp_path / 'other.csv', rows)
+    options = dict(cohort=tmp_path / 'other.csv', by=['site', 'stage'], n_bootstrap=20)
+    notes = results(predictions, **options)['notes']
+    told = [note for note in notes if 'subgroups' in note]
+    assert told == [
+        "30 of 120 slides have nothing in 'site' and are in none of its subgroups ('s81' is the "
+        'first).',
+        "1 of 120 slides have nothing in 'stage' and are in none of its subgroups ('s81' is the "
+        'first).',
+    ]
+    assert not [
+        note
+        for note in results(predictions, cohort=manifest, by=['site', 'tumour'], n_bootstrap=20)[
+            'notes'
+        ]
+        if 'subgroups' in note
+    ]
+
+
 def test_patients_that_contradict_themselves(two_classes, tmp_path):
     rows = [dict(slide_id=f's{number // 2}', patient_id=number) for number in range(400)]
     write_csv(tmp_path / 'twice.csv', rows)

@@ -64,8 +64,10 @@ def refused_table(folder):
         ('\n \n', ['is empty']),
         (',,\n""\n', ['is empty']),
         ('slide_id,label\n', ['has a header but no rows']),
-        ('slide_id;label\ns00;0\n', ["separated by ';'"]),
-        ('slide_id\tlabel\n', [r"separated by '\t'"]),
+        ('slide_id|label\ns00|0\n', ["separated by '|'"]),
+        ('slide_id\tlabel\n', ['has a header but no rows']),
+        ('slide_id;Label\ns00;0\n', ["has no column 'label' but 'Label'"]),
+        ('slide_id,label,spacing\ns00,0,0,25\n', ['4 values for 3', 'with a point']),
         ('slide_id,Label,path\n', ["has no column 'label' but 'Label'", 'rename it']),
         ('label,path\n1,x\n', ["has no column 'slide_id'", 'label, path']),
         ('slide_id,label,Split\n', ["no column 'split' but 'Split'"]),
@@ -174,6 +176,126 @@ def test_what_spreadsheets_do_is_harmless(folder, cases):
     path.write_bytes(b'\xef\xbb\xbf' + text.encode())
     assert read_manifest(path) == cases
     assert read_manifest(path, need_label=False) == cases
+
+
+@pytest.mark.parametrize('separator, name', [(';', 'semicolons'), ('\t', 'tabs')])
+@pytest.mark.parametrize('mark', ['', '\ufeff'])
+def test_columns_without_commas(folder, separator, name, mark):
+    "With a byte-order mark as spreadsheets write it, and decimal commas: 0,2325 is .2325."
+    lines = ['slide_id,label,size; mm,spacing', 's00,0,"1,5",0,2325', 's01,1,x,+2,0', 's04,,,']
+    lines = [line.replace('"1,5"', '1.5').replace(',', separator) for line in lines]
+    lines[0] = lines[0].replace('size; mm', '"size, mm"')
+    for row, value in ((1, '0,2325'), (2, '+2,0')):
+        lines[row] = lines[row].replace(value.replace(',', separator), value)
+    path = folder / 'table.csv'
+    path.write_bytes((mark + '\r\n'.join(lines)).encode())
+    with pytest.warns(UserWarning) as caught:
+        cases = read_manifest(path)
+    assert [case.spacing for case in cases] == [0.2325, 2, None]
+    assert [case.label for case in cases] == [0, 1, None]
+    (told,) = [str(each.message) for each in caught]
+    assert told == (
+        f"{path}: its columns are separated by {name}, and 0,2325 in 'spacing' is read as 0.2325"
+    )
+
+
+def test_commas_stay_the_separator_where_they_are(folder):
+    "As soon as slide_id is a column by commas, semicolons are text."
+    path = folder / 'notes.csv'
+    path.write_text('slide_id,label,a;b;c;d\ns00,0,1;2\ns01,1,\n')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert [case.label for case in read_manifest(path)] == [0, 1]
+
+
+def test_times_with_a_decimal_comma(folder):
+    path = folder / 'time.csv'
+    path.write_text('slide_id;months;event\ns00;12,5;1\ns01;3;0\n')
+    with pytest.warns(UserWarning, match=r"12,5 in 'months' is read as 12\.5"):
+        cases = read_manifest(path, columns=('months', 'event'))
+    assert [case.label for case in cases] == [(12.5, 1), (3, 0)]
+
+
+# ---- labels by name
+
+
+@pytest.fixture
+def named(folder):
+    "A function: the labels of a table with these texts as labels, and all that was warned."
+
+    def read(texts, **options):
+        path = folder / 'named.csv'
+        lines = [f's{number:02},{label}' for number, label in enumerate(texts)]
+        path.write_text('\n'.join(['slide_id,diagnosis', *lines]))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            cases = read_manifest(path, columns=('diagnosis',), **options)
+        return [case.label for case in cases], [str(each.message) for each in caught]
+
+    return read
+
+
+@pytest.mark.parametrize('positive', ['tumour', ' TUMOUR', ('Tumour',)])
+def test_labels_by_name(named, positive):
+    "Capitals and blanks do not count; an empty label stays unknown; what became of each is told."
+    texts = ['benign', 'Tumour', '', 'tumour', 'no  sample', 'benign']
+    labels, told = named(texts, positive=positive, labels=(0, 1))
+    assert labels == [0, 1, None, 1, 0, 0]
+    (sentence,) = told
+    assert "1 is 'Tumour' (1) and 'tumour' (1); 0 is 'benign' (2) and 'no  sample' (1)" in sentence
+
+
+def test_several_names_and_numbers_are_positive(named):
+    assert named(['3+4', '4+3', '3+3'], positive='3+4,4+3')[0] == [1, 1, 0]
+    assert named(['0', '2.0', '3', '1'], positive='2,3')[0] == [0, 1, 1, 0]
+
+
+def test_numbers_are_numbers_whatever_is_positive(named):
+    "A table whose labels are 0 and 1 already, as those that are written here."
+    labels, told = named(['0', '1', ''], positive='tumour', labels=(0, 1))
+    assert labels == [0, 1, None]
+    assert 'are numbers, so --positive tumour is not used' in told[0]
+
+
+def test_slides_to_predict_need_no_positive_one(named):
+    assert named(['benign', 'benign'], positive='tumour', need_label=False)[0] == [0, 0]
+    assert named(['', ''], positive='tumour', need_label=False) == ([None, None], [])
+
+
+@pytest.mark.parametrize(
+    'texts, positive, says',
+    [
+        (['benign', 'tumour', 'benign'], None, ["'benign' (2) and 'tumour' (1)", '--positive']),
+        (['benign', 'tumour'], 'tumor', ["no label in 'diagnosis' is tumor", "'tumour' (1)"]),
+        (['benign', 'tumour'], ' ,', ['names no label']),
+        (['tumour', 'tumour'], 'tumour', ['every label is 1']),
+        (['benign', 'tumour', 'NA'], 'tumour', ["line 4: diagnosis 'NA' is no label", 'empty']),
+        (['benign', 'tumour', '?'], 'tumour', ["'?' is no label"]),
+        ([*'abcdefghij'], None, ["'h' (1) and 2 more"]),
+    ],
+)
+def test_labels_by_name_that_are_refused(named, texts, positive, says):
+    message = refusal(named, texts, positive=positive)
+    for part in says:
+        assert part in message
+
+
+def test_a_number_that_is_none_gets_no_hint_of_names(named):
+    assert '--positive' not in refusal(named, ['0', '1', 'nan'])
+
+
+def test_several_columns_have_no_names(survival):
+    message = refusal(read_manifest, survival, columns=('months', 'event'), positive='dead')
+    assert 'not in months and event' in message
+
+
+@pytest.mark.parametrize('name', ['cohort.xlsx', 'cohort.ODS'])
+def test_spreadsheets_are_refused_with_the_way_out(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b'PK\3\4')
+    assert f'{path} is a spreadsheet; open it, save the sheet as CSV' in refusal(
+        read_manifest, path
+    )
 
 
 def test_masks_and_annotations_are_paths(folder):

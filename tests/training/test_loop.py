@@ -96,6 +96,23 @@ def test_joint_loss_equals_the_large_batch():
         assert a.grad is None
 
 
+@pytest.mark.parametrize('batch', [2, 3])
+def test_a_mini_batch_without_an_event_is_no_step(batch):
+    "Nor is one of a single slide, the last of seven: neither momentum nor weight decay moves weights."
+    slides = timed_slides()
+    for position, item in enumerate(slides):
+        item['label'][1] = float(position < batch or position == 6)
+    torch.manual_seed(0)
+    whole = TinyNet()
+    first = copy.deepcopy(whole)
+    options = dict(epochs=1, lr=0.1, batch=batch, task=Survival(), progress=False)
+    fit(first, slides[:batch], **options)
+    with pytest.warns(UserWarning, match='no two slides to compare'):
+        fit(whole, slides, **options)
+    for a, b in zip(whole.parameters(), first.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 class InfiniteGradient(torch.autograd.Function):
     "A finite loss with an infinite gradient."
 

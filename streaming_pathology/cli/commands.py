@@ -6,12 +6,12 @@
 __all__ = ['sp_train', 'sp_mil', 'CHECK_COLUMNS', 'sp_check', 'FEW', 'sp_predict', 'sp_export', 'sp_heatmap', 'SUBGROUPS',
            'sp_evaluate', 'sp_report', 'sp_trim', 'COHORT', 'sp_synth', 'sp_compare', 'sp_bench', 'DEMO_COHORT', 'TINY',
            'TINY_COHORT', 'sp_demo', 'RunFolder', 'train', 'train_mil', 'train_in', 'CheckSettings', 'check',
-           'processes', 'with_all', 'PredictSettings', 'slides_and_table', 'predict', 'slides_to_predict', 'kept_rows',
-           'print_predictions', 'ExportSettings', 'export', 'file_of_run', 'heatmap', 'listed', 'n_bootstrap_option',
-           'confidence_option', 'EvaluateSettings', 'evaluate', 'figures_folder', 'ReportSettings', 'report', 'color',
-           'TrimSettings', 'trim', 'print_trimmed', 'SynthSettings', 'synth', 'CompareSettings', 'compare',
-           'several_pixels', 'BenchSettings', 'bench', 'as_for_training', 'DemoSettings', 'DemoOptions', 'demo',
-           'is_demo']
+           'processes', 'with_all', 'PredictSettings', 'slides_and_table', 'predict', 'slides_to_predict', 'outcome_of',
+           'kept_rows', 'print_predictions', 'ExportSettings', 'export', 'file_of_run', 'heatmap', 'listed',
+           'n_bootstrap_option', 'confidence_option', 'EvaluateSettings', 'evaluate', 'figures_folder',
+           'ReportSettings', 'report', 'color', 'TrimSettings', 'trim', 'print_trimmed', 'SynthSettings', 'synth',
+           'CompareSettings', 'compare', 'several_pixels', 'BenchSettings', 'bench', 'as_for_training', 'DemoSettings',
+           'DemoOptions', 'demo', 'is_demo']
 
 # %% ../../nbs/cli/02_commands.ipynb #be2cbbb8
 import json
@@ -116,9 +116,14 @@ sp_mil = Command(
     '--weights DEFAULT',
 )
 
-# %% ../../nbs/cli/02_commands.ipynb #9e7f2d62
-def tell_outcome(outcome: Outcome, table: str | Path | None = None) -> None:
-    """Print what became of the slides, and where the `table` of that lies.
+# %% ../../nbs/cli/02_commands.ipynb #d093e756
+def status_table(path: str | Path) -> Path:
+    "Where to write what became of the slides. Refuses to replace a file that is anything else."
+    return output_file(path, '.csv', begins='name,status,')
+
+
+def tell_outcome(outcome: Outcome, table: str | Path | None) -> None:
+    """Print what became of the slides, and where the `table` of that lies, if there is one.
 
     Slides that failed are an error: `SomeFailed` where others are done."""
     text = str(outcome)
@@ -198,7 +203,9 @@ def check(settings: CheckSettings) -> None:
     if settings.csv is not None:
         table = output_file(settings.csv, '.csv', settings.slides, 'name,status,')
     found = find_slides(settings.slides, settings.slide_spacing, labels=None)
-    workers = min(processes(settings.workers), len(found.cases))
+    workers = settings.workers
+    if workers is None:
+        workers = min(processes(None), len(found.cases))
     checks = {}
     with tqdm(total=len(found.cases), desc='checking slides', unit='slide', leave=False) as bar:
         for each in check_slides(
@@ -288,7 +295,6 @@ def predict(settings: PredictSettings) -> None:
     If the command is interrupted, the same command resumes. Started by torchrun, processes share
     the slides."""
     from streaming_pathology.evaluation.predict import load_model, predict_table
-    from streaming_pathology.runs.inputs import Outcome
     from streaming_pathology.runs.runs import device_to_use, tell_device
     from streaming_pathology.training.distributed import joined
 
@@ -298,6 +304,7 @@ def predict(settings: PredictSettings) -> None:
         slides, given = ranks.first(lambda: slides_and_table(settings))
         inputs = [settings.checkpoint, *slides]
         out = ranks.first(lambda: output_file(given, '.csv', inputs, table))
+        statuses = ranks.first(lambda: status_table(out.with_suffix('.slides.csv')))
         model, card = load_model(named_model(settings.checkpoint), device, settings.strip)
         found = ranks.first(lambda: slides_to_predict(settings, slides, card))
         tell_device(device, settings.device)
@@ -315,19 +322,16 @@ def predict(settings: PredictSettings) -> None:
         )
         if ranks.rank:
             return
-    done = {row['slide_id'] for row in rows}
-    without = [case.slide_id for case in found.cases if case.slide_id not in done]
-    outcome = Outcome(found, dict(zip(without, sentences, strict=True)))
-    statuses = outcome.write(out.with_suffix('.slides.csv'))
-    if rows and (settings.skip_failed or not outcome.n_failed):
-        print_predictions(rows, card)
-        print(f'wrote {out}: {counted(len(rows), "slide")}')
-    elif outcome.n_failed:
+    outcome = outcome_of(found, rows, sentences)
+    outcome.write(statuses)
+    if not rows or (outcome.n_failed and not settings.skip_failed):
         print(f'{outcome}; see {statuses}')
         raise InputError(
             f'{outcome.problem()}; fix or remove them, or leave them out of the table with '
             f'--skip-failed{kept_rows(rows)}'
         )
+    print_predictions(rows, card)
+    print(f'wrote {out}: {counted(len(rows), "slide")}')
     tell_outcome(outcome, statuses)
 
 
@@ -343,6 +347,19 @@ def slides_to_predict(
         problem = Outcome(found, {}).problem()
         raise InputError(f'{problem}; or leave them out of the table with --skip-failed')
     return found
+
+
+def outcome_of(
+    found: FoundSlides,
+    rows: list[dict],  # of the slides that are done, as by `predict_table`
+    sentences: list[str],  # on the others, in the order of the slides
+) -> Outcome:
+    "What became of the slides to predict."
+    from streaming_pathology.runs.inputs import Outcome
+
+    done = {row['slide_id'] for row in rows}
+    failed = [case.slide_id for case in found.cases if case.slide_id not in done]
+    return Outcome(found, dict(zip(failed, sentences, strict=True)))
 
 
 def kept_rows(rows: list[dict]) -> str:
@@ -429,13 +446,14 @@ def heatmap(settings: HeatmapSettings) -> None:
     from streaming_pathology.runs.maps import MapRun
 
     settings.checkpoint = named_model(settings.checkpoint)
+    statuses = status_table(Path(settings.out) / 'slides.csv')
     run = MapRun(settings)
     n_slides, n_regions, failed = run.draw()
     print(
         f'wrote {Path(settings.out)}: {counted(n_slides - len(failed), "slide")}, '
         f'{counted(n_regions, "region")}'
     )
-    tell_outcome(Outcome(run.found, run.failed), Path(settings.out) / 'slides.csv')
+    tell_outcome(Outcome(run.found, run.failed), statuses)
 
 
 sp_heatmap = Command(
@@ -742,6 +760,7 @@ def trim(settings: TrimSettings) -> None:
         least=settings.min_area_mm2,
         pen=settings.exclude_pen,
     )
+    statuses = status_table(Path(settings.out) / 'slides.csv')
     slides = find_slides(
         settings.slides, settings.slide_spacing, labels=None, override=settings.override_spacing
     )
@@ -750,7 +769,7 @@ def trim(settings: TrimSettings) -> None:
         warnings.warn(warning)
     print_trimmed(found, Path(settings.out))
     outcome = Outcome(slides, found['failed'])
-    tell_outcome(outcome, outcome.write(Path(settings.out) / 'slides.csv'))
+    tell_outcome(outcome, outcome.write(statuses))
 
 
 def print_trimmed(

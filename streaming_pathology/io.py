@@ -228,6 +228,13 @@ def misspelt(column: str, header: list[str], known: Collection[str]) -> str | No
     return None
 
 
+def with_point(text: str) -> str:
+    "A number with a decimal comma as one with a point, '0,25' as '0.25'; another text as it is."
+    if re.fullmatch(r'[+-]?\d+,\d+', text):
+        return text.replace(',', '.')
+    return text
+
+
 class Row(dict[str, str]):
     "A row of a table: column -> text. `line` is its line in the file."
 
@@ -263,13 +270,6 @@ def read_table(
     return table
 
 # %% ../nbs/01_io.ipynb #93b79785
-def with_point(text: str) -> str:
-    "A number with a decimal comma as one with a point, '0,25' as '0.25'; another text as it is."
-    if re.fullmatch(r'[+-]?\d+,\d+', text):
-        return text.replace(',', '.')
-    return text
-
-
 def finite_number(text: str, what: str) -> float:
     "The number that a text says; `ValueError` with the name of `what` it is, if there is none."
     try:

@@ -7,11 +7,12 @@ __all__ = ['sp_train', 'sp_mil', 'CHECK_COLUMNS', 'sp_check', 'FEW', 'sp_predict
            'sp_evaluate', 'sp_report', 'sp_trim', 'COHORT', 'sp_synth', 'sp_compare', 'sp_bench', 'DEMO_COHORT', 'TINY',
            'TINY_COHORT', 'sp_demo', 'RunFolder', 'train', 'train_mil', 'train_in', 'CheckSettings', 'check',
            'check_all', 'tell_check', 'processes', 'with_all', 'PredictSettings', 'slides_and_table', 'predict',
-           'slides_to_predict', 'same_for_all', 'predict_share', 'merge_predicted', 'kept_rows', 'print_predictions',
-           'ExportSettings', 'export', 'file_of_run', 'heatmap', 'listed', 'n_bootstrap_option', 'confidence_option',
-           'EvaluateSettings', 'evaluate', 'figures_folder', 'ReportSettings', 'report', 'color', 'TrimSettings',
-           'trim', 'print_trimmed', 'SynthSettings', 'synth', 'CompareSettings', 'compare', 'several_pixels',
-           'BenchSettings', 'bench', 'as_for_training', 'DemoSettings', 'DemoOptions', 'demo', 'is_demo']
+           'slides_to_predict', 'outcome_of', 'same_for_all', 'predict_share', 'merge_predicted', 'kept_rows',
+           'print_predictions', 'ExportSettings', 'export', 'file_of_run', 'heatmap', 'listed', 'n_bootstrap_option',
+           'confidence_option', 'EvaluateSettings', 'evaluate', 'figures_folder', 'ReportSettings', 'report', 'color',
+           'TrimSettings', 'trim', 'print_trimmed', 'SynthSettings', 'synth', 'CompareSettings', 'compare',
+           'several_pixels', 'BenchSettings', 'bench', 'as_for_training', 'DemoSettings', 'DemoOptions', 'demo',
+           'is_demo']
 
 # %% ../../nbs/cli/02_commands.ipynb #be2cbbb8
 import json
@@ -120,9 +121,14 @@ sp_mil = Command(
     '--weights DEFAULT',
 )
 
-# %% ../../nbs/cli/02_commands.ipynb #9e7f2d62
-def tell_outcome(outcome: Outcome, table: str | Path | None = None) -> None:
-    """Print what became of the slides, and where the `table` of that lies.
+# %% ../../nbs/cli/02_commands.ipynb #d093e756
+def status_table(path: str | Path) -> Path:
+    "Where to write what became of the slides. Refuses to replace a file that is anything else."
+    return output_file(path, '.csv', begins='name,status,')
+
+
+def tell_outcome(outcome: Outcome, table: str | Path | None) -> None:
+    """Print what became of the slides, and where the `table` of that lies, if there is one.
 
     Slides that failed are an error: `SomeFailed` where others are done."""
     text = str(outcome)
@@ -230,7 +236,9 @@ def check(settings: CheckSettings) -> None:
     found = find_slides(settings.slides, settings.slide_spacing, labels=None, columns=())
     look_for = settings.tissue, settings.exclude_pen
     if shard is not None:
-        workers = processes(settings.workers)
+        workers = settings.workers
+        if workers is None:
+            workers = processes(None)
         result = check_shard(found.cases, table, shard, *look_for, workers, tell_check)
         tell_shard(shard, table, share(found, shard), result)
         return
@@ -254,7 +262,9 @@ def check_all(
     from streaming_pathology.slides.check import check_slides
 
     facts, failed = {}, {}
-    workers = min(processes(settings.workers), len(found.cases))
+    workers = settings.workers
+    if workers is None:
+        workers = min(processes(None), len(found.cases))
     with tqdm(total=len(found.cases), desc='checking slides', unit='slide', leave=False) as bar:
         for each in check_slides(
             found.cases, settings.tissue, settings.exclude_pen, workers, bar.update
@@ -352,24 +362,23 @@ def predict(settings: PredictSettings) -> None:
     If the command is interrupted, the same command resumes. Started by torchrun, processes share
     the slides."""
     from streaming_pathology.evaluation.predict import load_model, predict_table
-    from streaming_pathology.runs.inputs import Outcome
     from streaming_pathology.runs.runs import device_to_use, tell_device
     from streaming_pathology.runs.shards import chosen_shard
     from streaming_pathology.training.distributed import joined
 
     shard = chosen_shard(settings.shard, settings.merge)
-
     device = device_to_use(settings.device)
     table = r'slide_id,[^\n]*,seconds(,model,version)?\n'
     with joined(device) as (ranks, device):
         slides, given = ranks.first(lambda: slides_and_table(settings))
         inputs = [settings.checkpoint, *slides]
         out = ranks.first(lambda: output_file(given, '.csv', inputs, table))
+        statuses = ranks.first(lambda: status_table(out.with_suffix('.slides.csv')))
         model, card = load_model(named_model(settings.checkpoint), device, settings.strip)
         found = ranks.first(lambda: slides_to_predict(settings, slides, card))
         if settings.merge:
             if ranks.rank == 0:
-                merge_predicted(settings, card, found, out)
+                merge_predicted(settings, card, found, out, statuses)
             return
         tell_device(device, settings.device)
         if shard is not None:
@@ -389,19 +398,16 @@ def predict(settings: PredictSettings) -> None:
         )
         if ranks.rank:
             return
-    done = {row['slide_id'] for row in rows}
-    without = [case.slide_id for case in found.cases if case.slide_id not in done]
-    outcome = Outcome(found, dict(zip(without, sentences, strict=True)))
-    statuses = outcome.write(out.with_suffix('.slides.csv'))
-    if rows and (settings.skip_failed or not outcome.n_failed):
-        print_predictions(rows, card)
-        print(f'wrote {out}: {counted(len(rows), "slide")}')
-    elif outcome.n_failed:
+    outcome = outcome_of(found, rows, sentences)
+    outcome.write(statuses)
+    if not rows or (outcome.n_failed and not settings.skip_failed):
         print(f'{outcome}; see {statuses}')
         raise InputError(
             f'{outcome.problem()}; fix or remove them, or leave them out of the table with '
             f'--skip-failed{kept_rows(rows)}'
         )
+    print_predictions(rows, card)
+    print(f'wrote {out}: {counted(len(rows), "slide")}')
     tell_outcome(outcome, statuses)
 
 
@@ -420,6 +426,19 @@ def slides_to_predict(
         problem = Outcome(found, {}).problem()
         raise InputError(f'{problem}; or leave them out of the table with --skip-failed')
     return found
+
+
+def outcome_of(
+    found: FoundSlides,
+    rows: list[dict],  # of the slides that are done, as by `predict_table`
+    sentences: list[str],  # on the others, in the order of the slides
+) -> Outcome:
+    "What became of the slides to predict."
+    from streaming_pathology.runs.inputs import Outcome
+
+    done = {row['slide_id'] for row in rows}
+    failed = [case.slide_id for case in found.cases if case.slide_id not in done]
+    return Outcome(found, dict(zip(failed, sentences, strict=True)))
 
 
 def same_for_all(settings: PredictSettings, card: dict[str, Any]) -> dict[str, Any]:
@@ -473,7 +492,11 @@ def predict_share(
 
 
 def merge_predicted(
-    settings: PredictSettings, card: dict[str, Any], found: FoundSlides, out: Path
+    settings: PredictSettings,
+    card: dict[str, Any],
+    found: FoundSlides,
+    out: Path,
+    statuses: Path,  # the table of what became of the slides
 ) -> None:
     "Put the tables of all shards together, and tell what became of the slides."
     from streaming_pathology.runs.inputs import Outcome
@@ -481,7 +504,7 @@ def merge_predicted(
 
     n_rows, failed = merge_predictions(found.cases, out, same_for_all(settings, card))
     outcome = Outcome(found, failed)
-    statuses = outcome.write(out.with_suffix('.slides.csv'))
+    outcome.write(statuses)
     if n_rows:
         print(f'wrote {out}: {counted(n_rows, "slide")}')
     tell_outcome(outcome, statuses)
@@ -573,6 +596,7 @@ def heatmap(settings: HeatmapSettings) -> None:
 
     shard = chosen_shard(settings.shard, settings.merge)
     settings.checkpoint = named_model(settings.checkpoint)
+    statuses = status_table(Path(settings.out) / 'slides.csv')
     run = MapRun(settings)
     if shard is not None:
         tell_shard(shard, run.folder, share(run.found, shard), draw_shard(run, shard))
@@ -585,7 +609,7 @@ def heatmap(settings: HeatmapSettings) -> None:
     print(
         f'wrote {Path(settings.out)}: {counted(n_slides, "slide")}, {counted(n_regions, "region")}'
     )
-    tell_outcome(Outcome(run.found, run.failed), Path(settings.out) / 'slides.csv')
+    tell_outcome(Outcome(run.found, run.failed), statuses)
 
 
 sp_heatmap = Command(
@@ -908,6 +932,7 @@ def trim(settings: TrimSettings) -> None:
         least=settings.min_area_mm2,
         pen=settings.exclude_pen,
     )
+    statuses = status_table(Path(settings.out) / 'slides.csv')
     slides = find_slides(
         settings.slides,
         settings.slide_spacing,
@@ -931,7 +956,7 @@ def trim(settings: TrimSettings) -> None:
         return
     print_trimmed(found, out)
     outcome = Outcome(slides, found['failed'])
-    tell_outcome(outcome, outcome.write(out / 'slides.csv'))
+    tell_outcome(outcome, outcome.write(statuses))
 
 
 def print_trimmed(

@@ -64,7 +64,8 @@ METHODS = COMPRESSIONS | {
     32773: 'PackBits',
     32946: 'deflate',
 }  # of a TIFF, by the number of its tag
-PICTURES = dict(jpeg='JPEG', png='deflate', webp='WebP')  # by the word of their format
+# of other formats, by their word; of those of Hamamatsu only JPEG can be read
+OTHERS = dict(jpeg='JPEG', png='deflate', webp='WebP', hamamatsu='JPEG')
 
 
 def compression_of_tiff(path: Path) -> str:
@@ -93,7 +94,7 @@ def compression_of(path: Path, reader: Reader) -> str:
         for name, value in reader.properties.items():
             if name.startswith('mirax.') and name.endswith('.IMAGE_FORMAT'):
                 return value
-    return PICTURES.get(reader.format, '')
+    return OTHERS.get(reader.format, '')
 
 # %% ../../nbs/slides/14_check.ipynb #8b964fba
 @dataclass(frozen=True)

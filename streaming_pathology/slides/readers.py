@@ -149,7 +149,7 @@ MAKERS = {
     'hamamatsu': 'Hamamatsu',
     'leica': 'Leica',
     'mirax': '3DHISTECH (MIRAX)',
-    'philips-tiff': 'Philips',
+    'philips': 'Philips',
     'sakura': 'Sakura',
     'synthetic': 'OpenSlide',
     'trestle': 'Trestle',

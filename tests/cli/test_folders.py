@@ -39,7 +39,8 @@ def told(command, *words):
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         status = command([str(word) for word in words])
-    return status, out.getvalue().strip().splitlines(), (err.getvalue().splitlines() or [''])[-1]
+    last = err.getvalue().strip().splitlines()[-1:]
+    return status, out.getvalue().strip().splitlines(), ''.join(last)
 
 
 @pytest.fixture(scope='module')
@@ -108,7 +109,7 @@ def check_counts(found, table, done='done'):
 
 
 def test_check(slides, here):
-    found = told(sp_check, slides, '--csv', 'checked.csv', '--workers', 1)
+    found = told(sp_check, slides, '--csv', 'checked.csv', '--workers', 0)
     check_counts(found, 'checked.csv', 'ok')
     lines = found[1]
     assert [line.split(':')[0] for line in lines[:-1]] == ['a', 'b', *FAILED, 'patient_c', 'series']
@@ -118,7 +119,8 @@ def test_check(slides, here):
     assert float(rows['a']['tissue_mm2']) > 0.02
     assert rows['flat']['format'] == 'png' and rows['flat']['spacing'] == ''
     assert rows['notes.txt']['format'] == ''
-    assert told(sp_check, slides, '--csv', 'checked.csv', '--no-tissue')[0] == 3  # replaced
+    again = told(sp_check, slides, '--csv', 'checked.csv', '--no-tissue', '--workers', 0)
+    assert again[0] == 3  # the table is replaced
 
 
 def test_trim(slides, here):
@@ -146,27 +148,45 @@ def test_predict(slides, run, here):
 
 def test_with_a_spacing_only_damage_fails(slides, run, here):
     for command, words in (
-        (sp_check, [slides, '--csv', 'c.csv', '--no-tissue']),
-        (sp_trim, [slides, 'out', *FEW['trim']]),
+        (sp_check, [slides, '--no-tissue', '--workers', 0]),
         (sp_predict, [run, slides, 'p.csv', '--skip-failed']),
-        (sp_heatmap, [run, slides, 'maps', *FEW['heatmap']]),
     ):
-        status, lines, error = told(command, *words, '--slide-spacing', 4)
+        status, _, error = told(command, *words, '--slide-spacing', 4)
         assert status == 3
         assert '1 of 6 slides failed' in error and 'damaged.svs' in error
+
+
+def test_a_table_of_the_user_is_never_replaced(slides, run, here):
+    (here / 'out').mkdir()
+    for path in ('out/slides.csv', 'p.slides.csv', 'c.csv'):
+        (here / path).write_text('slide_id,label\na,1\n')
+    for command, words in (
+        (sp_check, [slides, '--csv', 'c.csv']),
+        (sp_trim, [slides, 'out', *FEW['trim']]),
+        (sp_predict, [run, slides / 'a.tiff', 'p.csv']),
+        (sp_heatmap, [run, slides / 'a.tiff', 'out', *FEW['heatmap']]),
+    ):
+        status, _, error = told(command, *words)
+        assert status == 2 and 'exists and is something else' in error
+    assert sorted(path.name for path in here.rglob('*')) == [
+        'c.csv',
+        'out',
+        'p.slides.csv',
+        'slides.csv',
+    ]
 
 
 def test_what_is_no_slide_is_no_failure(slides, here):
     (here / 'in').mkdir()
     shutil.copy(slides / 'a.tiff', here / 'in')
     (here / 'in/notes.txt').touch()
-    found = told(sp_check, 'in')
-    assert (found[0], found[2]) == (0, '')
+    found = told(sp_check, 'in', '--workers', 0)
+    assert found[0] == 0 and 'error' not in found[2]
     assert found[1][-1] == '1 slide found: 1 ok; 1 left out as no slides (.txt 1)'
 
 
-def test_nothing_that_can_be_used(slides, here):
-    status, lines, error = told(sp_trim, slides / 'damaged.svs', 'out', *FEW['trim'])
+def test_nothing_that_can_be_used(slides, run, here):
+    status, lines, error = told(sp_heatmap, run, slides / 'damaged.svs', 'out', *FEW['heatmap'])
     assert status == 2 and lines[-1].startswith('1 slide found: 0 done, 1 failed; see ')
     assert error.startswith('error: 1 of 1 slides failed: ')
 

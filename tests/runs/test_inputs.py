@@ -4,7 +4,9 @@ import json
 import shutil
 
 import made
+import numpy as np
 import pytest
+from PIL import Image
 from pydicom import dcmread
 
 from streaming_pathology.core import InputError
@@ -13,6 +15,7 @@ from streaming_pathology.runs.inputs import FoundSlides, Outcome, find_slides, m
 from streaming_pathology.slides.cohorts import Case, tiny_cohort, tiny_slide
 from streaming_pathology.slides.readers import SUFFIXES, slide_files
 
+RGB = np.full((128, 96, 3), 200, np.uint8)
 CT = '1.2.840.10008.5.1.4.1.1.2'  # CT Image Storage
 
 
@@ -39,7 +42,7 @@ def series(tmp_path_factory):
     "Two folders of a DICOM slide each."
     folder = tmp_path_factory.mktemp('series')
     for name in 'ab':
-        made.dicom(folder / name, made.pixels((128, 96)))
+        made.dicom(folder / name, RGB)
     return folder
 
 
@@ -220,7 +223,7 @@ def test_what_is_refused(tmp_path, words, says):
 
 def test_a_spacing_for_slides_that_say_none(tmp_path):
     tiny_slide(tmp_path / 'a.tiff', spacing=4.0)
-    made.Image.fromarray(made.pixels((64, 64))).save(tmp_path / 'b.png')
+    Image.fromarray(RGB).save(tmp_path / 'b.png')
     assert [case.spacing for case in find_slides(tmp_path, 2.0).cases] == [None, 2.0]
     assert [case.spacing for case in find_slides(tmp_path, 2.0, override=True).cases] == [2.0, 2.0]
 

@@ -90,6 +90,10 @@ def parser_of(kinds: tuple, program: str, description: str, example: str = '') -
             if each.default is dataclasses.MISSING:
                 parser.add_argument(name, type=reader(kind, name), help=help_of(each))
                 continue
+            if each.metadata['option'].is_word:
+                read = reader(kind, name)
+                parser.add_argument(name, type=read, nargs='?', default=None, help=help_of(each))
+                continue
             title = each.metadata['option'].group
             if title not in groups:
                 groups[title] = parser.add_argument_group(title)
@@ -201,6 +205,10 @@ def parse(
     Where its first word is a `.toml` file, what is not given comes from there, and so does what
     should stand in its place: so a run can be made again."""
     given = vars(parser_of(kinds, program, description, example).parse_args(argv))
+    for kind in kinds:
+        for name, each in kind.options().items():
+            if each.metadata['option'].is_word and given.get(name) is None:
+                given.pop(name, None)  # a word that was left out
     first = kinds[0]
     leading = next(iter(first.options()), '')
     path = str(given.get(leading, ''))
@@ -238,7 +246,7 @@ NO_MEMORY = (
 def verdict(e: BaseException) -> tuple | None:
     "What is told of an exception and the exit status; None for a fault of the program."
     if isinstance(e, InputError):
-        return one_line(e), 2
+        return one_line(e), e.status
     if isinstance(e, Halted):
         return f'{e}; the same command with --resume goes on', 75
     if isinstance(e, KeyboardInterrupt):

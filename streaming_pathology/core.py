@@ -9,6 +9,8 @@ __all__ = ['InputError', 'Halted']
 class InputError(ValueError):
     "Invalid input, told in one sentence: the file or layer, the value, the way out."
 
+    status: int = 2  # the exit status of a command that it ends
+
 
 class Halted(Exception):
     "A training was stopped by a signal, and can be resumed."

@@ -21,7 +21,7 @@ from streaming_pathology.engine.program import Program
 from streaming_pathology.engine.schedule import Schedule
 from streaming_pathology.evaluation.evaluation import read_predictions
 from streaming_pathology.evaluation.gradients import smoothgrad
-from streaming_pathology.evaluation.heatmaps import overlay, pool_map
+from streaming_pathology.evaluation.heatmaps import Grid, overlay, pool_map
 from streaming_pathology.evaluation.predict import dataset, load_model
 from streaming_pathology.evaluation.qupath import field_of
 from streaming_pathology.slides.cohorts import read_manifest
@@ -159,7 +159,7 @@ def chosen(folder):
 def tumour_of(data, index, shape):
     "The painted tumour as the network's image has it, bool (height, width)."
     case = data.cases[index]
-    field = field_of(data, index, shape, shape)
+    field = field_of(data, index, Grid.over(shape, shape))
     numbers = class_numbers(case.annotation, case.spacing, field.size)
     margin = 64  # the image may reach beyond the slide
     mask = np.pad(numbers == TUMOUR, margin)
@@ -184,7 +184,8 @@ def draw_heatmaps(folder):
         case = data.cases[index]
         rgb = image.permute(1, 2, 0).numpy()
         row[0].imshow(rgb)
-        row[1].imshow(overlay(rgb, heat, vmax=full))
+        grid = Grid.of_cells(rgb.shape[:2], heat.shape, step=8)
+        row[1].imshow(overlay(rgb, heat, vmax=full, grid=grid))
         what = 'with tumour' if case.label else 'without tumour'
         row[0].set_title(f'synthetic biopsy {what}', fontsize=9)
         row[1].set_title(f'predicted {predicted[case.slide_id]:.2f}', fontsize=9)

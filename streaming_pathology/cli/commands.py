@@ -8,7 +8,7 @@ __all__ = ['sp_train', 'sp_mil', 'CHECK_COLUMNS', 'sp_check', 'FEW', 'sp_predict
            'TINY_COHORT', 'sp_demo', 'RunFolder', 'train', 'train_mil', 'train_in', 'CheckSettings', 'check',
            'check_all', 'tell_check', 'processes', 'with_all', 'PredictSettings', 'slides_and_table', 'predict',
            'slides_to_predict', 'outcome_of', 'same_for_all', 'predict_share', 'merge_predicted', 'kept_rows',
-           'print_predictions', 'ExportSettings', 'export', 'file_of_run', 'heatmap', 'listed', 'n_bootstrap_option',
+           'print_predictions', 'ExportSettings', 'export', 'write_export', 'heatmap', 'listed', 'n_bootstrap_option',
            'confidence_option', 'EvaluateSettings', 'evaluate', 'figures_folder', 'ReportSettings', 'report', 'color',
            'TrimSettings', 'trim', 'print_trimmed', 'SynthSettings', 'synth', 'CompareSettings', 'compare',
            'several_pixels', 'BenchSettings', 'bench', 'as_for_training', 'DemoSettings', 'DemoOptions', 'demo',
@@ -43,6 +43,7 @@ from streaming_pathology.runs.settings import (
     device_option,
     merge_option,
     option,
+    optional_argument,
     pixels,
     read_toml,
     shard_option,
@@ -545,46 +546,100 @@ sp_predict = Command(
 class ExportSettings(Settings):
     "The settings of sp_export."
 
-    run: str = argument('folder that sp_train wrote, or one of its checkpoints')
-    out: str = argument('.safetensors file to write')
+    run: str = argument(
+        'folder that sp_train or sp_mil wrote, or one of its checkpoints; with --check alone a '
+        '.safetensors file that sp_export wrote'
+    )
+    out: str | None = optional_argument(
+        '.safetensors file to write; the model card as text is written beside it, as .md'
+    )
+    check_: bool = option(
+        False,
+        'run the exported file on a painted slide and compare it with its card; exit status 1 if '
+        'they differ',
+    )
+    card: str | None = option(
+        None,
+        '.md file of the model card, e.g. README.md for the Hugging Face Hub (default: beside the '
+        'model, by its name)',
+        'model card',
+    )
+    intended_use: str | None = option(
+        None, 'what the model is for (default: research, and not as a medical device)', 'model card'
+    )
+    license: str = option(
+        'unknown',
+        'licence of the weights, an identifier of the Hugging Face Hub, e.g. apache-2.0',
+        'model card',
+    )
+    data_license: str = option(
+        'not stated', 'licence or terms of the slides that it was trained on', 'model card'
+    )
+    changes: str | None = option(
+        None,
+        'what has changed since the export that is replaced, a line of the changelog',
+        'model card',
+    )
 
 
 def export(settings: ExportSettings) -> None:
     """Write a trained network as one safetensors file, for sp_predict and for other programs: its
-    weights, and a card of how it was built and trained."""
-    from streaming_pathology.evaluation.predict import export_model
+    weights, and a card of how it was built, trained and evaluated, which names no folder of this
+    machine. With --check, run such a file on a painted slide and compare it with its card."""
+    from streaming_pathology.evaluation.cards import check_export
 
-    run = Path(settings.run).expanduser()
-    checkpoint = run / 'checkpoints/best.pt' if run.is_dir() else run
+    if settings.out is None:
+        if not settings.check_:
+            raise InputError('give the .safetensors file to write, or --check to check one')
+        print(check_export(settings.run))
+        return
+    write_export(settings)
+    if settings.check_:
+        print(check_export(settings.out))
+
+
+def write_export(settings: ExportSettings) -> None:
+    "Write a model and its card, and print what they are."
+    from streaming_pathology.evaluation.cards import (
+        CARD_BEGINS,
+        INTENDED_USE,
+        Statements,
+        export_with_card,
+    )
+    from streaming_pathology.evaluation.predict import best_checkpoint
+
+    assert settings.out is not None  # see `export`
+    checkpoint = best_checkpoint(settings.run)
     out = output_file(settings.out, '.safetensors', [checkpoint])
-    if (out.parent / RUN.mark).exists():
-        raise InputError(
-            f'{out} lies in the folder of a run, which holds nothing else; give another place'
-        )
-    folder = absolute(checkpoint).parent.parent
-    try:
-        metrics = file_of_run(folder, checkpoint, 'metrics.json')
-        environment = file_of_run(folder, checkpoint, RUN.mark)
-    except (OSError, ValueError) as e:
-        raise InputError(f'{folder} holds a run that cannot be read: {one_line(e)}') from None
-    card = export_model(checkpoint, out, metrics=metrics, environment=environment)
+    card_path = settings.card
+    if card_path is None:
+        card_path = str(Path(settings.out).with_suffix('.md'))
+    text = output_file(card_path, '.md', begins=CARD_BEGINS)
+    for path in (out, text):
+        if (path.parent / RUN.mark).exists():
+            raise InputError(
+                f'{path} lies in the folder of a run, which holds nothing else; give another place'
+            )
+    statements = Statements(
+        settings.intended_use or INTENDED_USE,
+        settings.license,
+        settings.data_license,
+        settings.changes or '',
+    )
+    card = export_with_card(checkpoint, out, text, statements)
     network = card['model'].get('arch') or card['features']['aggregator']['name']
     print(
         f'wrote {out}: {network}, {card["task"]["name"]}, {card["spacing"]:g} microns per pixel, '
-        f'model {card["sha256"][:16]}'
+        f'model {card["sha256"][:16]}; its card is {text}'
     )
 
 
-def file_of_run(folder: Path, checkpoint: Path, name: str) -> dict:
-    "What a JSON file of a run says of its best checkpoint; empty if there is no such file."
-    path = folder / name
-    is_best = (folder / RUN.mark).exists() and checkpoint.name == 'best.pt'
-    if is_best and path.exists():
-        return json.loads(path.read_text())
-    return {}
-
-
-sp_export = Command('export', (ExportSettings,), export, 'sp_export run model.safetensors')
+sp_export = Command(
+    'export',
+    (ExportSettings,),
+    export,
+    'sp_export run model.safetensors --license apache-2.0 --check',
+)
 
 # %% ../../nbs/cli/02_commands.ipynb #31d06c6e
 def heatmap(settings: HeatmapSettings) -> None:

@@ -87,7 +87,7 @@ def parser_of(kinds: tuple, program: str, description: str, example: str = '') -
     groups['options'].add_argument('-h', '--help', action='help', help='show this and exit')
     for kind in kinds:
         for name, each in kind.options().items():
-            if each.default is dataclasses.MISSING:
+            if each.default is dataclasses.MISSING or each.metadata['option'].is_word:
                 add_argument(parser, kind, name, each)
                 continue
             title = each.metadata['option'].group
@@ -155,7 +155,12 @@ def reader(kind: type, name: str) -> Callable:
 
 def add_argument(parser: Parser, kind: type, name: str, each: dataclasses.Field) -> None:
     "One field as a word without the name of an option before it, or as several of them."
-    nargs = '+' if each.metadata['option'].several else None
+    option = each.metadata['option']
+    nargs = None
+    if option.several:
+        nargs = '+'
+    elif option.is_word:  # it may be left out
+        nargs = '?'
     parser.add_argument(name, type=reader(kind, name), nargs=nargs, help=help_of(each))
 
 
@@ -247,6 +252,8 @@ def from_file(kind: type, path: str, leading: str, given: dict) -> Settings:
 class SomeFailed(InputError):
     "A command has done its work, but for some slides."
 
+    status = 3
+
 # %% ../../nbs/cli/01_parser.ipynb #33444875
 WORKER_DIED = (
     'a data-loading worker was killed, probably for lack of memory; use fewer --workers. What was '
@@ -260,10 +267,8 @@ NO_MEMORY = (
 
 def verdict(e: BaseException) -> tuple | None:
     "What is told of an exception and the exit status; None for a fault of the program."
-    if isinstance(e, SomeFailed):
-        return one_line(e), 3
     if isinstance(e, InputError):
-        return one_line(e), 2
+        return one_line(e), e.status
     if isinstance(e, Halted):
         return f'{e}; the same command with --resume goes on', 75
     if isinstance(e, KeyboardInterrupt):

@@ -70,7 +70,7 @@ def model_hash(
     if card.get('bags'):
         contents['bags'] = without(card['bags'], 'k', 'batch')
     if card.get('features'):
-        contents['features'] = card['features']  # with the checksum of the backbone
+        contents['features'] = without_folder(card['features'])  # the backbone by its checksum
         weights = {name: value for name, value in weights.items() if not is_of_encoder(name)}
     return weights_hash(weights, contents)
 
@@ -78,6 +78,16 @@ def model_hash(
 def without(values: dict, *names: str) -> dict:
     "A dict without some of its keys."
     return {name: value for name, value in values.items() if name not in names}
+
+
+def without_folder(features: dict) -> dict:
+    """What a card says of patch embeddings; of a backbone in somebody's own code without the
+    folder, which is another one elsewhere."""
+    encoder = features['encoder']
+    if 'code' not in encoder:
+        return features
+    encoder = encoder | dict(backbone=Path(encoder['backbone']).name)
+    return features | dict(encoder=encoder)
 
 
 def is_of_encoder(name: str) -> bool:
@@ -275,7 +285,7 @@ def load_model(
     else:
         state = load_of_model(path)
         card, weights = state.get('settings', {}), state.get('model', {})
-    card = checked_card(card, path)
+    card = with_code_beside(checked_card(card, path), path)
     changed = {}
     if strip:
         changed['strip'] = strip
@@ -289,7 +299,22 @@ def load_model(
     load_weights(model, dict(model=with_encoder(card, weights, path)), path)
     return model.to(device).eval(), card | dict(sha256=model_hash(weights, card))
 
-# %% ../../nbs/evaluation/01_predict.ipynb #bd1415ca
+# %% ../../nbs/evaluation/01_predict.ipynb #f70c694c
+def with_code_beside(card: dict, path: Path) -> dict:
+    """A card whose backbone comes from somebody's own code: where its file is not found, the one
+    beside the model is taken."""
+    features = card.get('features') or {}
+    encoder = features.get('encoder', {})
+    if 'code' not in encoder:
+        return card
+    file, _, function = encoder['backbone'].rpartition(':')
+    beside = path.parent / Path(file).name
+    if Path(file).is_file() or not beside.is_file():
+        return card
+    encoder = encoder | dict(backbone=f'{beside.resolve()}:{function}')
+    return card | dict(features=features | dict(encoder=encoder))
+
+
 def load_of_model(path: str | Path) -> dict:
     "A checkpoint, of which a warning says if it is not the best but one to resume from."
     state = load_checkpoint(path)

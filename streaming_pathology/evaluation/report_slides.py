@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..core import InputError
 from .evaluation import Prediction
-from .heatmaps import FORMAT, METHODS, load_heatmap
+from .heatmaps import FORMAT, METHODS, Grid, load_heatmap
 from .pages import Section, plural, render, table
 from .report_inputs import FinishedRun, read_values
 from .report_sections import Verdict, verdict_of
@@ -28,6 +28,7 @@ from .review import FALSE, SUGGESTED, Wrong, category_table
 from streaming_pathology.evaluation.viewer import (
     Layer,
     Picture,
+    map_values,
     outline_of,
     read_picture,
     save_picture,
@@ -147,9 +148,9 @@ class Maps:
                 f'{[*slide.picture.seen]}: give maps that sp_heatmap drew of the same network'
             )
         write_layer(folder / picture, heat, vmax)
-        extent = tuple(cells * step / pixels for cells, pixels in zip(heat.shape, seen))
+        extent = Grid.of_cells(seen, heat.shape, step).extent
         outline = outline_of(heat, self.threshold * vmax, extent)
-        return Layer(self.name, f'../{picture}', extent, outline, shown)
+        return Layer(self.name, f'../{picture}', extent, outline, shown, map_values(heat))
 
 # %% ../../nbs/evaluation/17_report_slides.ipynb #cdb22efe
 def read_map_scale(path: Path) -> tuple[tuple[int, int], float, float]:
@@ -283,7 +284,15 @@ def heatmap_layers(
         picture = f'pictures/{slide.stem}-{kind}.webp'
         write_layer(folder / picture, heat, full_color)
         outline = outline_of(heat, full_color / 2) if full_color else ''
-        layers.append(Layer(name, f'../{picture}', outline=outline, shown=kind == 'common'))
+        layers.append(
+            Layer(
+                name,
+                f'../{picture}',
+                outline=outline,
+                shown=kind == 'common',
+                values=map_values(heat),
+            )
+        )
     return layers
 
 # %% ../../nbs/evaluation/17_report_slides.ipynb #ce196e05
@@ -370,6 +379,7 @@ def page_of_slide(
         'This page requests nothing; its pictures lie beside it.',
         '../openseadragon.min.js',
         f'{slide.called}, {slide.label}',
+        slide.picture.seen,
     )
 
 # %% ../../nbs/evaluation/17_report_slides.ipynb #e273fdc9

@@ -9,7 +9,7 @@ __all__ = ['heatmap_methods', 'MapRun']
 import json
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..evaluation.gradients import integrated_gradients, smoothgrad
 from streaming_pathology.evaluation.heatmaps import (
     FORMAT,
     METHODS,
+    Grid,
     attention_map,
     class_activation,
     occlusion,
@@ -434,7 +435,8 @@ class MapRun:
     def new_map(self, index: int) -> dict:
         """Draw one slide. Returns what is noted of it: the size of the image in pixels (`seen`),
         the pixels from one cell of the map to the next (`step`), the value of full colour (`top`),
-        and the rows of the table of regions."""
+        where the map lies on the slide (`field`), how many regions were too small for a polygon
+        (`lost`), and the rows of the table of regions."""
         settings, slide_id = self.settings, self.cases[index].slide_id
         image, heat, full = map_of(settings, self.model, self.data, index)
         if not full:
@@ -442,14 +444,12 @@ class MapRun:
             full = 1.0
         height, width = image.shape[1:]
         step = chosen_method(settings).cell(settings, image)
-        # the last cells of the map may reach beyond the image, so it has fractions of rows and
-        # columns, which is all right for a field
-        size, shape = (height, width), (height / step, width / step)
-        field = field_of(self.data, index, size, shape)  # pyright: ignore[reportArgumentType]
+        grid = Grid.of_cells((height, width), heat.shape, step, self.data.spacing)
+        field = field_of(self.data, index, grid)
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         picture.thumbnail((4096, 4096), Image.Resampling.LANCZOS)
         save_heatmap(self.folder / f'maps/{slide_id}.npy', heat)
-        regions = write_exports(
+        regions, n_lost = write_exports(
             self.folder,
             slide_id,
             np.asarray(picture),
@@ -459,5 +459,18 @@ class MapRun:
             full,
             settings.region_class,
             settings.min_area_um2,
+            grid,
         )
-        return dict(seen=[height, width], step=step, top=full, regions=regions)
+        if n_lost:
+            warnings.warn(
+                f'slide {slide_id!r}: {counted(n_lost, "region")} smaller than the precision of '
+                'positions (a tenth of a pixel) left out of GeoJSON and table'
+            )
+        return dict(
+            seen=[height, width],
+            step=step,
+            top=full,
+            field=asdict(field),
+            lost=n_lost,
+            regions=regions,
+        )

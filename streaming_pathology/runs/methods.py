@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..core import InputError, counted
 from ..engine.plan import budget
 from ..evaluation.gradients import smoothgrad
-from ..evaluation.heatmaps import patch_heatmap
+from ..evaluation.heatmaps import Grid, fit_map, patch_heatmap
 from streaming_pathology.evaluation.predict import (
     ENCODER,
     backbone_known,
@@ -370,7 +370,10 @@ class PatchMethod(Method[MILSettings]):
     def heatmap(
         self, model: torch.nn.Module, data: SlideDataset, index: int, device: str
     ) -> np.ndarray:
-        return patch_heatmap(model.eval(), data[index]['image'], STEP)
+        bag = data[index]['image']
+        heat = patch_heatmap(model.eval(), bag, STEP)
+        grid = Grid.of_cells(bag.shape, heat.shape, STEP)
+        return fit_map(heat, max(heat.shape), grid)  # over the image, and not beyond it
 
 # %% ../../nbs/runs/02_methods.ipynb #207f087c
 class Patches(PatchMethod):

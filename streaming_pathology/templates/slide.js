@@ -31,6 +31,68 @@ form.addEventListener('input', event => {
 });
 form.addEventListener('submit', event => event.preventDefault());
 
+// What lies under the cursor: where it is, and the values of the maps that are shown there.
+const under = one('#under');
+const HINT = 'Point at the picture to see positions, from its upper left corner, and values.';
+const shareOf = {}; // `at`: from a point of the window to shares of the picture's width and height
+
+shareOf.at = point => {
+  const box = stage.getBoundingClientRect();
+  return [(point.clientX - box.left) / box.width, (point.clientY - box.top) / box.height];
+};
+
+const values = settings.values.map(each => {
+  const bytes = Uint8Array.from(atob(each.numbers), letter => letter.charCodeAt(0));
+  return {...each, numbers: new Uint16Array(bytes.buffer)};
+});
+
+// The value of a map at shares of the picture's width and height; null where it has none.
+function valueAt(map, x, y) {
+  const {rows, columns, full, numbers} = values[map.values];
+  const row = Math.floor(y / map.extent[0] * rows);
+  const column = Math.floor(x / map.extent[1] * columns);
+  if (row >= rows || column >= columns) return null;
+  return numbers[row * columns + column] / 65535 * full;
+}
+
+const shortest = number => String(Number(number.toPrecision(3)));
+
+function wordsAt(x, y) {
+  const [height, width] = settings.seen;
+  const pixel = `pixel ${Math.floor(x * width)}, ${Math.floor(y * height)}`;
+  const parts = [pixel];
+  if (settings.spacing) {
+    const microns = settings.spacing * settings.size[1] / width; // per pixel that was seen
+    const place = [x * width, y * height].map(number => Math.round(number * microns));
+    parts[0] = `${place[0]}, ${place[1]} µm (${pixel})`;
+  }
+  settings.maps.forEach((map, number) => {
+    if (map.values === null) return;
+    if (!one('[name=shown]', one(`.layer[data-layer="${number}"]`, form)).checked) return;
+    const value = valueAt(map, x, y);
+    if (value !== null) parts.push(`${map.name}: ${shortest(value)}`);
+  });
+  return parts.join(' · ');
+}
+
+let latest = null; // the last event of the pointer
+function sayUnder(event = latest) {
+  latest = event;
+  const [x, y] = event ? shareOf.at(event) : [-1, -1];
+  const isOnPicture = x >= 0 && y >= 0 && x < 1 && y < 1;
+  under.textContent = isOnPicture ? wordsAt(x, y) : HINT;
+}
+
+for (const name of ['pointermove', 'pointerdown']) {
+  frame.addEventListener(name, event => sayUnder(event), {capture: true, passive: true});
+}
+frame.addEventListener('pointerleave', event => {
+  if (event.pointerType == 'mouse') sayUnder(null); // a finger that is lifted leaves its words
+});
+form.addEventListener('input', () => sayUnder());
+under.hidden = false;
+sayUnder();
+
 // A copy for the picture that zooms; the original stays with the whole one, for paper.
 function copyOf(element) {
   const copy = element.cloneNode(true);
@@ -84,6 +146,13 @@ function zoomable(tiles) {
     bar.textContent = length >= 1000 ? `${length / 1000} mm` : `${length} µm`;
   }
 
+  shareOf.at = point => {
+    const box = host.getBoundingClientRect();
+    const pixel = new OpenSeadragon.Point(point.clientX - box.left, point.clientY - box.top);
+    const place = viewer.viewport.pointFromPixel(pixel, true);
+    return [place.x, place.y * tiles.width / tiles.height];
+  };
+
   viewer.addHandler('open', () => {
     for (const element of copies) {
       const width = +element.dataset.width;
@@ -94,6 +163,7 @@ function zoomable(tiles) {
     scale();
   });
   for (const name of ['animation', 'zoom', 'resize']) viewer.addHandler(name, scale);
+  viewer.addHandler('animation', () => sayUnder()); // the picture moves below the cursor
 
   // F would mirror the tissue and not what lies over it, R would turn it.
   viewer.addHandler('canvas-key', event => {

@@ -11,6 +11,7 @@ from torch import nn
 from streaming_pathology.core import InputError
 from streaming_pathology.engine.stream import stream
 from streaming_pathology.evaluation.heatmaps import (
+    Grid,
     attention_map,
     check_map,
     class_activation,
@@ -197,6 +198,76 @@ def test_pooling_keeps_the_mean(seed, h, w, factor):
     assert max(fitted.shape) <= 20
     assert heat.min() - 1e-6 <= fitted.min()
     assert fitted.max() <= heat.max() + 1e-6
+
+
+# ---- where the cells lie
+
+
+def test_a_grid_on_another_size_keeps_its_extent():
+    grid = Grid.of_cells((103, 157), (7, 10), 16, spacing=0.5)
+    assert grid.extent == (112 / 103, 160 / 157)
+    large = grid.on((206, 314))
+    assert large.extent == pytest.approx(grid.extent)
+    assert (large.cell, large.spacing) == ((32, 32), 0.25)
+    assert Grid.over((103, 157), (7, 10)).extent == pytest.approx((1, 1))
+
+
+@pytest.mark.parametrize('shape', [(4, 10), (8, 10), (7, 12)])
+def test_a_map_that_does_not_fit_its_cells_is_refused(shape):
+    with pytest.raises(InputError, match='does not lie on an image of 103 x 157'):
+        Grid.of_cells((103, 157), shape, 16)
+
+
+def weights(cell, number, n_cells, side, image):
+    """How much of a cell there is at each of `side` pixels of an image whose `image` pixels have
+    cells of `cell`: it falls off to the middles of its neighbours, and stays at the border."""
+    place = (np.arange(side) + 0.5) * image / side / cell
+    place = np.clip(place, 0.5, n_cells - 0.5)
+    return np.clip(1 - abs(place - number - 0.5), 0, None)
+
+
+@pytest.mark.parametrize('image', [(103, 157), (97, 160), (40, 33)])
+@pytest.mark.parametrize('scale', [1, 3.3])
+def test_a_cell_is_drawn_where_it_lies(image, scale):
+    "In pixels, also the last one, of which a part or less than half is in the image."
+    step, blue = 16, np.array([200, 37])  # of the background, of full colour
+    shape = tuple(-(-side // step) for side in image)
+    size = tuple(round(side * scale) for side in image)
+    for row, column in [(0, 0), (1, 1), (shape[0] - 1, shape[1] - 1), (0, shape[1] - 1)]:
+        heat = np.zeros(shape)
+        heat[row, column] = 1
+        rgb = np.full((*size, 3), 200, np.uint8)
+        drawn = overlay(rgb, heat, 1.0, 1.0, grid=Grid.of_cells(image, shape, step))
+        opacity = (blue[0] - drawn[..., 2].astype(float)) / (blue[0] - blue[1])
+        expected = np.outer(
+            weights(step, row, shape[0], size[0], image[0]),
+            weights(step, column, shape[1], size[1], image[1]),
+        )
+        assert abs(opacity - expected).max() < 0.03
+
+
+def test_a_map_that_ends_before_its_image_is_not_stretched():
+    "As those of networks without padding."
+    grid = Grid.of_cells((50, 64), (2, 4), 16)
+    drawn = overlay(np.full((50, 64, 3), 200, np.uint8), np.ones((2, 4)), 1.0, 1.0, grid=grid)
+    assert (drawn[:24] != 200).any(-1).all() and (drawn[42:] == 200).all()
+
+
+@pytest.mark.parametrize('image', [(103, 157), (97, 160), (40, 33)])
+@pytest.mark.parametrize('max_side', [512, 5])
+def test_a_fitted_map_covers_the_image_and_no_more(image, max_side):
+    "Its value is the mean over the pixels of the image in each of its parts."
+    step = 16
+    shape = tuple(-(-side // step) for side in image)
+    heat = np.random.default_rng(0).random(shape).astype(np.float32)
+    pixels = heat.repeat(step, 0).repeat(step, 1)[: image[0], : image[1]]
+    fitted = fit_map(heat, max_side, Grid.of_cells(image, shape, step))
+    rows, columns = fitted.shape
+    assert max(fitted.shape) <= max_side
+    for row, column in [(0, 0), (rows - 1, columns - 1)]:
+        fine = pixels.repeat(rows, 0).repeat(columns, 1)
+        part = fine[row * image[0] : (row + 1) * image[0], column * image[1] :][:, : image[1]]
+        assert abs(fitted[row, column] - part.mean()) < 1e-5
 
 
 # ---- over the tissue

@@ -314,6 +314,40 @@ def test_a_map_lies_on_the_picture(page):
     assert max(map(abs, page.evaluate(DISTANCES))) < 1.5
 
 
+UNDER = """share => {
+  const picture = viewer.world.getItemAt(0);
+  const place = picture.imageToViewerElementCoordinates(
+    new OpenSeadragon.Point(share[0] * 4096, share[1] * 4096 * 2 / 3));
+  const host = document.querySelector('#zoom').getBoundingClientRect();
+  return [host.left + place.x, host.top + place.y];
+}"""
+
+
+def test_position_and_value_are_shown_under_the_cursor(page):
+    "Before and after zooming, and of the map that is shown."
+    heat = np.load(page.folder.parent / 'heatmaps/biopsy_001.npy')
+    of_slide(page)
+    page.wait_for_timeout(700)
+    words = page.locator('#under')
+    assert 'Point at the picture' in words.inner_text()
+    for share in [(0.3, 0.2), (0.52, 0.47)]:
+        page.mouse.move(*page.evaluate(UNDER, list(share)))
+        place, value = words.inner_text().split(' · ')
+        x, y = (float(number) for number in place.split('(pixel ')[1].rstrip(')').split(', '))
+        assert [x, y] == pytest.approx([share[0] * WIDTH, share[1] * WIDTH * 2 / 3], abs=40)
+        microns = [float(number) for number in place.split(' µm')[0].split(', ')]
+        assert microns == pytest.approx([x * SPACING, y * SPACING], abs=1)
+        row, column = int(y * 64 / (WIDTH * 2 / 3)), int(x * 96 / WIDTH)
+        near = heat[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+        assert abs(near - float(value.rpartition(': ')[2])).min() < 0.002
+        page.get_by_role('button', name='Zoom in').click()
+        page.wait_for_timeout(700)
+    page.locator('.layer').first.get_by_label('shown').uncheck()
+    page.mouse.move(*page.evaluate(UNDER, [0.5, 0.45]))
+    assert ' · ' not in words.inner_text()
+    assert fits(page)
+
+
 def test_from_slide_to_slide(page):
     def heading():
         return page.locator('h1').inner_text()

@@ -1,5 +1,6 @@
 "Pictures that know their scale, tiles, layers, and the page of a slide."
 
+import base64
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from streaming_pathology.core import InputError
 from streaming_pathology.evaluation.viewer import (
     Layer,
     in_microns,
+    map_values,
     outline_of,
     read_picture,
     save_picture,
@@ -89,6 +91,17 @@ def test_outlines_are_in_thousandths_of_the_picture():
     assert outline_of(heat, 2.0) == ''
 
 
+@pytest.mark.parametrize('largest', [1.0, 3e-9, 0.0])
+def test_values_are_those_of_the_map(largest):
+    heat = np.random.default_rng(0).random((10, 20)) * largest
+    values = map_values(heat)
+    numbers = np.frombuffer(base64.b64decode(values.numbers), '<u2').reshape(10, 20)
+    assert np.allclose(numbers / 65535 * values.full, heat, rtol=0, atol=1e-5 * largest)
+    assert (values.rows, values.columns) == (10, 20)
+    large = map_values(np.zeros((1, 1000)))
+    assert (large.rows, large.columns) == (1, 256)
+
+
 # ---- the page
 
 
@@ -119,9 +132,27 @@ def test_page_has_its_layers_and_their_outlines():
     assert '20 µm' in page  # a quarter of 40 pixels of 2 microns
 
 
+def test_layers_of_one_map_share_its_values():
+    heat = np.eye(3)
+    layers = [Layer(name, f'{name}.webp', values=map_values(heat)) for name in ('a', 'b')]
+    layers += [
+        Layer('c', 'c.webp', (1.5, 1.0)),
+        Layer('d', 'd.webp', values=map_values(heat.T * 2)),
+    ]
+    page = slide_page('a', 'A run', 'a.jpg', (30, 40), layers, seen=(60, 80))
+    text = page[page.index('id="said">') + len('id="said">') :]
+    settings = json.loads(text[: text.index('</script>')])
+    assert [each['values'] for each in settings['maps']] == [0, 0, None, 1]
+    assert settings['maps'][2]['extent'] == [1.5, 1.0]
+    assert len(settings['values']) == 2 and settings['values'][1]['full'] == 2
+    assert settings['seen'] == [60, 80]
+
+
 def test_what_the_script_reads_cannot_end_its_element():
     tiles = dict(width=10, height=20, tile=510, levels=3, path='</script>')
     page = slide_page('a', '', 'a.jpg', (30, 40), tiles=tiles)
     start = page.index('id="said">') + len('id="said">')
     settings = json.loads(page[start : page.index('</script>', start)])
-    assert settings == dict(tiles=tiles, spacing=None)
+    assert settings.pop('tiles') == tiles
+    nothing = dict(spacing=None, size=[30, 40], seen=[30, 40], maps=[], values=[])
+    assert settings == nothing

@@ -90,6 +90,11 @@ def test_every_method_draws_cells_as_large_as_it_says(place, drawn, method):
     assert heat.shape == tuple(-(-side // note['step']) for side in note['seen'])
     if heatmap_methods[method].full_color is not None:
         assert note['top'] == heatmap_methods[method].full_color
+    assert note['lost'] == 0
+    with Slide(place / 'cohort/slides/s00.tiff') as slide:
+        assert tuple(note['field']['size']) == slide.size
+        pixels = note['step'] * 4.0 / slide.spacing  # of the slide, for a cell at 4 microns
+    assert np.allclose(note['field']['cell'], pixels)
     assert Image.open(folder / 'overlay/s00.png').size[0] > 0
     with Slide(folder / 'tiff/s00.tiff') as over, Slide(place / 'cohort/slides/s00.tiff') as slide:
         assert over.spacing > slide.spacing

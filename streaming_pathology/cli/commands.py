@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from tqdm.auto import tqdm
 
 from .parser import Command, SomeFailed, main
-from ..core import InputError, counted, one_line
+from ..core import InputError, counted
 from ..io import several, write_csv, write_whole
 from ..outputs import DONE, RUN, Output, absolute, output_file, staged
 from streaming_pathology.runs.settings import (

@@ -18,9 +18,9 @@ from streaming_pathology.bench.measure import (
     planned,
     ratios,
     spread,
+    streaming_within,
     times,
     title,
-    within,
 )
 from .methods import gradient_error, work
 from ..engine.ledger import size as text_size
@@ -158,28 +158,43 @@ def beside_peer(
 # %% ../../nbs/bench/04_comparison.ipynb #bf595f0b
 def pair_of(way: dict, case: dict, repeats: int, patience: float, log: Callable) -> dict:
     "A way, what streams with the memory that it takes, and the plain network."
-    peer, plain = way['method'], dict(method='plain')
-    ways, memory = {peer: way}, {peer: peak_memory(way, case)}
+    peer = way['method']
+    ways, memory = ways_of_pair(way, case, log)
     pair = {'case': case, 'ways': ways, 'memory': memory}
     if 'error' in memory[peer]:
         log(f'{title(case)}, {way}: {memory[peer]}')
         return pair
-    ways['streaming'], memory['streaming'] = within(case, memory[peer]['above'], log)
-    ways['plain'], memory['plain'] = plain, peak_memory(plain, case)
     if memory[peer]['seconds'] < patience:
-        pair.update(times(ways, case, repeats))
+        pair |= times(ways, case, repeats)
     else:
-        pair.update(times_of_memory(memory))
+        pair |= times_of_memory(memory)
     if 'error' in pair:
         log(f'{title(case)}, {way}: {pair["error"]}')
         return pair
     pair['ratio'] = ratios(pair['seconds'], 'streaming')[peer]
     pair['cpu_ratio'] = ratios(pair['cpu'], 'streaming')[peer]
     pair['to_plain'], pair['cpu_to_plain'] = ratios(pair['seconds']), ratios(pair['cpu'])
-    taken = {name: text_size(found['above']) for name, found in memory.items()}
-    log(
-        f'{title(case)}, {way}: streaming {spread(pair["ratio"])} times as fast with '
-        f'{taken["streaming"]} where {taken[peer]} are taken, '
+    log(f'{title(case)}, {way}: {pair_text(pair, peer)}')
+    return pair
+
+
+def ways_of_pair(way: dict, case: dict, log: Callable) -> tuple[dict, dict]:
+    """The ways that are measured beside each other, by their names, and the memory that each takes:
+    one alone if it fails."""
+    peer, plain = way['method'], dict(method='plain')
+    ways, memory = {peer: way}, {peer: peak_memory(way, case)}
+    if 'error' not in memory[peer]:
+        above = memory[peer]['above']
+        ways['streaming'], memory['streaming'] = streaming_within(case, above, log)
+        ways['plain'], memory['plain'] = plain, peak_memory(plain, case)
+    return ways, memory
+
+
+def pair_text(pair: dict, peer: str) -> str:
+    "Time and memory of streaming beside another method."
+    memory = pair['memory']
+    own, taken = text_size(memory['streaming']['above']), text_size(memory[peer]['above'])
+    return (
+        f'streaming {spread(pair["ratio"])} times as fast with {own} where {taken} are taken, '
         f'{spread(pair["to_plain"]["streaming"])} times plain'
     )
-    return pair

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['images', 'LAYOUTS', 'Rows', 'biopsy', 'canvas', 'upright', 'make_case', 'prepare', 'PeakMemory', 'fresh',
-           'peak_memory', 'times', 'summary', 'ratios', 'spread', 'plan_of', 'planned', 'within', 'machine',
+           'peak_memory', 'times', 'summary', 'ratios', 'spread', 'plan_of', 'planned', 'streaming_within', 'machine',
            'read_result']
 
 # %% ../../nbs/bench/03_measure.ipynb #fdc8c675
@@ -75,7 +75,7 @@ def biopsy(height: int, width: int, part: float = 0.1) -> torch.Tensor:
 
 
 def canvas(height: int, width: int) -> Canvas:
-    "The same as a `Canvas`."
+    "The image of `biopsy` as a `Canvas`."
     return Canvas.from_image(biopsy(height, width), WHITE)
 
 
@@ -343,7 +343,7 @@ def planned(case: dict, memory: int | str) -> tuple[dict, int]:
     return dict(method='streaming', **found.options), above
 
 
-def within(case: dict, above: int, log: Callable = print) -> tuple[dict, dict]:
+def streaming_within(case: dict, above: int, log: Callable = print) -> tuple[dict, dict]:
     """The fastest way to stream a case whose measured peak is at most `above` bytes above start,
     and that measurement; the way with least memory if none is."""
     target = above

@@ -45,9 +45,9 @@ def fresh_process(
     queue = context.Queue()
     process = context.Process(target=target, args=(*args, queue))
     process.start()
-    found = answer_of(process, queue)
+    answer = answer_of(process, queue)
     process.join()
-    return found
+    return answer
 
 # %% ../../nbs/bench/01_processes.ipynb #4bdee20d
 def answer_of(process: BaseProcess, queue: Queue) -> Any:

@@ -125,23 +125,19 @@ def trial_of(case: dict, rounds: int, threads: int) -> dict:
     torch.set_num_threads(threads)
     plans = plans_between(case)
     lowest = plans[min(plans)]
-    chosen = {
-        total: {option: found.options[option] for option in OPTIONS}
-        for total, found in plans.items()
-    }
-    ways = {way_name(way): way for way in (*every_way(case['size'][0]), *chosen.values())}
+    planned = {total: planned_way(plan) for total, plan in plans.items()}
+    ways = {way_name(way): way for way in (*every_way(case['size'][0]), *planned.values())}
     trial = Trial(case)
     measured = {name: trial.measure(way) for name, way in ways.items()}
     for name, way in ways.items():
-        load = lowest.at(way['strip'])  # what strips of this height take
-        measured[name]['predicted'] = load.peak(way['keep'], way['every'], way['states'])
+        measured[name]['predicted'] = predicted_peak(lowest, way)
     best = {total: fastest_within(measured, total) for total in plans}
-    finalists = {*map(way_name, chosen.values()), *itertools.chain(*best.values())}
+    finalists = {*map(way_name, planned.values()), *itertools.chain(*best.values())}
     in_turn = {'plain': None, **{name: ways[name] for name in sorted(finalists)}}
     times = trial.rounds(in_turn, rounds)
     budgets = [
-        judged(total, found, way_name(chosen[total]), best[total], measured, times)
-        for total, found in plans.items()
+        judged(total, plan, way_name(planned[total]), best[total], measured, times)
+        for total, plan in plans.items()
     ]
     return {
         'budgets': budgets,
@@ -150,6 +146,20 @@ def trial_of(case: dict, rounds: int, threads: int) -> dict:
         'speed': str(lowest.speed),
         'plain_peak': lowest.plain.peak,
     }
+
+
+def planned_way(plan: Plan) -> dict:
+    "The way to stream that a plan has chosen."
+    return {option: plan.options[option] for option in OPTIONS}
+
+
+def predicted_peak(
+    plan: Plan,  # of any budget for the same case
+    way: dict,
+) -> int:
+    "The most bytes that a way should take."
+    load = plan.at(way['strip'])  # what strips of this height take
+    return load.peak(way['keep'], way['every'], way['states'])
 
 
 def fastest_within(measured: dict, total: int, count: int = FINALISTS) -> list[str]:

@@ -61,7 +61,16 @@ def gigapixel(
     log: Callable = print,
 ) -> dict:
     "One training step of a `slim` classifier on an image that is not in memory."
-    return large(device, sizes, memory, strip, dtype, 'slim', 'rows', log)
+    return large(
+        device=device,
+        sizes=sizes,
+        memory=memory,
+        strip=strip,
+        dtype=dtype,
+        arch='slim',
+        image='rows',
+        log=log,
+    )
 
 # %% ../../nbs/bench/05_whole_slides.ipynb #3927eb60
 def beside_default(

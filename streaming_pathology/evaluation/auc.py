@@ -181,7 +181,7 @@ class Resampling:
         return patient_numbers(self.patient_ids, n_slides)
 
     def of_slides(self, chosen: np.ndarray) -> 'Resampling':
-        "The same for some of the slides: `chosen` is bool (n,)."
+        "The resampling of some of the slides: `chosen` is bool (n,)."
         if self.patient_ids is None:
             return self
         return replace(self, patient_ids=self.patients(len(chosen))[chosen])
@@ -242,7 +242,7 @@ def draw_in_strata(
     n_bootstrap: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    "As `draw_weights`, with as many of each stratum in each resample as it has."
+    "Weights as those of `draw_weights`, with as many of each stratum in each resample as it has."
     weights = np.empty((n_bootstrap, sum(map(len, strata))), int)
     for members in strata:
         weights[:, members] = draw_weights(len(members), n_bootstrap, rng)
@@ -310,14 +310,14 @@ def bootstrap_estimate(
     "A value whose interval lies between two quantiles of the resamples."
     low, high = np.quantile(values, quantiles)
     return Estimate(
-        float(value),
-        float(low),
-        float(high),
-        resampling.level,
-        method,
-        resampling.n,
-        redrawn,
-        resampling.seed,
+        value=float(value),
+        low=float(low),
+        high=float(high),
+        level=resampling.level,
+        method=method,
+        n_bootstrap=resampling.n,
+        redrawn=redrawn,
+        seed=resampling.seed,
     )
 
 
@@ -766,7 +766,7 @@ def difference_shown(
     low: float,  # of the interval of the first less the second
     high: float,
 ) -> str:
-    "What an interval of a difference says, as a sentence."
+    "A sentence on whether the interval of a difference shows one."
     if low == high != 0:
         return (
             'Every resample gives the same difference, so its interval has no width and says '

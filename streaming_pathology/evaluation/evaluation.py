@@ -199,7 +199,7 @@ def pr_band(
     resampling: Resampling = CURVES,
     grid: ArrayLike | None = None,  # recalls above 0 (m,), None: 200 even steps
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "As `roc_band`, of precision at each recall."
+    "The bootstrap band of precision at each recall: see `roc_band`."
     recalls = np.linspace(0, 1, 201)[1:] if grid is None else np.asarray(grid)
 
     def precision(positive_above, negative_above):
@@ -357,14 +357,14 @@ class Metrics:
     def bootstrap(self) -> Estimate:
         "The AUC with the paper's interval."
         return Estimate(
-            self.auc,
-            self.bootstrap_low,
-            self.bootstrap_high,
-            self.level,
-            'bootstrap',
-            self.draws,
-            self.redrawn,
-            self.seed,
+            value=self.auc,
+            low=self.bootstrap_low,
+            high=self.bootstrap_high,
+            level=self.level,
+            method='bootstrap',
+            n_bootstrap=self.draws,
+            redrawn=self.redrawn,
+            seed=self.seed,
         )
 
     def __str__(self) -> str:
@@ -425,8 +425,10 @@ def evaluate(
         intervals={name: [share.low, share.high] for name, share in intervals.items()},
     )
 
-# %% ../../nbs/evaluation/03_evaluation.ipynb #ebf91532
-COLUMNS = ('slide_id', 'label', 'split', 'probability', 'seconds')  # of predictions.csv
+# %% ../../nbs/evaluation/03_evaluation.ipynb #1de41142
+# columns of predictions.csv
+NEEDED_COLUMNS = ('slide_id', 'label', 'split', 'probability')
+OPTIONAL_COLUMNS = ('seconds',)
 
 # %% ../../nbs/evaluation/03_evaluation.ipynb #b837dee5
 @dataclass(frozen=True)
@@ -445,7 +447,7 @@ def read_predictions(
 ) -> list[Prediction]:
     "All rows of a table, checked. Raises `InputError` with the file, the slide and the value."
     way_out = 'run sp_predict first, or give the path of a predictions.csv'
-    rows = read_table(path, COLUMNS[:4], COLUMNS[4:], way_out)
+    rows = read_table(path, NEEDED_COLUMNS, OPTIONAL_COLUMNS, way_out)
     if not rows:
         raise InputError(f'{path} has no rows: run sp_predict on at least one slide')
     counts = Counter(row['slide_id'] for row in rows)
@@ -484,7 +486,7 @@ def number_in(row: dict, column: str, where: str) -> float:
 
 # %% ../../nbs/evaluation/03_evaluation.ipynb #73bf700d
 def column_of(path: str | Path, column: str, needed: bool = True) -> dict[str, str]:
-    """What a column says of each slide, where it says something: {slide_id: text}.
+    """The values of a column, of slides that have one: {slide_id: text}.
 
     A slide may have several rows if all say the same; otherwise `InputError` is raised."""
     columns = ('slide_id', column) if needed else ('slide_id',)

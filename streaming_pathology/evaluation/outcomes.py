@@ -116,7 +116,7 @@ def kappa(
 
 # %% ../../nbs/evaluation/06_outcomes.ipynb #483cfec2
 def disagreement_costs(weights: str, n_classes: int) -> np.ndarray:
-    "What it costs to call one class (a row) another (a column)."
+    "The cost of calling one class (a row) another (a column)."
     classes = np.arange(n_classes)
     distance = abs(classes[:, None] - classes)
     if weights == 'none':

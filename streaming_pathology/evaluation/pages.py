@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import matplotlib.figure
@@ -21,6 +21,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from .auc import percent
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 # %% ../../nbs/evaluation/11_pages.ipynb #f71106cd
 def plural(number: int, noun: str) -> str:
@@ -88,7 +91,8 @@ def table(
 
 # %% ../../nbs/evaluation/11_pages.ipynb #pag000005
 ACCENT, SECOND = '#6b3f94', '#c2723b'  # colours of figures
-FIGURE_STYLE = {
+# settings of matplotlib
+FIGURE_STYLE: 'dict[RcKeyType, Any]' = {
     'svg.fonttype': 'none',
     'svg.hashsalt': 'report',
     'font.size': 10.5,
@@ -97,7 +101,7 @@ FIGURE_STYLE = {
     'xtick.color': '.35',
     'ytick.color': '.35',
     'text.color': '.2',
-}  # of matplotlib
+}
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans'"
 
 # %% ../../nbs/evaluation/11_pages.ipynb #578eaafd
@@ -113,7 +117,7 @@ def figure_uri(
     draw: Callable,  # called with a matplotlib axis
     size: tuple[float, float] = (4.6, 4.2),  # width and height in inches
 ) -> str:
-    "What `draw` draws, as the data URI of an SVG with the reader's own fonts."
+    "A drawing as the data URI of an SVG with the reader's own fonts."
     with matplotlib.rc_context(FIGURE_STYLE):
         figure = matplotlib.figure.Figure(figsize=size, layout='constrained')
         draw(figure.add_subplot())

@@ -101,11 +101,13 @@ def described(
 ) -> StreamingClassifier | InstanceMIL | FeatureMIL:
     """The network that a card describes, with random weights: one of whole images, or one of
     patches if the card has `bags`, or an aggregator with its backbone if it has `features` too."""
-    bags, features = card.get('bags'), card.get('features')
+    features = card.get('features')
     if features:
         aggregator = make_aggregator(**features['aggregator'])
-        return FeatureMIL(built(features['encoder']), aggregator, bags['batch'], whole=True)
+        encoder = built(features['encoder'])
+        return FeatureMIL(encoder, aggregator, card['bags']['batch'], whole=True)
     network = StreamingClassifier(**(card['model'] | model))
+    bags = card.get('bags')
     if bags:
         return InstanceMIL(network, bags['k'], bags['batch'])
     return network
@@ -204,7 +206,8 @@ def save_encoder(path: str | Path, encoder: Encoder) -> None:
 def load_encoder(path: str | Path, encoder: Encoder) -> Encoder:
     "Put the weights of a file that `save_encoder` wrote into an encoder; returns the encoder."
     _, weights = read_sealed(path)
-    return load_weights(encoder, dict(model=weights), path)
+    load_weights(encoder, dict(model=weights), path)
+    return encoder
 
 # %% ../../nbs/evaluation/01_predict.ipynb #49a5d29a
 def encoder_of(
@@ -223,7 +226,9 @@ def encoder_of(
         raise InputError(f'{path} has weights of its own; leave out others')
     if path.name == ENCODER:
         card, state = read_sealed(path)
-        return load_weights(built(card), dict(model=state), path)
+        encoder = built(card)
+        load_weights(encoder, dict(model=state), path)
+        return encoder
     model, card = load_model(path)
     if isinstance(model, FeatureMIL):
         raise InputError(
@@ -384,6 +389,11 @@ def turned(
         return turned_bag(x, way)
     if isinstance(x, Canvas):
         return turned_canvas(x, way)
+    return turned_tensor(x, way)
+
+
+def turned_tensor(x: torch.Tensor, way: int) -> torch.Tensor:
+    "A tensor (..., H, W) that is turned."
     if way & MIRROR_ROWS:
         x = x.flip(-2)
     if way & MIRROR_COLUMNS:
@@ -399,7 +409,7 @@ def turned_bag(bag: Bag, way: int) -> Bag:
     side = bag.size * factor
     top, left = turned_corner((top, left), (side, side), bag.image.shape[1:], way)
     positions = torch.stack([top, left, factor], 1)
-    return Bag(turned(bag.image, way), positions, bag.size, bag.slide_id)
+    return Bag(turned_tensor(bag.image, way), positions, bag.size, bag.slide_id)
 
 
 def turned_canvas(canvas: Canvas, way: int) -> Canvas:
@@ -408,7 +418,7 @@ def turned_canvas(canvas: Canvas, way: int) -> Canvas:
     patches = []
     for top, left, patch in canvas.patches:
         corner = turned_corner((top, left), patch.shape[1:], (height, width), way)
-        patches.append((*corner, turned(patch, way)))
+        patches.append((*corner, turned_tensor(patch, way)))
     if way & TRANSPOSE:
         height, width = width, height
     return Canvas((height, width), canvas.color, patches, canvas.dtype)
@@ -556,7 +566,7 @@ class Journal:
         return n_good
 
     def former_of(self, first: bytes, text: bytes) -> dict:
-        "What the rows of a file depend on, by its first line. Refuses a file that is no journal."
+        "The first line of a file: what its rows depend on. Refuses a file that is no journal."
         try:
             former = json.loads(first) if first else None
         except (ValueError, RecursionError):
@@ -571,7 +581,7 @@ class Journal:
         return former
 
     def difference(self, former: dict, n_rows: int) -> str:
-        "What is different now, as a sentence."
+        "A sentence on what is different now."
         name = next(name for name in former if former[name] != self.of[name])
         before, now = str(former[name])[:16], str(self.of[name])[:16]
         return (
@@ -644,7 +654,7 @@ def as_list(value: float | list | tuple) -> list:
 
 # %% ../../nbs/evaluation/01_predict.ipynb #b5c128c2
 def case_key(case: Case) -> str:
-    "What tells a slide and its files from others, and from other states of these: SHA-256 in hex."
+    "The identity of a slide, its files and their state: SHA-256 in hex."
     mask = case.mask
     if mask:
         mask = str(mask), file_stamp(mask)
@@ -714,8 +724,8 @@ def predict_table(
     """Predict slides into a table. After an interruption the same call resumes.
 
     Returns, on all ranks, the rows and a sentence on each slide that failed. If any failed there is
-    no table (unless `skip`), but rows are kept for the next call. Raises `InputError` for options
-    that there are not, and if table or journal cannot be written."""
+    no table (unless `skip`), but rows are kept for the next call. Raises `InputError` for another
+    `tta`, and if table or journal cannot be written."""
     if tta not in TTA:
         raise InputError(f'tta is {tta!r}; use one of {", ".join(TTA)}')
     task = task_of(card['task'])

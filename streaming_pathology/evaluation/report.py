@@ -38,7 +38,7 @@ from streaming_pathology.evaluation.report_slides import (
     gallery_section,
     page_of_slide,
     read_maps,
-    write_slide,
+    write_image,
 )
 from .review import errors_of, read_categories
 from .viewer import copy_viewer
@@ -50,17 +50,19 @@ def index_page(
     run: FinishedRun,
     slides: Sequence[ShownSlide],
     most: int,  # see `gallery_section`
-    review: Review,
+    review: Review | None,  # None: there are no labels that errors could be known by
     comparison: WrittenComparison | None,
 ) -> str:
     "The first page of a report, as HTML."
     sections = [result_section(run)]
     if comparison:
         sections.append(comparison_section(comparison))
-    if run.metrics:
-        if run.results.get('groups'):
-            sections.append(group_section(run))
-        sections.append(calibration_section(run))
+    found = run.binary_results
+    if found:
+        if found.get('groups'):
+            sections.append(group_section(found, run.figures))
+        sections.append(calibration_section(found, run.figures))
+    if review:
         sections.append(error_section(run, slides, review))
     if run.is_binary:
         sections.append(gallery_section(run, slides, most))
@@ -111,11 +113,13 @@ def write_report(
     if anonymous:
         run = without_names(run, by)
     review = read_review(run, categories)
+    best_threshold = review.threshold if review else None
     with staged(out, True, REPORT) as folder:
         slides = write_slides(run, folder, most, layers)
-        with_page = [slide for slide in slides if slide.picture]
-        for slide in with_page:
-            page = page_of_slide(run, slide, with_page, review.threshold)
+        pages = [(slide, slide.image) for slide in slides if slide.image]
+        with_page = [slide for slide, _ in pages]
+        for slide, image in pages:
+            page = page_of_slide(run, slide, image, with_page, best_threshold)
             write_whole(folder / f'slides/{slide.stem}.html', page)
         write_whole(folder / 'index.html', index_page(run, slides, most, review, compared))
     return out / 'index.html'
@@ -138,7 +142,7 @@ def write_slides(
     for prediction in predictions:
         slide_id = prediction.slide_id
         slide = ShownSlide(run.numbers[slide_id], run.name(slide_id), prediction)
-        write_slide(run, slide, folder, vmax, maps)
+        slide.image = write_image(run, slide, folder, vmax, maps)
         slides.append(slide)
     return slides
 
@@ -189,10 +193,11 @@ def numbered_names(maps: list[Maps]) -> list[Maps]:
 def read_review(
     run: FinishedRun,
     categories: str | Path | None,  # CSV of `CATEGORIES`
-) -> Review:
-    "The errors of a run at the point of maximum accuracy, and what a reviewer wrote of them."
+) -> Review | None:
+    """The errors of a run at the point of maximum accuracy, and what a reviewer wrote of them; None
+    without metrics of two classes."""
     if not run.metrics:
-        return Review([], None, {})
+        return None
     wrong, threshold = errors_of(run.predictions, run.split)
     given = read_categories(categories, wrong, run.numbers) if categories else {}
     return Review(wrong, threshold, given)

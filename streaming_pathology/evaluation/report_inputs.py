@@ -9,9 +9,10 @@ __all__ = ['toy_run', 'FinishedRun', 'read_run', 'WrittenComparison', 'read_comp
 import json
 import math
 import tomllib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from .pages import ACCENT
 from .results import figures_of, read_outcomes, results
 from .review import called, numbered
 from .viewer import save_picture
-from ..io import read_table, write_csv, write_whole
+from ..io import Row, read_table, write_csv, write_whole
 from ..mil.aggregators import Aggregator, aggregators
 
 # %% ../../nbs/evaluation/15_report_inputs.ipynb #679c1c7f
@@ -78,7 +79,8 @@ def stained(
     rgb = tissue * (1 - nuclei) + np.array((92, 62, 140)) * nuclei
     return Image.fromarray(rgb.astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
 
-# %% ../../nbs/evaluation/15_report_inputs.ipynb #14ea4910
+# %% ../../nbs/evaluation/15_report_inputs.ipynb #18bed324
+TOY_EPOCHS = 12
 TOY_SETTINGS = dict(
     title='Toy run',
     synthetic=True,
@@ -87,7 +89,7 @@ TOY_SETTINGS = dict(
     spacing=1.0,
     size=4096,
     strip=512,
-    epochs=12,
+    epochs=TOY_EPOCHS,
     lr=0.01,
     momentum=0.9,
     batch_size=16,
@@ -135,7 +137,7 @@ def toy_log(rng: np.random.Generator) -> list[dict]:
         return 0.69 * math.exp(-epoch / 6) + end + 0.02 * rng.random()
 
     rows = []
-    for epoch in range(TOY_SETTINGS['epochs']):
+    for epoch in range(TOY_EPOCHS):
         row = dict(
             epoch=epoch,
             train_loss=loss(epoch, 0.05),
@@ -166,7 +168,7 @@ def toy_run(
         prediction = toy_prediction(rng, number, label)
         picture, heat = toy_slide(rng, bool(label))
         slide_id = prediction['slide_id']
-        save_picture(folder / f'images/{slide_id}.jpg', picture, 4.0)
+        save_picture(folder / f'images/{slide_id}.jpg', np.asarray(picture), 4.0)
         save_heatmap(folder / f'heatmaps/{slide_id}.npy', heat)
         predictions.append(prediction)
     write_csv(folder / 'predictions.csv', predictions)
@@ -179,7 +181,7 @@ def toy_run(
 # %% ../../nbs/evaluation/15_report_inputs.ipynb #455e6352
 @dataclass
 class FinishedRun:
-    "What a run folder holds, checked."
+    "The contents of a run folder, checked."
 
     folder: Path
     settings: dict
@@ -188,7 +190,7 @@ class FinishedRun:
     notes: dict[str, str] = field(default_factory=dict)  # a sentence for each file that is missing
     figures: dict[str, Callable] = field(default_factory=dict)  # see `figures_of`
     log: list[dict[str, float]] = field(default_factory=list)  # nan where the file is empty
-    cohort: list[dict] = field(default_factory=list)
+    cohort: Sequence[Mapping[str, str]] = field(default_factory=list)  # rows of cohort.csv
     environment: dict = field(default_factory=dict)
     is_anonymous: bool = False  # slides are called by numbers
 
@@ -198,11 +200,19 @@ class FinishedRun:
         return self.settings.get('task', 'binary') == 'binary'
 
     @property
-    def metrics(self) -> Metrics | None:
-        "The metrics of two classes; None for other tasks, and where there are none."
-        if not self.results or self.results['task'] != 'binary':
+    def binary_results(self) -> dict | None:
+        "The results of two classes; None for other tasks, and where there are none."
+        if self.results is None or self.results['task'] != 'binary':
             return None
-        return Metrics(**{each.name: self.results[each.name] for each in fields(Metrics)})
+        return self.results
+
+    @property
+    def metrics(self) -> Metrics | None:
+        "The AUC of two classes and what a threshold gives; None where `binary_results` is."
+        found = self.binary_results
+        if found is None:
+            return None
+        return Metrics(**{each.name: found[each.name] for each in fields(Metrics)})
 
     @property
     def threshold(self) -> float | None:
@@ -212,7 +222,7 @@ class FinishedRun:
 
     @property
     def title(self) -> str:
-        "What the run is called: as its settings say, or as its folder."
+        "The title in the settings; without one the name of the folder."
         return str(self.settings.get('title') or self.folder.resolve().name)
 
     @property
@@ -247,7 +257,7 @@ class FinishedRun:
         return [prediction for prediction in self.ordered if prediction.label is None]
 
     def name(self, slide_id: str) -> str:
-        "What the report calls a slide."
+        "The name of a slide in the report."
         if self.is_anonymous:
             return called(self.numbers[slide_id])
         return slide_id
@@ -260,7 +270,7 @@ class FinishedRun:
     @property
     def aggregator(self) -> type[Aggregator] | None:
         "How the run puts patches together; None if the settings do not say."
-        return aggregators.get(self.settings.get('aggregator'))
+        return aggregators.get(self.settings.get('aggregator', ''))
 
     @property
     def sees_patches(self) -> bool:
@@ -274,7 +284,7 @@ class FinishedRun:
 
     @property
     def map_name(self) -> str:
-        "What a heatmap of the run is called."
+        "The name of the heatmaps of the run."
         if self.shows_attention:
             return METHODS['attention']
         if self.sees_patches:
@@ -283,7 +293,7 @@ class FinishedRun:
 
     @property
     def map_meaning(self) -> str:
-        "What a heatmap of the run shows."
+        "The meaning of the heatmaps of the run, as part of a sentence."
         if self.shows_attention:
             return 'the attention that each patch gets, as a share of the largest in its slide'
         if self.sees_patches:
@@ -292,7 +302,7 @@ class FinishedRun:
 
     @property
     def method_source(self) -> str:
-        "The source of what is not the paper's own."
+        "Who described the methods of the run that are not the paper's own, as part of a sentence."
         if self.aggregator:
             sentence = (
                 f'the features of patches are put together by the aggregator {self.aggregator.name}'
@@ -340,67 +350,89 @@ NEEDED = ('auc', 'draws', 'seed', 'level', 'split')  # in metrics.json of two cl
 EVALUATE_AGAIN = 'run sp_evaluate again, with --out elsewhere, and put what it writes in its place'
 
 
-def computed_results(
+def recomputed_results(
     folder: Path,  # of the run
     is_binary: bool,
     by: Sequence[str],  # columns to show groups of
     cohort: str | Path | None,  # manifest with these columns
 ) -> dict:
-    """The metrics of predictions.csv, computed as metrics.json says.
+    """The metrics of predictions.csv, computed with the options that metrics.json names.
 
-    Raises `InputError` if that is damaged, or says other metrics."""
-    path = folder / 'metrics.json'
-    written = {}
-    if path.exists():
-        written = read_values(path, json.loads)
-        missing = [name for name in NEEDED if name not in written]
-        if is_binary and missing:
-            raise InputError(f'{path} has no {", ".join(missing)}: {EVALUATE_AGAIN}')
-    options = {}
-    try:
-        if path.exists():
-            options = evaluation_options(written)
-        computed = results(folder / 'predictions.csv', by=by, cohort=cohort, **options)
-    except InputError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError) as e:
-        problem = f'{type(e).__name__}: {e}'
-        raise InputError(f'{path} is damaged ({problem}): {EVALUATE_AGAIN}') from None
-    if written:
-        check_agreement(path, written, computed, has_own_interval=not cohort)
+    Raises `InputError` if metrics.json is damaged, or has other metrics than these."""
+    path, predictions = folder / 'metrics.json', folder / 'predictions.csv'
+    if not path.exists():
+        return results(predictions, by=by, cohort=cohort)
+    saved = read_values(path, json.loads)
+    options = saved_options(path, saved, is_binary)
+    computed = results(predictions, by=by, cohort=cohort, **asdict(options))
+    check_agreement(path, saved, computed, has_own_interval=not cohort)
     return computed
 
 
+@dataclass(frozen=True)
+class EvaluationOptions:
+    "The arguments of `results` that metrics.json names, with their defaults there."
+
+    n_bootstrap: int
+    seed: int
+    level: float
+    split: str
+    method: str
+    threshold_split: str | None
+    sensitivity: float | None
+
+
+def saved_options(
+    path: Path,  # of metrics.json
+    saved: dict,  # what it says
+    is_binary: bool,
+) -> EvaluationOptions:
+    "The options that metrics.json names. Raises `InputError` if it is damaged."
+    missing = [name for name in NEEDED if name not in saved]
+    if is_binary and missing:
+        raise InputError(f'{path} has no {", ".join(missing)}: {EVALUATE_AGAIN}')
+    try:
+        return evaluation_options(saved)
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        problem = f'{type(e).__name__}: {e}'
+        raise InputError(f'{path} is damaged ({problem}): {EVALUATE_AGAIN}') from None
+
+
 def evaluation_options(
-    written: dict,  # metrics.json
-) -> dict:
-    """The arguments of `results` that metrics.json tells. Raises what a damaged file raises.
+    saved: dict,  # metrics.json
+) -> EvaluationOptions:
+    """The options that metrics.json names. Raises what a damaged file raises.
 
     Of several labels, each has the same."""
-    if written.get('labels'):
-        written = next(iter(written['labels'].values()))
-    options = dict(
-        n_bootstrap=written.get('draws', 10_000),
-        seed=written.get('seed', 0),
-        level=written.get('level', 0.95),
-        split=written.get('split', 'test'),
-        method=asked_interval(method_in(written)),
+    if saved.get('labels'):
+        saved = next(iter(saved['labels'].values()))
+    seed = index(saved.get('seed', 0))
+    if seed < 0:
+        raise ValueError(f'seed {seed}')
+    split, threshold_split = saved.get('split', 'test'), saved.get('threshold_from')
+    if threshold_split == split:
+        threshold_split = None
+    sensitivity = None
+    if saved.get('at_sensitivity'):
+        sensitivity = float(saved['at_sensitivity']['wanted'])
+    return EvaluationOptions(
+        n_bootstrap=index(saved.get('draws', 10_000)),
+        seed=seed,
+        level=float(saved.get('level', 0.95)),
+        split=split,
+        method=asked_interval(method_in(saved)),
+        threshold_split=threshold_split,
+        sensitivity=sensitivity,
     )
-    threshold_split = written.get('threshold_from')
-    if threshold_split != options['split']:
-        options['threshold_split'] = threshold_split
-    if written.get('at_sensitivity'):
-        options['sensitivity'] = written['at_sensitivity']['wanted']
-    return options
 
 
 def method_in(
-    written: dict,  # metrics.json
+    saved: dict,  # metrics.json
 ) -> str:
     "By which method the intervals of AUCs were made; of several classes, that of the first."
-    if 'method' in written:
-        return written['method']
-    for area in written.get('classes', []):
+    if 'method' in saved:
+        return saved['method']
+    for area in saved.get('classes', []):
         if area and 'method' in area:
             return area['method']
     return 'logit'
@@ -408,15 +440,15 @@ def method_in(
 
 def check_agreement(
     path: Path,  # of metrics.json
-    written: dict,  # what it says
+    saved: dict,  # what it says
     computed: dict,  # see `results`
     has_own_interval: bool,  # no other manifest is given, whose patients may be others
 ) -> None:
     "Raises `InputError` if metrics.json says other metrics than were computed."
-    for name in names_to_compare(written, computed, has_own_interval):
+    for name in names_to_compare(saved, computed, has_own_interval):
         if name not in computed:
             continue
-        value = written.get(name)
+        value = saved.get(name)
         agrees = isinstance(value, (int, float)) and abs(computed[name] - value) < 5e-4
         if not agrees:
             shown = name.replace('auc', 'AUC')
@@ -426,21 +458,21 @@ def check_agreement(
             )
 
 
-def names_to_compare(written: dict, computed: dict, has_own_interval: bool) -> list[str]:
+def names_to_compare(saved: dict, computed: dict, has_own_interval: bool) -> list[str]:
     """Which metrics have to agree: see `check_agreement`.
 
     Former files have the quadratic kappa of classes without order too, and of survival the median
     of slides; of these the metrics are compared that have not changed."""
-    if computed['task'] == 'multiclass' and 'macro_auc' not in written:
+    if computed['task'] == 'multiclass' and 'macro_auc' not in saved:
         return ['accuracy']
     names = []
     if computed['task'] in MAIN_METRICS:
         names.append(MAIN_METRICS[computed['task']][1])
-    if 'low' not in written:
+    if 'low' not in saved:
         return names
     if computed['task'] != 'survival':
         names.append('threshold')
-    elif has_own_interval and 'patients' in written:  # the median of patients
+    elif has_own_interval and 'patients' in saved:  # the median of patients
         names.append('threshold')
     if has_own_interval:
         names += ['low', 'high']
@@ -509,7 +541,7 @@ def add_results(run: FinishedRun, by: Sequence[str], cohort: str | Path | None) 
     computed, as for too few slides, a note says why."""
     path = run.folder / 'predictions.csv'
     try:
-        run.results = computed_results(run.folder, run.is_binary, by, cohort)
+        run.results = recomputed_results(run.folder, run.is_binary, by, cohort)
         run.figures = figures_of(run.results, path, cohort, ACCENT)
     except InputError as e:
         if by or cohort or (run.folder / 'metrics.json').exists():
@@ -539,13 +571,14 @@ def number_or_nan(text: str | None) -> float:
 # %% ../../nbs/evaluation/15_report_inputs.ipynb #dfc69560
 @dataclass
 class WrittenComparison:
-    "What sp_compare wrote of this run and another."
+    "A comparison of this run with another, as sp_compare wrote it."
 
     names: list[str]  # of both
     difference: Estimate  # of the AUCs
     aucs: list[Estimate]  # of both
     p_values: dict[str, str]  # {test: p in words}
-    labels: list[float]  # of the slides that both have
+    slide_ids: list[str]  # that both have
+    labels: list[float]  # of these slides
     scores: list[list[float]]  # of both, the probabilities of these slides
     patient_ids: list[str] | None  # of these slides; None: each has its own
 
@@ -555,7 +588,9 @@ def read_comparison(
     run: FinishedRun,
     anonymous: bool = False,  # leave out the names of the runs
 ) -> WrittenComparison:
-    "Raises `InputError` if it is damaged, or not of this run's predictions."
+    """A comparison of a run with another.
+
+    Raises `InputError` if it is damaged, or not of this run's predictions."""
     folder = Path(folder)
     values = read_values(
         folder / 'comparison.json', json.loads, 'give the folder that sp_compare wrote'
@@ -563,14 +598,15 @@ def read_comparison(
     rows = read_table(
         folder / 'comparison.csv', ('slide_id', 'label', 'probability_a', 'probability_b')
     )
+    patients = read_patients(run.folder / 'cohort.csv', needed=False)
     try:
-        comparison = parsed_comparison(values, rows, run)
+        comparison = parsed_comparison(values, rows, patients)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
         raise InputError(
             f'{folder} holds a comparison that cannot be read ({type(e).__name__}: {e}); write it '
             'again by sp_compare'
         ) from None
-    is_own = [has_predictions(run, rows, scores) for scores in comparison.scores]
+    is_own = [has_predictions(run, comparison.slide_ids, each) for each in comparison.scores]
     if not any(is_own):
         raise InputError(
             f'{folder} compares {" and ".join(comparison.names)}, and neither has the predictions '
@@ -585,41 +621,60 @@ def read_comparison(
 # %% ../../nbs/evaluation/15_report_inputs.ipynb #6e987945
 def parsed_comparison(
     values: dict,  # comparison.json
-    rows: list[dict],  # comparison.csv
-    run: FinishedRun,
+    rows: list[Row],  # comparison.csv
+    patients: dict[str, str],  # {slide_id: patient_id} of the run
 ) -> WrittenComparison:
-    "What sp_compare wrote, checked. Raises what a damaged file raises."
-    names = values['names']
-    if isinstance(names, str) or len(names) != 2:
-        raise ValueError(f'names {names!r}')
+    "A comparison from its files, checked. Raises what a damaged file raises."
     level = float(values['paired']['level'])
     check_level(level)
-    difference = interval_in(values['paired'], values['difference'], level)
-    aucs = [interval_in(values['auc'][side], values['auc'][side]['auc'], level) for side in (0, 1)]
-    for estimate in (difference, *aucs):
-        if not all(map(math.isfinite, (estimate.value, estimate.low, estimate.high))):
-            raise ValueError('its metrics are no numbers')
-    delong = 'DeLong'
-    if values.get('patients'):
-        delong = "DeLong, with Obuchowski's variance for patients"
-    p_values = {
-        delong: p_in_words(values['delong']['p']),
-        'permutation': p_in_words(values['permutation_p']),
-    }
+    slide_ids = [row['slide_id'] for row in rows]
     labels = [float(row['label']) for row in rows]
     scores = [[float(row[column]) for row in rows] for column in ('probability_a', 'probability_b')]
     for of_side in scores:
         check_scores(labels, of_side)
-    patients = read_patients(run.folder / 'cohort.csv', needed=False)
-    patient_ids = patients_of([row['slide_id'] for row in rows], patients)
+    first, second = values['auc']
     return WrittenComparison(
-        [str(name) for name in names], difference, aucs, p_values, labels, scores, patient_ids
+        names=names_in(values),
+        difference=interval_in(values['paired'], values['difference'], level),
+        aucs=[interval_in(side, side['auc'], level) for side in (first, second)],
+        p_values=p_values_in(values),
+        slide_ids=slide_ids,
+        labels=labels,
+        scores=scores,
+        patient_ids=patients_of(slide_ids, patients),
     )
 
 
+def names_in(
+    values: dict,  # comparison.json
+) -> list[str]:
+    "The names of both sides. Raises `ValueError` if there are not two."
+    names = values['names']
+    if isinstance(names, str) or len(names) != 2:
+        raise ValueError(f'names {names!r}')
+    return [str(name) for name in names]
+
+
 def interval_in(limits: dict, value: float, level: float) -> Estimate:
-    "A value with the interval that stands in a file as low and high."
-    return Estimate(float(value), float(limits['low']), float(limits['high']), level)
+    """A value with the interval that stands in a file as low and high. Raises `ValueError` if one
+    of the three is not finite."""
+    estimate = Estimate(float(value), float(limits['low']), float(limits['high']), level)
+    if not all(map(math.isfinite, (estimate.value, estimate.low, estimate.high))):
+        raise ValueError('its metrics are no numbers')
+    return estimate
+
+
+def p_values_in(
+    values: dict,  # comparison.json
+) -> dict[str, str]:
+    "The p-value of each test of the difference, in words."
+    delong = 'DeLong'
+    if values.get('patients'):
+        delong = "DeLong, with Obuchowski's variance for patients"
+    return {
+        delong: p_in_words(values['delong']['p']),
+        'permutation': p_in_words(values['permutation_p']),
+    }
 
 
 def p_in_words(p: float | None) -> str:
@@ -629,12 +684,12 @@ def p_in_words(p: float | None) -> str:
     return f'{float(p):.3g}'
 
 
-def has_predictions(run: FinishedRun, rows: list[dict], scores: list[float]) -> bool:
-    "Whether a run predicted these probabilities of the slides of `rows`."
+def has_predictions(run: FinishedRun, slide_ids: list[str], scores: list[float]) -> bool:
+    "Whether a run predicted these probabilities of some slides."
     probabilities = {each.slide_id: each.probability for each in run.predictions}
     return all(
-        abs(probabilities.get(row['slide_id'], math.nan) - score) < 1e-6
-        for row, score in zip(rows, scores)
+        abs(probabilities.get(slide_id, math.nan) - score) < 1e-6
+        for slide_id, score in zip(slide_ids, scores)
     )
 
 # %% ../../nbs/evaluation/15_report_inputs.ipynb #3347c1d1

@@ -9,7 +9,7 @@ __all__ = ['Fact', 'result_section', 'comparison_section', 'group_section', 'cal
 # %% ../../nbs/evaluation/16_report_sections.ipynb #eb5efe6e
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from markupsafe import Markup
 from ..core import InputError
 from streaming_pathology.evaluation.auc import (
     INTERVAL_NAMES,
+    Estimate,
     difference_shown,
     percent,
 )
@@ -40,7 +41,13 @@ from streaming_pathology.evaluation.report_inputs import (
     FinishedRun,
     WrittenComparison,
 )
-from .results import NO_TEMPERATURE, REPORTED, sentences_of
+from streaming_pathology.evaluation.results import (
+    NO_TEMPERATURE,
+    REPORTED,
+    sentences_of,
+    subgroups_in,
+)
+from .subgroups import Subgroup
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #3e03f357
 class Fact(NamedTuple):
@@ -83,7 +90,7 @@ def guessing_in_words(
     low: float,  # of the interval of an AUC
     high: float,
 ) -> str | None:
-    "What an interval says about guessing, as a sentence; None where it lies above 0.5."
+    "A sentence on what an interval says about guessing; None where it lies above 0.5."
     if low > 0.5:
         return None
     if high < 0.5:
@@ -95,7 +102,7 @@ def guessing_in_words(
 
 
 def guessing_note(results: dict | None) -> str | None:
-    "What the interval of the main metric says about guessing, if that is an AUC."
+    "The sentence of `guessing_in_words` on the main metric; None where that is no AUC."
     if not results or not {'auc', 'macro_auc'} & results.keys():
         return None
     return guessing_in_words(results['low'], results['high'])
@@ -135,7 +142,7 @@ def result_plot(run: FinishedRun) -> Plot | None:
 
 
 def facts_of(run: FinishedRun) -> list[Fact]:
-    "What the threshold gives, other metrics, and what the run took."
+    "Metrics at the threshold, other metrics, and time and memory of the run."
     facts = []
     metrics = run.metrics
     if metrics:
@@ -223,58 +230,62 @@ def comparison_uri(comparison: WrittenComparison) -> str:
 
     return figure_uri(draw)
 
-# %% ../../nbs/evaluation/16_report_sections.ipynb #f8d4175c
-def group_section(run: FinishedRun) -> Section:
+# %% ../../nbs/evaluation/16_report_sections.ipynb #e568d039
+def group_section(
+    found: dict,  # `results` of two classes
+    figures: dict[str, Callable],  # see `figures_of`
+) -> Section:
     "The metrics of subgroups, as tables and figures."
     head = ('slides', 'positive', 'AUC', 'sensitivity', 'specificity')
-    tables, figures = [], []
-    for column, groups in run.results['groups'].items():
-        rows = [group_row(group) for group in groups]
+    tables, drawn = [], []
+    for column, subgroups in subgroups_in(found).items():
+        rows = [group_row(subgroup) for subgroup in subgroups]
         tables.append(table(f'By {column}', (column, *head), rows, cls='numbers'))
-        draw = run.figures.get(f'groups_{column}')
+        draw = figures.get(f'groups_{column}')
         if draw:
-            figures.append((column, figure_uri(draw, (5, 1.2 + 0.35 * len(groups)))))
-    contents = render('report/groups.html', tables=tables, figures=figures)
+            drawn.append((column, figure_uri(draw, (5, 1.2 + 0.35 * len(subgroups)))))
+    contents = render('report/groups.html', tables=tables, figures=drawn)
     return Section('groups', 'Groups', [contents])
 
-# %% ../../nbs/evaluation/16_report_sections.ipynb #8c3409f0
-def group_row(
-    group: dict,  # see `by_group`
-) -> tuple:
+# %% ../../nbs/evaluation/16_report_sections.ipynb #6fcb417e
+def group_row(subgroup: Subgroup) -> tuple:
     "A row of the table of groups."
-    area = 'one class'
-    if group['auc'] is not None:
-        area = f'{group["auc"]:.3f} ({group["low"]:.3f} to {group["high"]:.3f})'
-        if group['against'] != 'its own':
-            area += ' against all negative slides'
+    text = 'one class'
+    area = subgroup.auc
+    if area is not None:
+        text = f'{area.value:.3f} ({area.low:.3f} to {area.high:.3f})'
+        if subgroup.against_all:
+            text += ' against all negative slides'
     return (
-        group['group'],
-        group['n'],
-        group['positives'],
-        area,
-        share_in_words(group, 'sensitivity'),
-        share_in_words(group, 'specificity'),
+        subgroup.name,
+        subgroup.n,
+        subgroup.n_positive,
+        text,
+        share_in_words(subgroup.sensitivity),
+        share_in_words(subgroup.specificity),
     )
 
 
-def share_in_words(group: dict, name: str) -> str | None:
-    "Sensitivity or specificity of a group with its interval; None where it has no such slide."
-    if group[name] is None:
+def share_in_words(share: Estimate | None) -> str | None:
+    "Sensitivity or specificity with its interval; None where there is none."
+    if share is None:
         return None
-    low, high = group[f'{name}_low'], group[f'{name}_high']
-    return f'{group[name]:.0%} ({low:.0%} to {high:.0%})'
+    return f'{share.value:.0%} ({share.low:.0%} to {share.high:.0%})'
 
-# %% ../../nbs/evaluation/16_report_sections.ipynb #89d29728
-def calibration_section(run: FinishedRun) -> Section:
+# %% ../../nbs/evaluation/16_report_sections.ipynb #ace56ac8
+def calibration_section(
+    found: dict,  # `results` of two classes
+    figures: dict[str, Callable],  # see `figures_of`
+) -> Section:
     "How far the probabilities are calibrated, and precision by sensitivity."
     contents = render(
         'report/calibration.html',
-        calibration=run.results['calibration'],
-        temperature=run.results.get('temperature'),
-        precision=run.results['average_precision'],
-        notes=notes_of(run.results, on_calibration=True),
-        reliability=figure_uri(run.figures['reliability']),
-        precision_recall=figure_uri(run.figures['precision_recall']),
+        calibration=found['calibration'],
+        temperature=found.get('temperature'),
+        precision=found['average_precision'],
+        notes=notes_of(found, on_calibration=True),
+        reliability=figure_uri(figures['reliability']),
+        precision_recall=figure_uri(figures['precision_recall']),
     )
     return Section('calibration', 'Calibration', [contents])
 
@@ -311,7 +322,7 @@ def style_curves(ax: matplotlib.axes.Axes, ylabel: str, ylim: tuple[float, float
     ax.set(xlabel='epoch', ylabel=ylabel, ylim=ylim)
     ax.grid(axis='y', color='.5', alpha=0.18, lw=0.8)
     ax.spines[['top', 'right']].set_visible(False)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis='x', integer=True)
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #76d70534
 def training_section(run: FinishedRun) -> Section:
@@ -350,14 +361,14 @@ def is_known(row: dict[str, float], column: str) -> bool:
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #a69d6892
 class Verdict(NamedTuple):
-    "What a threshold makes of a prediction."
+    "Whether a threshold has a prediction right, in words."
 
     text: str  # '' without a threshold
     kind: str  # 'right', 'wrong' or '', a class in the style sheet
 
 
 def verdict_of(prediction: Prediction, threshold: float | None) -> Verdict:
-    "What a threshold makes of a prediction."
+    "The verdict on a prediction at a threshold."
     if threshold is None:
         return Verdict('', '')
     is_called_positive = prediction.probability >= threshold
@@ -395,18 +406,17 @@ def prediction_section(run: FinishedRun) -> Section:
     contents = render('report/predictions.html', n_slides=len(rows), table=predictions)
     return Section('predictions', 'Predictions', [contents])
 
-# %% ../../nbs/evaluation/16_report_sections.ipynb #70b8d695
-LEFT_OUT = dict(
-    train='to learn from', tuning='to choose epochs and thresholds by'
-)  # why slides of a split do not count in the metrics
+# %% ../../nbs/evaluation/16_report_sections.ipynb #0b4a4ea4
+# why slides of a split do not count in the metrics
+LEFT_OUT = dict(train='to learn from', tuning='to choose epochs and thresholds by')
 EVALUATED, NOT_PREDICTED = 'evaluated', 'not predicted'
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #806cfa29
 def cohort_table(run: FinishedRun) -> Markup:
     "How many slides and patients each split has. Raises `InputError` for a damaged cohort.csv."
-    rows = cohort_rows(run)
+    slides = cohort_slides(run)
     try:
-        counts = Counter((row['split'] or 'none', kind_of(row, run.is_binary)) for row in rows)
+        counts = Counter((slide.split_name, kind_of(slide, run.is_binary)) for slide in slides)
     except (ValueError, KeyError) as e:
         raise InputError(
             f'{run.folder / "cohort.csv"}: a label is not 0, 1 or empty ({e})'
@@ -415,29 +425,45 @@ def cohort_table(run: FinishedRun) -> Markup:
     lines = []
     for split in sorted({split for split, _ in counts}, key=split_order):
         of_kinds = [counts[split, column] for column in columns]
-        lines.append((split, *of_kinds, count_patients(rows, split)))
+        lines.append((split, *of_kinds, count_patients(slides, split)))
     return table('Slides by split', ('split', *columns, 'patients'), lines, cls='numbers')
 
-# %% ../../nbs/evaluation/16_report_sections.ipynb #5d26c8e2
-def cohort_rows(run: FinishedRun) -> list[dict]:
-    "The rows of cohort.csv; without it the slides that were predicted."
-    if run.cohort:
-        return run.cohort
-    rows = []
+# %% ../../nbs/evaluation/16_report_sections.ipynb #40f531a9
+class CohortSlide(NamedTuple):
+    "A slide of the manifest of a run."
+
+    slide_id: str
+    split: str  # '' if it has none
+    label: str  # as it is written; '' if it is not known
+    patient_id: str = ''  # '' if none is named
+
+    @property
+    def split_name(self) -> str:
+        "The name of its split in a table."
+        return self.split if self.split else 'none'
+
+
+def cohort_slides(run: FinishedRun) -> list[CohortSlide]:
+    "The slides of cohort.csv; without it those that were predicted."
+    slides = []
+    for row in run.cohort:
+        label, patient_id = row.get('label', ''), row.get('patient_id', '')
+        slides.append(CohortSlide(row['slide_id'], row['split'], label, patient_id))
+    if slides:
+        return slides
     for prediction in run.predictions:
-        label = '' if prediction.label is None else prediction.label
-        rows.append(dict(slide_id=prediction.slide_id, split=prediction.split, label=label))
-    return rows
+        label = '' if prediction.label is None else str(prediction.label)
+        slides.append(CohortSlide(prediction.slide_id, prediction.split, label))
+    return slides
 
 
-def kind_of(row: dict, is_binary: bool) -> str:
+def kind_of(slide: CohortSlide, is_binary: bool) -> str:
     "By what a slide is counted. Raises `KeyError` or `ValueError` for a label that is not 0 or 1."
     if not is_binary:
         return 'slides'
-    label = str(row['label'])
-    if not label:
+    if not slide.label:
         return 'no label'
-    return {0.0: 'negative', 1.0: 'positive'}[float(label)]
+    return {0.0: 'negative', 1.0: 'positive'}[float(slide.label)]
 
 
 def split_order(split: str) -> tuple[int, str]:
@@ -448,13 +474,10 @@ def split_order(split: str) -> tuple[int, str]:
     return len(known), split
 
 
-def count_patients(rows: list[dict], split: str) -> int | None:
-    "How many patients a split has; None where none is named."
-    patients = {
-        row['patient_id']
-        for row in rows
-        if (row['split'] or 'none') == split and row.get('patient_id')
-    }
+def count_patients(slides: list[CohortSlide], split: str) -> int | None:
+    "The number of patients of a split; None if the cohort names no patient there."
+    of_split = [slide for slide in slides if slide.split_name == split]
+    patients = {slide.patient_id for slide in of_split if slide.patient_id}
     if not patients:
         return None
     return len(patients)
@@ -465,12 +488,11 @@ def flow_table(run: FinishedRun) -> Markup | None:
     if not run.is_binary:
         return None
     predictions = {each.slide_id: each for each in run.predictions}
-    slide_ids = [row['slide_id'] for row in cohort_rows(run)]
+    slides = cohort_slides(run)
+    slide_ids = [slide.slide_id for slide in slides]
     reasons = Counter(why_left_out(predictions.get(slide_id), run.split) for slide_id in slide_ids)
-    not_predicted = Counter(
-        row['split'] for row in run.cohort if row['slide_id'] not in predictions
-    )
-    rows = [('in the manifest', len(slide_ids))]
+    not_predicted = Counter(slide.split for slide in slides if slide.slide_id not in predictions)
+    rows = [('in the manifest', len(slides))]
     for split in sorted(not_predicted, key=split_order):
         reason = LEFT_OUT.get(split, f'no prediction, split {split or "none"}')
         rows.append((f'left out: {reason}', not_predicted[split]))
@@ -510,7 +532,7 @@ def flattened(values: dict, prefix: str = '') -> Iterator[tuple[str, object]]:
 
 
 def time_table(run: FinishedRun) -> Markup | None:
-    "What the run took; None where nothing is known of it."
+    "Times and memory of the run; None where none is known."
     rows = []
     seconds = run.logged('seconds')
     if seconds:

@@ -58,7 +58,7 @@ from streaming_pathology.evaluation.outcomes import (
     plot_survival,
     riskiest_slides,
 )
-from .subgroups import by_group, is_missing, plot_groups
+from .subgroups import Subgroup, by_group, is_missing, plot_groups
 from ..io import SEPARATORS, read_table, write_whole
 from ..outputs import output_file
 
@@ -179,7 +179,7 @@ def read_outcome(path: str | Path, row: dict, labels: list[str], predicted: list
 # %% ../../nbs/evaluation/07_results.ipynb #fa4c2b25
 @dataclass(frozen=True)
 class Request:
-    "What `results` was asked for."
+    "The arguments of `results`, checked."
 
     table: OutcomeTable
     task: str  # one of `TASKS`
@@ -192,6 +192,11 @@ class Request:
     by: Sequence[str]  # columns to show subgroups of
     method: str  # of the AUC's interval
     resampling: Resampling  # without patients, which each split has of its own
+
+    @property
+    def threshold_from(self) -> str:
+        "The split that thresholds are chosen on."
+        return self.threshold_split if self.threshold_split else self.split
 
     def outcomes(self, split: str) -> Outcomes:
         "The slides of a split."
@@ -398,7 +403,7 @@ def chosen_threshold(outcomes: Outcomes, split: str) -> float:
 def calibration_results(
     labels: np.ndarray, probabilities: np.ndarray, resampling: Resampling
 ) -> dict:
-    "What `calibration` finds, for JSON."
+    "The results of `calibration`, for JSON."
     measured = calibration(labels, probabilities, resampling=resampling)
     return dict(
         brier=measured.brier.value,
@@ -433,12 +438,9 @@ def sensitivity_results(request: Request, tested: Outcomes, chosen_on: Outcomes)
     shares = point_intervals(
         labels, probabilities, point.threshold, request.resampling.level, tested.patient_ids
     )
-    threshold_from = request.split
-    if request.threshold_split:
-        threshold_from = request.threshold_split
     return dict(
         wanted=request.sensitivity,
-        threshold_from=threshold_from,
+        threshold_from=request.threshold_from,
         **asdict(point),
         intervals={name: [share.low, share.high] for name, share in shares.items()},
     )
@@ -467,7 +469,9 @@ def unknown_notes(request: Request, tested: Outcomes) -> list[str]:
 def subgroup_results(
     request: Request, tested: Outcomes, column: str, threshold: float
 ) -> list[dict]:
-    "What `by_group` finds for a column. Raises `InputError` if it says nothing of any slide."
+    """The subgroups of a column, for JSON.
+
+    Raises `InputError` if the column says nothing of any slide."""
     values = column_of(request.cohort, column)
     of_slides = [values.get(slide_id) for slide_id in tested.slide_ids]
     if all(value is None for value in of_slides):
@@ -475,7 +479,7 @@ def subgroup_results(
             f'{request.cohort} says nothing in {column!r} of any of the {len(of_slides)} slides; '
             'give a column that does'
         )
-    return by_group(
+    subgroups = by_group(
         tested.labels[:, 0],
         tested.predicted[:, 0],
         of_slides,
@@ -483,8 +487,24 @@ def subgroup_results(
         request.resampling.level,
         tested.patient_ids,
     )
+    return [subgroup.as_json() for subgroup in subgroups]
 
-# %% ../../nbs/evaluation/07_results.ipynb #2737f8a6
+# %% ../../nbs/evaluation/07_results.ipynb #a39da821
+def resampled_as(request: Request) -> dict:
+    "How intervals were made, and of which slides, for JSON."
+    return dict(
+        draws=request.resampling.n,
+        seed=request.resampling.seed,
+        level=request.resampling.level,
+        split=request.split,
+    )
+
+
+def limits(estimate: Estimate) -> dict:
+    "The bootstrap interval of the main metric, for JSON."
+    return dict(low=estimate.low, high=estimate.high, redrawn=estimate.redrawn)
+
+
 def class_results(request: Request) -> dict:
     "The metrics of several classes, with or without an order."
     tested = request.outcomes(request.split)
@@ -502,10 +522,7 @@ def class_results(request: Request) -> dict:
         **main,
         accuracy=float((labels == called).mean()),
         n=len(labels),
-        draws=request.resampling.n,
-        seed=request.resampling.seed,
-        level=request.resampling.level,
-        split=request.split,
+        **resampled_as(request),
         confusion=confusion_matrix(labels, called, n_classes).tolist(),
         classes=[class_result(area) for area in aucs],
         notes=class_notes(request, tested, main),
@@ -519,9 +536,7 @@ def ordinal_results(
     agreement = kappa(labels, called, n_classes=n_classes, resampling=resampling)
     return dict(
         kappa=agreement.value,
-        low=agreement.low,
-        high=agreement.high,
-        redrawn=agreement.redrawn,
+        **limits(agreement),
         weights='quadratic',
     )
 
@@ -536,9 +551,7 @@ def multiclass_results(
     area = macro_auc(labels, probabilities, resampling)
     return dict(
         macro_auc=area.value,
-        low=area.low,
-        high=area.high,
-        redrawn=area.redrawn,
+        **limits(area),
         kappa=agreement.value,
         kappa_low=agreement.low,
         kappa_high=agreement.high,
@@ -554,7 +567,7 @@ def class_result(area: Estimate | None) -> dict | None:
 
 
 def class_notes(request: Request, tested: Outcomes, main: dict) -> list[str]:
-    "What was assumed of the classes, and on intervals that say less than they seem to."
+    "Notes on what was assumed of the classes, and on intervals that say less than they seem to."
     notes = []
     if request.task_from == 'assumed':
         notes.append(
@@ -617,11 +630,10 @@ def survival_of_patients(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray, np
 def survival_results(request: Request) -> dict:
     "The concordance of slides, and two groups of patients by their highest log risk."
     tested = request.outcomes(request.split)
-    threshold_from = request.split
-    if request.threshold_split:
-        threshold_from = request.threshold_split
-    estimate = concordance(*tested.labels.T, tested.predicted[:, 0], request.resampling_of(tested))
-    _, _, chosen_on = survival_of_patients(request.outcomes(threshold_from))
+    slide_times, slide_events = tested.labels.T
+    resampling = request.resampling_of(tested)
+    estimate = concordance(slide_times, slide_events, tested.predicted[:, 0], resampling)
+    _, _, chosen_on = survival_of_patients(request.outcomes(request.threshold_from))
     threshold = float(np.median(chosen_on))
     times, events, risks = survival_of_patients(tested)
     high = risks > threshold
@@ -629,18 +641,13 @@ def survival_results(request: Request) -> dict:
     return dict(
         task='survival',
         concordance=estimate.value,
-        low=estimate.low,
-        high=estimate.high,
+        **limits(estimate),
         n=len(tested.slide_ids),
         patients=None if tested.patient_ids is None else len(times),
         events=int(events.sum()),
-        draws=request.resampling.n,
-        redrawn=estimate.redrawn,
-        seed=request.resampling.seed,
-        level=request.resampling.level,
-        split=request.split,
+        **resampled_as(request),
         threshold=threshold,
-        threshold_from=threshold_from,
+        threshold_from=request.threshold_from,
         high_risk=int(high.sum()),
         logrank_p=None if math.isnan(p) else p,
         notes=survival_notes(tested, estimate),
@@ -801,7 +808,7 @@ def check_slides_in_cohort(table: OutcomeTable, cohort: str | Path | None) -> No
 def sentences_of(metrics: dict) -> list[str]:
     """The metrics of `results` in words, the most important first; also of a `metrics.json` that
     calls the task by a former name."""
-    task = metrics['task']
+    task: str = metrics['task']
     return SENTENCES[FORMER_TASKS.get(task, task)](metrics)
 
 # %% ../../nbs/evaluation/07_results.ipynb #4ecd6cce
@@ -835,9 +842,19 @@ def binary_sentences(metrics: dict) -> list[str]:
     if 'at_sensitivity' in metrics:
         point = metrics['at_sensitivity']
         sentences.append(f'wanted, a sensitivity of {point["wanted"]:g}: {point_sentence(point)}')
-    for column, rows in metrics.get('groups', {}).items():
-        sentences += [subgroup_sentence(column, row) for row in rows]
+    for column, subgroups in subgroups_in(metrics).items():
+        sentences += [subgroup_sentence(column, subgroup) for subgroup in subgroups]
     return sentences
+
+
+def subgroups_in(
+    metrics: dict,  # of two classes
+) -> dict[str, list[Subgroup]]:
+    "The subgroups of each column; empty where there are none."
+    return {
+        column: [Subgroup.from_json(values, metrics['level']) for values in rows]
+        for column, rows in metrics.get('groups', {}).items()
+    }
 
 
 def with_interval(metrics: dict, name: str) -> str:
@@ -855,7 +872,7 @@ def with_method(metrics: dict) -> str:
 
 
 def point_sentence(point: dict) -> str:
-    "What a threshold gives."
+    "Accuracy, sensitivity and specificity at a threshold."
     shares = []
     for name in ('accuracy', 'sensitivity', 'specificity'):
         low, high = point['intervals'][name]
@@ -863,13 +880,14 @@ def point_sentence(point: dict) -> str:
     return f'{", ".join(shares)} at {point["threshold"]:.3f}, chosen on {point["threshold_from"]}'
 
 
-def subgroup_sentence(column: str, row: dict) -> str:
+def subgroup_sentence(column: str, subgroup: Subgroup) -> str:
     "The AUC of one subgroup."
-    text = f'{column} {row["group"]}: {row["n"]} slides, '
-    if row['auc'] is None:
+    text = f'{column} {subgroup.name}: {subgroup.n} slides, '
+    area = subgroup.auc
+    if area is None:
         return f'{text}one class, no AUC'
-    text = f'{text}AUC {with_interval(row, "auc")}'
-    if row['against'] != 'its own':
+    text = f'{text}AUC {area.value:.3f} ({area.low:.3f} to {area.high:.3f})'
+    if subgroup.against_all:
         text = f'{text} against all negative slides'
     return text
 
@@ -983,9 +1001,9 @@ def binary_figures(metrics: dict, outcomes: Outcomes, color: str) -> dict[str, C
             plot_reliability, *pair, color=color, patient_ids=patient_ids, level=level
         ),
     )
-    for column, rows in metrics.get('groups', {}).items():
-        if any(row['auc'] is not None for row in rows):
-            draw = partial(plot_groups, rows, whole=metrics['auc'], color=color)
+    for column, subgroups in subgroups_in(metrics).items():
+        if any(subgroup.auc is not None for subgroup in subgroups):
+            draw = partial(plot_groups, subgroups, whole=metrics['auc'], color=color)
             figures[f'groups_{column}'] = draw
     return figures
 

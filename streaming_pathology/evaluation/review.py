@@ -142,7 +142,7 @@ def numbered(
 
 
 def number_order(prediction: Prediction, split: str) -> tuple[int, float]:
-    "By what `numbered` sorts."
+    "The sort key of `numbered`."
     if prediction.label is None:
         return 1, 0
     if prediction.split != split:
@@ -151,7 +151,7 @@ def number_order(prediction: Prediction, split: str) -> tuple[int, float]:
 
 
 def called(number: int) -> str:
-    "What a report without names calls a slide."
+    "The name of a slide in a report without names."
     return f'Slide {number}'
 
 # %% ../../nbs/evaluation/08_review.ipynb #4d57e125

@@ -102,17 +102,13 @@ def pixel_auprc(
 
 # %% ../../nbs/evaluation/13_sanity.ipynb #28390ba5
 def give_own_encoder(model: FeatureMIL) -> None:
-    """Give a copy of a `FeatureMIL`, which shares the encoder of the original, one of its own; nothing
-    where there is no encoder."""
+    """Give a copy of a `FeatureMIL`, which shares the encoder of the original, an encoder of its
+    own; where there is none, do nothing."""
     shared = model.encoder
     if shared is None:
         return
     network = copy.deepcopy(shared.network)
-    encoder = Encoder(network, shared.transform, shared.pil, shared.card)
-    if 'encoder' in dict(model.named_children()):
-        model.encoder = encoder
-    else:  # it is kept beside the layers, so that it is no part of the state dict
-        model.__dict__['encoder'] = encoder
+    model.set_encoder(Encoder(network, shared.transform, shared.pil, shared.card))
 
 
 def layers_with_weights(model: nn.Module) -> list[nn.Module]:

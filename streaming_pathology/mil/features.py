@@ -511,7 +511,12 @@ class FeatureMIL(nn.Module):
         at_least_one(batch=batch)
         self.aggregator = aggregator
         self.batch = batch
-        if whole:
+        self.whole = whole
+        self.set_encoder(encoder)
+
+    def set_encoder(self, encoder: Encoder | None) -> None:
+        "Make features with another encoder."
+        if self.whole:
             self.encoder = encoder
         else:
             self.__dict__['encoder'] = encoder  # hidden from nn.Module: no part of the state dict

@@ -98,14 +98,31 @@ class Method(Generic[Asked]):
         settings = self.settings
         if settings.recipe:
             self.settle_recipe()
-        elif settings.epochs is None:
-            settings.epochs = 50
+        else:
+            self.settle_stage()
+        if settings.augment is None:
+            raise InputError("--augment: augment is None; give 'none' for no augmentation")
         weights = settings.weights
         if weights and Path(weights).is_file():
             if not settings.weights_sha256:
                 with open(weights, 'rb') as file:
                     settings.weights_sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
             settings.weights = str(absolute(weights))
+
+    def settle_stage(self) -> None:
+        """Decide what was not given of a schedule without a recipe. Raises `InputError` for a
+        setting that is None, as only a recipe may leave it."""
+        settings = self.settings
+        if settings.epochs is None:
+            settings.epochs = 50
+        if settings.momentum is None and settings.optimizer == 'adamw':
+            settings.momentum = TrainingSettings.momentum  # the default: it is of SGD alone
+        for name in ('lr', 'optimizer', 'momentum', 'batch_size'):
+            if getattr(settings, name) is None:
+                raise InputError(
+                    f'{flag(name)}: {name} is None, which is for a training with --recipe; give a '
+                    'value, or leave it out for the default'
+                )
 
     def settle_recipe(self) -> None:
         "Leave the schedule to the recipe, which has one for each of its stages."
@@ -319,11 +336,13 @@ class PatchMethod(Method[MILSettings]):
         if settings.top_k is None:
             settings.top_k = self.usual_top_k
         super().settle()
-        if not settings.recipe:
-            if settings.lr is None:
-                settings.lr = self.usual_lr
-            if settings.optimizer is None:
-                settings.optimizer = self.usual_optimizer
+
+    def settle_stage(self) -> None:
+        if self.settings.lr is None:
+            self.settings.lr = self.usual_lr
+        if self.settings.optimizer is None:
+            self.settings.optimizer = self.usual_optimizer
+        super().settle_stage()
 
     def check_task(self) -> None:
         "Refuse a task that patches, or this aggregator, cannot learn."

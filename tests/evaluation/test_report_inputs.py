@@ -140,14 +140,29 @@ def read_run_with(path, metrics):
     ],
 )
 def test_intervals_are_made_again_as_they_were_asked_for(written, method):
-    assert evaluation_options(written)['method'] == method
+    assert evaluation_options(written).method == method
 
 
 def test_several_labels_are_evaluated_again_as_each_of_them_says():
     label = dict(draws=50, seed=3, level=0.9, split='tuning', threshold_from='tuning')
     options = evaluation_options(dict(task='multilabel', labels=dict(a=label)))
-    assert (options['n_bootstrap'], options['seed'], options['level']) == (50, 3, 0.9)
-    assert options['split'] == 'tuning' and 'threshold_split' not in options
+    assert (options.n_bootstrap, options.seed, options.level) == (50, 3, 0.9)
+    assert options.split == 'tuning' and options.threshold_split is None
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        dict(seed=0.5),
+        dict(level='high'),
+        dict(at_sensitivity=dict(wanted='most')),
+        dict(labels=[1]),
+    ],
+)
+def test_options_that_cannot_be_read_are_told_as_damage(part, damage):
+    path = part / 'metrics.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    assert 'metrics.json' in refusal(read_run, part)
 
 
 @pytest.fixture
@@ -262,6 +277,7 @@ def test_runs_are_called_by_what_they_are_without_names(run, compared):
         ('comparison.json', None, 'comparison.json does not exist'),
         ('comparison.json', '{"names": [1]}', 'cannot be read'),
         ('comparison.json', json.dumps(COMPARED | dict(names='ab')), 'cannot be read'),
+        ('comparison.json', json.dumps(COMPARED | dict(auc=COMPARED['auc'][:1])), 'cannot be read'),
         ('comparison.json', json.dumps(COMPARED | dict(difference=None)), 'cannot be read'),
         ('comparison.json', json.dumps(COMPARED | dict(difference='nan')), 'are no numbers'),
     ],

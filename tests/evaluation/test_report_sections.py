@@ -7,6 +7,7 @@ import pytest
 from refusals import refusal
 from reports import Page
 
+from streaming_pathology.evaluation.auc import Estimate
 from streaming_pathology.evaluation.evaluation import Prediction
 from streaming_pathology.evaluation.report_inputs import FinishedRun, read_run
 from streaming_pathology.evaluation.report_sections import (
@@ -17,6 +18,7 @@ from streaming_pathology.evaluation.report_sections import (
     facts_of,
     flattened,
     flow_table,
+    group_row,
     guessing_in_words,
     made_section,
     main_metric,
@@ -27,6 +29,7 @@ from streaming_pathology.evaluation.report_sections import (
     verdict_of,
 )
 from streaming_pathology.evaluation.results import REPORTED, results
+from streaming_pathology.evaluation.subgroups import Subgroup
 from streaming_pathology.io import write_csv
 
 
@@ -158,8 +161,8 @@ def test_a_note_on_calibration_stands_there_only(run):
     other = replace(run, results=run.results | dict(notes=notes))
     assert 'too narrow' in page_of(result_section(other)).text
     assert 'No temperature' not in page_of(result_section(other)).text
-    assert 'No temperature' in page_of(calibration_section(other)).text
-    assert 'too narrow' not in page_of(calibration_section(other)).text
+    calibration = page_of(calibration_section(other.results, other.figures)).text
+    assert 'No temperature' in calibration and 'too narrow' not in calibration
 
 
 def test_result_without_metrics_says_why(run):
@@ -210,10 +213,27 @@ def test_memory_in_words(megabytes, text):
 
 
 def test_calibration_in_words(run):
-    page = page_of(calibration_section(run))
+    page = page_of(calibration_section(run.results, run.figures))
     assert 'Brier score' in page.text
     alts = [image['alt'] for image in page.all('img')]
     assert 'Brier score' in alts[0] and 'average precision' in alts[1]
+
+
+def test_a_row_for_each_subgroup():
+    share = Estimate(0.5, 0.25, 0.75)
+    all_there = Subgroup('a', 9, 4, False, Estimate(0.9, 0.8, 0.95), share, share)
+    assert group_row(all_there) == (
+        'a',
+        9,
+        4,
+        '0.900 (0.800 to 0.950)',
+        '50% (25% to 75%)',
+        '50% (25% to 75%)',
+    )
+    of_tumours = replace(all_there, against_all=True, specificity=None)
+    assert group_row(of_tumours)[3] == '0.900 (0.800 to 0.950) against all negative slides'
+    assert group_row(of_tumours)[5] is None
+    assert group_row(replace(all_there, auc=None))[3] == 'one class'
 
 
 # ---- training

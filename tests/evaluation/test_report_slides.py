@@ -14,6 +14,7 @@ from streaming_pathology.evaluation.report_slides import (
     Maps,
     Review,
     ShownSlide,
+    SlideImage,
     category_tables,
     common_vmax,
     error_section,
@@ -21,7 +22,7 @@ from streaming_pathology.evaluation.report_slides import (
     page_of_slide,
     read_maps,
     slide_file,
-    write_slide,
+    write_image,
 )
 from streaming_pathology.evaluation.review import Wrong, errors_of
 from streaming_pathology.evaluation.viewer import viewer_files
@@ -52,7 +53,7 @@ def slide(run, tmp_path):
     "A slide with its files."
     prediction = next(each for each in run.predictions if each.slide_id == 'biopsy_000')
     slide = ShownSlide(1, 'biopsy_000', prediction)
-    write_slide(run, slide, tmp_path, 1.0, [])
+    slide.image = write_image(run, slide, tmp_path, 1.0, [])
     return slide
 
 
@@ -75,7 +76,7 @@ def test_no_file_outside_of_its_folder_or_that_is_not_there(run, name):
 
 
 def test_files_of_a_slide(slide, tmp_path):
-    assert slide.picture.size == (360, 520)
+    assert slide.image.picture.size == (360, 520)
     assert [layer.picture for layer in slide.layers] == [
         '../pictures/001-common.webp',
         '../pictures/001-own.webp',
@@ -84,13 +85,13 @@ def test_files_of_a_slide(slide, tmp_path):
         assert (tmp_path / 'pictures' / layer.picture).is_file()
     assert slide.layers[1].outline
     assert [layer.shown for layer in slide.layers] == [True, False]
-    assert bool(slide.tiles) == bool(viewer_files())
+    assert bool(slide.image.tiles) == bool(viewer_files())
 
 
 def test_a_slide_without_an_image(run, tmp_path):
     slide = ShownSlide(1, 'none', Prediction('none', 1.0, 'test', 0.5))
-    write_slide(run, slide, tmp_path, 1.0, [])
-    assert slide.picture is None and not slide.layers and not [*tmp_path.iterdir()]
+    assert write_image(run, slide, tmp_path, 1.0, []) is None
+    assert not slide.layers and not [*tmp_path.iterdir()]
 
 
 # ---- maps
@@ -100,16 +101,16 @@ def test_common_scale(run):
     heats = [np.load(path) for path in sorted((run.folder / 'heatmaps').glob('*.npy'))]
     percentile = np.percentile(np.concatenate([heat.ravel() for heat in heats]), 99.5)
     assert common_vmax(run, run.predictions) == pytest.approx(percentile)
-    assert common_vmax(run, []) is None
+    assert common_vmax(run, []) == 1
 
 
 def test_layer_of_a_map(run, maps, slide, tmp_path):
-    layer = read_maps(maps, run).layer(slide, tmp_path, 'pictures/001-0.webp', True)
+    of_method, picture = read_maps(maps, run), slide.image.picture
+    layer = of_method.layer('biopsy_000', picture, tmp_path, 'pictures/001-0.webp', True)
     assert (tmp_path / 'pictures/001-0.webp').is_file()
     assert layer.name == 'occlusion' and layer.picture == '../pictures/001-0.webp'
     assert layer.extent == (12 * 32 / 360, 17 * 32 / 520)
-    slide.number, slide.name, slide.prediction = 2, 'b', Prediction('b', 1.0, 'test', 0.5)
-    assert read_maps(maps, run).layer(slide, tmp_path, 'pictures/002-0.webp', True) is None
+    assert of_method.layer('b', picture, tmp_path, 'pictures/002-0.webp', True) is None
 
 
 @pytest.mark.parametrize(
@@ -124,8 +125,8 @@ def test_layer_of_a_map(run, maps, slide, tmp_path):
 )
 def test_maps_of_another_image_are_refused(run, maps, slide, tmp_path, scale, says):
     write_whole(maps / 'maps/biopsy_000.json', json.dumps(scale))
-    of_method = read_maps(maps, run)
-    assert says in refusal(of_method.layer, slide, tmp_path, 'pictures/001-0.webp', True)
+    given = 'biopsy_000', slide.image.picture, tmp_path, 'pictures/001-0.webp', True
+    assert says in refusal(read_maps(maps, run).layer, *given)
 
 
 @pytest.mark.parametrize(
@@ -194,11 +195,11 @@ def test_gallery_of_some_of_the_slides(run, slide):
 def test_page_of_a_slide_leads_to_its_neighbours(run, slide):
     neighbours = []
     for number in (1, 3):
-        shown = ShownSlide(number, EVIL, slide.prediction, slide.picture)
+        shown = ShownSlide(number, EVIL, slide.prediction, slide.image)
         neighbours.append(shown)
     slide.number = 2
     slides = [neighbours[0], slide, neighbours[1]]
-    page = Page(page_of_slide(run, slide, slides, None))
+    page = Page(page_of_slide(run, slide, slide.image, slides, None))
     assert [link['href'] for link in page.all('a')] == [
         '../index.html#slides',
         '001.html',
@@ -206,25 +207,25 @@ def test_page_of_a_slide_leads_to_its_neighbours(run, slide):
     ]
     assert f'Previous: {EVIL}' in page.texts and f'Next: {EVIL}' in page.texts
     assert 'Toy run · slide 2 of 3' in page.texts
-    first = Page(page_of_slide(run, slides[0], slides, None))
+    first = Page(page_of_slide(run, slides[0], slide.image, slides, None))
     assert [link['href'] for link in first.all('a')] == ['../index.html#slides', '002.html']
 
 
 def test_what_is_said_of_a_slide(run, slide):
-    text = Page(page_of_slide(run, slide, [slide], None)).text
+    text = Page(page_of_slide(run, slide, slide.image, [slide], None)).text
     assert 'width by height: 520 x 360 pixels, 2.08 x 1.44 mm; the picture has 520 x 360.' in text
     assert 'Over it lie: SmoothGrad, one scale for all slides; SmoothGrad, on its own' in text
     assert 'The first shows where its logit is most sensitive (SmoothGrad).' in text
-    slide.layers, slide.has_heatmap = [], False
-    text = Page(page_of_slide(run, slide, [slide], None)).text
+    slide.image = SlideImage(slide.image.picture)
+    text = Page(page_of_slide(run, slide, slide.image, [slide], None)).text
     assert 'There is no map of this slide.' in text
 
 
 def test_the_verdict_at_another_threshold(run, slide):
-    at_none = Page(page_of_slide(run, slide, [slide], None)).text
+    at_none = Page(page_of_slide(run, slide, slide.image, [slide], None)).text
     probability = slide.prediction.probability
     other = probability / 2 if slide.verdict(run.threshold).kind == 'right' else 1.1
-    at_other = Page(page_of_slide(run, slide, [slide], other)).text
+    at_other = Page(page_of_slide(run, slide, slide.image, [slide], other)).text
     assert 'the point of maximum accuracy, it is' not in at_none
     assert 'the point of maximum accuracy, it is' in at_other
 

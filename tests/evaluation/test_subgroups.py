@@ -1,12 +1,14 @@
 "Subgroups: how slides are sorted into them, and the metrics of each."
 
+import json
+
 import matplotlib
 import numpy as np
 import pytest
 
 from streaming_pathology.core import InputError
 from streaming_pathology.evaluation.auc import auc
-from streaming_pathology.evaluation.subgroups import as_groups, by_group, plot_groups
+from streaming_pathology.evaluation.subgroups import Subgroup, as_groups, by_group, plot_groups
 
 matplotlib.use('Agg')
 
@@ -61,18 +63,42 @@ def test_thirds_of_years_have_all_slides():
 
 def test_subgroup_of_positive_slides_is_compared_with_all_negative_ones(slides):
     labels, scores, burden = slides
-    row = by_group(labels, scores, burden, 1.0)[0]
+    subgroup = by_group(labels, scores, burden, 1.0)[0]
     inside = (labels == 1) & (burden <= np.nanquantile(burden, 1 / 3))
     compared = np.r_[scores[inside], scores[labels == 0]]
-    assert abs(row['auc'] - auc(np.repeat([1, 0], [inside.sum(), 150]), compared)) < 1e-12
-    assert (row['specificity'], row['n'], row['positives']) == (None, 50, 50)
-    assert row['against'] == 'all negative slides'
+    assert abs(subgroup.auc.value - auc(np.repeat([1, 0], [inside.sum(), 150]), compared)) < 1e-12
+    assert (subgroup.specificity, subgroup.n, subgroup.n_positive) == (None, 50, 50)
+    assert subgroup.against_all
 
 
 def test_subgroup_of_one_class():
-    rows = by_group([0, 1, 1], [0.1, 0.2, 0.3], ['a', 'a', 'b'], 0.25)
-    found = [(row['auc'], row['sensitivity'], row['specificity']) for row in rows]
-    assert found == [(1.0, 0.0, 1.0), (None, 1.0, None)]
+    first, second = by_group([0, 1, 1], [0.1, 0.2, 0.3], ['a', 'a', 'b'], 0.25)
+    assert (first.auc.value, first.sensitivity.value, first.specificity.value) == (1, 0, 1)
+    assert (second.auc, second.sensitivity.value, second.specificity) == (None, 1, None)
+
+
+def test_subgroups_in_json():
+    for subgroup in by_group([0, 1, 1], [0.1, 0.2, 0.3], ['a', 'a', 'b'], 0.25, level=0.9):
+        values = json.loads(json.dumps(subgroup.as_json()))
+        assert [*values] == [
+            'group',
+            'n',
+            'positives',
+            'auc',
+            'low',
+            'high',
+            'against',
+            'sensitivity',
+            'sensitivity_low',
+            'sensitivity_high',
+            'specificity',
+            'specificity_low',
+            'specificity_high',
+        ]
+        assert values['against'] == 'its own'
+        again = Subgroup.from_json(values, 0.9)
+        assert again.as_json() == values
+        assert (again.name, again.against_all) == (subgroup.name, subgroup.against_all)
 
 
 def test_no_subgroups():
@@ -89,7 +115,7 @@ def test_values_and_patients_have_to_be_given_for_each_slide(slides):
 
 def test_subgroups_are_drawn_into_a_new_axis_or_the_one_given(slides):
     labels, scores, burden = slides
-    rows = by_group(labels, scores, burden, 1.0)
-    ax = plot_groups(rows)
-    assert plot_groups(rows, ax, auc(labels, scores)) is ax
+    subgroups = by_group(labels, scores, burden, 1.0)
+    ax = plot_groups(subgroups)
+    assert plot_groups(subgroups, ax, auc(labels, scores)) is ax
     assert [text.get_text() for text in ax.get_yticklabels()][0].endswith(' (50)')

@@ -36,6 +36,7 @@ from streaming_pathology.runs.settings import (
     option,
     pixels,
     read_toml,
+    stain_option,
     strip_option,
     workers_option,
 )
@@ -532,9 +533,11 @@ class TrimSettings(Settings):
         minimum=0,
         former_names=('least',),
     )
+    stain: str = stain_option('biopsies')
     exclude_pen: bool = option(
         True,
-        'exclude ink of felt pens; --keep-pen is for stains other than haematoxylin and eosin',
+        'exclude ink of felt pens; what is ink depends on --stain, and --keep-pen is for stains '
+        'that it does not have',
         'biopsies',
         former_names=('pen',),
         opposite='keep_pen',
@@ -570,6 +573,7 @@ def trim(settings: TrimSettings) -> None:
         gap=settings.gap,
         least=settings.min_area_mm2,
         pen=settings.exclude_pen,
+        stain=settings.stain,
     )
     cases = find_slides(
         settings.slides, settings.slide_spacing, labels=None, override=settings.override_spacing

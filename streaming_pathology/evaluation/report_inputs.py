@@ -645,6 +645,7 @@ PUBLIC = {
     'pool',
     'augment',
     'optimizer',
+    'stain',
     'balance',
     'recipe',
     'aggregator',

@@ -25,10 +25,10 @@ from streaming_pathology.evaluation.heatmaps import Grid, overlay, pool_map
 from streaming_pathology.evaluation.predict import dataset, load_model
 from streaming_pathology.evaluation.qupath import field_of
 from streaming_pathology.slides.cohorts import read_manifest
+from streaming_pathology.slides.masks import class_numbers
 from streaming_pathology.slides.readers import sample_slide
 from streaming_pathology.slides.slides import Slide
 from streaming_pathology.slides.synthetic import TUMOUR
-from streaming_pathology.slides.tissue import class_numbers
 
 IMAGES = Path(__file__).resolve().parent.parent / 'nbs' / 'images'
 KEPT, KEPT_TEXT, NOW, OUTLINE = '#ff9500', '#b36200', '#5b2a86', '#d6002a'

@@ -47,6 +47,7 @@ from streaming_pathology.runs.settings import (
     pixels,
     read_toml,
     shard_option,
+    stain_option,
     strip_option,
     workers_option,
 )
@@ -935,9 +936,11 @@ class TrimSettings(Settings):
         minimum=0,
         former_names=('least',),
     )
+    stain: str = stain_option('biopsies')
     exclude_pen: bool = option(
         True,
-        'exclude ink of felt pens; --keep-pen is for stains other than haematoxylin and eosin',
+        'exclude ink of felt pens; what is ink depends on --stain, and --keep-pen is for stains '
+        'that it does not have',
         'biopsies',
         former_names=('pen',),
         opposite='keep_pen',
@@ -986,6 +989,7 @@ def trim(settings: TrimSettings) -> None:
         gap=settings.gap,
         least=settings.min_area_mm2,
         pen=settings.exclude_pen,
+        stain=settings.stain,
     )
     statuses = status_table(Path(settings.out) / 'slides.csv')
     slides = find_slides(

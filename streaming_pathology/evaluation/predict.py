@@ -69,6 +69,8 @@ def model_hash(
     contents['model'] = without(card['model'], 'strip', 'memory')
     if card.get('bags'):
         contents['bags'] = without(card['bags'], 'k', 'batch')
+    if card.get('stain', 'he') != 'he':  # so that networks of former versions keep theirs
+        contents['stain'] = card['stain']
     if card.get('features'):
         contents['features'] = without_folder(card['features'])  # the backbone by its checksum
         weights = {name: value for name, value in weights.items() if not is_of_encoder(name)}
@@ -125,7 +127,8 @@ def dataset(
     size = card['size']
     if size is not None:
         size = tuple(size)
-    kwargs = dict(cases=cases, spacing=card['spacing'], size=size, pen=card['pen'], **kwargs)
+    shown = dict(spacing=card['spacing'], size=size, pen=card['pen'], stain=card.get('stain', 'he'))
+    kwargs = dict(cases=cases, **shown, **kwargs)
     bags = card.get('bags')
     if not bags:
         return SlideDataset(canvas=card['canvas'], **kwargs)
@@ -142,7 +145,14 @@ def checked_card(
     """A card, completed by what former checkpoints took for granted, as JSON has it (lists for
     tuples). Raises `InputError` if it does not say how its network is built and what it is shown.
     """
-    usual = dict(canvas=False, pen=True, labels=['label'], positive=None, task=Binary().settings())
+    usual = dict(
+        canvas=False,
+        pen=True,
+        stain='he',
+        labels=['label'],
+        positive=None,
+        task=Binary().settings(),
+    )
     try:
         complete = json.loads(json.dumps(plain(usual | card)))
         colors = dict(mean=list(imagenet_mean), std=list(imagenet_std))

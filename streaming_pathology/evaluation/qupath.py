@@ -27,7 +27,7 @@ from ..io import whole_file, write_whole
 from ..slides.datasets import SlideDataset
 from ..slides.readers import COARSEST, write_tiff
 from ..slides.slides import Slide
-from ..slides.tissue import connected, tissue_box, tissue_mask
+from ..slides.tissue import connected, find_tissue, tissue_box
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #reg000005
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def field_of(
     Raises `InputError` for a slide that cannot be read or has no tissue."""
     case = data.cases[i]
     with Slide(case.path, spacing=case.spacing, warn=False) as slide:
-        mask = tissue_mask(slide, source=case.mask, pen=data.pen)
+        mask = find_tissue(slide, source=case.mask, pen=data.pen, stain=data.stain)
         top, left, height, width = tissue_box(slide, data.spacing, mask=mask)
         part = shown_part(slide.properties, slide.size)
         scale = data.spacing / slide.spacing

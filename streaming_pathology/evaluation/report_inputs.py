@@ -701,6 +701,7 @@ PUBLIC = {
     'pool',
     'augment',
     'optimizer',
+    'stain',
     'balance',
     'recipe',
     'aggregator',

@@ -19,7 +19,7 @@ from ..core import InputError
 from ..slides.augment import STEP, Augmentation, keyed_rng, origins
 from ..slides.cohorts import Case
 from ..slides.datasets import SlideDataset, TissueMap
-from ..slides.tissue import class_numbers, numbers_in
+from ..slides.masks import class_numbers, numbers_in
 
 # %% ../../nbs/mil/02_bags.ipynb #c4f3d259
 @dataclass(frozen=True)

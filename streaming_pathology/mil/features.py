@@ -434,6 +434,8 @@ class FeatureDataset(BagDataset):
             amp=self.amp,
             augment=augment,
         )
+        if self.stain != 'he':  # so that what former versions have computed is used
+            key['stain'] = self.stain
         return json.loads(json.dumps(key))
 
     def hashed(self, progress: bool = True) -> 'FeatureDataset':

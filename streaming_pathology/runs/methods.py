@@ -157,6 +157,7 @@ class Method(Generic[Asked]):
             size=settings.size,
             amp=settings.amp,
             pen=settings.exclude_pen,
+            stain=settings.stain,
         )
 
     def network(self, task: Task) -> dict:

@@ -196,6 +196,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 # %% ../../nbs/runs/01_settings.ipynb #0842c0c3
 TASK_NAMES = ('binary', 'multiclass', 'multilabel', 'ordinal', 'regression', 'survival')
+STAIN_NAMES = ('he', 'ihc', 'pale')
 AUGMENTATION_NAMES = ('none', 'flips', 'paper', 'strong')
 POOL_NAMES = ('avg', 'max', 'attention')
 
@@ -250,6 +251,18 @@ def device_option() -> Any:
         'cuda (NVIDIA GPU), mps (Apple GPU) or cpu (default: the first of these that is there)',
         'computation',
         on_resume='computation',
+    )
+
+
+def stain_option(group: str = 'slides', **rules: Any) -> Any:
+    "How tissue is told from glass and ink by its colour."
+    return option(
+        'he',
+        'stain of the slides, by which tissue is told from glass and ink: he (haematoxylin and '
+        'eosin), ihc (immunohistochemistry, brown) or pale (faded or thin haematoxylin and eosin)',
+        group,
+        choices=STAIN_NAMES,
+        **rules,
     )
 
 
@@ -361,10 +374,11 @@ class TrainingSettings(Settings):
         'slides',
         choices=AUGMENTATION_NAMES,
     )
+    stain: str = stain_option(on_resume='never')
     exclude_pen: bool = option(
         True,
-        'exclude ink of felt pens where tissue is found by colour; --keep-pen is for stains other '
-        'than haematoxylin and eosin',
+        'exclude ink of felt pens where tissue is found by colour; what is ink depends on --stain, '
+        'and --keep-pen is for stains that it does not have',
         'slides',
         on_resume='never',
         former_names=('pen',),

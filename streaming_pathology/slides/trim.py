@@ -54,7 +54,15 @@ from streaming_pathology.slides.slides import (
     checked_number,
     worker_pool,
 )
-from .tissue import Biopsy, biopsies, distance_to, draw_tissue
+from streaming_pathology.slides.tissue import (
+    Biopsy,
+    FoundTissue,
+    biopsies,
+    distance_to,
+    draw_tissue,
+    find_tissue,
+    stain_named,
+)
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -307,6 +315,7 @@ class Trim:
     gap: float = 500.0  # microns; pieces farther apart are different biopsies
     least: float = 0.1  # square millimetres; what is smaller is no biopsy
     pen: bool = True  # leave out ink of felt pens
+    stain: str = 'he'  # of the slides, which says what is tissue and what is ink: see `STAINS`
 
     def __post_init__(self) -> None:
         limits = dict(
@@ -327,6 +336,7 @@ class Trim:
         plain['quality'] = int(plain['quality'])
         for name in ('upright', 'squeeze', 'override_spacing', 'pen'):
             plain[name] = checked_flag(getattr(self, name), f'{name} of a trimming')
+        plain['stain'] = stain_named(self.stain).name
         if self.background is not None:
             plain['background'] = checked_color(self.background)
         for name, value in plain.items():
@@ -351,6 +361,11 @@ class TrimTask:
     def note_path(self) -> Path:
         "Where the note on the slide is written."
         return self.out / 'notes' / f'{self.slide_id}.json'
+
+    @property
+    def failed_picture(self) -> str:
+        "Where in the folder a thumbnail is written if no biopsy is found."
+        return f'failed/{self.slide_id}.jpg'
 
     def stamp(self) -> list[Any] | None:
         "The state of all that is read, to compare it later, as JSON has it. None without a slide."
@@ -414,47 +429,61 @@ def trim_slide(task: TrimTask) -> dict:
     if former is not None:
         return former
     stamp = task.stamp()  # before anything is read
+    (task.out / task.failed_picture).unlink(missing_ok=True)  # of a former run
     override = task.settings.override_spacing and task.spacing is not None
     with Slide(task.path, task.spacing, override=override, warn=False) as slide:
         # refuses a spacing that the slide does not have, before anything is written
         slide.read(task.settings.spacing, (0, 0, 1, 1))
-        found = find_biopsies(slide, task)
-        overview = write_overview(slide, found, task)
+        tissue = tissue_of(slide, task)
+        found = find_biopsies(slide, tissue, task)
+        overview = f'overview/{task.slide_id}.jpg'
+        write_picture(slide, found, task.out / overview)
         files = [write_biopsy(slide, biopsy, task) for biopsy in found]
     note = dict(
         slide_id=task.slide_id,
         stamp=stamp,
-        overview=overview,
+        overview=written(task.out, overview),
         files=files,
-        warnings=slide.contradictions,
+        areas=dataclasses.asdict(tissue.areas),  # square millimetres
+        warnings=[*slide.contradictions, *tissue.notes],
     )
     replace_note(task, note)
     return {**note, 'seconds': time.perf_counter() - start}
 
 
-def find_biopsies(slide: Slide, task: TrimTask) -> list[Biopsy]:
-    "The biopsies of a slide. Raises `InputError` if it has none."
+def tissue_of(slide: Slide, task: TrimTask) -> FoundTissue:
+    "The tissue of a slide, by its mask, by the network or by its colour."
     settings = task.settings
     source = task.network if task.mask is None else task.mask
-    found = biopsies(slide, gap=settings.gap, least=settings.least, pen=settings.pen, source=source)
-    if not found:
-        raise InputError(
-            f'{task.path} has no biopsy of at least {settings.least:g} square mm that could be '
-            'found: look at it, and leave it out if it is blank'
-        )
-    return found
+    return find_tissue(slide, pen=settings.pen, stain=settings.stain, source=source)
 
 
-def write_overview(slide: Slide, found: list[Biopsy], task: TrimTask) -> dict:
-    "Write a thumbnail with the biopsies outlined. Returns what the note says of it."
+def find_biopsies(slide: Slide, tissue: FoundTissue, task: TrimTask) -> list[Biopsy]:
+    """The biopsies of a slide. Where it has none, writes a thumbnail of what was left out, and
+    raises `InputError` that says why."""
+    settings = task.settings
+    found = biopsies(slide, gap=settings.gap, least=settings.least, mask=tissue)
+    if found:
+        return found
+    write_picture(slide, tissue, task.out / task.failed_picture)
+    area = tissue.areas.tissue
+    why = tissue.why_empty()
+    if area:
+        why = f'its tissue, {area:.2g} square mm in all, is in smaller pieces (--min-area-mm2)'
+    raise InputError(
+        f'{task.path} has no biopsy of at least {settings.least:g} square mm that could be found: '
+        f'{why}; look at {task.failed_picture}, and leave the slide out if it is blank'
+    )
+
+
+def write_picture(slide: Slide, found: list[Biopsy] | FoundTissue, path: Path) -> None:
+    "Write a thumbnail with the biopsies outlined, or with what was left out in colours."
     height, width = slide.size
     figure = Figure((5, max(1.5, min(10, 5 * height / width))))
     draw_tissue(slide, found, figure.add_axes((0, 0, 1, 1)))
     picture = io.BytesIO()
     figure.savefig(picture, format='jpg', dpi=150)
-    path = f'overview/{task.slide_id}.jpg'
-    write_whole(task.out / path, picture.getvalue())
-    return written(task.out, path)
+    write_whole(path, picture.getvalue())
 
 
 def write_biopsy(slide: Slide, biopsy: Biopsy, task: TrimTask) -> dict:
@@ -694,7 +723,8 @@ def check_settings(out: Path, settings: Trim) -> None:
             )
         write_once(path, json.dumps(current))
     try:
-        former = dict(json.loads(path.read_text()))
+        # former versions had no setting of the stain
+        former = dict(stain='he') | dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         raise InputError(f'{path} is damaged: choose another folder') from None
     for name, value in current.items():
@@ -800,8 +830,8 @@ def trim_slides(
     """Cut the biopsies of a cohort.
 
     Writes biopsies/*.tiff, masks/*.tiff of their tissue, overview/*.jpg, failed.csv and, last,
-    manifest.csv, with one row for each biopsy and the label of its slide. Other files in the folder
-    do not count.
+    manifest.csv, with one row for each biopsy and the label of its slide. Where no biopsy is found,
+    failed/*.jpg shows what was left out. Other files in the folder do not count.
 
     Returns a dict: numbers of `slides`, `biopsies`, `skipped` slides, which were finished before,
     and `others`, biopsies of other slides of former runs; `failed`, a dict of slide id -> reason;

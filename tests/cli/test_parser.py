@@ -15,6 +15,7 @@ from streaming_pathology.mil.aggregators import aggregators
 from streaming_pathology.runs import settings as names
 from streaming_pathology.runs.methods import AUGMENTATIONS
 from streaming_pathology.runs.settings import Settings, argument, option, pixels
+from streaming_pathology.slides.tissue import STAINS
 from streaming_pathology.training.models import pools
 from streaming_pathology.training.tasks import TASKS
 
@@ -143,6 +144,7 @@ def test_the_choices_of_settings_are_those_of_the_library():
     assert names.AGGREGATOR_NAMES == tuple(aggregators)
     assert {*names.TASK_NAMES} == {*TASKS}
     assert names.AUGMENTATION_NAMES == tuple(AUGMENTATIONS)
+    assert names.STAIN_NAMES == tuple(STAINS)
 
     def choices(kind, name):
         return {*kind.options()[name].metadata['option'].choices}

@@ -102,6 +102,9 @@ def test_the_name_of_a_model_depends_on_weights_and_card(loaded):
     weights = model.state_dict()
     assert model_hash(weights, card) == card['sha256']
     assert model_hash(weights, card | dict(spacing=2.0)) != card['sha256']
+    assert model_hash(weights, card | dict(stain='ihc')) != card['sha256']
+    del card['stain']  # as in cards of former versions
+    assert model_hash(weights, card) == card['sha256']
     weights['head.fc.bias'] = weights['head.fc.bias'] + 1
     assert model_hash(weights, card) != card['sha256']
 

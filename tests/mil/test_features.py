@@ -315,6 +315,7 @@ OTHERS = dict(
     size=(64, 64),
     grid=PatchGrid(32),
     pen=False,
+    stain='ihc',
     color=(0, 0, 0),
 )
 

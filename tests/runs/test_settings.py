@@ -7,7 +7,7 @@ import pytest
 from streaming_pathology.cli import commands
 from streaming_pathology.cli.parser import COMMANDS, PAPER, help_of, parse, parser_of
 from streaming_pathology.core import InputError
-from streaming_pathology.runs.records import COMPUTATION, FIXED, FREE
+from streaming_pathology.runs.records import COMPUTATION, FIXED, FREE, changes
 from streaming_pathology.runs.settings import (
     ON_RESUME,
     MILSettings,
@@ -176,7 +176,14 @@ def test_the_two_ways_to_train_agree_on_what_may_change():
 
 
 def test_what_may_change_on_resume():
-    assert {'command', 'spacing', 'arch', 'patch_size', 'exclude_pen'} <= FIXED
+    assert {'command', 'spacing', 'arch', 'patch_size', 'exclude_pen', 'stain'} <= FIXED
     assert {'workers', 'heatmaps', 'manifest', 'mean'} <= FREE
     assert COMPUTATION == {'strip', 'memory', 'patch_batch_size', 'device'}
     assert not {'lr', 'epochs', 'cohort_sha256', 'amp'} & (FIXED | FREE | COMPUTATION)
+
+
+def test_a_run_of_a_version_without_stains_is_resumed():
+    now = StreamingSettings(manifest='slides.csv').as_dict() | dict(weights_sha256=None)
+    former = {name: value for name, value in now.items() if name != 'stain'}
+    assert changes(former, now) == {}
+    assert changes(former, now | dict(stain='ihc')) == dict(stain='he')

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import pyvips
 import torch
+from PIL import Image
 from refusals import refusal
 from small import Small
 
@@ -31,6 +32,9 @@ from streaming_pathology.slides.datasets import (
     slide_loader,
     turned_out,
 )
+from streaming_pathology.slides.readers import write_tiff
+from streaming_pathology.slides.slides import Slide
+from streaming_pathology.slides.tissue import tissue_mask
 from streaming_pathology.training.loop import fit
 from streaming_pathology.training.models import StreamingClassifier
 
@@ -262,6 +266,28 @@ def test_the_check_warns_of_two_spacings(cases, monkeypatch):
     monkeypatch.setattr(SlideDataset, 'look', look_and_find_two)
     with pytest.warns(UserWarning, match='2 of 2 slides have two spacings: file 0 says 4 and 8; '):
         check_cohort(cases[:2], 4, progress=False)
+
+
+def test_the_check_warns_of_inverted_masks(cases, tmp_path):
+    path = tmp_path / 'glass.png'
+    with Slide(cases[0].path) as slide:
+        tissue, _ = tissue_mask(slide)
+    Image.fromarray(~tissue * np.uint8(255)).save(path)
+    inverted = [replace(cases[0], mask=path), cases[1]]
+    with pytest.warns(UserWarning, match='1 of 2 slides have a mask that looks inverted: .*glass'):
+        check_cohort(inverted, 4, progress=False)
+
+
+def test_a_stain_says_what_is_tissue(cases, tmp_path):
+    "What is brown is taken for ink but in immunohistochemistry."
+    rgb = np.full((90, 90, 3), 243, np.uint8)
+    rgb[20:60, 20:70] = (130, 90, 60)
+    write_tiff(rgb, tmp_path / 'brown.tiff', 4.0)
+    brown = [replace(cases[0], path=tmp_path / 'brown.tiff', mask=None)]
+    assert 'was taken for pen marks' in refusal(check_cohort, brown, 4, progress=False)
+    image = check_cohort(brown, 4, progress=False, stain='ihc').read(0)
+    assert abs(np.array(image.shape[:2]) - (40, 50)).max() <= 8
+    assert "stain is 'x'" in refusal(SlideDataset, brown, 4, stain='x')
 
 
 @pytest.mark.filterwarnings('ignore:.*larger than the canvas')

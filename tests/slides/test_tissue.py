@@ -12,13 +12,15 @@ from scipy import ndimage
 from torch import nn
 
 from streaming_pathology.core import InputError
-from streaming_pathology.slides.readers import forget_operations, sample_slide, write_tiff
+from streaming_pathology.slides.readers import sample_slide, write_tiff
 from streaming_pathology.slides.slides import Slide
-from streaming_pathology.slides.synthetic import paint_biopsy
+from streaming_pathology.slides.synthetic import RUIFROK_JOHNSTON, SAMPLE_STAINS, paint_biopsy
 from streaming_pathology.slides.tissue import (
+    STAINS,
     biopsies,
-    class_numbers,
-    numbers_in,
+    draw_tissue,
+    find_tissue,
+    optical_density,
     pen_marks,
     tissue_box,
     tissue_mask,
@@ -113,9 +115,229 @@ def test_borders_and_dust(painted):
     assert not (mask & frame & ~truth).any()
 
 
-def test_sample_slide_has_no_ink():
+@pytest.mark.parametrize('stain', STAINS)
+def test_sample_slide_has_no_ink(stain):
     with Slide(sample_slide()) as s:
-        assert not pen_marks(s.read(SPACING), SPACING).any()
+        assert not pen_marks(s.read(SPACING), SPACING, stain=stain).any()
+
+
+# ---- other stains
+
+DAB = np.array([0.268, 0.570, 0.776])  # Ruifrok and Johnston 2001
+BROWN_PEN = (120, 70, 40)
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def light_through(density, rng):
+    "Pixels of an optical density (height, width, 3) on glass, with noise of the camera."
+    light = 243 * 10**-density + rng.normal(0, 1.5, density.shape)
+    return light.clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope='module')
+def biopsy():
+    "Pixels of a painted biopsy, and where its tissue is."
+    biopsy = paint_biopsy((500, 1500), SPACING, 0.3, 1)
+    return biopsy.image, biopsy.mask > 0
+
+
+@pytest.fixture(scope='module')
+def amounts(biopsy):
+    "Amounts of haematoxylin and eosin (height, width, 1) in the biopsy, and its tissue."
+    rgb, tissue = biopsy
+    found = optical_density(rgb, 243) @ np.linalg.pinv(SAMPLE_STAINS)
+    return *np.split(found.clip(0), 2, axis=2), tissue
+
+
+def brown_section(amounts, reacts, blue=RUIFROK_JOHNSTON[0]):
+    """Density of a section in haematoxylin, faint as a counterstain is, and DAB.
+
+    DAB is where eosin was, in what reacts, bool (height, width)."""
+    haematoxylin, eosin, _ = amounts
+    counterstain = 0.4 * haematoxylin + 0.2 * eosin
+    return counterstain * blue + 1.2 * eosin * reacts[..., None] * DAB
+
+
+def reacting(amounts, share):
+    "Where tissue reacts: this share of the slide, from the left."
+    _, _, tissue = amounts
+    return np.broadcast_to(np.arange(tissue.shape[1]) < share * tissue.shape[1], tissue.shape)
+
+
+@pytest.mark.parametrize('share', [0, 0.5, 1])
+@pytest.mark.parametrize('blue', [RUIFROK_JOHNSTON[0], SAMPLE_STAINS[0]], ids=['violet', 'blue'])
+def test_immunohistochemistry(amounts, share, blue):
+    "Brown and blue tissue, as much of it as there is."
+    rng = np.random.default_rng(0)
+    rgb = light_through(brown_section(amounts, reacting(amounts, share), blue), rng)
+    assert iou(found(rgb, stain='ihc'), amounts[2]) > 0.9
+    if share == 1:
+        assert iou(found(rgb), amounts[2]) < 0.1
+
+
+@pytest.mark.parametrize('ink', INKS)
+def test_pen_on_immunohistochemistry(amounts, ink):
+    "Ink is not tissue, and brown tissue beside it is."
+    rng = np.random.default_rng(1)
+    rgb = light_through(brown_section(amounts, reacting(amounts, 0.5)), rng)
+    truth = amounts[2]
+    stroke = drawn_stroke(truth.shape, rng)
+    mask = found(under_ink(rgb, stroke, INKS[ink], rng), stain='ihc')
+    near = ndimage.binary_dilation(stroke, iterations=22)
+    assert iou(mask & ~near, truth & ~near) > 0.9
+    assert (mask & near & ~truth).sum() < 0.03 * (near & ~truth).sum()
+
+
+def test_brown_ink_is_tissue_where_brown_is_a_stain(biopsy):
+    "As nothing but the stain tells them apart."
+    rgb, truth = biopsy
+    rng = np.random.default_rng(0)
+    stroke = drawn_stroke(truth.shape, rng)
+    marked = under_ink(rgb, stroke, BROWN_PEN, rng)
+    outside = stroke & ~ndimage.binary_dilation(truth, iterations=12)
+    assert found(marked)[outside].mean() < 0.03
+    assert found(marked, stain='ihc')[outside].mean() > 0.9
+
+
+def faded(rgb, strength, rng):
+    "Pixels with a share of their stain, and noise of the camera."
+    pale = 243 * (rgb / 243).clip(1e-3) ** strength + rng.normal(0, 1.5, rgb.shape)
+    return pale.clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize('strength', [0.5, 0.2, 0.08])
+def test_pale_tissue(painted, strength):
+    rgb, truth, _ = painted
+    pale = faded(rgb, strength, np.random.default_rng(0))
+    assert iou(found(pale, stain='pale'), truth) > 0.9
+    if strength == 0.08:
+        assert iou(found(pale), truth) < 0.1
+
+
+@pytest.mark.parametrize('ink', ['blue', 'green', 'black'])
+def test_pen_on_pale_tissue(biopsy, ink):
+    rgb, truth = biopsy
+    rng = np.random.default_rng(2)
+    stroke = drawn_stroke(truth.shape, rng)
+    marked = under_ink(faded(rgb, 0.1, rng), stroke, INKS[ink], rng)
+    mask = found(marked, stain='pale')
+    near = ndimage.binary_dilation(stroke, iterations=22)
+    assert iou(mask & ~near, truth & ~near) > 0.9
+    assert (mask & near & ~truth).sum() < 0.03 * (near & ~truth).sum()
+
+
+@pytest.mark.parametrize(
+    'color, glass, stain',
+    [
+        ((234, 222, 232), (242, 242, 242), 'pale'),
+        ((130, 90, 60), (228, 232, 242), 'ihc'),
+        ((170, 130, 95), (228, 232, 242), 'ihc'),
+    ],
+    ids=['pale', 'brown', 'light brown'],
+)
+def test_a_square_of_one_color(color, glass, stain):
+    "As people have reported them: nothing is found as haematoxylin and eosin."
+    rgb = np.full((256, 256, 3), glass, np.uint8)
+    rgb[60:200, 50:190] = color
+    truth = np.zeros((256, 256), bool)
+    truth[60:200, 50:190] = True
+    assert not tissue_mask(rgb, 8.0)[0].any()
+    assert iou(tissue_mask(rgb, 8.0, stain=stain)[0], truth) > 0.9
+
+
+def test_a_stain_that_is_not_known():
+    with pytest.raises(InputError, match="stain is 'HE'; use he, ihc, pale"):
+        find_tissue(np.full((50, 50, 3), 243, np.uint8), stain='HE')
+
+
+# ---- what was left out
+
+
+@pytest.fixture
+def littered():
+    "Pixels at 8 microns: tissue, a mark of a pen, grey dust, a crumb and a black border."
+    rgb = np.full((250, 400, 3), 243, np.uint8)
+    rgb[100:200, 50:150] = (190, 110, 170)
+    rgb[20:80, 200:300] = (40, 70, 170)
+    rgb[150:240, 250:350] = 205
+    rgb[20:25, 20:30] = (190, 110, 170)
+    rgb[:, 390:] = 0
+    return rgb
+
+
+def test_areas_of_what_was_left_out(littered):
+    found = find_tissue(littered, 8.0)
+    areas = found.areas
+    mm2 = 64e-6  # of a pixel
+    assert areas.slide == pytest.approx(250 * 400 * mm2)
+    assert areas.tissue == pytest.approx(100 * 100 * mm2, rel=0.1)
+    assert areas.pen == pytest.approx(60 * 100 * mm2, rel=0.1)
+    assert areas.colorless == pytest.approx(90 * 100 * mm2, rel=0.1)
+    assert areas.black == pytest.approx(250 * 10 * mm2, rel=0.1)
+    assert 0 < areas.small < 0.02
+    dark = (littered.max(axis=2) < 240).sum() * mm2
+    assert areas.dark == pytest.approx(dark, rel=0.05)
+    assert not any((mask & found.mask).any() for mask in found.removed.values())
+
+
+def test_a_picture_of_what_was_left_out(littered, tmp_path):
+    write_tiff(littered, tmp_path / 'a.tiff', 8.0)
+    with Slide(tmp_path / 'a.tiff') as slide:
+        ax = draw_tissue(slide, find_tissue(slide))
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend[0] == '9% has too little colour' and len(legend) == 4
+    (picture,) = (image.get_array() for image in ax.get_images())
+    blue = picture[50, 250].astype(int)
+    assert blue[2] - blue[0] > 150
+
+
+def why_nothing(rgb, **kwargs):
+    "Why pixels at 8 microns have no tissue."
+    found = find_tissue(rgb, 8.0, **kwargs)
+    assert not found.mask.any()
+    return found.why_empty()
+
+
+def with_square(color):
+    rgb = np.full((200, 200, 3), 243, np.uint8)
+    rgb[50:150, 40:140] = color
+    return rgb
+
+
+def test_an_empty_mask_says_what_was_taken_for_pen_marks():
+    text = why_nothing(with_square((130, 90, 60)))
+    assert text.startswith('25% of it is darker than glass, but 25% was taken for pen marks')
+    assert '--stain ihc' in text and '--keep-pen' in text
+    text = why_nothing(with_square((40, 70, 170)), stain='ihc')
+    assert 'for pen marks' in text and '--stain' not in text and '--keep-pen' in text
+
+
+def test_an_empty_mask_says_what_has_too_little_color():
+    text = why_nothing(with_square((234, 222, 232)))
+    assert '25% has too little colour' in text and '--stain pale' in text
+
+
+def test_an_empty_mask_says_what_is_too_small():
+    text = why_nothing(with_square((190, 110, 170)), smallest=1e6)
+    assert '25% is in pieces below 1 square mm' in text or '26% is in pieces' in text
+
+
+def test_an_empty_mask_of_a_blank_slide():
+    assert why_nothing(with_square(243)) == 'nothing on it is darker than glass'
+
+
+def test_an_empty_mask_from_a_file(tmp_path):
+    mask = np.zeros((200, 200), np.uint8)
+    Image.fromarray(mask).save(tmp_path / 'a.png')
+    rgb = with_square((190, 110, 170))
+    assert why_nothing(rgb, source=tmp_path / 'a.png') == 'its mask marks nothing'
+    mask[:4, :4] = 1
+    Image.fromarray(mask).save(tmp_path / 'b.png')
+    text = why_nothing(rgb, source=tmp_path / 'b.png')
+    assert text == 'its mask marks only pieces below 0.02 square mm'
 
 
 @pytest.fixture
@@ -237,34 +459,6 @@ def test_large_masks(tmp_path):
     assert mask.shape == (350, 400) and mask[:, 205:].all() and not mask[:, :195].any()
 
 
-def test_a_mask_file_that_changed_is_read_anew(tmp_path):
-    "libvips keeps what it has opened; and nothing of a mask stays open."
-    forget_operations()
-    for number in (1, 2):
-        pixels = np.full((50, 40), number, np.uint8)
-        tifffile.imwrite(tmp_path / 'mask.tif', pixels, tile=(16, 16))
-        assert numbers_in(tmp_path / 'mask.tif') == [number]
-        assert (class_numbers(tmp_path / 'mask.tif', 8.0, (50, 40)) == number).all()
-    assert pyvips.cache_get_size() == 0
-
-
-@pytest.mark.parametrize(
-    'pixels, name, says',
-    [
-        (np.zeros((9, 9, 3), np.uint8), 'rgb.png', 'has 3 channels'),
-        (np.zeros((9, 9), np.uint8), 'grey.jpg', 'is a JPEG'),
-        (np.zeros((9, 9), np.float32), 'real.tif', 'of the type float'),
-    ],
-    ids=['rgb', 'jpeg', 'float'],
-)
-def test_numbers_of_classes_are_exact_or_refused(tmp_path, pixels, name, says):
-    Image.fromarray(pixels).save(tmp_path / name)
-    with pytest.raises(InputError, match=says):
-        numbers_in(tmp_path / name)
-    with pytest.raises(InputError, match=says):
-        class_numbers(tmp_path / name, 8.0, (9, 9))
-
-
 @pytest.fixture
 def canvas():
     "A patch of tissue on white, with a black border, dark noise and a speck."
@@ -298,6 +492,8 @@ def test_blank_slides_have_no_box(pixels, tmp_path):
     Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / 'blank.png')
     with pytest.raises(InputError, match='blank.png has no tissue'):
         tissue_box(Slide(tmp_path / 'blank.png', spacing=1.0), 2.0)
+    for stain in STAINS:
+        assert not tissue_mask(pixels.astype(np.uint8), 8.0, stain=stain)[0].any()
 
 
 @pytest.mark.parametrize(

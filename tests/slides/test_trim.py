@@ -269,6 +269,10 @@ def test_settings_that_are_refused(wrong):
     assert f'{name} of a trimming' in refusal(Trim, **wrong)
 
 
+def test_a_stain_that_is_not_known():
+    assert "stain is 'brown'; use he, ihc, pale" in refusal(Trim, stain='brown')
+
+
 def test_a_background_that_is_no_color():
     assert 'is no colour' in refusal(Trim, background='white')
 
@@ -533,3 +537,70 @@ def test_tasks_in_this_process():
     assert outcomes[0] == ('1', 1, None)
     task, result, error = outcomes[1]
     assert (task, result) == ('1/0', None) and isinstance(error, ZeroDivisionError)
+
+
+# ---- slides without a biopsy
+
+
+@pytest.fixture
+def brown_case(tmp_path):
+    "A slide of which all that is coloured is brown, as by DAB."
+    pixels = np.full((300, 300, 3), 243, np.uint8)
+    pixels[60:160, 50:150] = (130, 90, 60)
+    write_tiff(pixels, tmp_path / 'brown.tiff', SPACING)
+    return Case('brown', None, tmp_path / 'brown.tiff', '', '')
+
+
+def test_what_was_left_out_is_said_and_shown(brown_case, tmp_path):
+    out = tmp_path / 'out'
+    text = trimmed([brown_case], out)['failed']['brown']
+    assert 'brown.tiff has no biopsy of at least 0.001 square mm' in text
+    assert '11% was taken for pen marks' in text and '--stain ihc' in text
+    assert 'look at failed/brown.jpg' in text
+    picture = np.asarray(Image.open(out / 'failed/brown.jpg'))
+    height, width = picture.shape[:2]
+    red, _, blue = picture[height // 3, width // 3].astype(int)
+    assert blue > red + 50  # as what is taken for pen marks is tinted
+
+
+def test_the_picture_goes_when_biopsies_are_found(brown_case, tmp_path):
+    out = tmp_path / 'out'
+    trimmed([brown_case], out)
+    pixels = np.full((300, 300, 3), 243, np.uint8)
+    pixels[60:160, 50:150] = (190, 110, 170)
+    write_tiff(pixels, brown_case.path, SPACING)
+    assert trimmed([brown_case], out)['biopsies'] == 1
+    assert not (out / 'failed/brown.jpg').exists()
+
+
+def test_a_stain_finds_them(brown_case, tmp_path):
+    settings = replace(COHORT, stain='ihc')
+    assert trimmed([brown_case], tmp_path / 'out', settings)['biopsies'] == 1
+    note = json.loads((tmp_path / 'out/notes/brown.json').read_text())
+    assert note['areas']['tissue'] == pytest.approx(0.16, rel=0.2)
+
+
+def test_biopsies_that_are_too_small_are_said_to_be(brown_case, tmp_path):
+    settings = replace(COHORT, stain='ihc', least=0.5)
+    text = trimmed([brown_case], tmp_path / 'out', settings)['failed']['brown']
+    assert 'its tissue, 0.1' in text and '--min-area-mm2' in text
+
+
+def test_an_inverted_mask_is_told(four_case, four, tmp_path):
+    mask = sum(four.truth) > 0
+    Image.fromarray(~mask * np.uint8(255)).save(tmp_path / 'glass.png')
+    case = replace(four_case, spacing=None, mask=tmp_path / 'glass.png')
+    (text,) = trimmed([case], tmp_path / 'out')['warnings']
+    assert 'glass.png marks' in text and 'invert_mask' in text
+
+
+def test_a_folder_of_a_version_without_stains_is_resumed(brown_case, tmp_path):
+    out = tmp_path / 'out'
+    trimmed([brown_case], out)
+    settings = json.loads((out / 'trim.json').read_text())
+    assert settings.pop('stain') == 'he'
+    (out / 'trim.json').write_text(json.dumps(settings))
+    trimmed([brown_case], out)
+    assert "stain was 'he', now 'ihc'" in refusal(
+        trimmed, [brown_case], out, replace(COHORT, stain='ihc')
+    )

@@ -208,6 +208,7 @@ class CheckSettings(Settings):
     tissue: bool = option(
         True, 'find the tissue, on a coarse level; --no-tissue is quicker', 'slides'
     )
+    stain: str = stain_option()
     exclude_pen: bool = option(
         True,
         'ink of felt pens is no tissue; --keep-pen is for stains other than haematoxylin and eosin',
@@ -236,7 +237,7 @@ def check(settings: CheckSettings) -> None:
     if settings.csv is not None:
         table = output_file(settings.csv, '.csv', settings.slides, 'name,status,')
     found = find_slides(settings.slides, settings.slide_spacing, labels=None, columns=())
-    look_for = settings.tissue, settings.exclude_pen
+    look_for = settings.tissue, settings.exclude_pen, settings.stain
     if shard is not None:
         workers = settings.workers
         if workers is None:
@@ -268,9 +269,8 @@ def check_all(
     if workers is None:
         workers = min(processes(None), len(found.cases))
     with tqdm(total=len(found.cases), desc='checking slides', unit='slide', leave=False) as bar:
-        for each in check_slides(
-            found.cases, settings.tissue, settings.exclude_pen, workers, bar.update
-        ):
+        look_for = settings.tissue, settings.exclude_pen, settings.stain
+        for each in check_slides(found.cases, *look_for, workers, bar.update):
             facts[each.slide_id] = each.row()
             if each.problem:
                 failed[each.slide_id] = each.problem

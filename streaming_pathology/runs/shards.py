@@ -404,12 +404,13 @@ def check_shard(
     shard: Shard,
     tissue: bool = True,  # look for tissue
     pen: bool = True,  # ink of felt pens is no tissue
+    stain: str = 'he',
     workers: int = 0,  # processes; 0: this one
     tell: Callable[[SlideCheck], object] = lambda check: None,  # is told what is found of each
 ) -> ShardResult:
     "As `check_slides`, of the slides of one shard that were not checked before."
     shards, mine, failed = Shards(Path(out)), shard.take(cases), {}
-    about = dict(tissue=tissue, pen=pen)
+    about = dict(tissue=tissue, pen=pen, stain=stain)
     with shards.working(shard, about) as shard_folder:
         lines = Lines(shard_folder / CHECKED)
         former, stamps = lines.read(), stamps_of(mine)
@@ -418,7 +419,7 @@ def check_shard(
             value = former.get(case.slide_id, {})
             if value.get('stamp') != stamps[case.slide_id] or value['problem']:
                 rest.append(case)
-        for found in check_slides(rest, tissue, pen, workers):
+        for found in check_slides(rest, tissue, pen, stain, workers):
             if found.problem:
                 failed[found.slide_id] = found.problem
             value = dict(stamp=stamps[found.slide_id], problem=found.problem, row=found.row())
@@ -429,12 +430,16 @@ def check_shard(
 
 
 def merge_checks(
-    cases: Sequence[Case], out: str | Path, tissue: bool = True, pen: bool = True
+    cases: Sequence[Case],
+    out: str | Path,
+    tissue: bool = True,
+    pen: bool = True,
+    stain: str = 'he',
 ) -> tuple[dict[str, dict], dict[str, str]]:
     """What all shards have found: slide id -> facts as by the method row of `SlideCheck`, and slide
     id -> reason of those that failed. Raises `InputError` if shards are not done."""
     shards = Shards(Path(out))
-    shards.check_about(dict(shards=shards.n_shards(), tissue=tissue, pen=pen))
+    shards.check_about(dict(shards=shards.n_shards(), tissue=tissue, pen=pen, stain=stain))
     failed = shards.all_failed(cases, in_state=True)
     rows = {}
     for shard in all_shards(shards.n_shards()):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydicom import dcmread
 from tifffile import TiffFile
 
@@ -31,7 +30,7 @@ from streaming_pathology.slides.readers import (
 )
 from .slides import Slide
 from .tiff import is_tiff, without_log
-from .tissue import tissue_mask
+from .tissue import FoundTissue, find_tissue
 from .trim import each_apart
 
 # %% ../../nbs/slides/14_check.ipynb #9f00bf9d
@@ -158,10 +157,13 @@ def spacing_source(said: Mapping[str, tuple[float, float]], given: float | None)
     return '' if given is None else 'the user'
 
 
-def tissue_area(slide: Slide, mask: Path | None, pen: bool) -> float:
-    "Square millimetres of tissue, by a mask or by colour."
-    tissue, spacing = tissue_mask(slide, pen=pen, source=mask)
-    return round(np.count_nonzero(tissue) * spacing**2 / 1e6, 4)
+def facts_of_tissue(slide: Slide, found: FoundTissue) -> dict[str, Any]:
+    "Fields of `SlideCheck` that the tissue of a slide gives."
+    problem = ''
+    if not found.mask.any():
+        problem = f'{slide.path} has no tissue: {found.why_empty()}; leave it out if it is blank'
+    notes = *slide.contradictions, *slide.notes, *found.notes
+    return dict(tissue_mm2=round(found.areas.tissue, 4), problem=problem, notes=notes)
 
 
 def facts_of_file(path: Path, given: float | None) -> dict[str, Any]:
@@ -185,24 +187,23 @@ def facts_of_file(path: Path, given: float | None) -> dict[str, Any]:
 def check_slide(
     case: Case,
     tissue: bool = True,  # look for tissue; without it a check is quicker
-    pen: bool = True,  # ink of felt pens is no tissue, as in `tissue_mask`
+    pen: bool = True,  # ink of felt pens is no tissue, as in `find_tissue`
+    stain: str = 'he',  # of the slides, as in `find_tissue`
 ) -> SlideCheck:
     "What is found of one slide. What is wrong with it is the `problem`; nothing is raised for it."
     found = SlideCheck(case.slide_id, case.path)
     try:
         found = replace(found, **facts_of_file(case.path, case.spacing))
         with Slide(case.path, case.spacing, warn=False) as slide:
-            found = replace(found, spacing=slide.spacing)
+            notes = *slide.contradictions, *slide.notes
+            found = replace(found, spacing=slide.spacing, notes=notes)
             if tissue:
-                found = replace(found, tissue_mm2=tissue_area(slide, case.mask, pen))
-            found = replace(found, notes=(*slide.contradictions, *slide.notes))
+                searched = find_tissue(slide, pen=pen, source=case.mask, stain=stain)
+                found = replace(found, **facts_of_tissue(slide, searched))
     except InputError as e:
         return replace(found, problem=one_line(e))
     except OSError as e:
         return replace(found, problem=f'{case.path} cannot be read ({e.strerror or e})')
-    if found.tissue_mm2 == 0:
-        problem = f'{case.path} has no tissue that could be found: look at it, and leave it out if '
-        return replace(found, problem=f'{problem}it is blank')
     return found
 
 # %% ../../nbs/slides/14_check.ipynb #474a3dd8
@@ -214,13 +215,14 @@ class CheckTask:
     case: Case
     tissue: bool
     pen: bool
+    stain: str
 
 
 def do_task(task: CheckTask) -> SlideCheck:
     "`check_slide` of a task; a function of the module, as it is sent to processes."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # what they say is among the notes
-        return check_slide(task.case, task.tissue, task.pen)
+        return check_slide(task.case, task.tissue, task.pen, task.stain)
 
 
 def in_order(outcomes: Iterator[tuple[int, SlideCheck]]) -> Iterator[SlideCheck]:
@@ -236,12 +238,13 @@ def in_order(outcomes: Iterator[tuple[int, SlideCheck]]) -> Iterator[SlideCheck]
 def check_slides(
     cases: Sequence[Case],
     tissue: bool = True,  # look for tissue; without it a check is quicker
-    pen: bool = True,  # ink of felt pens is no tissue, as in `tissue_mask`
+    pen: bool = True,  # ink of felt pens is no tissue, as in `find_tissue`
+    stain: str = 'he',  # of the slides, as in `find_tissue`
     workers: int = 0,  # processes; 0: this one
     done: Callable[[], object] = lambda: None,  # called after each slide, for a progress bar
 ) -> Iterator[SlideCheck]:
     "Check slides; yields what was found of each, in the order of the cases."
-    tasks = [CheckTask(number, case, tissue, pen) for number, case in enumerate(cases)]
+    tasks = [CheckTask(number, case, tissue, pen, stain) for number, case in enumerate(cases)]
 
     def outcomes() -> Iterator[tuple[int, SlideCheck]]:
         for task, found, error in each_apart(do_task, tasks, workers):

@@ -142,7 +142,8 @@ def mask_image(path: str | Path) -> pyvips.Image:
         return unscaled(opened(path, spliced(path, head, start)), bits)
     image = opened(path)
     if image.get_typeof('orientation'):
-        check_upright(path, image.get('orientation'))
+        number: Any = image.get('orientation')
+        check_upright(path, number)
     return image
 
 # %% ../../nbs/slides/06_masks.ipynb #8d52e67b
@@ -161,8 +162,9 @@ def no_mask(path: str | Path, error: pyvips.Error) -> InputError:
 
 def is_jpeg(image: pyvips.Image) -> bool:
     "Whether an image comes from a JPEG, which does not keep values exactly."
-    is_loaded = image.get_typeof('vips-loader') != 0  # and not put together from tiles
-    return is_loaded and image.get('vips-loader') == 'jpegload'
+    if image.get_typeof('vips-loader') == 0:  # it was put together from tiles
+        return False
+    return bool(image.get('vips-loader') == 'jpegload')
 
 
 def mask_values(

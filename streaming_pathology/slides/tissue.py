@@ -278,7 +278,7 @@ class FoundTissue:
         "The areas of all masks."
 
         def area(mask: np.ndarray) -> float:
-            return np.count_nonzero(mask) * self.spacing**2 / 1e6
+            return float(np.count_nonzero(mask) * self.spacing**2 / 1e6)
 
         removed = dict.fromkeys(REMOVED, 0.0)
         removed |= {name: area(mask) for name, mask in self.removed.items()}
@@ -781,7 +781,10 @@ def add_legend(ax: Axes, found: FoundTissue) -> None:
     "Say below a picture what its tints are."
     shares = found.shares()
     if shares:
-        patches = [Patch(color=np.divide(TINTS[name], 255), label=shares[name]) for name in shares]
+        patches = []
+        for name, text in shares.items():
+            red, green, blue = TINTS[name]
+            patches.append(Patch(color=(red / 255, green / 255, blue / 255), label=text))
         ax.legend(handles=patches, loc='lower left', fontsize=7)
 
 

@@ -423,7 +423,8 @@ def made_dicom(folder):
 def test_a_damaged_length_of_a_dicom_tile(tmp_path):
     path = made_dicom(tmp_path / 'dicom') / 'level0.dcm'
     data = bytearray(path.read_bytes())
-    second = data.find(b'\xfe\xff\x00\xe0', data.find(b'\xfe\xff\x00\xe0') + 4)
+    item, pixels = b'\xfe\xff\x00\xe0', data.find(b'\xe0\x7f\x10\x00')
+    second = data.find(item, data.find(item, pixels) + 4)
     data[second + 4 : second + 8] = b'\x05\0\0\0'
     path.write_bytes(data)
     assert 'its tiles cannot be found' in says(path)
@@ -451,16 +452,15 @@ def says_when_read(path):
     return refusal(read, path)
 
 
-@pytest.mark.parametrize('n', [3, 400])
 @pytest.mark.parametrize('size', SIZES)
-def test_a_jpeg_whose_data_do_not_end_where_it_does(tmp_path, n, size):
+def test_a_jpeg_whose_data_do_not_end_where_it_does(tmp_path, size):
     rgb = tiffs.pixels(size)
     path = tmp_path / 'a.jpg'
     Image.fromarray(rgb).save(path, quality=90)
     data = path.read_bytes()
     start = data.find(b'\xff\xda') + 14
     at = (start + len(data)) // 2
-    path.write_bytes(data[:at] + data[at + n :])
+    path.write_bytes(data[:at] + data[at + 400 :])
     assert 'truncated or damaged' in says_when_read(path)
 
 

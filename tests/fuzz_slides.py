@@ -39,7 +39,7 @@ from streaming_pathology.slides.readers import slide_files
 from streaming_pathology.slides.slides import Slide, area_average
 
 SEED = 0
-SECONDS = 20.0  # for one file
+SECONDS = 60.0  # for one file
 MEMORY = 3 * 2**30  # bytes of address space, beyond what the process has when it begins
 
 # ---- where the numbers of a file are

@@ -366,6 +366,7 @@ def jpeg_problem(data: bytes, tables: bytes | None) -> str | None:
 # %% ../../nbs/slides/04_pixels.ipynb #009e622b
 START_OF_FRAME = (0xC0, 0xC1)  # of a JPEG whose pixels are in one pass
 ADOBE = b'Adobe'
+SAMPLINGS = ((1, 1), (2, 1), (2, 2))
 
 
 class JpegFrame(NamedTuple):
@@ -402,8 +403,9 @@ def plain_frame(header: bytes) -> JpegFrame | None:
             bits, height, width, n_colors = struct.unpack_from('>BHHB', content)
             factors = content[7::3]
             first = (factors[0] >> 4, factors[0] & 15)
-            is_known = n_colors == 1 or (n_colors == 3 and factors[1:3] == b'\x11\x11')
-            if bits != 8 or not height or not is_known:
+            is_grey = n_colors == 1 and first == (1, 1)
+            is_known = n_colors == 3 and first in SAMPLINGS and factors[1:3] == b'\x11\x11'
+            if bits != 8 or not height or not (is_grey or is_known):
                 return None
             frame = JpegFrame(height, width, n_colors, first)
     return frame

@@ -36,6 +36,8 @@ from streaming_pathology.slides.dicom import (
     slide_key,
 )
 from streaming_pathology.slides.pixels import (
+    JPEG,
+    YCBCR,
     Colors,
     Orientation,
     TiffPixels,
@@ -283,6 +285,7 @@ def resolve_spacing(
 
 # %% ../../nbs/slides/05_readers.ipynb #a5da70d5
 HARMLESS = ('thumbnail', 'map')  # associated images that show neither label nor glass
+RGB = 2  # photometric interpretation
 
 
 @functools.lru_cache(16)
@@ -351,6 +354,48 @@ class OpenSlideReader:
         "Close the file."
         self.file.close()
 
+# %% ../../nbs/slides/05_readers.ipynb #e2ce1f68
+def jpeg_level(images: list[TiffImage], size: tuple[int, int]) -> TiffImage | None:
+    "The image of a size, if there is one and all of it is in JPEG tiles of red, green and blue."
+    found = [image for image in images if image.size == size and image.tile is not None]
+    if len(found) != 1:
+        return None
+    image = found[0]
+    kind = (image.compression, image.samples, image.bits, image.planar, image.orientation)
+    rows, columns = image.grid
+    is_whole = len(image.lengths) == rows * columns and bool(image.lengths.all())
+    is_known = kind == (JPEG, 3, 8, 1, 1) and image.photometric in (RGB, YCBCR)
+    return image if is_known and is_whole else None
+
+
+class AperioReader(OpenSlideReader):
+    """A slide of Aperio. OpenSlide reads what it says, and libvips its JPEG tiles: faster, and a
+    tile whose data do not end where it does is damaged, which OpenSlide does not ask for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        weakref.finalize(self, forget_operations).atexit = False  # also where it is never closed
+        images = tiff_images(path)
+        self.tiles: dict[int, TiffPixels] = {}
+        for level, size in enumerate(self.sizes):
+            image = jpeg_level(images, size)
+            if image is not None:
+                self.tiles[level] = tiff_pixels(path, [image], Colors(), level)
+
+    def fetch(self, level: int, top: int, left: int, height: int, width: int) -> np.ndarray:
+        "Pixels of a level, uint8 (height, width, 3)."
+        tiles = self.tiles.get(level)
+        if tiles is None:
+            return super().fetch(level, top, left, height, width)
+        return tiles.fetch(top, left, height, width)
+
+    def close(self) -> None:
+        "Close the file."
+        super().close()
+        for tiles in self.tiles.values():
+            tiles.close()
+        forget_operations()
+
 # %% ../../nbs/slides/05_readers.ipynb #29c52351
 class DicomReader(OpenSlideReader):
     "A slide in DICOM: all files of its series are whole, and its kind is that of slides."
@@ -361,7 +406,7 @@ class DicomReader(OpenSlideReader):
 
 # %% ../../nbs/slides/05_readers.ipynb #bb5ed2e2
 PHOTOMETRIC = (0, 1, 2, 3, 5, 6)  # grey either way, RGB, palette, CMYK, YCbCr
-CMYK, YCBCR, SEPARATE_PLANES = 5, 6, 2
+CMYK, SEPARATE_PLANES = 5, 2
 JPEGS = (6, 7)  # compressions whose YCbCr libvips converts
 
 
@@ -643,6 +688,11 @@ def is_of_scanner(path: Path) -> bool:
     return vendor(path) not in (None, 'generic-tiff')
 
 
+def is_of_aperio(path: Path) -> bool:
+    "Whether a file is an SVS of Aperio."
+    return vendor(path) == 'aperio'
+
+
 def is_any(path: Path) -> bool:
     "Every file: what is left is opened by libvips, or refused by it."
     return True
@@ -650,6 +700,7 @@ def is_any(path: Path) -> bool:
 # %% ../../nbs/slides/05_readers.ipynb #665f7115
 READERS: list[tuple[Callable[[Path], bool], Callable[[Path], Reader]]] = [
     (is_dicom, DicomReader),
+    (is_of_aperio, AperioReader),
     (is_of_scanner, OpenSlideReader),
     (is_tiff, TiffReader),
     (is_any, PictureReader),

@@ -15,7 +15,12 @@ from refusals import refusal
 
 from streaming_pathology.core import InputError
 from streaming_pathology.slides.masks import looks_inverted, mask_image
-from streaming_pathology.slides.readers import open_reader, write_tiff
+from streaming_pathology.slides.readers import (
+    OpenSlideReader,
+    open_reader,
+    sample_slide,
+    write_tiff,
+)
 from streaming_pathology.slides.slides import Slide
 from streaming_pathology.slides.tiff import names_a_photograph
 
@@ -386,6 +391,89 @@ def test_a_damaged_jpeg_tile_is_named(tmp_path, size, number, n):
             slide.read(0.5, (256 * row + 10, 256 * column + 10, 20, 20))
         other = (256 * ((row + 1) % 2), 256 * ((column + 1) % columns), 20, 20)
         assert slide.read(0.5, other).shape == (20, 20, 3)
+
+
+@pytest.mark.parametrize('number', [0, 57])
+def test_a_damaged_tile_of_an_svs_is_named(tmp_path, number):
+    "The sample has 10 tiles a row; OpenSlide reads damage of this kind without a word."
+    path = tmp_path / 'a.svs'
+    path.write_bytes(sample_slide().read_bytes())
+    tiffs.damage(path, number, n=300)
+    row, column = divmod(number, 10)
+    with Slide(path) as slide:
+        place = (240 * row + 10, 240 * column + 10, 20, 20)
+        with pytest.raises(InputError, match=rf'tile {row}, {column}\) of level 0'):
+            slide.read(slide.spacing, place)
+        assert slide.read(slide.spacing, (500, 500, 300, 300)).shape == (300, 300, 3)
+
+
+def test_an_svs_by_libvips_is_that_by_openslide():
+    path = sample_slide()
+    reader, other = open_reader(path), OpenSlideReader(path)
+    assert reader.tiles and reader.sizes == other.sizes and reader.said == other.said
+    for region in ((0, 0, 300, 500), (235, 239, 11, 502), (2700, 2000, 267, 220)):
+        assert (reader.fetch(0, *region) == other.fetch(0, *region)).all()
+
+
+def made_dicom(folder):
+    made.dicom(folder, made.pixels((440, 440)))
+    return folder
+
+
+def test_a_damaged_length_of_a_dicom_tile(tmp_path):
+    path = made_dicom(tmp_path / 'dicom') / 'level0.dcm'
+    data = bytearray(path.read_bytes())
+    item, pixels = b'\xfe\xff\x00\xe0', data.find(b'\xe0\x7f\x10\x00')
+    second = data.find(item, data.find(item, pixels) + 4)
+    data[second + 4 : second + 8] = b'\x05\0\0\0'
+    path.write_bytes(data)
+    assert 'its tiles cannot be found' in says(path)
+
+
+@pytest.mark.parametrize('tile', [(64, 64), None])
+@pytest.mark.parametrize('size', SIZES[:2])
+def test_deflated_data_that_are_longer_than_the_image(tmp_path, tile, size):
+    "As where they are damaged, or where the header gives another width."
+    rgb = tiffs.pixels(size)
+    path = tmp_path / 'a.tif'
+    tiffs.write(path, rgb, tile, compression='adobe_deflate', rowsperstrip=None if tile else 50)
+    assert (Slide(path).read(0.5) == rgb).all()
+    tiffs.change_tag(path, 322 if tile else 256, 48 if tile else size[1] - 7)
+    text = says_when_read(path)
+    assert ('more than' in text and 'bytes are in its data' in text) or 'needs' in text
+
+
+def says_when_read(path):
+    "What a file is refused with, at opening or when it is read."
+
+    def read(path):
+        Slide(path, spacing=0.5).read(0.5)
+
+    return refusal(read, path)
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_a_jpeg_whose_data_do_not_end_where_it_does(tmp_path, size):
+    rgb = tiffs.pixels(size)
+    path = tmp_path / 'a.jpg'
+    Image.fromarray(rgb).save(path, quality=90)
+    data = path.read_bytes()
+    start = data.find(b'\xff\xda') + 14
+    at = (start + len(data)) // 2
+    path.write_bytes(data[:at] + data[at + 400 :])
+    assert 'truncated or damaged' in says_when_read(path)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+@pytest.mark.parametrize(
+    'kind', [{}, {'subsampling': 0}, {'subsampling': 1}, {'progressive': True}]
+)
+def test_kinds_of_jpeg(tmp_path, mode, kind):
+    path = tmp_path / 'a.jpg'
+    Image.fromarray(tiffs.smooth((101, 203))).convert(mode).save(path, quality=90, **kind)
+    slide, _ = quiet(path, spacing=0.5)
+    if mode != 'CMYK':
+        assert (slide.read(0.5) == np.asarray(Image.open(path).convert('RGB'))).all()
 
 
 def test_a_damaged_tile_of_a_coarse_level(tmp_path):

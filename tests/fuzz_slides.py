@@ -598,8 +598,8 @@ def main() -> None:
         '--journal',
         type=Path,
         default=Path(tempfile.gettempdir()) / 'fuzz-slides.jsonl',
-        help='what is done so far, from which a run that was broken off goes on; remove it to begin '
-        'anew',
+        help='what is done so far, from which a run that was broken off goes on; without it, '
+        'it begins anew',
     )
     parser.add_argument('--workers', type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()

@@ -521,14 +521,14 @@ class Children:
             child.end()
 
 
-def run(numbers: Iterable[int], folder: Path, workers: int = 1) -> list[Result]:
-    "Damage slides and see what becomes of each."
+def run(numbers: Iterable[int], folder: Path, workers: int = 1) -> Iterator[Result]:
+    "Damage slides and see what becomes of each, in the order of their numbers."
     originals = folder / 'originals'
     made.every_format(originals)
     children = Children(originals, folder)
     try:
         with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(children.ask, numbers))
+            yield from pool.map(children.ask, numbers)
     finally:
         children.end()
 
@@ -582,17 +582,34 @@ def summary(results: list[Result]) -> dict:
     }
 
 
+def saved_results(journal: Path) -> list[Result]:
+    "What a former run has done."
+    if not journal.exists():
+        return []
+    return [Result(**json.loads(line)) for line in journal.read_text().splitlines()]
+
+
 def main() -> None:
     "Damage slides, print what became of them, and save it."
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('out', type=Path, help='JSON file for the results')
     parser.add_argument('--n', type=int, default=2000, help='number of damaged files')
-    parser.add_argument('--first', type=int, default=0, help='number of the first one')
+    parser.add_argument(
+        '--journal',
+        type=Path,
+        default=Path(tempfile.gettempdir()) / 'fuzz-slides.jsonl',
+        help='what is done so far, from which a run that was broken off goes on; without it, '
+        'it begins anew',
+    )
     parser.add_argument('--workers', type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        numbers = range(options.first, options.first + options.n)
-        results = run(numbers, Path(folder), options.workers)
+    results = saved_results(options.journal)
+    numbers = range(len(results), options.n)
+    with tempfile.TemporaryDirectory() as folder, open(options.journal, 'a') as journal:
+        for result in run(numbers, Path(folder), options.workers):
+            journal.write(json.dumps(asdict(result)) + '\n')
+            journal.flush()
+            results.append(result)
     found = summary(results)
     options.out.write_text(json.dumps(found, indent=1) + '\n')
     for key in ('verdicts', 'by_format', 'by_damage', 'faults'):

@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
-    return fuzz_slides.run(range(200), tmp_path_factory.mktemp('fuzz'))
+    return list(fuzz_slides.run(range(200), tmp_path_factory.mktemp('fuzz')))
 
 
 def test_nothing_crashes_or_hangs_and_every_refusal_is_a_sentence(results):

@@ -552,7 +552,8 @@ class ExportSettings(Settings):
         '.safetensors file that sp_export wrote'
     )
     out: str | None = optional_argument(
-        '.safetensors file to write; the model card as text is written beside it, as .md'
+        '.safetensors file to write, with the model card as text beside it, as .md (default: none, '
+        'with --check)'
     )
     check_: bool = option(
         False,
@@ -578,7 +579,8 @@ class ExportSettings(Settings):
     )
     changes: str | None = option(
         None,
-        'what has changed since the export that is replaced, a line of the changelog',
+        'what has changed since the export that is replaced, a line of the changelog (default: '
+        'that it was exported)',
         'model card',
     )
 

@@ -100,11 +100,6 @@ def test_no_id_column(bad, capsys):
     training_refused(capsys, bad, 'manifest.csv', "'slide_id'")
 
 
-def test_semicolons(bad, capsys):
-    manifest(bad, HEADER.replace(',', ';') + 's00;0;slides/s00.tiff;p;train\n')
-    training_refused(capsys, bad, "';'", 'commas')
-
-
 def test_duplicates(bad, capsys):
     manifest(bad, HEADER + 's00,0,slides/s00.tiff,p,\ns00,1,slides/s01.tiff,q,\n')
     training_refused(capsys, bad, 'line 3', "'s00'", 'line 2')

@@ -122,7 +122,8 @@ def test_no_file_of_a_report_without_names_has_one(toy, tmp_path):
         for text in texts
         for figure in re.findall('svg[+]xml;base64,([^"]*)', text)
     ]
-    plain = [re.sub('base64,[^"]*', '', text) for text in texts]
+    # without pictures and the numbers of maps, in whose letters any short word may occur
+    plain = [re.sub('base64,[^"]*|[A-Za-z0-9+/=]{100,}', '', text) for text in texts]
     paths = [str(path.relative_to(index.parent)) for path in index.parent.rglob('*')]
     assert figures
     assert 'Slide 3' in ' '.join(plain)

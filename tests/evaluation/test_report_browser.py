@@ -34,13 +34,14 @@ FLAGS = [
     '--disable-sync',
     '--no-first-run',
 ]
+N_LABELLED = 11
 WIDTH, SPACING = 6144, 0.5  # of the large picture: pixels, and microns per pixel
 
 
 @pytest.fixture(scope='module')
 def report(tmp_path_factory):
-    "Of 40 slides, one of which is as large as one of the paper's at a quarter."
-    run = toy_run(tmp_path_factory.mktemp('run'), n=39)
+    "Of a dozen slides, one of which is as large as one of the paper's at a quarter."
+    run = toy_run(tmp_path_factory.mktemp('run'), n=N_LABELLED)
     rng = np.random.default_rng(0)
     blocks = rng.integers(150, 256, (64, WIDTH // 64, 3), np.uint8)
     large = np.kron(blocks, np.ones((64, 64, 1), np.uint8))
@@ -176,12 +177,12 @@ def test_order(page, key):
 def test_errors_only(page):
     page.locator('input[name=order][value=name]').check()
     names = shown_names(page)
-    assert names == sorted(names) and len(names) == 39
+    assert names == sorted(names) and len(names) == N_LABELLED
     page.locator('input[name=show][value=wrong]').check()
     n_wrong = page.locator('#labelled .card.wrong').count()
-    assert len(shown_names(page)) == n_wrong < 39
+    assert len(shown_names(page)) == n_wrong < N_LABELLED
     count = page.locator('#count').inner_text()
-    assert count == f'{n_wrong} of the 39 slides of this page shown'
+    assert count == f'{n_wrong} of the {N_LABELLED} slides of this page shown'
 
 
 def test_heatmap_fades(page):

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,8 +15,10 @@ import numpy as np
 import pytest
 import pyvips
 import torch
+import tqdm.std
+from forks import Forked
 from PIL import Image
-from runs import heard, quick, refused, tree
+from runs import quick, refused, tree
 from safetensors import safe_open
 from small import COMMAND
 
@@ -393,12 +394,8 @@ def test_predictions_go_on(cohort, trained, tmp_path):
         return sum(p.read_bytes().count(b'\n') for p in tmp_path.glob('p.csv.unfinished'))
 
     for k in range(3):
-        p = subprocess.Popen(
-            [*COMMAND, 'predict', model, cohort / 'manifest.csv', out, '--tta', 'all'],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=heard,
-        )
+        argv = ['predict', model, cohort / 'manifest.csv', out, '--tta', 'all']
+        p = Forked('small:command', *argv)
         there = lines()
         while p.poll() is None and lines() < max(1, there) + 2:
             time.sleep(0.002)
@@ -892,11 +889,9 @@ def test_a_training_that_diverges_leaves_what_was_there(cohort, trained, tmp_pat
 
 def started(folder, *argv):
     "sp_train in a process of its own, once it has emptied `folder` for its work."
-    p = subprocess.Popen(
-        [*COMMAND, 'train', *map(str, argv)], stderr=subprocess.PIPE, text=True, preexec_fn=heard
-    )
+    p = Forked('small:command', 'train', *argv)
     while not (folder / 'environment.json').exists() or (folder / 'report/index.html').exists():
-        assert p.poll() is None, p.stderr.read()
+        assert p.poll() is None, p.text()
         time.sleep(0.01)
     return p
 
@@ -924,50 +919,50 @@ def test_a_stopped_training_gives_back_what_it_replaced(cohort, trained, tmp_pat
     } == before
 
 
+def interrupted_at_a_bar(*argv):
+    "sp_train, in a process of its own, that is interrupted while a progress bar is made."
+    tqdm.std.tqdm._get_free_pos = classmethod(lambda *_: signal.raise_signal(signal.SIGINT))
+    return COMMANDS['train']([*map(str, argv)])
+
+
 def test_an_interrupt_may_come_while_a_bar_is_made(cohort, tmp_path):
-    interrupt = 'import signal, sys, tqdm.std; tqdm.std.tqdm._get_free_pos = classmethod(lambda *_: signal.raise_signal(signal.SIGINT)); '
-    code = (
-        interrupt
-        + 'import streaming_pathology.cli.commands; from streaming_pathology.cli.parser import COMMANDS; sys.exit(COMMANDS["train"](sys.argv[1:]))'
-    )
-    done = subprocess.run(
-        [sys.executable, '-c', code, cohort / 'manifest.csv', tmp_path / 'run', *map(str, QUICK)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        preexec_fn=heard,
-    )
-    assert (done.returncode, done.stderr) == (130, 'error: interrupted\n')
+    argv = [cohort / 'manifest.csv', tmp_path / 'run', *QUICK]
+    p = Forked('test_commands:interrupted_at_a_bar', *argv)
+    _, err = p.communicate()
+    assert (p.returncode, err) == (130, 'error: interrupted\n')
+
+
+class Going:
+    "Raises an interrupt while it goes."
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        sum(range(10))
+
+
+def interrupted_in_vain(*argv):
+    "sp_train, in a process of its own, of which the first interrupts are lost."
+    init = tqdm.std.tqdm.__init__
+
+    def and_lose_one(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        Going()
+        time.sleep(3)
+
+    tqdm.std.tqdm.__init__ = and_lose_one
+    return COMMANDS['train']([*map(str, argv)])
 
 
 def test_an_interrupt_that_is_lost_comes_again(cohort, tmp_path):
     "As one is that arrives while an object goes, or in a callback of a library."
-    lost = 'import signal, sys, time, tqdm.std\nclass Going:\n    def __del__(self): signal.raise_signal(signal.SIGINT); sum(range(10))\nold = tqdm.std.tqdm.__init__\ndef init(self, *args, **kwargs): old(self, *args, **kwargs); Going(); time.sleep(3)\ntqdm.std.tqdm.__init__ = init\n'
-    code = (
-        lost
-        + 'import streaming_pathology.cli.commands; from streaming_pathology.cli.parser import COMMANDS; sys.exit(COMMANDS["train"](sys.argv[1:]))'
-    )
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-c',
-            code,
-            cohort / 'manifest.csv',
-            tmp_path / 'run',
-            *map(str, QUICK),
-            '--epochs',
-            '1000',
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        preexec_fn=heard,
-    )
+    argv = [cohort / 'manifest.csv', tmp_path / 'run', *QUICK, '--epochs', 1000]
+    p = Forked('test_commands:interrupted_in_vain', *argv)
+    _, err = p.communicate()
     assert (
-        done.returncode == 130
-        and done.stderr.splitlines()[-1] == 'error: interrupted'
-        and 'Traceback' not in done.stderr
-    ), done.stderr
+        p.returncode == 130
+        and err.splitlines()[-1] == 'error: interrupted'
+        and 'Traceback' not in err
+    ), err
 
 
 def test_a_killed_training_loses_nothing(cohort, trained, tmp_path, capsys):
@@ -1151,33 +1146,22 @@ def test_help_of_every_command(capsys):
         assert e.value.code == 0 and f'sp_{name}' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_a_trimming_that_is_stopped_ends_at_once(tmp_path, workers):
+def trimming(manifest, out, workers):
+    "Arguments of a trimming."
+    options = ['--spacing', 2, '--min-area-mm2', 0.01, '--workers', workers]
+    return ['trim', manifest, out, *options]
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_trimming_that_is_stopped_ends_at_once(tmp_path, capsys, workers):
     "And what it began is whole or not there; the next run goes on."
     manifest = write_cohort(tmp_path / 'cohort', n=4, size=(256, 512), spacing=2.0, progress=False)
-    command = [
-        sys.executable,
-        '-m',
-        'streaming_pathology.cli',
-        'trim',
-        manifest,
-        tmp_path / 'out',
-        '--spacing',
-        '2',
-        '--min-area-mm2',
-        '.01',
-        '--workers',
-        str(workers),
-    ]
-    p = subprocess.Popen(
-        [*command, '--margin', '30000'], stderr=subprocess.PIPE, text=True, preexec_fn=heard
-    )  # images of 30,000 x 30,000 pixels
-    while not (tmp_path / 'out/overview').exists() or not any(
-        (tmp_path / 'out/overview').glob('*.jpg')
-    ):
-        assert p.poll() is None
-        time.sleep(0.05)
-    time.sleep(1)
+    argv = trimming(manifest, tmp_path / 'out', workers)
+    p = Forked('small:command', *argv, '--margin', 30000)  # images of 30,000 x 30,000 pixels
+    while not any((tmp_path / 'out/overview').glob('*.jpg')):
+        assert p.poll() is None, p.text()
+        time.sleep(0.02)
+    time.sleep(0.5)
     p.send_signal(signal.SIGINT)
     begun = time.perf_counter()
     _, err = p.communicate(timeout=60)
@@ -1189,10 +1173,7 @@ def test_a_trimming_that_is_stopped_ends_at_once(tmp_path, workers):
         and 'Traceback' not in err
     ), err
     assert not any((tmp_path / 'out').glob('biopsies/*.tiff'))
-    assert (
-        'other settings'
-        in subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
-    )
+    refused(capsys, argv, 'other settings')
 
 
 def trimmed_tree(out):
@@ -1207,41 +1188,20 @@ def test_a_trimming_that_is_killed_goes_on(tmp_path):
     "At any moment, and with a second process that tries to write there too: in the end all is there as if nothing had happened."
     manifest = write_cohort(tmp_path / 'cohort', n=6, size=(256, 384), spacing=2.0, progress=False)
 
-    def command(out):
-        return [
-            sys.executable,
-            '-m',
-            'streaming_pathology.cli',
-            'trim',
-            manifest,
-            tmp_path / out,
-            '--spacing',
-            '2',
-            '--min-area-mm2',
-            '.01',
-            '--workers',
-            '1',
-        ]
+    def trim(name, workers):
+        return Forked('small:command', *trimming(manifest, tmp_path / name, workers))
 
-    begun = time.perf_counter()
-    subprocess.run(command('whole'), check=True, capture_output=True)
-    whole = time.perf_counter() - begun
-    for share in (0.8,):
-        p = subprocess.Popen(
-            command('killed'), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        time.sleep(0.5 * share * whole)
-        other = subprocess.Popen(
-            command('killed'), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        time.sleep(0.5 * share * whole)
+    assert trim('whole', 0).wait() == 0
+    first = trim('killed', 1)
+    while not any((tmp_path / 'killed/biopsies').glob('*.tiff')):
+        assert first.poll() is None, first.text()
+        time.sleep(0.01)
+    other = trim('killed', 0)
+    time.sleep(0.2)
+    for p in (first, other):
         p.kill()
         p.wait()
-        other.kill()
-        other.wait()
-    last = [
-        subprocess.Popen(command('killed'), stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    last = [trim('killed', 0) for _ in range(2)]
     said = [p.communicate(timeout=120)[1] for p in last]
     assert sorted(p.returncode for p in last) in ([0, 2], [0, 0]) and all(
         'another process' in s for s, p in zip(said, last) if p.returncode
@@ -1290,33 +1250,16 @@ def test_processes_import_what_they_need(cohort, tmp_path, program, of, more, sp
 def test_trimming_onto_a_full_disk(tmp_path):
     "Every slide that could not be written is named, nothing half-written is there, and with room again it goes on."
     manifest = write_cohort(tmp_path / 'cohort', n=3, size=(256, 384), spacing=2.0, progress=False)
-    command = [
-        sys.executable,
-        '-m',
-        'streaming_pathology.cli',
-        'trim',
-        manifest,
-        tmp_path / 'out',
-        '--spacing',
-        '2',
-        '--min-area-mm2',
-        '.01',
-        '--workers',
-        '0',
-    ]
-
-    def little():  # files of 20 kB at most; what libvips writes beyond that is an error, not a signal
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=little)
+    argv = trimming(manifest, tmp_path / 'out', 0)
+    p = Forked('small:command', *argv, file_size=20_000)
+    _, err = p.communicate()
     assert (
-        done.returncode == 2
-        and '3 slides failed' in done.stderr
-        and 'Traceback' not in done.stderr
+        p.returncode == 2
+        and '3 slides failed' in err
+        and 'Traceback' not in err
         and 'cannot be written' in (tmp_path / 'out/failed.csv').read_text()
-    ), done.stderr
+    ), err
     assert not any((tmp_path / 'out').rglob('*.partial')) and not any(
         (tmp_path / 'out/biopsies').glob('*')
     )
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert Forked('small:command', *argv).wait() == 0

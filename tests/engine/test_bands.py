@@ -5,8 +5,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from canvases import canvases
+from forks import ranks as in_ranks
 from hypothesis import Phase, given
 from hypothesis import strategies as st
 from networks import UNet, close, frozen_norm, networks, random_tests, small
@@ -252,7 +252,7 @@ def _rank(rank, ranks, folder):
 
 @pytest.mark.parametrize('ranks', [2, 4])
 def test_ranks_have_what_one_process_has(ranks, tmp_path):
-    mp.spawn(_rank, (ranks, str(tmp_path)), nprocs=ranks)
+    in_ranks('test_bands:_rank', ranks, tmp_path)
     found = [torch.load(tmp_path / f'{r}.pt') for r in range(ranks)]
     for i, (net, x, _) in enumerate(_cases()):
         net.zero_grad()

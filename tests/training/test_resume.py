@@ -4,10 +4,8 @@ import copy
 import json
 import os
 import random
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -16,9 +14,9 @@ import psutil
 import pytest
 import torch
 import torchvision
+from forks import Forked
 from resumed import TRAIN, as_if_never_stopped, rows
-from runs import heard, refused, tree
-from small import COMMAND
+from runs import refused, tree
 
 from streaming_pathology.cli import commands as cli
 from streaming_pathology.cli.parser import status_of
@@ -60,15 +58,9 @@ def whole(once):
     return once('whole', make) / 'run'
 
 
-def process(*argv, **kwargs):
-    return subprocess.Popen(
-        [*COMMAND, 'train', *map(str, argv)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heard,
-        **kwargs,
-    )
+def process(*argv, **options):
+    "sp_train in a process of its own."
+    return Forked('small:command', 'train', *argv, **options)
 
 
 def test_killed_at_any_moment(cohort, whole, tmp_path):
@@ -133,7 +125,7 @@ def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
         ],
     )  # the stops are early in a short run
     for k in range(2):
-        p = process(*argv, start_new_session=True)
+        p = process(*argv, new_session=True)
         before = set(checkpoint_files(run / 'checkpoints'))
         while p.poll() is None and not set(checkpoint_files(run / 'checkpoints')) - before:
             time.sleep(0.002)
@@ -165,7 +157,7 @@ def test_stopped_while_workers_start(cohort, tmp_path, later):
         50,
         '--workers',
         2,
-        start_new_session=True,
+        new_session=True,
     )
 
     def workers():
@@ -682,19 +674,9 @@ def test_short_of_disk(cohort, whole, tmp_path):
     assert p.wait(100) == 75
     there = {f.name: f.read_bytes() for f in checkpoint_files(run / 'checkpoints')}
 
-    def little():
-        heard()
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    done = subprocess.run(
-        [*COMMAND, 'train', *map(str, argv)], capture_output=True, text=True, preexec_fn=little
-    )
-    assert (
-        done.returncode == 2
-        and 'cannot be written' in done.stderr
-        and 'Traceback' not in done.stderr
-    ), done.stderr
+    p = process(*argv, file_size=size // 2)
+    _, err = p.communicate(timeout=100)
+    assert p.returncode == 2 and 'cannot be written' in err and 'Traceback' not in err, err
     assert {
         f.name: f.read_bytes() for f in checkpoint_files(run / 'checkpoints')
     } == there and not list(run.rglob('.*.partial'))

@@ -95,33 +95,37 @@ class Forked:
 def ranks(target, n_ranks, *args, timeout=300):
     "Call `function(rank, n_ranks, *args)` in so many processes, and wait for them."
     processes = [Forked(target, rank, n_ranks, *args) for rank in range(n_ranks)]
-    try:
-        while any(process.poll() is None for process in processes) and timeout > 0:
-            if any(process.poll() for process in processes):
-                break
-            time.sleep(0.02)
-            timeout -= 0.02
-    finally:
-        for process in processes:
-            process.kill()
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+        statuses = [process.poll() for process in processes]
+        if any(statuses) or None not in statuses:
+            break
+        time.sleep(0.05)
     for process in processes:
-        assert process.wait() == 0, process.text()
+        process.kill()
+    statuses = [process.wait() for process in processes]
+    assert not any(statuses), '\n'.join(process.text() for process in processes)
 
 
 def serve():
     "Fork a process for each line of standard input; what it is to do, in that process alone."
     for name in IMPORTED:
         importlib.import_module(name)
+    running = set()
     for line in sys.stdin:
         asked = json.loads(line)
         if 'target' in asked:
             answer = os.fork()
             if answer == 0:
                 return asked
+            running.add(answer)
         else:
             pid, status = os.waitpid(asked['status_of'], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
+            running.discard(pid)
         print(json.dumps(answer), flush=True)
+    for pid in running:  # whose test has ended before them
+        os.kill(pid, signal.SIGKILL)
     sys.exit()
 
 

@@ -5,11 +5,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torchvision
 from canvases import canvases
 from forks import ranks as in_ranks
 from hypothesis import Phase, given
 from hypothesis import strategies as st
 from networks import UNet, close, frozen_norm, networks, random_tests, small
+from small import Small
 from torch import nn
 
 from streaming_pathology.core import InputError
@@ -179,7 +181,8 @@ def _cases():
     unet = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), UNet(4, 'bilinear'), nn.Conv2d(8, 2, 1)
     ).double()
-    model = StreamingClassifier('resnet18', pool='attention', n_out=2).double()
+    with mock.patch.object(torchvision.models, 'resnet18', Small):
+        model = StreamingClassifier('resnet18', pool='attention', n_out=2).double()
     canvas = Canvas(
         (700, 90),
         (0.1, 0.5, 0.9),

@@ -1,7 +1,10 @@
 "Slides over ranks: the gradients, weights and history of one process, whatever is drawn, lost or broken off."
 
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,8 +12,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from forks import Forked
-from forks import ranks as in_ranks
+import torch.multiprocessing as mp
 from resumed import rows as rows_but
 from runs import quick
 from small import COMMAND
@@ -241,7 +243,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize('ranks', [2, 4])
 def test_ranks_train_as_one(alone, ranks):
     folder, want = alone
-    in_ranks('test_ranks:_rank', ranks, folder)
+    mp.spawn(_rank, (ranks, str(folder)), nprocs=ranks)
     found = [torch.load(folder / f'{ranks}_{r}.pt', weights_only=False) for r in range(ranks)]
     for r, got in enumerate(found):
         for k in (*KINDS, 'recipe'):
@@ -272,14 +274,22 @@ TRAIN = quick(3, 3, 1e-3, '--checkpoint-minutes', 0.003)
 
 
 def torchrun(*argv, ranks=2, where=('--standalone',)):
-    program = [*where, f'--nproc-per-node={ranks}', *COMMAND[1:], *map(str, argv)]
-    return Forked('torch.distributed.run:main', program)
-
-
-def said_by(process, timeout=100):
-    "What a process and those that it started have said when it has ended."
-    process.wait(timeout)
-    return process.text()
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    return subprocess.Popen(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            *where,
+            f'--nproc-per-node={ranks}',
+            *COMMAND[1:],
+            *map(str, argv),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+    )
 
 
 def rows(path):
@@ -303,7 +313,7 @@ def on_two(once):
         tiny_cohort(folder / 'cohort', size=(64, 64))
         assert cli.main(['train', folder / 'cohort/manifest.csv', folder / 'one', *TRAIN]) == 0
         p = torchrun('train', folder / 'cohort/manifest.csv', folder / 'two', *TRAIN)
-        said = said_by(p, 200)
+        said, _ = p.communicate(timeout=200)
         assert p.returncode == 0, said
         assert said.count('report/index.html') == 1, said
 
@@ -324,14 +334,14 @@ def test_the_command_on_ranks(on_two, tmp_path):
     )
     model = on_two / 'two/checkpoints/best.pt'
     p = torchrun('predict', model, on_two / 'cohort/manifest.csv', tmp_path / 'p.csv')
-    said = said_by(p, 100)
+    said, _ = p.communicate(timeout=100)
     assert p.returncode == 0 and said.count('wrote') == 1, said
     assert rows(tmp_path / 'p.csv') == rows(on_two / 'two/predictions.csv')
 
 
 def test_what_is_refused_is_refused_by_all(on_two, tmp_path):
     p = torchrun('train', on_two / 'cohort/none.csv', tmp_path / 'x', *TRAIN)
-    said = said_by(p, 100)
+    said, _ = p.communicate(timeout=100)
     assert (
         p.returncode
         and 'cli.py' not in said
@@ -349,7 +359,7 @@ def died(agents, run, rank=1):
         time.sleep(0.01)
     next(filter(None, (rank_process(p, rank) for p in agents))).kill()
     begun = time.monotonic()
-    return [said_by(p, 200) for p in agents], time.monotonic() - begun
+    return [p.communicate(timeout=200)[0] for p in agents], time.monotonic() - begun
 
 
 def test_a_rank_that_dies(on_two, tmp_path):
@@ -402,7 +412,7 @@ def test_ranks_are_asked_to_stop(on_two, tmp_path):
     while p.poll() is None and not checkpoint_files(run / 'checkpoints'):
         time.sleep(0.01)
     p.send_signal(signal.SIGTERM)
-    said = said_by(p, 100)
+    said, _ = p.communicate(timeout=100)
     assert p.returncode and 'goes on' in said, said
     assert cli.main(argv) == 0  # on another number of ranks
     assert all(

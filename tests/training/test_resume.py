@@ -4,8 +4,10 @@ import copy
 import json
 import os
 import random
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -16,7 +18,8 @@ import torch
 import torchvision
 from forks import Forked
 from resumed import TRAIN, as_if_never_stopped, rows
-from runs import refused, tree
+from runs import heard, refused, tree
+from small import COMMAND
 
 from streaming_pathology.cli import commands as cli
 from streaming_pathology.cli.parser import status_of
@@ -61,6 +64,18 @@ def whole(once):
 def process(*argv, **options):
     "sp_train in a process of its own."
     return Forked('small:command', 'train', *argv, **options)
+
+
+def new_process(*argv, **kwargs):
+    "The same, not forked."
+    return subprocess.Popen(
+        [*COMMAND, 'train', *map(str, argv)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heard,
+        **kwargs,
+    )
 
 
 def test_killed_at_any_moment(cohort, whole, tmp_path):
@@ -108,7 +123,7 @@ def test_killed_at_any_moment(cohort, whole, tmp_path):
     assert killed >= KILLS
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [0, 2])
 def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
     "As a cluster does it: a signal, to the process or to all of its group, exit status 75, and the same command again, until it says that all is done."
     run, argv = (
@@ -124,8 +139,9 @@ def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
             0,
         ],
     )  # the stops are early in a short run
+    start = new_process if workers else process
     for k in range(2):
-        p = process(*argv, new_session=True)
+        p = start(*argv, **{'start_new_session' if workers else 'new_session': True})
         before = set(checkpoint_files(run / 'checkpoints'))
         while p.poll() is None and not set(checkpoint_files(run / 'checkpoints')) - before:
             time.sleep(0.002)
@@ -138,7 +154,7 @@ def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
             and 'Traceback' not in err
         ), err
         assert not (run / 'report/index.html').exists()
-    p = process(*argv)
+    p = start(*argv)
     _, err = p.communicate(timeout=100)
     assert p.returncode == 0, err
     as_if_never_stopped(run, whole)
@@ -149,7 +165,7 @@ def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
 @pytest.mark.parametrize('later', [0, 0.5, 2])
 def test_stopped_while_workers_start(cohort, tmp_path, later):
     "A signal to all processes of a job, which finds workers half made: all go, and none is left behind."
-    p = process(
+    p = new_process(
         cohort / 'manifest.csv',
         tmp_path / 'run',
         *TRAIN,
@@ -157,7 +173,7 @@ def test_stopped_while_workers_start(cohort, tmp_path, later):
         50,
         '--workers',
         2,
-        new_session=True,
+        start_new_session=True,
     )
 
     def workers():
@@ -181,7 +197,9 @@ def test_stopped_while_workers_start(cohort, tmp_path, later):
 
 def test_a_worker_is_killed(cohort, tmp_path):
     "As where memory runs out."
-    p = process(cohort / 'manifest.csv', tmp_path / 'run', *TRAIN, '--epochs', 50, '--workers', 1)
+    p = new_process(
+        cohort / 'manifest.csv', tmp_path / 'run', *TRAIN, '--epochs', 50, '--workers', 1
+    )
     while p.poll() is None and not checkpoint_files(tmp_path / 'run/checkpoints'):
         time.sleep(0.01)
     for c in psutil.Process(p.pid).children():
@@ -222,7 +240,7 @@ def test_a_loader_that_misses_its_worker_says_nothing_when_it_goes(capsys, monke
 
 def test_workers_change_nothing(cohort, whole, tmp_path):
     assert (
-        cli.main(['train', cohort / 'manifest.csv', tmp_path / 'run', *TRAIN, '--workers', 2]) == 0
+        cli.main(['train', cohort / 'manifest.csv', tmp_path / 'run', *TRAIN, '--workers', 3]) == 0
     )
     as_if_never_stopped(tmp_path / 'run', whole)
 
@@ -674,9 +692,19 @@ def test_short_of_disk(cohort, whole, tmp_path):
     assert p.wait(100) == 75
     there = {f.name: f.read_bytes() for f in checkpoint_files(run / 'checkpoints')}
 
-    p = process(*argv, file_size=size // 2)
-    _, err = p.communicate(timeout=100)
-    assert p.returncode == 2 and 'cannot be written' in err and 'Traceback' not in err, err
+    def little():
+        heard()
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    done = subprocess.run(
+        [*COMMAND, 'train', *map(str, argv)], capture_output=True, text=True, preexec_fn=little
+    )
+    assert (
+        done.returncode == 2
+        and 'cannot be written' in done.stderr
+        and 'Traceback' not in done.stderr
+    ), done.stderr
     assert {
         f.name: f.read_bytes() for f in checkpoint_files(run / 'checkpoints')
     } == there and not list(run.rglob('.*.partial'))

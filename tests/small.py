@@ -21,10 +21,16 @@ class Small(ResNet):
         return super()._make_layer(block, planes // 8, *args, **kwargs)
 
 
-if __name__ == '__main__':
-    torchvision.models.resnet18 = Small
+def command(*argv):
+    "Run a command; its exit status. In tests: `Forked('small:command', 'train', ...)`."
     from streaming_pathology.cli import commands as cli
     from streaming_pathology.cli.parser import hide_main
 
-    hide_main('small')  # as the commands themselves do
-    sys.exit(cli.main())
+    torchvision.models.resnet18 = Small
+    for program in ('small', 'forks'):
+        hide_main(program)  # as the commands themselves do
+    return cli.main([str(arg) for arg in argv])
+
+
+if __name__ == '__main__':
+    sys.exit(command(*sys.argv[1:]))

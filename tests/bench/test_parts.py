@@ -10,6 +10,8 @@ import torchvision
 from streaming_pathology.bench import comparison, measure, networks, strips, trial, whole_slides
 from streaming_pathology.bench.methods import shake
 
+pytestmark = pytest.mark.usefixtures('small_resnet')
+
 
 def quiet(*_):
     pass

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import pyvips
 import torch
+import tqdm.std
+from forks import Forked
 from PIL import Image
 from runs import heard, quick, refused, tree
 from safetensors import safe_open
@@ -388,12 +390,8 @@ def test_predictions_go_on(cohort, trained, tmp_path):
         return sum(p.read_bytes().count(b'\n') for p in tmp_path.glob('p.csv.unfinished'))
 
     for k in range(3):
-        p = subprocess.Popen(
-            [*COMMAND, 'predict', model, cohort / 'manifest.csv', out, '--tta', 'all'],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=heard,
-        )
+        argv = ['predict', model, cohort / 'manifest.csv', out, '--tta', 'all']
+        p = Forked('small:command', *argv)
         there = lines()
         while p.poll() is None and lines() < max(1, there) + 2:
             time.sleep(0.002)
@@ -887,11 +885,9 @@ def test_a_training_that_diverges_leaves_what_was_there(cohort, trained, tmp_pat
 
 def started(folder, *argv):
     "sp_train in a process of its own, once it has emptied `folder` for its work."
-    p = subprocess.Popen(
-        [*COMMAND, 'train', *map(str, argv)], stderr=subprocess.PIPE, text=True, preexec_fn=heard
-    )
+    p = Forked('small:command', 'train', *argv)
     while not (folder / 'environment.json').exists() or (folder / 'report/index.html').exists():
-        assert p.poll() is None, p.stderr.read()
+        assert p.poll() is None, p.text()
         time.sleep(0.01)
     return p
 
@@ -919,50 +915,50 @@ def test_a_stopped_training_gives_back_what_it_replaced(cohort, trained, tmp_pat
     } == before
 
 
+def interrupted_at_a_bar(*argv):
+    "sp_train, in a process of its own, that is interrupted while a progress bar is made."
+    tqdm.std.tqdm._get_free_pos = classmethod(lambda *_: signal.raise_signal(signal.SIGINT))
+    return COMMANDS['train']([*map(str, argv)])
+
+
 def test_an_interrupt_may_come_while_a_bar_is_made(cohort, tmp_path):
-    interrupt = 'import signal, sys, tqdm.std; tqdm.std.tqdm._get_free_pos = classmethod(lambda *_: signal.raise_signal(signal.SIGINT)); '
-    code = (
-        interrupt
-        + 'import streaming_pathology.cli.commands; from streaming_pathology.cli.parser import COMMANDS; sys.exit(COMMANDS["train"](sys.argv[1:]))'
-    )
-    done = subprocess.run(
-        [sys.executable, '-c', code, cohort / 'manifest.csv', tmp_path / 'run', *map(str, QUICK)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        preexec_fn=heard,
-    )
-    assert (done.returncode, done.stderr) == (130, 'error: interrupted\n')
+    argv = [cohort / 'manifest.csv', tmp_path / 'run', *QUICK]
+    p = Forked('test_commands:interrupted_at_a_bar', *argv)
+    _, err = p.communicate()
+    assert (p.returncode, err) == (130, 'error: interrupted\n')
+
+
+class Going:
+    "Raises an interrupt while it goes."
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        sum(range(10))
+
+
+def interrupted_in_vain(*argv):
+    "sp_train, in a process of its own, of which the first interrupts are lost."
+    init = tqdm.std.tqdm.__init__
+
+    def and_lose_one(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        Going()
+        time.sleep(3)
+
+    tqdm.std.tqdm.__init__ = and_lose_one
+    return COMMANDS['train']([*map(str, argv)])
 
 
 def test_an_interrupt_that_is_lost_comes_again(cohort, tmp_path):
     "As one is that arrives while an object goes, or in a callback of a library."
-    lost = 'import signal, sys, time, tqdm.std\nclass Going:\n    def __del__(self): signal.raise_signal(signal.SIGINT); sum(range(10))\nold = tqdm.std.tqdm.__init__\ndef init(self, *args, **kwargs): old(self, *args, **kwargs); Going(); time.sleep(3)\ntqdm.std.tqdm.__init__ = init\n'
-    code = (
-        lost
-        + 'import streaming_pathology.cli.commands; from streaming_pathology.cli.parser import COMMANDS; sys.exit(COMMANDS["train"](sys.argv[1:]))'
-    )
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-c',
-            code,
-            cohort / 'manifest.csv',
-            tmp_path / 'run',
-            *map(str, QUICK),
-            '--epochs',
-            '1000',
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        preexec_fn=heard,
-    )
+    argv = [cohort / 'manifest.csv', tmp_path / 'run', *QUICK, '--epochs', 1000]
+    p = Forked('test_commands:interrupted_in_vain', *argv)
+    _, err = p.communicate()
     assert (
-        done.returncode == 130
-        and done.stderr.splitlines()[-1] == 'error: interrupted'
-        and 'Traceback' not in done.stderr
-    ), done.stderr
+        p.returncode == 130
+        and err.splitlines()[-1] == 'error: interrupted'
+        and 'Traceback' not in err
+    ), err
 
 
 def test_a_killed_training_loses_nothing(cohort, trained, tmp_path, capsys):
@@ -1143,6 +1139,12 @@ def test_help_of_every_command(capsys):
         assert e.value.code == 0 and f'sp_{name}' in capsys.readouterr().out
 
 
+def trimming(manifest, out, workers):
+    "Arguments of a trimming."
+    options = ['--spacing', 2, '--min-area-mm2', 0.01, '--workers', workers]
+    return ['trim', manifest, out, *options]
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_trimming_that_is_stopped_ends_at_once(tmp_path, workers):
     "And what it began is whole or not there; the next run goes on."
@@ -1199,41 +1201,20 @@ def test_a_trimming_that_is_killed_goes_on(tmp_path):
     "At any moment, and with a second process that tries to write there too: in the end all is there as if nothing had happened."
     manifest = write_cohort(tmp_path / 'cohort', n=6, size=(256, 384), spacing=2.0, progress=False)
 
-    def command(out):
-        return [
-            sys.executable,
-            '-m',
-            'streaming_pathology.cli',
-            'trim',
-            manifest,
-            tmp_path / out,
-            '--spacing',
-            '2',
-            '--min-area-mm2',
-            '.01',
-            '--workers',
-            '1',
-        ]
+    def trim(name, workers):
+        return Forked('small:command', *trimming(manifest, tmp_path / name, workers))
 
-    begun = time.perf_counter()
-    subprocess.run(command('whole'), check=True, capture_output=True)
-    whole = time.perf_counter() - begun
-    for share in (0.8,):
-        p = subprocess.Popen(
-            command('killed'), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        time.sleep(0.5 * share * whole)
-        other = subprocess.Popen(
-            command('killed'), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        time.sleep(0.5 * share * whole)
+    assert trim('whole', 0).wait() == 0
+    first = trim('killed', 1)
+    while not any((tmp_path / 'killed/biopsies').glob('*.tiff')):
+        assert first.poll() is None, first.text()
+        time.sleep(0.01)
+    other = trim('killed', 0)
+    time.sleep(0.2)
+    for p in (first, other):
         p.kill()
         p.wait()
-        other.kill()
-        other.wait()
-    last = [
-        subprocess.Popen(command('killed'), stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    last = [trim('killed', 0) for _ in range(2)]
     said = [p.communicate(timeout=120)[1] for p in last]
     assert sorted(p.returncode for p in last) in ([0, 2], [0, 0]) and all(
         'another process' in s for s, p in zip(said, last) if p.returncode

@@ -5,11 +5,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torchvision
 from canvases import canvases
+from forks import ranks as in_ranks
 from hypothesis import Phase, given
 from hypothesis import strategies as st
 from networks import UNet, close, frozen_norm, networks, random_tests, small
+from small import Small
 from torch import nn
 
 from streaming_pathology.core import InputError
@@ -179,7 +181,8 @@ def _cases():
     unet = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), UNet(4, 'bilinear'), nn.Conv2d(8, 2, 1)
     ).double()
-    model = StreamingClassifier('resnet18', pool='attention', n_out=2).double()
+    with mock.patch.object(torchvision.models, 'resnet18', Small):
+        model = StreamingClassifier('resnet18', pool='attention', n_out=2).double()
     canvas = Canvas(
         (700, 90),
         (0.1, 0.5, 0.9),
@@ -252,7 +255,7 @@ def _rank(rank, ranks, folder):
 
 @pytest.mark.parametrize('ranks', [2, 4])
 def test_ranks_have_what_one_process_has(ranks, tmp_path):
-    mp.spawn(_rank, (ranks, str(tmp_path)), nprocs=ranks)
+    in_ranks('test_bands:_rank', ranks, tmp_path)
     found = [torch.load(tmp_path / f'{r}.pt') for r in range(ranks)]
     for i, (net, x, _) in enumerate(_cases()):
         net.zero_grad()

@@ -1,10 +1,12 @@
 "The memory that a machine has free, and that a process keeps."
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from forks import Forked
 
 from streaming_pathology.engine import plan
 
@@ -22,23 +24,24 @@ def test_free_on_host(tmp_path, monkeypatch, says, expected):
     assert free == expected if expected else free > 0
 
 
-LARGE_AND_SMALL = """
-import os, torch
-from streaming_pathology.engine.plan import lean_memory
-lean = LEAN and lean_memory()
-torch.empty(2**22).zero_()
-large = [(torch.ones(2**21), torch.ones(2**16)) for _ in range(40)]
-small = [b for _, b in large]
-del large
-print(int(lean), int(open('/proc/self/statm').read().split()[1])*os.sysconf('SC_PAGE_SIZE'))
-"""
+def print_memory(lean):
+    "Whether memory is lean, and what a process has after forty blocks of 8 MB were given back."
+    lean = lean and plan.lean_memory()
+    torch.empty(2**22).zero_()
+    large = [(torch.ones(2**21), torch.ones(2**16)) for _ in range(40)]
+    small = [b for _, b in large]
+    del large
+    pages = int(Path('/proc/self/statm').read_text().split()[1])
+    print(int(lean), pages * os.sysconf('SC_PAGE_SIZE'), len(small))
 
 
 def left(lean):
-    "Whether memory is lean, and what a process has after forty blocks of 8 MB were given back."
-    command = [sys.executable, '-c', LARGE_AND_SMALL.replace('LEAN', str(lean))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return tuple(map(int, done.stdout.split()))
+    "What `print_memory` finds in a process of its own."
+    process = Forked('test_memory:print_memory', lean)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    lean, memory, _ = map(int, printed.split())
+    return lean, memory
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='glibc, and /proc')

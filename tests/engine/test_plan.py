@@ -18,6 +18,7 @@ from networks import EXAMPLES, close, compare, frozen_norm, networks, random_tes
 from torch import nn
 from torchvision.models import resnet18, resnet34
 
+from streaming_pathology.bench.methods import slim
 from streaming_pathology.core import InputError
 from streaming_pathology.engine import ledger as ledgers
 from streaming_pathology.engine import plan as planner
@@ -205,11 +206,19 @@ def biopsy():
     return Canvas((1500, 640), (1.0, 1.0, 1.0), patches)
 
 
-@pytest.mark.parametrize('budget', ['least', 60e6, 80e6, 150e6, 1e9])
-def test_plans_of_canvases(budget):
-    "A canvas may keep more strips than its dense image; what is planned is what happens."
+@pytest.fixture(scope='module')
+def trained_on_biopsy():
+    "A network, a canvas, and the gradients of the plain network on its dense image."
     torch.manual_seed(0)
     net, canvas = nn.Sequential(*list(resnet18().eval().children())[:6]), biopsy()
+    loss = net(canvas.dense()).square().mean()
+    return net, canvas, torch.autograd.grad(loss, list(net.parameters()))
+
+
+@pytest.mark.parametrize('budget', ['least', 60e6, 80e6, 150e6, 1e9])
+def test_plans_of_canvases(budget, trained_on_biopsy):
+    "A canvas may keep more strips than its dense image; what is planned is what happens."
+    net, canvas, want = trained_on_biopsy
     p = plan(net, canvas, budget)
     assert p.streamed  # there is no tensor for the plain network
     agree(p.peak_bytes, taken(stream(net, **p.options), canvas))
@@ -221,10 +230,7 @@ def test_plans_of_canvases(budget):
     if dense:
         assert p.time < 0.75 * dense.time and p.flops < 0.75 * dense.flops
     auto = stream(net, 'auto', memory=budget)
-    want, got = (
-        torch.autograd.grad(f(x).square().mean(), list(net.parameters()))
-        for f, x in ((net, canvas.dense()), (auto, canvas))
-    )
+    got = torch.autograd.grad(auto(canvas).square().mean(), list(net.parameters()))
     # float32, as the streamed dense image
     assert all((a - b).norm() < 1e-3 * b.norm() for a, b in zip(got, want))
 
@@ -269,7 +275,7 @@ def test_states_grow_with_the_square_root():
     net = small()
 
     def extra(n, every):
-        x = torch.rand(1, 3, 16 * n, 64)
+        x = torch.rand(1, 3, 16 * n, 24)
         return taken(stream(net, 16, every=every), x) - taken(stream(net, 16, states='disk'), x)
 
     state = (extra(256, 1) - extra(64, 1)) / (256 - 64)
@@ -300,12 +306,12 @@ def test_rows_and_patches_are_not_the_whole_image():
 def test_plans_for_gradients_of_the_image():
     "Saliency: the network is frozen, the image is not."
     torch.manual_seed(0)
-    net = nn.Sequential(*list(resnet18().eval().children())[:6]).requires_grad_(False)
-    s = stream(net, 'auto', memory='60MB')
+    net = thin_resnet().requires_grad_(False)
+    s = stream(net, 'auto', memory='20MB')
     for shape in ((1, 3, 900, 400), (1, 3, 400, 900)):
         x = torch.rand(shape, requires_grad=True)
-        p = plan(net, x, '60MB')
-        assert p.peak_bytes <= 60e6 and p.parts['image'] == 2 * x.nbytes
+        p = plan(net, x, '20MB')
+        assert p.peak_bytes <= 20e6 and p.parts['image'] == 2 * x.nbytes
         agree(p.peak_bytes, taken(stream(net, **p.options), x))
         found, want = (torch.autograd.grad(f(x).sum(), x)[0] for f in (s, net))
         assert (want - found).norm() < 3e-3 * want.norm()  # float32: maxima that tie
@@ -450,6 +456,11 @@ ways = [
     (256, 2, 1, 'device'),
     (9999, 1, 1, 'device'),
 ]
+
+
+def thin_resnet():
+    "ResNet-18 up to its second stage, with a quarter of the channels."
+    return nn.Sequential(*list(slim(16, (2, 2, 2, 2)).eval().children())[:6])
 
 
 @pytest.mark.parametrize('shape', [(1, 3, 600, 256), (1, 3, 200, 700)], ids=['rows', 'columns'])
@@ -639,6 +650,8 @@ def test_planning_is_quick():
         began = time.process_time()
         p = plan(net, (1, 3, 16384, 16384), '8GB')
         best = min(best, time.process_time() - began)
+        if best < 2:
+            break
     assert best < 2 and p.peak_bytes < 8e9 and p.strip >= 128
 
 

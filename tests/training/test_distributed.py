@@ -1,14 +1,13 @@
 "Processes that train together: what they exchange, how they meet, and one that dies"
 
 import re
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.distributed as dist
+from forks import Forked
 from trainings import complaint
 
 from streaming_pathology.training.distributed import Ranks, joined, own_store
@@ -19,14 +18,17 @@ def torchrun(script, n_ranks, folder):
     "A finished torchrun of a script."
     path = folder / 'script.py'
     path.write_text(script)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    return subprocess.run(
-        [*command, f'--nproc-per-node={n_ranks}', path], capture_output=True, text=True
-    )
+    options = ['--standalone', f'--nproc-per-node={n_ranks}']
+    done = Forked('torch.distributed.run:main', [*options, str(path)])
+    done.wait(200)
+    return done
 
 
-AS_ONE = """
+AS_ONE_AND_DYING = """
+import os
+import time
 import torch
+from streaming_pathology.core import InputError
 from streaming_pathology.training.distributed import joined
 from streaming_pathology.training.loop import (
     Alone, Callback, TinyNet, fit, predict, synth_slides
@@ -57,7 +59,7 @@ def trained(ranks):
     return steps.all, history, [row['slide_id'] for row in rows]
 
 
-with joined() as (ranks, _):
+def as_one(ranks):
     steps, history, slides = trained(ranks)
     steps_of_one, history_of_one, slides_of_one = trained(Alone())
     for weights, weights_of_one in zip(steps, steps_of_one, strict=True):
@@ -71,12 +73,37 @@ with joined() as (ranks, _):
     except Exception as e:
         assert type(e).__name__ == ('ValueError' if ranks.rank == 0 else 'InputError'), e
     assert ranks.first(lambda: ranks.rank) == 0
+
+
+class Dying(Callback):
+    def after_epoch(self, state):
+        if state.ranks.rank == 1:
+            os._exit(9)
+
+
+try:
+    with joined() as (ranks, _):
+        as_one(ranks)
+        print('as one', flush=True)
+        options = dict(epochs=3, batch=2, ranks=ranks, progress=False)
+        fit(TinyNet(), synth_slides(4), callbacks=[Dying()], **options)
+except InputError as e:
+    print(e, flush=True)
+    time.sleep(60)
 """
 
 
-def test_two_ranks_train_as_one(tmp_path):
-    done = torchrun(AS_ONE, 2, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.fixture(scope='module')
+def died(tmp_path_factory):
+    "A torchrun of two ranks that train as one does, until one of them dies; the seconds it took."
+    begun = time.perf_counter()
+    done = torchrun(AS_ONE_AND_DYING, 2, tmp_path_factory.mktemp('ranks'))
+    return done, time.perf_counter() - begun
+
+
+def test_two_ranks_train_as_one(died):
+    done, _ = died
+    assert done.text().count('as one') == 2, done.text()[-3000:]
 
 
 def test_no_process_group():
@@ -140,36 +167,11 @@ def test_those_who_meet_are_of_one_start():
             list(pool.map(wait_in_vain, (0, 2)))
 
 
-DYING = """
-import os
-import time
-from streaming_pathology.core import InputError
-from streaming_pathology.training.distributed import joined
-from streaming_pathology.training.loop import Callback, TinyNet, fit, synth_slides
-
-
-class Dying(Callback):
-    def after_epoch(self, state):
-        if state.ranks.rank == 1:
-            os._exit(9)
-
-
-try:
-    with joined() as (ranks, _):
-        options = dict(epochs=3, batch=2, ranks=ranks, progress=False)
-        fit(TinyNet(), synth_slides(4), callbacks=[Dying()], **options)
-except InputError as e:
-    print(e, flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_rank_that_dies_is_noticed(tmp_path):
-    begun = time.perf_counter()
-    done = torchrun(DYING, 2, tmp_path)
+def test_a_rank_that_dies_is_noticed(died):
+    done, seconds = died
     assert done.returncode
-    assert time.perf_counter() - begun < 60
-    assert re.search(r'exitcode\s*: 9', done.stderr), done.stderr[-3000:]
+    assert seconds < 60
+    assert re.search(r'exitcode\s*: 9', done.text('err')), done.text()[-3000:]
 
 
 ON_A_GPU = """
@@ -206,4 +208,4 @@ dist.destroy_process_group()
 def test_ranks_on_a_gpu(backend, n_ranks, tmp_path):
     "NCCL does not put two ranks on one device; gloo does."
     done = torchrun(ON_A_GPU.replace('BACKEND', backend), n_ranks, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.text()[-3000:]

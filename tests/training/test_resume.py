@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 import torchvision
+from forks import Forked
 from resumed import TRAIN, as_if_never_stopped, rows
 from runs import heard, refused, tree
 from small import COMMAND
@@ -60,7 +61,13 @@ def whole(once):
     return once('whole', make) / 'run'
 
 
-def process(*argv, **kwargs):
+def process(*argv, **options):
+    "sp_train in a process of its own."
+    return Forked('small:command', 'train', *argv, **options)
+
+
+def new_process(*argv, **kwargs):
+    "The same, not forked."
     return subprocess.Popen(
         [*COMMAND, 'train', *map(str, argv)],
         stdout=subprocess.DEVNULL,
@@ -132,8 +139,9 @@ def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
             0,
         ],
     )  # the stops are early in a short run
+    start = new_process if workers else process
     for k in range(2):
-        p = process(*argv, start_new_session=True)
+        p = start(*argv, **{'start_new_session' if workers else 'new_session': True})
         before = set(checkpoint_files(run / 'checkpoints'))
         while p.poll() is None and not set(checkpoint_files(run / 'checkpoints')) - before:
             time.sleep(0.002)
@@ -146,7 +154,7 @@ def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
             and 'Traceback' not in err
         ), err
         assert not (run / 'report/index.html').exists()
-    p = process(*argv)
+    p = start(*argv)
     _, err = p.communicate(timeout=100)
     assert p.returncode == 0, err
     as_if_never_stopped(run, whole)
@@ -157,7 +165,7 @@ def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
 @pytest.mark.parametrize('later', [0, 0.5, 2])
 def test_stopped_while_workers_start(cohort, tmp_path, later):
     "A signal to all processes of a job, which finds workers half made: all go, and none is left behind."
-    p = process(
+    p = new_process(
         cohort / 'manifest.csv',
         tmp_path / 'run',
         *TRAIN,
@@ -189,7 +197,9 @@ def test_stopped_while_workers_start(cohort, tmp_path, later):
 
 def test_a_worker_is_killed(cohort, tmp_path):
     "As where memory runs out."
-    p = process(cohort / 'manifest.csv', tmp_path / 'run', *TRAIN, '--epochs', 50, '--workers', 1)
+    p = new_process(
+        cohort / 'manifest.csv', tmp_path / 'run', *TRAIN, '--epochs', 50, '--workers', 1
+    )
     while p.poll() is None and not checkpoint_files(tmp_path / 'run/checkpoints'):
         time.sleep(0.01)
     for c in psutil.Process(p.pid).children():

@@ -34,13 +34,13 @@ FLAGS = [
     '--disable-sync',
     '--no-first-run',
 ]
-N_LABELLED = 11
+N_LABELLED = 15
 WIDTH, SPACING = 6144, 0.5  # of the large picture: pixels, and microns per pixel
 
 
 @pytest.fixture(scope='module')
 def report(tmp_path_factory):
-    "Of a dozen slides, one of which is as large as one of the paper's at a quarter."
+    "Of sixteen slides, one of which is as large as one of the paper's at a quarter."
     run = toy_run(tmp_path_factory.mktemp('run'), n=N_LABELLED)
     rng = np.random.default_rng(0)
     blocks = rng.integers(150, 256, (64, WIDTH // 64, 3), np.uint8)

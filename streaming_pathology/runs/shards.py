@@ -27,11 +27,13 @@ from ..slides.cohorts import Case
 from ..slides.readers import file_stamp
 from ..slides.trim import Trim, claimed, trim_slides
 
-if TYPE_CHECKING:  # what is predicted and drawn needs torch
-    import torch
+if TYPE_CHECKING:
+    from torch.nn import Module
 
     from streaming_pathology.runs.maps import MapRun
     from streaming_pathology.training.loop import Alone
+else:  # what is predicted and drawn needs torch
+    Module = MapRun = Alone = Any
 
 # %% ../../nbs/runs/08_shards.ipynb #6f70f13b
 @dataclass(frozen=True)
@@ -317,14 +319,14 @@ class ShardResult(NamedTuple):
 
 
 def predict_shard(
-    model: 'torch.nn.Module',
+    model: Module,
     card: dict,  # both as `load_model` gives them
     cases: Sequence[Case],  # of all shards
     out: str | Path,  # the table that is put together later
     shard: Shard,
     about: dict,  # what all shards have in common
     skip: bool = False,  # the shard is done even if slides failed
-    ranks: 'Alone | None' = None,  # several processes share the slides of the shard
+    ranks: Alone | None = None,  # several processes share the slides of the shard
     **options: Any,  # of `predict_table`: device, amp, workers, tta, progress
 ) -> ShardResult:
     "As `predict_table`, of the slides of one shard, into a table of its own."
@@ -448,7 +450,7 @@ def merge_checks(
     return {case.slide_id: rows[case.slide_id] for case in cases}, failed
 
 # %% ../../nbs/runs/08_shards.ipynb #4b3ed032
-def draw_shard(run: 'MapRun', shard: Shard) -> ShardResult:
+def draw_shard(run: MapRun, shard: Shard) -> ShardResult:
     "Draw the maps of one shard: as the method draw, without the tables."
     shards = Shards(run.folder)
     mine = [case.slide_id for case in shard.take(run.cases)]
@@ -459,7 +461,7 @@ def draw_shard(run: 'MapRun', shard: Shard) -> ShardResult:
     return ShardResult(dict(run.failed), len(mine), n_before)
 
 
-def merge_maps(run: 'MapRun') -> int:
+def merge_maps(run: MapRun) -> int:
     """Write the tables of all maps, after all shards are done. Returns the number of regions.
     Raises `InputError` if shards are not done."""
     return run.write_finished(Shards(run.folder).all_failed(run.cases))

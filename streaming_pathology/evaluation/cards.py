@@ -145,7 +145,7 @@ def summary_of_labels(values: list[str]) -> dict:
     return dict(lowest=numbers.min(), median=float(np.median(numbers)), highest=numbers.max())
 
 
-def summary_of_cohort(rows: list[dict], columns: Sequence[str]) -> dict:
+def summary_of_cohort(rows: Sequence[dict], columns: Sequence[str]) -> dict:
     "Slides, patients and labels of each split. A slide without a patient_id is a patient's own."
     splits = {}
     for split in ('train', 'tuning', 'test', ''):

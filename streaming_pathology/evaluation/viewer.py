@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyvips
@@ -48,7 +48,7 @@ def save_picture(
     picture = Image.fromarray(np.asarray(image))
     height, width = picture.height, picture.width
     picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    options = dict(quality=quality)
+    options: dict[str, Any] = dict(quality=quality)
     if spacing:
         about = dict(spacing=spacing * width / picture.width, seen=[height, width])
         options['comment'] = json.dumps(about)
@@ -88,6 +88,8 @@ def read_picture(
 def scale_in(comment: bytes | str | None) -> tuple[float | None, tuple]:
     """What `save_picture` wrote into the comment of a file: microns per pixel, and the size of what
     the network was shown; (None, ()) for other comments."""
+    if comment is None:
+        return None, ()
     try:
         about = json.loads(comment)
         spacing = float(about['spacing'])
@@ -144,7 +146,8 @@ def map_values(heat: np.ndarray) -> MapValues:  # (h, w)
     if not full:
         full = 1.0
     numbers = np.rint(heat / full * 65535).astype('<u2')
-    return MapValues(*heat.shape, full, base64.b64encode(numbers.tobytes()).decode())
+    rows, columns = heat.shape
+    return MapValues(rows, columns, full, base64.b64encode(numbers.tobytes()).decode())
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ OTHERS = dict(jpeg='JPEG', png='deflate', webp='WebP', hamamatsu='JPEG')
 def compression_of_tiff(path: Path) -> str:
     "The method of the largest image of a TIFF."
     with without_log(), TiffFile(path) as tiff:
-        largest: Any = max(tiff.pages, key=lambda page: page.imagelength * page.imagewidth)
+        pages: list[Any] = list(tiff.pages)
+        largest = max(pages, key=lambda page: page.imagelength * page.imagewidth)
         number = int(largest.compression)
     return METHODS.get(number, f'method {number}')
 

@@ -463,6 +463,8 @@ def decoded_jpeg(path: Path, image: pyvips.Image) -> np.ndarray:
 
 def can_be_decoded(source: pyvips.Source | None) -> bool:
     "Whether libvips reads an image from a source, with whatever warnings."
+    if source is None:
+        return False
     try:
         image = pyvips.Image.new_from_source(source, '', access='sequential', fail_on='none')
         region = pyvips.Region.new(image)

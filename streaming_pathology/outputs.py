@@ -101,6 +101,14 @@ SHARDS = 'shards'  # a folder in it: what parts of the work say that they have d
 SYSTEM = ('lost+found', '.DS_Store', 'Thumbs.db')  # what operating systems put anywhere
 
 
+def best_checkpoint(path: str | Path) -> Path:
+    "The best checkpoint of a run folder; any other path as it is."
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return path / 'checkpoints/best.pt'
+    return path
+
+
 def is_temporary(path: Path) -> bool:
     "Whether a file is one that was being written when its process ended: see `whole_file`."
     return path.name.startswith('.') and path.suffix == '.partial'

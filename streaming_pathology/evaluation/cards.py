@@ -26,7 +26,6 @@ import streaming_pathology
 from ..core import InputError, counted, one_line
 from .pages import templates
 from streaming_pathology.evaluation.predict import (
-    best_checkpoint,
     dataset,
     export_model,
     label_columns,
@@ -37,7 +36,7 @@ from streaming_pathology.evaluation.predict import (
 from .report_inputs import public_environment
 from ..io import read_table, write_whole
 from ..mil.features import LIBRARIES
-from ..outputs import RUN, absolute
+from ..outputs import RUN, absolute, best_checkpoint
 from ..slides.cohorts import Case
 from ..slides.readers import write_tiff
 from ..slides.synthetic import paint_biopsy

@@ -41,6 +41,7 @@ from streaming_pathology.mil.features import (
     weights_hash,
 )
 from ..mil.mil import InstanceMIL
+from ..outputs import best_checkpoint
 from ..slides.cohorts import Case
 from ..slides.datasets import SlideDataset, cropped, slide_loader
 from ..slides.readers import file_stamp
@@ -248,14 +249,6 @@ def encoder_of(
         model = model.network
     network = without(card['model'], 'strip', 'memory')
     return Encoder(model, card=dict(model=network, classifies=True, spacing=card['spacing']))
-
-
-def best_checkpoint(path: str | Path) -> Path:
-    "The best checkpoint of a run folder; any other path as it is."
-    path = Path(path).expanduser()
-    if path.is_dir():
-        return path / 'checkpoints/best.pt'
-    return path
 
 
 def backbone_known(backbone: str | Path) -> bool:

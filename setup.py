@@ -64,6 +64,8 @@ setup(
         'bench': cfg['bench_requirements'].split(),
         'notebooks': cfg['notebooks_requirements'].split(),
         'codecs': cfg['codecs_requirements'].split(),
+        'timm': cfg['timm_requirements'].split(),
+        'weights': cfg['weights_requirements'].split(),
     },
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),

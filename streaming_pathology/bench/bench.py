@@ -25,7 +25,13 @@ from streaming_pathology.bench.pipeline import (
 )
 from .strips import strip_costs
 from .trial import planned_or_tried
-from .whole_slides import beside_default, beside_dense, gigapixel, large
+from streaming_pathology.bench.whole_slides import (
+    beside_default,
+    beside_dense,
+    beside_one_each,
+    gigapixel,
+    large,
+)
 from ..core import InputError
 from ..engine.plan import budget
 from ..io import whole_file
@@ -41,6 +47,7 @@ parts: dict[str, Callable] = {
     'large': large,
     'gigapixel': gigapixel,
     'canvas': beside_dense,
+    'ranges': beside_one_each,
     'lean': beside_default,
     'networks': run_networks,
     'augment': beside_chain,

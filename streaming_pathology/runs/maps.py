@@ -85,7 +85,9 @@ def no_problem(model: torch.nn.Module) -> None:
     "Why a network has no map of a method: any network has one."
 
 
-def cell_of_settings(settings: HeatmapSettings, image: torch.Tensor) -> int:
+def cell_of_settings(
+    settings: HeatmapSettings, model: torch.nn.Module, image: torch.Tensor
+) -> float:
     "The cell is a setting."
     return settings.cell
 
@@ -99,8 +101,8 @@ class HeatmapMethod:
     # from the settings, a network and what it is shown, an image uint8 (3, H, W) or the `Bag` of a
     # slide's patches, to the map: float32 (h, w), finite and not negative
     draw: Callable[[HeatmapSettings, torch.nn.Module, Any], np.ndarray]
-    # pixels from one cell of the map to the next, by the settings and the image
-    cell: Callable[[HeatmapSettings, torch.Tensor], int] = cell_of_settings
+    # pixels from one cell of the map to the next
+    cell: Callable[[HeatmapSettings, torch.nn.Module, torch.Tensor], float] = cell_of_settings
     full_color: float | None = None  # value of full colour; None: the slide's 99.5th percentile
     of_patches: bool = False  # of a network that is shown patches, not an image
     # why a network has no such map, as the end of a sentence; None if it has
@@ -137,12 +139,12 @@ def draw_integrated(
     return pool_map(heat, settings.cell)
 
 # %% ../../nbs/runs/06_maps.ipynb #3f022b99
-STRIDE = 32  # of a network: pixels from one cell of its last feature map to the next
-
-
-def cell_of_features(settings: HeatmapSettings, image: torch.Tensor) -> int:
-    "A cell of the last feature map."
-    return STRIDE
+def cell_of_features(
+    settings: HeatmapSettings, model: torch.nn.Module, image: torch.Tensor
+) -> float:
+    "A cell of the last feature map: 32 pixels for a ResNet."
+    assert isinstance(model, StreamingClassifier)  # others have no such map
+    return model.stride
 
 
 def draw_activation(
@@ -175,7 +177,9 @@ def square_of(settings: HeatmapSettings, image: torch.Tensor) -> int:
     return min(settings.occlusion_size, *image.shape[1:])
 
 
-def cell_of_occlusion(settings: HeatmapSettings, image: torch.Tensor) -> int:
+def cell_of_occlusion(
+    settings: HeatmapSettings, model: torch.nn.Module, image: torch.Tensor
+) -> float:
     "Half a square, as far as squares are apart."
     return max(1, square_of(settings, image) // 2)
 
@@ -443,7 +447,7 @@ class MapRun:
             warnings.warn(f'slide {slide_id!r}: the map is zero everywhere')
             full = 1.0
         height, width = image.shape[1:]
-        step = chosen_method(settings).cell(settings, image)
+        step = chosen_method(settings).cell(settings, self.model, image)
         grid = Grid.of_cells((height, width), heat.shape, step, self.data.spacing)
         field = field_of(self.data, index, grid)
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())

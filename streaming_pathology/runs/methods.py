@@ -40,6 +40,7 @@ from .settings import MILSettings, StreamingSettings, TrainingSettings, flag
 from ..slides.augment import STEP, Augmentation
 from ..slides.cohorts import Case
 from ..slides.datasets import SlideDataset
+from ..training.backbones import code_of, is_function
 from ..training.callbacks import DryRun
 from ..training.checkpoints import checkpoint_files
 from ..training.loop import TWO_CLASSES, Alone, Callback
@@ -173,6 +174,11 @@ class Method(Generic[Asked]):
         if settings.mean is not None:
             card.update(mean=settings.mean, std=settings.std)
         return card
+
+    def code(self) -> dict[str, str]:
+        "For the card: the checksum of the user's own code by which the network is built, if so."
+        arch = self.settings.arch
+        return dict(arch_code=code_of(arch)) if is_function(arch) else {}
 
     def build(
         self,
@@ -495,11 +501,14 @@ class Embeddings(PatchMethod):
             return encoder_of(kept)
         if settings.backbone:
             return encoder_of(settings.backbone, settings.weights, settings.weights_sha256)
-        card = self.network(TWO_CLASSES)
+        options = self.network(TWO_CLASSES)
         network = StreamingClassifier(
-            **card, weights=settings.weights, sha256=settings.weights_sha256
+            **options, weights=settings.weights, sha256=settings.weights_sha256
         )
-        return Encoder(network, card=dict(model=without(card, 'strip', 'memory')))
+        card: dict[str, Any] = dict(
+            model=without(options, 'strip', 'memory') | network.description(), **self.code()
+        )
+        return Encoder(network, card=card)
 
     def embedding_of_noise(self, encoder: Encoder) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The embedding (1, d) of a patch of noise, and its score if the encoder gives one. Raises

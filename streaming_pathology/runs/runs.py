@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch.utils.data import DataLoader
@@ -86,6 +86,7 @@ from streaming_pathology.training.checkpoints import (
 )
 from ..training.distributed import is_first_process, joined
 from ..training.loop import Alone, Callback, fit, predict, summary
+from ..training.models import StreamingClassifier
 from ..training.recipes import run_recipe
 from ..training.tasks import Binary, Task, make_task
 
@@ -457,6 +458,12 @@ def best_weights(
         save_checkpoint(path, **best | dict(settings=card))
 
 
+def describe(model: torch.nn.Module) -> dict:
+    "What a network says of itself for its card: the one of whole images, or that of patches."
+    network = getattr(model, 'network', model)
+    return network.description() if isinstance(network, StreamingClassifier) else {}
+
+
 class Common(TypedDict):
     "What `fit` is asked for in one stage, and `run_recipe` in each of several."
 
@@ -495,7 +502,7 @@ class Training:
         features = self.method.describe_features(
             model, self.data, folder, self.run.point, self.ranks, self.device
         )
-        card = self.card(features)
+        card = self.card(model, features)
         self.fit(model, card, callbacks)
         rows = self.predictions(model)
         if self.ranks.rank:
@@ -512,11 +519,15 @@ class Training:
         self.save_heatmaps(model, chosen_slides(rows, settings.heatmaps))
         return sentence
 
-    def card(self, features: dict | None) -> dict:
+    def card(self, model: torch.nn.Module, features: dict | None) -> dict:
         "The card of the network: see `load_model`."
         settings, task = self.settings, self.task
+        described: dict[str, Any] = dict(model={})
+        if not features:
+            described['model'] = self.method.network(task) | describe(model)
+            described.update(self.method.code())
         card = dict(
-            model={} if features else self.method.network(task),
+            **described,
             task=task.settings(),
             labels=label_names(settings),
             positive=settings.positive,

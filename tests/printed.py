@@ -19,12 +19,6 @@ MEASURED = {
     ('evaluation/01_predict', '32033219'): 'seconds of each prediction',
 }
 
-# (notebook, id of a cell) -> why it writes to stderr, which is a failure in all other cells
-TO_STDERR = {
-    ('cli/01_parser', 'efc95362'): 'shows the error of a command',
-    ('cli/01_parser', '11ff1a87'): 'shows the error of a command',
-}
-
 # What differs between two runs, and what stands for it
 VARIES = [
     (r'\x1b\[[0-9;]*m', ''),  # colors of a terminal
@@ -100,13 +94,13 @@ def changes(before: str, after: str) -> str:
     return '\n'.join(lines)
 
 
-def difference(committed: list, now: list, may_warn: bool = False) -> str:
+def difference(committed: list, now: list) -> str:
     """How the outputs of a cell differ from the committed ones; empty where they do not. Text on
-    stderr counts as a difference, unless the cell may write there."""
+    stderr counts as a difference: a cell that shows an error prints it."""
     warned, warns = (without_bars(text_of(outputs, 'stderr')) for outputs in (committed, now))
-    if warns and not may_warn:
+    if warns:
         return f'it writes to stderr:\n{warns}'
-    if warned and not may_warn:
+    if warned:
         return f'text on stderr is committed:\n{warned}'
     before, after = (normal(text_of(outputs, 'stdout')) for outputs in (committed, now))
-    return changes(before, after) or changes(warned, warns)
+    return changes(before, after)

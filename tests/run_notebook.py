@@ -17,7 +17,7 @@ from execnb.shell import CaptureShell
 from fastcore.xtras import working_directory
 from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import NBProcessor
-from printed import MEASURED, TO_STDERR, difference
+from printed import MEASURED, difference
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,9 +54,8 @@ def run(notebook, *skip) -> int:
             if shell.exc:
                 print(shell.prettytb(fname=path), flush=True)
                 return 1
-            key = name, cell.id
-            found = difference(committed, now, key in TO_STDERR)
-            if found and key not in MEASURED:
+            found = difference(committed, now)
+            if found and (name, cell.id) not in MEASURED:
                 different.append(f'cell {cell.idx_ + 1} (id {cell.id}): {found}')
     if different:
         print(f'{name} prints something else than was committed; run it, look, and save it:\n')

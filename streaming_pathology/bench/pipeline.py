@@ -19,16 +19,14 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import openslide
 import pyvips
 import torch
 import torch.distributed as dist
 import torchvision
-from matplotlib.axes import Axes
 from scipy import ndimage
 from torch import nn
 from torch.multiprocessing.spawn import spawn
@@ -56,6 +54,11 @@ from ..training.checkpoints import Checkpoints
 from ..training.distributed import Ranks
 from ..training.loop import Alone, Callback, State, fit, predict
 from ..training.models import StreamingClassifier
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+else:
+    Axes = Any  # matplotlib is loaded where something is drawn
 
 # %% ../../nbs/bench/09_pipeline.ipynb #26c36e90
 WHITE = [255.0, 255.0, 255.0]
@@ -666,9 +669,11 @@ def train_long(steps: int, size: tuple[int, int], workers: int, every: int, queu
 COLORS = '#6b3f94', '#c2723b', '#3b7a57', '#555555'
 
 
-def plot_memory(runs: Sequence[dict], ax: Axes | None = None) -> Axes:
+def plot_memory(runs: Sequence[dict], ax: 'Axes | None' = None) -> 'Axes':
     "Memory of each run of `long_run`, and how much of it is in use; returns the axis."
     if ax is None:
+        import matplotlib.pyplot as plt  # slow to import, so only where it is used
+
         _, ax = plt.subplots(figsize=(5, 2.6), layout='constrained')
     measured = [run for run in runs if 'seen' in run]  # the others failed
     for number, run in enumerate(measured):

@@ -13,12 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
@@ -54,6 +53,11 @@ from .report_slides import category_tables
 from .review import Wrong, errors_of, numbered, read_categories
 from ..io import several, write_csv, write_whole
 from ..outputs import DONE, uninterrupted
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+else:
+    Axes = Any  # matplotlib is loaded where something is drawn
 
 # %% ../../nbs/evaluation/19_comparison.ipynb #50f4f88f
 CohortItem = tuple[str, str]  # ('slide', id) or ('patient', id)
@@ -355,7 +359,7 @@ def validation_threshold(side: Side) -> float | None:
     return operating_point(list(labels.values()), probabilities).threshold
 
 # %% ../../nbs/evaluation/19_comparison.ipynb #1d68d462
-def plot_comparison(comparison: Comparison, ax: Axes | None = None) -> Axes:
+def plot_comparison(comparison: Comparison, ax: 'Axes | None' = None) -> 'Axes':
     "The ROC curves of both sides with their bootstrap bands; returns the axis."
     ax = axis_or_new(ax)
     curves = zip(comparison.names, comparison.scores, comparison.intervals, (ACCENT, SECOND))

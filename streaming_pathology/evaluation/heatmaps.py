@@ -13,13 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from PIL import Image
 from torch import nn
 
@@ -41,6 +38,11 @@ from ..mil.bags import Bag
 from ..mil.features import Features
 from ..slides.slides import area_average
 from ..training.models import StreamingClassifier
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+else:
+    Axes = Any  # matplotlib is loaded where something is drawn
 
 # %% ../../nbs/evaluation/10_heatmaps.ipynb #hmp00009
 METHODS = dict(
@@ -378,6 +380,8 @@ def color_map(
 ) -> np.ndarray:
     """A map as colours that get opaque with it, uint8 (h, w, 4). Raises `InputError` for what is no
     map."""
+    from matplotlib import colormaps  # slow to import, so only where it is used
+
     heat = check_map(heat)
     if vmax is None:
         vmax = np.percentile(heat, 99.5)
@@ -423,15 +427,17 @@ def overlay(
 def plot_heatmap(
     rgb: np.ndarray,  # uint8 (H, W, 3)
     heat: np.ndarray,  # (h, w) over the same field of view
-    ax: Axes | None = None,  # None: a new figure
+    ax: 'Axes | None' = None,  # None: a new figure
     title: str | None = None,
     alpha: float = 0.75,  # opacity of full colour
     vmax: float | None = None,  # value of full colour; None: the 99.5th percentile of this map
     cmap: str = 'viridis',  # of matplotlib
     grid: Grid | None = None,  # how the map lies on the image; None: just over it
-) -> Axes:
+) -> 'Axes':
     "Draw an image with its heatmap over it; returns the axis. Raises as `overlay` does."
     if ax is None:
+        import matplotlib.pyplot as plt
+
         _, ax = plt.subplots()
     ax.imshow(overlay(rgb, heat, alpha, vmax, cmap, grid))
     ax.set_axis_off()

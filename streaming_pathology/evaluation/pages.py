@@ -15,8 +15,6 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib
-import matplotlib.figure
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -118,6 +116,8 @@ def figure_uri(
     size: tuple[float, float] = (4.6, 4.2),  # width and height in inches
 ) -> str:
     "A drawing as the data URI of an SVG with the reader's own fonts."
+    import matplotlib.figure  # slow to import, so only where it is used
+
     with matplotlib.rc_context(FIGURE_STYLE):
         figure = matplotlib.figure.Figure(figsize=size, layout='constrained')
         draw(figure.add_subplot())

@@ -11,9 +11,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib.axes
 import numpy as np
 from markupsafe import Markup
 
@@ -48,6 +47,11 @@ from streaming_pathology.evaluation.results import (
     subgroups_in,
 )
 from .subgroups import Subgroup
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+else:
+    Axes = Any  # matplotlib is loaded where something is drawn
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #3e03f357
 class Fact(NamedTuple):
@@ -317,7 +321,7 @@ def curves_uri(
     return figure_uri(draw, (5, 3))
 
 
-def style_curves(ax: matplotlib.axes.Axes, ylabel: str, ylim: tuple[float, float] | None) -> None:
+def style_curves(ax: 'Axes', ylabel: str, ylim: tuple[float, float] | None) -> None:
     "Labels and grid of a figure by epoch."
     ax.set(xlabel='epoch', ylabel=ylabel, ylim=ylim)
     ax.grid(axis='y', color='.5', alpha=0.18, lw=0.8)

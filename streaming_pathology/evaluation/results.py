@@ -17,7 +17,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.figure
 import numpy as np
 
 from ..core import InputError
@@ -1031,6 +1030,8 @@ def draw_results(
     """Draw the figures of `results` into a folder, as SVG; their names.
 
     Raises `InputError` if one of the files is there and is something else."""
+    from matplotlib.figure import Figure  # slow to import, so only where it is used
+
     figures = {}
     for title, draw in figures_of(found, predictions, cohort).items():
         name = re.sub(r'\W+', '_', title)
@@ -1041,7 +1042,7 @@ def draw_results(
     for name in names:
         output_file(folder / name, '.svg', begins='(?s).*Matplotlib')
     for name, draw in zip(names, figures.values(), strict=True):
-        figure = matplotlib.figure.Figure(figsize=(4.4, 4), layout='constrained')
+        figure = Figure(figsize=(4.4, 4), layout='constrained')
         draw(figure.add_subplot())
         picture = BytesIO()
         figure.savefig(picture, format='svg', metadata={'Date': None})

@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.patches import Patch
 from scipy import ndimage, sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
@@ -28,8 +25,10 @@ from .masks import looks_inverted, nearest, tissue_from_file
 from .slides import Slide, checked_number, checked_pixels, glass_color
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from torch.nn import Module
 else:
+    Axes = Any  # matplotlib is loaded where something is drawn
     Module = Any  # torch is loaded where a network is used
 
 # %% ../../nbs/slides/08_tissue.ipynb #df3da185
@@ -740,12 +739,14 @@ def draw_tissue(
     # as by `find_tissue`, with what was left out; (mask, spacing) as by `tissue_mask`; or biopsies.
     # None: as by `biopsies`
     found: FoundTissue | tuple[np.ndarray, float] | list[Biopsy] | None = None,
-    ax: Axes | None = None,  # where to draw; None: a new figure
+    ax: 'Axes | None' = None,  # where to draw; None: a new figure
     side: int = 800,  # pixels of the longer side
-) -> Axes:
+) -> 'Axes':
     """The slide with its tissue outlined, and its biopsies numbered or what was left out in
     colour. Returns the axis."""
     if ax is None:
+        import matplotlib.pyplot as plt  # slow to import, so only where it is used
+
         height, width = slide.size
         _, ax = plt.subplots(figsize=(6, 6 * height / width))
     picture = slide.thumbnail(side)
@@ -777,8 +778,10 @@ def tinted(picture: np.ndarray, removed: dict[str, np.ndarray]) -> np.ndarray:
     return picture
 
 
-def add_legend(ax: Axes, found: FoundTissue) -> None:
+def add_legend(ax: 'Axes', found: FoundTissue) -> None:
     "Say below a picture what its tints are."
+    from matplotlib.patches import Patch  # slow to import, so only where it is used
+
     shares = found.shares()
     if shares:
         patches = []
@@ -788,7 +791,7 @@ def add_legend(ax: Axes, found: FoundTissue) -> None:
         ax.legend(handles=patches, loc='lower left', fontsize=7)
 
 
-def draw_outline(ax: Axes, mask: np.ndarray, shape: tuple[int, int], name: str = '') -> None:
+def draw_outline(ax: 'Axes', mask: np.ndarray, shape: tuple[int, int], name: str = '') -> None:
     "Outline a mask of the whole slide on a picture of another `shape`, with a name at its corner."
     if not mask.any():
         return

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyvips
-from matplotlib.figure import Figure
 from scipy import ndimage
 from tqdm.auto import tqdm
 
@@ -478,6 +477,8 @@ def find_biopsies(slide: Slide, tissue: FoundTissue, task: TrimTask) -> list[Bio
 
 def write_picture(slide: Slide, found: list[Biopsy] | FoundTissue, path: Path) -> None:
     "Write a thumbnail with the biopsies outlined, or with what was left out in colours."
+    from matplotlib.figure import Figure  # slow to import, so only where it is used
+
     height, width = slide.size
     figure = Figure((5, max(1.5, min(10, 5 * height / width))))
     draw_tissue(slide, found, figure.add_axes((0, 0, 1, 1)))

@@ -11,9 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.figure import Figure
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..core import InputError
@@ -21,8 +19,10 @@ from ..io import write_csv
 from .loop import Callback, State, rng_state, set_rng_state
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 else:
+    Figure = Any  # matplotlib is loaded where something is drawn
     SummaryWriter = Any  # TensorBoard is an extra
 
 # %% ../../nbs/training/06_callbacks.ipynb #c06623ca
@@ -100,8 +100,10 @@ class TensorBoardLog(Callback):
             self.writer = None
 
 # %% ../../nbs/training/06_callbacks.ipynb #9c1427bb
-def curves(history: list[dict]) -> Figure:
+def curves(history: list[dict]) -> 'Figure':
     "The losses of training and tuning, epoch by epoch."
+    import matplotlib.pyplot as plt  # slow to import, so only where it is used
+
     fig, ax = plt.subplots(figsize=(4, 2.2), dpi=72)
     epochs = [row['epoch'] for row in history]
     style = '.-' if len(history) < 10 else '-'
@@ -127,6 +129,8 @@ class LiveCurves(Callback):
         self.shown = None
 
     def after_epoch(self, state: State) -> None:
+        import matplotlib.pyplot as plt
+
         fig = curves(state.history)
         plt.close(fig)
         if self.shown is None:

@@ -478,6 +478,12 @@ def can_be_decoded(source: pyvips.Source | None) -> bool:
 IN_MEMORY = 2**29  # bytes
 STEP = 2**24  # bytes that are decoded at once
 
+# %% ../../nbs/slides/04_pixels.ipynb #22a0bdb0
+def in_temporary_file(shape: tuple[int, ...], kind: type[np.integer]) -> np.ndarray:
+    "An array of 0 in a temporary file, which goes with the array."
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, kind, shape=shape)
+
 # %% ../../nbs/slides/04_pixels.ipynb #b823e11d
 def decoded(path: Path, image: pyvips.Image, in_memory: int = IN_MEMORY) -> np.ndarray:
     "All pixels of a flat file, uint8 (h, w, 3); beyond 512 MB they lie in a temporary file."
@@ -491,7 +497,7 @@ def decoded(path: Path, image: pyvips.Image, in_memory: int = IN_MEMORY) -> np.n
     if n_bytes <= in_memory:
         pixels = np.empty(shape, np.uint8)
     else:
-        pixels = np.memmap(tempfile.TemporaryFile(), np.uint8, shape=shape)
+        pixels = in_temporary_file(shape, np.uint8)
     region = pyvips.Region.new(image)
     rows = max(1, STEP // (3 * shape[1]))
     for top in range(0, shape[0], rows):

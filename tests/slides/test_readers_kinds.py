@@ -407,6 +407,82 @@ def test_a_damaged_tile_of_an_svs_is_named(tmp_path, number):
         assert slide.read(slide.spacing, (500, 500, 300, 300)).shape == (300, 300, 3)
 
 
+AFTER_THE_END = {
+    'one byte': b'\0',
+    'zeros': bytes(20),
+    'text': b'written by a scanner',
+    'fill bytes': b'\xff' * 7,
+    'a second end': b'\xff\xd9',
+    'the beginning of a JPEG': b'\xff\xd8\xff\xdb\0\x43',
+}
+
+
+def write_jpeg_tiles(path):
+    "A TIFF in tiles of JPEG, an SVS by its name; returns how many it has."
+    image = made.vips(tiffs.smooth((300, 420))).copy()
+    if path.suffix == '.svs':
+        about = 'Aperio Image Library v11.2.1 \r\n420x300 (128x128) JPEG/RGB|MPP = 0.5'
+        image.set_type(pyvips.GValue.gstr_type, 'image-description', about)
+    tiles = dict(tile=True, tile_width=128, tile_height=128, resunit='cm')
+    image.tiffsave(str(path), compression='jpeg', Q=90, **tiles)
+    return len(tiffs.places(path))
+
+
+@pytest.mark.parametrize('name', ['a.svs', 'a.tif'])
+@pytest.mark.parametrize('kind', AFTER_THE_END)
+def test_bytes_after_the_end_of_a_jpeg_tile_are_harmless(tmp_path, name, kind):
+    "libjpeg reads up to the end; what a file has between it and the next tile is nobody's."
+    path = tmp_path / name
+    n = write_jpeg_tiles(path)
+    whole = Slide(path).read(0.5)
+    for number in range(n):
+        tiffs.change_piece(path, number, lambda data: data + AFTER_THE_END[kind])
+    slide, told = quiet(path)
+    assert (slide.read(0.5) == whole).all() and not told
+    if name == 'a.svs':
+        assert slide.format == 'aperio'
+        assert (OpenSlideReader(path).fetch(0, 0, 0, 300, 420) == whole).all()
+
+
+def cut_short(data):
+    "Bytes of a JPEG without the last ones."
+    return data[:-40]
+
+
+def without_end(data):
+    "Bytes of a JPEG without the mark of its end."
+    return data[:-2]
+
+
+def damage_middle(data):
+    "Bytes of a JPEG with others in its middle."
+    middle = len(data) // 2
+    return data[:middle] + np.random.default_rng(0).bytes(200) + data[middle + 200 :]
+
+
+@pytest.mark.parametrize('name', ['a.svs', 'a.tif'])
+@pytest.mark.parametrize('kind', AFTER_THE_END)
+@pytest.mark.parametrize('spoil', [cut_short, without_end, damage_middle])
+def test_bytes_after_the_end_hide_no_damage(tmp_path, name, kind, spoil):
+    path = tmp_path / name
+    write_jpeg_tiles(path)
+    tiffs.change_piece(path, 5, lambda data: spoil(data) + AFTER_THE_END[kind])
+    if kind == 'a second end' and spoil is without_end:
+        Slide(path).read(0.5)  # it is the only end
+        return
+    with pytest.raises(InputError, match=r'tile 1, 1\) of level 0'):
+        Slide(path).read(0.5)
+
+
+@pytest.mark.parametrize('kind', AFTER_THE_END)
+def test_bytes_after_the_end_of_a_jpeg_are_harmless(tmp_path, kind):
+    path = tmp_path / 'a.jpg'
+    Image.fromarray(tiffs.smooth((200, 300))).save(path, quality=90)
+    whole = Slide(path, spacing=0.5).read(0.5)
+    path.write_bytes(path.read_bytes() + AFTER_THE_END[kind])
+    assert (Slide(path, spacing=0.5).read(0.5) == whole).all()
+
+
 def test_an_svs_by_libvips_is_that_by_openslide():
     path = sample_slide()
     reader, other = open_reader(path), OpenSlideReader(path)

@@ -31,8 +31,12 @@ def loaded(*modules):
         (['streaming_pathology.slides.slides'], ['torch', 'matplotlib.pyplot']),
         (['streaming_pathology.slides.tissue'], ['torch']),
         (ENGINE, [*PATHOLOGY, 'openslide', 'pyvips', 'sklearn', 'matplotlib.pyplot']),
+        (
+            ['streaming_pathology.runs.runs'],
+            ['streaming_pathology.slides.check', 'streaming_pathology.slides.trim'],
+        ),
     ],
-    ids=['package', 'core', 'auc', 'slides', 'tissue', 'engine'],
+    ids=['package', 'core', 'auc', 'slides', 'tissue', 'engine', 'training'],
 )
 def test_what_an_import_loads(modules, spared):
     found = loaded(*modules)

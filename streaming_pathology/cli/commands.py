@@ -226,19 +226,20 @@ def check(settings: CheckSettings) -> None:
     table = Path()
     if settings.csv is not None:
         table = output_file(settings.csv, '.csv', settings.slides, 'name,status,')
-    found = find_slides(settings.slides, settings.slide_spacing, labels=None, columns=())
+    found = find_slides(settings.slides, labels=None, columns=())
     look_for = settings.tissue, settings.exclude_pen, settings.stain
+    spacing = settings.slide_spacing
     workers = settings.workers
     if workers is None:
         workers = processes(None)
     if shard is not None:
-        result = check_shard(found.cases, table, shard, *look_for, workers, tell_check)
+        result = check_shard(found.cases, table, shard, *look_for, workers, tell_check, spacing)
         tell_shard(shard, table, share(found, shard), result)
         return
     if settings.merge:
-        facts, failed = merge_checks(found.cases, table, *look_for)
+        facts, failed = merge_checks(found.cases, table, *look_for, spacing)
     else:
-        facts, failed = check_all(found, look_for, min(workers, len(found.cases)))
+        facts, failed = check_all(found, look_for, min(workers, len(found.cases)), spacing)
     outcome = Outcome(found, failed, done='ok')
     if settings.csv is not None:
         of_path = {str(case.path): facts[case.slide_id] for case in found.cases}
@@ -252,6 +253,7 @@ def check_all(
     found: FoundSlides,
     look_for: tuple[bool, bool, str],  # tissue, pen and stain, as in `check_slides`
     workers: int,
+    slide_spacing: float | None,  # as in `check_slides`
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Check all slides, and tell what is found of each. Returns these facts, slide_id -> column ->
     value, and slide_id -> a sentence of those that failed."""
@@ -259,7 +261,8 @@ def check_all(
 
     facts, failed = {}, {}
     with tqdm(total=len(found.cases), desc='checking slides', unit='slide', leave=False) as bar:
-        for each in check_slides(found.cases, *look_for, workers, bar.update):
+        checks = check_slides(found.cases, *look_for, workers, bar.update, slide_spacing)
+        for each in checks:
             facts[each.slide_id] = each.row()
             if each.problem:
                 failed[each.slide_id] = each.problem

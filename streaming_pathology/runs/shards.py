@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'CHECKED', 'Shard', 'all_shards', 'Shards', 'trim_shard', 'merge_trimmed', 'merge_tables', 'ShardResult',
-           'predict_shard', 'merge_predictions', 'check_shard', 'merge_checks', 'draw_shard', 'merge_maps',
-           'chosen_shard', 'share']
+           'predict_shard', 'merge_predictions', 'looked_for', 'check_shard', 'merge_checks', 'draw_shard',
+           'merge_maps', 'chosen_shard', 'share']
 
 # %% ../../nbs/runs/08_shards.ipynb #dc19f449
 import csv
@@ -400,6 +400,14 @@ class Lines:
 CHECKED = 'checked.jsonl'  # of a shard, in its folder
 
 
+def looked_for(tissue: bool, pen: bool, stain: str, slide_spacing: float | None) -> dict[str, Any]:
+    "What all shards of a check have in common."
+    about: dict[str, Any] = dict(tissue=tissue, pen=pen, stain=stain)
+    if slide_spacing is not None:
+        about['slide_spacing'] = slide_spacing
+    return about
+
+
 def check_shard(
     cases: Sequence[Case],  # of all shards
     out: str | Path,  # the table that is put together later
@@ -409,10 +417,11 @@ def check_shard(
     stain: str = 'he',
     workers: int = 0,  # processes; 0: this one
     tell: Callable[[SlideCheck], object] = lambda check: None,  # is told what is found of each
+    slide_spacing: float | None = None,  # as in `check_slides`
 ) -> ShardResult:
     "As `check_slides`, of the slides of one shard that were not checked before."
     shards, mine, failed = Shards(Path(out)), shard.take(cases), {}
-    about = dict(tissue=tissue, pen=pen, stain=stain)
+    about = looked_for(tissue, pen, stain, slide_spacing)
     with shards.working(shard, about) as shard_folder:
         lines = Lines(shard_folder / CHECKED)
         former, stamps = lines.read(), stamps_of(mine)
@@ -421,7 +430,7 @@ def check_shard(
             value = former.get(case.slide_id, {})
             if value.get('stamp') != stamps[case.slide_id] or value['problem']:
                 rest.append(case)
-        for found in check_slides(rest, tissue, pen, stain, workers):
+        for found in check_slides(rest, tissue, pen, stain, workers, slide_spacing=slide_spacing):
             if found.problem:
                 failed[found.slide_id] = found.problem
             value = dict(stamp=stamps[found.slide_id], problem=found.problem, row=found.row())
@@ -437,11 +446,13 @@ def merge_checks(
     tissue: bool = True,
     pen: bool = True,
     stain: str = 'he',
+    slide_spacing: float | None = None,
 ) -> tuple[dict[str, dict], dict[str, str]]:
     """What all shards have found: slide id -> facts as by the method row of `SlideCheck`, and slide
     id -> reason of those that failed. Raises `InputError` if shards are not done."""
     shards = Shards(Path(out))
-    shards.check_about(dict(shards=shards.n_shards(), tissue=tissue, pen=pen, stain=stain))
+    about = looked_for(tissue, pen, stain, slide_spacing)
+    shards.check_about(dict(shards=shards.n_shards()) | about)
     failed = shards.all_failed(cases, in_state=True)
     rows = {}
     for shard in all_shards(shards.n_shards()):

@@ -3,6 +3,7 @@ pixels at the right place and spacing, or is refused by what it is."""
 
 import io
 import warnings
+from dataclasses import replace
 
 import made
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image, ImageCms
 from refusals import refusal
 
 from streaming_pathology.core import InputError
+from streaming_pathology.slides import pixels
 from streaming_pathology.slides.masks import looks_inverted, mask_image
 from streaming_pathology.slides.readers import (
     OpenSlideReader,
@@ -22,7 +24,7 @@ from streaming_pathology.slides.readers import (
     write_tiff,
 )
 from streaming_pathology.slides.slides import Slide
-from streaming_pathology.slides.tiff import names_a_photograph
+from streaming_pathology.slides.tiff import names_a_photograph, tiff_images
 
 SIZES = [(300, 420), (517, 230), (97, 801)]
 MICRONS = dict(PhysicalSizeXUnit='µm', PhysicalSizeYUnit='µm')
@@ -517,6 +519,66 @@ def test_deflated_data_that_are_longer_than_the_image(tmp_path, tile, size):
     tiffs.change_tag(path, 322 if tile else 256, 48 if tile else size[1] - 7)
     text = says_when_read(path)
     assert ('more than' in text and 'bytes are in its data' in text) or 'needs' in text
+
+
+@pytest.mark.parametrize('predictor', [False, True])
+@pytest.mark.parametrize('tile', [(64, 64), (16, 144), (256, 128)])
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('order', '<>')
+def test_deflated_tiles_are_inflated_once(tmp_path, predictor, tile, size, order, monkeypatch):
+    "The bytes that are checked are those that are used, and not inflated by libvips again."
+    rgb = tiffs.pixels(size)
+    path = tmp_path / 'a.tif'
+    options = dict(compression='adobe_deflate', byteorder=order)
+    tiffs.write(path, rgb, tile, predictor=predictor, **options)
+    inflate, n_inflated = pixels.inflated, []
+
+    def counted(data, least, most):
+        n_inflated.append(1)
+        return inflate(data, least, most)
+
+    monkeypatch.setattr(pixels, 'inflated', counted)
+    monkeypatch.setattr(pixels, 'opened', None)
+    with Slide(path) as slide:
+        assert (slide.read(0.5) == rgb).all()
+        assert len(n_inflated) == len(tiffs.places(path))
+        assert (slide.read(0.5, (30, 60, 50, 70)) == rgb[30:80, 60:130]).all()
+
+
+@pytest.mark.parametrize('kind', ['grey', '16 bits'])
+def test_other_deflated_tiles_are_left_to_libvips(tmp_path, kind):
+    rgb = tiffs.smooth((200, 300))
+    path = tmp_path / 'a.tif'
+    options = dict(tile=(64, 64), compression='adobe_deflate')
+    if kind == 'grey':
+        rgb = np.repeat(rgb[..., :1], 3, axis=2)
+        tiffs.write(path, rgb[..., 0], photometric='minisblack', **options)
+    else:
+        tiffs.write(path, rgb.astype(np.uint16) * 257, **options)
+    (image,) = tiff_images(path)
+    assert not pixels.is_of_bytes(image)
+    assert (Slide(path).read(0.5) == rgb).all()
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(fill_order=2),
+        dict(sample_format=2),
+        dict(predictor=3),
+        dict(planar=2),
+        dict(samples=4, extra=(1,)),
+        dict(photometric=5),
+        dict(tile=(60, 60)),
+        dict(tile=None),
+    ],
+    ids=str,
+)
+def test_what_inflated_bytes_may_mean(tmp_path, change):
+    path = tiffs.write(tmp_path / 'a.tif', tiffs.pixels(), compression='adobe_deflate')
+    (image,) = tiff_images(path)
+    assert pixels.is_of_bytes(image)
+    assert not pixels.is_of_bytes(replace(image, **change))
 
 
 def says_when_read(path):

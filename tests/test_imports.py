@@ -46,8 +46,12 @@ def loaded(*modules):
         (SLIDES, ['torch', 'matplotlib', 'sklearn']),
         (TRAINING, ['matplotlib', 'sklearn']),
         (ENGINE, [*PATHOLOGY, 'openslide', 'pyvips', 'sklearn', 'matplotlib']),
+        (
+            ['streaming_pathology.runs.runs'],
+            ['streaming_pathology.slides.check', 'streaming_pathology.slides.trim'],
+        ),
     ],
-    ids=['package', 'core', 'auc', 'results', 'slides', 'training', 'engine'],
+    ids=['package', 'core', 'auc', 'results', 'slides', 'training', 'engine', 'runs'],
 )
 def test_what_an_import_loads(modules, spared):
     found = loaded(*modules)

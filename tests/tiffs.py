@@ -108,3 +108,20 @@ def damage(path, number, page=0, n=64):
     data[at : at + n] = np.random.default_rng(number).bytes(n)
     path.write_bytes(data)
     return path
+
+
+def change_piece(path, number, change, page=0):
+    "Replace the bytes of a tile or strip by `change(bytes)`, which may be longer; they go to the end."
+    with tifffile.TiffFile(path) as file:
+        found = file.pages[page]
+        tags = [found.tags[code] for code in ((324, 325) if found.is_tiled else (273, 279))]
+        sizes = [tag.valuebytecount // tag.count for tag in tags]
+        entries = [tag.valueoffset + size * number for tag, size in zip(tags, sizes, strict=True)]
+        order = file.byteorder
+    begins, length = places(path, page)[number]
+    data = bytearray(path.read_bytes())
+    changed = change(bytes(data[begins : begins + length]))
+    for at, size, value in zip(entries, sizes, (len(data), len(changed)), strict=True):
+        data[at : at + size] = struct.pack(order + {2: 'H', 4: 'I', 8: 'Q'}[size], value)
+    path.write_bytes(data + changed)
+    return path

@@ -42,6 +42,7 @@ from streaming_pathology.runs.settings import (
     MODEL,
     SLIDE_SPACING,
     SLIDES,
+    TASK_NAMES,
     HeatmapSettings,
     MILSettings,
     Settings,
@@ -226,19 +227,20 @@ def check(settings: CheckSettings) -> None:
     table = Path()
     if settings.csv is not None:
         table = output_file(settings.csv, '.csv', settings.slides, 'name,status,')
-    found = find_slides(settings.slides, settings.slide_spacing, labels=None, columns=())
+    found = find_slides(settings.slides, labels=None, columns=())
     look_for = settings.tissue, settings.exclude_pen, settings.stain
+    spacing = settings.slide_spacing
     workers = settings.workers
     if workers is None:
         workers = processes(None)
     if shard is not None:
-        result = check_shard(found.cases, table, shard, *look_for, workers, tell_check)
+        result = check_shard(found.cases, table, shard, *look_for, workers, tell_check, spacing)
         tell_shard(shard, table, share(found, shard), result)
         return
     if settings.merge:
-        facts, failed = merge_checks(found.cases, table, *look_for)
+        facts, failed = merge_checks(found.cases, table, *look_for, spacing)
     else:
-        facts, failed = check_all(found, look_for, min(workers, len(found.cases)))
+        facts, failed = check_all(found, look_for, min(workers, len(found.cases)), spacing)
     outcome = Outcome(found, failed, done='ok')
     if settings.csv is not None:
         of_path = {str(case.path): facts[case.slide_id] for case in found.cases}
@@ -252,6 +254,7 @@ def check_all(
     found: FoundSlides,
     look_for: tuple[bool, bool, str],  # tissue, pen and stain, as in `check_slides`
     workers: int,
+    slide_spacing: float | None,  # as in `check_slides`
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Check all slides, and tell what is found of each. Returns these facts, slide_id -> column ->
     value, and slide_id -> a sentence of those that failed."""
@@ -259,7 +262,8 @@ def check_all(
 
     facts, failed = {}, {}
     with tqdm(total=len(found.cases), desc='checking slides', unit='slide', leave=False) as bar:
-        for each in check_slides(found.cases, *look_for, workers, bar.update):
+        checks = check_slides(found.cases, *look_for, workers, bar.update, slide_spacing)
+        for each in checks:
             facts[each.slide_id] = each.row()
             if each.problem:
                 failed[each.slide_id] = each.problem
@@ -594,6 +598,7 @@ def write_export(settings: ExportSettings) -> None:
         Statements,
         export_with_card,
     )
+    from streaming_pathology.evaluation.predict import checkpoint_words
 
     assert settings.out is not None  # see `export`
     checkpoint = best_checkpoint(settings.run)
@@ -615,6 +620,7 @@ def write_export(settings: ExportSettings) -> None:
     )
     card = export_with_card(checkpoint, out, text, statements)
     network = card['model'].get('arch') or card['features']['aggregator']['name']
+    print(f'took {checkpoint_words(card["checkpoint"])}')
     print(
         f'wrote {out}: {network}, {card["task"]["name"]}, {card["spacing"]:g} microns per pixel, '
         f'model {card["sha256"][:16]}; its card is {text}'
@@ -698,6 +704,14 @@ class EvaluateSettings(Settings):
     "The settings of sp_evaluate."
 
     predictions: str = argument('CSV that sp_predict, sp_train or sp_mil wrote')
+    task: str | None = option(
+        None,
+        'type of label, where the table does not tell it: whether its classes have an order '
+        '(ordinal) or none (multiclass) (default: as the settings.toml beside the table says, '
+        'which a run has, and without one multiclass)',
+        'slides',
+        choices=TASK_NAMES,
+    )
     split: str = option('test', 'split of the slides to evaluate', 'slides')
     manifest: str | None = option(
         None,
@@ -761,6 +775,7 @@ def evaluate(settings: EvaluateSettings) -> None:
         seed=settings.seed,
         level=settings.confidence,
         method=settings.interval,
+        task=settings.task,
     )
     for note in found['notes']:
         warnings.warn(note)

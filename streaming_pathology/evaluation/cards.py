@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 import streaming_pathology
 from ..core import InputError, counted, one_line
 from .pages import templates
 from streaming_pathology.evaluation.predict import (
+    checkpoint_words,
     dataset,
     export_model,
     label_columns,
@@ -187,7 +189,7 @@ def painted_outputs(
     )
 
 # %% ../../nbs/evaluation/20_cards.ipynb #2e971f09
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 INTENDED_USE = (
     'Research. Not a medical device: it has not been validated for the diagnosis or treatment of '
     'patients.'
@@ -356,34 +358,29 @@ def task_tag(card: dict) -> str:
     return f'{card["task"]["name"]}-labels'
 
 # %% ../../nbs/evaluation/20_cards.ipynb #94bbbef2
-def yaml_lines(value: object, indent: int = 0) -> Iterator[str]:
-    "A value of JSON as lines of YAML: dicts and lists as blocks, all else as JSON."
-    space = '  ' * indent
-    if isinstance(value, dict):
-        for name, item in value.items():
-            if isinstance(item, (dict, list)) and item:
-                yield f'{space}{name}:'
-                yield from yaml_lines(item, indent + 1)
-            else:
-                yield f'{space}{name}: {scalar(item)}'
-    elif isinstance(value, list):
-        for item in value:
-            if isinstance(item, (dict, list)) and item:
-                first, *others = yaml_lines(item, indent + 1)
-                yield f'{space}- {first.strip()}'
-                yield from others
-            else:
-                yield f'{space}- {scalar(item)}'
+PLAIN = re.compile('[a-z][a-z_-]*')  # a text that means the same in any YAML without quotes
 
 
-def scalar(value: object) -> str:
-    "A text, a number, a truth value or null, as YAML and JSON have it."
-    if isinstance(value, str):
-        value = ''.join(letter if letter.isprintable() else ' ' for letter in value)
-    text = json.dumps(value, ensure_ascii=False)
-    if isinstance(value, float) and 'e' in text and '.' not in text:
-        text = text.replace('e', '.0e')  # YAML 1.1 takes 1e-9 for a text
-    return text
+class HeadDumper(yaml.SafeDumper):
+    "Writes texts in quotes, with escapes for what YAML may not hold, so that any YAML reads them."
+
+    def ignore_aliases(self, data: object) -> bool:
+        "Repeat what occurs twice: the Hub shows no references."
+        return True
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        "A text. What PyYAML leaves without quotes may be a number for YAML 1.2, such as 1e-9."
+        style = None if PLAIN.fullmatch(text) else '"'
+        return self.represent_scalar('tag:yaml.org,2002:str', text, style=style)
+
+
+HeadDumper.add_representer(str, HeadDumper.represent_str)
+
+
+def as_yaml(value: object) -> str:
+    "A value of JSON as YAML, one line for each text."
+    options: dict[str, Any] = dict(sort_keys=False, allow_unicode=True, width=math.inf)
+    return yaml.dump(value, Dumper=HeadDumper, **options)
 
 # %% ../../nbs/evaluation/20_cards.ipynb #f58ccdae
 CARD_BEGINS = '---\n# model card, written by sp_export\n'  # by which such a file is known
@@ -394,7 +391,7 @@ def card_text(
     file: str,  # name of the exported file
 ) -> str:
     "A card as Markdown, with the head that the Hugging Face Hub reads."
-    head = '\n'.join(yaml_lines(head_of(card, Path(file).stem)))
+    head = as_yaml(head_of(card, Path(file).stem))
     template = templates().overlay(autoescape=False).get_template('model_card.md')
     body = template.render(
         card=card,
@@ -402,10 +399,11 @@ def card_text(
         file=shlex.quote(file),
         network=network_of(card),
         shown=shown_of(card),
+        checkpoint=checkpoint_words(card['checkpoint']),
         metrics=headlines(card['metrics']),
         code=code_of(card),
     )
-    return f'{CARD_BEGINS}{head}\n---\n\n{body.strip()}\n'
+    return f'{CARD_BEGINS}{head}---\n\n{body.strip()}\n'
 
 # %% ../../nbs/evaluation/20_cards.ipynb #9bcd9397
 def network_of(card: dict) -> str:

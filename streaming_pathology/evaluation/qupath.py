@@ -7,6 +7,7 @@ __all__ = ['PRECISION', 'Field', 'field_of', 'Region', 'outline', 'regions', 'ro
            'Exported', 'drawable_regions', 'write_exports']
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #reg000002
+import functools
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,6 +118,11 @@ class Region:
     mean: float  # of the map
     highest: float  # of the map
     peak: tuple[float, float]  # (x, y) of its highest cell
+
+    @functools.cached_property
+    def polygons(self) -> list[list[list[list[float]]]]:
+        "What `rounded` gives of it."
+        return rounded(self)
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #c56b6b0f
 def signed_area(ring: np.ndarray) -> float:
@@ -243,24 +249,22 @@ def as_geojson(
     The same regions have the same ids. A region of which rounding leaves nothing is left out."""
     features = []
     for number, region in enumerate(found, start=1):
-        polygons = rounded(region)
-        if polygons:
-            features.append(as_feature(number, region, polygons, name, color, slide_id))
+        if region.polygons:
+            features.append(as_feature(number, region, name, color, slide_id))
     return dict(type='FeatureCollection', features=features)
 
 
 def as_feature(
     number: int,
-    region: Region,
-    polygons: list,  # what `rounded` gives of it, at least one
+    region: Region,  # of which rounding leaves something
     name: str,
     color: Sequence[int],
     slide_id: str,
 ) -> dict:
     "One region as a GeoJSON feature: a polygon, or several that are one annotation."
-    geometry = dict(type='MultiPolygon', coordinates=polygons)
-    if len(polygons) == 1:
-        geometry = dict(type='Polygon', coordinates=polygons[0])
+    geometry = dict(type='MultiPolygon', coordinates=region.polygons)
+    if len(region.polygons) == 1:
+        geometry = dict(type='Polygon', coordinates=region.polygons[0])
     identity = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([slide_id, name, geometry['coordinates']]))
     measurements = {
         'Area µm^2': round(region.area, 1),
@@ -355,7 +359,7 @@ def drawable_regions(
         for region in all_regions(heat, field, threshold)
         if min_area_um2 == 0 or (region is not None and region.area >= min_area_um2)
     ]
-    drawable = [region for region in large if region is not None and rounded(region)]
+    drawable = [region for region in large if region is not None and region.polygons]
     found = sorted(drawable, key=lambda region: -region.highest)
     return found, len(large) - len(found)
 

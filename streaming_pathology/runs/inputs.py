@@ -17,13 +17,13 @@ from typing import NamedTuple
 from ..core import InputError, counted
 from ..io import several, write_csv
 from ..outputs import REPORT, RUN, SYSTEM, Output, best_checkpoint
-from ..slides.check import with_spacing
 from streaming_pathology.slides.cohorts import (
     TABLES,
     Case,
     read_manifest,
     refuse_spreadsheet,
     safe_id,
+    with_spacing,
 )
 from ..slides.dicom import IncompleteDicom, dicom_header, is_dicom, slide_key
 from ..slides.readers import SUFFIXES, slide_files

@@ -57,8 +57,13 @@ from streaming_pathology.runs.settings import (
     flag,
     with_present_names,
 )
-from ..slides.check import with_spacing
-from ..slides.cohorts import Case, check_splits, read_manifest, resolve_splits
+from streaming_pathology.slides.cohorts import (
+    Case,
+    check_splits,
+    read_manifest,
+    resolve_splits,
+    with_spacing,
+)
 from streaming_pathology.slides.datasets import (
     SlideDataset,
     channel_statistics,

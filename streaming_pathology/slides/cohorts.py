@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'OTHER_SPLIT_NAMES', 'Case', 'safe_id', 'existing_path', 'is_slide_of', 'find_slide', 'read_manifest',
            'tiny_slide', 'tiny_cohort', 'apportion', 'interleaved', 'split_cohort', 'leaks', 'has_split', 'with_tuning',
-           'check_split_names', 'check_splits', 'resolve_splits', 'subset', 'read_panda', 'read_camelyon16',
-           'read_camelyon17']
+           'check_split_names', 'check_splits', 'resolve_splits', 'subset', 'says_spacing', 'with_spacing',
+           'read_panda', 'read_camelyon16', 'read_camelyon17']
 
 # %% ../../nbs/slides/11_cohorts.ipynb #c0000003
 import math
@@ -36,6 +36,7 @@ from streaming_pathology.io import (
 )
 from .augment import keyed_rng
 from .readers import SUFFIXES, slide_key
+from .slides import Slide
 
 # %% ../../nbs/slides/11_cohorts.ipynb #2388f4ef
 SPLITS = ('train', 'tuning', 'test')
@@ -901,6 +902,24 @@ def subset(
     for grade, part in equal_parts(n_positive, sizes).items():
         kept.update(by_grade[grade][:part])
     return [case for case in cases if case.split != split or case.slide_id in kept]
+
+# %% ../../nbs/slides/11_cohorts.ipynb #861827d3
+def says_spacing(path: str | Path) -> bool:
+    "Whether a slide can be opened, and says its spacing."
+    try:
+        with Slide(path, warn=False):
+            return True
+    except Exception:  # whatever a reader raises: it is told when the slide is read
+        return False
+
+
+def with_spacing(case: Case, spacing: float, override: bool = False) -> Case:
+    "A case with a spacing, if it has none of its own; `override`: even if its file says one."
+    if case.spacing:
+        return case
+    if override or not says_spacing(case.path):
+        return replace(case, spacing=spacing)
+    return case
 
 # %% ../../nbs/slides/11_cohorts.ipynb #21b05eb1
 def slides_below(folder: Path, suffixes: Sequence[str] = ('.tif', '.tiff')) -> dict[str, Path]:

@@ -47,6 +47,7 @@ class DicomHeader(NamedTuple):
     kind: str  # the SOP class in words, such as 'CT Image Storage'
     is_slide: bool  # whether it is an image of a whole-slide series
     bits: int  # that a sample uses; 0 where it does not say
+    compression: str  # the transfer syntax in words; '' where it does not say
 
 # %% ../../nbs/slides/01_dicom.ipynb #62076c01
 class IncompleteDicom(InputError):
@@ -83,6 +84,7 @@ def parsed_header(file: BinaryIO) -> DicomHeader:
         kind=kind.name,
         is_slide=str(kind) == WHOLE_SLIDE_IMAGE,
         bits=bits or 0,
+        compression=UID(str(dataset.file_meta.get('TransferSyntaxUID', ''))).name,
     )
 
 

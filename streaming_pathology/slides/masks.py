@@ -8,7 +8,6 @@ __all__ = ['tissue_from_file', 'looks_inverted', 'invert_mask', 'class_numbers']
 # %% ../../nbs/slides/06_masks.ipynb #92d8fb13
 import math
 import struct
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,12 @@ import pyvips
 
 from ..core import InputError
 from ..io import write_whole
-from .pixels import forget_operations, reason, spliced
+from streaming_pathology.slides.pixels import (
+    forget_operations,
+    in_temporary_file,
+    reason,
+    spliced,
+)
 from .tiff import TiffImage, header_of_pixels, tiff_images
 
 # %% ../../nbs/slides/06_masks.ipynb #397a9b96
@@ -93,8 +97,7 @@ def zeros(shape: tuple[int, ...], kind: type[np.integer]) -> np.ndarray:
     "An array of 0, in a temporary file if it is large."
     if math.prod(shape) * np.dtype(kind).itemsize <= IN_MEMORY:
         return np.zeros(shape, kind)
-    file: Any = tempfile.TemporaryFile()
-    return np.memmap(file, kind, shape=shape)
+    return in_temporary_file(shape, kind)
 
 # %% ../../nbs/slides/06_masks.ipynb #7b59e044
 def check_upright(path: Path, number: int) -> None:

@@ -478,6 +478,12 @@ def can_be_decoded(source: pyvips.Source | None) -> bool:
 IN_MEMORY = 2**29  # bytes
 STEP = 2**24  # bytes that are decoded at once
 
+# %% ../../nbs/slides/04_pixels.ipynb #22a0bdb0
+def in_temporary_file(shape: tuple[int, ...], kind: type[np.integer]) -> np.ndarray:
+    "An array of 0 in a temporary file, which goes with the array."
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, kind, shape=shape)
+
 # %% ../../nbs/slides/04_pixels.ipynb #b823e11d
 def decoded(path: Path, image: pyvips.Image, in_memory: int = IN_MEMORY) -> np.ndarray:
     "All pixels of a flat file, uint8 (h, w, 3); beyond 512 MB they lie in a temporary file."
@@ -491,7 +497,7 @@ def decoded(path: Path, image: pyvips.Image, in_memory: int = IN_MEMORY) -> np.n
     if n_bytes <= in_memory:
         pixels = np.empty(shape, np.uint8)
     else:
-        pixels = np.memmap(tempfile.TemporaryFile(), np.uint8, shape=shape)
+        pixels = in_temporary_file(shape, np.uint8)
     region = pyvips.Region.new(image)
     rows = max(1, STEP // (3 * shape[1]))
     for top in range(0, shape[0], rows):
@@ -700,15 +706,14 @@ class TiffPixels:
         self.region = None
         self.pixels = None
 
-# %% ../../nbs/slides/04_pixels.ipynb #e3135a2d
-class JpegTiles(TiffPixels):
-    "The pixels of an image in JPEG tiles, each of which is checked."
+# %% ../../nbs/slides/04_pixels.ipynb #9539a600
+class DecodedTiles(TiffPixels):
+    "The pixels of an image in tiles, which `decoded_tiles` of a class below decodes."
 
     def __init__(self, path: Path, planes: list[TiffImage], colors: Colors, level: int = 0) -> None:
         super().__init__(path, planes, colors, level)
         self.kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self.most = 2 * (1 + planes[0].grid[1])
-        self.tags: list[PixelTags] = []
 
     def fetch_tiles(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         "Pixels of a region of which all tiles are in the file."
@@ -718,11 +723,37 @@ class JpegTiles(TiffPixels):
         known = dict(self.kept)
         new = self.decoded_tiles([part[:2] for part in parts if part[:2] not in known])
         for row, column, part in parts:
-            tile = known[row, column] if (row, column) in known else next(new)
+            tile = known.get((row, column))
+            if tile is None:
+                tile = next(new)
+                self.keep((row, column), tile)
             y, x = part[0] - row * self.tile[0], part[1] - column * self.tile[1]
             inside = tile[y : y + part[2], x : x + part[3]]
             out[part[0] - top :, part[1] - left :][: part[2], : part[3]] = inside
         return out
+
+    def decoded_tiles(self, places: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+        "Tiles, uint8 (h, w, 3), one after the other; `places`: their rows and columns."
+        raise NotImplementedError
+
+    def keep(self, place: tuple[int, int], tile: np.ndarray) -> None:
+        "Keep a tile, and let go of the one that was read first."
+        self.kept[place] = tile
+        if len(self.kept) > self.most:
+            self.kept.popitem(last=False)
+
+    def close(self) -> None:
+        "Let go of the file and of what is decoded."
+        super().close()
+        self.kept.clear()
+
+# %% ../../nbs/slides/04_pixels.ipynb #e3135a2d
+class JpegTiles(DecodedTiles):
+    "The pixels of an image in JPEG tiles, each of which is checked."
+
+    def __init__(self, path: Path, planes: list[TiffImage], colors: Colors, level: int = 0) -> None:
+        super().__init__(path, planes, colors, level)
+        self.tags: list[PixelTags] = []
 
     def decoded_tiles(self, places: list[tuple[int, int]]) -> Iterator[np.ndarray]:
         "Tiles, uint8 (h, w, 3), one after the other; `places`: their rows and columns."
@@ -744,15 +775,7 @@ class JpegTiles(TiffPixels):
                 data = region.fetch(0, i * height, width, height)
             except pyvips.Error:
                 raise self.damaged(*place, self.jpeg_reason(place)) from None
-            tile = np.frombuffer(data, np.uint8).reshape(height, width, 3)
-            self.keep(place, tile)
-            yield tile
-
-    def keep(self, place: tuple[int, int], tile: np.ndarray) -> None:
-        "Keep a tile, and let go of the one that was read first."
-        self.kept[place] = tile
-        if len(self.kept) > self.most:
-            self.kept.popitem(last=False)
+            yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
 
     def jpeg_reason(self, place: tuple[int, int]) -> str:
         "What is wrong with a tile."
@@ -762,34 +785,43 @@ class JpegTiles(TiffPixels):
                 return says
         return 'its JPEG data do not end where the image does'
 
-    def close(self) -> None:
-        "Let go of the file and of what is decoded."
-        super().close()
-        self.kept.clear()
-
 # %% ../../nbs/slides/04_pixels.ipynb #67f1b08d
 DEFLATE = (8, 32946)
 
 
-def deflate_problem(
+def inflated(
     data: bytes,
     least: int,  # bytes that are needed
     most: int | None,  # bytes that there may be
-) -> str | None:
-    "What is wrong with deflated data; None if nothing is."
+) -> tuple[bytes, str | None]:
+    "Deflated data as they were, and what is wrong with them; None if nothing is."
     inflater = zlib.decompressobj()
     limit = least if most is None else most
     try:
-        n = len(inflater.decompress(data, limit + 1))
+        found = inflater.decompress(data, limit + 1)
     except zlib.error as e:
-        return reason(e)
+        return b'', reason(e)
+    n = len(found)
     if n < least:
-        return f'{n:,} of {least:,} bytes are in its data'
+        return found, f'{n:,} of {least:,} bytes are in its data'
     if most is not None and n > most:
-        return f'more than {most:,} bytes are in its data'
+        return found, f'more than {most:,} bytes are in its data'
     if most is not None and not inflater.eof:
-        return 'its data have no end'
-    return None
+        return found, 'its data have no end'
+    return found, None
+
+
+def n_bytes(plane: TiffImage, row: int) -> tuple[int, int | None]:
+    "How many bytes a tile or strip has, at least and at most; (0, None) if it is not known."
+    if plane.photometric == YCBCR and plane.subsampling != (1, 1):
+        return 0, None
+    samples = plane.samples if plane.planar == 1 else 1
+    height, width = plane.tile or (min(plane.rows_per_strip, plane.height), plane.width)
+    bytes_per_row = math.ceil(width * samples * plane.bits / 8)
+    left = height
+    if plane.tile is None:
+        left = min(height, plane.height - row % plane.grid[0] * height)
+    return left * bytes_per_row, height * bytes_per_row  # the last strip may be filled up
 
 
 class DeflatedPixels(TiffPixels):
@@ -820,23 +852,39 @@ class DeflatedPixels(TiffPixels):
     def problem(self, row: int, column: int) -> str | None:
         "What is wrong with a tile or strip."
         for plane in self.planes:
-            least, most = self.n_bytes(plane, row)
-            says = deflate_problem(self.raw_tile(plane, row, column), least, most)
+            least, most = n_bytes(plane, row)
+            _, says = inflated(self.raw_tile(plane, row, column), least, most)
             if says is not None:
                 return says
         return None
 
-    def n_bytes(self, plane: TiffImage, row: int) -> tuple[int, int | None]:
-        "How many bytes a tile or strip has, at least and at most; (0, None) if it is not known."
-        if plane.photometric == YCBCR and plane.subsampling != (1, 1):
-            return 0, None
-        samples = plane.samples if plane.planar == 1 else 1
-        height, width = plane.tile or (min(plane.rows_per_strip, plane.height), plane.width)
-        bytes_per_row = math.ceil(width * samples * plane.bits / 8)
-        left = height
-        if plane.tile is None:
-            left = min(height, plane.height - row % plane.grid[0] * height)
-        return left * bytes_per_row, height * bytes_per_row  # the last strip may be filled up
+# %% ../../nbs/slides/04_pixels.ipynb #a6c94012
+DIFFERENCES = 2  # predictor
+
+
+def is_of_bytes(plane: TiffImage) -> bool:
+    "Whether inflated tiles are red, green and blue, a byte each, as they are or as differences."
+    is_rgb = (plane.photometric, plane.samples, plane.bits, plane.planar) == (2, 3, 8, 1)
+    is_usual = (plane.fill_order, plane.sample_format, plane.extra) == (1, 1, ())
+    is_known = plane.predictor in (1, DIFFERENCES)
+    return plane.tile is not None and is_rgb and is_usual and is_known and is_plain(plane)
+
+
+class DeflatedTiles(DecodedTiles):
+    "The pixels of an image in deflated tiles of red, green and blue, each of which is checked."
+
+    def decoded_tiles(self, places: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+        "Tiles, uint8 (h, w, 3), one after the other; `places`: their rows and columns."
+        plane = self.planes[0]
+        assert plane.tile is not None
+        for row, column in places:
+            data, says = inflated(self.raw_tile(plane, row, column), *n_bytes(plane, row))
+            if says is not None:
+                raise self.damaged(row, column, says)
+            tile = np.frombuffer(data, np.uint8).reshape(*plane.tile, 3)
+            if plane.predictor == DIFFERENCES:
+                tile = tile.cumsum(axis=1, dtype=np.uint8)
+            yield tile
 
 # %% ../../nbs/slides/04_pixels.ipynb #06f90744
 def has_imagecodecs() -> bool:
@@ -861,19 +909,13 @@ def problem_with_first_tile(pixels: TiffPixels) -> str | None:
     return None
 
 # %% ../../nbs/slides/04_pixels.ipynb #fdd00e4d
-class DecodedByTifffile(TiffPixels):
+class DecodedByTifffile(DecodedTiles):
     "The pixels of an image in a compression that libvips was built without, by tifffile."
 
-    def fetch_tiles(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        "Pixels of a region of which all tiles are in the file."
-        out = np.empty((height, width, 3), np.uint8)
-        for row, column, part in self.parts_of(top, left, height, width):
-            tile = self.decoded_tile(row, column)
-            assert self.tile is not None
-            y, x = part[0] - row * self.tile[0], part[1] - column * self.tile[1]
-            inside = tile[y : y + part[2], x : x + part[3]]
-            out[part[0] - top :, part[1] - left :][: part[2], : part[3]] = inside
-        return out
+    def decoded_tiles(self, places: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+        "Tiles, uint8 (h, w, 3), one after the other; `places`: their rows and columns."
+        for row, column in places:
+            yield self.decoded_tile(row, column)
 
     def decoded_tile(self, row: int, column: int) -> np.ndarray:
         "A tile, uint8 (h, w, 3)."
@@ -903,6 +945,8 @@ def tiff_pixels(path: Path, planes: list[TiffImage], colors: Colors, level: int 
     plane = planes[0]
     if plane.compression == JPEG and plane.tile is not None:
         return JpegTiles(path, planes, colors, level)
+    if plane.compression in DEFLATE and len(planes) == 1 and is_of_bytes(plane):
+        return DeflatedTiles(path, planes, colors, level)
     if plane.compression in DEFLATE:
         return DeflatedPixels(path, planes, colors, level)
     pixels = TiffPixels(path, planes, colors, level)

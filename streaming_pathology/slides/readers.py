@@ -96,6 +96,7 @@ class Reader(Protocol):
     made into an `InputError` by `opening` and `reading`; a reader may raise `InputError` itself
     where it knows more, with the path in it. A reader is used by one thread."""
 
+    path: Path  # of the file; of a folder, that of the one which was opened
     sizes: list[tuple[int, int]]  # (height, width) of each level in pixels, the finest first
     # source of a spacing -> (height, width) of a pixel in microns, nan where unknown; the first
     # source that gives one is trusted

@@ -274,13 +274,18 @@ class Slide:
         spacing: float | None = None,
         override: bool = False,  # use `spacing` whatever the file says
         warn: bool = True,  # of contradictions, and of what is unusual
+        # of the path, where it is open already; it is closed with the slide, or if that is refused
+        reader: Reader | None = None,
     ) -> None:
         self.path = Path(path)
         self._own = threading.local()  # the reader of each thread, and the process that opened it
+        if reader is not None:
+            self._keep(reader)
         reader = self._open()
-        self.spacing, self.contradictions = resolve_spacing(
-            self.path, reader.said, spacing, override
-        )
+        with self._closing_on_error():
+            self.spacing, self.contradictions = resolve_spacing(
+                self.path, reader.said, spacing, override
+            )
         self.notes: list[str] = []
         self._warn = warn
         if warn:
@@ -295,10 +300,13 @@ class Slide:
     def _open(self) -> Reader:
         "The reader of this process and thread, which may not be shared."
         if getattr(self._own, 'process', None) != os.getpid():
-            reader: Any = open_reader(self.path)
-            self._own.reader = reader
-            self._own.process = os.getpid()
+            self._keep(open_reader(self.path))
         return self._own.reader
+
+    def _keep(self, reader: Reader) -> None:
+        "Let a reader be that of this process and thread."
+        self._own.reader = reader
+        self._own.process = os.getpid()
 
     def _tell(self, reader: Reader) -> None:
         "Warn of what a reader noted, once."

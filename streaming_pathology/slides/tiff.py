@@ -40,6 +40,9 @@ class TiffImage:
     photometric: int  # how samples are colours: 1 grey, 2 RGB, 6 YCbCr, ...
     planar: int  # 1: the channels of a pixel together; 2: each channel in tiles of its own
     compression: int
+    predictor: int  # 2: samples are differences from those to the left of them
+    fill_order: int  # 2: the bits of each byte are reversed
+    sample_format: int  # 1: whole numbers without a sign
     tile: tuple[int, int] | None  # (height, width) of a tile; None if the image is in strips
     rows_per_strip: int
     offsets: np.ndarray  # byte where each tile or strip begins
@@ -162,6 +165,9 @@ def image_of(page: TiffPage, number: int, child: int | None = None) -> TiffImage
         photometric=number_of(page, 262, 2),
         planar=number_of(page, 284, 1),
         compression=number_of(page, 259, 1),
+        predictor=number_of(page, 317, 1),
+        fill_order=number_of(page, 266, 1),
+        sample_format=number_of(page, 339, 1),
         tile=(number_of(page, 323, 0), number_of(page, 322, 0)) if is_tiled else None,
         rows_per_strip=number_of(page, 278, 2**32 - 1),
         offsets=np.asarray(page.dataoffsets, dtype=np.int64),

@@ -1,6 +1,7 @@
 "Models for others: their cards, without anything of the machine, and the check of a file."
 
 import json
+import re
 import shutil
 
 import pytest
@@ -13,6 +14,8 @@ from streaming_pathology.evaluation.cards import (
     CARD_BEGINS,
     Differs,
     Statements,
+    as_yaml,
+    card_text,
     check_export,
     differences,
     export_with_card,
@@ -21,7 +24,6 @@ from streaming_pathology.evaluation.cards import (
     summary_of_cohort,
     summary_of_labels,
     without_folders,
-    yaml_lines,
 )
 from streaming_pathology.evaluation.predict import (
     load_model,
@@ -31,7 +33,7 @@ from streaming_pathology.evaluation.predict import (
     write_sealed,
 )
 from streaming_pathology.io import write_csv, write_whole
-from streaming_pathology.training.checkpoints import save_checkpoint
+from streaming_pathology.training.checkpoints import load_checkpoint, save_checkpoint
 from streaming_pathology.training.models import StreamingClassifier
 
 pytestmark = pytest.mark.usefixtures('small_resnet')
@@ -157,7 +159,8 @@ def test_somebodys_code_is_found_beside_the_model(tmp_path):
 
 def test_the_card_of_a_run(exported):
     card, _ = read_sealed(exported / 'm.safetensors')
-    assert card['schema_version'] == 2
+    assert card['schema_version'] == 3
+    assert card['checkpoint']['file'] == 'best.pt' and card['checkpoint']['epoch'] == 1
     assert 'not a medical device' in card['intended_use'].lower()
     assert (card['license'], card['data_license']) == ('apache-2.0', 'CC BY-NC-SA 4.0')
     assert card['training_data'] == dict(
@@ -181,6 +184,20 @@ def test_exporting_again_adds_to_the_changelog(run, exported, tmp_path):
     path = shutil.copy(exported / 'm.safetensors', tmp_path / 'm.safetensors')
     card = export_with_card(run, path, None, Statements(changes='more slides'))
     assert [each['changes'] for each in card['changelog']] == ['the first: "one"', 'more slides']
+
+
+def test_the_card_says_which_checkpoint_it_is_of(tmp_path, capsys):
+    path = save(tmp_path / 'run')
+    history = [dict(epoch=1, tuning_loss=0.7), dict(epoch=2, tuning_loss=0.25)]
+    save_checkpoint(path, **load_checkpoint(path) | dict(epoch=2, history=history))
+    assert sp_export([str(tmp_path / 'run'), str(tmp_path / 'm.safetensors')]) == 0
+    words = 'best.pt: epoch 2, the lowest tuning loss (tuning loss 0.25)'
+    assert f'took {words}\n' in capsys.readouterr().out
+    assert f'The weights are those of {words}.' in (tmp_path / 'm.md').read_text()
+    card, _ = read_sealed(tmp_path / 'm.safetensors')
+    assert card['checkpoint'] == dict(
+        file='best.pt', epoch=2, chosen_by='tuning_loss', value=0.25, why='the lowest tuning loss'
+    )
 
 
 def test_a_checkpoint_without_its_run(tmp_path):
@@ -244,12 +261,44 @@ def test_the_text_has_its_parts(exported):
     ],
 )
 def test_yaml_is_read_as_it_was_meant(value):
-    assert yaml.safe_load('\n'.join(yaml_lines(value))) == value
+    assert yaml.safe_load(as_yaml(value)) == value
 
 
-def test_letters_that_no_yaml_may_hold_are_left_out():
-    text = '\n'.join(yaml_lines(dict(license='a\x00\x7f\x85b\nc')))
-    assert yaml.safe_load(text) == dict(license='a   b c')
+@pytest.mark.parametrize(
+    'text',
+    ['1e-9', '0o17', '1_000', 'null', 'yes', 'off', '~', '', '---', '...', '- a', 'a: b', 'a #b']
+    + ['?', '!a', '%a', '@a', '`a`', '[a', '{a', '>', '|', "'", '"', '\\', 'C:\\new', ' a ', 'a\tb']
+    + [
+        'a\nb\n---\n',
+        'a\r\n\r\nb',
+        '\x00\x07\x7f\x85',
+        '\u2028\ufeff',
+        '漢 😀',
+        '\ud800',
+        'a ' * 300,
+    ],
+    ids=ascii,
+)
+def test_any_text_is_one_line_of_the_head_and_stays_a_text(text):
+    """Also in YAML 1.2, which the Hub reads and which has other numbers: what is no plain word is
+    in double quotes, whose escapes are those of JSON and a few more."""
+    (line,) = as_yaml(dict(license=text)).splitlines()
+    line.encode()
+    assert line.startswith('license: ')
+    assert yaml.safe_load(line) == dict(license=text)
+    shown = line.removeprefix('license: ')
+    assert shown[0] in '"\'' or re.fullmatch('[a-z][a-z_-]*', shown)
+    assert not (shown[0] == "'" and '\\' in shown)
+
+
+def test_the_head_of_any_licence_ends_where_the_text_begins(exported):
+    card, _ = read_sealed(exported / 'm.safetensors')
+    text = card_text(card | dict(license='x\n---\n# y: z'), 'a "b": c.safetensors')
+    head, body = text.split('\n---\n', 1)
+    found = yaml.safe_load(head)
+    assert found['license'] == 'x\n---\n# y: z'
+    assert found['model-index'][0]['name'] == 'a "b": c'
+    assert body.startswith('\n# ')
 
 
 def test_metrics_of_other_tasks_and_those_that_are_nan():

@@ -253,6 +253,21 @@ def test_regions_that_rounding_empties_are_left_out_and_counted(tmp_path):
     assert (len(rows), n_lost) == (1, 2)
 
 
+def test_a_region_is_rounded_once(tmp_path, monkeypatch):
+    heat = ndimage.gaussian_filter(np.random.default_rng(0).random((30, 30)), 1)
+    seen = []
+
+    def counted(region):
+        seen.append(id(region))
+        return rounded(region)
+
+    monkeypatch.setattr(qupath, 'rounded', counted)
+    image = np.full((300, 300, 3), 200, np.uint8)
+    rows, n_lost = write_exports(tmp_path, 's', image, heat, FLAT, 0.55, 1.0)
+    assert len(rows) > 3
+    assert len(seen) == len(set(seen)) == len(rows) + n_lost
+
+
 def test_a_region_that_rounding_cuts_becomes_several_polygons_of_one_annotation():
     "Two squares that a bridge of a fiftieth of a pixel joins."
     ring = [(0, 0), (9, 0), (9, 4.99), (11, 4.99), (11, 0), (20, 0), (20, 10), (11, 10)]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from refusals import refusal
 
 from streaming_pathology.cli.commands import sp_check, sp_heatmap, sp_predict, sp_trim
@@ -363,6 +364,21 @@ def test_options_that_do_not_go_together(run, best, manifest, tmp_path, name):
     assert 'as in 3/8' in run(*words, '--shard', '0/2')[1]
     status, said = run(*words, '--merge')
     assert status == 2 and 'has no shards to merge' in said
+
+
+def test_a_check_in_shards_with_a_spacing_for_all(run, tmp_path):
+    "It is one of what all shards have in common, and no slide is opened for it beforehand."
+    slides, table = tmp_path / 'slides', tmp_path / 'c.csv'
+    slides.mkdir()
+    for name in 'ab':
+        Image.fromarray(np.full((60, 80, 3), 200, np.uint8)).save(slides / f'{name}.png')
+    words = [slides, '--csv', table, '--no-tissue', '--slide-spacing']
+    for shard in ('1/2', '2/2'):
+        assert run(sp_check, *words, 4, '--shard', shard)[0] == 0
+    status, text = run(sp_check, *words, 2, '--merge')
+    assert status == 2 and 'slide_spacing is 4.0, not 2.0' in text
+    assert run(sp_check, *words, 4, '--merge')[0] == 0
+    assert [float(row['spacing']) for row in rows_in(table)] == [4.0, 4.0]
 
 
 def test_a_check_in_shards_needs_a_table(run, manifest):

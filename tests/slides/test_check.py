@@ -7,9 +7,10 @@ import tifffile
 from PIL import Image
 
 from streaming_pathology.slides import check as checking
+from streaming_pathology.slides import slides
 from streaming_pathology.slides.check import check_slide, check_slides
 from streaming_pathology.slides.cohorts import Case, tiny_cohort
-from streaming_pathology.slides.readers import write_tiff
+from streaming_pathology.slides.readers import open_reader, write_tiff
 
 RGB = np.random.default_rng(0).integers(90, 250, (700, 540, 3), np.uint8)
 SCANNER = 'properties of the scanner'
@@ -90,6 +91,48 @@ def test_two_spacings_are_a_note(tmp_path):
     assert (found.problem, found.spacing, found.spacing_from) == ('', 0.5, 'resolution tags')
     (note,) = found.notes
     assert '0.25 by its given spacing' in note and note in found.line()
+
+
+@pytest.mark.parametrize('has_own', [False, True])
+@pytest.mark.parametrize('given', [None, 2.0])
+def test_a_spacing_for_slides_that_do_not_say_theirs(tmp_path, has_own, given):
+    "That of a file counts more, and then that of the case."
+    path = tmp_path / ('a.svs' if has_own else 'a.png')
+    if has_own:
+        made.svs(path, RGB)
+    else:
+        Image.fromarray(RGB).save(path)
+    found = check_slide(case(path, given), tissue=False, slide_spacing=4.0)
+    expected = made.SPACING if has_own else given or 4.0
+    assert found.spacing == pytest.approx(expected, rel=1e-3)
+    assert found.spacing_from == (SCANNER if has_own else 'the user')
+    assert len(found.notes) == (1 if has_own and given else 0)
+
+
+@pytest.mark.parametrize('name', ['a.svs', 'a.ome.tif', 'a.mrxs', 'a.png', 'dicom', 'a.ndpi'])
+@pytest.mark.parametrize('slide_spacing', [None, made.SPACING])
+def test_a_slide_is_opened_once(tmp_path, name, slide_spacing, monkeypatch):
+    path = tmp_path / name
+    kinds = dict(svs=made.svs, tif=made.ome, mrxs=made.mirax, ndpi=made.hamamatsu)
+    if name == 'a.png':
+        Image.fromarray(RGB).save(path)
+    else:
+        kinds.get(path.suffix[1:], made.dicom)(path, RGB[:512, :512])
+    opened, closed = [], []
+
+    def counted(path):
+        reader = open_reader(path)
+        opened.append(reader)
+        close = reader.close
+        monkeypatch.setattr(reader, 'close', lambda: (closed.append(reader), close()))
+        return reader
+
+    for module in (checking, slides):
+        monkeypatch.setattr(module, 'open_reader', counted)
+    found = check_slide(case(path), tissue=False, slide_spacing=slide_spacing)
+    assert bool(found.problem) == (name == 'a.png' and slide_spacing is None)
+    assert found.format and found.compression and found.size
+    assert len(opened) == 1 and closed == opened
 
 
 # ---- tissue

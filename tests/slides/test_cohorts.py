@@ -15,6 +15,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from refusals import refusal
 
 from streaming_pathology.slides.cohorts import (
@@ -36,6 +37,7 @@ from streaming_pathology.slides.cohorts import (
     subset,
     tiny_cohort,
     tiny_slide,
+    with_spacing,
 )
 from streaming_pathology.slides.datasets import check_cohort
 from streaming_pathology.slides.readers import write_tiff
@@ -873,3 +875,29 @@ def test_workers_end_with_their_parent(tmp_path):
     p.send_signal(signal.SIGKILL)
     p.wait()
     assert not psutil.wait_procs(children, timeout=20)[1]
+
+
+@pytest.mark.parametrize(
+    'says, own, override, expected',
+    [
+        (False, None, False, 4.0),
+        (False, 2.0, False, 2.0),
+        (True, None, False, None),
+        (True, None, True, 4.0),
+        (True, 2.0, True, 2.0),
+    ],
+)
+def test_a_spacing_for_cases_that_have_none(tmp_path, says, own, override, expected):
+    "That of the manifest counts most, and that of the file more than the one for all slides."
+    path = tmp_path / ('a.tif' if says else 'a.png')
+    pixels = np.full((50, 60, 3), 200, np.uint8)
+    if says:
+        write_tiff(pixels, path, 0.5)
+    else:
+        Image.fromarray(pixels).save(path)
+    assert with_spacing(Case('a', None, path, spacing=own), 4.0, override).spacing == expected
+
+
+def test_a_spacing_for_a_slide_that_cannot_be_opened(tmp_path):
+    "What is wrong with it is told when it is read."
+    assert with_spacing(Case('a', None, tmp_path / 'none.svs'), 4.0).spacing == 4.0

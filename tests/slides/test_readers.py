@@ -20,8 +20,10 @@ from PIL import Image
 from refusals import refusal
 
 from streaming_pathology.core import InputError
+from streaming_pathology.slides import masks
 from streaming_pathology.slides.cohorts import Case, read_manifest
 from streaming_pathology.slides.datasets import check_cohort
+from streaming_pathology.slides.pixels import decoded
 from streaming_pathology.slides.readers import slide_files, slide_key
 from streaming_pathology.slides.slides import Slide
 from streaming_pathology.slides.trim import each_apart
@@ -54,6 +56,45 @@ def test_no_file_stays_open(formats):
     held = [os.readlink(file) for file in Path('/proc/self/fd').iterdir() if file.is_symlink()]
     slides = tuple(str(path) for path in formats.values())
     assert not [file for file in held if file.startswith(slides)]
+
+
+@pytest.fixture
+def unclosed():
+    """What Python says of files that were let go of unclosed: a list, once the test has called
+    `gc.collect`."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always', ResourceWarning)
+        yield told
+
+
+def sentences(told):
+    "The texts of warnings of one kind."
+    return [str(each.message) for each in told if each.category is ResourceWarning]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_file_is_closed(formats, name, unclosed):
+    with opened(formats[name]) as slide:
+        slide.read(2 * made.SPACING)
+        slide.associated()
+    slide_files(formats[name])
+    del slide
+    gc.collect()
+    assert sentences(unclosed) == []
+
+
+def test_temporary_files_are_closed(formats, unclosed, monkeypatch):
+    "A flat image and a mask that are too large for the memory lie in one."
+    image = pyvips.Image.new_from_file(str(formats['image.png']))
+    pixels = decoded(formats['image.png'], image, in_memory=0)
+    assert (pixels == image.numpy()).all()
+    monkeypatch.setattr(masks, 'IN_MEMORY', 0)
+    numbers = masks.zeros((40, 50, 1), np.uint8)
+    numbers[3] = 7
+    assert numbers.sum() == 7 * 50
+    del pixels, numbers
+    gc.collect()
+    assert sentences(unclosed) == []
 
 
 def shown(name, rgb):

@@ -3,6 +3,7 @@ pixels at the right place and spacing, or is refused by what it is."""
 
 import io
 import warnings
+from dataclasses import replace
 
 import made
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image, ImageCms
 from refusals import refusal
 
 from streaming_pathology.core import InputError
+from streaming_pathology.slides import pixels
 from streaming_pathology.slides.masks import looks_inverted, mask_image
 from streaming_pathology.slides.readers import (
     OpenSlideReader,
@@ -22,7 +24,7 @@ from streaming_pathology.slides.readers import (
     write_tiff,
 )
 from streaming_pathology.slides.slides import Slide
-from streaming_pathology.slides.tiff import names_a_photograph
+from streaming_pathology.slides.tiff import names_a_photograph, tiff_images
 
 SIZES = [(300, 420), (517, 230), (97, 801)]
 MICRONS = dict(PhysicalSizeXUnit='µm', PhysicalSizeYUnit='µm')
@@ -407,6 +409,82 @@ def test_a_damaged_tile_of_an_svs_is_named(tmp_path, number):
         assert slide.read(slide.spacing, (500, 500, 300, 300)).shape == (300, 300, 3)
 
 
+AFTER_THE_END = {
+    'one byte': b'\0',
+    'zeros': bytes(20),
+    'text': b'written by a scanner',
+    'fill bytes': b'\xff' * 7,
+    'a second end': b'\xff\xd9',
+    'the beginning of a JPEG': b'\xff\xd8\xff\xdb\0\x43',
+}
+
+
+def write_jpeg_tiles(path):
+    "A TIFF in tiles of JPEG, an SVS by its name; returns how many it has."
+    image = made.vips(tiffs.smooth((300, 420))).copy()
+    if path.suffix == '.svs':
+        about = 'Aperio Image Library v11.2.1 \r\n420x300 (128x128) JPEG/RGB|MPP = 0.5'
+        image.set_type(pyvips.GValue.gstr_type, 'image-description', about)
+    tiles = dict(tile=True, tile_width=128, tile_height=128, resunit='cm')
+    image.tiffsave(str(path), compression='jpeg', Q=90, **tiles)
+    return len(tiffs.places(path))
+
+
+@pytest.mark.parametrize('name', ['a.svs', 'a.tif'])
+@pytest.mark.parametrize('kind', AFTER_THE_END)
+def test_bytes_after_the_end_of_a_jpeg_tile_are_harmless(tmp_path, name, kind):
+    "libjpeg reads up to the end; what a file has between it and the next tile is nobody's."
+    path = tmp_path / name
+    n = write_jpeg_tiles(path)
+    whole = Slide(path).read(0.5)
+    for number in range(n):
+        tiffs.change_piece(path, number, lambda data: data + AFTER_THE_END[kind])
+    slide, told = quiet(path)
+    assert (slide.read(0.5) == whole).all() and not told
+    if name == 'a.svs':
+        assert slide.format == 'aperio'
+        assert (OpenSlideReader(path).fetch(0, 0, 0, 300, 420) == whole).all()
+
+
+def cut_short(data):
+    "Bytes of a JPEG without the last ones."
+    return data[:-40]
+
+
+def without_end(data):
+    "Bytes of a JPEG without the mark of its end."
+    return data[:-2]
+
+
+def damage_middle(data):
+    "Bytes of a JPEG with others in its middle."
+    middle = len(data) // 2
+    return data[:middle] + np.random.default_rng(0).bytes(200) + data[middle + 200 :]
+
+
+@pytest.mark.parametrize('name', ['a.svs', 'a.tif'])
+@pytest.mark.parametrize('kind', AFTER_THE_END)
+@pytest.mark.parametrize('spoil', [cut_short, without_end, damage_middle])
+def test_bytes_after_the_end_hide_no_damage(tmp_path, name, kind, spoil):
+    path = tmp_path / name
+    write_jpeg_tiles(path)
+    tiffs.change_piece(path, 5, lambda data: spoil(data) + AFTER_THE_END[kind])
+    if kind == 'a second end' and spoil is without_end:
+        Slide(path).read(0.5)  # it is the only end
+        return
+    with pytest.raises(InputError, match=r'tile 1, 1\) of level 0'):
+        Slide(path).read(0.5)
+
+
+@pytest.mark.parametrize('kind', AFTER_THE_END)
+def test_bytes_after_the_end_of_a_jpeg_are_harmless(tmp_path, kind):
+    path = tmp_path / 'a.jpg'
+    Image.fromarray(tiffs.smooth((200, 300))).save(path, quality=90)
+    whole = Slide(path, spacing=0.5).read(0.5)
+    path.write_bytes(path.read_bytes() + AFTER_THE_END[kind])
+    assert (Slide(path, spacing=0.5).read(0.5) == whole).all()
+
+
 def test_an_svs_by_libvips_is_that_by_openslide():
     path = sample_slide()
     reader, other = open_reader(path), OpenSlideReader(path)
@@ -441,6 +519,66 @@ def test_deflated_data_that_are_longer_than_the_image(tmp_path, tile, size):
     tiffs.change_tag(path, 322 if tile else 256, 48 if tile else size[1] - 7)
     text = says_when_read(path)
     assert ('more than' in text and 'bytes are in its data' in text) or 'needs' in text
+
+
+@pytest.mark.parametrize('predictor', [False, True])
+@pytest.mark.parametrize('tile', [(64, 64), (16, 144), (256, 128)])
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('order', '<>')
+def test_deflated_tiles_are_inflated_once(tmp_path, predictor, tile, size, order, monkeypatch):
+    "The bytes that are checked are those that are used, and not inflated by libvips again."
+    rgb = tiffs.pixels(size)
+    path = tmp_path / 'a.tif'
+    options = dict(compression='adobe_deflate', byteorder=order)
+    tiffs.write(path, rgb, tile, predictor=predictor, **options)
+    inflate, n_inflated = pixels.inflated, []
+
+    def counted(data, least, most):
+        n_inflated.append(1)
+        return inflate(data, least, most)
+
+    monkeypatch.setattr(pixels, 'inflated', counted)
+    monkeypatch.setattr(pixels, 'opened', None)
+    with Slide(path) as slide:
+        assert (slide.read(0.5) == rgb).all()
+        assert len(n_inflated) == len(tiffs.places(path))
+        assert (slide.read(0.5, (30, 60, 50, 70)) == rgb[30:80, 60:130]).all()
+
+
+@pytest.mark.parametrize('kind', ['grey', '16 bits'])
+def test_other_deflated_tiles_are_left_to_libvips(tmp_path, kind):
+    rgb = tiffs.smooth((200, 300))
+    path = tmp_path / 'a.tif'
+    options = dict(tile=(64, 64), compression='adobe_deflate')
+    if kind == 'grey':
+        rgb = np.repeat(rgb[..., :1], 3, axis=2)
+        tiffs.write(path, rgb[..., 0], photometric='minisblack', **options)
+    else:
+        tiffs.write(path, rgb.astype(np.uint16) * 257, **options)
+    (image,) = tiff_images(path)
+    assert not pixels.is_of_bytes(image)
+    assert (Slide(path).read(0.5) == rgb).all()
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(fill_order=2),
+        dict(sample_format=2),
+        dict(predictor=3),
+        dict(planar=2),
+        dict(samples=4, extra=(1,)),
+        dict(photometric=5),
+        dict(tile=(60, 60)),
+        dict(tile=None),
+    ],
+    ids=str,
+)
+def test_what_inflated_bytes_may_mean(tmp_path, change):
+    path = tiffs.write(tmp_path / 'a.tif', tiffs.pixels(), compression='adobe_deflate')
+    (image,) = tiff_images(path)
+    assert pixels.is_of_bytes(image)
+    assert not pixels.is_of_bytes(replace(image, **change))
 
 
 def says_when_read(path):

@@ -289,7 +289,7 @@ class CaseReader:
         text = row.get(column)
         return existing_path(text, self.folder) if text else None
 
-# %% ../../nbs/slides/11_cohorts.ipynb #6a741640
+
 def repeats(
     cases: Iterable[tuple[int, Case]],  # (line, case)
     key: Callable[[Case], Hashable],

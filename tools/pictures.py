@@ -201,12 +201,16 @@ def draw_heatmaps(folder):
 
 
 def photograph(folder):
-    "The top of the report of a demo, as a browser shows it."
+    "The top of the report of a demo, as a browser shows it, up to the note on what it is made of."
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=find_chromium(), args=FLAGS)
-        page = browser.new_page(viewport=dict(width=960, height=755))
+        page = browser.new_page(viewport=dict(width=960, height=1200))
         page.goto((folder / 'report/index.html').resolve().as_uri())
-        page.screenshot(path=IMAGES / 'demo_report.png')
+        last = page.get_by_text('Synthetic cohort.').locator('..').bounding_box()
+        height = last['y'] + last['height'] + 15
+        page.screenshot(
+            path=IMAGES / 'demo_report.png', clip=dict(x=0, y=0, width=960, height=height)
+        )
         browser.close()
     picture = Image.open(IMAGES / 'demo_report.png').convert('RGB')
     picture = picture.quantize(128, dither=Image.Dither.NONE)

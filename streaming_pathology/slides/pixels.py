@@ -44,12 +44,16 @@ from streaming_pathology.slides.tiff import (
 )
 
 # %% ../../nbs/slides/04_pixels.ipynb #3dde6b70
+LONGEST = 300  # characters of what a library says; some quote the file
+
+
 def reason(error: BaseException) -> str:
-    "The last line of what a library says, without its own names."
+    "The last line of what a library says, without its own names, and the beginning of a long one."
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
-    return lines[-1].strip().replace('VipsForeignLoad: ', '')
+    text = lines[-1].strip().replace('VipsForeignLoad: ', '')
+    return text if len(text) <= LONGEST else f'{text[:LONGEST]} ...'
 
 # %% ../../nbs/slides/04_pixels.ipynb #d1597b59
 FORGETTING = threading.RLock()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import made
 import numpy as np
+import openslide
 import pytest
 import pyvips
 import tifffile
@@ -382,3 +383,27 @@ def test_damaged_corpus(formats, tmp_path):
             is_sentence = '\n' not in says and 'Traceback' not in says
             assert path.name in says and is_sentence, (path.name, says)
     assert not entered
+
+
+def test_a_small_map_of_hamamatsu_has_fewer_levels(formats, tmp_path):
+    "OpenSlide halves the map until nothing is left of it, and calls that a level."
+    for file in slide_files(formats['hamamatsu.vms']):
+        shutil.copy(file, tmp_path)
+    path = tmp_path / 'hamamatsu.vms'
+    small = made.vips(np.full((2, 256, 3), 200, np.uint8))
+    data = small.jpegsave_buffer(Q=95, subsample_mode='off', restart_interval=4)
+    (tmp_path / 'hamamatsu-MapFile.jpg').write_bytes(data)
+    with openslide.OpenSlide(path) as file:
+        assert min(file.level_dimensions[-1]) == 0
+    with Slide(path) as slide:
+        assert slide.size == (640, 512)
+        assert all(level.height and level.width for level in slide.levels)
+
+
+def test_a_library_that_quotes_a_file_is_cut_short(formats, tmp_path):
+    path = tmp_path / 'mirax.mrxs'
+    shutil.copy(formats['mirax.mrxs'], path)
+    shutil.copytree(formats['mirax.mrxs'].with_suffix(''), tmp_path / 'mirax')
+    index = tmp_path / 'mirax/Slidedat.ini'
+    index.write_text('x' * 5000 + '\n' + index.read_text())
+    assert len(refusal(Slide, path)) < 700

@@ -42,6 +42,7 @@ from streaming_pathology.runs.settings import (
     MODEL,
     SLIDE_SPACING,
     SLIDES,
+    TASK_NAMES,
     HeatmapSettings,
     MILSettings,
     Settings,
@@ -597,6 +598,7 @@ def write_export(settings: ExportSettings) -> None:
         Statements,
         export_with_card,
     )
+    from streaming_pathology.evaluation.predict import checkpoint_words
 
     assert settings.out is not None  # see `export`
     checkpoint = best_checkpoint(settings.run)
@@ -618,6 +620,7 @@ def write_export(settings: ExportSettings) -> None:
     )
     card = export_with_card(checkpoint, out, text, statements)
     network = card['model'].get('arch') or card['features']['aggregator']['name']
+    print(f'took {checkpoint_words(card["checkpoint"])}')
     print(
         f'wrote {out}: {network}, {card["task"]["name"]}, {card["spacing"]:g} microns per pixel, '
         f'model {card["sha256"][:16]}; its card is {text}'
@@ -701,6 +704,14 @@ class EvaluateSettings(Settings):
     "The settings of sp_evaluate."
 
     predictions: str = argument('CSV that sp_predict, sp_train or sp_mil wrote')
+    task: str | None = option(
+        None,
+        'type of label, where the table does not tell it: whether its classes have an order '
+        '(ordinal) or none (multiclass) (default: as the settings.toml beside the table says, '
+        'which a run has, and without one multiclass)',
+        'slides',
+        choices=TASK_NAMES,
+    )
     split: str = option('test', 'split of the slides to evaluate', 'slides')
     manifest: str | None = option(
         None,
@@ -764,6 +775,7 @@ def evaluate(settings: EvaluateSettings) -> None:
         seed=settings.seed,
         level=settings.confidence,
         method=settings.interval,
+        task=settings.task,
     )
     for note in found['notes']:
         warnings.warn(note)

@@ -27,6 +27,7 @@ import streaming_pathology
 from ..core import InputError, counted, one_line
 from .pages import templates
 from streaming_pathology.evaluation.predict import (
+    checkpoint_words,
     dataset,
     export_model,
     label_columns,
@@ -188,7 +189,7 @@ def painted_outputs(
     )
 
 # %% ../../nbs/evaluation/20_cards.ipynb #2e971f09
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 INTENDED_USE = (
     'Research. Not a medical device: it has not been validated for the diagnosis or treatment of '
     'patients.'
@@ -398,6 +399,7 @@ def card_text(
         file=shlex.quote(file),
         network=network_of(card),
         shown=shown_of(card),
+        checkpoint=checkpoint_words(card['checkpoint']),
         metrics=headlines(card['metrics']),
         code=code_of(card),
     )

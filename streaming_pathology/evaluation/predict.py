@@ -351,6 +351,7 @@ def export_model(
         epoch=state.get('epoch'),
         seed=state.get('seed', state.get('fit', {}).get('seed')),
         tuning=validation_results(state),
+        checkpoint=chosen_checkpoint(state, Path(checkpoint).name),
         versions=state['versions'],
         exported=datetime.date.today().isoformat(),
         **json.loads(json.dumps(plain(more))),
@@ -373,6 +374,36 @@ def validation_results(state: dict) -> dict[str, float]:
         for name, value in row.items()
         if name.startswith('tuning') and not math.isnan(value)
     }
+
+# %% ../../nbs/evaluation/01_predict.ipynb #8b5df5ff
+def chosen_checkpoint(state: dict, file: str) -> dict[str, Any]:
+    """Which checkpoint of a run this is, for its card: its `file`, its `epoch`, by what it was
+    chosen (`tuning_loss`, which is then its `value`; None: it was not), and `why`, in words."""
+    history, epoch = state.get('history') or [], state.get('epoch')
+    about: dict[str, Any] = dict(file=file, epoch=epoch, chosen_by=None)
+    if 'optimizer' in state:
+        return about | dict(why='a point to resume from, with the weights of its last step')
+    if not history:
+        return about | dict(why='the checkpoint does not say why it was chosen')
+    if 'stage' in history[-1]:
+        why = 'weights of the epochs with the lowest mean tuning loss of the last stage'
+        return about | dict(chosen_by='tuning_loss', why=why)
+    losses = [row.get('tuning_loss', math.nan) for row in history]
+    value = losses[epoch - 1 if epoch else -1]
+    if math.isnan(value):
+        return about | dict(why='the last epoch, as there was no tuning loss to choose by')
+    if any(loss < value for loss in losses[:epoch]):
+        why = 'the lowest since training was changed, or since the file of the best epoch was gone'
+        return about | dict(value=value, why=why)
+    return about | dict(chosen_by='tuning_loss', value=value, why='the lowest tuning loss')
+
+
+def checkpoint_words(about: dict[str, Any]) -> str:
+    "Which checkpoint was exported, in words, by `chosen_checkpoint`."
+    value = about.get('value')
+    loss = '' if value is None else f' (tuning loss {value:.4g})'
+    epoch = '' if about['epoch'] is None else f'epoch {about["epoch"]}, '
+    return f'{about["file"]}: {epoch}{about["why"]}{loss}'
 
 # %% ../../nbs/evaluation/01_predict.ipynb #9a076c0c
 MIRROR_ROWS, MIRROR_COLUMNS, TRANSPOSE = 1, 2, 4  # bits of a way to lay an image; 0 is as it is

@@ -217,8 +217,8 @@ def known_task(table: OutcomeTable, given: str | None) -> tuple[str, str]:
     possible = CLASS_TASKS if table.task in CLASS_TASKS else (table.task,)
     if given is not None and given not in possible:
         raise InputError(
-            f'{table.path} is a table of {" or ".join(possible)}, not of {given!r}; leave the task '
-            'out, or give the table that it is of'
+            f'{table.path} is a table of {" or ".join(possible)}, not of {given!r}; leave '
+            '--task (task) out, or give the table that it is of'
         )
     if given is not None:
         return given, 'given'
@@ -572,8 +572,8 @@ def class_notes(request: Request, tested: Outcomes, main: dict) -> list[str]:
     if request.task_from == 'assumed':
         notes.append(
             'Neither the table nor a settings.toml beside it says whether the classes have an '
-            "order: they are taken as without one. Of grades give results(task='ordinal'), or "
-            'evaluate the table in the folder of its run.'
+            'order: they are taken as without one. Of grades give --task ordinal (in Python '
+            "results(task='ordinal')), or evaluate the table in the folder of its run."
         )
     if 'macro_auc' in main:
         intervals = {

@@ -501,6 +501,31 @@ def test_tasks(cohort, tmp_path, capsys, task, header, label):
     )
 
 
+def test_evaluate_takes_a_task_that_the_table_does_not_tell(tmp_path, capsys):
+    table = tmp_path / 'p.csv'
+    rows = ['slide_id,label,split,probability_0,probability_1,probability_2']
+    for i in range(60):
+        shares = [0.2, 0.2, 0.2]
+        shares[min(2, i % 3 + (i % 7 == 0))] += 0.4
+        rows.append(f's{i},{i % 3},test,' + ','.join(f'{share:.1f}' for share in shares))
+    table.write_text('\n'.join(rows) + '\n')
+    words = ['evaluate', table, '--n-bootstrap', 50]
+    found = {}
+    for task in (None, 'multiclass', 'ordinal'):
+        out = tmp_path / f'{task}.json'
+        more = [] if task is None else ['--task', task]
+        assert cli.main([*words, '--out', out, *more]) == 0
+        told = capsys.readouterr()
+        assert ('give --task ordinal' in told.err) == (task is None)
+        assert ('quadratic kappa' in told.out) == (task == 'ordinal')
+        found[task] = json.loads(out.read_text())
+    assert found[None]['task_from'] == 'assumed' and found[None]['task'] == 'multiclass'
+    assert [found[task]['task_from'] for task in ('multiclass', 'ordinal')] == ['given', 'given']
+    assert found['ordinal']['kappa'] != found['multiclass']['kappa']
+    refused(capsys, [*words, '--task', 'survival'], 'p.csv', 'leave --task')
+    refused(capsys, [*words, '--task', 'grades'], '--task')
+
+
 def test_evaluate(trained, tmp_path, capsys):
     rows = (trained / 'predictions.csv').read_text().splitlines()
     p = tmp_path / 'p.csv'

@@ -33,7 +33,7 @@ from streaming_pathology.evaluation.predict import (
     write_sealed,
 )
 from streaming_pathology.io import write_csv, write_whole
-from streaming_pathology.training.checkpoints import save_checkpoint
+from streaming_pathology.training.checkpoints import load_checkpoint, save_checkpoint
 from streaming_pathology.training.models import StreamingClassifier
 
 pytestmark = pytest.mark.usefixtures('small_resnet')
@@ -159,7 +159,8 @@ def test_somebodys_code_is_found_beside_the_model(tmp_path):
 
 def test_the_card_of_a_run(exported):
     card, _ = read_sealed(exported / 'm.safetensors')
-    assert card['schema_version'] == 2
+    assert card['schema_version'] == 3
+    assert card['checkpoint']['file'] == 'best.pt' and card['checkpoint']['epoch'] == 1
     assert 'not a medical device' in card['intended_use'].lower()
     assert (card['license'], card['data_license']) == ('apache-2.0', 'CC BY-NC-SA 4.0')
     assert card['training_data'] == dict(
@@ -183,6 +184,20 @@ def test_exporting_again_adds_to_the_changelog(run, exported, tmp_path):
     path = shutil.copy(exported / 'm.safetensors', tmp_path / 'm.safetensors')
     card = export_with_card(run, path, None, Statements(changes='more slides'))
     assert [each['changes'] for each in card['changelog']] == ['the first: "one"', 'more slides']
+
+
+def test_the_card_says_which_checkpoint_it_is_of(tmp_path, capsys):
+    path = save(tmp_path / 'run')
+    history = [dict(epoch=1, tuning_loss=0.7), dict(epoch=2, tuning_loss=0.25)]
+    save_checkpoint(path, **load_checkpoint(path) | dict(epoch=2, history=history))
+    assert sp_export([str(tmp_path / 'run'), str(tmp_path / 'm.safetensors')]) == 0
+    words = 'best.pt: epoch 2, the lowest tuning loss (tuning loss 0.25)'
+    assert f'took {words}\n' in capsys.readouterr().out
+    assert f'The weights are those of {words}.' in (tmp_path / 'm.md').read_text()
+    card, _ = read_sealed(tmp_path / 'm.safetensors')
+    assert card['checkpoint'] == dict(
+        file='best.pt', epoch=2, chosen_by='tuning_loss', value=0.25, why='the lowest tuning loss'
+    )
 
 
 def test_a_checkpoint_without_its_run(tmp_path):

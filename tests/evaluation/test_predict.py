@@ -17,6 +17,8 @@ from streaming_pathology.evaluation.predict import (
     Journal,
     Turned,
     checked_card,
+    checkpoint_words,
+    chosen_checkpoint,
     export_model,
     load_model,
     model_hash,
@@ -95,6 +97,35 @@ def test_the_card_has_the_results_of_its_epoch(loaded):
 )
 def test_weights_that_were_not_evaluated_have_no_results(state):
     assert validation_results(state) == {}
+
+
+def rows_of(*losses):
+    "The history of a training with tuning losses."
+    return [dict(epoch=i, tuning_loss=loss) for i, loss in enumerate(losses, 1)]
+
+
+@pytest.mark.parametrize(
+    'state, chosen_by, value, why',
+    [
+        (dict(epoch=2, history=rows_of(0.7, 0.4)), 'tuning_loss', 0.4, 'the lowest tuning loss'),
+        (dict(epoch=1, history=rows_of(0.4, 0.7)), 'tuning_loss', 0.4, 'the lowest tuning loss'),
+        (dict(epoch=3, history=rows_of(0.4, 0.7, 0.5)), None, 0.5, 'since training was changed'),
+        (dict(epoch=2, history=[dict(epoch=1), dict(epoch=2)]), None, None, 'the last epoch'),
+        (dict(epoch=1, history=rows_of(float('nan'))), None, None, 'no tuning loss to choose by'),
+        (dict(epoch=2, history=rows_of(0.7, 0.4), optimizer={}), None, None, 'to resume from'),
+        (dict(epoch=9, history=[dict(stage=2)] * 9), 'tuning_loss', None, 'lowest mean tuning'),
+        (dict(epoch=1), None, None, 'does not say'),
+        ({}, None, None, 'does not say'),
+    ],
+)
+def test_which_checkpoint_it_is_and_why(state, chosen_by, value, why):
+    about = chosen_checkpoint(state, 'best.pt')
+    assert (about['chosen_by'], about.get('value')) == (chosen_by, value)
+    assert about['epoch'] == state.get('epoch')
+    words = checkpoint_words(about)
+    assert words.startswith('best.pt: ') and why in words
+    assert ('epoch' in words.split(',')[0]) == ('epoch' in state)
+    assert (value is not None) == (f'(tuning loss {value})' in words)
 
 
 def test_the_name_of_a_model_depends_on_weights_and_card(loaded):

@@ -217,6 +217,39 @@ def test_pale_tissue(painted, strength):
         assert iou(found(pale), truth) < 0.1
 
 
+@pytest.mark.parametrize(
+    'strength, least, most', [(0.1, 0.8, 1), (0.05, 0.2, 0.97), (0.03, 0, 0.2), (0.01, 0, 0)]
+)
+def test_how_pale_tissue_may_be(painted, strength, least, most):
+    "The limits that the notebook tells: most of it at a tenth of the stain, parts at a twentieth."
+    rgb, truth, _ = painted
+    mask = found(faded(rgb, strength, np.random.default_rng(0)), stain='pale')
+    assert least <= (mask & truth).sum() / truth.sum() <= most
+    assert (mask & ~truth).sum() < 0.02 * (~truth).sum()
+
+
+@pytest.mark.parametrize(
+    'color, density, expected',
+    [
+        ((0, 0.5, 1), 0.01, set()),
+        ((0, 0.5, 1), 0.02, {'pale'}),
+        ((0, 0.5, 1), 0.05, {'he', 'pale'}),
+        ((1, 0.5, 0.2), 0.02, {'pale'}),
+        ((1, 1, 1), 0.1, set()),
+    ],
+    ids=['hardly yellow', 'a little yellow', 'yellow', 'wiped ink', 'grey'],
+)
+def test_coloured_glass_is_tissue_to_a_preset_for_what_is_pale(color, density, expected):
+    "The other side of finding pale tissue: a tint of 5% of blue light is enough."
+    place = np.zeros((300, 300, 1))
+    place[100:200, 100:200] = 1
+    clean = 243 * 10 ** (-density * place * np.array(color))
+    rgb = np.round(clean + np.random.default_rng(0).normal(0, 1.5, clean.shape))
+    rgb = rgb.clip(0, 255).astype(np.uint8)
+    taken = {stain for stain in ('he', 'pale') if tissue_mask(rgb, 4.0, stain=stain)[0].any()}
+    assert taken == expected
+
+
 @pytest.mark.parametrize('ink', ['blue', 'green', 'black'])
 def test_pen_on_pale_tissue(biopsy, ink):
     rgb, truth = biopsy

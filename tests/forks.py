@@ -17,8 +17,10 @@ import time
 from pathlib import Path
 
 IMPORTED = (
+    'execnb.shell',
     'hypothesis',
     'matplotlib.pyplot',
+    'nbdev.process',
     'pytest',
     'sklearn.metrics',
     'torch.distributed.run',
@@ -75,7 +77,9 @@ class Forked:
 
     def text(self, name='*'):
         "What it has printed until now."
-        return ''.join(path.read_text() for path in sorted(Path(self.folder.name).glob(name)))
+        return ''.join(
+            path.read_text(errors='replace') for path in sorted(Path(self.folder.name).glob(name))
+        )
 
     def communicate(self, timeout=60):
         "What it printed on standard output and on standard error, once it has ended."

@@ -1,14 +1,9 @@
-"""Run notebooks as nbdev_test runs them, each in a process of its own, and compare what their cells
-print with what was committed.
+"""Run notebooks as nbdev_test runs them, and compare what their cells print with what was committed.
 
-python tests/run_notebook.py NOTEBOOK [FLAG TO SKIP ...]      one
-python tests/run_notebook.py                                  those of the lines of stdin
+python tests/run_notebook.py NOTEBOOK [FLAG TO SKIP ...]
 
-A line of stdin is JSON: a notebook, the file for what it prints, and flags to skip. The process of
-each, whose number is printed and then its status, is forked from this one, which has imported what
-takes long."""
+The tests run each in a process of its own: `Forked('run_notebook:run_and_end', ...)`."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -64,32 +59,17 @@ def run(notebook, *skip) -> int:
     return int(bool(different))
 
 
-def serve():
-    # so that no notebook has to import them again
-    import matplotlib.pyplot  # noqa: F401
-    import sklearn.metrics  # noqa: F401
-    import torch  # noqa: F401
-    import torchvision  # noqa: F401
-
-    for line in sys.stdin:
-        notebook, out, *skip = json.loads(line)
-        if (child := os.fork()) == 0:
-            os.setsid()
-            fd = os.open(out, os.O_WRONLY)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(fd, 1)
-            os.dup2(fd, 2)
-            try:
-                status = run(notebook, *skip)
-            except BaseException as e:
-                status = 1
-                print(f'{type(e).__name__}: {e}', flush=True)
-            os._exit(status)
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+def run_and_end(notebook, *skip):
+    "End this process with the exit status of `run`, whatever threads a notebook has left."
+    try:
+        status = run(notebook, *skip)
+    except BaseException as e:
+        status = 1
+        print(f'{type(e).__name__}: {e}')
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == '__main__':
-    if len(sys.argv) > 1:
-        sys.exit(run(*sys.argv[1:]))
-    serve()
+    sys.exit(run(*sys.argv[1:]))

@@ -289,7 +289,7 @@ class CaseReader:
         text = row.get(column)
         return existing_path(text, self.folder) if text else None
 
-
+# %% ../../nbs/slides/11_cohorts.ipynb #6a741640
 def repeats(
     cases: Iterable[tuple[int, Case]],  # (line, case)
     key: Callable[[Case], Hashable],
@@ -320,7 +320,7 @@ def problems_between(cases: list[tuple[int, Case]]) -> list[tuple[int, str]]:
             problems.append((line, text))
     return problems
 
-# %% ../../nbs/slides/11_cohorts.ipynb #3a7ea7ce
+
 def check_ids(cases: Iterable[Case]) -> None:
     "Refuse cases of which two have one id; upper and lower case count as the same."
     by_id = {}

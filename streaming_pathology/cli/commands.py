@@ -215,8 +215,8 @@ class CheckSettings(Settings):
 
 def check(settings: CheckSettings) -> None:
     """Open slides and tell in a line each what they are: format, size, spacing and who says so,
-    levels, compression, area of tissue, and why a slide cannot be used. Pixels at full resolution
-    are not read."""
+    levels, compression, area of tissue, and why a slide cannot be used. Pixels of pyramids are read
+    on a coarse level only."""
     from streaming_pathology.runs.inputs import STATUS_COLUMNS, Outcome, find_slides
     from streaming_pathology.runs.shards import check_shard, chosen_shard, merge_checks, share
     from streaming_pathology.slides.check import SlideCheck
@@ -227,7 +227,7 @@ def check(settings: CheckSettings) -> None:
     table = Path()
     if settings.csv is not None:
         table = output_file(settings.csv, '.csv', settings.slides, 'name,status,')
-    found = find_slides(settings.slides, labels=None, columns=())
+    found = find_slides(settings.slides, labels=None, columns=(), row_by_row=True)
     look_for = settings.tissue, settings.exclude_pen, settings.stain
     spacing = settings.slide_spacing
     workers = settings.workers
@@ -268,6 +268,8 @@ def check_all(
             if each.problem:
                 failed[each.slide_id] = each.problem
             tell_check(each)
+    for each in found.unusable:
+        print(f'{each.path.name}: FAILED: {each.path} {each.reason}')
     return facts, failed
 
 

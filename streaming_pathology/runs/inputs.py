@@ -7,6 +7,8 @@ __all__ = ['PASSED_OVER', 'STATUS_COLUMNS', 'LeftOut', 'FoundSlides', 'Named', '
            'Outcome', 'status_row']
 
 # %% ../../nbs/runs/05_inputs.ipynb #fce71ac7
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +22,8 @@ from ..outputs import REPORT, RUN, SYSTEM, Output, best_checkpoint
 from streaming_pathology.slides.cohorts import (
     TABLES,
     Case,
-    read_manifest,
+    manifest_rows,
+    refuse_manifest,
     refuse_spreadsheet,
     safe_id,
     with_spacing,
@@ -140,7 +143,8 @@ class Search:
         if written is not None:
             self.pass_over(folder, written, names)
             return
-        folders = [path for path in entries if path.is_dir()]
+        # links last, so that what they point to is found at its own place
+        folders = sorted((path for path in entries if path.is_dir()), key=Path.is_symlink)
         files = [path for path in entries if path.exists() and not path.is_dir()]
         for path in entries:
             if not path.exists():
@@ -214,18 +218,46 @@ def visible(folder: Path) -> list[Path]:
 # %% ../../nbs/runs/05_inputs.ipynb #7e97ca44
 def without_links(slides: Iterable[Named]) -> tuple[list[Named], list[LeftOut]]:
     "Slides of which none is there twice, by links or as files of one DICOM series; and the others."
+    slides = list(slides)
     first: dict[tuple, Named] = {}
-    repeated = []
+    for slide in sorted(slides, key=lambda slide: slide.path.is_symlink()):
+        first.setdefault(slide_key(slide.path), slide)
+    kept, repeated = [], []
     for slide in slides:
-        other = first.setdefault(slide_key(slide.path), slide)
-        if other is not slide:
+        other = first[slide_key(slide.path)]
+        if other is slide:
+            kept.append(slide)
+        else:
             reason = f'is the same slide as {other.slide_id!r} ({other.path})'
             repeated.append(LeftOut(slide.path, 'link', reason))
-    return list(first.values()), repeated
+    return kept, repeated
+
+
+def usable_name(name: str) -> str:
+    "A name with an underscore for each character that cannot be part of a file name anywhere."
+    name = re.sub(r"[^\w .+()=@,'-]", '_', unicodedata.normalize('NFC', name))
+    return re.sub(r'^\W', '_', name).rstrip('. ')
+
+
+FLAT = '.png', '.jpg', '.jpeg', '.webp'
+
+
+def told_apart(slides: Sequence[Named]) -> list[Named]:
+    """Slides of which a picture beside a slide of the same name, such as its thumbnail, has its
+    ending in its name."""
+    formats = {each.slide_id.casefold() for each in slides if each.path.suffix.lower() not in FLAT}
+    apart = []
+    for slide in slides:
+        ending = slide.path.suffix.lower()
+        if ending in FLAT and slide.slide_id.casefold() in formats:
+            slide = slide._replace(slide_id=f'{slide.slide_id}_{ending.removeprefix(".")}')
+        apart.append(slide)
+    return apart
 
 
 def with_ids(slides: Sequence[Named]) -> tuple[list[Named], list[LeftOut]]:
-    "Slides whose names can be ids, each its own; and the others."
+    "Slides with an id each, which is the name as far as it can be; and those that can have none."
+    slides = told_apart([each._replace(slide_id=usable_name(each.slide_id)) for each in slides])
     count = Counter(slide.slide_id.casefold() for slide in slides)
     good, wrong = [], []
     for slide in slides:
@@ -316,6 +348,7 @@ def find_slides(
     override: bool = False,  # `spacing` also where a file says another, but the manifest none
     columns: Sequence[str] = ('label',),  # of the manifest, with the label
     positive: str | None = None,  # labels by name that are 1: see `read_manifest`
+    row_by_row: bool = False,  # a wrong row of a manifest is an unusable slide, and others are taken
 ) -> FoundSlides:
     """The cases of manifests, of all slides in folders and in folders below, and of single slides.
 
@@ -330,7 +363,12 @@ def find_slides(
             raise InputError(f'{path}: there is no such manifest, folder or slide')
         refuse_spreadsheet(path)
         if path.suffix.lower() in TABLES and path.is_file():
-            cases += read_manifest(path, False, labels, columns=columns, positive=positive)
+            rows = manifest_rows(path, False, labels, columns=columns, positive=positive)
+            if rows.problems and not (row_by_row and rows.usable()):
+                refuse_manifest(path, rows.problems, rows.hint)
+            cases += rows.usable()
+            wrong = [f'line {line}: {sentence}' for line, sentence in rows.problems]
+            unusable += [LeftOut(path, 'row', sentence) for sentence in wrong]
             continue
         found = found_at(path)
         cases += found.cases

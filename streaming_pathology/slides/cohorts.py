@@ -538,6 +538,55 @@ def full_rows(
             problems.append((line, f'{text}; decimals are written with a point'))
     return rows
 
+
+class ManifestRows(NamedTuple):
+    "What the rows of a manifest are."
+
+    cases: list[tuple[int, Case]]  # (line, case) of rows that are one
+    problems: list[tuple[int, str]]  # (line, sentence)
+    hint: str  # to be told after all problems
+
+    def usable(self) -> list[Case]:
+        "The cases on lines without a problem."
+        wrong = {line for line, _ in self.problems}
+        return [case for line, case in self.cases if line not in wrong]
+
+
+def manifest_rows(
+    path: str | Path,
+    need_label: bool = True,
+    labels: Sequence[float] | None = None,
+    folder: str | Path | None = None,
+    columns: Sequence[str] = ('label',),
+    annotation: str | None = None,
+    positive: str | Sequence[str] | None = None,
+) -> ManifestRows:
+    """The rows of a manifest, with the arguments of `read_manifest`. Raises `InputError` for what
+    is wrong with all of them."""
+    refuse_spreadsheet(path)
+    way_out = 'give the path of a CSV manifest'
+    header, lines, separator = read_rows(path, way_out, SEPARATORS, 'slide_id')
+    check_columns(path, header, columns, need_label, annotation)
+    if not lines:
+        raise InputError(f'{path} has a header but no rows; add one row a slide')
+    problems = []  # (line, sentence)
+    rows = full_rows(header, lines, problems)
+    just_rows = [row for _, row in rows]
+    numbers = [*columns, 'spacing'] if separator != ',' else []
+    tell_separator(path, separator, just_rows, numbers)
+    names, hint = names_and_hint(path, just_rows, columns, positive, need_label)
+    if not folder:
+        folder = Path(path).parent
+    reader = CaseReader(Path(folder), columns, labels, need_label, annotation, names, numbers)
+    cases = []
+    for line, row in rows:
+        case, sentences = reader.case(row)
+        problems += [(line, sentence) for sentence in sentences]
+        if case is not None:
+            cases.append((line, case))
+    problems += problems_between(cases)
+    return ManifestRows(cases, problems, hint)
+
 # %% ../../nbs/slides/11_cohorts.ipynb #655a8fca
 def read_manifest(
     # a CSV file with the columns slide_id, label and, where known, path, patient_id, split, spacing
@@ -560,31 +609,10 @@ def read_manifest(
     Columns are separated by commas, semicolons or tabs, as the header shows; without commas, labels
     and spacings may have decimal commas. Warns of such a table, and of what becomes of labels that
     are names. Raises one `InputError` that tells all that is wrong with it, with line numbers."""
-    refuse_spreadsheet(path)
-    way_out = 'give the path of a CSV manifest'
-    header, lines, separator = read_rows(path, way_out, SEPARATORS, 'slide_id')
-    check_columns(path, header, columns, need_label, annotation)
-    if not lines:
-        raise InputError(f'{path} has a header but no rows; add one row a slide')
-    problems = []  # (line, sentence)
-    rows = full_rows(header, lines, problems)
-    just_rows = [row for _, row in rows]
-    numbers = [*columns, 'spacing'] if separator != ',' else []
-    tell_separator(path, separator, just_rows, numbers)
-    names, hint = names_and_hint(path, just_rows, columns, positive, need_label)
-    if not folder:
-        folder = Path(path).parent
-    reader = CaseReader(Path(folder), columns, labels, need_label, annotation, names, numbers)
-    cases = []  # (line, case)
-    for line, row in rows:
-        case, sentences = reader.case(row)
-        problems += [(line, sentence) for sentence in sentences]
-        if case is not None:
-            cases.append((line, case))
-    problems += problems_between(cases)
-    if problems:
-        refuse_manifest(path, problems, hint)
-    cases = [case for _, case in cases]
+    rows = manifest_rows(path, need_label, labels, folder, columns, annotation, positive)
+    if rows.problems:
+        refuse_manifest(path, rows.problems, rows.hint)
+    cases = [case for _, case in rows.cases]
     if need_label:
         check_classes(cases, path)
     return cases

@@ -541,6 +541,7 @@ ALWAYS_SUPPORTED = (1, 2, 3, 4, 5, JPEG, 8, 32773, 32946)  # none, fax, LZW, JPE
 def is_plain(image: TiffImage) -> bool:
     "Whether an image is of a kind that libvips always reads, so that it need not be tried."
     is_usual = (image.photometric, image.samples) in PLAIN and image.bits == 8
+    is_usual = is_usual and image.sample_format == 1
     if not is_usual or image.compression not in ALWAYS_SUPPORTED:
         return False
     sides = image.tile or (16, 16)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydicom import dcmread
+from refusals import refusal
 
 from streaming_pathology.core import InputError
 from streaming_pathology.io import read_table
@@ -85,15 +86,54 @@ def test_folders_below_are_part_of_the_name(tmp_path):
 
 def test_names_that_cannot_be_ids_fail_alone(tmp_path):
     found = find_slides(
-        files(tmp_path, 'a.svs', '#1.svs', 'x.svs', 'X.jpg', 'p/b_.tif', 'p_b_.tif')
+        files(tmp_path, 'a.svs', f'{"n" * 190}.svs', 'x.svs', 'X.ndpi', 'p/b_.tif', 'p_b_.tif')
     )
     assert ids(found) == ['a']
     assert told(found.unusable) == dict.fromkeys(
-        ['#1.svs', 'x.svs', 'X.jpg', 'b_.tif', 'p_b_.tif'], 'name'
+        [f'{"n" * 190}.svs', 'x.svs', 'X.ndpi', 'b_.tif', 'p_b_.tif'], 'name'
     )
     reasons = ' '.join(each.reason for each in found.unusable)
-    assert "slide_id '#1' cannot be a file name" in reasons
+    assert 'cannot be part of a file name' in reasons
     assert "2 slides have the name 'x'" in reasons and 'or give a manifest' in reasons
+
+
+def test_characters_that_cannot_be_in_an_id_are_replaced(tmp_path):
+    names = ['#1.svs', '=cmd.tif', 'semi;colon.tif', 'a*b?.svs', 'u\u0308.svs', 'dot..svs']
+    found = find_slides(files(tmp_path, *names))
+    assert not found.unusable
+    assert sorted(ids(found)) == ['_1', '_cmd', 'a_b_', 'dot', 'semi_colon', '\u00fc']
+    assert ids(find_slides(files(tmp_path / 'p q', '#1.svs'))) == ['_1']
+    both = find_slides(files(tmp_path / 'both', '#1.svs', '_1.svs', 'c.svs'))
+    assert ids(both) == ['c'] and len(both.unusable) == 2
+
+
+def test_a_thumbnail_beside_a_slide_does_not_spoil_it(tmp_path):
+    found = find_slides(files(tmp_path, 'a.svs', 'a.jpg', 'A.png', 'b.jpg'))
+    assert sorted(ids(found)) == ['A_png', 'a', 'a_jpg', 'b']
+    flat = find_slides(files(tmp_path / 'flat', 'a.jpg', 'a.png', 'c.svs'))
+    assert ids(flat) == ['c'] and len(flat.unusable) == 2
+
+
+def test_the_file_itself_is_taken_and_not_a_link_to_it(tmp_path):
+    files(tmp_path, 'z.svs', 'z/a.svs')
+    (tmp_path / 'a_link.svs').symlink_to(tmp_path / 'z.svs')
+    (tmp_path / 'b_link').symlink_to(tmp_path / 'z')
+    found = find_slides(tmp_path)
+    assert ids(found) == ['z', 'z_a']
+    assert told(found.left_out) == {'a_link.svs': 'link', 'b_link': 'link'}
+
+
+def test_wrong_rows_of_a_manifest_row_by_row(tmp_path):
+    files(tmp_path, 'a.svs', 'b.svs')
+    manifest = tmp_path / 'm.csv'
+    rows = ['slide_id,path', 'a,a.svs', 'none,none.svs', 'b,b.svs', 'a,b.svs', 'c']
+    manifest.write_text('\n'.join(rows) + '\n')
+    found = find_slides(manifest, labels=None, columns=(), row_by_row=True)
+    assert ids(found) == ['a', 'b']
+    reasons = [each.reason for each in found.unusable]
+    assert len(reasons) == 4 and all(reason.startswith('line ') for reason in reasons)
+    assert 'none.svs does not exist' in ' '.join(reasons)
+    assert 'has 4 problems' in refusal(find_slides, manifest, labels=None, columns=())
 
 
 def test_links(tmp_path):

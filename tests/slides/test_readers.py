@@ -407,3 +407,10 @@ def test_a_library_that_quotes_a_file_is_cut_short(formats, tmp_path):
     index = tmp_path / 'mirax/Slidedat.ini'
     index.write_text('x' * 5000 + '\n' + index.read_text())
     assert len(refusal(Slide, path)) < 700
+
+
+def test_numbers_with_a_sign_are_refused_at_opening(tmp_path):
+    "Not only where pixels are read, so that a check without tissue says it too."
+    path = tmp_path / 'signed.tif'
+    tifffile.imwrite(path, np.zeros((64, 64, 3), np.int8), photometric='rgb', tile=(32, 32))
+    assert 'char pixels' in refusal(Slide, path, 0.5)

@@ -784,7 +784,8 @@ def spread_evenly(
 
     def around(values: np.ndarray) -> np.ndarray:
         "The mean around each pixel, by a Gaussian of 40 microns."
-        return ndimage.gaussian_filter(values, 40 / spacing, truncate=3)
+        smoothed: Any = ndimage.gaussian_filter  # scipy has no types
+        return smoothed(values, 40 / spacing, truncate=3)
 
     weight = np.maximum(around(tissue.astype(np.float32)), 1e-3)
     even = np.empty_like(amounts)

@@ -2,11 +2,17 @@
 
 import csv
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from refusals import refusal
+from scipy.ndimage import gaussian_filter
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from streaming_pathology.slides.shortcuts import tissue_places
 from streaming_pathology.slides.slides import Slide
@@ -21,6 +27,7 @@ from streaming_pathology.slides.synthetic import (
     plan_cohort,
     write_cohort,
 )
+from streaming_pathology.slides.tissue import optical_density
 
 FEW = dict(n=4, size=(128, 256), spacing=4.0, progress=False)  # a cohort
 SIZES = [((128, 256), 2.0), ((192, 384), 2.0), ((256, 512), 2.0), ((128, 256), 4.0)]
@@ -109,6 +116,65 @@ def test_darkness_and_colour_do_not_tell_one_pattern_from_the_other(growth):
     biopsies = painted(range(12), (192, 384), 2.0, 0.5, look='matched', growth=growth)
     aucs = place_aucs(biopsies, second)
     assert np.all((aucs > 0.36) & (aucs < 0.64)), aucs
+
+
+# ---- texture
+
+
+def texture(biopsy, places, side):
+    "Mean detail of each place, darker and brighter, in bands from 2 to 32 microns: (n, 20)."
+    maps = []
+    for density in np.moveaxis(optical_density(biopsy.image)[..., :2], -1, 0):
+        scales = [density]
+        for microns in (2, 4, 8, 16, 32):
+            scales.append(gaussian_filter(density, microns / biopsy.spacing))
+        for fine, coarse in pairwise(scales):
+            maps += [np.maximum(fine - coarse, 0) ** 2, np.maximum(coarse - fine, 0) ** 2]
+    squares = [
+        [detail[top : top + side, left : left + side].mean() for detail in maps]
+        for top, left in places.position
+    ]
+    return np.array(squares)
+
+
+def told_by(features, target, slides):
+    "AUC of a logistic regression over places, on slides that it was not fitted to."
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    options = dict(groups=slides, cv=GroupKFold(4), method='decision_function')
+    return roc_auc_score(target, cross_val_predict(model, features, target, **options))
+
+
+def measured(biopsies, side):
+    "Means and texture of all places, their share of tumour, and the number of their slide."
+    means, details, tumour, slides = [], [], [], []
+    for number, biopsy in enumerate(biopsies):
+        places = tissue_places(biopsy.image, biopsy.mask, side)
+        means.append(np.column_stack([places.density, places.color]))
+        details.append(texture(biopsy, places, side))
+        tumour.append(places.tumour)
+        slides.append(np.full(len(places), number))
+    return [np.concatenate(each) for each in (means, details, tumour, slides)]
+
+
+def test_texture_tells_matched_tumour_and_the_means_together_do_not():
+    biopsies = painted(range(16), (192, 384), 2.0, 0.35, look='matched')
+    means, details, tumour, slides = measured(biopsies, 32)
+    assert told_by(means, tumour >= 0.5, slides) < 0.6
+    assert told_by(details, tumour >= 0.5, slides) > 0.9
+
+
+def test_texture_of_single_places_does_not_tell_the_label_two_patterns():
+    "But it tells the label tumour."
+    found = {}
+    for label_means in ('two-patterns', 'tumour'):
+        common = CohortLook((128, 256), 4.0, 'matched', None)
+        rows = planned(label_means, n=32, areas=(0.4, 0.5))
+        biopsies = [paint_biopsy(**common.biopsy(row)) for row in rows]
+        _, details, tumour, slides = measured(biopsies, 16)
+        label = np.array([row['label'] for row in rows])[slides]
+        found[label_means] = told_by(details, label, slides)
+    assert 0.4 < found['two-patterns'] < 0.6, found
+    assert found['tumour'] > 0.65, found
 
 
 # ---- growth

@@ -218,7 +218,9 @@ def trimming(
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
             place = f'{folder}/{size[0]}x{size[1]}'
-            manifest = write_cohort(place, slides, size, 0.48, workers=2, progress=False)
+            manifest = write_cohort(
+                place, slides, size, 0.48, workers=2, progress=False, look='natural'
+            )
             for number, n_workers in itertools.product(range(repeats), workers):
                 out = f'{folder}/{size}_{number}_{n_workers}'
                 cases = read_manifest(manifest)
@@ -253,7 +255,9 @@ def loading(
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
             place = f'{folder}/{size[0]}x{size[1]}'
-            manifest = write_cohort(place, slides, size, 0.96, workers=2, progress=False)
+            manifest = write_cohort(
+                place, slides, size, 0.96, workers=2, progress=False, look='natural'
+            )
             data = SlideDataset(read_manifest(manifest), 0.96, size, Augmentation())
             for _, n_workers, busy in itertools.product(range(repeats), workers, device_seconds):
                 first, waits = waiting_times(data, n_workers, busy)

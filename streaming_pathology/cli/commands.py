@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['sp_train', 'sp_mil', 'sp_check', 'FEW', 'sp_predict', 'sp_export', 'sp_heatmap', 'SUBGROUPS', 'sp_evaluate',
-           'sp_report', 'sp_trim', 'COHORT', 'sp_synth', 'sp_compare', 'sp_bench', 'DEMO_COHORT', 'TINY', 'TINY_COHORT',
-           'sp_demo', 'RunFolder', 'train', 'train_mil', 'train_in', 'CheckSettings', 'check', 'check_all',
-           'tell_check', 'processes', 'PredictSettings', 'slides_and_table', 'predict', 'slides_to_predict',
-           'outcome_of', 'same_for_all', 'predict_share', 'merge_predicted', 'not_skipped', 'print_predictions',
-           'ExportSettings', 'export', 'write_export', 'heatmap', 'listed', 'n_bootstrap_option', 'confidence_option',
-           'EvaluateSettings', 'evaluate', 'figures_folder', 'ReportSettings', 'report', 'color', 'TrimSettings',
-           'trim', 'print_trimmed', 'SynthSettings', 'synth', 'CompareSettings', 'compare', 'several_pixels',
-           'BenchSettings', 'bench', 'as_for_training', 'DemoSettings', 'DemoOptions', 'demo', 'is_demo']
+           'sp_report', 'sp_trim', 'COHORT', 'LOOK_NAMES', 'LABEL_NAMES', 'sp_synth', 'sp_compare', 'sp_bench',
+           'DEMO_COHORT', 'TINY', 'TINY_COHORT', 'sp_demo', 'RunFolder', 'train', 'train_mil', 'train_in',
+           'CheckSettings', 'check', 'check_all', 'tell_check', 'processes', 'PredictSettings', 'slides_and_table',
+           'predict', 'slides_to_predict', 'outcome_of', 'same_for_all', 'predict_share', 'merge_predicted',
+           'not_skipped', 'print_predictions', 'ExportSettings', 'export', 'write_export', 'heatmap', 'listed',
+           'n_bootstrap_option', 'confidence_option', 'EvaluateSettings', 'evaluate', 'figures_folder',
+           'ReportSettings', 'report', 'color', 'TrimSettings', 'trim', 'print_trimmed', 'SynthSettings', 'synth',
+           'CompareSettings', 'compare', 'several_pixels', 'BenchSettings', 'bench', 'as_for_training', 'DemoSettings',
+           'DemoOptions', 'demo', 'is_demo']
 
 # %% ../../nbs/cli/02_commands.ipynb #be2cbbb8
 import json
@@ -97,8 +98,9 @@ def train_mil(settings: MILSettings, folder: RunFolder) -> None:
     suspicious of each slide learns the slide's label (Campanella et al. 2019; the paper, section
     IV-B). With --annotation patches learn labels of their own, from masks in which somebody has
     outlined tumours. With --aggregator a small network learns the slide's label from the
-    embeddings of all its patches, which are computed once. Run folder, report, stopping and
-    resuming are those of sp_train."""
+    embeddings of all its patches, which are computed once. With --sampled it is trained together
+    with the encoder of the patches, on some of them that are drawn anew in each epoch (Campanella
+    et al. 2024). Run folder, report, stopping and resuming are those of sp_train."""
     train_in(settings, folder)
 
 
@@ -1047,6 +1049,10 @@ COHORT = Output(
 )  # a painted cohort
 
 
+LOOK_NAMES = ('natural', 'matched')
+LABEL_NAMES = ('tumour', 'two-patterns', 'primary', 'share')
+
+
 @dataclass(kw_only=True)
 class SynthSettings(Settings):
     "The settings of sp_synth."
@@ -1057,12 +1063,41 @@ class SynthSettings(Settings):
         (512, 1024), 'size of a slide as height,width in pixels', 'slides', read=pixels
     )
     spacing: float = option(2.0, 'microns per pixel of the slides', 'slides', above=0)
-    positive: float = option(0.5, 'fraction of slides with tumour', 'tumour')
+    painted_at: float | None = option(
+        None,
+        'microns per pixel at which slides are painted, before they are reduced to --spacing: with '
+        'the same value, and the same size in microns, cohorts have the same slides at several '
+        'spacings (default: --spacing)',
+        'slides',
+        above=0,
+    )
+    look: str = option(
+        'matched',
+        'matched: neither darkness nor colour tells where tumour is; natural: tumour is darker',
+        'slides',
+        choices=LOOK_NAMES,
+    )
+    label_means: str = option(
+        'tumour',
+        'what label 1 says: tumour (there is some), two-patterns (tumour at both ends of the core '
+        'is of two patterns, not twice of one), primary (the second of two patterns covers more '
+        'than the first) or share (tumour covers more than --tumour-threshold); but for tumour, '
+        'no single patch tells it',
+        'tumour',
+        choices=LABEL_NAMES,
+    )
+    positive: float = option(0.5, 'fraction of slides with label 1', 'tumour')
     least_tumour: float = option(
-        0.05, 'smallest fraction of the tissue that is tumour, in a positive slide', 'tumour'
+        0.05, 'smallest fraction of the tissue that is tumour, in a slide that has some', 'tumour'
     )
     most_tumour: float = option(
-        0.6, 'largest fraction of the tissue that is tumour, in a positive slide', 'tumour'
+        0.6, 'largest fraction of the tissue that is tumour, in a slide that has some', 'tumour'
+    )
+    tumour_threshold: float = option(
+        0.25,
+        'with --label-means share: label 1 is for more tumour than this fraction of the tissue; '
+        'no slide has a fraction within 13% of it',
+        'tumour',
     )
     seed: int = option(
         0, 'random seed: the same settings paint the same slides', minimum=0, below=2**32
@@ -1092,6 +1127,10 @@ def synth(settings: SynthSettings) -> None:
             tumour_fractions=(least, most),
             seed=settings.seed,
             workers=settings.workers,
+            look=settings.look,
+            label_means=settings.label_means,
+            threshold=settings.tumour_threshold,
+            painted_at=settings.painted_at,
         )
     print(f'wrote {Path(settings.folder) / "manifest.csv"}: {counted(settings.n, "slide")}')
 
@@ -1226,6 +1265,7 @@ class Painting(TypedDict, total=False):
     spacing: float
     tumour_fractions: tuple[float, float]
     splits: dict[str, float]
+    look: str
 
 # %% ../../nbs/cli/02_commands.ipynb #b2af7ccf
 def as_for_training(name: str, default: object) -> Any:
@@ -1259,6 +1299,7 @@ DEMO_COHORT = Painting(
     spacing=2.0,
     tumour_fractions=(0.4, 0.8),
     splits=dict(train=0.6, tuning=0.1, test=0.3),
+    look='natural',
 )
 TINY = dict(title='Tiny demo: painted biopsies', epochs=2, heatmaps=3, n_samples=2)
 TINY_COHORT = Painting(n=20, size=(128, 192), splits=dict(train=0.4, tuning=0.2, test=0.4))

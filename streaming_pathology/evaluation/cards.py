@@ -415,6 +415,8 @@ def network_of(card: dict) -> str:
     kind = 'streamed over the whole slide'
     if card.get('bags'):
         kind = 'on patches'
+    if card.get('aggregator'):
+        kind = f'on patches, trained together with {card["aggregator"]["name"]}'
     return f'{card["model"].get("arch", "network")}, {kind}'
 
 

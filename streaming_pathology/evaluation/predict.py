@@ -41,6 +41,7 @@ from streaming_pathology.mil.features import (
     weights_hash,
 )
 from ..mil.mil import InstanceMIL
+from ..mil.sampled import SampledMIL, make_sampled
 from ..outputs import best_checkpoint
 from ..slides.cohorts import Case
 from ..slides.datasets import SlideDataset, cropped, slide_loader
@@ -71,6 +72,8 @@ def model_hash(
     contents['model'] = without(card['model'], 'strip', 'memory')
     if card.get('bags'):
         contents['bags'] = without(card['bags'], 'k', 'batch')
+    if card.get('aggregator'):
+        contents['aggregator'] = card['aggregator']
     if card.get('stain', 'he') != 'he':  # so that networks of former versions keep theirs
         contents['stain'] = card['stain']
     if card.get('features'):
@@ -102,9 +105,10 @@ def is_of_encoder(name: str) -> bool:
 def described(
     card: dict,
     **model: Any,  # instead of what the card says of the network
-) -> StreamingClassifier | InstanceMIL | FeatureMIL:
+) -> StreamingClassifier | InstanceMIL | SampledMIL | FeatureMIL:
     """The network that a card describes, with random weights: one of whole images, or one of
-    patches if the card has `bags`, or an aggregator with its backbone if it has `features` too."""
+    patches if the card has `bags`. If it has an `aggregator` too, the two were trained together; if
+    it has `features`, the aggregator of those with its backbone."""
     features = card.get('features')
     if features:
         aggregator = make_aggregator(**features['aggregator'])
@@ -112,6 +116,8 @@ def described(
         return FeatureMIL(encoder, aggregator, card['bags']['batch'], whole=True)
     network = StreamingClassifier(**(card['model'] | model))
     bags = card.get('bags')
+    if card.get('aggregator'):
+        return make_sampled(network, card['aggregator'], card['bags']['batch'])
     if bags:
         return InstanceMIL(network, bags['k'], bags['batch'])
     return network
@@ -246,13 +252,28 @@ def encoder_of(
         raise InputError(
             f'{path} is an aggregator of features, and no network of patches; give its backbone'
         )
-    if isinstance(model, InstanceMIL):
-        model = model.network
-    network = without(card['model'], 'strip', 'memory')
-    about = dict(model=network, classifies=True, spacing=card['spacing'])
+    about: dict = dict(model=without(card['model'], 'strip', 'memory'), spacing=card['spacing'])
     if 'arch_code' in card:
         about['arch_code'] = card['arch_code']
-    return Encoder(model, card=about)
+    if isinstance(model, SampledMIL):
+        return encoder_of_sampled(model, about)
+    if isinstance(model, InstanceMIL):
+        model = model.network
+    return Encoder(model, card=about | dict(classifies=True))
+
+
+def encoder_of_sampled(
+    model: SampledMIL,
+    card: dict,  # of the encoder
+) -> Encoder:
+    """The encoder that was trained together with an aggregator. Its last layer was taken away, so
+    it gives no scores; zeros stand in its place."""
+    network = StreamingClassifier(**card['model'])
+    last: Any = network.head.fc
+    weights = last.state_dict(prefix='head.fc.')
+    zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
+    network.load_state_dict(model.network.state_dict() | zeros)
+    return built(card, network)
 
 
 def backbone_known(backbone: str | Path) -> bool:
@@ -288,7 +309,7 @@ def load_model(
     path: str | Path,  # a run folder, a checkpoint in it, or what sp_export made of one
     device: str | torch.device = 'cpu',
     strip: int | str | None = None,  # rows at a time, or 'auto'; None: as in training
-) -> tuple[StreamingClassifier | InstanceMIL | FeatureMIL, dict]:
+) -> tuple[StreamingClassifier | InstanceMIL | SampledMIL | FeatureMIL, dict]:
     """A trained network in evaluation mode, and its card with `sha256`, its name. Raises
     `InputError` if it cannot be used."""
     path = best_checkpoint(path)

@@ -309,6 +309,11 @@ class FinishedRun:
             )
             if self.aggregator.source:
                 sentence += f' of {self.aggregator.source}'
+            if self.settings.get('sampled'):
+                sentence += (
+                    ', which is trained together with their network, on patches that are drawn '
+                    'anew in each epoch, as by Campanella et al. 2024'
+                )
             return sentence
         if self.settings.get('annotation'):
             return 'that patches learn from masks is as in Bulten et al. 2020'

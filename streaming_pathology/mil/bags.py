@@ -15,7 +15,7 @@ import torch
 from scipy import ndimage
 from torch.nn import functional as F
 
-from ..core import InputError
+from ..core import InputError, at_least_one
 from ..slides.augment import STEP, Augmentation, keyed_rng, origins
 from ..slides.cohorts import Case
 from ..slides.datasets import SlideDataset, TissueMap
@@ -126,6 +126,8 @@ class Bag:
     learns: tuple[torch.Tensor, torch.Tensor] | None = None
     # (height, width) of the image before it was enlarged to hold a patch; (0, 0): it was not
     shape: tuple[int, int] = (0, 0)
+    # positions (k, 3) of patches that were drawn to be trained on; None: all
+    sample: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if not any(self.shape or ()):
@@ -231,6 +233,8 @@ class BagDataset(SlideDataset):
         # numbers in annotations that make a patch positive; None: patches have no labels
         classes: Sequence[int] | None = None,
         draws: int = 16,  # patches of a slide that learn in an epoch, where there are annotations
+        # patches of a slide that are drawn in an epoch, for `SampledMIL`; None: all are trained on
+        sampled: int | None = None,
         # for `SlideDataset`
         **kwargs: Any,
     ) -> None:
@@ -238,6 +242,9 @@ class BagDataset(SlideDataset):
         self.grid = grid
         self.classes = classes
         self.draws = draws
+        if sampled is not None:
+            at_least_one(sampled=sampled)
+        self.sampled = sampled
         # slide_id -> what is marked in the slide, once read
         self.annotated: dict[str, np.ndarray] = {}
         if self.canvas:
@@ -277,8 +284,18 @@ class BagDataset(SlideDataset):
             case.slide_id,
             learns=learns,
             shape=shape,
+            sample=self.sample(case, epoch, positions),
         )
         return item | dict(image=bag)
+
+    def sample(self, case: Case, epoch: int, positions: np.ndarray) -> torch.Tensor | None:
+        """Positions (k, 3) of `sampled` different patches of a slide, drawn at random as a function
+        of seed, epoch and slide, in the order of the grid; None if all are trained on."""
+        if self.sampled is None or self.sampled >= len(positions):
+            return None
+        rng = keyed_rng(self.seed, epoch, case.slide_id, 'sample')
+        chosen = np.sort(rng.permutation(len(positions))[: self.sampled])
+        return torch.from_numpy(positions[chosen])
 
     def marked(self, case: Case, where: TissueMap) -> np.ndarray:
         """What the annotation of a case marks as positive: bool, a coarse mask like that of its

@@ -37,6 +37,7 @@ from ..io import locked, several, write_csv, write_whole
 from ..mil.bags import Bag
 from ..mil.features import FeatureMIL, Features
 from ..mil.mil import InstanceMIL
+from ..mil.sampled import SampledMIL
 from ..outputs import SHARDS, Output, claim
 from .inputs import Outcome, find_slides
 from .runs import device_to_use, tell_device
@@ -275,7 +276,7 @@ class MapRun:
     def check_method(self) -> None:
         "Choose the method if none is given; refuse one that does not fit the network."
         settings = self.settings
-        of_patches = isinstance(self.model, (InstanceMIL, FeatureMIL))
+        of_patches = isinstance(self.model, (InstanceMIL, SampledMIL, FeatureMIL))
         if settings.method is None:
             settings.method = 'patches' if of_patches else 'smoothgrad'
         method = chosen_method(settings)

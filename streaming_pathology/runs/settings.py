@@ -232,6 +232,15 @@ def strip_rows(text: str) -> int | str:
     return int(text)
 
 
+def number_or_all(text: str) -> int | str:
+    "A whole number, or 'all'. Raises `ValueError` for another text."
+    if text == 'all':
+        return text
+    if not text.lstrip('-').isdigit():
+        raise ValueError(f'{text!r} is no whole number; give one, or all')
+    return int(text)
+
+
 def strip_option() -> Any:
     "The strip of a network that was trained already."
     return option(
@@ -662,10 +671,22 @@ class MILSettings(TrainingSettings):
         minimum=1,
         former_names=('draws',),
     )
+    sampled: int | str | None = option(
+        None,
+        'train encoder and aggregator together on so many patches of a slide, drawn at random in '
+        'each epoch, or on all; predictions are made from all patches (default: the two-phase '
+        'training of a classifier of patches)',
+        'patches',
+        minimum=1,
+        read=number_or_all,
+        words=('all',),
+        on_resume='never',
+    )
     aggregator: str | None = option(
         None,
-        'train this MIL aggregator on embeddings of patches by a frozen encoder: '
-        f'{listed_names(AGGREGATOR_NAMES)} (default: train a classifier of patches)',
+        'train this MIL aggregator on embeddings of patches by a frozen encoder, or with --sampled '
+        f'together with the encoder: {listed_names(AGGREGATOR_NAMES)} (default: train a classifier '
+        'of patches; with --sampled abmil)',
         'patch embeddings',
         choices=AGGREGATOR_NAMES,
         on_resume='never',
@@ -702,21 +723,21 @@ class MILSettings(TrainingSettings):
 
     augment: str | None = option(
         None,
-        'training augmentation: none, flips, paper or strong (default: flips; with --aggregator '
-        'none)',
+        'training augmentation: none, flips, paper or strong (default: flips; with --aggregator, '
+        'but without --sampled, none)',
         'slides',
         choices=AUGMENTATION_NAMES,
     )
     lr: float | None = option(
         None,
         'learning rate (default: 1e-5, as in the paper, which then has 3e-6; with --aggregator '
-        '2e-4)',
+        '2e-4; with --sampled 1e-4)',
         'training',
         above=0,
     )
     optimizer: str | None = option(
         None,
-        'sgd or adamw (default: sgd, as in the paper; with --aggregator adamw)',
+        'sgd or adamw (default: sgd, as in the paper; with --aggregator or --sampled adamw)',
         'training',
         choices=('sgd', 'adamw'),
     )

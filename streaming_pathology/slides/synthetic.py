@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['RUIFROK_JOHNSTON', 'SAMPLE_STAINS', 'PATTERNS', 'TUMOUR_PATTERNS', 'ANGLES', 'NUCLEI', 'OUTSIDE', 'STROMA', 'BENIGN',
-           'TUMOUR', 'SPLITS', 'estimate_stains', 'spline_matrix', 'smooth_noise', 'fibre_noise', 'Core',
-           'pixel_centres', 'paint_core', 'Pattern', 'Glands', 'Nucleus', 'varied_nuclei', 'ring_nuclei', 'pixels_of',
-           'grid_nuclei', 'no_glands', 'Tissue', 'add_benign', 'add_tumour', 'punch_holes', 'add_glands',
-           'PaintedBiopsy', 'check_painting', 'paint_biopsy', 'plan_cohort', 'assign_patients', 'check_cohort_settings',
-           'prepare_cohort_folder', 'write_cohort_manifest', 'write_cohort']
+           'TUMOUR', 'SECOND', 'END', 'MOST_AT_ENDS', 'ANY_GROWTH', 'LOOKS', 'SPLITS', 'LABELS', 'NAMED_PATTERNS',
+           'SECOND_SHARES', 'MARGIN', 'FORMERLY', 'estimate_stains', 'spline_matrix', 'smooth_noise', 'fibre_noise',
+           'Core', 'pixel_centres', 'paint_core', 'Pattern', 'Glands', 'Nucleus', 'varied_nuclei', 'ring_nuclei',
+           'pixels_of', 'grid_nuclei', 'Growth', 'no_glands', 'Tissue', 'add_benign', 'add_tumour', 'punch_holes',
+           'tumour_zones', 'zones_at_ends', 'first_part', 'add_glands', 'spread_evenly', 'paint_tissue',
+           'PaintedBiopsy', 'check_painting', 'reduction', 'reduced', 'paint_biopsy', 'plan_cohort', 'tumour_of',
+           'assign_patients', 'check_cohort_settings', 'check_label', 'prepare_cohort_folder', 'write_cohort_manifest',
+           'write_cohort']
 
 # %% ../../nbs/slides/09_synthetic.ipynb #044bbbc7
 import json
 import math
 import operator
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -473,7 +477,49 @@ def grid_nuclei(
 
 # %% ../../nbs/slides/09_synthetic.ipynb #ea4a5309
 OUTSIDE = -50.0  # microns: the depth of a pixel that is far from any gland
-STROMA, BENIGN, TUMOUR = 1, 2, 3  # values of a mask; 0 is background
+# values of a mask; 0 is background
+STROMA, BENIGN, TUMOUR, SECOND = 1, 2, 3, 4
+END = 0.35  # share of the tissue that is an end of the core
+MOST_AT_ENDS = 0.6  # largest share of the tissue that is tumour, where it lies at both ends
+
+
+@dataclass(frozen=True)
+class Growth:
+    "How tumour grows in a biopsy."
+
+    # the first and the second, of `TUMOUR_PATTERNS`; None: both are drawn
+    patterns: tuple[str, str] | None = None
+    # share of the tumour's area with the second pattern; None: drawn
+    second_share: float | None = None
+    # which pattern, 0 or 1, lies at either end of the core; None: both lie side by side
+    ends: tuple[int, int] | None = None
+
+    def check(self, tumour_fraction: float) -> None:
+        "Raise `InputError` for what cannot grow."
+        if self.patterns is not None:
+            for name in self.patterns:
+                if name not in TUMOUR_PATTERNS:
+                    raise InputError(
+                        f'patterns {self.patterns} must be two of {", ".join(TUMOUR_PATTERNS)}'
+                    )
+        elif self.second_share is not None or self.ends is not None:
+            raise InputError('second_share and ends are about patterns that are named: give those')
+        if self.second_share is not None and not 0 <= self.second_share <= 1:
+            raise InputError(f'second_share {self.second_share} must be between 0 and 1')
+        if self.ends is None:
+            return
+        if self.second_share is not None:
+            raise InputError('second_share is set by ends: give one of the two')
+        if len(self.ends) != 2 or not {*self.ends} <= {0, 1}:
+            raise InputError(f'ends {self.ends} must be two numbers of patterns, each 0 or 1')
+        if tumour_fraction > MOST_AT_ENDS:
+            raise InputError(
+                f'tumour_fraction {tumour_fraction} must be at most {MOST_AT_ENDS} where tumour '
+                'lies at both ends'
+            )
+
+
+ANY_GROWTH = Growth()
 
 
 def no_glands(size: tuple[int, int]) -> np.ndarray:
@@ -487,16 +533,19 @@ class Tissue:
 
     core: Core
     tumour: np.ndarray  # bool: the zone of the tumour
+    second: np.ndarray  # bool: the part of it that the mask tells as the second pattern
     benign: np.ndarray  # bool: benign glands
     depth: np.ndarray  # float32: microns inside a gland; outside below 0
     lumen: np.ndarray  # float32: microns inside a lumen; outside below 0
     nuclei: list[np.ndarray]  # (n, 6) each, for `stamp_nuclei`
+    tint: float = 0.05  # haematoxylin in the cytoplasm of tumour, more than in that of other glands
 
     @property
     def mask(self) -> np.ndarray:
-        "0 background, 1 stroma, 2 benign gland, 3 tumour."
+        "0 background, 1 stroma, 2 benign gland, 3 tumour, 4 its second pattern where it is named."
         glands = np.where(self.benign, BENIGN, STROMA)
-        return np.where(self.tumour, TUMOUR, glands) * (self.core.depth > 0)
+        tumour = np.where(self.second, SECOND, TUMOUR)
+        return np.where(self.tumour, tumour, glands) * (self.core.depth > 0)
 
 
 def add_benign(
@@ -553,21 +602,75 @@ def punch_holes(
     draw_glands(holes, no_glands(depth.shape), lumen, spacing)
 
 
+def tumour_zones(
+    rng: np.random.Generator, core: Core, spacing: float, fraction: float, growth: Growth
+) -> tuple[np.ndarray, np.ndarray]:
+    """The zone of a tumour with this share of the tissue, and the part of it that the first pattern
+    grows in: both bool (height, width)."""
+    inside = core.depth > 0
+    if growth.ends is not None:
+        return zones_at_ends(rng, inside, core.along, spacing, fraction, growth.ends)
+    tumour = choose_zone(rng, inside, core.along, spacing, fraction)
+    return tumour, np.zeros_like(tumour)
+
+
+def zones_at_ends(
+    rng: np.random.Generator,
+    tissue: np.ndarray,  # bool (height, width)
+    along: np.ndarray,  # microns along the core
+    spacing: float,
+    fraction: float,  # share of the tissue, one half of it at either end
+    ends: tuple[int, int],  # the pattern, 0 or 1, at either end
+) -> tuple[np.ndarray, np.ndarray]:
+    "As `tumour_zones`, of a tumour that lies at both ends of a core."
+    tumour, first = np.zeros_like(tissue), np.zeros_like(tissue)
+    low, high = np.quantile(along[tissue], [END, 1 - END])
+    for part, pattern in zip((along <= low, along >= high), ends):
+        end = tissue & part
+        share_of_end = fraction / 2 * np.count_nonzero(tissue) / max(1, np.count_nonzero(end))
+        zone = choose_zone(rng, end, along, spacing, min(1.0, share_of_end))
+        tumour |= zone
+        if pattern == 0:
+            first |= zone
+    return tumour, first
+
+
+def first_part(
+    rng: np.random.Generator, tumour: np.ndarray, spacing: float, second_share: float | None
+) -> np.ndarray:
+    "Where the first of two patterns that lie side by side grows: bool (height, width)."
+    field = smooth_noise(rng, tumour.shape, 200 / spacing)
+    if second_share is None:
+        return field > rng.uniform(-0.6, 0.6)
+    inside = np.flatnonzero(tumour)
+    by_value = np.argsort(field.ravel()[inside], kind='stable')
+    first = np.zeros(tumour.size, bool)
+    first[inside[by_value[round(second_share * len(inside)) :]]] = True
+    return first.reshape(tumour.shape)
+
+
 def add_glands(
     rng: np.random.Generator,
     core: Core,
     spacing: float,
     tumour_fraction: float,
     crowded_fraction: float,
+    growth: Growth = ANY_GROWTH,
 ) -> Tissue:
     "Zones of a core, and their glands and nuclei."
     inside, size = core.depth > 0, core.depth.shape
-    tumour = choose_zone(rng, inside, core.along, spacing, tumour_fraction)
+    tumour, first = tumour_zones(rng, core, spacing, tumour_fraction, growth)
     crowded = choose_zone(rng, inside & ~tumour, core.along, spacing, crowded_fraction)
     benign_share = rng.uniform(0.2, 0.6)
-    patterns = rng.choice(TUMOUR_PATTERNS, 2, replace=False)
-    first = smooth_noise(rng, size, 200 / spacing) > rng.uniform(-0.6, 0.6)
-    tissue = Tissue(core, tumour, np.zeros_like(inside), no_glands(size), no_glands(size), [])
+    patterns, second = growth.patterns, np.zeros_like(inside)
+    if patterns is None:
+        patterns = rng.choice(TUMOUR_PATTERNS, 2, replace=False)
+    if growth.ends is None:
+        first = first_part(rng, tumour, spacing, growth.second_share)
+    if growth.patterns is not None:
+        second = tumour & ~first
+    nowhere = np.zeros_like(inside)
+    tissue = Tissue(core, tumour, second, nowhere, no_glands(size), no_glands(size), [])
     add_benign(rng, tissue, crowded, spacing, 'crowded')
     add_benign(rng, tissue, inside & ~tumour & ~crowded, spacing, 'benign', benign_share)
     tissue.depth[tumour] = OUTSIDE
@@ -629,7 +732,9 @@ def paint_cytoplasm(
     gland = soft_edge(depth, spacing)
     apical = np.clip((lumen + 12) / 12, 0, 1)  # 0 to 1: towards the lumen
     eosin += gland * (0.25 + 0.04 * texture.grain + 0.02 * fine - 0.05 * apical - eosin)
-    blue += gland * (0.15 + 0.03 * texture.grain + 0.05 * tissue.tumour - 0.05 * apical - blue)
+    blue += gland * (
+        0.15 + 0.03 * texture.grain + tissue.tint * tissue.tumour - 0.05 * apical - blue
+    )
     return blue, eosin
 
 
@@ -665,6 +770,32 @@ def stain_amounts(rng: np.random.Generator, tissue: Tissue, spacing: float) -> n
     eosin = eosin * filled + 0.22 * secretion * (1 + 0.1 * texture.fine) + 0.1 * (spots > 0)
     return np.stack([blue, eosin]) * soft_edge(edge, max(3, spacing))
 
+# %% ../../nbs/slides/09_synthetic.ipynb #8c6fd9b9
+LOOKS = ('natural', 'matched')
+
+
+def spread_evenly(
+    rng: np.random.Generator,
+    amounts: np.ndarray,  # of haematoxylin and eosin, float32 (2, height, width)
+    tissue: np.ndarray,  # bool (height, width)
+    spacing: float,  # microns per pixel
+) -> np.ndarray:
+    "The amounts of stains with the same mean around every place, but for a smooth random field."
+
+    def around(values: np.ndarray) -> np.ndarray:
+        "The mean around each pixel, by a Gaussian of 40 microns."
+        smoothed: Any = ndimage.gaussian_filter  # scipy has no types
+        return smoothed(values, 40 / spacing, truncate=3)
+
+    weight = np.maximum(around(tissue.astype(np.float32)), 1e-3)
+    even = np.empty_like(amounts)
+    for stain, amount in enumerate(amounts):
+        mean = amount[tissue].mean()
+        local = around(amount * tissue) / weight
+        thickness = np.exp(0.1 * smooth_noise(rng, tissue.shape, 150 / spacing))
+        even[stain] = amount * thickness * mean / np.maximum(local, 0.25 * mean)
+    return even
+
 
 def paint_tissue(
     rng: np.random.Generator,
@@ -672,6 +803,8 @@ def paint_tissue(
     spacing: float,  # microns per pixel
     tumour_fraction: float,  # share of the tissue's area
     crowded_fraction: float,  # share of the tissue's area with crowded benign glands
+    growth: Growth = ANY_GROWTH,
+    look: str = 'natural',  # one of `LOOKS`
 ) -> tuple[np.ndarray, np.ndarray]:
     "Amounts of haematoxylin and eosin, float32 (2, height, width), and the mask, uint8."
     core = paint_core(rng, size, spacing)
@@ -682,11 +815,16 @@ def paint_tissue(
         slice(max(0, rows[0] - 4), rows[-1] + 5),
         slice(max(0, columns[0] - 4), columns[-1] + 5),
     )
-    tissue = add_glands(rng, core.crop(box), spacing, tumour_fraction, crowded_fraction)
+    tissue = add_glands(rng, core.crop(box), spacing, tumour_fraction, crowded_fraction, growth)
+    if look == 'matched':
+        tissue.tint = 0.0
     mask = np.zeros(size, np.uint8)
     mask[box] = tissue.mask
+    stained = stain_amounts(rng, tissue, spacing)
+    if look == 'matched':
+        stained = spread_evenly(rng, stained, tissue.core.depth > 0, spacing)
     amounts = np.zeros((2, *size), np.float32)
-    amounts[:, *box] = stain_amounts(rng, tissue, spacing)
+    amounts[:, *box] = stained
     return amounts, mask
 
 # %% ../../nbs/slides/09_synthetic.ipynb #828f59e2
@@ -729,7 +867,8 @@ class PaintedBiopsy:
     "A painted biopsy and its truth."
 
     image: np.ndarray  # uint8 (height, width, 3)
-    mask: np.ndarray  # uint8 (height, width): 0 background, 1 stroma, 2 benign gland, 3 tumour
+    # uint8 (height, width): 0 background, 1 stroma, 2 benign gland, 3 tumour, 4 its second pattern
+    mask: np.ndarray
     label: int  # 1: there is tumour
     spacing: float  # microns per pixel
     tumour_fraction: float  # share of the tissue's area that is tumour
@@ -753,43 +892,91 @@ def check_painting(size: tuple[int, int], spacing: float, **fractions: float) ->
             raise InputError(f'{name} {fraction} must be between 0 and 1')
 
 
+def reduction(spacing: float, painted_at: float | None) -> int:
+    """How many pixels a side are painted for one of the image. Raises `InputError` if they are no
+    whole number."""
+    if painted_at is None:
+        return 1
+    factor = spacing / painted_at if painted_at > 0 else math.nan
+    if not factor >= 1 or abs(factor - round(factor)) > 1e-6:
+        raise InputError(
+            f'painted_at {painted_at} must go into the spacing {spacing} a whole number of times'
+        )
+    return round(factor)
+
+
+def reduced(image: np.ndarray, factor: int) -> np.ndarray:
+    "The means of squares of `factor` pixels a side: uint8 (height, width, 3)."
+    if factor == 1:
+        return image
+    height, width = image.shape[0] // factor, image.shape[1] // factor
+    squares = image.reshape(height, factor, width, factor, 3)
+    return (squares.mean((1, 3), dtype=np.float32) + 0.5).astype(np.uint8)
+
+
 def paint_biopsy(
     size: tuple[int, int] = (512, 1024),  # (height, width) in pixels
     spacing: float = 2.0,  # microns per pixel
     tumour_fraction: float = 0.0,  # share of the tissue's area that is tumour; 0: benign
     seed: int = 0,  # the same numbers give the same pixels
-    # share of the tissue where benign glands lie close; None: 0 beside tumour, else drawn
+    # share of the tissue where benign glands lie close; None: with the matched look all that is not
+    # tumour, otherwise 0 beside tumour, else drawn
     crowded_fraction: float | None = None,
+    look: str = 'natural',  # 'natural', or 'matched': darkness and colour do not tell tumour
+    growth: Growth = ANY_GROWTH,  # patterns of the tumour, and where they lie
+    # microns per pixel at which it is painted before it is reduced to `spacing`: with the same
+    # `painted_at` and the same size in microns, the same slide at any spacing. None: `spacing`
+    painted_at: float | None = None,
 ) -> PaintedBiopsy:
     "A needle biopsy with known truth. Raises `InputError` for what cannot be painted."
     check_painting(size, spacing, tumour_fraction=tumour_fraction)
     if crowded_fraction is not None:
         check_painting(size, spacing, crowded_fraction=crowded_fraction)
-    height, width = map(int, size)
+    if look not in LOOKS:
+        raise InputError(f'look {look!r} must be {" or ".join(LOOKS)}')
+    growth.check(tumour_fraction)
+    factor = reduction(spacing, painted_at)
+    height, width = (factor * int(side) for side in size)
+    check_painting((height, width), spacing / factor)
     rng = np.random.default_rng([abs(int(seed)), int(seed < 0)])
-    if crowded_fraction is None:
+    if crowded_fraction is None and look == 'matched':
+        crowded_fraction = 1.0
+    elif crowded_fraction is None:
         crowded_fraction = 0.0 if tumour_fraction else rng.uniform(0, 0.6)
-    amounts, mask = paint_tissue(rng, (height, width), spacing, tumour_fraction, crowded_fraction)
-    image = stain_image(rng, amounts, spacing)
-    tumour_share = np.count_nonzero(mask == TUMOUR) / np.count_nonzero(mask)
+    fine = spacing / factor
+    amounts, mask = paint_tissue(
+        rng, (height, width), fine, tumour_fraction, crowded_fraction, growth, look
+    )
+    image = reduced(stain_image(rng, amounts, fine), factor)
+    mask = np.ascontiguousarray(mask[factor // 2 :: factor, factor // 2 :: factor])
+    tumour_share = np.count_nonzero(mask >= TUMOUR) / np.count_nonzero(mask)
     label = int(tumour_fraction > 0)
     return PaintedBiopsy(image, mask, label, float(spacing), tumour_share, seed)
 
 # %% ../../nbs/slides/09_synthetic.ipynb #6d501323
 SPLITS = dict(train=0.6, tuning=0.15, test=0.25)
+LABELS = ('tumour', 'two-patterns', 'primary', 'share')  # what a label may mean
+NAMED_PATTERNS = ('small', 'cribriform')  # as in Gleason patterns 3 and 4
+# shares of the second pattern in slides of either label, with `primary`
+SECOND_SHARES = ((0.15, 0.4), (0.6, 0.85))
+MARGIN = 1.15  # shares of tumour are away from the threshold by this factor, with `share`
 
 
 def plan_cohort(
     n: int,  # slides
-    positive: float,  # share of slides with tumour
+    positive: float,  # share of slides with label 1
     tumour_fractions: tuple[float, float],  # smallest and largest area of tumour
     splits: dict[str, float],  # share of slides of each split
     seed: int,
+    label_means: str = 'tumour',  # one of `LABELS`
+    threshold: float = 0.25,  # of the share of tumour, where the label means that
 ) -> list[dict]:
     """The slides of a cohort as rows, as a function of the seed.
 
-    Each has `slide_id`, `label`, `patient_id`, `split`, `seed` and `area`: the share of the tissue
-    that is tumour, or crowded glands where the label is 0."""
+    Each has `slide_id`, `label`, `patient_id`, `split`, `seed`; `area`: the share of the tissue
+    that is tumour, or crowded glands where there is none; `tumour_fraction`; and where patterns are
+    named `growth`, for `paint_biopsy`, and `second_share`: the share of the tumour that is of the
+    second."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) < round(n * positive)).astype(int)
     low, high = np.log(tumour_fractions)
@@ -797,14 +984,45 @@ def plan_cohort(
     for i, label in enumerate(labels):
         area = float(np.exp(rng.uniform(low, high)))
         slide_seed = int(rng.integers(2**31))
-        rows.append(
-            dict(slide_id=f'synthetic_{i:04d}', label=int(label), area=area, seed=slide_seed)
-        )
+        row = dict(slide_id=f'synthetic_{i:04d}', label=int(label), area=area, seed=slide_seed)
+        rows.append(row)
     patients = 0
     for label in (0, 1):
         same_label = [row for row in rows if row['label'] == label]
         patients = assign_patients(rng, same_label, splits, patients)
+    alike: Counter[tuple] = Counter()  # slides so far, by label and split
+    for row in rows:
+        group = row['label'], row['split']
+        row.update(tumour_of(label_means, row, alike[group], tumour_fractions, threshold))
+        alike[group] += 1
     return rows
+
+
+def tumour_of(
+    label_means: str,  # one of `LABELS`
+    row: dict,  # of a plan, with label, area and seed
+    number: int,  # slides of its split and label before it
+    tumour_fractions: tuple[float, float],
+    threshold: float,
+) -> dict:
+    "What a row of a plan says of the tumour."
+    label, area = row['label'], row['area']
+    rng = np.random.default_rng([row['seed'], 1])  # the slide itself is painted by [seed, 0]
+    if label_means == 'two-patterns':
+        first = number % 2  # of the first end; in turn, so that each split has as much of both
+        ends = (first, 1 - first) if label else (first, first)
+        growth = Growth(NAMED_PATTERNS, ends=ends)
+        return dict(tumour_fraction=area, growth=growth, second_share=sum(ends) / 2)
+    if label_means == 'primary':
+        share = round(float(rng.uniform(*SECOND_SHARES[label])), 4)
+        growth = Growth(NAMED_PATTERNS, second_share=share)
+        return dict(tumour_fraction=area, growth=growth, second_share=share)
+    if label_means == 'share':
+        low, high = tumour_fractions
+        low, high = (threshold * MARGIN, high) if label else (low, threshold / MARGIN)
+        area = float(np.exp(rng.uniform(*np.log([low, high]))))
+        return dict(area=area, tumour_fraction=area)
+    return dict(tumour_fraction=area * label)
 
 
 def assign_patients(
@@ -848,22 +1066,35 @@ def save_biopsy(task: PaintingTask) -> None:
     write_tiff(biopsy.image, task.slide, biopsy.spacing, task.compression)
 
 
+@dataclass(frozen=True)
+class CohortLook:
+    "What the slides of a cohort have in common: see `paint_biopsy`."
+
+    size: tuple[int, int]
+    spacing: float
+    look: str
+    painted_at: float | None
+
+    def biopsy(self, row: dict) -> dict:
+        "Arguments of `paint_biopsy` for a row of a plan."
+        tumour = row['tumour_fraction']
+        biopsy = vars(self) | dict(seed=row['seed'], tumour_fraction=tumour)
+        if self.look == 'natural':
+            biopsy['crowded_fraction'] = 0.0 if tumour else row['area']
+        if 'growth' in row:
+            biopsy['growth'] = row['growth']
+        return biopsy
+
+
 def painting_tasks(
-    folder: Path, rows: list[dict], size: tuple[int, int], spacing: float, compression: str
+    folder: Path, rows: list[dict], common: CohortLook, compression: str
 ) -> list[PaintingTask]:
     "A task for each row of a plan."
     tasks = []
     for row in rows:
-        biopsy = dict(
-            size=size,
-            spacing=spacing,
-            seed=row['seed'],
-            tumour_fraction=row['area'] * row['label'],
-            crowded_fraction=row['area'] * (1 - row['label']),
-        )
         name = f'{row["slide_id"]}.tiff'
-        task = PaintingTask(folder / 'slides' / name, folder / 'masks' / name, compression, biopsy)
-        tasks.append(task)
+        slide, mask = folder / 'slides' / name, folder / 'masks' / name
+        tasks.append(PaintingTask(slide, mask, compression, common.biopsy(row)))
     return tasks
 
 
@@ -890,16 +1121,20 @@ def run_tasks(tasks: list[PaintingTask], folder: Path, workers: int, progress: b
 # %% ../../nbs/slides/09_synthetic.ipynb #3161bc02
 def check_cohort_settings(
     n: int,
-    size: tuple[int, int],
-    spacing: float,
+    common: CohortLook,
     positive: float,
     tumour_fractions: tuple[float, float],
     splits: dict[str, float],
     compression: str,
+    label_means: str,
+    threshold: float,
 ) -> None:
     "Raise `InputError` for settings of a cohort that cannot be painted."
     low, high = tumour_fractions
-    check_painting(size, spacing, positive=positive)
+    check_painting(common.size, common.spacing, positive=positive)
+    reduction(common.spacing, common.painted_at)
+    if common.look not in LOOKS:
+        raise InputError(f'look {common.look!r} must be {" or ".join(LOOKS)}')
     if compression not in ('jpeg', 'deflate'):
         raise InputError(f"compression {compression!r} is not known: use 'jpeg' or 'deflate'")
     unknown = set(splits) - set(SPLITS)
@@ -915,6 +1150,28 @@ def check_cohort_settings(
         raise InputError(f'a cohort of {n} slides cannot be painted: ask for at least 1')
     if abs(sum(splits.values()) - 1) > 1e-6 or min(splits.values()) < 0:
         raise InputError(f'splits {splits} must be shares that add up to 1')
+    check_label(label_means, tumour_fractions, threshold)
+
+
+def check_label(label_means: str, tumour_fractions: tuple[float, float], threshold: float) -> None:
+    "Raise `InputError` for a label that is not known, or that these areas of tumour cannot have."
+    low, high = tumour_fractions
+    if label_means not in LABELS:
+        raise InputError(f'label_means {label_means!r} must be one of {", ".join(LABELS)}')
+    if label_means == 'two-patterns' and high > MOST_AT_ENDS:
+        raise InputError(
+            f'tumour_fractions {tumour_fractions} must be at most {MOST_AT_ENDS} with the label '
+            'two-patterns, so that tissue lies between the two ends'
+        )
+    if label_means == 'share' and not low * MARGIN < threshold < high / MARGIN:
+        raise InputError(
+            f'threshold {threshold} must lie between the tumour_fractions {tumour_fractions}, away '
+            f'from both by a factor of {MARGIN}'
+        )
+
+
+# settings that former versions did not have, with what was painted then
+FORMERLY = dict(look='natural', painted_at=None, label_means='tumour', threshold=0.25)
 
 
 def prepare_cohort_folder(folder: Path, settings: dict) -> None:
@@ -925,7 +1182,7 @@ def prepare_cohort_folder(folder: Path, settings: dict) -> None:
         former = json.loads(note.read_text()) if note.exists() else None
         if former is None and any(folder.iterdir()):
             raise InputError(f'{folder} is not empty: choose another folder')
-        if former is not None and former != settings:
+        if former is not None and FORMERLY | former != settings:
             raise InputError(
                 f'{folder} holds a cohort with other settings ({note.name}): choose another folder'
             )
@@ -939,19 +1196,22 @@ def prepare_cohort_folder(folder: Path, settings: dict) -> None:
 
 
 def write_cohort_manifest(folder: Path, rows: list[dict], spacing: float) -> Path:
-    "Write manifest.csv of a cohort, with paths relative to it. Returns its path."
+    """Write manifest.csv of a cohort, with paths relative to it. Where patterns are named, it has
+    the column `second_share`. Returns its path."""
+    columns = ['slide_id', 'label', 'path', 'patient_id', 'split', 'spacing', 'tumour_fraction']
+    if 'second_share' in rows[0]:
+        columns.append('second_share')
     rows = [
         dict(
             row,
             path=f'slides/{row["slide_id"]}.tiff',
             truth=f'masks/{row["slide_id"]}.tiff',
             spacing=spacing,
-            tumour_fraction=f'{row["area"] * row["label"]:.4f}',
+            tumour_fraction=f'{row["tumour_fraction"]:.4f}',
         )
         for row in rows
     ]
-    columns = ['slide_id', 'label', 'path', 'patient_id', 'split', 'spacing']
-    return write_csv(folder / 'manifest.csv', rows, [*columns, 'tumour_fraction', 'truth'])
+    return write_csv(folder / 'manifest.csv', rows, [*columns, 'truth'])
 
 
 def write_cohort(
@@ -959,7 +1219,7 @@ def write_cohort(
     n: int = 40,  # slides
     size: tuple[int, int] = (512, 1024),  # (height, width) in pixels
     spacing: float = 2.0,  # microns per pixel
-    positive: float = 0.5,  # share of slides with tumour
+    positive: float = 0.5,  # share of slides with label 1
     # smallest and largest share of the tissue that is tumour, uniform in its logarithm
     tumour_fractions: tuple[float, float] = (0.05, 0.6),
     seed: int = 0,  # the same settings give the same files
@@ -967,6 +1227,12 @@ def write_cohort(
     compression: str = 'jpeg',  # or 'deflate', exact and four times larger
     workers: int = 0,  # processes; 0: this one
     progress: bool = True,  # a progress bar
+    look: str = 'matched',  # or 'natural': darkness finds the tumour, as often in real slides
+    label_means: str = 'tumour',  # or 'two-patterns', 'primary' or 'share': what label 1 says
+    threshold: float = 0.25,  # with 'share': label 1 is for tumour above this share of the tissue
+    # microns per pixel at which slides are painted before they are reduced: the same for cohorts
+    # with the same slides at several spacings. None: `spacing`
+    painted_at: float | None = None,
 ) -> Path:
     """Paint a cohort into a folder: slides/*.tiff, masks/*.tiff and, last, manifest.csv.
 
@@ -975,7 +1241,9 @@ def write_cohort(
     height, width = size
     size, spacing = (height, width), float(spacing)
     seed, n = operator.index(seed), operator.index(n)
-    check_cohort_settings(n, size, spacing, positive, tumour_fractions, splits, compression)
+    common = CohortLook(size, spacing, look, painted_at)
+    areas, meaning = tumour_fractions, (label_means, threshold)
+    check_cohort_settings(n, common, positive, areas, splits, compression, *meaning)
     if workers < 0 or seed < 0:
         raise InputError(f'workers {workers} and seed {seed} must not be below 0')
     folder = Path(folder)
@@ -988,9 +1256,13 @@ def write_cohort(
         seed=seed,
         splits=splits,
         compression=compression,
+        look=look,
+        painted_at=painted_at,
+        label_means=label_means,
+        threshold=float(threshold),
     )
     prepare_cohort_folder(folder, settings)
-    rows = plan_cohort(n, positive, tumour_fractions, splits, seed)
-    tasks = painting_tasks(folder, rows, size, spacing, compression)
+    rows = plan_cohort(n, positive, tumour_fractions, splits, seed, *meaning)
+    tasks = painting_tasks(folder, rows, common, compression)
     run_tasks(tasks, folder, workers, progress)
     return write_cohort_manifest(folder, rows, spacing)

@@ -140,7 +140,9 @@ def test_files_that_are_refused(told, tmp_path, text, says):
 def test_the_choices_of_settings_are_those_of_the_library():
     "The settings name them without loading what they name."
     from streaming_pathology.cli import commands
+    from streaming_pathology.slides.synthetic import LABELS, LOOKS
 
+    assert (commands.LOOK_NAMES, commands.LABEL_NAMES) == (LOOKS, LABELS)
     assert names.AGGREGATOR_NAMES == tuple(aggregators)
     assert {*names.TASK_NAMES} == {*TASKS}
     assert names.AUGMENTATION_NAMES == tuple(AUGMENTATIONS)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['REAL', 'PILOT', 'SMALL', 'PLANS', 'TRAINED', 'MARGIN', 'LEVEL', 'VERDICTS', 'REFERENCES', 'CORRELATIONS',
-           'DIFFERENCES', 'STRICT', 'Plan', 'fold_numbers', 'part_of', 'Job', 'jobs_of', 'verdict', 'binormal_scores',
-           'paired_delong', 'Power', 'power', 'power_cells', 'write_power', 'read_power', 'detectable']
+           'DIFFERENCES', 'STRICT', 'Plan', 'fold_numbers', 'part_of', 'Job', 'jobs_of', 'fold_ranks', 'slide_scores',
+           'verdict', 'binormal_scores', 'paired_delong', 'Power', 'power', 'power_cells', 'write_power', 'read_power',
+           'detectable']
 
 # %% ../../nbs/paper/01_plan.ipynb #933ce624
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Plan:
     batch: int = 8  # slides in a mini-batch
     optimizer: str = 'sgd'
     patch: int = 128  # of a side of a patch of MIL: 256 microns, about the paper's field of view
-    aggregators: tuple[str, ...] = ('abmil', 'clam', 'dsmil', 'transmil')
+    aggregators: tuple[str, ...] = ('abmil', 'clam', 'dsmil')
     aggregator_epochs: int = 20
     aggregator_lr: float = 1e-4
     # of the augmentation; an image is also turned by a quarter as often as not, since a canvas that
@@ -189,6 +190,35 @@ def jobs_of(plan: Plan, methods: Sequence[str] = TRAINED) -> list[Job]:
         for fold in range(folds)
         for method in methods
     ]
+
+# %% ../../nbs/paper/01_plan.ipynb #7bae6471
+def fold_ranks(
+    logits: Mapping[str, float],  # slide_id -> logit, of the test slides of one job
+) -> dict[str, float]:
+    """The rank of each slide among those of its fold, from 0 to 1; equal logits have equal ranks.
+
+    Raises `InputError` for fewer than two slides, and for logits that are not finite."""
+    from scipy.stats import rankdata  # slow to import, so only where it is used
+
+    if len(logits) < 2:
+        raise InputError(f'a fold of {len(logits)} slides has no ranks; it needs at least 2')
+    values = np.array([*logits.values()], float)
+    if not np.isfinite(values).all():
+        first = [*logits][int((~np.isfinite(values)).argmax())]
+        raise InputError(f'slide {first!r} has the logit {logits[first]}, which has no rank')
+    ranks = (rankdata(values) - 1) / (len(values) - 1)
+    return dict(zip(logits, ranks.tolist(), strict=True))
+
+
+def slide_scores(
+    folds: Sequence[Mapping[str, float]],  # of each job of one method: slide_id -> logit
+) -> dict[str, float]:
+    "The score of each slide, by id in alphabetical order: its rank, averaged over seeds."
+    ranks: dict[str, list[float]] = {}
+    for logits in folds:
+        for slide_id, rank in fold_ranks(logits).items():
+            ranks.setdefault(slide_id, []).append(rank)
+    return {slide_id: float(np.mean(ranks[slide_id])) for slide_id in sorted(ranks)}
 
 # %% ../../nbs/paper/01_plan.ipynb #95316fbe
 MARGIN = 0.05  # of the AUC: a method that may lose as much is not called as good

@@ -1,4 +1,4 @@
-"The biopsies of the comparison: the folder, checksums, reduction, splits, and what the networks see."
+"The biopsies of the comparison: folder, checksums, reduction, splits, and what the networks see."
 
 import hashlib
 import shutil

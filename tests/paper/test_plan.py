@@ -18,12 +18,14 @@ from streaming_pathology.paper.plan import (
     Plan,
     binormal_scores,
     fold_numbers,
+    fold_ranks,
     jobs_of,
     paired_delong,
     part_of,
     power,
     power_cells,
     read_power,
+    slide_scores,
     verdict,
     write_power,
 )
@@ -160,3 +162,19 @@ def test_the_committed_power_is_what_the_code_gives():
         == (0.969, 0.0, 0.5, 0.95)
     ]
     assert cell == power(0.969, 0.0, 0.5, n=about['n'])
+
+
+def test_ranks_within_a_fold():
+    ranks = fold_ranks(dict(a=-100.0, b=3.0, c=3.0, d=4.0))
+    assert ranks == dict(a=0.0, b=0.5, c=0.5, d=1.0)
+    assert 'a fold of 1 slides' in refusal(fold_ranks, dict(a=1.0))
+    assert "slide 'b' has the logit nan" in refusal(fold_ranks, dict(a=1.0, b=float('nan')))
+
+
+def test_scores_do_not_depend_on_the_scale_of_a_fold():
+    folds = [dict(a=1.0, b=2.0, c=3.0), dict(d=1.0, e=2.0, f=3.0)]
+    other = [folds[0], {slide: 1000 * logit + 7 for slide, logit in folds[1].items()}]
+    assert slide_scores(folds) == slide_scores(other)
+    assert [*slide_scores(reversed(folds))] == ['a', 'b', 'c', 'd', 'e', 'f']
+    seeds = [*folds, dict(a=3.0, e=2.0, c=1.0), dict(d=1.0, b=2.0, f=3.0)]
+    assert slide_scores(seeds)['a'] == 0.5

@@ -83,6 +83,7 @@ def make_backbone(
     name: str = 'resnet18',  # as for `StreamingClassifier`
     weights: str | Path | None = None,  # as for `StreamingClassifier`; None: random
     pool: str = 'max',
+    strip: int = 512,  # rows of the image at a time
     seed: int = 0,  # of the weights of the head
     trunk_seed: int = 0,  # of those of the trunk, where they are random
 ) -> StreamingClassifier:
@@ -91,7 +92,7 @@ def make_backbone(
     Raises `InputError` as `StreamingClassifier` does."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trunk_seed)
-        network = StreamingClassifier(name, weights=weights, pool=pool)
+        network = StreamingClassifier(name, weights=weights, pool=pool, strip=strip)
         torch.manual_seed(seed)
         for layer in network.head.modules():
             reset = getattr(layer, 'reset_parameters', None)

@@ -152,7 +152,7 @@ def read_labels(folder: Path) -> list[dict]:
 
 
 def prepare(
-    source: str | Path,  # the folder of the biopsies
+    source: str | Path | None,  # the folder of the biopsies; None: that of the environment
     folder: str | Path,  # where reduced images go, outside of the repository
     size: int,  # pixels of a side
 ) -> Path:

@@ -17,6 +17,7 @@ from ..cli.parser import Parser, plain_warnings, status_of
 from ..core import InputError
 from .baselines import SHORTCUTS
 from .methods import method_named, methods_of
+from .mosaics import MosaicRunner
 from .plan import PLANS, Job, Plan, jobs_of
 from .runner import Runner, table_of
 
@@ -84,7 +85,8 @@ def go(argv: Sequence[str] | None) -> None:
         if options.work is None:
             raise InputError('--work is missing: give a folder for images, caches and checkpoints')
         with plain_warnings():
-            runner = Runner(plan, options.data, options.work, options.out)
+            kind = MosaicRunner if plan.planted else Runner
+            runner = kind(plan, options.data, options.work, options.out)
             left = [job for job in jobs if not runner.is_done(job)]
             runner.run(left[: options.only])
     print(table_of(plan, jobs, Path(options.out) / plan.name))

@@ -11,7 +11,7 @@ __all__ = ['Outcome', 'OF_DATA', 'OF_NETWORK', 'OF_VIEWS', 'OF_TRAINING', 'OF_AL
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -62,6 +62,7 @@ class Experiment:
         self.work = Path(work)
         self.data = data
         self.caches: dict[str, Views] = {}
+        self.shortcuts: dict[str, dict[str, float]] = {}  # of slides that were measured
 
     def network(self, seed: int = 0) -> StreamingClassifier:
         "The backbone of the plan; the seed is that of its head."
@@ -75,10 +76,11 @@ class Experiment:
             self.caches[kind] = Views(folder, self.network(), self.plan, kind, self.data)
         return self.caches[kind]
 
-    @cached_property
-    def shortcut_values(self) -> dict[str, dict[str, float]]:
-        "Mean colour and tissue area of each slide: slide_id -> what `shortcut_values` gives."
-        return {case.slide_id: shortcut_values(read_image(case.path)) for case in self.cases}
+    def values(self, case: Case) -> dict[str, float]:
+        "Mean colour and tissue area of a slide: see `shortcut_values`."
+        if case.slide_id not in self.shortcuts:
+            self.shortcuts[case.slide_id] = shortcut_values(read_image(case.path))
+        return self.shortcuts[case.slide_id]
 
     def bags(self, cases: Sequence[Case], augmented: bool = False, seed: int = 0) -> ImageBags:
         "Images of cases as bags of patches."
@@ -210,8 +212,9 @@ def shortcut(
     training: Training,
 ) -> Outcome:
     "A logistic regression on mean colours or tissue area."
-    vectors = shortcut_vectors(experiment.shortcut_values, name)
-    return logistic_scores(vectors, split), []
+    cases = [case for part in split.parts.values() for case in part]
+    values = {case.slide_id: experiment.values(case) for case in cases}
+    return logistic_scores(shortcut_vectors(values, name), split), []
 
 
 def frozen_pooled(
@@ -250,7 +253,7 @@ def frozen_aggregated(
     )
 
 # %% ../../nbs/paper/05_methods.ipynb #7d2ca1cd
-OF_DATA = ('size', 'folds', 'tuning')
+OF_DATA = ('size', 'folds', 'tuning', 'planted')
 OF_NETWORK = ('backbone', 'weights')
 OF_VIEWS = ('views', 'augmentation')
 OF_TRAINING = (

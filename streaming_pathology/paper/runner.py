@@ -134,6 +134,8 @@ class Runner:
         about = json.loads((manifest.parent / 'prepared.json').read_text(encoding='utf-8'))
         self.data = about['data']
         self.cases = read_manifest(manifest)
+        if plan.planted:
+            self.data = f'mosaics of {self.data}'
         self.experiment = Experiment(plan, self.cases, self.work, self.data)
 
     def path(self, job: Job) -> Path:
@@ -163,6 +165,10 @@ class Runner:
         settings = method_named(job.method).settings_in(self.plan)
         return dict(job=asdict(job), settings=settings, data=self.data)
 
+    def split(self, job: Job) -> Split:
+        "The cases of a job."
+        return split_of(self.cases, self.plan, job)
+
     def run(self, jobs: Iterable[Job]) -> None:
         """Run jobs that are not done, in their order, until the budget is spent. A signal to stop
         lets the slide at work end, saves, and raises `Halted`."""
@@ -178,9 +184,9 @@ class Runner:
     def run_job(self, job: Job) -> dict:
         "Run a job, from its last checkpoint if there is one. Returns its result, which is written."
         method = method_named(job.method)
+        split = self.split(job)
         if method.views:
-            self.fill(method.views)
-        split = split_of(self.cases, self.plan, job)
+            self.fill(method.views, split, augmented=method.trained)
         folder = self.clock_path(job).parent
         clock = Clock(self.clock_path(job))
         began = now()
@@ -230,16 +236,22 @@ class Runner:
         "The file that says what a cache took."
         return self.out / f'views-{kind}-{self.plan.size}.json'
 
-    def fill(self, kind: str) -> None:
-        "Compute the views of a kind that are missing, and write down what that took."
+    def fill(self, kind: str, split: Split, augmented: bool = True) -> None:
+        """Compute the views that a job needs and that are missing: augmented views of training
+        slides, and each slide as it is. What it took is written down, with what it took before."""
         views = self.experiment.views(kind)
-        missing = len(views.missing(self.cases))
+        missing = views.missing(split.train, augmented)
+        missing += views.missing([*split.tuning, *split.test], augmented=False)
         if not missing:
             return
-        self.log(f'{missing} views of {kind} are computed')
-        clock = Clock(self.work / f'views-{kind}.json')
+        self.log(f'{len(missing)} views of {kind} are computed')
+        clock_path = self.work / f'views-{kind}.json'
+        if self.views_path(kind).exists() and not clock_path.exists():
+            # of a folder of work that is gone: what it took stays
+            write_whole(clock_path, self.views_path(kind).read_text(encoding='utf-8'))
+        clock = Clock(clock_path)
         try:
-            views.fill(self.cases, clock.tick)
+            views.fill(missing, clock.tick)
         finally:
             clock.write()
         files = [*views.folder.glob('*.safetensors')]
@@ -261,17 +273,19 @@ class Runner:
         total = 0.0
         for path in sorted(self.out.glob('*.json')):
             total += json.loads(path.read_text(encoding='utf-8'))['cpu_seconds']
-        clocks = [*self.work.glob('jobs/*/clock.json'), *self.work.glob('views-*.json')]
-        for path in clocks:
-            if not (self.out / f'{self.name_of_clock(path)}.json').exists():
+        for path in self.work.glob('jobs/*/clock.json'):
+            if not (self.out / f'{path.parent.name}.json').exists():
                 total += read_clock(path)['cpu_seconds']
+        for path in self.work.glob('views-*.json'):
+            total += max(0.0, read_clock(path)['cpu_seconds'] - self.reported(path))
         return total
 
-    def name_of_clock(self, path: Path) -> str:
-        "The name of the result that a clock is for."
-        if path.name == 'clock.json':
-            return path.parent.name
-        return f'{path.stem}-{self.plan.size}'
+    def reported(self, clock: Path) -> float:
+        "Processor seconds of a cache that its result has already."
+        path = self.out / f'{clock.stem}-{self.plan.size}.json'
+        if not path.exists():
+            return 0.0
+        return json.loads(path.read_text(encoding='utf-8'))['cpu_seconds']
 
     def expected(self, job: Job) -> float:
         "Processor seconds that a job may take: as the longest like it that is done; 0 if none is."

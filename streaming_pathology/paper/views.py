@@ -211,15 +211,16 @@ class Views:
         wanted = [(case, view) for case in cases for view in views]
         return [(case, view) for case, view in wanted if not self.path(case, view).exists()]
 
-    def fill(self, cases: Sequence[Case], between: Callable[[], object] | None = None) -> int:
-        """Compute all views of some cases that are missing. Returns how many there were; `between`
-        is called after each."""
-        missing = self.missing(cases)
+    def fill(
+        self,
+        missing: Sequence[tuple[Case, int]],  # as from `missing`
+        between: Callable[[], object] | None = None,  # called after each
+    ) -> None:
+        "Compute views and write them."
         for case, view in missing:
             self.write(case, view)
             if between is not None:
                 between()
-        return len(missing)
 
 
 def bag_patches(bag: Bag, positions: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from .baselines import SHORTCUTS
 from .methods import method_named, methods_of
 from .mosaics import MosaicRunner
 from .plan import PLANS, Job, Plan, jobs_of
-from .runner import Runner, table_of
+from .runner import Runner, estimate, estimate_text, table_of
 
 # %% ../../nbs/paper/09___main__.ipynb #9e46aa70
 def make_parser() -> Parser:
@@ -28,7 +28,7 @@ def make_parser() -> Parser:
         prog='python -m streaming_pathology.paper',
         description='The comparison on real prostate tissue: run its jobs, show what is done.',
     )
-    parser.add_argument('command', choices=('run', 'table'))
+    parser.add_argument('command', choices=('run', 'table', 'cost'))
     parser.add_argument('plan', choices=tuple(PLANS))
     parser.add_argument('--data', help='folder of the biopsies (or STREAMING_PATHOLOGY_PAPER)')
     parser.add_argument('--work', help='folder for images, caches and checkpoints (run)')
@@ -81,12 +81,15 @@ def go(argv: Sequence[str] | None) -> None:
     options: Any = make_parser().parse_args(argv)
     plan = changed_plan(PLANS[options.plan], options.name, options.set)
     jobs = asked_jobs(plan, options.methods)
-    if options.command == 'run':
+    if options.command != 'table':
         if options.work is None:
             raise InputError('--work is missing: give a folder for images, caches and checkpoints')
+        kind = MosaicRunner if plan.planted else Runner
+        runner = kind(plan, options.data, options.work, options.out)
         with plain_warnings():
-            kind = MosaicRunner if plan.planted else Runner
-            runner = kind(plan, options.data, options.work, options.out)
+            if options.command == 'cost':
+                print(estimate_text(estimate(runner), plan.budget_hours))
+                return
             left = [job for job in jobs if not runner.is_done(job)]
             runner.run(left[: options.only])
     print(table_of(plan, jobs, Path(options.out) / plan.name))

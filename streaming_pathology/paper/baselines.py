@@ -11,6 +11,7 @@ __all__ = ['SHORTCUTS', 'POOLINGS', 'shortcut_values', 'logistic_scores', 'short
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -194,10 +195,12 @@ def train_aggregator(
         torch.manual_seed(seed)
         model = FeatureMIL(None, make_aggregator(name, d))
     stage = Stage(plan.aggregator_epochs, plan.aggregator_lr, optimizer='adamw', batch=plan.batch)
+    train: Any = FeatureSlides(split.train, get, plan.views)  # a dataset with cases
+    tuning: Any = FeatureSlides(split.tuning, get)
     history = run_recipe(
         model,
-        FeatureSlides(split.train, get, plan.views),
-        FeatureSlides(split.tuning, get),
+        train,
+        tuning,
         (stage,),
         folder,
         plan.window,

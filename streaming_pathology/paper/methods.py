@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
@@ -157,7 +158,7 @@ class Training:
 def stages_of(plan: Plan, frozen_lr: float, lr: float) -> tuple[Stage, Stage]:
     "The stages of a plan: with frozen stages of the network, and of all of it."
     handed_on = 'middle' if plan.epochs else 'average'
-    options = dict(optimizer=plan.optimizer, batch=plan.batch)
+    options: dict[str, Any] = dict(optimizer=plan.optimizer, batch=plan.batch)
     frozen = Stage(plan.frozen_epochs, frozen_lr, None, handed_on, **options)
     return frozen, Stage(max(1, plan.epochs), lr, None, 'average', **options)
 

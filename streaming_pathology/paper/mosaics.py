@@ -132,7 +132,7 @@ def write_mosaic(
     path, truth = folder / f'{name}.png', folder / f'{name}-truth.png'
     if not (path.exists() and truth.exists()):
         rng = keyed_rng(job.seed, job.fold, 'mosaic', name)
-        donor = donors[rng.integers(len(donors))]
+        donor = donors[int(rng.integers(len(donors)))]
         pixels = read_image(base.path)
         tile = len(pixels) // TILES
         image, planted = plant(pixels, read_image(donor.path), share, tile, rng)

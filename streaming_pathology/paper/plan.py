@@ -60,7 +60,7 @@ class Plan:
     aggregator_lr: float = 1e-4
     # of the augmentation; an image is also turned by a quarter as often as not, since a canvas that
     # is full of tissue would lose some of it in any other angle
-    augmentation: dict[str, float] = field(
+    augmentation: dict[str, Any] = field(
         default_factory=lambda: dict(rotate=0, elastic=8, grain=75)
     )
     # shares of tumour that mosaics are made with; empty: biopsies are taken as they are

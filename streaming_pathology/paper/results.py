@@ -268,7 +268,7 @@ def errors_of(found: Scores) -> dict[str, int]:
 def table_3(plan: Plan, folder: str | Path) -> list[list[object]]:
     "False positives and false negatives of both methods, by pattern: Table III."
     head = ['', 'false positives (0+0)', 'false negatives (3+3)', 'false negatives (4+4)']
-    rows: list[list[object]] = [head]
+    rows: list[list[object]] = [[*head]]
     for method in TRAINED:
         found = scores_of(plan, method, 1.0, folder)
         if found is None:

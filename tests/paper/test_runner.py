@@ -13,10 +13,20 @@ from refusals import refusal
 
 from streaming_pathology.core import Halted, InputError
 from streaming_pathology.paper.__main__ import asked_jobs, changed_plan, main
-from streaming_pathology.paper.data import paint_stand_in
+from streaming_pathology.paper.data import Split, paint_stand_in
 from streaming_pathology.paper.methods import METHODS, Method, methods_of, seed_of
 from streaming_pathology.paper.plan import PILOT, REAL, SMALL, Job, jobs_of
-from streaming_pathology.paper.runner import Clock, Runner, read_job_result, table_of
+from streaming_pathology.paper.runner import (
+    Clock,
+    Runner,
+    estimate,
+    estimate_text,
+    few,
+    read_job_result,
+    steps_of,
+    table_of,
+)
+from streaming_pathology.slides.cohorts import Case
 from streaming_pathology.training.loop import State
 
 pytestmark = pytest.mark.usefixtures('small_resnet')
@@ -346,3 +356,26 @@ def test_a_cache_that_is_made_again_adds_to_what_it_took(make):
     after = json.loads(runner.views_path('features').read_text())
     assert after['cpu_seconds'] > before['cpu_seconds'] and after['starts'] == 2
     assert after['files'] == before['files']
+
+
+# ---- what it will take
+
+
+def test_steps_of_an_epoch():
+    cases = [Case(f's{i}', int(i < 3), 'none') for i in range(10)]
+    assert steps_of(Split(cases, cases[:6], cases)) == 2 * 7 + 2
+    split = few(Split(cases, cases, cases))
+    assert [case.label for case in split.train] == [0, 0, 1, 1]
+    assert (len(split.tuning), len(split.test)) == (2, 1)
+
+
+def test_an_estimate_is_near_to_what_a_job_takes(make):
+    runner = make(replace(PLAN, frozen_epochs=6, epochs=2))
+    rows = estimate(runner)
+    assert not [*runner.work.rglob('*.pt')] and not runner.out.exists()
+    hours = {row[0]: row[2] for row in rows[1:]}
+    runner.run([job('streaming')])
+    taken = read_job_result(runner.path(job('streaming')))['cpu_seconds'] / 3600
+    assert 0.2 < hours['streaming, share 1'] / 2 / taken < 2
+    text = estimate_text(rows, 0.5)
+    assert text.splitlines()[-1].startswith('all') and text.endswith('of 0.5')

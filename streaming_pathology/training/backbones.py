@@ -235,6 +235,54 @@ def from_timm(name: str, in_chans: int) -> tuple[nn.Module, Sequence[float], Seq
     config = timm.data.resolve_model_data_config(network)
     return network, config['mean'], config['std']
 
+
+SIDE = 64  # pixels of the image by which a chain is tried
+
+
+def in_sequence(network: nn.Module, parts: Sequence[str]) -> nn.Sequential:
+    "Parts of a network by their names, one after the other; `blocks.3` is the part 3 of `blocks`."
+    inner: OrderedDict[str, list[str]] = OrderedDict()
+    for part in parts:
+        first, _, rest = part.partition('.')
+        inner.setdefault(first, []).append(rest)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, rests in inner.items():
+        layer = network.get_submodule(name)
+        layers[name] = layer if rests == [''] else in_sequence(layer, rests)
+    return nn.Sequential(layers)
+
+
+@torch.no_grad()
+def computes_the_same(chain: nn.Module, network: nn.Module, in_chans: int) -> bool:
+    "Whether two networks of the same modules make the same of a random image, in both modes."
+    image = torch.rand(1, in_chans, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    norms = [layer for layer in network.modules() if isinstance(layer, NORMALIZATIONS)]
+    with evaluating(network), torch.random.fork_rng(devices=[]):
+        for mode in (False, True):
+            network.train(mode)
+            chain.training = mode
+            for norm in norms:
+                norm.eval()
+            made = []
+            for each in (network, chain):
+                torch.manual_seed(0)  # of dropout
+                made.append(each(image))
+            if not torch.equal(*made):
+                return False
+    return True
+
+
+def chain_of(network: nn.Module, parts: Sequence[str], in_chans: int) -> nn.Module:
+    """The parts of a network as an `nn.Sequential`, if that computes the same: its first stages can
+    then be computed alone. Otherwise the network."""
+    parts = [part for part in parts if not isinstance(network.get_submodule(part), nn.Identity)]
+    try:
+        chain = in_sequence(network, parts)
+        same = computes_the_same(chain, network, in_chans)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return network
+    return chain if same else network
+
 # %% ../../nbs/training/02_backbones.ipynb #e5fef631
 def from_function(name: str) -> nn.Module:
     "The network that `package.module:function` gives. Raises `InputError` if it gives none."
@@ -349,6 +397,8 @@ def make_backbone(
     smaller = map_shape(network, name, in_chans, SMALLER)
     with noting_order(network, parts_of(network)) as order:
         larger = map_shape(network, name, in_chans, LARGER)
+    if name.startswith(TIMM):
+        network = chain_of(network, order, in_chans)
     stride, stages = stride_between(smaller, larger, name), stages_of(network, order)
     if not stages:
         raise InputError(f'{name} has no layers with parameters, so there is nothing to train.')

@@ -19,7 +19,12 @@ from streaming_pathology.runs.maps import MapRun
 from streaming_pathology.runs.runs import Run
 from streaming_pathology.runs.settings import HeatmapSettings, MILSettings, StreamingSettings
 from streaming_pathology.slides.cohorts import tiny_cohort
-from streaming_pathology.training.backbones import check_code, code_of, make_backbone
+from streaming_pathology.training.backbones import (
+    chain_of,
+    check_code,
+    code_of,
+    make_backbone,
+)
 from streaming_pathology.training.models import StreamingClassifier
 
 LITE = 'timm/tf_efficientnet_lite0'
@@ -158,6 +163,37 @@ def test_gradients_are_those_of_the_plain_network(arch):
     model.update_batchnorm(picture(200, 200))
     plain = nn.Sequential(model.trunk.module, model.head).eval()
     check_exact(plain, (1, 3, 173, 133), strips=(48,))
+
+
+def test_parts_of_timm_that_follow_each_other_are_a_sequence():
+    timm = pytest.importorskip('timm')
+    backbone = make_backbone(LITE)
+    assert type(backbone.network) is nn.Sequential
+    whole = timm.create_model('tf_efficientnet_lite0', num_classes=0, global_pool='')
+    names = {name for name in whole.state_dict() if not name.startswith('head')}
+    assert names == set(backbone.network.state_dict())
+
+
+class Unusual(nn.Module):
+    "Two convolutions, of which the second takes more than what the first gives."
+
+    def __init__(self, of_training):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.of_training = of_training
+
+    def forward(self, x):
+        y = self.first(x)
+        if not self.of_training:
+            return self.second(y + x)
+        return self.second(F.dropout(y, 0.5, self.training))
+
+
+@pytest.mark.parametrize('of_training', [False, True])
+def test_a_network_that_is_no_sequence_stays_as_it_is(of_training):
+    network = Unusual(of_training)
+    assert chain_of(network, ['first', 'second'], 3) is network
+    assert network.training and network.first.training
 
 
 # ---- a network of one's own

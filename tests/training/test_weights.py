@@ -173,7 +173,7 @@ def test_weights_of_a_network_of_timm_from_a_file(tmp_path):
     torch.save(model.state_dict(), tmp_path / 'streaming.pth')
     again = StreamingClassifier(LITE, weights=tmp_path / 'streaming.pth')
     for one in (model, again):
-        assert torch.equal(one.trunk.module.network.conv_stem.weight, whole.conv_stem.weight)
+        assert torch.equal(one.trunk.module.conv_stem.weight, whole.conv_stem.weight)
     assert 'conv_stem.weight' in refusal(StreamingClassifier, LITE, weights=resnet_file(tmp_path))
 
 

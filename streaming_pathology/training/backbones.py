@@ -397,9 +397,9 @@ def make_backbone(
     smaller = map_shape(network, name, in_chans, SMALLER)
     with noting_order(network, parts_of(network)) as order:
         larger = map_shape(network, name, in_chans, LARGER)
+    stride, stages = stride_between(smaller, larger, name), stages_of(network, order)
     if name.startswith(TIMM):
         network = chain_of(network, order, in_chans)
-    stride, stages = stride_between(smaller, larger, name), stages_of(network, order)
     if not stages:
         raise InputError(f'{name} has no layers with parameters, so there is nothing to train.')
     return Backbone(network, stages, larger[1], stride, mean, std)

@@ -283,17 +283,17 @@ def test_the_network_of_a_run(tmp_path):
 
 
 def test_the_counts_add_up(tmp_path):
-    found = find_slides(files(tmp_path, 'a.svs', 'b.svs', 'c.svs', '#.svs', 'x.txt', 'y.txt'))
+    found = find_slides(files(tmp_path, 'a.svs', 'b.svs', 'c.svs', 'c.ndpi', 'x.txt', 'y.txt'))
     outcome = Outcome(found, dict(b='b is damaged'))
-    assert str(outcome) == '4 slides found: 2 done, 2 failed; 2 left out as no slides (.txt 2)'
-    assert outcome.problem().startswith('2 of 4 slides failed: b is damaged; ')
+    assert str(outcome) == '4 slides found: 1 done, 3 failed; 2 left out as no slides (.txt 2)'
+    assert outcome.problem().startswith('3 of 4 slides failed: b is damaged; ')
     rows = read_table(outcome.write(tmp_path / 'slides.csv'), ['name', 'status', 'reason', 'path'])
     statuses = {row['name']: row['status'] for row in rows}
     assert statuses == {
         'a': 'done',
         'b': 'failed',
-        'c': 'done',
-        '#.svs': 'failed',
+        'c.svs': 'failed',
+        'c.ndpi': 'failed',
         'x.txt': 'left out',
         'y.txt': 'left out',
     }

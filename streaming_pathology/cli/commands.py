@@ -709,8 +709,9 @@ class EvaluateSettings(Settings):
     subgroups: str | None = option(None, SUBGROUPS, 'slides', former_names=('by',))
     threshold_split: str | None = option(
         None,
-        'choose thresholds and the temperature on this split, e.g. tuning (default: thresholds on '
-        'the slides that are evaluated, and no temperature)',
+        'choose thresholds and the temperature on this split (default: tuning, if it has slides of '
+        'both classes; otherwise thresholds on the slides that are evaluated, which is optimistic, '
+        'and no temperature)',
         'thresholds',
     )
     target_sensitivity: float | None = option(
@@ -795,7 +796,7 @@ sp_evaluate = Command(
     'evaluate',
     (EvaluateSettings,),
     evaluate,
-    'sp_evaluate run/predictions.csv --threshold-split tuning --subgroups site --out metrics.json',
+    'sp_evaluate run/predictions.csv --subgroups site --out metrics.json',
 )
 
 # %% ../../nbs/cli/02_commands.ipynb #9425fb7d

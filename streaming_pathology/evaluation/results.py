@@ -98,6 +98,10 @@ class OutcomeTable:
             patients_of(slide_ids, patients),
         )
 
+    def labels_of_split(self, split: str) -> set[float | None]:
+        "The values that the first label has on the slides of a split."
+        return {row[self.labels[0]] for row in self.rows if row['split'] == split}
+
 # %% ../../nbs/evaluation/07_results.ipynb #802bbfa8
 @dataclass(frozen=True)
 class Outcomes:
@@ -186,7 +190,9 @@ class Request:
     task_from: str  # how it is known: given, settings.toml, assumed, or table
     patients: dict[str, str]  # {slide_id: patient_id}
     split: str  # slides to evaluate
-    threshold_split: str | None  # slides to choose thresholds and the temperature on
+    # other slides to choose thresholds and the temperature on; None: thresholds are chosen on the
+    # slides to evaluate, and there is no temperature
+    threshold_split: str | None
     sensitivity: float | None  # wanted, for a point of its own
     cohort: str | Path  # CSV with the columns `by`
     by: Sequence[str]  # columns to show subgroups of
@@ -345,7 +351,9 @@ def binary_results(request: Request) -> dict:
         result[name] = dict(value=found.value, low=found.low, high=found.high)
     result['calibration'] = calibration_results(labels, probabilities, resampling)
     notes = []
-    if request.threshold_split:
+    if request.threshold_split is None:
+        notes.append(optimistic_note(request.split))
+    else:
         try:
             result['temperature'] = temperature_results(request, tested, chosen_on)
         except InputError as e:
@@ -390,6 +398,15 @@ def auc_intervals(metrics: Metrics) -> dict[str, tuple[float, float]]:
 def by_class(labels: np.ndarray) -> dict[str, np.ndarray]:
     "The slides of two classes, by what they are called."
     return {'positive slides': labels == 1, 'negative slides': labels == 0}
+
+
+def optimistic_note(split: str) -> str:
+    "A sentence on a threshold that is chosen on the slides of a split, for which it is reported."
+    return (
+        f'The threshold is chosen on the slides that are evaluated (split {split!r}), so accuracy, '
+        'sensitivity and specificity are optimistic: --threshold-split (threshold_split) names '
+        'other slides.'
+    )
 
 
 def chosen_threshold(outcomes: Outcomes, split: str) -> float:
@@ -718,7 +735,7 @@ TASKS = dict(
 def results(
     path: str | Path,  # predictions.csv of `sp_predict`, `sp_train` or `sp_mil`
     split: str = 'test',  # slides to evaluate
-    # slides to choose thresholds and the temperature on; None: `split` itself, and no temperature
+    # slides to choose thresholds and the temperature on; None: see `threshold_split_of`
     threshold_split: str | None = None,
     sensitivity: float | None = None,  # wanted, for a point of its own
     # CSV with slide_id, patient_id and the columns of `by`; None, and for patients if it names
@@ -754,7 +771,7 @@ def results(
             task_from=task_from,
             patients=patients,
             split=split,
-            threshold_split=threshold_split,
+            threshold_split=threshold_split_of(table, split, threshold_split),
             sensitivity=sensitivity,
             cohort=cohort,
             by=by,
@@ -768,6 +785,26 @@ def results(
         raise InputError(f'{path}, split {split!r}: {e}') from None
 
 # %% ../../nbs/evaluation/07_results.ipynb #2c0aa3d9
+TUNING = 'tuning'  # the split that the checkpoint is chosen on
+
+
+def threshold_split_of(
+    table: OutcomeTable,
+    split: str,  # slides to evaluate
+    given: str | None,  # slides to choose thresholds on, if they were named
+) -> str | None:
+    """The slides to choose thresholds on. Of two classes, if none are named, the tuning slides,
+    where these are of both classes.
+
+    None where they are the slides to evaluate: figures at such a threshold are optimistic."""
+    chosen = split
+    if given:
+        chosen = given
+    elif table.task == 'binary' and table.labels_of_split(TUNING) >= {0, 1}:
+        chosen = TUNING
+    return None if chosen == split else chosen
+
+
 def check_options(
     table: OutcomeTable,
     sensitivity: float | None,

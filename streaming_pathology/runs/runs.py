@@ -686,14 +686,11 @@ def test_results(
         return 'no slides to test on'
     if binary and not {row['label'] for row in test} >= {0, 1}:
         return 'no AUC: the test split does not have both classes'
-    threshold_split = None
-    if binary and {row['label'] for row in rows if row['split'] == 'tuning'} >= {0, 1}:
-        threshold_split = 'tuning'
     loss = ''
     if not binary:
         loss = f'test loss {summary(test, task)["loss"]:.3f}; '
     try:
-        found = results(folder / 'predictions.csv', threshold_split=threshold_split)
+        found = results(folder / 'predictions.csv')
     except InputError as e:
         return f'{loss}no figure: {e}'
     write_whole(folder / 'metrics.json', json.dumps(found, indent=1) + '\n')

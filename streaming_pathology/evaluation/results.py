@@ -25,6 +25,8 @@ from streaming_pathology.evaluation.auc import (
     INTERVAL_NAMES,
     Estimate,
     Resampling,
+    has_no_width,
+    interval_in_words,
     patient_numbers,
 )
 from streaming_pathology.evaluation.calibration import (
@@ -111,6 +113,11 @@ class Outcomes:
     labels: np.ndarray  # (n, columns), nan where a label is not known
     predicted: np.ndarray  # (n, columns)
     patient_ids: list[str] | None  # of each slide; None: each has its own
+
+    @property
+    def n_patients(self) -> int | None:
+        "How many patients the slides are of; None if each slide has its own."
+        return None if self.patient_ids is None else len(set(self.patient_ids))
 
 # %% ../../nbs/evaluation/07_results.ipynb #95317982
 def columns_of(rows: list[dict], names: list[str]) -> np.ndarray:
@@ -264,7 +271,7 @@ def without_width(
     intervals: dict[str, tuple[float, float]],  # by what they are of
 ) -> list[str]:
     "A sentence on the intervals that have no width, if there are such."
-    names = [name for name, (low, high) in intervals.items() if high - low <= 1e-12]
+    names = [name for name, (low, high) in intervals.items() if has_no_width(low, high)]
     if not names:
         return []
     return [
@@ -539,6 +546,7 @@ def class_results(request: Request) -> dict:
         **main,
         accuracy=float((labels == called).mean()),
         n=len(labels),
+        patients=tested.n_patients,
         **resampled_as(request),
         confusion=confusion_matrix(labels, called, n_classes).tolist(),
         classes=[class_result(area) for area in aucs],
@@ -660,7 +668,7 @@ def survival_results(request: Request) -> dict:
         concordance=estimate.value,
         **limits(estimate),
         n=len(tested.slide_ids),
-        patients=None if tested.patient_ids is None else len(times),
+        patients=tested.n_patients,
         events=int(events.sum()),
         **resampled_as(request),
         threshold=threshold,
@@ -854,18 +862,21 @@ def binary_sentences(metrics: dict) -> list[str]:
     of_patients = ''
     if metrics['patients']:
         of_patients = f' of {metrics["patients"]} patients'
-    bootstrap = f'{metrics["bootstrap_low"]:.3f} to {metrics["bootstrap_high"]:.3f}'
+    n_patients = metrics['patients']
+    low, high = metrics['bootstrap_low'], metrics['bootstrap_high']
+    bootstrap = interval_in_words(low, high, n_patients)
     brier = metrics['calibration']
     sentences = [
-        f"AUC {with_method(metrics)}, by the paper's bootstrap {bootstrap}; "
+        f"AUC {with_method(metrics, n_patients)}, by the paper's bootstrap {bootstrap}; "
         f'{metrics["n"]} slides{of_patients}, {metrics["positives"]} positive',
-        point_sentence(metrics),
+        point_sentence(metrics, n_patients),
     ]
     for name, metric in REPORTED.items():
         if name in metrics:  # a file from before the metric was added has none
-            sentences.append(f'{metric.words} {with_interval(metrics[name], "value")}')
+            shown = with_interval(metrics[name], 'value', n_patients)
+            sentences.append(f'{metric.words} {shown}')
     sentences.append(
-        f'Brier score {with_interval(brier, "brier")}, {brier["reference"]:.3f} by the share of '
+        f'Brier score {with_interval(brier, "brier", n_patients)}, {brier["reference"]:.3f} by the share of '
         f'positives alone; expected calibration error {brier["ece"]:.3f}'
     )
     if 'temperature' in metrics:
@@ -878,7 +889,8 @@ def binary_sentences(metrics: dict) -> list[str]:
         )
     if 'at_sensitivity' in metrics:
         point = metrics['at_sensitivity']
-        sentences.append(f'wanted, a sensitivity of {point["wanted"]:g}: {point_sentence(point)}')
+        sentence = point_sentence(point, n_patients)
+        sentences.append(f'wanted, a sensitivity of {point["wanted"]:g}: {sentence}')
     for column, subgroups in subgroups_in(metrics).items():
         sentences += [subgroup_sentence(column, subgroup) for subgroup in subgroups]
     return sentences
@@ -894,26 +906,31 @@ def subgroups_in(
     }
 
 
-def with_interval(metrics: dict, name: str) -> str:
+def with_interval(
+    metrics: dict,
+    name: str,
+    n_patients: int | None,  # see `interval_in_words`
+) -> str:
     "One of the metrics, with the interval that stands beside it."
-    return f'{metrics[name]:.3f} ({metrics["low"]:.3f} to {metrics["high"]:.3f})'
+    interval = interval_in_words(metrics['low'], metrics['high'], n_patients)
+    return f'{metrics[name]:.3f} ({interval})'
 
 
-def with_method(metrics: dict) -> str:
+def with_method(metrics: dict, n_patients: int | None) -> str:
     "The AUC with its interval and the method that made that, if the file says it."
-    low, high = f'{metrics["low"]:.3f}', f'{metrics["high"]:.3f}'
+    interval = interval_in_words(metrics['low'], metrics['high'], n_patients)
     by = ''
     if metrics.get('method') in INTERVAL_NAMES:
         by = f' by {INTERVAL_NAMES[metrics["method"]]}'
-    return f'{metrics["auc"]:.3f} ({low} to {high}{by})'
+    return f'{metrics["auc"]:.3f} ({interval}{by})'
 
 
-def point_sentence(point: dict) -> str:
+def point_sentence(point: dict, n_patients: int | None) -> str:
     "Accuracy, sensitivity and specificity at a threshold."
     shares = []
     for name in ('accuracy', 'sensitivity', 'specificity'):
-        low, high = point['intervals'][name]
-        shares.append(f'{name} {point[name]:.3f} ({low:.3f} to {high:.3f})')
+        interval = interval_in_words(*point['intervals'][name], n_patients)
+        shares.append(f'{name} {point[name]:.3f} ({interval})')
     return f'{", ".join(shares)} at {point["threshold"]:.3f}, chosen on {point["threshold_from"]}'
 
 
@@ -923,7 +940,7 @@ def subgroup_sentence(column: str, subgroup: Subgroup) -> str:
     area = subgroup.auc
     if area is None:
         return f'{text}one class, no AUC'
-    text = f'{text}AUC {area.value:.3f} ({area.low:.3f} to {area.high:.3f})'
+    text = f'{text}AUC {area.value:.3f} ({interval_in_words(area.low, area.high)})'
     if subgroup.against_all:
         text = f'{text} against all negative slides'
     return text
@@ -932,29 +949,31 @@ def subgroup_sentence(column: str, subgroup: Subgroup) -> str:
 def class_sentences(metrics: dict) -> list[str]:
     "The metrics of several classes in words; also of a former file, which has the kappa alone."
     slides = f'{metrics["n"]} slides, accuracy {metrics["accuracy"]:.3f}'
+    n_patients = metrics.get('patients')  # a former file does not say it
     if 'macro_auc' in metrics:
         agreement = dict(
             kappa=metrics['kappa'], low=metrics['kappa_low'], high=metrics['kappa_high']
         )
         main = (
-            f'macro-averaged AUC {with_interval(metrics, "macro_auc")}, unweighted kappa '
-            f'{with_interval(agreement, "kappa")}, {slides}'
+            f'macro-averaged AUC {with_interval(metrics, "macro_auc", n_patients)}, unweighted '
+            f'kappa {with_interval(agreement, "kappa", n_patients)}, {slides}'
         )
     else:
-        main = f'quadratic kappa {with_interval(metrics, "kappa")}, {slides}'
+        main = f'quadratic kappa {with_interval(metrics, "kappa", n_patients)}, {slides}'
     if metrics.get('task_from') == 'assumed':
         main += '; it is assumed that the classes have no order, which the table does not tell'
     sentences = [main]
     for number, area in enumerate(metrics['classes']):
         if area is not None:
-            sentences.append(f'class {number} against the rest: AUC {with_method(area)}')
+            shown = with_method(area, n_patients)
+            sentences.append(f'class {number} against the rest: AUC {shown}')
     return sentences
 
 
 def multilabel_sentences(metrics: dict) -> list[str]:
     "The metrics of several labels in words."
     return [
-        f'{label}: AUC {with_method(of_label)}, {of_label["n"]} slides, '
+        f'{label}: AUC {with_method(of_label, of_label["patients"])}, {of_label["n"]} slides, '
         f'{of_label["positives"]} positive'
         for label, of_label in metrics['labels'].items()
     ]
@@ -962,7 +981,8 @@ def multilabel_sentences(metrics: dict) -> list[str]:
 
 def survival_sentences(metrics: dict) -> list[str]:
     "The metrics of survival in words; also of a former file, whose rows are slides."
-    concordance = f'concordance {with_interval(metrics, "concordance")}, {metrics["n"]} slides'
+    shown = with_interval(metrics, 'concordance', metrics.get('patients'))
+    concordance = f'concordance {shown}, {metrics["n"]} slides'
     p = ''
     if metrics['logrank_p'] is not None:
         p = f'; log-rank p {metrics["logrank_p"]:.3g}'

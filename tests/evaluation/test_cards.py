@@ -262,6 +262,23 @@ def test_metrics_of_other_tasks_and_those_that_are_nan():
 # ---- the check
 
 
+@pytest.mark.parametrize(
+    'patients, high, interval',
+    [
+        (None, 0.9, '0.800 to 0.900'),
+        (12, 0.9, '0.800 to 0.900'),
+        (2, 0.9, 'no interval, as it would be of 2 patients only'),
+        (None, 0.8, 'no interval, as it would have no width'),
+    ],
+)
+def test_a_card_leaves_out_intervals_that_say_nothing_about_other_slides(patients, high, interval):
+    limits = dict(low=0.8, high=high)
+    metrics = dict(auc=0.8, **limits, average_precision=dict(value=0.8, **limits))
+    assert [each.interval for each in headlines(metrics | dict(patients=patients))] == [
+        interval
+    ] * 2
+
+
 def test_a_file_that_gives_what_its_card_says(exported):
     assert 'as the card says' in check_export(exported / 'm.safetensors')
 

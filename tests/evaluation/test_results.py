@@ -1,6 +1,7 @@
 "All metrics of tables of predictions of every task, and what is refused."
 
 import json
+import re
 
 import matplotlib
 import numpy as np
@@ -396,6 +397,27 @@ def test_slides_of_one_patient_have_a_note(other_tasks, tmp_path, task, says):
     notes = results(other_tasks[task], cohort=tmp_path / 'one.csv', n_bootstrap=20)['notes']
     note = next(note for note in notes if 'without width' in note)
     assert says in note
+
+
+def test_sentences_leave_out_intervals_without_width(few):
+    "They would look like certainty."
+    text = '; '.join(sentences_of(results(few, n_bootstrap=20)))
+    assert "by the paper's bootstrap no interval, as it would have no width" in text
+    assert 'average precision 1.000 (no interval, as it would have no width)' in text
+    assert '1.000 to 1.000' not in text
+
+
+@pytest.mark.parametrize('task', ['binary', 'multiclass', 'survival', 'multilabel'])
+def test_sentences_leave_out_intervals_of_very_few_patients(
+    two_classes, other_tasks, tmp_path, task
+):
+    paths = dict(other_tasks, binary=two_classes[0])
+    rows = [dict(slide_id=f's{number}', patient_id=f'p{number % 4}') for number in range(200)]
+    write_csv(tmp_path / 'four.csv', rows)
+    found = results(paths[task], cohort=tmp_path / 'four.csv', n_bootstrap=20)
+    text = '; '.join(sentences_of(found))
+    assert 'no interval, as it would be of 4 patients only' in text
+    assert not re.search(r'\(\d\.\d+ to ', text)
 
 
 def test_intervals_with_a_width_have_no_note(two_classes, other_tasks):

@@ -7,11 +7,12 @@ __all__ = ['sp_train', 'sp_mil', 'sp_check', 'FEW', 'sp_predict', 'sp_export', '
            'sp_report', 'sp_trim', 'COHORT', 'sp_synth', 'sp_compare', 'sp_bench', 'DEMO_COHORT', 'TINY', 'TINY_COHORT',
            'sp_demo', 'RunFolder', 'train', 'train_mil', 'train_in', 'CheckSettings', 'check', 'check_all',
            'tell_check', 'processes', 'PredictSettings', 'slides_and_table', 'predict', 'slides_to_predict',
-           'outcome_of', 'same_for_all', 'predict_share', 'merge_predicted', 'not_skipped', 'print_predictions',
-           'ExportSettings', 'export', 'write_export', 'heatmap', 'listed', 'n_bootstrap_option', 'confidence_option',
-           'EvaluateSettings', 'evaluate', 'figures_folder', 'ReportSettings', 'report', 'color', 'TrimSettings',
-           'trim', 'print_trimmed', 'SynthSettings', 'synth', 'CompareSettings', 'compare', 'several_pixels',
-           'BenchSettings', 'bench', 'as_for_training', 'DemoSettings', 'DemoOptions', 'demo', 'is_demo']
+           'not_predicted', 'outcome_of', 'same_for_all', 'predict_share', 'merge_predicted', 'not_skipped',
+           'print_predictions', 'ExportSettings', 'export', 'write_export', 'heatmap', 'listed', 'n_bootstrap_option',
+           'confidence_option', 'EvaluateSettings', 'evaluate', 'figures_folder', 'ReportSettings', 'report', 'color',
+           'TrimSettings', 'trim', 'print_trimmed', 'SynthSettings', 'synth', 'CompareSettings', 'compare',
+           'several_pixels', 'BenchSettings', 'bench', 'as_for_training', 'DemoSettings', 'DemoOptions', 'demo',
+           'is_demo']
 
 # %% ../../nbs/cli/02_commands.ipynb #be2cbbb8
 import json
@@ -406,9 +407,19 @@ def slides_to_predict(
         slides, settings.slide_spacing, labels, columns=card['labels'], positive=positive
     )
     if found.unusable and not settings.skip_failed:
-        problem = Outcome(found, {}).problem()
-        raise InputError(f'{problem}; or leave them out of the table with --skip-failed')
+        raise not_predicted(Outcome(found, {}))
     return found
+
+
+def not_predicted(outcome: Outcome) -> InputError:
+    "The exception for slides that fail before any is predicted, as they have no id."
+    unusable = outcome.found.unusable
+    what = 'cannot be used'
+    if all(each.kind == 'name' for each in unusable):
+        what = 'has no usable name' if len(unusable) == 1 else 'have no usable name'
+    start = f'{len(unusable)} of {outcome.n_slides} slides {what}; nothing was predicted'
+    problem = several(start, outcome.reasons())
+    return InputError(f'{problem}; --skip-failed leaves them out of the table')
 
 
 def outcome_of(

@@ -197,6 +197,11 @@ def test_names_that_cannot_be_ids_are_refused_before_the_work(slides, run, here)
         shutil.copy(slides / 'a.tiff', here / f'in/{name}.tiff')
     status, _, error = told(sp_predict, run, 'in', 'p.csv')
     assert status == 2 and "'#1'" in error and '--skip-failed' in error
+    assert '1 of 2 slides has no usable name; nothing was predicted' in error
+    (here / 'in/gone.tiff').symlink_to('nowhere')
+    error = told(sp_predict, run, 'in', 'p.csv')[2]
+    assert '2 of 3 slides cannot be used; nothing was predicted' in error and 'gone' in error
+    (here / 'in/gone.tiff').unlink()
     assert not list(here.glob('p.*'))
     assert told(sp_predict, run, 'in', 'p.csv', '--skip-failed')[0] == 3
     assert statuses('p.slides.csv') == dict(done=['a'], failed=['#1.tiff'])

@@ -998,10 +998,11 @@ def trim(settings: TrimSettings) -> None:
         positive=settings.positive,
     )
     out, workers = Path(settings.out), processes(settings.workers)
+    without_id = Outcome(slides, {}).reasons()
     if settings.merge:
-        found = merge_trimmed(slides.cases, out, trimming)
+        found = merge_trimmed(slides.cases, out, trimming, without_id)
     elif shard is None:
-        found = trim_slides(slides.cases, out, trimming, workers)
+        found = trim_slides(slides.cases, out, trimming, workers, without_id=without_id)
     else:
         found = trim_shard(slides.cases, out, trimming, shard, workers)
     for warning in found['warnings']:

@@ -263,11 +263,18 @@ def trim_shard(
     return found
 
 
-def merge_trimmed(cases: Sequence[Case], out: str | Path, settings: Trim) -> dict:
+def merge_trimmed(
+    cases: Sequence[Case],
+    out: str | Path,
+    settings: Trim,
+    without_id: Sequence[str] = (),  # see `trim_slides`
+) -> dict:
     """What `trim_slides` would have written and returned of all slides, after all shards are done.
     Raises `InputError` if they are not."""
     failed = Shards(Path(out)).all_failed(cases)
-    found = trim_slides(cases, out, settings, progress=False, known_failed=failed)
+    found = trim_slides(
+        cases, out, settings, progress=False, known_failed=failed, without_id=without_id
+    )
     return found | dict(skipped=0)
 
 # %% ../../nbs/runs/08_shards.ipynb #ed9208a4

@@ -826,6 +826,8 @@ def trim_slides(
     # after such processes: the slides that failed, slide id -> reason. Nothing is trimmed, as all
     # other slides are finished, and the tables are written
     known_failed: dict[str, str] | None = None,
+    # a sentence on each slide that cannot have an id, which failed.csv has too
+    without_id: Sequence[str] = (),
 ) -> dict:
     """Cut the biopsies of a cohort.
 
@@ -858,6 +860,7 @@ def trim_slides(
         rows = manifest_rows(cases, notes, settings)
         if part is None:
             failed_rows = [dict(slide_id=name, reason=text) for name, text in failed.items()]
+            failed_rows += [dict(slide_id='', reason=text) for text in without_id]
             write_csv(out / 'failed.csv', [*others_failed, *failed_rows], ['slide_id', 'reason'])
             write_csv(out / 'manifest.csv', [*others, *rows], COLUMNS)
     return dict(
@@ -887,10 +890,11 @@ def tasks_of(
 
 
 def other_rows(out: Path, tasks: dict[str, TrimTask]) -> tuple[list[Row], list[Row]]:
-    "Rows of the manifest and of failed.csv that former runs wrote of other slides than these."
+    """Rows of the manifest and of failed.csv that former runs wrote of other slides than these;
+    not of slides without an id, which may have one by now."""
     manifest = former_rows(out / 'manifest.csv', ['source_id', 'source', 'patient_id', 'split'])
     failed = former_rows(out / 'failed.csv', ['slide_id', 'reason'])
-    names = {slide_id.casefold() for slide_id in tasks}
+    names = {'', *(slide_id.casefold() for slide_id in tasks)}
     return (
         [row for row in manifest if row['source_id'] not in tasks],
         [row for row in failed if row['slide_id'].casefold() not in names],

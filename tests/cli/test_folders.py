@@ -207,6 +207,34 @@ def test_names_that_cannot_be_ids_are_refused_before_the_work(slides, run, here)
     assert statuses('p.slides.csv') == dict(done=['a'], failed=['#1.tiff'])
 
 
+def failed_in(path):
+    "(slide_id, reason) of each row of failed.csv."
+    with open(path) as file:
+        return [(row['slide_id'], row['reason']) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize('in_shards', [False, True])
+def test_failed_slides_of_a_trimming_are_all_in_its_table(slides, here, in_shards):
+    "Also those without an id, until they have one."
+    (here / 'in').mkdir()
+    for name in ('a', '#1'):
+        shutil.copy(slides / 'a.tiff', here / f'in/{name}.tiff')
+    shutil.copy(slides / 'damaged.svs', here / 'in')
+    words = ['in', 'out', *FEW['trim']]
+    last = []
+    if in_shards:
+        told(sp_trim, *words, '--shard', '1/1')
+        last = ['--merge']
+    assert told(sp_trim, *words, *last)[0] == 3
+    (damaged, of_damaged), (unnamed, of_unnamed) = failed_in('out/failed.csv')
+    assert (damaged, unnamed) == ('damaged', '') and 'damaged.svs' in of_damaged
+    assert '#1.tiff has no name that can be its id' in of_unnamed
+    (here / 'in/#1.tiff').rename(here / 'in/one.tiff')
+    (here / 'in/damaged.svs').unlink()
+    told(sp_trim, *words)
+    assert [slide_id for slide_id, _ in failed_in('out/failed.csv')] == ['damaged']
+
+
 # ---- slides without a manifest, a run in place of a network
 
 

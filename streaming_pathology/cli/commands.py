@@ -590,6 +590,10 @@ def export(settings: ExportSettings) -> None:
     if settings.out is None:
         if not settings.check_:
             raise InputError('give the .safetensors file to write, or --check to check one')
+        if Path(settings.run).suffix.lower() != '.safetensors':
+            raise InputError(
+                f'{settings.run}: --check alone takes a .safetensors file; name a file to write'
+            )
         print(check_export(settings.run))
         return
     write_export(settings)

@@ -341,6 +341,8 @@ def test_the_command_writes_checks_and_tells_by_its_status(run, tmp_path, capsys
     assert 'the card says 99' in capsys.readouterr().err
     assert sp_export([str(out)]) == 2
     assert 'give the .safetensors file to write, or --check' in capsys.readouterr().err
+    assert sp_export([str(run), '--check']) == 2
+    assert '--check alone takes a .safetensors file; name a file' in capsys.readouterr().err
 
 
 def test_the_command_overwrites_no_text_of_somebody_else(run, tmp_path, capsys):

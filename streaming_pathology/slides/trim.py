@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 from tqdm.auto import tqdm
 
-from ..core import InputError, counted
+from ..core import InputError, SlidesChanged
 from streaming_pathology.io import (
     Row,
     locked,
@@ -924,24 +924,18 @@ def run_tasks(tasks: dict[str, TrimTask], workers: int, progress: bool) -> tuple
 
 
 def finished_notes(tasks: dict[str, TrimTask], failed: Collection[str]) -> dict[str, dict]:
-    "The notes on all slides but those that failed. Raises `InputError` if one is not finished."
+    "The notes on all slides but those that failed. Raises `SlidesChanged` if one has none."
     notes, missing = {}, []
     for slide_id, task in tasks.items():
         if slide_id in failed:
             continue
         note = finished_note(task)
         if note is None:
-            missing.append(repr(slide_id))
+            missing.append(slide_id)
         else:
             notes[slide_id] = note
     if missing:
-        raise InputError(
-            several(
-                f'{counted(len(missing), "slide")} of a shard that was done, or what was written '
-                'of them, have changed since; run it again',
-                missing,
-            )
-        )
+        raise SlidesChanged(missing)
     return notes
 
 

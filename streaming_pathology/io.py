@@ -19,6 +19,7 @@ import uuid
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -210,8 +211,8 @@ def check_header(
         near = misspelt(column, header, known)
         if near:
             raise InputError(
-                f'{path} has no column {column!r} but {near!r}; rename it to that, or to something '
-                'less like it'
+                f'{path} has no column {column!r} but {near!r}; rename it to {column!r}, or, if it '
+                'is another column, to a name that is not so similar'
             )
         if column in needed:
             raise InputError(
@@ -233,6 +234,23 @@ def with_point(text: str) -> str:
     if re.fullmatch(r'[+-]?\d+,\d+', text):
         return text.replace(',', '.')
     return text
+
+
+def wrong_number(
+    values: list[str],  # of a row
+    header: list[str],  # with another number of columns
+    separator: str,  # between values
+) -> str:
+    "What to say of a row that has more or fewer values than there are columns."
+    text = f'{len(values)} values for {len(header)} columns'
+    if len(values) < len(header):
+        return f'{text}; a value that is not known is left empty between its separators'
+    if separator != ',':
+        return text
+    for whole, decimals in pairwise(values):
+        if re.fullmatch(r'[+-]?\d+', whole) and decimals.isdigit():
+            return f'{text}; decimals are written with a point'
+    return f'{text}; a value with a comma in it is put into quotation marks'
 
 
 class Row(dict[str, str]):
@@ -259,10 +277,7 @@ def read_table(
     check_header(path, header, needed, (*needed, *optional))
     for line, values in rows:
         if len(values) != len(header):
-            raise InputError(
-                f'{path}, line {line}: {len(values)} values for {len(header)} columns; decimals '
-                'are written with a point'
-            )
+            raise InputError(f'{path}, line {line}: {wrong_number(values, header, separator)}')
     table = [Row(zip(header, values), line) for line, values in rows]
     if separator != ',':
         for row in table:

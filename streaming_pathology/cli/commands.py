@@ -7,9 +7,9 @@ __all__ = ['sp_train', 'sp_mil', 'sp_check', 'FEW', 'sp_predict', 'sp_export', '
            'sp_report', 'sp_trim', 'COHORT', 'LOOK_NAMES', 'LABEL_NAMES', 'sp_synth', 'sp_compare', 'sp_bench',
            'DEMO_COHORT', 'TINY', 'TINY_COHORT', 'sp_demo', 'RunFolder', 'train', 'train_mil', 'train_in',
            'CheckSettings', 'check', 'check_all', 'tell_check', 'processes', 'PredictSettings', 'slides_and_table',
-           'predict', 'slides_to_predict', 'outcome_of', 'same_for_all', 'predict_share', 'merge_predicted',
-           'not_skipped', 'print_predictions', 'ExportSettings', 'export', 'write_export', 'heatmap', 'listed',
-           'n_bootstrap_option', 'confidence_option', 'EvaluateSettings', 'evaluate', 'figures_folder',
+           'predict', 'slides_to_predict', 'not_predicted', 'outcome_of', 'same_for_all', 'predict_share',
+           'merge_predicted', 'not_skipped', 'print_predictions', 'ExportSettings', 'export', 'write_export', 'heatmap',
+           'listed', 'n_bootstrap_option', 'confidence_option', 'EvaluateSettings', 'evaluate', 'figures_folder',
            'ReportSettings', 'report', 'color', 'TrimSettings', 'trim', 'print_trimmed', 'SynthSettings', 'synth',
            'CompareSettings', 'compare', 'several_pixels', 'BenchSettings', 'bench', 'as_for_training', 'DemoSettings',
            'DemoOptions', 'demo', 'is_demo']
@@ -414,9 +414,19 @@ def slides_to_predict(
         slides, settings.slide_spacing, labels, columns=card['labels'], positive=positive
     )
     if found.unusable and not settings.skip_failed:
-        problem = Outcome(found, {}).problem()
-        raise InputError(f'{problem}; or leave them out of the table with --skip-failed')
+        raise not_predicted(Outcome(found, {}))
     return found
+
+
+def not_predicted(outcome: Outcome) -> InputError:
+    "The exception for slides that fail before any is predicted, as they have no id."
+    unusable = outcome.found.unusable
+    what = 'cannot be used'
+    if all(each.kind == 'name' for each in unusable):
+        what = 'has no usable name' if len(unusable) == 1 else 'have no usable name'
+    start = f'{len(unusable)} of {outcome.n_slides} slides {what}; nothing was predicted'
+    problem = several(start, outcome.reasons())
+    return InputError(f'{problem}; --skip-failed leaves them out of the table')
 
 
 def outcome_of(
@@ -587,6 +597,10 @@ def export(settings: ExportSettings) -> None:
     if settings.out is None:
         if not settings.check_:
             raise InputError('give the .safetensors file to write, or --check to check one')
+        if Path(settings.run).suffix.lower() != '.safetensors':
+            raise InputError(
+                f'{settings.run}: --check alone takes a .safetensors file; name a file to write'
+            )
         print(check_export(settings.run))
         return
     write_export(settings)
@@ -727,8 +741,9 @@ class EvaluateSettings(Settings):
     subgroups: str | None = option(None, SUBGROUPS, 'slides', former_names=('by',))
     threshold_split: str | None = option(
         None,
-        'choose thresholds and the temperature on this split, e.g. tuning (default: thresholds on '
-        'the slides that are evaluated, and no temperature)',
+        'choose thresholds and the temperature on this split (default: tuning, if it has slides of '
+        'both classes; otherwise thresholds on the slides that are evaluated, which is optimistic, '
+        'and no temperature)',
         'thresholds',
     )
     target_sensitivity: float | None = option(
@@ -814,7 +829,7 @@ sp_evaluate = Command(
     'evaluate',
     (EvaluateSettings,),
     evaluate,
-    'sp_evaluate run/predictions.csv --threshold-split tuning --subgroups site --out metrics.json',
+    'sp_evaluate run/predictions.csv --subgroups site --out metrics.json',
 )
 
 # %% ../../nbs/cli/02_commands.ipynb #9425fb7d
@@ -1005,10 +1020,11 @@ def trim(settings: TrimSettings) -> None:
         positive=settings.positive,
     )
     out, workers = Path(settings.out), processes(settings.workers)
+    without_id = Outcome(slides, {}).reasons()
     if settings.merge:
-        found = merge_trimmed(slides.cases, out, trimming)
+        found = merge_trimmed(slides.cases, out, trimming, without_id)
     elif shard is None:
-        found = trim_slides(slides.cases, out, trimming, workers)
+        found = trim_slides(slides.cases, out, trimming, workers, without_id=without_id)
     else:
         found = trim_shard(slides.cases, out, trimming, shard, workers)
     for warning in found['warnings']:

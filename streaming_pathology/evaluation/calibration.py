@@ -19,7 +19,6 @@ from streaming_pathology.evaluation.auc import (
     Estimate,
     Resampling,
     check_scores,
-    percent,
     percentile_estimate,
     share_interval,
 )
@@ -43,7 +42,7 @@ class Calibration:
     bins: list[dict]
 
     def __str__(self) -> str:
-        interval = f'{percent(self.brier.level)} interval {self.brier.interval}'
+        interval = self.brier.interval_at_level
         return (
             f'Brier {self.brier.value:.3f} ({interval}; {self.reference:.3f} by the share of '
             f'positives alone), expected calibration error {self.ece:.3f}'

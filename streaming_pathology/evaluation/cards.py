@@ -25,6 +25,7 @@ import yaml
 
 import streaming_pathology
 from ..core import InputError, counted, one_line
+from .auc import interval_in_words
 from .pages import templates
 from streaming_pathology.evaluation.predict import (
     checkpoint_words,
@@ -309,8 +310,7 @@ class Headline:
     kind: str  # on the Hub
     words: str
     value: float
-    low: float | None  # of its interval; None: it has none
-    high: float | None
+    interval: str  # or why there is none; empty: the metric has none
 
 
 def headlines(metrics: dict) -> list[Headline]:
@@ -321,8 +321,12 @@ def headlines(metrics: dict) -> list[Headline]:
         limits = metrics if name == 'auc' else {}  # its interval stands beside it
         if isinstance(value, dict):
             limits, value = value, value.get('value')
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            found.append(Headline(kind, words, value, limits.get('low'), limits.get('high')))
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            continue
+        interval, low, high = '', limits.get('low'), limits.get('high')
+        if low is not None and high is not None:
+            interval = interval_in_words(low, high, metrics.get('patients'))
+        found.append(Headline(kind, words, value, interval))
     return found
 
 

@@ -257,8 +257,7 @@ class Comparison:
         width = max(len(name) for name in (*self.names, 'difference'))
         lines = []
         for name, area, estimate in zip(self.names, self.aucs, self.intervals):
-            level = percent(estimate.level)
-            lines.append(f'{name:{width}}  AUC {area:.3f} ({level} interval {estimate.interval})')
+            lines.append(f'{name:{width}}  AUC {area:.3f} ({estimate.interval_at_level})')
         level, interval = percent(self.paired.level), signed_interval(self.paired)
         lines.append(
             f'{"difference":{width}}  {self.delong.difference:+.3f} ({level} interval {interval}), '

@@ -26,7 +26,7 @@ from streaming_pathology.evaluation.auc import (
     check_scores,
     class_weights,
     draw_weights,
-    percent,
+    interval_in_words,
     percentile_estimate,
     roc,
     share_interval,
@@ -367,11 +367,18 @@ class Metrics:
             seed=self.seed,
         )
 
+    @property
+    def bootstrap_interval(self) -> str:
+        "The paper's interval as text."
+        low, high = self.bootstrap_low, self.bootstrap_high
+        return interval_in_words(low, high, self.patients, between='–')
+
     def __str__(self) -> str:
         of_patients = '' if self.patients is None else f' of {self.patients} patients'
+        interval = interval_in_words(self.low, self.high, self.patients, self.level, between='–')
         return (
-            f'AUC {self.auc:.3f} ({percent(self.level)} interval {self.estimate.interval}, by the '
-            f"paper's bootstrap {self.bootstrap.interval}, {self.n} slides{of_patients}, "
+            f"AUC {self.auc:.3f} ({interval}, by the paper's bootstrap {self.bootstrap_interval}, "
+            f'{self.n} slides{of_patients}, '
             f'{self.positives} positive)'
         )
 

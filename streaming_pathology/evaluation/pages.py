@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .auc import percent
+from .auc import interval_in_words, percent
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -46,6 +46,14 @@ def spent(seconds: float) -> str:
     return f'{hours} h {minutes} min'
 
 # %% ../../nbs/evaluation/11_pages.ipynb #d6a023b1
+def interval_beside(
+    metric: dict,  # with low and high
+    n_patients: int | None,
+) -> str:
+    "The interval of a metric as text: see `interval_in_words`."
+    return interval_in_words(metric['low'], metric['high'], n_patients)
+
+
 @cache
 def templates() -> Environment:
     "The templates of the package."
@@ -56,7 +64,9 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=format, percent=percent, plural=plural)
+    environment.filters.update(
+        number=format, percent=percent, plural=plural, interval=interval_beside
+    )
     return environment
 
 # %% ../../nbs/evaluation/11_pages.ipynb #add27b66

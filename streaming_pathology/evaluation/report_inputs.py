@@ -409,14 +409,12 @@ def evaluation_options(
     """The options that metrics.json names. Raises what a damaged file raises.
 
     Of several labels, each has the same."""
+    threshold_split = saved.get('threshold_from')
     if saved.get('labels'):
         saved = next(iter(saved['labels'].values()))
     seed = index(saved.get('seed', 0))
     if seed < 0:
         raise ValueError(f'seed {seed}')
-    split, threshold_split = saved.get('split', 'test'), saved.get('threshold_from')
-    if threshold_split == split:
-        threshold_split = None
     sensitivity = None
     if saved.get('at_sensitivity'):
         sensitivity = float(saved['at_sensitivity']['wanted'])
@@ -424,7 +422,7 @@ def evaluation_options(
         n_bootstrap=index(saved.get('draws', 10_000)),
         seed=seed,
         level=float(saved.get('level', 0.95)),
-        split=split,
+        split=saved.get('split', 'test'),
         method=asked_interval(method_in(saved)),
         threshold_split=threshold_split,
         sensitivity=sensitivity,

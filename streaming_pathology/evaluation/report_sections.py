@@ -21,6 +21,8 @@ from streaming_pathology.evaluation.auc import (
     INTERVAL_NAMES,
     Estimate,
     difference_shown,
+    interval_in_words,
+    no_interval_reason,
     percent,
 )
 from .evaluation import Prediction, plot_roc
@@ -70,6 +72,10 @@ def result_section(run: FinishedRun) -> Section:
             auc_name=MAIN_METRICS['binary'][0],
             interval_name=INTERVAL_NAMES[metrics.method],
             has_no_error='newcombe' in metrics.method,
+            interval=interval_in_words(
+                metrics.low, metrics.high, metrics.patients, metrics.level, between='–'
+            ),
+            has_interval=no_interval_reason(metrics.low, metrics.high, metrics.patients) is None,
         )
     elif run.results:
         values = dict(
@@ -109,6 +115,8 @@ def guessing_note(results: dict | None) -> str | None:
     "The sentence of `guessing_in_words` on the main metric; None where that is no AUC."
     if not results or not {'auc', 'macro_auc'} & results.keys():
         return None
+    if no_interval_reason(results['low'], results['high'], results.get('patients')):
+        return None
     return guessing_in_words(results['low'], results['high'])
 
 
@@ -127,8 +135,10 @@ def main_metric(results: dict) -> Fact | None:
     value = f'{results[key]:.3f}'
     if 'low' not in results:
         return Fact(name, value)
-    interval = f'{results["low"]:.3f}–{results["high"]:.3f}'
-    return Fact(name, value, f'{percent(results["level"])} interval {interval}')
+    interval = interval_in_words(
+        results['low'], results['high'], results.get('patients'), results['level'], between='–'
+    )
+    return Fact(name, value, interval)
 
 
 def result_plot(run: FinishedRun) -> Plot | None:
@@ -151,9 +161,11 @@ def facts_of(run: FinishedRun) -> list[Fact]:
     metrics = run.metrics
     if metrics:
         for name in ('sensitivity', 'specificity', 'accuracy'):
-            low, high = metrics.intervals[name]
             value = f'{getattr(metrics, name):.0%}'
-            facts.append(Fact(name, value, f'{low:.0%} to {high:.0%}'))
+            limits = metrics.intervals[name]
+            facts.append(
+                Fact(name, value, interval_in_words(*limits, metrics.patients, form='.0%'))
+            )
     if run.results:
         facts += reported_facts(run.results)
     seconds = run.logged('seconds')
@@ -176,7 +188,8 @@ def reported_facts(results: dict) -> list[Fact]:
             continue
         found = results[name]
         value = f'{found["value"]:.3f}'
-        facts.append(Fact(metric.words, value, f'{found["low"]:.3f} to {found["high"]:.3f}'))
+        interval = interval_in_words(found['low'], found['high'], results['patients'])
+        facts.append(Fact(metric.words, value, interval))
     return facts
 
 
@@ -197,7 +210,7 @@ def comparison_section(comparison: WrittenComparison) -> Section:
     difference = comparison.difference
     low, high = difference.low, difference.high
     rows = [
-        (name, f'{area.value:.3f}', f'{area.low:.3f} to {area.high:.3f}')
+        (name, f'{area.value:.3f}', interval_in_words(area.low, area.high))
         for name, area in zip(comparison.names, comparison.aucs)
     ]
     descriptions = [f'{name}, AUC {value} ({interval})' for name, value, interval in rows]
@@ -257,7 +270,7 @@ def group_row(subgroup: Subgroup) -> tuple:
     text = 'one class'
     area = subgroup.auc
     if area is not None:
-        text = f'{area.value:.3f} ({area.low:.3f} to {area.high:.3f})'
+        text = f'{area.value:.3f} ({interval_in_words(area.low, area.high)})'
         if subgroup.against_all:
             text += ' against all negative slides'
     return (
@@ -274,7 +287,7 @@ def share_in_words(share: Estimate | None) -> str | None:
     "Sensitivity or specificity with its interval; None where there is none."
     if share is None:
         return None
-    return f'{share.value:.0%} ({share.low:.0%} to {share.high:.0%})'
+    return f'{share.value:.0%} ({interval_in_words(share.low, share.high, form=".0%")})'
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #ace56ac8
 def calibration_section(
@@ -287,6 +300,7 @@ def calibration_section(
         calibration=found['calibration'],
         temperature=found.get('temperature'),
         precision=found['average_precision'],
+        patients=found['patients'],
         notes=notes_of(found, on_calibration=True),
         reliability=figure_uri(figures['reliability']),
         precision_recall=figure_uri(figures['precision_recall']),

@@ -24,6 +24,8 @@ from streaming_pathology.evaluation.auc import (
     INTERVAL_NAMES,
     Estimate,
     Resampling,
+    has_no_width,
+    interval_in_words,
     patient_numbers,
 )
 from streaming_pathology.evaluation.calibration import (
@@ -97,6 +99,10 @@ class OutcomeTable:
             patients_of(slide_ids, patients),
         )
 
+    def labels_of_split(self, split: str) -> set[float | None]:
+        "The values that the first label has on the slides of a split."
+        return {row[self.labels[0]] for row in self.rows if row['split'] == split}
+
 # %% ../../nbs/evaluation/07_results.ipynb #802bbfa8
 @dataclass(frozen=True)
 class Outcomes:
@@ -106,6 +112,11 @@ class Outcomes:
     labels: np.ndarray  # (n, columns), nan where a label is not known
     predicted: np.ndarray  # (n, columns)
     patient_ids: list[str] | None  # of each slide; None: each has its own
+
+    @property
+    def n_patients(self) -> int | None:
+        "How many patients the slides are of; None if each slide has its own."
+        return None if self.patient_ids is None else len(set(self.patient_ids))
 
 # %% ../../nbs/evaluation/07_results.ipynb #95317982
 def columns_of(rows: list[dict], names: list[str]) -> np.ndarray:
@@ -185,7 +196,9 @@ class Request:
     task_from: str  # how it is known: given, settings.toml, assumed, or table
     patients: dict[str, str]  # {slide_id: patient_id}
     split: str  # slides to evaluate
-    threshold_split: str | None  # slides to choose thresholds and the temperature on
+    # other slides to choose thresholds and the temperature on; None: thresholds are chosen on the
+    # slides to evaluate, and there is no temperature
+    threshold_split: str | None
     sensitivity: float | None  # wanted, for a point of its own
     cohort: str | Path  # CSV with the columns `by`
     by: Sequence[str]  # columns to show subgroups of
@@ -257,7 +270,7 @@ def without_width(
     intervals: dict[str, tuple[float, float]],  # by what they are of
 ) -> list[str]:
     "A sentence on the intervals that have no width, if there are such."
-    names = [name for name, (low, high) in intervals.items() if high - low <= 1e-12]
+    names = [name for name, (low, high) in intervals.items() if has_no_width(low, high)]
     if not names:
         return []
     return [
@@ -344,7 +357,9 @@ def binary_results(request: Request) -> dict:
         result[name] = dict(value=found.value, low=found.low, high=found.high)
     result['calibration'] = calibration_results(labels, probabilities, resampling)
     notes = []
-    if request.threshold_split:
+    if request.threshold_split is None:
+        notes.append(optimistic_note(request.split))
+    else:
         try:
             result['temperature'] = temperature_results(request, tested, chosen_on)
         except InputError as e:
@@ -389,6 +404,15 @@ def auc_intervals(metrics: Metrics) -> dict[str, tuple[float, float]]:
 def by_class(labels: np.ndarray) -> dict[str, np.ndarray]:
     "The slides of two classes, by what they are called."
     return {'positive slides': labels == 1, 'negative slides': labels == 0}
+
+
+def optimistic_note(split: str) -> str:
+    "A sentence on a threshold that is chosen on the slides of a split, for which it is reported."
+    return (
+        f'The threshold is chosen on the slides that are evaluated (split {split!r}), so accuracy, '
+        'sensitivity and specificity are optimistic: --threshold-split (threshold_split) names '
+        'other slides.'
+    )
 
 
 def chosen_threshold(outcomes: Outcomes, split: str) -> float:
@@ -521,6 +545,7 @@ def class_results(request: Request) -> dict:
         **main,
         accuracy=float((labels == called).mean()),
         n=len(labels),
+        patients=tested.n_patients,
         **resampled_as(request),
         confusion=confusion_matrix(labels, called, n_classes).tolist(),
         classes=[class_result(area) for area in aucs],
@@ -642,7 +667,7 @@ def survival_results(request: Request) -> dict:
         concordance=estimate.value,
         **limits(estimate),
         n=len(tested.slide_ids),
-        patients=None if tested.patient_ids is None else len(times),
+        patients=tested.n_patients,
         events=int(events.sum()),
         **resampled_as(request),
         threshold=threshold,
@@ -717,7 +742,7 @@ TASKS = dict(
 def results(
     path: str | Path,  # predictions.csv of `sp_predict`, `sp_train` or `sp_mil`
     split: str = 'test',  # slides to evaluate
-    # slides to choose thresholds and the temperature on; None: `split` itself, and no temperature
+    # slides to choose thresholds and the temperature on; None: see `threshold_split_of`
     threshold_split: str | None = None,
     sensitivity: float | None = None,  # wanted, for a point of its own
     # CSV with slide_id, patient_id and the columns of `by`; None, and for patients if it names
@@ -753,7 +778,7 @@ def results(
             task_from=task_from,
             patients=patients,
             split=split,
-            threshold_split=threshold_split,
+            threshold_split=threshold_split_of(table, split, threshold_split),
             sensitivity=sensitivity,
             cohort=cohort,
             by=by,
@@ -767,6 +792,26 @@ def results(
         raise InputError(f'{path}, split {split!r}: {e}') from None
 
 # %% ../../nbs/evaluation/07_results.ipynb #2c0aa3d9
+TUNING = 'tuning'  # the split that the checkpoint is chosen on
+
+
+def threshold_split_of(
+    table: OutcomeTable,
+    split: str,  # slides to evaluate
+    given: str | None,  # slides to choose thresholds on, if they were named
+) -> str | None:
+    """The slides to choose thresholds on. Of two classes, if none are named, the tuning slides,
+    where these are of both classes.
+
+    None where they are the slides to evaluate: figures at such a threshold are optimistic."""
+    chosen = split
+    if given:
+        chosen = given
+    elif table.task == 'binary' and table.labels_of_split(TUNING) >= {0, 1}:
+        chosen = TUNING
+    return None if chosen == split else chosen
+
+
 def check_options(
     table: OutcomeTable,
     sensitivity: float | None,
@@ -816,18 +861,21 @@ def binary_sentences(metrics: dict) -> list[str]:
     of_patients = ''
     if metrics['patients']:
         of_patients = f' of {metrics["patients"]} patients'
-    bootstrap = f'{metrics["bootstrap_low"]:.3f} to {metrics["bootstrap_high"]:.3f}'
+    n_patients = metrics['patients']
+    low, high = metrics['bootstrap_low'], metrics['bootstrap_high']
+    bootstrap = interval_in_words(low, high, n_patients)
     brier = metrics['calibration']
     sentences = [
-        f"AUC {with_method(metrics)}, by the paper's bootstrap {bootstrap}; "
+        f"AUC {with_method(metrics, n_patients)}, by the paper's bootstrap {bootstrap}; "
         f'{metrics["n"]} slides{of_patients}, {metrics["positives"]} positive',
-        point_sentence(metrics),
+        point_sentence(metrics, n_patients),
     ]
     for name, metric in REPORTED.items():
         if name in metrics:  # a file from before the metric was added has none
-            sentences.append(f'{metric.words} {with_interval(metrics[name], "value")}')
+            shown = with_interval(metrics[name], 'value', n_patients)
+            sentences.append(f'{metric.words} {shown}')
     sentences.append(
-        f'Brier score {with_interval(brier, "brier")}, {brier["reference"]:.3f} by the share of '
+        f'Brier score {with_interval(brier, "brier", n_patients)}, {brier["reference"]:.3f} by the share of '
         f'positives alone; expected calibration error {brier["ece"]:.3f}'
     )
     if 'temperature' in metrics:
@@ -840,7 +888,8 @@ def binary_sentences(metrics: dict) -> list[str]:
         )
     if 'at_sensitivity' in metrics:
         point = metrics['at_sensitivity']
-        sentences.append(f'wanted, a sensitivity of {point["wanted"]:g}: {point_sentence(point)}')
+        sentence = point_sentence(point, n_patients)
+        sentences.append(f'wanted, a sensitivity of {point["wanted"]:g}: {sentence}')
     for column, subgroups in subgroups_in(metrics).items():
         sentences += [subgroup_sentence(column, subgroup) for subgroup in subgroups]
     return sentences
@@ -856,26 +905,31 @@ def subgroups_in(
     }
 
 
-def with_interval(metrics: dict, name: str) -> str:
+def with_interval(
+    metrics: dict,
+    name: str,
+    n_patients: int | None,  # see `interval_in_words`
+) -> str:
     "One of the metrics, with the interval that stands beside it."
-    return f'{metrics[name]:.3f} ({metrics["low"]:.3f} to {metrics["high"]:.3f})'
+    interval = interval_in_words(metrics['low'], metrics['high'], n_patients)
+    return f'{metrics[name]:.3f} ({interval})'
 
 
-def with_method(metrics: dict) -> str:
+def with_method(metrics: dict, n_patients: int | None) -> str:
     "The AUC with its interval and the method that made that, if the file says it."
-    low, high = f'{metrics["low"]:.3f}', f'{metrics["high"]:.3f}'
+    interval = interval_in_words(metrics['low'], metrics['high'], n_patients)
     by = ''
     if metrics.get('method') in INTERVAL_NAMES:
         by = f' by {INTERVAL_NAMES[metrics["method"]]}'
-    return f'{metrics["auc"]:.3f} ({low} to {high}{by})'
+    return f'{metrics["auc"]:.3f} ({interval}{by})'
 
 
-def point_sentence(point: dict) -> str:
+def point_sentence(point: dict, n_patients: int | None) -> str:
     "Accuracy, sensitivity and specificity at a threshold."
     shares = []
     for name in ('accuracy', 'sensitivity', 'specificity'):
-        low, high = point['intervals'][name]
-        shares.append(f'{name} {point[name]:.3f} ({low:.3f} to {high:.3f})')
+        interval = interval_in_words(*point['intervals'][name], n_patients)
+        shares.append(f'{name} {point[name]:.3f} ({interval})')
     return f'{", ".join(shares)} at {point["threshold"]:.3f}, chosen on {point["threshold_from"]}'
 
 
@@ -885,7 +939,7 @@ def subgroup_sentence(column: str, subgroup: Subgroup) -> str:
     area = subgroup.auc
     if area is None:
         return f'{text}one class, no AUC'
-    text = f'{text}AUC {area.value:.3f} ({area.low:.3f} to {area.high:.3f})'
+    text = f'{text}AUC {area.value:.3f} ({interval_in_words(area.low, area.high)})'
     if subgroup.against_all:
         text = f'{text} against all negative slides'
     return text
@@ -894,29 +948,31 @@ def subgroup_sentence(column: str, subgroup: Subgroup) -> str:
 def class_sentences(metrics: dict) -> list[str]:
     "The metrics of several classes in words; also of a former file, which has the kappa alone."
     slides = f'{metrics["n"]} slides, accuracy {metrics["accuracy"]:.3f}'
+    n_patients = metrics.get('patients')  # a former file does not say it
     if 'macro_auc' in metrics:
         agreement = dict(
             kappa=metrics['kappa'], low=metrics['kappa_low'], high=metrics['kappa_high']
         )
         main = (
-            f'macro-averaged AUC {with_interval(metrics, "macro_auc")}, unweighted kappa '
-            f'{with_interval(agreement, "kappa")}, {slides}'
+            f'macro-averaged AUC {with_interval(metrics, "macro_auc", n_patients)}, unweighted '
+            f'kappa {with_interval(agreement, "kappa", n_patients)}, {slides}'
         )
     else:
-        main = f'quadratic kappa {with_interval(metrics, "kappa")}, {slides}'
+        main = f'quadratic kappa {with_interval(metrics, "kappa", n_patients)}, {slides}'
     if metrics.get('task_from') == 'assumed':
         main += '; it is assumed that the classes have no order, which the table does not tell'
     sentences = [main]
     for number, area in enumerate(metrics['classes']):
         if area is not None:
-            sentences.append(f'class {number} against the rest: AUC {with_method(area)}')
+            shown = with_method(area, n_patients)
+            sentences.append(f'class {number} against the rest: AUC {shown}')
     return sentences
 
 
 def multilabel_sentences(metrics: dict) -> list[str]:
     "The metrics of several labels in words."
     return [
-        f'{label}: AUC {with_method(of_label)}, {of_label["n"]} slides, '
+        f'{label}: AUC {with_method(of_label, of_label["patients"])}, {of_label["n"]} slides, '
         f'{of_label["positives"]} positive'
         for label, of_label in metrics['labels'].items()
     ]
@@ -924,7 +980,8 @@ def multilabel_sentences(metrics: dict) -> list[str]:
 
 def survival_sentences(metrics: dict) -> list[str]:
     "The metrics of survival in words; also of a former file, whose rows are slides."
-    concordance = f'concordance {with_interval(metrics, "concordance")}, {metrics["n"]} slides'
+    shown = with_interval(metrics, 'concordance', metrics.get('patients'))
+    concordance = f'concordance {shown}, {metrics["n"]} slides'
     p = ''
     if metrics['logrank_p'] is not None:
         p = f'; log-rank p {metrics["logrank_p"]:.3g}'

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..core import InputError, counted
+from ..core import InputError, SlidesChanged, counted
 from ..evaluation.gradients import integrated_gradients, smoothgrad
 from streaming_pathology.evaluation.heatmaps import (
     FORMAT,
@@ -33,7 +33,7 @@ from streaming_pathology.evaluation.heatmaps import (
 )
 from ..evaluation.predict import dataset, load_model
 from ..evaluation.qupath import field_of, write_exports
-from ..io import locked, several, write_csv, write_whole
+from ..io import locked, write_csv, write_whole
 from ..mil.bags import Bag
 from ..mil.features import FeatureMIL, Features
 from ..mil.mil import InstanceMIL
@@ -359,7 +359,7 @@ class MapRun:
 
     def write_finished(self, failed: Mapping[str, str]) -> int:
         """Write the tables of all slides, where all are drawn but those that `failed` (slide id ->
-        reason). Returns the number of regions. Raises `InputError` if one is not drawn."""
+        reason). Returns the number of regions. Raises `SlidesChanged` if one is not drawn."""
         rows, missing = [], []
         with locked(self.folder):
             self.check_former()
@@ -368,17 +368,11 @@ class MapRun:
                     continue
                 note = self.finished_note(index)
                 if note is None:
-                    missing.append(repr(case.slide_id))
+                    missing.append(case.slide_id)
                 else:
                     rows += note['regions']
             if missing:
-                raise InputError(
-                    several(
-                        f'{counted(len(missing), "slide")} of a shard that was done, or the maps '
-                        'of them, have changed since; run it again',
-                        missing,
-                    )
-                )
+                raise SlidesChanged(missing)
             self.failed = dict(failed)
             self.write_tables(rows)
         return len(rows)

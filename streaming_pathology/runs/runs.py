@@ -252,6 +252,7 @@ class Preparation:
             **options,
         )
         data = check_cohort(data, workers=settings.workers, skip_failed=settings.skip_failed)
+        check_sides(data)
         if isinstance(data, FeatureDataset):
             data.hashed()
         warning = turned_out(data.part('train'), augmentation_of(settings))
@@ -416,6 +417,26 @@ def settle_features(
         )
 
 # %% ../../nbs/runs/04_runs.ipynb #564c7d4f
+SMALLEST_SIDE = 8  # pixels of the box around the tissue, which a network can learn from
+
+
+def check_sides(
+    data: SlideDataset,  # every slide was read once
+) -> None:
+    "Raises `InputError` for slides that have next to no pixels at the spacing of a run."
+    small = {slide_id: box for slide_id, box in data.boxes.items() if min(box) < SMALLEST_SIDE}
+    if not small:
+        return
+    sizes = [
+        f'{slide_id!r} has {height} x {width} pixels' for slide_id, (height, width) in small.items()
+    ]
+    start = (
+        f'{len(small)} of {len(data)} slides are too small at --spacing {data.spacing:g}; give a '
+        'smaller one'
+    )
+    raise InputError(several(start, sizes))
+
+
 def update_batchnorm(model: Network, data: SlideDataset, seed: int) -> None:
     """Set the running statistics of a network with random weights, by 32 patches of the training
     slides. Every slide of the dataset was read once."""
@@ -691,14 +712,11 @@ def test_results(
         return 'no slides to test on'
     if binary and not {row['label'] for row in test} >= {0, 1}:
         return 'no AUC: the test split does not have both classes'
-    threshold_split = None
-    if binary and {row['label'] for row in rows if row['split'] == 'tuning'} >= {0, 1}:
-        threshold_split = 'tuning'
     loss = ''
     if not binary:
         loss = f'test loss {summary(test, task)["loss"]:.3f}; '
     try:
-        found = results(folder / 'predictions.csv', threshold_split=threshold_split)
+        found = results(folder / 'predictions.csv')
     except InputError as e:
         return f'{loss}no figure: {e}'
     write_whole(folder / 'metrics.json', json.dumps(found, indent=1) + '\n')

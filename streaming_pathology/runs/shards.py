@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..core import InputError, counted
-from ..io import locked, write_once, write_whole
+from ..core import InputError, SlidesChanged, counted
+from ..io import locked, several, write_once, write_whole
 from ..outputs import SHARDS
 from .inputs import FoundSlides
 from ..slides.check import SlideCheck, check_slides
@@ -212,21 +212,32 @@ class Shards:
         cases: Sequence[Case],
         in_state: bool = False,  # labels and files have to be those that each shard has seen
     ) -> dict[str, str]:
-        """What became of all slides, as `done` gives it, in the order of the cases.
+        """Why each slide failed, or '', as `done` gives it, in the order of the cases.
 
         Raises `InputError`, which names the shards that are not done, or were about other slides
         than they would be about now."""
-        missing, changed, found = [], [], {}
+        missing, changed, reasons = [], [], {}
         for shard in all_shards(self.n_shards()):
-            slides, mine = self.done(shard), shard.take(cases)
-            if slides is None:
+            of_shard = self.done(shard)
+            if of_shard is None:
                 missing.append(str(shard))
-            elif slides.keys() != {case.slide_id for case in mine}:
-                changed.append(str(shard))
-            elif in_state and self.stamps(shard) != stamps_of(mine):
+            elif self.has_changed(shard, cases, in_state):
                 changed.append(str(shard))
             else:
-                found.update(slides)
+                reasons.update(of_shard)
+        self.check_complete(missing, changed)
+        return {case.slide_id: reasons[case.slide_id] for case in cases}
+
+    def has_changed(self, shard: Shard, cases: Sequence[Case], in_state: bool) -> bool:
+        "Whether a shard that is done was about other slides than now; `in_state`: see `all_done`."
+        of_shard = shard.take(cases)
+        slide_ids = {case.slide_id for case in of_shard}
+        if self.done(shard).keys() != slide_ids:
+            return True
+        return in_state and self.stamps(shard) != stamps_of(of_shard)
+
+    def check_complete(self, missing: Sequence[str], changed: Sequence[str]) -> None:
+        "Raises `InputError` if there are shards that are not done, or that have changed."
         parts = []
         if missing:
             parts.append(f'{len(missing)} of {self.n_shards()} shards not done ({listed(missing)})')
@@ -238,7 +249,30 @@ class Shards:
                 f'{self.out} cannot be put together, with {" and ".join(parts)}: run these, and '
                 'then --merge again'
             )
-        return {case.slide_id: found[case.slide_id] for case in cases}
+
+    @contextmanager
+    def naming_shards(self, cases: Sequence[Case]) -> Iterator[None]:
+        "In its block, slides that changed after they were done are told with their shards."
+        try:
+            yield
+        except SlidesChanged as e:
+            raise self.run_again(cases, e.slide_ids) from None
+
+    def run_again(self, cases: Sequence[Case], slide_ids: Sequence[str]) -> InputError:
+        "The exception for slides that changed after their shards were done."
+        shards = []
+        for shard in all_shards(self.n_shards()):
+            if any(case.slide_id in slide_ids for case in shard.take(cases)):
+                shards.append(str(shard))
+        what = 'a slide has changed, or what was written of it'
+        if len(slide_ids) > 1:
+            what = f'{len(slide_ids)} slides have changed, or what was written of them'
+        noun = 'shard' if len(shards) == 1 else 'shards'
+        start = (
+            f'{self.out} cannot be put together, as {what}: run {noun} {listed(shards)} again, '
+            'and then --merge'
+        )
+        return InputError(several(start, map(repr, slide_ids)))
 
     def all_failed(self, cases: Sequence[Case], in_state: bool = False) -> dict[str, str]:
         "The slides that failed, slide id -> reason. The arguments are those of `all_done`."
@@ -263,11 +297,20 @@ def trim_shard(
     return found
 
 
-def merge_trimmed(cases: Sequence[Case], out: str | Path, settings: Trim) -> dict:
+def merge_trimmed(
+    cases: Sequence[Case],
+    out: str | Path,
+    settings: Trim,
+    without_id: Sequence[str] = (),  # see `trim_slides`
+) -> dict:
     """What `trim_slides` would have written and returned of all slides, after all shards are done.
     Raises `InputError` if they are not."""
-    failed = Shards(Path(out)).all_failed(cases)
-    found = trim_slides(cases, out, settings, progress=False, known_failed=failed)
+    shards = Shards(Path(out))
+    failed = shards.all_failed(cases)
+    with shards.naming_shards(cases):
+        found = trim_slides(
+            cases, out, settings, progress=False, known_failed=failed, without_id=without_id
+        )
     return found | dict(skipped=0)
 
 # %% ../../nbs/runs/08_shards.ipynb #ed9208a4
@@ -475,7 +518,10 @@ def draw_shard(run: MapRun, shard: Shard) -> ShardResult:
 def merge_maps(run: MapRun) -> int:
     """Write the tables of all maps, after all shards are done. Returns the number of regions.
     Raises `InputError` if shards are not done."""
-    return run.write_finished(Shards(run.folder).all_failed(run.cases))
+    shards = Shards(run.folder)
+    failed = shards.all_failed(run.cases)
+    with shards.naming_shards(run.cases):
+        return run.write_finished(failed)
 
 # %% ../../nbs/runs/08_shards.ipynb #3241aa75
 def chosen_shard(shard: str | None, merge: bool) -> Shard | None:

@@ -33,6 +33,7 @@ from streaming_pathology.io import (
     read_table,
     several,
     with_point,
+    wrong_number,
 )
 from .augment import keyed_rng
 from .readers import SUFFIXES, slide_key
@@ -526,6 +527,7 @@ def tell_separator(path: str | Path, separator: str, rows: list[dict], columns: 
 def full_rows(
     header: list[str],
     lines: list[tuple[int, list[str]]],  # (line number, values)
+    separator: str,  # between values
     problems: list[tuple[int, str]],  # (line number, sentence), to be added to
 ) -> list[tuple[int, dict[str, str]]]:
     "(line number, row) of lines with a value for each column; other lines become problems."
@@ -534,8 +536,7 @@ def full_rows(
         if len(values) == len(header):
             rows.append((line, dict(zip(header, values, strict=True))))
         else:
-            text = f'{len(values)} values for {len(header)} columns'
-            problems.append((line, f'{text}; decimals are written with a point'))
+            problems.append((line, wrong_number(values, header, separator)))
     return rows
 
 
@@ -570,7 +571,7 @@ def manifest_rows(
     if not lines:
         raise InputError(f'{path} has a header but no rows; add one row a slide')
     problems = []  # (line, sentence)
-    rows = full_rows(header, lines, problems)
+    rows = full_rows(header, lines, separator, problems)
     just_rows = [row for _, row in rows]
     numbers = [*columns, 'spacing'] if separator != ',' else []
     tell_separator(path, separator, just_rows, numbers)

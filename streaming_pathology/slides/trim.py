@@ -26,7 +26,7 @@ import pyvips
 from scipy import ndimage
 from tqdm.auto import tqdm
 
-from ..core import InputError, counted
+from ..core import InputError, SlidesChanged
 from streaming_pathology.io import (
     Row,
     locked,
@@ -827,6 +827,8 @@ def trim_slides(
     # after such processes: the slides that failed, slide id -> reason. Nothing is trimmed, as all
     # other slides are finished, and the tables are written
     known_failed: dict[str, str] | None = None,
+    # a sentence on each slide that cannot have an id, which failed.csv has too
+    without_id: Sequence[str] = (),
 ) -> dict:
     """Cut the biopsies of a cohort.
 
@@ -859,6 +861,7 @@ def trim_slides(
         rows = manifest_rows(cases, notes, settings)
         if part is None:
             failed_rows = [dict(slide_id=name, reason=text) for name, text in failed.items()]
+            failed_rows += [dict(slide_id='', reason=text) for text in without_id]
             write_csv(out / 'failed.csv', [*others_failed, *failed_rows], ['slide_id', 'reason'])
             write_csv(out / 'manifest.csv', [*others, *rows], COLUMNS)
     return dict(
@@ -888,10 +891,11 @@ def tasks_of(
 
 
 def other_rows(out: Path, tasks: dict[str, TrimTask]) -> tuple[list[Row], list[Row]]:
-    "Rows of the manifest and of failed.csv that former runs wrote of other slides than these."
+    """Rows of the manifest and of failed.csv that former runs wrote of other slides than these;
+    not of slides without an id, which may have one by now."""
     manifest = former_rows(out / 'manifest.csv', ['source_id', 'source', 'patient_id', 'split'])
     failed = former_rows(out / 'failed.csv', ['slide_id', 'reason'])
-    names = {slide_id.casefold() for slide_id in tasks}
+    names = {'', *(slide_id.casefold() for slide_id in tasks)}
     return (
         [row for row in manifest if row['source_id'] not in tasks],
         [row for row in failed if row['slide_id'].casefold() not in names],
@@ -921,24 +925,18 @@ def run_tasks(tasks: dict[str, TrimTask], workers: int, progress: bool) -> tuple
 
 
 def finished_notes(tasks: dict[str, TrimTask], failed: Collection[str]) -> dict[str, dict]:
-    "The notes on all slides but those that failed. Raises `InputError` if one is not finished."
+    "The notes on all slides but those that failed. Raises `SlidesChanged` if one has none."
     notes, missing = {}, []
     for slide_id, task in tasks.items():
         if slide_id in failed:
             continue
         note = finished_note(task)
         if note is None:
-            missing.append(repr(slide_id))
+            missing.append(slide_id)
         else:
             notes[slide_id] = note
     if missing:
-        raise InputError(
-            several(
-                f'{counted(len(missing), "slide")} of a shard that was done, or what was written '
-                'of them, have changed since; run it again',
-                missing,
-            )
-        )
+        raise SlidesChanged(missing)
     return notes
 
 

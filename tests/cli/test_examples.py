@@ -99,6 +99,7 @@ def test_a_run_writes_its_settings(first):
         (['{manifest}', '{place}/x', '--arch', 'resnet19'], 'resnet19'),
         (['{manifest}', '{place}/x', '--device', 'tpu9'], '--device tpu9'),
         (['{manifest}', '{place}/x', '--spacing', 0.5], '12 of 12 slides'),
+        (['{manifest}', '{place}/x', '--spacing', 100], 'are too small at --spacing 100'),
         (['{manifest}', '{place}/x', '--augment', 'much'], 'much'),
         (['{manifest}', '{place}/x', '--normalize', 'tissue'], 'tissue'),
         (['{manifest}', '{place}/x', '--recipe', 'papers'], '--recipe'),

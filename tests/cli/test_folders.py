@@ -197,9 +197,42 @@ def test_names_that_cannot_be_ids_are_refused_before_the_work(slides, run, here)
         shutil.copy(slides / 'a.tiff', here / f'in/{name}.tiff')
     status, _, error = told(sp_predict, run, 'in', 'p.csv')
     assert status == 2 and "'#1'" in error and '--skip-failed' in error
+    assert '1 of 2 slides has no usable name; nothing was predicted' in error
+    (here / 'in/gone.tiff').symlink_to('nowhere')
+    error = told(sp_predict, run, 'in', 'p.csv')[2]
+    assert '2 of 3 slides cannot be used; nothing was predicted' in error and 'gone' in error
+    (here / 'in/gone.tiff').unlink()
     assert not list(here.glob('p.*'))
     assert told(sp_predict, run, 'in', 'p.csv', '--skip-failed')[0] == 3
     assert statuses('p.slides.csv') == dict(done=['a'], failed=['#1.tiff'])
+
+
+def failed_in(path):
+    "(slide_id, reason) of each row of failed.csv."
+    with open(path) as file:
+        return [(row['slide_id'], row['reason']) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize('in_shards', [False, True])
+def test_failed_slides_of_a_trimming_are_all_in_its_table(slides, here, in_shards):
+    "Also those without an id, until they have one."
+    (here / 'in').mkdir()
+    for name in ('a', '#1'):
+        shutil.copy(slides / 'a.tiff', here / f'in/{name}.tiff')
+    shutil.copy(slides / 'damaged.svs', here / 'in')
+    words = ['in', 'out', *FEW['trim']]
+    last = []
+    if in_shards:
+        told(sp_trim, *words, '--shard', '1/1')
+        last = ['--merge']
+    assert told(sp_trim, *words, *last)[0] == 3
+    (damaged, of_damaged), (unnamed, of_unnamed) = failed_in('out/failed.csv')
+    assert (damaged, unnamed) == ('damaged', '') and 'damaged.svs' in of_damaged
+    assert '#1.tiff has no name that can be its id' in of_unnamed
+    (here / 'in/#1.tiff').rename(here / 'in/one.tiff')
+    (here / 'in/damaged.svs').unlink()
+    told(sp_trim, *words)
+    assert [slide_id for slide_id, _ in failed_in('out/failed.csv')] == ['damaged']
 
 
 # ---- slides without a manifest, a run in place of a network

@@ -311,6 +311,23 @@ def test_metrics_of_other_tasks_and_those_that_are_nan():
 # ---- the check
 
 
+@pytest.mark.parametrize(
+    'patients, high, interval',
+    [
+        (None, 0.9, '0.800 to 0.900'),
+        (12, 0.9, '0.800 to 0.900'),
+        (2, 0.9, 'no interval, as it would be of 2 patients only'),
+        (None, 0.8, 'no interval, as it would have no width'),
+    ],
+)
+def test_a_card_leaves_out_intervals_that_say_nothing_about_other_slides(patients, high, interval):
+    limits = dict(low=0.8, high=high)
+    metrics = dict(auc=0.8, **limits, average_precision=dict(value=0.8, **limits))
+    assert [each.interval for each in headlines(metrics | dict(patients=patients))] == [
+        interval
+    ] * 2
+
+
 def test_a_file_that_gives_what_its_card_says(exported):
     assert 'as the card says' in check_export(exported / 'm.safetensors')
 
@@ -373,6 +390,8 @@ def test_the_command_writes_checks_and_tells_by_its_status(run, tmp_path, capsys
     assert 'the card says 99' in capsys.readouterr().err
     assert sp_export([str(out)]) == 2
     assert 'give the .safetensors file to write, or --check' in capsys.readouterr().err
+    assert sp_export([str(run), '--check']) == 2
+    assert '--check alone takes a .safetensors file; name a file' in capsys.readouterr().err
 
 
 def test_the_command_overwrites_no_text_of_somebody_else(run, tmp_path, capsys):

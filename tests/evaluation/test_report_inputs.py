@@ -150,6 +150,14 @@ def test_several_labels_are_evaluated_again_as_each_of_them_says():
     assert options.split == 'tuning' and options.threshold_split is None
 
 
+def test_a_run_whose_threshold_is_of_the_slides_evaluated_keeps_it(part):
+    "As sp_evaluate chose it where there were tuning slides too, and where it was asked to."
+    path = part / 'metrics.json'
+    found = results(part / 'predictions.csv', threshold_split='test', n_bootstrap=50)
+    path.write_text(json.dumps(found))
+    assert read_run(part).results == found
+
+
 @pytest.mark.parametrize(
     'damage',
     [

@@ -156,6 +156,14 @@ def test_result_says_that_patients_are_few(run, tmp_path):
     assert 'patients of the 30 positive slides: 6, one of whom has 17% of them' in text
 
 
+def test_result_leaves_out_intervals_of_very_few_patients(run, tmp_path):
+    labels, mixed = np.arange(60) % 2, np.random.default_rng(0).random(60)
+    page = result_of(run, tmp_path, labels, mixed, np.arange(60) // 20)
+    assert 'no interval, as it would be of 3 patients only' in page.text
+    assert '95% interval' not in page.text and 'guessing.' not in page.text
+    assert not [each for each in page.all('span') if each.get('class') == 'span']
+
+
 def test_a_note_on_calibration_stands_there_only(run):
     notes = ['No temperature: all slides are on the right side.', 'Intervals may be too narrow.']
     other = replace(run, results=run.results | dict(notes=notes))
@@ -183,7 +191,7 @@ def test_facts_have_the_metrics_that_are_reported(run):
 def test_the_main_metric_of_another_task_has_its_interval(run, tmp_path):
     rng = np.random.default_rng(0)
     grades = rng.integers(0, 2, 40)
-    probabilities = np.clip(0.6 * grades + 0.4 * rng.random(40), 0, 1)
+    probabilities = 0.4 * grades + 0.6 * rng.random(40)
     rows = [
         dict(slide_id=f's{number}', grade=grade, split='test', probability_0=1 - p, probability_1=p)
         for number, (grade, p) in enumerate(zip(grades, probabilities, strict=True))

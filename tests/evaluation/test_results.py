@@ -1,6 +1,7 @@
 "All metrics of tables of predictions of every task, and what is refused."
 
 import json
+import re
 
 import matplotlib
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from refusals import refusal
 
 from streaming_pathology.evaluation.auc import INTERVALS, Resampling, auc, percentile_estimate
+from streaming_pathology.evaluation.evaluation import operating_point
 from streaming_pathology.evaluation.outcomes import class_aucs, kappa
 from streaming_pathology.evaluation.results import (
     REPORTED,
@@ -160,8 +162,8 @@ def test_tasks_by_their_former_names(other_tasks, former, task):
 
 def test_two_classes_without_options(two_classes):
     found = results(two_classes[0], n_bootstrap=50)
-    assert 'temperature' not in found and found['patients'] is None
-    assert found['threshold_from'] == 'test'
+    assert found['patients'] is None
+    assert found == results(two_classes[0], threshold_split='tuning', n_bootstrap=50)
 
 
 @pytest.mark.parametrize('task', ['multiclass', 'survival', 'multilabel', 'regression'])
@@ -380,7 +382,7 @@ def test_an_interval_without_width_has_a_note():
 
 
 def test_perfect_predictions_have_a_note(few):
-    (note,) = results(few, n_bootstrap=20)['notes']
+    note = next(note for note in results(few, n_bootstrap=20)['notes'] if 'width' in note)
     assert "the AUC by the paper's bootstrap, as the two classes do not overlap" in note
     assert note.endswith('average precision.')
 
@@ -395,6 +397,27 @@ def test_slides_of_one_patient_have_a_note(other_tasks, tmp_path, task, says):
     notes = results(other_tasks[task], cohort=tmp_path / 'one.csv', n_bootstrap=20)['notes']
     note = next(note for note in notes if 'without width' in note)
     assert says in note
+
+
+def test_sentences_leave_out_intervals_without_width(few):
+    "They would look like certainty."
+    text = '; '.join(sentences_of(results(few, n_bootstrap=20)))
+    assert "by the paper's bootstrap no interval, as it would have no width" in text
+    assert 'average precision 1.000 (no interval, as it would have no width)' in text
+    assert '1.000 to 1.000' not in text
+
+
+@pytest.mark.parametrize('task', ['binary', 'multiclass', 'survival', 'multilabel'])
+def test_sentences_leave_out_intervals_of_very_few_patients(
+    two_classes, other_tasks, tmp_path, task
+):
+    paths = dict(other_tasks, binary=two_classes[0])
+    rows = [dict(slide_id=f's{number}', patient_id=f'p{number % 4}') for number in range(200)]
+    write_csv(tmp_path / 'four.csv', rows)
+    found = results(paths[task], cohort=tmp_path / 'four.csv', n_bootstrap=20)
+    text = '; '.join(sentences_of(found))
+    assert 'no interval, as it would be of 4 patients only' in text
+    assert not re.search(r'\(\d\.\d+ to ', text)
 
 
 def test_intervals_with_a_width_have_no_note(two_classes, other_tasks):
@@ -436,6 +459,52 @@ def test_no_temperature_where_all_slides_are_right(tmp_path):
     assert 'right side' in found['notes'][0]
 
 
+# ---- where the threshold is chosen
+
+
+def test_thresholds_are_chosen_on_the_tuning_slides_if_the_table_has_them(two_classes):
+    "Those of the evaluated slides would be optimistic."
+    found = results(two_classes[0], n_bootstrap=20)
+    _, _, labels, probabilities = two_classes
+    tuning = operating_point(labels[:80], probabilities[:80])
+    assert found['threshold_from'] == 'tuning'
+    assert abs(found['threshold'] - tuning.threshold) < 1e-5
+    assert found['temperature']['chosen_on'] == 'tuning'
+    assert not any('optimistic' in note for note in found['notes'])
+
+
+@pytest.mark.parametrize(
+    'tuning', ['', 'c,0,tuning,.3\nd,0,tuning,.2\n', 'c,0,tuning,.3\nd,,tuning,.2\n']
+)
+def test_thresholds_of_the_slides_evaluated_are_told_as_optimistic(tmp_path, tuning):
+    "Without tuning slides of both classes there are no others to choose them on."
+    path = tmp_path / 'p.csv'
+    path.write_text(f'slide_id,label,split,probability\na,0,test,.1\nb,1,test,.8\n{tuning}')
+    found = results(path, n_bootstrap=20)
+    assert found['threshold_from'] == 'test' and 'temperature' not in found
+    (note,) = [note for note in found['notes'] if 'optimistic' in note]
+    assert "'test'" in note and '--threshold-split' in note
+
+
+@pytest.mark.parametrize('split', ['test', 'tuning'])
+def test_a_split_that_chooses_its_own_threshold_is_told_as_optimistic(two_classes, split):
+    found = results(two_classes[0], split, threshold_split=split, n_bootstrap=20)
+    assert found['threshold_from'] == split and 'temperature' not in found
+    assert any('optimistic' in note for note in found['notes'])
+
+
+def test_the_median_risk_is_that_of_the_slides_evaluated(tmp_path):
+    "It does not depend on their outcomes, so it is not optimistic."
+    rows = [
+        dict(slide_id=f's{number}', months=number + 1, event=1, split=split, log_risk=number)
+        for number, split in enumerate(['tuning', 'test'] * 10)
+    ]
+    write_csv(tmp_path / 'p.csv', rows)
+    found = results(tmp_path / 'p.csv', n_bootstrap=20)
+    assert found['threshold_from'] == 'test'
+    assert not any('optimistic' in note for note in found['notes'])
+
+
 # ---- patients
 
 FEW = (
@@ -453,9 +522,8 @@ def few(tmp_path):
 
 def test_slides_without_a_label_do_not_count(few):
     found = results(few, n_bootstrap=20)
-    assert (found['auc'], found['n'], found['threshold_from']) == (1.0, 2, 'test')
+    assert (found['auc'], found['n']) == (1.0, 2)
     assert found['patients'] is None
-    assert results(few, threshold_split='tuning', n_bootstrap=20)['threshold_from'] == 'tuning'
 
 
 def test_patients_are_those_of_the_run(few, tmp_path):

@@ -246,7 +246,12 @@ def test_what_changed_after_its_shard_is_named(cohort, tmp_path):
         trim_shard(cohort, tmp_path, TRIM, shard, progress=False)
     (tmp_path / 'biopsies/s05_1.tiff').unlink()
     message = refusal(merge_trimmed, cohort, tmp_path, TRIM)
-    assert '1 slide of a shard that was done' in message and "'s05'" in message
+    assert 'as a slide has changed' in message and 'run shard 2/2 again' in message
+    assert message.endswith(": 's05'")
+    (tmp_path / 'biopsies/s04_1.tiff').unlink()
+    (tmp_path / 'biopsies/s06_1.tiff').unlink()
+    message = refusal(merge_trimmed, cohort, tmp_path, TRIM)
+    assert 'as 3 slides have changed' in message and 'run shards 1/2, 2/2 again' in message
 
 
 def test_shards_and_a_whole_trimming_exclude_each_other(cohort, tmp_path):

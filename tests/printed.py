@@ -17,6 +17,7 @@ MEASURED = {
     ('engine/12_plan', '17ad241c'): 'times predicted from the speeds of this machine',
     ('engine/12_plan', 'e40d1bb9'): 'times predicted from the speeds of this machine',
     ('evaluation/01_predict', '32033219'): 'seconds of each prediction',
+    ('paper/06_runner', 'ef5b6861'): 'hours of each job',
 }
 
 # What differs between two runs, and what stands for it

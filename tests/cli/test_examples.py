@@ -205,9 +205,10 @@ def test_one_slide(place, best):
 def test_names_and_spacings_of_a_folder(place, best):
     "Names that cannot be ids; a spacing for slides that do not say theirs, or in place of it."
     (place / 'names').mkdir()
-    shutil.copy(place / 'cohort/slides/s01.tiff', place / 'names/#1.tiff')
-    assert "'#1'" in refused(sp_predict, best, place / 'names', place / 'd.csv')
-    (place / 'names/#1.tiff').rename(place / 'names/a.tiff')
+    too_long = place / f'names/{"n" * 190}.tiff'
+    shutil.copy(place / 'cohort/slides/s01.tiff', too_long)
+    assert '190 bytes' in refused(sp_predict, best, place / 'names', place / 'd.csv')
+    too_long.rename(place / 'names/a.tiff')
     found = [find_slides(place / 'names', 2.0, override=o).cases[0].spacing for o in (False, True)]
     assert found == [None, 2.0]
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,6 +45,8 @@ from ..slides.cohorts import Case
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:
+    Figure = Any  # matplotlib is loaded where something is drawn
 
 # %% ../../nbs/paper/08_results.ipynb #07ff91a8
 FOLDER = '../results/paper'  # of the committed results, from the folder of this notebook

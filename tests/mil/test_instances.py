@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from trainings import KeptStates
 
 from streaming_pathology.core import InputError
 from streaming_pathology.mil.bags import Bag, BagDataset, PatchGrid
@@ -201,16 +202,6 @@ def test_the_gradient_of_several_patches_is_the_mean_of_theirs(model, train):
 # ---- resuming
 
 
-class Points:
-    "Callback: the state of a training between slides."
-
-    def __init__(self):
-        self.all = []
-
-    def at_rest(self, s):
-        self.all.append(copy.deepcopy(s.state_dict()))
-
-
 def through(train, tuning, callbacks=(), **options):
     "A training of two epochs: its network and its history."
     torch.manual_seed(1)
@@ -239,7 +230,7 @@ def augmented(data):
 @pytest.fixture(scope='module')
 def uninterrupted(augmented, tuning):
     "A network, its history, and all points that the training could have been interrupted at."
-    points = Points()
+    points = KeptStates()
     net, history = through(augmented, tuning, [points])
     return net, history, points.all
 

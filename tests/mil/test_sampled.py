@@ -8,6 +8,7 @@ import pytest
 import torch
 from refusals import refusal
 from torch import nn
+from trainings import KeptStates
 
 from streaming_pathology.core import InputError
 from streaming_pathology.mil.aggregators import ABMIL, aggregators, make_aggregator
@@ -300,16 +301,6 @@ def test_refusals(data):
 # ---- training
 
 
-class Points:
-    "Callback: the state of a training between slides."
-
-    def __init__(self):
-        self.all = []
-
-    def at_rest(self, s):
-        self.all.append(copy.deepcopy(s.state_dict()))
-
-
 def trained(data, callbacks=(), **options):
     "A network trained for three epochs, and its history."
     torch.manual_seed(1)
@@ -323,7 +314,7 @@ def trained(data, callbacks=(), **options):
 
 
 def test_it_resumes_to_the_bit_from_any_slide(data):
-    points = Points()
+    points = KeptStates()
     whole, history = trained(data, [points])
     assert len(points.all) > 12
     for point in points.all[1::4]:

@@ -5,13 +5,13 @@ OMP_NUM_THREADS=1 VIPS_CONCURRENCY=1 python tools/cohort_cost.py nbs/results/coh
 One thread and no GPU, on painted biopsies; processor seconds do not depend on what else the machine does, as long as it does not run out of memory. The bytes of an image depend on its tissue, so those of the real slide that ships with the package are measured too."""
 
 import json
-import resource
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
+from streaming_pathology.bench.processes import processor_seconds
 from streaming_pathology.evaluation.predict import load_model, predict_table
 from streaming_pathology.io import write_whole
 from streaming_pathology.runs.maps import MapRun
@@ -28,15 +28,6 @@ from streaming_pathology.training.models import StreamingClassifier
 
 SIZE, NATIVE, SPACING, N_SLIDES = (4096, 4096), 0.48, 0.96, 2
 NETWORK = dict(arch='resnet34', n_out=1, strip=256)
-
-
-def processor_seconds():
-    "Of this process, and of those that it started and that have ended."
-    total = 0.0
-    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
-        used = resource.getrusage(who)
-        total += used.ru_utime + used.ru_stime
-    return total
 
 
 def bytes_in(place):

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..core import InputError, at_least_one
 from ..engine.streaming import Streamed
+from ..training.backbones import evaluating
 from ..training.models import StreamingClassifier
 
 # %% ../../nbs/evaluation/09_gradients.ipynb #grd00006
@@ -209,16 +210,13 @@ class Noise:
 def only_input_gradients(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, the model is in eval mode and none of its parameters wants a gradient; both are
     restored afterwards."""
-    training = [(module, module.training) for module in model.modules()]
     wants_gradient = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval().requires_grad_(False)
-        yield model
-    finally:
-        for module, was_training in training:
-            module.training = was_training
-        for parameter, wanted in wants_gradient:
-            parameter.requires_grad_(wanted)
+    with evaluating(model):
+        try:
+            yield model.requires_grad_(False)
+        finally:
+            for parameter, wanted in wants_gradient:
+                parameter.requires_grad_(wanted)
 
 
 def first_streamed(model: nn.Module) -> Streamed | None:

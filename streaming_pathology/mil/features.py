@@ -31,7 +31,7 @@ from ..slides.augment import Augmentation
 from ..slides.cohorts import Case
 from ..slides.readers import slide_files
 from ..training.backbones import check_code, imagenet_mean, imagenet_std
-from ..training.loop import with_details
+from ..training.loop import own_or_task_loss, with_details
 from ..training.models import Normalize, StreamingClassifier
 from ..training.tasks import Task
 from ..training.weights import TIMM, import_timm, weights_of
@@ -567,10 +567,7 @@ class FeatureMIL(nn.Module):
         **details: Any,
     ) -> torch.Tensor:
         "The aggregator's own loss, if it has one, otherwise that of the task: a scalar."
-        own = getattr(self.aggregator, 'loss', None)
-        if own is None:
-            return task.loss(logits, label)
-        return own(task, logits, label, **details)
+        return own_or_task_loss(self.aggregator, task, logits, label, details)
 
     @torch.no_grad()
     def relevance(self, x: Bag | Features) -> torch.Tensor:

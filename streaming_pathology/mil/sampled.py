@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core import InputError, at_least_one
 from .aggregators import make_aggregator
 from .bags import Bag
-from ..training.loop import with_details
+from ..training.loop import own_or_task_loss, with_details
 from ..training.models import StreamingClassifier
 from ..training.tasks import Task
 
@@ -110,10 +110,7 @@ class SampledMIL(nn.Module):
         **details: Any,
     ) -> torch.Tensor:
         "The aggregator's own loss, if it has one, otherwise that of the task: a scalar."
-        own = getattr(self.aggregator, 'loss', None)
-        if own is None:
-            return task.loss(logits, label)
-        return own(task, logits, label, **details)
+        return own_or_task_loss(self.aggregator, task, logits, label, details)
 
     @torch.no_grad()
     def relevance(self, bag: Bag) -> torch.Tensor:

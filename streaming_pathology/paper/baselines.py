@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORTCUTS', 'POOLINGS', 'shortcut_values', 'logistic_scores', 'shortcut_vectors', 'make_backbone', 'stage_names',
-           'features', 'maximum', 'mean', 'FeatureSlides', 'label_of', 'view_of', 'train_aggregator',
+           'features', 'maximum', 'mean', 'ViewsInTurn', 'FeatureSlides', 'label_of', 'view_of', 'train_aggregator',
            'logits_of_slides']
 
 # %% ../../nbs/paper/03_baselines.ipynb #748eb4a6
@@ -142,20 +142,13 @@ def mean(vectors: torch.Tensor) -> torch.Tensor:
 POOLINGS = {'max': maximum, 'mean': mean}
 
 # %% ../../nbs/paper/03_baselines.ipynb #9cb9034e
-class FeatureSlides(Dataset):
-    """Features of slides as items for `fit`: in epoch e those of view 1 + e mod `views`, augmented,
-    or always those of view 0, the slide as it is, where there are no views."""
+class ViewsInTurn(Dataset):
+    """Views of slides as items for `fit`: in epoch e view 1 + e mod `n_views`, augmented, or always
+    view 0, the slide as it is, where there are none. A subclass says what is shown of one."""
 
-    def __init__(
-        self,
-        cases: Sequence[Case],
-        # of a case and a view: vectors (n, d) and positions (n, 3)
-        get: Callable[[Case, int], tuple[torch.Tensor, torch.Tensor]],
-        views: int = 0,
-    ) -> None:
+    def __init__(self, cases: Sequence[Case], n_views: int = 0) -> None:
         self.cases = list(cases)
-        self.get = get
-        self.views = views
+        self.n_views = n_views
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -164,9 +157,30 @@ class FeatureSlides(Dataset):
         "The item of an index, or of (index, epoch)."
         index, epoch = key if isinstance(key, tuple) else (key, 0)
         case = self.cases[index]
-        vectors, positions = self.get(case, view_of(epoch, self.views))
-        found = Features(vectors.float(), positions, None, 32, (0, 0), case.slide_id)
-        return dict(image=found, label=label_of(case), slide_id=case.slide_id)
+        shown = self.shown(case, view_of(epoch, self.n_views))
+        return dict(image=shown, label=label_of(case), slide_id=case.slide_id)
+
+    def shown(self, case: Case, view: int) -> Any:
+        "What the network is shown of a view."
+        raise NotImplementedError
+
+
+class FeatureSlides(ViewsInTurn):
+    "Features of views."
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        # of a case and a view: vectors (n, d) and positions (n, 3)
+        get: Callable[[Case, int], tuple[torch.Tensor, torch.Tensor]],
+        n_views: int = 0,
+    ) -> None:
+        super().__init__(cases, n_views)
+        self.get = get
+
+    def shown(self, case: Case, view: int) -> Features:
+        vectors, positions = self.get(case, view)
+        return Features(vectors.float(), positions, None, 32, (0, 0), case.slide_id)
 
 
 def label_of(case: Case) -> torch.Tensor:

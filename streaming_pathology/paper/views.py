@@ -18,14 +18,13 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from ..core import InputError
 from ..engine.stream import stream
 from ..io import write_whole
 from ..mil.bags import Bag, PatchGrid
 from ..mil.features import weights_hash
-from .baselines import features, label_of, stage_names, view_of
+from .baselines import ViewsInTurn, features, stage_names
 from .data import ImageBags, ImageSlides
 from .plan import Plan
 from ..slides.augment import Augmentation
@@ -249,28 +248,19 @@ class MapBag(Bag):
             ) from None
 
 
-class ViewSlides(Dataset):
-    """Slides as items for `fit` whose image is a cached view: in epoch e view 1 + e mod V, or
-    always view 0 where they are not augmented."""
+class ViewSlides(ViewsInTurn):
+    "Cached views: the map of the whole image, or the maps of its patches as a bag."
 
     def __init__(self, cases: Sequence[Case], views: Views, augmented: bool = False) -> None:
-        self.cases = list(cases)
+        super().__init__(cases, views.plan.views if augmented else 0)
         self.views = views
-        self.n_views = views.plan.views if augmented else 0
 
-    def __len__(self) -> int:
-        return len(self.cases)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        "The item of an index, or of (index, epoch)."
-        index, epoch = key if isinstance(key, tuple) else (key, 0)
-        case = self.cases[index]
-        maps, positions = self.views.get(case, view_of(epoch, self.n_views))
-        item = dict(label=label_of(case), slide_id=case.slide_id)
+    def shown(self, case: Case, view: int) -> torch.Tensor | MapBag:
+        maps, positions = self.views.get(case, view)
         if self.views.kind == 'image':
-            return item | dict(image=maps[0].float())
+            return maps[0].float()
         plan = self.views.plan
-        bag = MapBag(
+        return MapBag(
             torch.empty(3, 0, 0, dtype=torch.uint8),
             positions,
             plan.patch,
@@ -278,4 +268,3 @@ class ViewSlides(Dataset):
             shape=(plan.size, plan.size),
             maps=maps.float(),
         )
-        return item | dict(image=bag)

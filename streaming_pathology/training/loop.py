@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'AMP_TYPES', 'slide_seed', 'rng_state', 'set_rng_state', 'Alone', 'autocast', 'logits_of', 'logits_and_details',
-           'with_details', 'peak_mb', 'predict', 'TinyNet', 'synth_slides', 'synth_learner', 'Callback', 'State',
-           'train_epoch', 'fit']
+           'with_details', 'own_or_task_loss', 'peak_mb', 'predict', 'TinyNet', 'synth_slides', 'synth_learner',
+           'Callback', 'State', 'train_epoch', 'fit']
 
 # %% ../../nbs/training/05_loop.ipynb #60008edd
 import copy
@@ -160,6 +160,21 @@ def with_details(model: nn.Module, *inputs: Any) -> tuple[torch.Tensor, dict]:
     if method is None:
         return model(*inputs), {}
     return method(*inputs)
+
+
+def own_or_task_loss(
+    model: nn.Module,
+    task: Task,
+    logits: torch.Tensor,
+    label: torch.Tensor,
+    details: dict,  # what `with_details` gave with the logits
+) -> torch.Tensor:
+    """The task's loss, unless the network has a method `loss(task, logits, label, **details)` of its
+    own."""
+    own_loss = getattr(model, 'loss', None)
+    if own_loss is None:
+        return task.loss(logits, label)
+    return own_loss(task, logits, label, **details)
 
 
 def peak_mb(device: str | torch.device = 'cpu') -> float:
@@ -571,12 +586,8 @@ class State:
         return self.task.fits(logits), details
 
     def loss(self, logits: torch.Tensor, label: torch.Tensor, details: dict) -> torch.Tensor:
-        """The task's loss, unless the network has a method `loss(task, logits, label, **details)` of
-        its own."""
-        own_loss = getattr(self.model, 'loss', None)
-        if own_loss is None:
-            return self.task.loss(logits, label)
-        return own_loss(self.task, logits, label, **details)
+        "The loss of a slide: see `own_or_task_loss`."
+        return own_or_task_loss(self.model, self.task, logits, label, details)
 
     def backward(
         self,

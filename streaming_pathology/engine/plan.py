@@ -304,9 +304,12 @@ def strip_costs(
 
 
 def typical_kinds(counts: Counter[StripKind], sizes: dict[StripKind, Sizes]) -> list[StripKind]:
-    "Some of the kinds with these sizes that are not rare, from small to large."
+    """Some kinds of all sizes that occur, from small to large: of those that are not rare, where these
+    are most of the strips, as of a dense image. On a canvas each strip may be of its own kind."""
     often = max(counts[kind] for kind in sizes)
     common = [kind for kind in sizes if 2 * counts[kind] >= often]
+    if 2 * sum(counts[kind] for kind in common) < sum(counts[kind] for kind in sizes):
+        common = [*sizes]
     common.sort(key=lambda kind: sizes[kind].saved)
     numbers = np.linspace(0, len(common) - 1, min(SAMPLES, len(common))).round().astype(int)
     return [common[i] for i in numbers]

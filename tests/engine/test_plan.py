@@ -404,6 +404,18 @@ def test_plans_of_canvases_of_any_network(end, strip):
     agree(p.peak_bytes, taken(stream(net, **p.options), canvas))
 
 
+def test_strips_that_are_alike_do_not_stand_for_those_that_are_not():
+    "A core of one width, and a biopsy that grows wider: a strip of the core saves far less."
+    torch.manual_seed(0)
+    net = nn.Sequential(*small())
+    core = [(0, 0, torch.rand(3, 600, 8))]
+    wedge = [(600 + 8 * i, 0, torch.rand(3, 8, 20 + 5 * i)) for i in range(90)]
+    canvas = Canvas((1320, 480), (0.1, 0.2, 0.3), core + wedge)
+    p = plan(net, canvas, 1e9, 16)
+    assert p.keep == -(-1320 // 16)
+    agree(p.peak_bytes, taken(stream(net, **p.options), canvas))
+
+
 def test_plans_follow_the_type_of_the_parameters():
     class Scale(nn.Module):
         def __init__(self):

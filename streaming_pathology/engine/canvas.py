@@ -639,8 +639,9 @@ class Background:
         return None
 
     def find_types(self, source: CanvasSource, operands: list[torch.Tensor]) -> None:
-        """Find the `types` of maps in the strips. Without autocast the trace has them; what autocast
-        makes of each function the trace only imitates, so the maps are computed for their types."""
+        """Find the `types` of maps in the strips. Without autocast the trace has them. What
+        autocast makes of each function the trace only imitates, so under it the maps are computed
+        for their types."""
         self.types = {each.number: each.value.dtype for each in self.program.operations}
         if autocast_type(source.device) is None:
             return
@@ -649,8 +650,8 @@ class Background:
         self.types.update((number, tensor.dtype) for number, tensor in maps.items())
 
     def maps(self, source: CanvasSource, operands: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The background of each map by its number, (1, C, stored rows, stored columns), computed in
-        float32 at least; of a reduction, which has none, any tensor."""
+        """The background of each map by its number, (1, C, stored rows, stored columns), computed
+        in float32 at least; of a reduction, which has none, any tensor."""
         if in_low_precision(source.device, operands):
             with autocast_to(source.device, None):
                 maps = self.computed(source.blank, operands, widened)

@@ -486,14 +486,14 @@ class Probed(NamedTuple):
     "What an interpolation along one dimension makes of the images that give its taps away."
 
     means: torch.Tensor  # (1, rows out): the mean number of the rows that are mixed
-    # (PROBES, rows out): in line j the weight of the tap whose number leaves j when divided by PROBES
+    # (PROBES, rows out): in line j the weight of the tap whose number, divided by PROBES, leaves j
     weights: torch.Tensor
     gradients: torch.Tensor  # (rows in,): of the sum of `means`; with one tap, 1 for each reader
 
 
 def probe(input: Map, dim: int, stretch: Stretch) -> Probed:
-    """Interpolate the images that give the taps away along dimension `dim` (2: rows, 3: columns), in the
-    type of the map and on its device; the results are on the CPU."""
+    """Interpolate the images that give the taps away along dimension `dim` (2: rows, 3: columns),
+    in the type of the map and on its device; the results are on the CPU."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     rows_out, columns_out = stretch.size_along(dim), stretch.size_along(5 - dim)
     width = max(1, min(columns_out, SAME_ROUNDING - rows_out))
@@ -511,9 +511,9 @@ def probe(input: Map, dim: int, stretch: Stretch) -> Probed:
 
 # %% ../../nbs/engine/04_layers.ipynb #5a64ccab
 class Taps:
-    """The taps of an interpolation along one dimension: `numbers` of input rows and their `weights`,
-    tensors (taps, rows out) each. Output row i is the sum of input rows `numbers[:, i]`, each times
-    its weight in `weights[:, i]`."""
+    """The taps of an interpolation along one dimension: `numbers` of input rows and their
+    `weights`, tensors (taps, rows out) each. Output row i is the sum of input rows `numbers[:, i]`,
+    each times its weight in `weights[:, i]`."""
 
     def __init__(self, numbers: torch.Tensor, weights: torch.Tensor) -> None:
         self.numbers, self.weights = numbers, weights
@@ -618,8 +618,9 @@ def by_fractions(input: Map, stretch: Stretch) -> Op:
 
 
 def table_of(taps: Taps, height: int) -> WindowTable:
-    """The input rows, of `height`, that each output row reads: from the first one that it or a later
-    output row mixes to the last one that it or an earlier one mixes, so neither end ever falls."""
+    """The input rows, of `height`, that each output row reads: from the first one that it or a
+    later output row mixes to the last one that it or an earlier one mixes, so neither end ever
+    falls."""
     lows = taps.numbers.amin(0).flip(0).cummin(0).values.flip(0)  # (rows out,)
     highs = taps.numbers.amax(0).cummax(0).values
     table = torch.cat([taps.numbers, lows[None], highs[None]])

@@ -169,8 +169,8 @@ def own_or_task_loss(
     label: torch.Tensor,
     details: dict,  # what `with_details` gave with the logits
 ) -> torch.Tensor:
-    """The task's loss, unless the network has a method `loss(task, logits, label, **details)` of its
-    own."""
+    """The task's loss, unless the network has a method of its own,
+    `loss(task, logits, label, **details)`."""
     own_loss = getattr(model, 'loss', None)
     if own_loss is None:
         return task.loss(logits, label)

@@ -300,7 +300,7 @@ class Box:
 def boxes_of(tissue: torch.Tensor, price: float) -> list[Rect]:
     """Cover the cells that are True, of bool (rows, columns), with boxes: few, but one more box
     rather than `price` empty cells."""
-    done: list[Box] = []
+    finished: list[Box] = []
     growing: list[Box] = []
     for row, cells in enumerate(tissue):
         grown: list[Box] = []
@@ -310,9 +310,9 @@ def boxes_of(tissue: torch.Tensor, price: float) -> list[Rect]:
                 box = Box(row, run)
             box.extend(row, run)
             grown.append(box)
-        done += [box for box in growing if box not in grown]
+        finished += [box for box in growing if box not in grown]
         growing = grown
-    return [box.rect for box in done + growing]
+    return [box.rect for box in finished + growing]
 
 
 def best_box(boxes: list[Box], row: int, run: Range, price: float) -> Box | None:

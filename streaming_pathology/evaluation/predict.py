@@ -739,16 +739,16 @@ class KeptRows:
         "The positions of the slides that have no row."
         return [i for i, key in enumerate(self.keys) if key not in self.rows]
 
-    def take(self, rows: Iterable[dict], positions: Sequence[int]) -> list[str]:
-        """Keep the rows of the slides at these positions, each as soon as it is known. Of slides
-        that failed there are rows with an `error`, which are returned as a list of sentences."""
-        errors = []
+    def take(self, rows: Iterable[dict], positions: Sequence[int]) -> dict[str, str]:
+        """Keep the rows of the slides at these positions, each as soon as it is known. Rows of
+        slides that failed have an `error` instead; returns these: slide id -> sentence."""
+        failed = {}
         for row, position in zip(rows, positions, strict=True):
             if 'error' in row:
-                errors.append(row['error'])
+                failed[self.cases[position].slide_id] = row['error']
             else:
                 self.add(self.keys[position], row)
-        return errors
+        return failed
 
     def add(self, key: str, row: dict) -> None:
         "Keep the row of a slide."
@@ -787,12 +787,12 @@ def predict_table(
     skip: bool = False,  # write the table also if slides failed, without them
     ranks: Alone = ONE_PROCESS,  # several processes share the slides
     progress: bool = True,
-) -> tuple[list[dict], list[str]]:
+) -> tuple[list[dict], dict[str, str]]:
     """Predict slides into a table. After an interruption the same call resumes.
 
-    Returns, on all ranks, the rows and a sentence on each slide that failed. If any failed there is
-    no table (unless `skip`), but rows are kept for the next call. Raises `InputError` for another
-    `tta`, and if table or journal cannot be written."""
+    Returns, on all ranks, the rows, and of the slides that failed slide id -> sentence. If any
+    failed there is no table (unless `skip`), but rows are kept for the next call. Raises
+    `InputError` for another `tta`, and if table or journal cannot be written."""
     network = Turned(model, ways_of(tta))
     amp = amp_of(amp, card)
     task = task_of(card['task'])
@@ -807,15 +807,15 @@ def predict_table(
         parts = predicted_rows(
             network, loader, device, amp, progress, task=task, ranks=ranks, keep_errors=True
         )
-        errors = kept.take(chain.from_iterable(parts), missing)
+        failed = kept.take(chain.from_iterable(parts), missing)
         rows = kept.of_cases()
-        if is_first and rows and (skip or not errors):
+        if is_first and rows and (skip or not failed):
             columns = label_columns(task.name, card['labels'])
             write_predictions(out, rows, task, columns, card['sha256'])
             journal.delete()
     if is_first:
         warn_of_cropped(card, cases, rows)
-    return rows, errors
+    return rows, failed
 
 # %% ../../nbs/evaluation/01_predict.ipynb #d864f7ef
 def ways_of(tta: str) -> tuple[int, ...]:

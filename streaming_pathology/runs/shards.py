@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'Shard', 'all_shards', 'Shards', 'trim_shard', 'merge_trimmed', 'merge_tables', 'ShardResult',
-           'predict_shard', 'merge_predictions', 'check_shard', 'merge_checks', 'draw_shard', 'merge_maps',
-           'chosen_shard', 'share']
+           'predict_shard', 'merge_predictions', 'check_shard', 'not_checked', 'merge_checks', 'draw_shard',
+           'merge_maps', 'chosen_shard', 'share']
 
 # %% ../../nbs/runs/08_shards.ipynb #dc19f449
 import csv
@@ -306,9 +306,9 @@ def trim_shard(
     shards = Shards(Path(out))
     part = [case.slide_id for case in shard.take(cases)]
     with claimed(Path(out), settings, shared=True), shards.working(shard):
-        found = trim_slides(cases, out, settings, workers, progress, part=part)
-        shards.finish(shard, dict.fromkeys(part, '') | found['failed'])
-    return found
+        result = trim_slides(cases, out, settings, workers, progress, part=part)
+        shards.finish(shard, dict.fromkeys(part, '') | result['failed'])
+    return result
 
 
 def merge_trimmed(
@@ -322,10 +322,10 @@ def merge_trimmed(
     shards = Shards(Path(out))
     failed = shards.all_failed(cases)
     with shards.naming_shards(cases):
-        found = trim_slides(
+        result = trim_slides(
             cases, out, settings, progress=False, known_failed=failed, without_id=without_id
         )
-    return found | dict(skipped=0)
+    return result | dict(skipped=0)
 
 # %% ../../nbs/runs/08_shards.ipynb #ed9208a4
 TABLE = 'table.csv'  # of a shard, in its folder
@@ -391,26 +391,24 @@ def predict_shard(
     from streaming_pathology.training.loop import ONE_PROCESS
 
     ranks = ONE_PROCESS if ranks is None else ranks
-    shards, mine, failed = Shards(Path(out)), shard.take(cases), {}
+    shards, of_shard, failed = Shards(Path(out)), shard.take(cases), {}
     with ExitStack() as stack:
         shard_folder = ranks.first(lambda: stack.enter_context(shards.working(shard, about)))
-        stamps = ranks.first(lambda: stamps_of(mine))
-        rest = ranks.first(lambda: shards.to_do(shard, mine, stamps))
+        stamps = ranks.first(lambda: stamps_of(of_shard))
+        remaining = ranks.first(lambda: shards.to_do(shard, of_shard, stamps))
         new = shard_folder / 'new.csv'
-        if rest:
-            rows, sentences = predict_table(
-                model, card, rest, new, skip=skip, ranks=ranks, **options
+        if remaining:
+            _, failed = predict_table(
+                model, card, remaining, new, skip=skip, ranks=ranks, **options
             )
-            done = {row['slide_id'] for row in rows}
-            without = [case.slide_id for case in rest if case.slide_id not in done]
-            failed = dict(zip(without, sentences, strict=True))
         if ranks.rank == 0 and (skip or not failed):
+            slide_ids = [case.slide_id for case in of_shard]
             tables = [path for path in (shard_folder / TABLE, new) if path.exists()]
             if tables:
-                merge_tables(tables, shard_folder / TABLE, [case.slide_id for case in mine])
-            shards.finish(shard, {case.slide_id: '' for case in mine} | failed, stamps)
+                merge_tables(tables, shard_folder / TABLE, slide_ids)
+            shards.finish(shard, dict.fromkeys(slide_ids, '') | failed, stamps)
             new.unlink(missing_ok=True)
-    return ShardResult(failed, len(mine), len(mine) - len(rest))
+    return ShardResult(failed, len(of_shard), len(of_shard) - len(remaining))
 
 
 def merge_predictions(
@@ -438,14 +436,14 @@ class Lines:
 
     def read(self) -> dict[str, Any]:
         "All values; the last one of each slide."
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         if not self.path.exists():
-            return found
+            return values
         for line in self.path.read_text().splitlines():
             with suppress(ValueError, TypeError):  # a line that was being written
                 slide_id, value = json.loads(line)
-                found[slide_id] = value
-        return found
+                values[slide_id] = value
+        return values
 
     def add(self, slide_id: str, value: Any) -> None:
         "Add a line. A new line is begun first, as the last one may have no end."
@@ -477,24 +475,35 @@ def check_shard(
     slide_spacing: float | None = None,  # as in `check_slides`
 ) -> ShardResult:
     "As `check_slides`, of the slides of one shard that were not checked before."
-    shards, mine, failed = Shards(Path(out)), shard.take(cases), {}
+    shards, of_shard, failed = Shards(Path(out)), shard.take(cases), {}
     about = looked_for(tissue, pen, stain, slide_spacing)
     with shards.working(shard, about) as shard_folder:
         lines = Lines(shard_folder / CHECKED)
-        former, stamps = lines.read(), stamps_of(mine)
-        rest = []
-        for case in mine:
-            value = former.get(case.slide_id, {})
-            if value.get('stamp') != stamps[case.slide_id] or value['problem']:
-                rest.append(case)
-        for found in check_slides(rest, tissue, pen, stain, workers, slide_spacing=slide_spacing):
-            if found.problem:
-                failed[found.slide_id] = found.problem
-            value = dict(stamp=stamps[found.slide_id], problem=found.problem, row=found.row())
-            lines.add(found.slide_id, value)
-            tell(found)
-        shards.finish(shard, {case.slide_id: '' for case in mine} | failed, stamps)
-    return ShardResult(failed, len(mine), len(mine) - len(rest))
+        stamps = stamps_of(of_shard)
+        remaining = not_checked(of_shard, stamps, lines.read())
+        checks = check_slides(remaining, tissue, pen, stain, workers, slide_spacing=slide_spacing)
+        for check in checks:
+            if check.problem:
+                failed[check.slide_id] = check.problem
+            value = dict(stamp=stamps[check.slide_id], problem=check.problem, row=check.row())
+            lines.add(check.slide_id, value)
+            tell(check)
+        shards.finish(shard, {case.slide_id: '' for case in of_shard} | failed, stamps)
+    return ShardResult(failed, len(of_shard), len(of_shard) - len(remaining))
+
+
+def not_checked(
+    cases: Sequence[Case],
+    stamps: dict[str, list],  # their states now, by slide id
+    former: dict[str, dict],  # what was written of slides before, by slide id
+) -> list[Case]:
+    "The slides that were not checked before in this state, or had a problem."
+    remaining = []
+    for case in cases:
+        value = former.get(case.slide_id, {})
+        if value.get('stamp') != stamps[case.slide_id] or value['problem']:
+            remaining.append(case)
+    return remaining
 
 
 def merge_checks(
@@ -521,12 +530,12 @@ def merge_checks(
 def draw_shard(run: MapRun, shard: Shard) -> ShardResult:
     "Draw the maps of one shard: as the method draw, without the tables."
     shards = Shards(run.folder)
-    mine = [case.slide_id for case in shard.take(run.cases)]
+    slide_ids = [case.slide_id for case in shard.take(run.cases)]
     run.begin()
     with shards.working(shard):
-        n_before = run.draw_part(mine)
-        shards.finish(shard, dict.fromkeys(mine, '') | run.failed)
-    return ShardResult(dict(run.failed), len(mine), n_before)
+        n_before = run.draw_part(slide_ids)
+        shards.finish(shard, dict.fromkeys(slide_ids, '') | run.failed)
+    return ShardResult(dict(run.failed), len(slide_ids), n_before)
 
 
 def merge_maps(run: MapRun) -> int:

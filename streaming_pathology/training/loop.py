@@ -224,17 +224,17 @@ def as_loader(
     return data
 
 
-def slides_of(loader: DataLoader | list[dict], epoch: int, done: int = 0) -> Iterator[dict]:
-    """The items of an epoch that are left when `done` of the loader's slides are done. A loader
+def slides_of(loader: DataLoader | list[dict], epoch: int, n_done: int = 0) -> Iterator[dict]:
+    """The items of an epoch that are left when `n_done` of the loader's slides are done. A loader
     whose sampler is not an `EpochSampler` has to read those once more."""
     sampler = getattr(loader, 'sampler', None)
     if isinstance(sampler, EpochSampler):
-        sampler.set_epoch(epoch, done)
+        sampler.set_epoch(epoch, n_done)
         return iter(loader)
     if sampler is not None and hasattr(sampler, 'set_epoch'):
         sampler.set_epoch(epoch)
     slides = iter(loader)
-    for _ in range(done):
+    for _ in range(n_done):
         next(slides)
     return slides
 

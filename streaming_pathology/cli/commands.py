@@ -7,9 +7,9 @@ __all__ = ['sp_train', 'sp_mil', 'sp_check', 'FEW', 'sp_predict', 'sp_export', '
            'sp_report', 'sp_trim', 'COHORT', 'LOOK_NAMES', 'LABEL_NAMES', 'sp_synth', 'sp_compare', 'sp_bench',
            'DEMO_COHORT', 'TINY', 'TINY_COHORT', 'sp_demo', 'RunFolder', 'train', 'train_mil', 'train_in',
            'CheckSettings', 'check', 'check_all', 'tell_check', 'processes', 'PredictSettings', 'slides_and_table',
-           'predict', 'slides_to_predict', 'not_predicted', 'outcome_of', 'same_for_all', 'predict_share',
-           'merge_predicted', 'not_skipped', 'print_predictions', 'ExportSettings', 'export', 'write_export', 'heatmap',
-           'listed', 'n_bootstrap_option', 'confidence_option', 'EvaluateSettings', 'evaluate', 'figures_folder',
+           'predict', 'slides_to_predict', 'not_predicted', 'same_for_all', 'predict_share', 'merge_predicted',
+           'not_skipped', 'print_predictions', 'ExportSettings', 'export', 'write_export', 'heatmap', 'listed',
+           'n_bootstrap_option', 'confidence_option', 'EvaluateSettings', 'evaluate', 'figures_folder',
            'ReportSettings', 'report', 'color', 'TrimSettings', 'trim', 'print_trimmed', 'SynthSettings', 'synth',
            'CompareSettings', 'compare', 'several_pixels', 'BenchSettings', 'bench', 'as_for_training', 'DemoSettings',
            'DemoOptions', 'demo', 'is_demo']
@@ -243,7 +243,7 @@ def check(settings: CheckSettings) -> None:
         facts, failed = merge_checks(found.cases, table, *look_for, spacing)
     else:
         facts, failed = check_all(found, look_for, min(workers, len(found.cases)), spacing)
-    outcome = Outcome(found, failed, done='ok')
+    outcome = Outcome(found, failed, success='ok')
     if settings.csv is not None:
         of_path = {str(case.path): facts[case.slide_id] for case in found.cases}
         no_facts = SlideCheck('', Path()).row()
@@ -356,6 +356,7 @@ def predict(settings: PredictSettings) -> None:
     If the command is interrupted, the same command resumes. Started by torchrun, processes share
     the slides."""
     from streaming_pathology.evaluation.predict import load_model, predict_table
+    from streaming_pathology.runs.inputs import Outcome
     from streaming_pathology.runs.runs import device_to_use, tell_device
     from streaming_pathology.runs.shards import chosen_shard
     from streaming_pathology.training.distributed import joined
@@ -378,7 +379,7 @@ def predict(settings: PredictSettings) -> None:
         if shard is not None:
             predict_share(settings, (model, card), found, out, shard, device, ranks)
             return
-        rows, sentences = predict_table(
+        rows, failed = predict_table(
             model,
             card,
             found.cases,
@@ -392,7 +393,7 @@ def predict(settings: PredictSettings) -> None:
         )
         if ranks.rank:
             return
-    outcome = outcome_of(found, rows, sentences)
+    outcome = Outcome(found, failed)
     outcome.write(statuses)
     if not rows or (outcome.n_failed and not settings.skip_failed):
         print(f'{outcome}; see {statuses}')
@@ -427,19 +428,6 @@ def not_predicted(outcome: Outcome) -> InputError:
     start = f'{len(unusable)} of {outcome.n_slides} slides {what}; nothing was predicted'
     problem = several(start, outcome.reasons())
     return InputError(f'{problem}; --skip-failed leaves them out of the table')
-
-
-def outcome_of(
-    found: FoundSlides,
-    rows: list[dict],  # of the slides that are done, as by `predict_table`
-    sentences: list[str],  # on the others, in the order of the slides
-) -> Outcome:
-    "What became of the slides to predict."
-    from streaming_pathology.runs.inputs import Outcome
-
-    done = {row['slide_id'] for row in rows}
-    failed = [case.slide_id for case in found.cases if case.slide_id not in done]
-    return Outcome(found, dict(zip(failed, sentences, strict=True)))
 
 
 def same_for_all(settings: PredictSettings, card: dict[str, Any]) -> dict[str, Any]:
@@ -481,12 +469,12 @@ def predict_share(
     )
     if ranks.rank:
         return
-    mine = share(found, shard)
+    of_shard = share(found, shard)
     if result.failed and not settings.skip_failed:
-        outcome = Outcome(mine, result.failed)
+        outcome = Outcome(of_shard, result.failed)
         print(f'shard {shard} of {out}: {outcome}')
         raise not_skipped(outcome, kept=True)
-    tell_shard(shard, out, mine, result)
+    tell_shard(shard, out, of_shard, result)
 
 
 def merge_predicted(
@@ -789,7 +777,7 @@ def evaluate(settings: EvaluateSettings) -> None:
         threshold_split=settings.threshold_split,
         sensitivity=settings.target_sensitivity,
         cohort=settings.manifest,
-        by=listed(settings.subgroups),
+        subgroups=listed(settings.subgroups),
         n_bootstrap=settings.n_bootstrap,
         seed=settings.seed,
         level=settings.confidence,
@@ -887,13 +875,13 @@ def report(settings: ReportSettings) -> None:
     path = write_report(
         settings.run,
         settings.out,
-        most=settings.max_slides,
+        max_slides=settings.max_slides,
         anonymous=settings.anonymous,
-        by=listed(settings.subgroups),
+        subgroups=listed(settings.subgroups),
         cohort=settings.manifest,
         maps=listed(settings.maps),
         comparison=settings.comparison,
-        categories=settings.error_review,
+        error_review=settings.error_review,
     )
     print(f'wrote {path}')
     if not viewer_files():
@@ -1199,7 +1187,7 @@ def compare(settings: CompareSettings) -> None:
         n_bootstrap=settings.n_bootstrap,
         level=settings.confidence,
         seed=settings.seed,
-        categories=settings.error_review,
+        error_review=settings.error_review,
     )
 
 

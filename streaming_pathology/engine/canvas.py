@@ -300,7 +300,7 @@ class Box:
 def boxes_of(tissue: torch.Tensor, price: float) -> list[Rect]:
     """Cover the cells that are True, of bool (rows, columns), with boxes: few, but one more box
     rather than `price` empty cells."""
-    done: list[Box] = []
+    finished: list[Box] = []
     growing: list[Box] = []
     for row, cells in enumerate(tissue):
         grown: list[Box] = []
@@ -310,9 +310,9 @@ def boxes_of(tissue: torch.Tensor, price: float) -> list[Rect]:
                 box = Box(row, run)
             box.extend(row, run)
             grown.append(box)
-        done += [box for box in growing if box not in grown]
+        finished += [box for box in growing if box not in grown]
         growing = grown
-    return [box.rect for box in done + growing]
+    return [box.rect for box in finished + growing]
 
 
 def best_box(boxes: list[Box], row: int, run: Range, price: float) -> Box | None:
@@ -421,6 +421,7 @@ class CanvasSource:
         self, schedule: 'CanvasSchedule', operands: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         "What the strips copy where there is no tissue: further operands."
+        schedule.background.find_types(self, operands)
         return schedule.background.maps(self, operands)
 
     def overlaps(self, region: Rect) -> list[tuple[int, Rect]]:
@@ -470,6 +471,11 @@ class Profile:
         if self.tail == 0:
             return [first]
         return [first, (self.size - self.tail, self.size)]
+
+    @property
+    def n_stored(self) -> int:
+        "How many rows are stored."
+        return sum(stop - first for first, stop in self.stored)
 
     def canonical(self, first: int, stop: int) -> Range:
         "The first rows of the map that look like rows `first` to `stop`: the same for all that do."
@@ -591,8 +597,7 @@ class Background:
         # by the number of a map
         self.profiles: dict[int, Profiles] = {}
         self.fields: dict[int, ReceptiveFields] = {}
-        self.types: dict[int, torch.dtype] = {}
-        self.shapes: dict[int, torch.Size] = {}
+        self.types: dict[int, torch.dtype] = {}  # in the strips: see find_types
         for operation in program.operations:
             if not operation.reduces:
                 self.add(operation)
@@ -633,64 +638,92 @@ class Background:
             return 'joins maps of different strides'
         return None
 
-    def maps(self, source: CanvasSource, operands: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The background of each map by its number, (1, C, stored rows, stored columns), in float32
-        at least; of a reduction, which has none, any tensor."""
-        low = autocast_type(source.device) or any(wide(t.dtype) != t.dtype for t in operands)
-        stored = {0: source.blank}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not low):
-            self.compute(stored, operands, lambda tensor: tensor)
-        self.types = {number: tensor.dtype for number, tensor in stored.items()}
-        if low:  # that was only to find the types
-            stored = {0: source.blank}
-            with autocast_to(source.device, None):
-                self.compute(stored, operands, widened)
-        self.shapes = {number: tensor.shape for number, tensor in stored.items()}
-        return [stored.get(o.number, source.blank) for o in self.program.operations]
+    def find_types(self, source: CanvasSource, operands: list[torch.Tensor]) -> None:
+        """Find the `types` of maps in the strips. Without autocast the trace has them. What
+        autocast makes of each function the trace only imitates, so under it the maps are computed
+        for their types."""
+        self.types = {each.number: each.value.dtype for each in self.program.operations}
+        if autocast_type(source.device) is None:
+            return
+        with torch.no_grad():
+            maps = self.computed(source.blank, operands, unchanged)
+        self.types.update((number, tensor.dtype) for number, tensor in maps.items())
 
-    def compute(
+    def maps(self, source: CanvasSource, operands: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The background of each map by its number, (1, C, stored rows, stored columns), computed
+        in float32 at least; of a reduction, which has none, any tensor."""
+        if in_low_precision(source.device, operands):
+            with autocast_to(source.device, None):
+                maps = self.computed(source.blank, operands, widened)
+        else:
+            maps = self.computed(source.blank, operands, unchanged)
+        return [maps.get(each.number, source.blank) for each in self.program.operations]
+
+    def computed(
         self,
-        stored: dict[int, torch.Tensor],
+        color: torch.Tensor,  # (1, C, 1, 1): the background of the canvas
+        operands: list[torch.Tensor],
+        cast: Callable[[torch.Tensor], torch.Tensor],  # of all tensors that an operation reads
+    ) -> dict[int, torch.Tensor]:
+        "The stored rows and columns of all maps by their numbers, in the order of the operations."
+        maps = {0: color}
+        for operation in self.program.computed:
+            if not operation.reduces:
+                maps[operation.number] = self.computed_map(operation, maps, operands, cast)
+        return maps
+
+    def computed_map(
+        self,
+        operation: Operation,
+        maps: dict[int, torch.Tensor],
         operands: list[torch.Tensor],
         cast: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        """Fill `stored`, number -> map, in the order of the operations; `cast` is applied to all
-        inputs."""
-        for operation in self.program.operations[1:]:
-            if operation.reduces:
-                continue
-            along, across = self.profiles[operation.number]
-            bands = []
-            for rows in along.stored:
-                parts = [
-                    self.part(operation, rows, columns, stored, operands, cast)
-                    for columns in across.stored
-                ]
-                bands.append(torch.cat(parts, operation.rows.columns))
-            stored[operation.number] = torch.cat(bands, operation.axis)
+    ) -> torch.Tensor:
+        "The stored rows and columns of a map: its corners, put together."
+        along, across = self.profiles[operation.number]
+        bands = []
+        for rows in along.stored:
+            corners = [
+                self.corner(operation, rows, columns, maps, operands, cast)
+                for columns in across.stored
+            ]
+            bands.append(torch.cat(corners, operation.rows.columns))
+        return torch.cat(bands, operation.axis)
 
-    def part(
+    def corner(
         self,
         operation: Operation,
         rows: Range,
         columns: Range,
-        stored: dict[int, torch.Tensor],
+        maps: dict[int, torch.Tensor],
         operands: list[torch.Tensor],
         cast: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        "Some rows and columns of a map, from the stored ones of those that it reads."
-        given, region = [], None
+        "Some rows and columns of a map, from the stored ones of the maps that it reads."
+        tensors = []
+        region = None
         for is_map, number in operation.slots:
             if not is_map:
-                given.append(cast(operands[number]))
+                tensors.append(cast(operands[number]))
                 continue
-            dims, height, width = self.dims(number), self.rows[number], self.columns[number]
+            dims = self.dims(number)
+            height, width = self.rows[number], self.columns[number]
             top, bottom, along = side_of(operation.window, *rows, height, dims.axis)
             left, right, across = side_of(operation.across_window, *columns, width, dims.columns)
-            region = region or Region(along, across)
-            tensor = self.excerpt(stored[number], number, (top, bottom), (left, right))
-            given.append(cast(tensor.clone()))  # functions may work in place
-        return operation.run(region, *given)
+            if region is None:
+                region = Region(along, across)
+            excerpt = self.excerpt(maps[number], number, (top, bottom), (left, right))
+            tensors.append(cast(excerpt.clone()))  # functions may work in place
+        return operation.run(region, *tensors)
+
+    def stored_shape(self, number: int) -> torch.Size:
+        "The shape of the background of a map: that of the map, with its stored rows and columns."
+        along, across = self.profiles[number]
+        dims = self.dims(number)
+        shape = list(self.program.operations[number].value.shape)
+        shape[dims.axis] = along.n_stored
+        shape[dims.columns] = across.n_stored
+        return torch.Size(shape)
 
     def dims(self, number: int) -> Rows:
         "Which dimensions of a map are its rows and its columns."
@@ -705,10 +738,22 @@ class Background:
         in_columns = across.rows(stored, dims.columns, *columns)
         return along.rows(in_columns, dims.axis, *rows)
 
-# %% ../../nbs/engine/10_canvas.ipynb #4283312d
+# %% ../../nbs/engine/10_canvas.ipynb #9c369428
+def in_low_precision(device: torch.device, operands: Iterable[torch.Tensor]) -> bool:
+    "Whether a network with such operands computes in bf16 or fp16 somewhere."
+    if autocast_type(device) is not None:
+        return True
+    return any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in operands)
+
+
 def widened(tensor: torch.Tensor) -> torch.Tensor:
     "A tensor in float32 at least."
     return tensor.to(wide(tensor.dtype))
+
+
+def unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    "The tensor itself."
+    return tensor
 
 # %% ../../nbs/engine/10_canvas.ipynb #2a09fb5d
 @dataclass(frozen=True)
@@ -741,7 +786,7 @@ class Fill:
         "Add the gradient of the rows and columns to that of the stored ones, in float32 at least."
         if self.operand not in totals.needs_grad:
             return
-        shape = self.background.shapes[self.number]
+        shape = self.background.stored_shape(self.number)
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         stored = torch.empty(shape, dtype=dtype, device=gradient.device, requires_grad=True)
         with torch.enable_grad():  # autograd knows where each stored row went

@@ -461,38 +461,42 @@ class Stretch:
         scales = tuple(float(factor) for factor in factors_of(scale_factor))
         return Stretch(scaled_size(input, scales), scales, mode, align_corners)
 
+    def size_along(self, dim: int) -> int:
+        "How many rows (dimension 2) or columns (dimension 3) the result has."
+        return self.sizes[dim - 2]
+
     def along(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         "`x` (N, C, H, W) interpolated along dimension `dim` alone."
-        at = dim - 2
         if self.scales is not None:
             scales = [1.0, 1.0]
-            scales[at] = self.scales[at]
+            scales[dim - 2] = self.scales[dim - 2]
             return F.interpolate(x, None, tuple(scales), self.mode, self.align_corners)
         size = list(x.shape[2:])
-        size[at] = self.sizes[at]
+        size[dim - 2] = self.size_along(dim)
         return F.interpolate(x, tuple(size), None, self.mode, self.align_corners)
 
-# %% ../../nbs/engine/04_layers.ipynb #f97e4ed2
-PROBES = 5  # more than the neighbouring rows that bicubic interpolation reads, which are 4
+# %% ../../nbs/engine/04_layers.ipynb #5b83046d
+PROBES = 5  # images that tell taps apart: more than the taps of bicubic interpolation, which are 4
 # PyTorch 2.15 rounds float64 in another way where output rows and columns are fewer than this
 # together, so the images are as narrow as the map, or just wide enough to be rounded as it is
 SAME_ROUNDING = 129
 
 
-class Answer(NamedTuple):
-    "What an interpolation makes of the images that are asked."
+class Probed(NamedTuple):
+    "What an interpolation along one dimension makes of the images that give its taps away."
 
-    means: torch.Tensor  # (1, rows out): the mean number of the rows that were mixed
-    weights: torch.Tensor  # (PROBES, rows out): of the row that leaves j when divided by PROBES
+    means: torch.Tensor  # (1, rows out): the mean number of the rows that are mixed
+    # (PROBES, rows out): in line j the weight of the tap whose number, divided by PROBES, leaves j
+    weights: torch.Tensor
     gradients: torch.Tensor  # (rows in,): of the sum of `means`; with one tap, 1 for each reader
 
 
-def ask(input: Map, dim: int, stretch: Stretch) -> Answer:
-    """Interpolate images of numbers along dimension `dim`, in the type of the map; results on the
-    CPU."""
+def probe(input: Map, dim: int, stretch: Stretch) -> Probed:
+    """Interpolate the images that give the taps away along dimension `dim` (2: rows, 3: columns),
+    in the type of the map and on its device; the results are on the CPU."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    out, out_beside = stretch.sizes[dim - 2], stretch.sizes[3 - dim]
-    width = max(1, min(out_beside, SAME_ROUNDING - out))
+    rows_out, columns_out = stretch.size_along(dim), stretch.size_along(5 - dim)
+    width = max(1, min(columns_out, SAME_ROUNDING - rows_out))
     with torch.inference_mode(False), torch.enable_grad():
         rows = torch.arange(input.shape[dim], device=input.device)
         remainders = torch.arange(PROBES, device=input.device)[:, None]
@@ -503,12 +507,13 @@ def ask(input: Map, dim: int, stretch: Stretch) -> Answer:
         (gradients,) = torch.autograd.grad(results[0].sum(), images)
     results = results.detach().cpu()
     gradients = gradients.transpose(2, dim)[0, 0, :, 0].cpu()
-    return Answer(results[:1], results[1:], gradients)
+    return Probed(results[:1], results[1:], gradients)
 
 # %% ../../nbs/engine/04_layers.ipynb #5a64ccab
 class Taps:
-    """The input rows that an interpolation mixes: `numbers` of input rows and their `weights`,
-    tensors (taps, rows out) each."""
+    """The taps of an interpolation along one dimension: `numbers` of input rows and their
+    `weights`, tensors (taps, rows out) each. Output row i is the sum of input rows `numbers[:, i]`,
+    each times its weight in `weights[:, i]`."""
 
     def __init__(self, numbers: torch.Tensor, weights: torch.Tensor) -> None:
         self.numbers, self.weights = numbers, weights
@@ -516,47 +521,67 @@ class Taps:
         self.weight_lists: list[list[float]] = weights.tolist()
 
     def weighted_rows(
-        self, x: torch.Tensor, dim: int, first: int, count: int, first_input: int
+        self,
+        x: torch.Tensor,  # (N, C, H, W), whose first row is input row `first_input`
+        dim: int,  # 2: of rows; 3: of columns
+        first: int,
+        count: int,
+        first_input: int,
     ) -> torch.Tensor:
-        """Output rows `first` to `first + count` along dimension `dim`, as the sum of their taps.
-        `x` (N, C, H, W) begins there with input row `first_input`."""
-        stop = first + count
-        total = None
-        for numbers, weights in zip(self.number_lists, self.weight_lists):
-            at = torch.tensor(numbers[first:stop], device=x.device) - first_input
-            rows = x.index_select(dim, at)
-            if len(self.number_lists) > 1:  # a single tap weighs 1
-                weight = torch.tensor(weights[first:stop], dtype=x.dtype, device=x.device)
-                rows = rows * weight.view(-1, *[1] * (3 - dim))
-            total = rows if total is None else total + rows
-        assert total is not None  # there is one tap at least
+        """Output rows `first` to `first + count` along dimension `dim`, as the sum of their taps:
+        (N, C, count, W) of rows, (N, C, H, count) of columns."""
+        outputs = slice(first, first + count)
+        total = self.weighted_tap(0, x, dim, outputs, first_input)
+        for tap in range(1, len(self.number_lists)):
+            total = total + self.weighted_tap(tap, x, dim, outputs, first_input)
         return total
+
+    def weighted_tap(
+        self, tap: int, x: torch.Tensor, dim: int, outputs: slice, first_input: int
+    ) -> torch.Tensor:
+        "The input row of one tap of each of some output rows, times its weight."
+        numbers = torch.tensor(self.number_lists[tap][outputs], device=x.device)
+        rows = x.index_select(dim, numbers - first_input)
+        if len(self.number_lists) == 1:  # a single tap weighs 1
+            return rows
+        weights = torch.tensor(self.weight_lists[tap][outputs], dtype=x.dtype, device=x.device)
+        shape = [1, 1, 1, 1]
+        shape[dim] = -1
+        return rows * weights.view(shape)
 
 
 def taps_of(input: Map, dim: int, stretch: Stretch) -> Taps:
-    """The rows that an interpolation of a map mixes along dimension `dim`. Raises `Refused` where
-    the gradient of PyTorch goes to other rows than these."""
-    answer = ask(input, dim, stretch)
-    remainders = torch.arange(PROBES, device=answer.means.device)[:, None]
-    numbers = remainders + PROBES * ((answer.means - remainders) / PROBES).round().long()
-    taps = sorted_taps(numbers, answer.weights, input.shape[dim])
+    """The taps of an interpolation of a map along dimension `dim`. Raises `Refused` where the
+    gradient of PyTorch goes to other rows than these."""
+    probed = probe(input, dim, stretch)
+    remainders = torch.arange(PROBES, device=probed.means.device)[:, None]
+    # (PROBES, rows out): of the rows that leave 0, 1, ..., the one nearest to the mean
+    numbers = remainders + PROBES * ((probed.means - remainders) / PROBES).round().long()
+    taps = sorted_taps(numbers, probed.weights, input.shape[dim])
     if len(taps.numbers) == 1:
-        check_gradient(taps.numbers[0], answer.gradients)
+        check_gradient(taps.numbers[0], probed.gradients)
     return taps
 
 
-def sorted_taps(numbers: torch.Tensor, weights: torch.Tensor, height: int) -> Taps:
-    "Taps of `height` input rows by their number, without those that no output row needs."
+def sorted_taps(
+    numbers: torch.Tensor,  # (PROBES, rows out)
+    weights: torch.Tensor,  # (PROBES, rows out): 0 where a row is no tap
+    height: int,  # how many input rows there are
+) -> Taps:
+    "The taps of each output row by their number, as many as the row with the most has."
     absent = weights == 0
     heaviest = numbers.gather(0, weights.abs().argmax(0, keepdim=True))
     numbers = torch.where(absent, heaviest, numbers)
-    most = int((~absent).sum(0).max())
+    n_taps = int((~absent).sum(0).max())
     absent_last = torch.where(absent, height, numbers)
-    order = absent_last.argsort(dim=0, stable=True)[:most]
+    order = absent_last.argsort(dim=0, stable=True)[:n_taps]
     return Taps(numbers.gather(0, order), weights.gather(0, order))
 
 
-def check_gradient(numbers: torch.Tensor, gradients: torch.Tensor) -> None:
+def check_gradient(
+    numbers: torch.Tensor,  # (rows out,): the tap of each
+    gradients: torch.Tensor,  # (rows in,): see `Probed`
+) -> None:
     """Refuse a gradient that goes to other rows than those that values come from: with one tap,
     each input row gets 1 from each output row that reads it."""
     readers = numbers.bincount(minlength=len(gradients))
@@ -568,29 +593,35 @@ def check_gradient(numbers: torch.Tensor, gradients: torch.Tensor) -> None:
 
 # %% ../../nbs/engine/04_layers.ipynb #977e196c
 def by_fractions(input: Map, stretch: Stretch) -> Op:
-    "An interpolation whose output rows lie anywhere between input rows."
-    rounds = not (input.dtype.is_floating_point or stretch.mode.startswith('nearest'))
-    need(not rounds, 'rounds means to whole numbers')
-    axis, across = input.axis, input.rows.columns
-    rows, columns = taps_of(input, axis, stretch), taps_of(input, across, stretch)
-    window = table_of(rows, input.shape[axis])
-    width = stretch.sizes[across - 2]
+    """An interpolation of a map (N, C, H, W) whose output rows lie anywhere between input rows.
+    Raises `Refused` for means of whole numbers, which PyTorch rounds, and as `taps_of`."""
+    is_exact = input.dtype.is_floating_point or stretch.mode.startswith('nearest')
+    need(is_exact, 'rounds means to whole numbers')
+    row_dim, column_dim = input.axis, input.rows.columns
+    row_taps = taps_of(input, row_dim, stretch)
+    column_taps = taps_of(input, column_dim, stretch)
+    window = table_of(row_taps, input.shape[row_dim])
+    width_out = stretch.size_along(column_dim)
 
-    def run(region, x):
+    def run(region: Region, x: torch.Tensor) -> torch.Tensor:
+        """The output rows of a strip, from the input rows `x` that they read, with all columns; in
+        the type of x, summed in float32 at least."""
         y = region.pad(x)
         if x.is_floating_point():
             y = y.to(torch.promote_types(x.dtype, torch.float32))
         first, count = region.along.table_row, region.along.count
-        y = rows.weighted_rows(y, axis, first, count, window.lows[first])
-        y = columns.weighted_rows(y, across, 0, width, 0)
+        y = row_taps.weighted_rows(y, row_dim, first, count, first_input=window.first(first))
+        y = column_taps.weighted_rows(y, column_dim, 0, width_out, first_input=0)
         return y.to(x.dtype)
 
-    return Op(run, [input], input.rows, window, None)
+    return Op(run, [input], input.rows, window, across=None)
 
 
 def table_of(taps: Taps, height: int) -> WindowTable:
-    "The window of output rows that read the rows of `taps`, of `height` input rows."
-    lows = taps.numbers.amin(0).flip(0).cummin(0).values.flip(0)
+    """The input rows, of `height`, that each output row reads: from the first one that it or a
+    later output row mixes to the last one that it or an earlier one mixes, so neither end ever
+    falls."""
+    lows = taps.numbers.amin(0).flip(0).cummin(0).values.flip(0)  # (rows out,)
     highs = taps.numbers.amax(0).cummax(0).values
     table = torch.cat([taps.numbers, lows[None], highs[None]])
     repeats = repeats_of(table, taps.weights)
@@ -600,9 +631,11 @@ def table_of(taps: Taps, height: int) -> WindowTable:
 MOST_REPEATED = 32  # output rows, among which a repetition is looked for
 
 
-def repeats_of(table: torch.Tensor, weights: torch.Tensor) -> Repeat | None:
-    """What repeats in the numbers of rows in a `table` (taps + 2, rows out), whose last line are
-    the highest rows read, and in their `weights` (taps, rows out) to the last bit; None: nothing.
+def repeats_of(
+    table: torch.Tensor,  # (taps + 2, rows out): numbers of taps, and first and last row read
+    weights: torch.Tensor,  # (taps, rows out): equal to the last bit where they repeat
+) -> Repeat | None:
+    """What repeats in the numbers of a `table` and in the `weights`; None: nothing.
 
     By how many input rows it repeats is read off in the middle; this has to hold for more than half
     of the rows, all in one piece.

@@ -70,7 +70,7 @@ class Operation:
         self.output = False  # it is given back as a whole, or read after the strips
         self.carried = True  # its rows are carried to the next strip where they are needed
         self.overwritten = False  # its only reader may write into it: see below
-        self.done: tuple[int, ...] = ()  # maps that nobody reads after this operation
+        self.unneeded: tuple[int, ...] = ()  # maps that nobody reads after this operation
 
     @property
     def across_window(self) -> Window | TransposedWindow:
@@ -489,7 +489,7 @@ class Program:
             operation.overwritten = may_be_overwritten(operation)
         last_reader = {n: o for o in self.operations for n in (o.number, *o.inputs)}
         for operation in self.operations:
-            operation.done = tuple(n for n, last in last_reader.items() if last is operation)
+            operation.unneeded = tuple(n for n, last in last_reader.items() if last is operation)
         self.strided = strided(self)
 
 # %% ../../nbs/engine/06_program.ipynb #418d509c

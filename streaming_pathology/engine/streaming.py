@@ -62,7 +62,7 @@ class Instruction:
     step: Step
     given: list[Given]  # for each tensor of `call`: where it comes from
     copies: bool  # it works in place, and on a copy, as others need the rows
-    done: tuple[int, ...]  # maps that nobody reads afterwards
+    unneeded: tuple[int, ...]  # maps that nobody reads afterwards
 
     def call(self, *tensors: torch.Tensor | None) -> torch.Tensor:
         "New rows of the operation from the rows that it reads; of a reduction, its total."
@@ -89,7 +89,7 @@ class StripFunction:
                 self.instructions.append(self.instruction(operation, step))
             elif self.instructions:
                 last = self.instructions[-1]
-                last.done = (*last.done, *operation.done)
+                last.unneeded = (*last.unneeded, *operation.unneeded)
 
     def instruction(self, operation: Operation, step: Step) -> Instruction:
         "The instruction for one step."
@@ -98,7 +98,7 @@ class StripFunction:
             reads = dict(zip(operation.inputs, step.reads))
             given = [(is_map, n, reads[n] if is_map else None) for is_map, n in operation.slots]
         copies = operation.inplace and bool(given) and not self.may_overwrite(given[0])
-        return Instruction(operation.number, operation, step, given, copies, operation.done)
+        return Instruction(operation.number, operation, step, given, copies, operation.unneeded)
 
     def may_overwrite(self, first: Given) -> bool:
         """Whether the tensor into which an in-place operation writes is its own: all of a map that
@@ -145,8 +145,8 @@ class StripFunction:
                 buffers[number] = self.joined(each, new, state)
                 if not again:
                     self.hand_down(each, buffers[number], operands, handed)
-            for done in each.done:
-                buffers.pop(done, None)
+            for number in each.unneeded:
+                buffers.pop(number, None)
         return outputs, handed
 
     def compute(

@@ -263,12 +263,11 @@ def export_with_card(
     folder = checkpoint.parent.parent
     model, card = load_model(checkpoint)
     today = datetime.date.today().isoformat()
-    said = statements.changes or 'exported'
     change = dict(
         date=today,
         model=card['sha256'][:16],
         package=streaming_pathology.__version__,
-        changes=said,
+        changes=statements.changes or 'exported',
     )
     more = dict(
         schema_version=SCHEMA_VERSION,

@@ -34,7 +34,7 @@ else:
 # %% ../../nbs/evaluation/06_outcomes.ipynb #3dc734ce
 def check_classes(
     labels: ArrayLike,  # class of each slide, a whole number from 0 on (n,)
-    predicted: ArrayLike,  # what it was called (n,)
+    predicted: ArrayLike,  # predicted class of each (n,)
     n_classes: int | None = None,  # None: as many as occur
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Labels and predictions as int (n,), and the number of classes.
@@ -74,10 +74,11 @@ def check_whole(name: str, values: np.ndarray, n_classes: int | None) -> None:
 # %% ../../nbs/evaluation/06_outcomes.ipynb #a2b33197
 def confusion_matrix(
     labels: ArrayLike,  # class of each slide, from 0 on (n,)
-    predicted: ArrayLike,  # what it was called (n,)
+    predicted: ArrayLike,  # predicted class of each (n,)
     n_classes: int | None = None,  # None: as many as occur
 ) -> np.ndarray:
-    "How often each class (a row) was called which (a column): int (n_classes, n_classes)."
+    """How often each true class (a row) is predicted as which (a column): int (n_classes,
+    n_classes)."""
     labels, predicted, n_classes = check_classes(labels, predicted, n_classes)
     counts = np.bincount(labels * n_classes + predicted, minlength=n_classes**2)
     return counts.reshape(n_classes, n_classes)
@@ -88,22 +89,23 @@ WEIGHTS = ('quadratic', 'linear', 'none')  # of kappa
 # %% ../../nbs/evaluation/06_outcomes.ipynb #4321a7bc
 def kappa(
     labels: ArrayLike,  # class of each slide, from 0 on (n,)
-    predicted: ArrayLike,  # what it was called (n,)
+    predicted: ArrayLike,  # predicted class of each (n,)
     weights: str = 'quadratic',  # one of `WEIGHTS`
     n_classes: int | None = None,  # None: as many as occur
     resampling: Resampling = RESAMPLING,
 ) -> Estimate:
-    """Cohen's kappa with its percentile bootstrap interval. Resamples of one class, all called so,
-    have none; they are drawn again.
+    """Cohen's kappa with its percentile bootstrap interval. Resamples of one class, all predicted
+    so, have none; they are drawn again.
 
-    Raises `InputError` for unknown weights, and where all slides are of one class and called so."""
+    Raises `InputError` for unknown weights, and where all slides are of one class and predicted
+    so."""
     labels, predicted, n_classes = check_classes(labels, predicted, n_classes)
     if weights not in WEIGHTS:
         raise InputError(f'weights {weights!r} are not known: use one of {", ".join(WEIGHTS)}')
     if len({*labels, *predicted}) < 2:
         raise InputError(
-            f'all {len(labels)} slides are of class {labels[0]}, and called so: agreement beyond '
-            'chance needs two classes'
+            f'all {len(labels)} slides are of class {labels[0]}, and predicted so: agreement '
+            'beyond chance needs two classes'
         )
     costs = disagreement_costs(weights, n_classes)
     pairs = labels * n_classes + predicted
@@ -143,7 +145,7 @@ def kappa_of(confusion: np.ndarray, costs: np.ndarray) -> np.ndarray:
 # %% ../../nbs/evaluation/06_outcomes.ipynb #f9497209
 def plot_confusion(
     labels: ArrayLike,  # class of each slide, from 0 on (n,)
-    predicted: ArrayLike,  # what it was called (n,)
+    predicted: ArrayLike,  # predicted class of each (n,)
     ax: 'Axes | None' = None,  # matplotlib axis to draw into; None: a new one
     names: Sequence[str] | None = None,  # of the classes; None: their numbers
     n_classes: int | None = None,  # None: as many as occur
@@ -159,8 +161,8 @@ def plot_confusion(
         text = str(count) if count > 0 else '·'
         color = 'w' if shares[row, column] > 0.6 else '.25'
         ax.text(column, row, text, ha='center', va='center', color=color)
-    ax.set(xticks=range(len(counts)), xticklabels=names, xlabel='called')
-    ax.set(yticks=range(len(counts)), yticklabels=names, ylabel='is')
+    ax.set(xticks=range(len(counts)), xticklabels=names, xlabel='predicted')
+    ax.set(yticks=range(len(counts)), yticklabels=names, ylabel='true')
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return ax

@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,7 +53,7 @@ from streaming_pathology.training.loop import (
     ONE_PROCESS,
     TWO_CLASSES,
     Alone,
-    predict,
+    predicted_rows,
     with_details,
 )
 from ..training.models import StreamingClassifier
@@ -565,8 +566,8 @@ class Journal:
         self.write_line([key, row])
         self.rows[key] = row
 
-    def done(self) -> None:
-        "The table has all rows, and the journal is not needed any more."
+    def delete(self) -> None:
+        "Delete the file, once the table has all rows."
         self.path.unlink(missing_ok=True)
 
     def open_alone(self) -> BinaryIO:
@@ -723,49 +724,55 @@ def case_key(case: Case) -> str:
     return hashlib.sha256(repr(key).encode()).hexdigest()
 
 
-class DoneRows:
-    """The rows of slides that are done, on each rank: those of a journal, and new ones. The first
-    rank saves new ones in the journal."""
+class KeptRows:
+    """The rows of the slides that are predicted, on each rank: those of a journal, and new ones.
+    The first rank adds new ones to the journal."""
 
     def __init__(self, journal: Journal, cases: Sequence[Case], ranks: Alone) -> None:
         self.journal = journal
+        self.cases = cases
         self.is_first = ranks.rank == 0
         self.keys = ranks.first(lambda: [case_key(case) for case in cases])
-        self.rows = ranks.first(self.complete_rows)  # by key
-        self.todo = [i for i, key in enumerate(self.keys) if key not in self.rows]
-        self.new = []  # rows of the slides `todo`, which `predict` adds; or dicts with an `error`
-        self.n_saved = 0
+        self.rows = ranks.first(lambda: complete_rows(journal))  # by key
 
-    def complete_rows(self) -> dict[str, dict]:
-        "The rows of the journal that have all that a table needs."
-        needed = {'probability', 'logits', 'box', 'seconds'}
-        rows = {}
-        for key, row in self.journal.rows.items():
-            if isinstance(row, dict) and needed <= row.keys():
-                rows[key] = row
-        return rows
+    def missing(self) -> list[int]:
+        "The positions of the slides that have no row."
+        return [i for i, key in enumerate(self.keys) if key not in self.rows]
 
-    def save(self) -> None:
-        "Save the rows that are new since the last call."
-        for i, row in zip(self.todo[self.n_saved :], self.new[self.n_saved :]):
+    def take(self, rows: Iterable[dict], positions: Sequence[int]) -> dict[str, str]:
+        """Keep the rows of the slides at these positions, each as soon as it is known. Rows of
+        slides that failed have an `error` instead; returns these: slide id -> sentence."""
+        failed = {}
+        for row, position in zip(rows, positions, strict=True):
             if 'error' in row:
-                continue
-            self.rows[self.keys[i]] = row
-            if self.is_first:
-                self.journal.add(self.keys[i], row)
-        self.n_saved = len(self.new)
+                failed[self.cases[position].slide_id] = row['error']
+            else:
+                self.add(self.keys[position], row)
+        return failed
 
-    def errors(self) -> list[str]:
-        "A sentence on each slide that failed."
-        return [row['error'] for row in self.new if 'error' in row]
+    def add(self, key: str, row: dict) -> None:
+        "Keep the row of a slide."
+        self.rows[key] = row
+        if self.is_first:
+            self.journal.add(key, row)
 
-    def of_cases(self, cases: Sequence[Case]) -> list[dict]:
-        "The row of each slide that is done, with the label and the split of its case."
+    def of_cases(self) -> list[dict]:
+        "The row of each slide that has one, with the label and the split of its case."
         rows = []
-        for case, key in zip(cases, self.keys):
+        for case, key in zip(self.cases, self.keys):
             if key in self.rows:
                 rows.append(self.rows[key] | dict(label=case.label, split=case.split))
         return rows
+
+
+def complete_rows(journal: Journal) -> dict[str, dict]:
+    "The rows of a journal that have all that a table needs, by their key."
+    needed = {'probability', 'logits', 'box', 'seconds'}
+    rows = {}
+    for key, row in journal.rows.items():
+        if isinstance(row, dict) and needed <= row.keys():
+            rows[key] = row
+    return rows
 
 # %% ../../nbs/evaluation/01_predict.ipynb #b05cc659
 def predict_table(
@@ -780,48 +787,51 @@ def predict_table(
     skip: bool = False,  # write the table also if slides failed, without them
     ranks: Alone = ONE_PROCESS,  # several processes share the slides
     progress: bool = True,
-) -> tuple[list[dict], list[str]]:
+) -> tuple[list[dict], dict[str, str]]:
     """Predict slides into a table. After an interruption the same call resumes.
 
-    Returns, on all ranks, the rows and a sentence on each slide that failed. If any failed there is
-    no table (unless `skip`), but rows are kept for the next call. Raises `InputError` for another
-    `tta`, and if table or journal cannot be written."""
-    if tta not in TTA:
-        raise InputError(f'tta is {tta!r}; use one of {", ".join(TTA)}')
+    Returns, on all ranks, the rows, and of the slides that failed slide id -> sentence. If any
+    failed there is no table (unless `skip`), but rows are kept for the next call. Raises
+    `InputError` for another `tta`, and if table or journal cannot be written."""
+    network = Turned(model, ways_of(tta))
+    amp = amp_of(amp, card)
     task = task_of(card['task'])
-    if amp is None:
-        amp = card['amp']
-    elif amp == 'none':
-        amp = None
     version = streaming_pathology.__version__
     journal = Journal(out, dict(model=card['sha256'], version=version, amp=amp, tta=tta))
     is_first = ranks.rank == 0
     with journal if is_first else nullcontext():
-        done = DoneRows(journal, cases, ranks)
-        data = dataset(card, [cases[i] for i in done.todo])
+        kept = KeptRows(journal, cases, ranks)
+        missing = kept.missing()
+        data = dataset(card, [cases[i] for i in missing])
         loader = slide_loader(data, workers=workers, rank=ranks.rank, ranks=ranks.size)
-        predict(
-            Turned(model, TTA[tta]),
-            loader,
-            device,
-            amp,
-            progress,
-            task=task,
-            ranks=ranks,
-            rows=done.new,
-            rest=done.save,
-            failed=True,
+        parts = predicted_rows(
+            network, loader, device, amp, progress, task=task, ranks=ranks, keep_errors=True
         )
-        rows, failed = done.of_cases(cases), done.errors()
+        failed = kept.take(chain.from_iterable(parts), missing)
+        rows = kept.of_cases()
         if is_first and rows and (skip or not failed):
             columns = label_columns(task.name, card['labels'])
             write_predictions(out, rows, task, columns, card['sha256'])
-            journal.done()
+            journal.delete()
     if is_first:
         warn_of_cropped(card, cases, rows)
     return rows, failed
 
-# %% ../../nbs/evaluation/01_predict.ipynb #8c91bbb4
+# %% ../../nbs/evaluation/01_predict.ipynb #d864f7ef
+def ways_of(tta: str) -> tuple[int, ...]:
+    "The ways to lay an image of a test-time augmentation. Raises `InputError` for another name."
+    if tta not in TTA:
+        raise InputError(f'tta is {tta!r}; use one of {", ".join(TTA)}')
+    return TTA[tta]
+
+
+def amp_of(amp: str | None, card: dict) -> str | None:
+    "The precision that `predict_table` was asked for, as `autocast` takes it."
+    if amp is None:
+        return card['amp']
+    return None if amp == 'none' else amp
+
+
 def warn_of_cropped(card: dict, cases: Sequence[Case], rows: list[dict]) -> None:
     "Warn of slides of which tissue did not fit onto the canvas."
     data = dataset(card, cases)

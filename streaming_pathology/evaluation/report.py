@@ -49,7 +49,7 @@ from ..outputs import REPORT, absolute, claim, staged
 def index_page(
     run: FinishedRun,
     slides: Sequence[ShownSlide],
-    most: int,  # see `gallery_section`
+    max_slides: int,  # see `gallery_section`
     review: Review | None,  # None: there are no labels that errors could be known by
     comparison: WrittenComparison | None,
 ) -> str:
@@ -65,7 +65,7 @@ def index_page(
     if review:
         sections.append(error_section(run, slides, review))
     if run.is_binary:
-        sections.append(gallery_section(run, slides, most))
+        sections.append(gallery_section(run, slides, max_slides))
     sections.append(training_section(run))
     if run.is_binary:
         sections.append(prediction_section(run))
@@ -89,52 +89,52 @@ def write_report(
     run_folder: str | Path,  # as sp_train or sp_demo wrote it
     out: str | Path | None = None,  # folder to write; None: report/ in the run folder
     # labelled slides with a page of their own, at most, and so many unlabelled ones
-    most: int = 200,
+    max_slides: int = 200,
     # leave out the names of slides, patients and runs, and where things lay: slides are called by
     # numbers; the names of groups stay
     anonymous: bool = False,
-    by: Sequence[str] = (),  # columns of `cohort` to show groups of
+    subgroups: Sequence[str] = (),  # columns of `cohort` to show subgroups of
     cohort: str | Path | None = None,  # manifest with these; None: cohort.csv in the run folder
     # folders that sp_heatmap wrote of the same network, as further layers
     maps: Sequence[str | Path] = (),
     # folder that sp_compare wrote of this run and another
     comparison: str | Path | None = None,
-    categories: str | Path | None = None,  # CSV of `CATEGORIES`, as the report saves it
+    error_review: str | Path | None = None,  # CSV of `CATEGORIES`, as the report saves it
 ) -> Path:
     """Write a report as a folder, all of it or nothing. Returns the path of its index.html.
 
     Raises `InputError`, which names what is damaged, or needed and missing."""
-    run = read_run(run_folder, by, cohort)
-    inputs = [each for each in (cohort, comparison, categories, *maps) if each]
+    run = read_run(run_folder, subgroups, cohort)
+    inputs = [each for each in (cohort, comparison, error_review, *maps) if each]
     out = report_folder(run, out, inputs)
-    check_layers(run, maps, categories)
+    check_layers(run, maps, error_review)
     layers = numbered_names([read_maps(folder, run) for folder in maps])
     compared = read_comparison(comparison, run, anonymous) if comparison else None
     if anonymous:
-        run = without_names(run, by)
-    review = read_review(run, categories)
+        run = without_names(run, subgroups)
+    review = read_review(run, error_review)
     best_threshold = review.threshold if review else None
     with staged(out, True, REPORT) as folder:
-        slides = write_slides(run, folder, most, layers)
+        slides = write_slides(run, folder, max_slides, layers)
         pages = [(slide, slide.image) for slide in slides if slide.image]
         with_page = [slide for slide, _ in pages]
         for slide, image in pages:
             page = page_of_slide(run, slide, image, with_page, best_threshold)
             write_whole(folder / f'slides/{slide.stem}.html', page)
-        write_whole(folder / 'index.html', index_page(run, slides, most, review, compared))
+        write_whole(folder / 'index.html', index_page(run, slides, max_slides, review, compared))
     return out / 'index.html'
 
 # %% ../../nbs/evaluation/18_report.ipynb #3914c9e3
 def write_slides(
     run: FinishedRun,
     folder: Path,  # of the report
-    most: int,  # labelled slides, and unlabelled ones, at most
+    max_slides: int,  # labelled slides, and unlabelled ones, at most
     maps: Sequence[Maps],
 ) -> list[ShownSlide]:
     "Write the files of the slides that a report shows, and the viewer that zooms them."
     predictions = []
     if run.is_binary:
-        predictions = run.labelled[:most] + run.unlabelled[:most]
+        predictions = run.labelled[:max_slides] + run.unlabelled[:max_slides]
     if predictions:
         copy_viewer(folder)
     vmax = common_vmax(run, predictions)
@@ -164,19 +164,21 @@ def report_folder(run: FinishedRun, out: str | Path | None, inputs: list) -> Pat
 
 
 def check_layers(
-    run: FinishedRun, maps: Sequence[str | Path], categories: str | Path | None
+    run: FinishedRun, maps: Sequence[str | Path], error_review: str | Path | None
 ) -> None:
     "Raises `InputError` for maps and categories that the report could not show."
     if len({absolute(folder) for folder in maps}) < len(maps):
         raise InputError('a folder of maps is given twice; give each once')
-    given = [each for each in (*maps, categories) if each]
+    given = [each for each in (*maps, error_review) if each]
     if given and not run.is_binary:
         raise InputError(
             f'{given[0]}: maps and categories are shown with slides of two classes, and this run '
             'is not of those; leave it out'
         )
-    if categories and not run.metrics:
-        raise InputError(f'{categories}: this run has no errors that could be known; leave it out')
+    if error_review and not run.metrics:
+        raise InputError(
+            f'{error_review}: this run has no errors that could be known; leave it out'
+        )
 
 
 def numbered_names(maps: list[Maps]) -> list[Maps]:
@@ -192,12 +194,12 @@ def numbered_names(maps: list[Maps]) -> list[Maps]:
 
 def read_review(
     run: FinishedRun,
-    categories: str | Path | None,  # CSV of `CATEGORIES`
+    error_review: str | Path | None,  # CSV of `CATEGORIES`
 ) -> Review | None:
     """The errors of a run at the point of maximum accuracy, and what a reviewer wrote of them; None
     without metrics of two classes."""
     if not run.metrics:
         return None
     wrong, threshold = errors_of(run.predictions, run.split)
-    given = read_categories(categories, wrong, run.numbers) if categories else {}
+    given = read_categories(error_review, wrong, run.numbers) if error_review else {}
     return Review(wrong, threshold, given)

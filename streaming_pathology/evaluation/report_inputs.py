@@ -358,7 +358,7 @@ EVALUATE_AGAIN = 'run sp_evaluate again, with --out elsewhere, and put what it w
 def recomputed_results(
     folder: Path,  # of the run
     is_binary: bool,
-    by: Sequence[str],  # columns to show groups of
+    subgroups: Sequence[str],  # columns to show subgroups of
     cohort: str | Path | None,  # manifest with these columns
 ) -> dict:
     """The metrics of predictions.csv, computed with the options that metrics.json names.
@@ -366,10 +366,10 @@ def recomputed_results(
     Raises `InputError` if metrics.json is damaged, or has other metrics than these."""
     path, predictions = folder / 'metrics.json', folder / 'predictions.csv'
     if not path.exists():
-        return results(predictions, by=by, cohort=cohort)
+        return results(predictions, subgroups=subgroups, cohort=cohort)
     saved = read_values(path, json.loads)
     options = saved_options(path, saved, is_binary)
-    computed = results(predictions, by=by, cohort=cohort, **asdict(options))
+    computed = results(predictions, subgroups=subgroups, cohort=cohort, **asdict(options))
     check_agreement(path, saved, computed, has_own_interval=not cohort)
     return computed
 
@@ -499,7 +499,7 @@ MISSING = {
 # %% ../../nbs/evaluation/15_report_inputs.ipynb #701f7d45
 def read_run(
     folder: str | Path,  # as sp_train or sp_demo wrote it
-    by: Sequence[str] = (),  # columns of `cohort` to show groups of
+    subgroups: Sequence[str] = (),  # columns of `cohort` to show subgroups of
     cohort: str | Path | None = None,  # manifest; None: cohort.csv in the run folder
 ) -> FinishedRun:
     """Everything that the report needs of a run folder.
@@ -512,7 +512,7 @@ def read_run(
     run.predictions = predictions_of(run)
     # a damaged cohort.csv is told here: below, what `results` raises may become a note
     read_patients(folder / 'cohort.csv', needed=False)
-    add_results(run, by, cohort)
+    add_results(run, subgroups, cohort)
     for name, sentence in MISSING.items():
         if not (folder / name).exists():
             run.notes[name] = sentence
@@ -539,15 +539,15 @@ def predictions_of(run: FinishedRun) -> list[Prediction]:
     return []
 
 
-def add_results(run: FinishedRun, by: Sequence[str], cohort: str | Path | None) -> None:
+def add_results(run: FinishedRun, subgroups: Sequence[str], cohort: str | Path | None) -> None:
     """Compute the results of a run and its figures. Where nothing asks for them and they cannot be
     computed, as for too few slides, a note says why."""
     path = run.folder / 'predictions.csv'
     try:
-        run.results = recomputed_results(run.folder, run.is_binary, by, cohort)
+        run.results = recomputed_results(run.folder, run.is_binary, subgroups, cohort)
         run.figures = figures_of(run.results, path, cohort, ACCENT)
     except InputError as e:
-        if by or cohort or (run.folder / 'metrics.json').exists():
+        if subgroups or cohort or (run.folder / 'metrics.json').exists():
             raise
         what = 'No AUC' if run.is_binary else 'No metrics'
         reason = str(e).replace(str(path), path.name)
@@ -736,12 +736,12 @@ MACHINE = (
 
 def without_names(
     run: FinishedRun,
-    by: Sequence[str],  # columns that groups are shown of
+    subgroups: Sequence[str],  # columns that subgroups are shown of
 ) -> FinishedRun:
     """A run as a report without names shows it.
 
     Raises `InputError` for groups that would show names."""
-    naming = [column for column in by if column in NAMING]
+    naming = [column for column in subgroups if column in NAMING]
     if naming:
         raise InputError(
             f'groups by {naming[0]} would show names, which are to be left out; give another column'

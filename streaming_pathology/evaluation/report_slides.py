@@ -335,19 +335,21 @@ def heatmap_layers(
 def gallery_section(
     run: FinishedRun,
     slides: Sequence[ShownSlide],
-    most: int,  # labelled slides that a report shows
+    max_slides: int,  # labelled slides that a report shows
 ) -> Section:
     "Cards of the labelled slides, the largest error first, and of the unlabelled ones."
     if not slides:
         sentence = (
-            'There are no labelled slides.' if most else 'No slide was asked for (--max-slides 0).'
+            'There are no labelled slides.'
+            if max_slides
+            else 'No slide was asked for (--max-slides 0).'
         )
         return Section('slides', 'Slides', [render('report/note.html', sentence=sentence)])
     contents = render(
         'report/gallery.html',
         labelled=[slide for slide in slides if slide.prediction.label is not None],
         unlabelled=[slide for slide in slides if slide.prediction.label is None],
-        notes=gallery_notes(run, slides, most),
+        notes=gallery_notes(run, slides, max_slides),
         threshold=run.threshold,
         map_meaning=gallery_map_meaning(run, slides),
         has_pictures=any(slide.image for slide in slides),
@@ -356,14 +358,14 @@ def gallery_section(
     return Section('slides', 'Slides', [contents])
 
 # %% ../../nbs/evaluation/17_report_slides.ipynb #20b756ef
-def gallery_notes(run: FinishedRun, slides: Sequence[ShownSlide], most: int) -> list[str]:
+def gallery_notes(run: FinishedRun, slides: Sequence[ShownSlide], max_slides: int) -> list[str]:
     "Which slides, pictures and maps are not there."
     notes = []
     n_labelled, n_slides = len(run.labelled), len(slides)
-    if n_labelled > most:
+    if n_labelled > max_slides:
         notes.append(
             f'{n_labelled:,} slides are too many for one page: these are the '
-            f'{plural(most, "slide")} with the largest error.'
+            f'{plural(max_slides, "slide")} with the largest error.'
         )
     n_pictures = sum(slide.image is not None for slide in slides)
     n_maps = sum(bool(slide.layers) for slide in slides)

@@ -200,8 +200,8 @@ class Request:
     # slides to evaluate, and there is no temperature
     threshold_split: str | None
     sensitivity: float | None  # wanted, for a point of its own
-    cohort: str | Path  # CSV with the columns `by`
-    by: Sequence[str]  # columns to show subgroups of
+    cohort: str | Path  # CSV with the columns of `subgroups`
+    subgroups: Sequence[str]  # columns to show subgroups of
     method: str  # of the AUC's interval
     resampling: Resampling  # without patients, which each split has of its own
 
@@ -366,10 +366,10 @@ def binary_results(request: Request) -> dict:
             notes.append(f'{NO_TEMPERATURE}: {e}.')
     if request.sensitivity is not None:
         result['at_sensitivity'] = sensitivity_results(request, tested, chosen_on)
-    if request.by:
+    if request.subgroups:
         result['groups'] = {
             column: subgroup_results(request, tested, column, metrics.threshold)
-            for column in request.by
+            for column in request.subgroups
         }
     notes += unknown_notes(request, tested)
     result['notes'] = notes + interval_notes(metrics, result, labels, tested.patient_ids)
@@ -475,7 +475,7 @@ def unknown_notes(request: Request, tested: Outcomes) -> list[str]:
     Where it is empty for all negative slides, each subgroup is compared with all of these."""
     notes = []
     positive = tested.labels[:, 0] == 1
-    for column in request.by:
+    for column in request.subgroups:
         values = column_of(request.cohort, column)
         unknown = np.array([is_missing(values.get(slide_id)) for slide_id in tested.slide_ids])
         if unknown[~positive].all() and not unknown[positive].all():
@@ -745,10 +745,10 @@ def results(
     # slides to choose thresholds and the temperature on; None: see `threshold_split_of`
     threshold_split: str | None = None,
     sensitivity: float | None = None,  # wanted, for a point of its own
-    # CSV with slide_id, patient_id and the columns of `by`; None, and for patients if it names
+    # CSV with slide_id, patient_id and those of `subgroups`; None, and for patients if it names
     # none: cohort.csv beside `path`, if there is one
     cohort: str | Path | None = None,
-    by: Sequence[str] = (),  # its columns to show subgroups of
+    subgroups: Sequence[str] = (),  # its columns to show subgroups of
     n_bootstrap: int = 10_000,
     seed: int = 0,  # of the resamples
     level: float = 0.95,  # of the intervals
@@ -765,8 +765,8 @@ def results(
 
     Raises `InputError` with the file and what is wrong with it."""
     table = read_outcomes(path)
-    patients = known_patients(path, cohort, needed=not by)
-    check_options(table, sensitivity, by, threshold_split, method)
+    patients = known_patients(path, cohort, needed=not subgroups)
+    check_options(table, sensitivity, subgroups, threshold_split, method)
     check_slides_in_cohort(table, cohort)
     if cohort is None:
         cohort = Path(path).parent / 'cohort.csv'
@@ -781,7 +781,7 @@ def results(
             threshold_split=threshold_split_of(table, split, threshold_split),
             sensitivity=sensitivity,
             cohort=cohort,
-            by=by,
+            subgroups=subgroups,
             method=method,
             resampling=Resampling(n_bootstrap, seed, level),
         )
@@ -815,14 +815,17 @@ def threshold_split_of(
 def check_options(
     table: OutcomeTable,
     sensitivity: float | None,
-    by: Sequence[str],
+    subgroups: Sequence[str],
     threshold_split: str | None,
     method: str,
 ) -> None:
     "Raises `InputError` for an option that does not apply to the task of a table."
     if table.task == 'binary':
         return
-    given = {'--target-sensitivity (sensitivity)': sensitivity, '--subgroups (by)': by}
+    given = {
+        '--target-sensitivity (sensitivity)': sensitivity,
+        '--subgroups (subgroups)': subgroups,
+    }
     if table.task != 'survival':
         given['--threshold-split (threshold_split)'] = threshold_split
     if table.task in ('survival', 'regression') and method != 'logit':

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ..core import InputError, at_least_one
 from .bags import Bag, BagDataset
 from ..slides.datasets import slide_loader
-from ..training.loop import Callback, State, predict
+from ..training.loop import Callback, State, predicted_rows
 from ..training.tasks import Task
 
 # %% ../../nbs/mil/04_mil.ipynb #c78f3fea
@@ -151,7 +151,7 @@ class TwoPhases(Callback):
             self.loader = slide_loader(
                 self.data, workers=self.workers, rank=s.ranks.rank, ranks=s.ranks.size
             )
-        predict(
+        parts = predicted_rows(
             s.model,
             self.loader,
             s.device,
@@ -160,10 +160,12 @@ class TwoPhases(Callback):
             desc=f'epoch {s.epoch + 1}, all patches',
             task=s.task,
             ranks=s.ranks,
-            rows=self.rows,
-            rest=s.rest,
             epoch=s.epoch,
+            n_done=len(self.rows),
         )
+        for new_rows in parts:
+            self.rows += new_rows
+            s.rest()
         self.choose(s)
 
     def choose(self, s: State) -> None:

@@ -83,12 +83,12 @@ def results_in(plan: Plan, method: str, share: float, folder: str | Path) -> lis
 def state_of(plan: Plan, method: str, share: float, folder: str | Path) -> str:
     "'' where all jobs of a method are done; else how many are, as text."
     asked = [job for job in jobs_of(plan, [method]) if job.share == share]
-    done = len(results_in(plan, method, share, folder))
-    if asked and done == len(asked):
+    n_done = len(results_in(plan, method, share, folder))
+    if asked and n_done == len(asked):
         return ''
-    if not done:
+    if not n_done:
         return NOT_YET
-    return f'{NOT_YET} ({done} of {len(asked)} jobs)'
+    return f'{NOT_YET} ({n_done} of {len(asked)} jobs)'
 
 
 def scores_of(plan: Plan, method: str, share: float, folder: str | Path) -> Scores | None:

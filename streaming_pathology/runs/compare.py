@@ -205,15 +205,15 @@ def two_names(given: Sequence[str | Path]) -> list[str]:
     return names
 
 
-def two_tables(categories: str | None) -> list[str | None]:
+def two_tables(error_review: str | None) -> list[str | None]:
     "The tables of categories of both sides; None where there is none."
-    if not categories:
+    if not error_review:
         return [None, None]
-    tables = [name.strip() for name in categories.split(',')]
+    tables = [name.strip() for name in error_review.split(',')]
     if len(tables) != 2:
         raise InputError(
-            f'--error-review {categories}: give two tables with a comma between them, one for each; '
-            'one may be empty'
+            f'--error-review {error_review}: give two tables with a comma between them, one for '
+            'each run; one may be empty'
         )
     return [name if name else None for name in tables]
 
@@ -230,7 +230,7 @@ def compare_runs(
     level: float = 0.95,  # of the intervals
     seed: int = 0,  # of the resamples
     # tables of categories that were saved in the reports of the two, with a comma; one may be empty
-    categories: str | None = None,
+    error_review: str | None = None,
 ) -> Comparison | None:
     """Compare two runs on the same slides, write what was found and print it.
 
@@ -240,7 +240,7 @@ def compare_runs(
     if not 0 < level < 1:
         raise InputError(f'--confidence is {level}; it has to be between 0 and 1, as .95')
     folder = absolute(out)
-    sources = two_sources((first, second), folder, out, two_tables(categories))
+    sources = two_sources((first, second), folder, out, two_tables(error_review))
     check_former(folder, out, sources, split)
     for source in sources:
         source.read_run()

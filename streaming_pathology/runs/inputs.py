@@ -403,7 +403,7 @@ class Outcome:
 
     found: FoundSlides
     failed: Mapping[str, str]  # slide_id -> a sentence, of the cases that could not be used
-    done: str = 'done'  # what those are called that did not fail
+    success: str = 'done'  # the status of those that did not fail
 
     @property
     def n_slides(self) -> int:
@@ -426,7 +426,7 @@ class Outcome:
         return [*self.failed.values(), *unusable]
 
     def __str__(self) -> str:
-        text = f'{counted(self.n_slides, "slide")} found: {self.n_done} {self.done}'
+        text = f'{counted(self.n_slides, "slide")} found: {self.n_done} {self.success}'
         if self.n_failed:
             text = f'{text}, {self.n_failed} failed'
         left_out = self.found.left_out
@@ -439,7 +439,7 @@ class Outcome:
         rows = []
         for case in self.found.cases:
             reason = self.failed.get(case.slide_id, '')
-            status = 'failed' if reason else self.done
+            status = 'failed' if reason else self.success
             rows.append(status_row(case.slide_id, status, reason, case.path))
         for each in self.found.unusable:
             rows.append(status_row(each.path.name, 'failed', each.reason, each.path))

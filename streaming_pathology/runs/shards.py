@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'Shard', 'all_shards', 'Shards', 'trim_shard', 'merge_trimmed', 'merge_tables', 'ShardResult',
-           'predict_shard', 'merge_predictions', 'check_shard', 'merge_checks', 'draw_shard', 'merge_maps',
-           'chosen_shard', 'share']
+           'predict_shard', 'merge_predictions', 'check_shard', 'not_checked', 'merge_checks', 'draw_shard',
+           'merge_maps', 'chosen_shard', 'share']
 
 # %% ../../nbs/runs/08_shards.ipynb #dc19f449
 import csv
@@ -66,8 +66,8 @@ class Shard:
         "The slides of this shard, in the order of the cases."
         cases = list(cases)
         slide_ids = sorted(case.slide_id for case in cases)
-        mine = set(slide_ids[self.number - 1 :: self.of])
-        return [case for case in cases if case.slide_id in mine]
+        of_shard = set(slide_ids[self.number - 1 :: self.of])
+        return [case for case in cases if case.slide_id in of_shard]
 
 
 def all_shards(of: int) -> list[Shard]:
@@ -77,13 +77,18 @@ def all_shards(of: int) -> list[Shard]:
 # %% ../../nbs/runs/08_shards.ipynb #f9cd38fd
 def case_stamp(case: Case) -> list:
     "What a row of a table depends on, but for where files lie, as JSON has it."
-    files = []
-    for path in (case.path, case.mask):
-        files.append(None)
-        if path is not None:
-            with suppress(InputError, OSError):  # it is told when the slide is read
-                files[-1] = file_stamp(path)
+    files = [stamp_or_none(case.path), stamp_or_none(case.mask)]
     return json.loads(json.dumps([case.label, case.split, case.spacing, *files]))
+
+
+def stamp_or_none(path: str | Path | None) -> Any:
+    "The state of a file; None of one that cannot be read, which is told when the slide is read."
+    if path is None:
+        return None
+    try:
+        return file_stamp(path)
+    except (InputError, OSError):
+        return None
 
 
 def stamps_of(cases: Iterable[Case]) -> dict[str, list]:
@@ -91,10 +96,10 @@ def stamps_of(cases: Iterable[Case]) -> dict[str, list]:
     return {case.slide_id: case_stamp(case) for case in cases}
 
 
-def listed(texts: Sequence[str]) -> str:
-    "Texts with commas between them, after the first twenty their number."
-    text = ', '.join(texts[:20])
-    more = len(texts) - 20
+def listed(shards: Sequence[Shard]) -> str:
+    "Shards with commas between them; the number of those after the first twenty."
+    text = ', '.join(str(shard) for shard in shards[:20])
+    more = len(shards) - 20
     return f'{text} and {more} more' if more > 0 else text
 
 # %% ../../nbs/runs/08_shards.ipynb #45f3bbf3
@@ -159,37 +164,43 @@ class Shards:
             'folder to begin again'
         )
 
-    def done(self, shard: Shard) -> dict[str, str] | None:
-        "The slides of a shard that is done, slide id -> why it failed or ''; None if it is not."
-        path = self.folder_of(shard) / 'done.json'
-        return self.read(path)['slides'] if path.exists() else None
+    def done_file(self, shard: Shard) -> Path:
+        "The file that a shard has when it is done."
+        return self.folder_of(shard) / 'done.json'
+
+    def is_done(self, shard: Shard) -> bool:
+        "Whether a shard is done; slides of it may have failed."
+        return self.done_file(shard).exists()
 
     def finish(
         self,
         shard: Shard,
-        slides: dict[str, str],  # as `done` gives them
+        reasons: dict[str, str],  # of each slide: see the method reasons
         stamps: dict[str, Any] | None = None,  # by slide id: see `case_stamp`
     ) -> None:
-        "Say that a shard is done."
-        text = json.dumps(dict(slides=slides, stamps=stamps), indent=1) + '\n'
-        write_whole(self.folder_of(shard) / 'done.json', text)
+        "Write down that a shard is done."
+        text = json.dumps(dict(slides=reasons, stamps=stamps), indent=1) + '\n'
+        write_whole(self.done_file(shard), text)
 
-    def to_do(self, shard: Shard, cases: Sequence[Case], stamps: dict[str, Any]) -> list[Case]:
-        "The slides of a shard that are not done, have failed, or are in another state than then."
-        done = self.done(shard)
-        if done is None:
-            return list(cases)
-        former = self.stamps(shard)
-        rest = []
-        for case in cases:
-            is_good = done.get(case.slide_id) == ''
-            if not is_good or former.get(case.slide_id) != stamps[case.slide_id]:
-                rest.append(case)
-        return rest
+    def reasons(self, shard: Shard) -> dict[str, str]:
+        "Of each slide of a shard that is done why it failed, or '': slide id -> sentence."
+        return self.read(self.done_file(shard))['slides']
 
     def stamps(self, shard: Shard) -> dict[str, Any]:
         "The states of the slides of a shard that is done, by slide id."
-        return self.read(self.folder_of(shard) / 'done.json').get('stamps') or {}
+        return self.read(self.done_file(shard)).get('stamps') or {}
+
+    def to_do(self, shard: Shard, cases: Sequence[Case], stamps: dict[str, Any]) -> list[Case]:
+        "The slides of a shard that are not done, have failed, or are in another state than then."
+        if not self.is_done(shard):
+            return list(cases)
+        reasons, former_stamps = self.reasons(shard), self.stamps(shard)
+        remaining = []
+        for case in cases:
+            is_good = reasons.get(case.slide_id) == ''
+            if not is_good or former_stamps.get(case.slide_id) != stamps[case.slide_id]:
+                remaining.append(case)
+        return remaining
 
     def read(self, path: Path) -> dict:
         "A file that shards have written."
@@ -207,48 +218,56 @@ class Shards:
             )
         return self.read(path)['shards']
 
-    def all_done(
-        self,
-        cases: Sequence[Case],
-        in_state: bool = False,  # labels and files have to be those that each shard has seen
-    ) -> dict[str, str]:
-        """Why each slide failed, or '', as `done` gives it, in the order of the cases.
-
-        Raises `InputError`, which names the shards that are not done, or were about other slides
-        than they would be about now."""
-        missing, changed, reasons = [], [], {}
+    def all_reasons(self, cases: Sequence[Case], check_state: bool = False) -> dict[str, str]:
+        """Of each slide of all shards why it failed, or '', in the order of the cases. Raises
+        `InputError` as check_done."""
+        self.check_done(cases, check_state)
+        reasons = {}
         for shard in all_shards(self.n_shards()):
-            of_shard = self.done(shard)
-            if of_shard is None:
-                missing.append(str(shard))
-            elif self.has_changed(shard, cases, in_state):
-                changed.append(str(shard))
-            else:
-                reasons.update(of_shard)
-        self.check_complete(missing, changed)
+            reasons.update(self.reasons(shard))
         return {case.slide_id: reasons[case.slide_id] for case in cases}
 
-    def has_changed(self, shard: Shard, cases: Sequence[Case], in_state: bool) -> bool:
-        "Whether a shard that is done was about other slides than now; `in_state`: see `all_done`."
-        of_shard = shard.take(cases)
-        slide_ids = {case.slide_id for case in of_shard}
-        if self.done(shard).keys() != slide_ids:
-            return True
-        return in_state and self.stamps(shard) != stamps_of(of_shard)
+    def all_failed(self, cases: Sequence[Case], check_state: bool = False) -> dict[str, str]:
+        """The slides of all shards that failed, slide id -> reason. Raises `InputError` as
+        check_done."""
+        reasons = self.all_reasons(cases, check_state)
+        return {slide_id: reason for slide_id, reason in reasons.items() if reason}
 
-    def check_complete(self, missing: Sequence[str], changed: Sequence[str]) -> None:
-        "Raises `InputError` if there are shards that are not done, or that have changed."
+    def check_done(
+        self,
+        cases: Sequence[Case],
+        check_state: bool = False,  # labels and files have to be those that each shard has seen
+    ) -> None:
+        """Raises `InputError`, which names the shards that are not done, and those that were about
+        other slides than they would be about now."""
+        shards = all_shards(self.n_shards())
+        missing = [shard for shard in shards if not self.is_done(shard)]
+        done = [shard for shard in shards if self.is_done(shard)]
+        changed = [shard for shard in done if self.has_changed(shard, cases, check_state)]
+        if missing or changed:
+            raise self.incomplete(missing, changed)
+
+    def incomplete(self, missing: Sequence[Shard], changed: Sequence[Shard]) -> InputError:
+        "The exception for shards that are not done, and for those that have changed."
         parts = []
         if missing:
-            parts.append(f'{len(missing)} of {self.n_shards()} shards not done ({listed(missing)})')
+            number = f'{len(missing)} of {self.n_shards()}'
+            parts.append(f'{number} shards not done ({listed(missing)})')
         if changed:
             number = counted(len(changed), 'shard')
             parts.append(f'{number} of other slides, or in another state ({listed(changed)})')
-        if parts:
-            raise InputError(
-                f'{self.out} cannot be put together, with {" and ".join(parts)}: run these, and '
-                'then --merge again'
-            )
+        return InputError(
+            f'{self.out} cannot be put together, with {" and ".join(parts)}: run these, and then '
+            '--merge again'
+        )
+
+    def has_changed(self, shard: Shard, cases: Sequence[Case], check_state: bool) -> bool:
+        "Whether a shard that is done was about other slides than now, or another state of them."
+        of_shard = shard.take(cases)
+        slide_ids = {case.slide_id for case in of_shard}
+        if self.reasons(shard).keys() != slide_ids:
+            return True
+        return check_state and self.stamps(shard) != stamps_of(of_shard)
 
     @contextmanager
     def naming_shards(self, cases: Sequence[Case]) -> Iterator[None]:
@@ -263,7 +282,7 @@ class Shards:
         shards = []
         for shard in all_shards(self.n_shards()):
             if any(case.slide_id in slide_ids for case in shard.take(cases)):
-                shards.append(str(shard))
+                shards.append(shard)
         what = 'a slide has changed, or what was written of it'
         if len(slide_ids) > 1:
             what = f'{len(slide_ids)} slides have changed, or what was written of them'
@@ -273,11 +292,6 @@ class Shards:
             'and then --merge'
         )
         return InputError(several(start, map(repr, slide_ids)))
-
-    def all_failed(self, cases: Sequence[Case], in_state: bool = False) -> dict[str, str]:
-        "The slides that failed, slide id -> reason. The arguments are those of `all_done`."
-        done = self.all_done(cases, in_state)
-        return {slide_id: reason for slide_id, reason in done.items() if reason}
 
 # %% ../../nbs/runs/08_shards.ipynb #6d0de72e
 def trim_shard(
@@ -292,9 +306,9 @@ def trim_shard(
     shards = Shards(Path(out))
     part = [case.slide_id for case in shard.take(cases)]
     with claimed(Path(out), settings, shared=True), shards.working(shard):
-        found = trim_slides(cases, out, settings, workers, progress, part=part)
-        shards.finish(shard, dict.fromkeys(part, '') | found['failed'])
-    return found
+        result = trim_slides(cases, out, settings, workers, progress, part=part)
+        shards.finish(shard, dict.fromkeys(part, '') | result['failed'])
+    return result
 
 
 def merge_trimmed(
@@ -308,10 +322,10 @@ def merge_trimmed(
     shards = Shards(Path(out))
     failed = shards.all_failed(cases)
     with shards.naming_shards(cases):
-        found = trim_slides(
+        result = trim_slides(
             cases, out, settings, progress=False, known_failed=failed, without_id=without_id
         )
-    return found | dict(skipped=0)
+    return result | dict(skipped=0)
 
 # %% ../../nbs/runs/08_shards.ipynb #ed9208a4
 TABLE = 'table.csv'  # of a shard, in its folder
@@ -377,26 +391,24 @@ def predict_shard(
     from streaming_pathology.training.loop import ONE_PROCESS
 
     ranks = ONE_PROCESS if ranks is None else ranks
-    shards, mine, failed = Shards(Path(out)), shard.take(cases), {}
+    shards, of_shard, failed = Shards(Path(out)), shard.take(cases), {}
     with ExitStack() as stack:
         shard_folder = ranks.first(lambda: stack.enter_context(shards.working(shard, about)))
-        stamps = ranks.first(lambda: stamps_of(mine))
-        rest = ranks.first(lambda: shards.to_do(shard, mine, stamps))
+        stamps = ranks.first(lambda: stamps_of(of_shard))
+        remaining = ranks.first(lambda: shards.to_do(shard, of_shard, stamps))
         new = shard_folder / 'new.csv'
-        if rest:
-            rows, sentences = predict_table(
-                model, card, rest, new, skip=skip, ranks=ranks, **options
+        if remaining:
+            _, failed = predict_table(
+                model, card, remaining, new, skip=skip, ranks=ranks, **options
             )
-            done = {row['slide_id'] for row in rows}
-            without = [case.slide_id for case in rest if case.slide_id not in done]
-            failed = dict(zip(without, sentences, strict=True))
         if ranks.rank == 0 and (skip or not failed):
+            slide_ids = [case.slide_id for case in of_shard]
             tables = [path for path in (shard_folder / TABLE, new) if path.exists()]
             if tables:
-                merge_tables(tables, shard_folder / TABLE, [case.slide_id for case in mine])
-            shards.finish(shard, {case.slide_id: '' for case in mine} | failed, stamps)
+                merge_tables(tables, shard_folder / TABLE, slide_ids)
+            shards.finish(shard, dict.fromkeys(slide_ids, '') | failed, stamps)
             new.unlink(missing_ok=True)
-    return ShardResult(failed, len(mine), len(mine) - len(rest))
+    return ShardResult(failed, len(of_shard), len(of_shard) - len(remaining))
 
 
 def merge_predictions(
@@ -406,7 +418,7 @@ def merge_predictions(
     the slides that failed. Raises `InputError` if shards are not done."""
     shards = Shards(Path(out))
     shards.check_about(dict(shards=shards.n_shards()) | about)
-    failed = shards.all_failed(cases, in_state=True)
+    failed = shards.all_failed(cases, check_state=True)
     tables = [shards.folder_of(shard) / TABLE for shard in all_shards(shards.n_shards())]
     tables = [path for path in tables if path.exists()]
     n_rows = 0
@@ -424,14 +436,14 @@ class Lines:
 
     def read(self) -> dict[str, Any]:
         "All values; the last one of each slide."
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         if not self.path.exists():
-            return found
+            return values
         for line in self.path.read_text().splitlines():
             with suppress(ValueError, TypeError):  # a line that was being written
                 slide_id, value = json.loads(line)
-                found[slide_id] = value
-        return found
+                values[slide_id] = value
+        return values
 
     def add(self, slide_id: str, value: Any) -> None:
         "Add a line. A new line is begun first, as the last one may have no end."
@@ -463,24 +475,35 @@ def check_shard(
     slide_spacing: float | None = None,  # as in `check_slides`
 ) -> ShardResult:
     "As `check_slides`, of the slides of one shard that were not checked before."
-    shards, mine, failed = Shards(Path(out)), shard.take(cases), {}
+    shards, of_shard, failed = Shards(Path(out)), shard.take(cases), {}
     about = looked_for(tissue, pen, stain, slide_spacing)
     with shards.working(shard, about) as shard_folder:
         lines = Lines(shard_folder / CHECKED)
-        former, stamps = lines.read(), stamps_of(mine)
-        rest = []
-        for case in mine:
-            value = former.get(case.slide_id, {})
-            if value.get('stamp') != stamps[case.slide_id] or value['problem']:
-                rest.append(case)
-        for found in check_slides(rest, tissue, pen, stain, workers, slide_spacing=slide_spacing):
-            if found.problem:
-                failed[found.slide_id] = found.problem
-            value = dict(stamp=stamps[found.slide_id], problem=found.problem, row=found.row())
-            lines.add(found.slide_id, value)
-            tell(found)
-        shards.finish(shard, {case.slide_id: '' for case in mine} | failed, stamps)
-    return ShardResult(failed, len(mine), len(mine) - len(rest))
+        stamps = stamps_of(of_shard)
+        remaining = not_checked(of_shard, stamps, lines.read())
+        checks = check_slides(remaining, tissue, pen, stain, workers, slide_spacing=slide_spacing)
+        for check in checks:
+            if check.problem:
+                failed[check.slide_id] = check.problem
+            value = dict(stamp=stamps[check.slide_id], problem=check.problem, row=check.row())
+            lines.add(check.slide_id, value)
+            tell(check)
+        shards.finish(shard, {case.slide_id: '' for case in of_shard} | failed, stamps)
+    return ShardResult(failed, len(of_shard), len(of_shard) - len(remaining))
+
+
+def not_checked(
+    cases: Sequence[Case],
+    stamps: dict[str, list],  # their states now, by slide id
+    former: dict[str, dict],  # what was written of slides before, by slide id
+) -> list[Case]:
+    "The slides that were not checked before in this state, or had a problem."
+    remaining = []
+    for case in cases:
+        value = former.get(case.slide_id, {})
+        if value.get('stamp') != stamps[case.slide_id] or value['problem']:
+            remaining.append(case)
+    return remaining
 
 
 def merge_checks(
@@ -496,7 +519,7 @@ def merge_checks(
     shards = Shards(Path(out))
     about = looked_for(tissue, pen, stain, slide_spacing)
     shards.check_about(dict(shards=shards.n_shards()) | about)
-    failed = shards.all_failed(cases, in_state=True)
+    failed = shards.all_failed(cases, check_state=True)
     rows = {}
     for shard in all_shards(shards.n_shards()):
         for slide_id, value in Lines(shards.folder_of(shard) / CHECKED).read().items():
@@ -507,12 +530,12 @@ def merge_checks(
 def draw_shard(run: MapRun, shard: Shard) -> ShardResult:
     "Draw the maps of one shard: as the method draw, without the tables."
     shards = Shards(run.folder)
-    mine = [case.slide_id for case in shard.take(run.cases)]
+    slide_ids = [case.slide_id for case in shard.take(run.cases)]
     run.begin()
     with shards.working(shard):
-        n_before = run.draw_part(mine)
-        shards.finish(shard, dict.fromkeys(mine, '') | run.failed)
-    return ShardResult(dict(run.failed), len(mine), n_before)
+        n_before = run.draw_part(slide_ids)
+        shards.finish(shard, dict.fromkeys(slide_ids, '') | run.failed)
+    return ShardResult(dict(run.failed), len(slide_ids), n_before)
 
 
 def merge_maps(run: MapRun) -> int:

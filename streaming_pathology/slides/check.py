@@ -113,9 +113,9 @@ class SlideCheck:
         )
 
 # %% ../../nbs/slides/14_check.ipynb #d31e544d
-def spacing_source(said: Mapping[str, tuple[float, float]], given: float | None) -> str:
+def spacing_source(spacings: Mapping[str, tuple[float, float]], given: float | None) -> str:
     "Who says the spacing of a slide: the first source that gives one that can be, or the user."
-    for source, size in said.items():
+    for source, size in spacings.items():
         if is_believable(size):
             return source
     return '' if given is None else 'the user'
@@ -137,7 +137,7 @@ def facts_of_file(path: Path, reader: Reader, given: float | None) -> dict[str, 
         format=MAKERS.get(reader.format, reader.format),
         size=(height, width),
         n_bytes=sum(file.stat().st_size for file in slide_files(path)),
-        spacing_from=spacing_source(reader.said, given),
+        spacing_from=spacing_source(reader.spacings, given),
         n_levels=len(reader.sizes),
         compression=compression_of(reader),
         notes=tuple(reader.notes),
@@ -159,7 +159,7 @@ def check_slide(
     try:
         reader = open_reader(case.path)
         given = case.spacing
-        if given is None and not spacing_source(reader.said, None):
+        if given is None and not spacing_source(reader.spacings, None):
             given = slide_spacing
         found = replace(found, **facts_of_file(case.path, reader, given))
         with Slide(case.path, given, warn=False, reader=reader) as slide:
@@ -210,7 +210,7 @@ def check_slides(
     pen: bool = True,  # ink of felt pens is no tissue, as in `find_tissue`
     stain: str = 'he',  # of the slides, as in `find_tissue`
     workers: int = 0,  # processes; 0: this one
-    done: Callable[[], object] = lambda: None,  # called after each slide, for a progress bar
+    after_each: Callable[[], object] = lambda: None,  # called after each slide, for a progress bar
     slide_spacing: float | None = None,  # as in `check_slide`
 ) -> Iterator[SlideCheck]:
     "Check slides; yields what was found of each, in the order of the cases."
@@ -224,7 +224,7 @@ def check_slides(
             if error is not None:
                 text = f'{task.case.path}: {one_line(error)}'
                 found = SlideCheck(task.case.slide_id, task.case.path, problem=text)
-            done()
+            after_each()
             yield task.number, found
 
     yield from in_order(outcomes())

@@ -403,9 +403,9 @@ class SlideDataset(Dataset):
 
     def without(self, slide_ids: Collection[str]) -> 'SlideDataset':
         "All cases but some as a dataset that shares the images kept by this one."
-        rest = copy.copy(self)
-        rest.cases = [case for case in self.cases if case.slide_id not in slide_ids]
-        return rest
+        remaining = copy.copy(self)
+        remaining.cases = [case for case in self.cases if case.slide_id not in slide_ids]
+        return remaining
 
 # %% ../../nbs/slides/12_datasets.ipynb #18ebb40e
 def canvas_text(size: Sequence[int], spacing: float) -> str:

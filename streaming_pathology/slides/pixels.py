@@ -205,9 +205,9 @@ def check_depth(path: Path, pixels: np.ndarray, bits: int | None) -> None:
     "Refuse uint8 pixels of an image of 16 bits of which the upper bits are empty."
     if pixels.max(initial=0) > BRIGHTEST_IF_EMPTY:
         return
-    said = '' if bits is None else f' ({bits} of them in use, by its header)'
+    note = '' if bits is None else f' ({bits} of them in use, by its header)'
     raise InputError(
-        f'{path} has 16 bits a channel{said}, of which the upper ones are empty: it would be '
+        f'{path} has 16 bits a channel{note}, of which the upper ones are empty: it would be '
         'nearly black. Save it as 8-bit RGB, or with the bits that are in use (SignificantBits of '
         'OME, MaxSampleValue of TIFF)'
     )

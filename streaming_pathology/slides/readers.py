@@ -101,7 +101,7 @@ class Reader(Protocol):
     sizes: list[tuple[int, int]]  # (height, width) of each level in pixels, the finest first
     # source of a spacing -> (height, width) of a pixel in microns, nan where unknown; the first
     # source that gives one is trusted
-    said: dict[str, tuple[float, float]]
+    spacings: dict[str, tuple[float, float]]
     properties: Mapping[str, str]  # what else the file says
     format: str  # a word for the format
     associated: Sequence[str]  # names of images that the scanner added and that show no label
@@ -235,11 +235,11 @@ def is_believable(size: tuple[float, float]) -> bool:
     return all(math.isfinite(side) and FINEST <= side <= COARSEST for side in size)
 
 
-def no_spacing(path: str | Path, said: Mapping[str, tuple[float, float]]) -> InputError:
+def no_spacing(path: str | Path, spacings: Mapping[str, tuple[float, float]]) -> InputError:
     "The exception for a file that gives no spacing that a slide can have."
     values = [
         f'{size[0]:.4g} by its {source}'
-        for source, size in said.items()
+        for source, size in spacings.items()
         if all(math.isfinite(side) for side in size)
     ]
     if values:
@@ -254,7 +254,7 @@ def no_spacing(path: str | Path, said: Mapping[str, tuple[float, float]]) -> Inp
 def resolve_spacing(
     path: str | Path,  # named in messages
     # source -> (height, width) of a pixel in microns, in the order of trust
-    said: Mapping[str, tuple[float, float]],
+    spacings: Mapping[str, tuple[float, float]],
     given: float | None = None,  # microns per pixel by the user; used where no source says any
     override: bool = False,  # use `given` whatever the file says
 ) -> tuple[float, list[str]]:
@@ -262,12 +262,12 @@ def resolve_spacing(
 
     Raises `InputError` if nobody says, or if pixels are not square."""
     spacing = checked_spacing(path, given, override)
-    known = {source: size for source, size in said.items() if is_believable(size)}
+    known = {source: size for source, size in spacings.items() if is_believable(size)}
     if spacing is not None:
         by_user = {'given spacing': (spacing, spacing)}
         known = {**by_user, **known} if override else {**known, **by_user}
     if not known:
-        raise no_spacing(path, said)
+        raise no_spacing(path, spacings)
     source, (height, width) = next(iter(known.items()))
     if max(height, width) > 1.05 * min(height, width):
         raise InputError(
@@ -335,9 +335,9 @@ class OpenSlideReader:
                 f'{path} is damaged: it says that it has {sizes[0][0]} x {sizes[0][1]} pixels'
             )
         self.properties: Mapping[str, str] = dict(self.file.properties)
-        self.said = {'properties of the scanner': spacing_by_openslide(self.properties)}
+        self.spacings = {'properties of the scanner': spacing_by_openslide(self.properties)}
         if images and images[0].size == self.sizes[0]:  # the first may be a macro photograph
-            self.said['resolution tags'] = images[0].spacing
+            self.spacings['resolution tags'] = images[0].spacing
         found = self.file.associated_images
         self.associated: Sequence[str] = [name for name in found if name in HARMLESS]
         self.notes: list[str] = []
@@ -502,7 +502,7 @@ class TiffReader:
         self.levels[0].check_opens()
         self.orientation: Orientation = orientation_of(first.orientation)
         self.sizes = [self.orientation.turned_pair(level.size) for level in self.levels]
-        self.said = {
+        self.spacings = {
             source: self.orientation.turned_pair(size) for source, size in slide.spacings.items()
         }
         state = path.stat()
@@ -638,7 +638,7 @@ class PictureReader:
         rgb = as_rgb(path, image, Colors())
         self.orientation: Orientation = orientation_of(value_of(image, 'orientation', 1))
         self.sizes = [self.orientation.turned_pair((rgb.height, rgb.width))]
-        self.said: dict[str, tuple[float, float]] = {}
+        self.spacings: dict[str, tuple[float, float]] = {}
         self.properties: Mapping[str, str] = {}
         self.format = loader_of(image).removesuffix('load')
         profile = value_of(image, 'icc-profile-data', None)

@@ -200,7 +200,7 @@ def png_parts(bands: Iterable[np.ndarray], height: int, width: int) -> Iterator[
 class PixelRows:
     """An image read a few rows at a time, as a streamed network takes it.
 
-    `shape` is (1, 3, height, width). `failed` is the exception that ended `image` early, if any."""
+    `shape` is (1, 3, height, width). `error` is the exception that ended `image` early, if any."""
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class PixelRows:
     ) -> None:
         self.pixels = pixels
         self.shape = (1, 3, *size)
-        self.failed: BaseException | None = None
+        self.error: BaseException | None = None
 
     def read(self, top: int, bottom: int) -> np.ndarray:
         "Rows `top` to `bottom`, uint8 (1, 3, bottom-top, width)."
@@ -221,21 +221,21 @@ class PixelRows:
     ) -> pyvips.Image:
         """A lazy libvips image, which can be read once and from top to bottom.
 
-        libvips only says that the image ended early; the exception that did it is in `failed`."""
+        libvips only says that the image ended early; the exception that did it is in `error`."""
         *_, height, width = self.shape
         parts = png_parts(read_ahead(self.pixels, height, band), height, width)
-        rest = memoryview(b'')
+        unread = memoryview(b'')
 
-        def read(most: int) -> bytes:
+        def read(n_bytes: int) -> bytes:
             "At most so many bytes; none where the image ends."
-            nonlocal rest
-            if not rest:
+            nonlocal unread
+            if not unread:
                 try:
-                    rest = memoryview(next(parts, b''))
+                    unread = memoryview(next(parts, b''))
                 except BaseException as e:  # also Ctrl-C: what is raised here is lost in libvips
-                    self.failed = e
+                    self.error = e
                     return b''
-            part, rest = bytes(rest[:most]), rest[most:]
+            part, unread = bytes(unread[:n_bytes]), unread[n_bytes:]
             return part
 
         source = pyvips.SourceCustom()
@@ -284,7 +284,7 @@ class Slide:
         reader = self._open()
         with self._closing_on_error():
             self.spacing, self.contradictions = resolve_spacing(
-                self.path, reader.said, spacing, override
+                self.path, reader.spacings, spacing, override
             )
         self.notes: list[str] = []
         self._warn = warn

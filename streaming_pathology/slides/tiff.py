@@ -700,10 +700,12 @@ def check_ome(path: Path, ome: OmeImage, images: list[TiffImage]) -> None:
 
 def bits_in_use(slide: TiffImage, ome: OmeImage | None) -> int | None:
     "How many bits of a sample are in use, if the file says that it is not all."
-    said = ome.bits if ome is not None else None
-    if said is None and slide.largest:
-        said = slide.largest.bit_length()
-    return said if said is not None and said < slide.bits else None
+    bits = ome.bits if ome is not None else None
+    if bits is None and slide.largest:
+        bits = slide.largest.bit_length()
+    if bits is None or bits >= slide.bits:
+        return None
+    return bits
 
 
 def check_children(path: Path, slide: TiffImage, images: list[TiffImage]) -> None:

@@ -531,11 +531,11 @@ def write_image(rows: PixelRows, path: Path, settings: Trim, source: Path) -> No
     try:
         write_tiff(rows.image(512), path, settings.spacing, 'jpeg', quality=settings.quality)
     except (InputError, pyvips.Error) as e:
-        if rows.failed is not None:
-            raise rows.failed from None
+        if rows.error is not None:
+            raise rows.error from None
         raise InputError(f'{source}: {reason(e)}') from None
-    if rows.failed is not None:
-        raise rows.failed
+    if rows.error is not None:
+        raise rows.error
 
 
 def replace_note(task: TrimTask, note: dict) -> None:

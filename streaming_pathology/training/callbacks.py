@@ -198,9 +198,9 @@ class Cosine(Callback):
 
     def factor(self, epoch: int, epochs: int) -> float:
         "By what the learning rate is multiplied in an epoch, counted from 0, of `epochs`."
-        done = max(0, epoch - self.warmup) / max(1, epochs - self.warmup)
+        fraction = max(0, epoch - self.warmup) / max(1, epochs - self.warmup)
         rise = min(1, (epoch + 1) / (self.warmup + 1))
-        return rise * (1 + math.cos(math.pi * done)) / 2
+        return rise * (1 + math.cos(math.pi * fraction)) / 2
 
     def after_load(self, state: State) -> None:
         self.before_epoch(state)

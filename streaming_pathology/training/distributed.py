@@ -96,14 +96,14 @@ class Ranks(Alone):
 
     def first(self, f: Callable[[], T]) -> T:
         "As of `Alone`. Raises `InputError` on the other ranks if `f` raises on the first."
-        message: list[Any] = [None, True]  # what `f` returned, and whether it failed
+        message: list[Any] = [None, True]  # what `f` returned, and whether it raised
         try:
             if self.rank == 0:
                 message = [f(), False]
         finally:
             self.call(dist.broadcast_object_list, message, self.root)
-        value, failed = message
-        if failed:
+        value, has_raised = message
+        if has_raised:
             raise InputError('the first rank says why')
         return value
 

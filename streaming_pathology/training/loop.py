@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'AMP_TYPES', 'slide_seed', 'rng_state', 'set_rng_state', 'Alone', 'autocast', 'logits_of', 'logits_and_details',
-           'with_details', 'own_or_task_loss', 'peak_mb', 'predict', 'TinyNet', 'synth_slides', 'synth_learner',
-           'Callback', 'State', 'train_epoch', 'fit']
+           'with_details', 'own_or_task_loss', 'peak_mb', 'predict', 'predicted_rows', 'TinyNet', 'synth_slides',
+           'synth_learner', 'Callback', 'State', 'train_epoch', 'fit']
 
 # %% ../../nbs/training/05_loop.ipynb #60008edd
 import copy
@@ -169,8 +169,8 @@ def own_or_task_loss(
     label: torch.Tensor,
     details: dict,  # what `with_details` gave with the logits
 ) -> torch.Tensor:
-    """The task's loss, unless the network has a method `loss(task, logits, label, **details)` of its
-    own."""
+    """The task's loss, unless the network has a method of its own,
+    `loss(task, logits, label, **details)`."""
     own_loss = getattr(model, 'loss', None)
     if own_loss is None:
         return task.loss(logits, label)
@@ -224,17 +224,17 @@ def as_loader(
     return data
 
 
-def slides_of(loader: DataLoader | list[dict], epoch: int, done: int = 0) -> Iterator[dict]:
-    """The items of an epoch that are left when `done` of the loader's slides are done. A loader
+def slides_of(loader: DataLoader | list[dict], epoch: int, n_done: int = 0) -> Iterator[dict]:
+    """The items of an epoch that are left when `n_done` of the loader's slides are done. A loader
     whose sampler is not an `EpochSampler` has to read those once more."""
     sampler = getattr(loader, 'sampler', None)
     if isinstance(sampler, EpochSampler):
-        sampler.set_epoch(epoch, done)
+        sampler.set_epoch(epoch, n_done)
         return iter(loader)
     if sampler is not None and hasattr(sampler, 'set_epoch'):
         sampler.set_epoch(epoch)
     slides = iter(loader)
-    for _ in range(done):
+    for _ in range(n_done):
         next(slides)
     return slides
 
@@ -250,8 +250,7 @@ def progress_bar(desc: str, total: int, initial: int, shown: bool) -> tqdm:
         desc=desc, total=total, initial=initial, unit='slide', leave=False, disable=not shown
     )
 
-# %% ../../nbs/training/05_loop.ipynb #ea06f42c
-@torch.no_grad()
+# %% ../../nbs/training/05_loop.ipynb #97c1787d
 def predict(
     model: nn.Module,  # gives logits (1, n_out) for an image (1, 3, H, W)
     data: Slides,  # a dataset, a loader of single slides, or a list of items
@@ -261,34 +260,55 @@ def predict(
     desc: str = 'predicting',  # text of the progress bar
     task: Task = TWO_CLASSES,
     ranks: Alone = ONE_PROCESS,
-    rows: list[dict] | None = None,  # of slides that were done before; this list grows
-    rest: Callable[[], object] | None = None,  # called between slides, when `rows` has those before
     epoch: int = 0,  # of the augmentation, where there is one
-    failed: bool = False,  # a slide that cannot be used gets a row with its `error` alone
 ) -> list[dict]:
     """One row a slide: slide_id, label (None if unknown), probability (what the task predicts),
     logits (the mean, where the model gives several of a slide), seconds, box if the item has it,
     and top (positions of the most suspicious patches of a bag, where the model says them).
 
-    Raises `InputError` if a slide cannot be used, unless `failed`."""
-    loader = as_loader(data, ranks=ranks)
-    if rows is None:
-        rows = []
-    was_training = model.training
-    count = sum(ranks.gather(len(loader)))
-    slides = slides_of(loader, epoch, len(ranks.positions(0, len(rows))))
-    next_row = next_row_or_error if failed else next_row_of
-    model.eval()
-    with progress_bar(desc, count, len(rows), progress and ranks.rank == 0) as bar:
-        while len(rows) < count:
-            positions = ranks.positions(len(rows), min(count, len(rows) + ranks.together))
-            new = ranks.merged((i, next_row(model, slides, device, amp, task)) for i in positions)
-            rows += new
-            bar.update(len(new))
-            if rest is not None:
-                rest()
-    model.train(was_training)
+    Raises `InputError` if a slide cannot be used."""
+    rows = []
+    for new_rows in predicted_rows(model, data, device, amp, progress, desc, task, ranks, epoch):
+        rows += new_rows
     return rows
+
+
+@torch.no_grad()
+def predicted_rows(
+    model: nn.Module,
+    data: Slides,
+    device: str | torch.device = 'cpu',
+    amp: str | None = None,
+    progress: bool = True,
+    desc: str = 'predicting',
+    task: Task = TWO_CLASSES,
+    ranks: Alone = ONE_PROCESS,
+    epoch: int = 0,
+    n_done: int = 0,  # slides at the beginning whose rows are there already
+    keep_errors: bool = False,  # a slide that cannot be used gets a row with its `error` alone
+) -> Iterator[list[dict]]:
+    """The rows of `predict` in the order of the slides, a few at a time: with one process those of
+    one slide each, with several those that they exchange. The next slides are computed when the
+    caller goes on, who may have saved the rows.
+
+    Raises `InputError` if a slide cannot be used, unless `keep_errors`."""
+    loader = as_loader(data, ranks=ranks)
+    count = sum(ranks.gather(len(loader)))
+    slides = slides_of(loader, epoch, len(ranks.positions(0, n_done)))
+    next_row = next_row_or_error if keep_errors else next_row_of
+    was_training = model.training
+    model.eval()
+    try:
+        with progress_bar(desc, count, n_done, progress and ranks.rank == 0) as bar:
+            for first in range(n_done, count, ranks.together):
+                positions = ranks.positions(first, min(count, first + ranks.together))
+                rows = ranks.merged(
+                    (i, next_row(model, slides, device, amp, task)) for i in positions
+                )
+                bar.update(len(rows))
+                yield rows
+    finally:  # also where the caller stops early
+        model.train(was_training)
 
 # %% ../../nbs/training/05_loop.ipynb #556aed04
 def next_row_or_error(*args: Any) -> dict:
@@ -954,7 +974,7 @@ def end_epoch(state: State, tuning: Slides | None) -> None:
 
 def evaluate_epoch(state: State, tuning: Slides) -> dict[str, float]:
     "Loss and AUC on the tuning slides; `state.rows` are not computed again."
-    rows = predict(
+    parts = predicted_rows(
         state.evaluated,
         tuning,
         state.device,
@@ -963,10 +983,12 @@ def evaluate_epoch(state: State, tuning: Slides) -> dict[str, float]:
         'tuning',
         state.task,
         state.ranks,
-        state.rows,
-        state.rest,
+        n_done=len(state.rows),
     )
-    return summary(rows, state.task)
+    for new_rows in parts:
+        state.rows += new_rows
+        state.rest()
+    return summary(state.rows, state.task)
 
 # %% ../../nbs/training/05_loop.ipynb #2cc0e717
 def fit(

@@ -318,7 +318,7 @@ def probabilities(path):
 
 def test_a_table_has_what_the_network_predicts(loaded, cases, tmp_path):
     rows, failed = predict_table(*loaded, cases, tmp_path / 'p.csv', progress=False)
-    assert failed == []
+    assert failed == {}
     direct = predict(loaded[0], SlideDataset(cases, 4.0), progress=False)
     assert [row['probability'] for row in rows] == [row['probability'] for row in direct]
 
@@ -363,7 +363,7 @@ def test_a_slide_that_cannot_be_read_leaves_the_table(interrupted, cases, tmp_pa
     cases[3].path.write_bytes(b'no slide')
     rows, failed = predict_table(*interrupted, cases, out, progress=False)
     assert (len(rows), len(failed), counted.calls) == (11, 1, 24)
-    assert "slide 's03'" in failed[0]
+    assert "slide 's03'" in failed['s03']
     assert out.read_bytes() == before
     predict_table(*interrupted, cases, out, skip=True, progress=False)
     assert counted.calls == 24

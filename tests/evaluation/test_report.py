@@ -135,7 +135,7 @@ def test_no_file_of_a_report_without_names_has_one(toy, tmp_path):
 
 
 def test_groups_that_show_names_are_refused(toy, tmp_path):
-    message = refusal(write_report, toy, tmp_path / 'out', anonymous=True, by=['patient_id'])
+    message = refusal(write_report, toy, tmp_path / 'out', anonymous=True, subgroups=['patient_id'])
     assert 'would show names' in message
 
 
@@ -176,11 +176,11 @@ def more(toy, tmp_path):
     write_csv(tmp_path / 'given.csv', [dict(zip(CATEGORIES, row)) for row in values])
     write_compared(tmp_path / 'compared', run)
     return dict(
-        by=['site'],
+        subgroups=['site'],
         cohort=tmp_path / 'manifest.csv',
         maps=[tmp_path / 'maps'],
         comparison=tmp_path / 'compared',
-        categories=tmp_path / 'given.csv',
+        error_review=tmp_path / 'given.csv',
     )
 
 
@@ -248,7 +248,7 @@ def test_slides_of_one_patient_are_taken_as_alike(toy, tmp_path):
 
 
 def test_no_slide_is_shown_where_none_is_asked_for(toy, tmp_path):
-    text = text_of(write_report(toy, tmp_path / 'out', most=0))
+    text = text_of(write_report(toy, tmp_path / 'out', max_slides=0))
     assert 'No slide was asked for' in text
 
 
@@ -285,9 +285,9 @@ def test_categories_beyond_the_slides_shown_are_saved_with_the_rest(renamed, tmp
     index = write_report(
         renamed,
         tmp_path / 'out',
-        most=1,
+        max_slides=1,
         anonymous=column == 'number',
-        categories=tmp_path / 'given.csv',
+        error_review=tmp_path / 'given.csv',
     )
     page, _ = check_report(index)
     fields = [field for field in page.all('input') if field.get('class') == 'category']
@@ -299,7 +299,7 @@ def test_categories_beyond_the_slides_shown_are_saved_with_the_rest(renamed, tmp
 
 def test_categories_of_another_run_are_refused(toy, tmp_path):
     write_whole(tmp_path / 'given.csv', ','.join(CATEGORIES) + '\nx,false positive,y\n')
-    message = refusal(write_report, toy, tmp_path / 'out', categories=tmp_path / 'given.csv')
+    message = refusal(write_report, toy, tmp_path / 'out', error_review=tmp_path / 'given.csv')
     assert 'no error of this model' in message
 
 
@@ -335,7 +335,7 @@ def test_other_tasks(tmp_path, task):
     page, _ = check_report(write_report(run))
     assert says in page.text and len(page.all('img')) == 1
     assert 'script-src' not in page.policy and not page.all('script')
-    assert 'two classes' in refusal(write_report, run, categories=tmp_path / 'given.csv')
+    assert 'two classes' in refusal(write_report, run, error_review=tmp_path / 'given.csv')
 
 
 # ---- what is missing is said
@@ -465,7 +465,7 @@ def test_a_file_beside_a_former_report_is_not_replaced(part):
 
 
 def test_unknown_columns_are_refused(part):
-    assert 'grade' in refusal(write_report, part, by=['grade'])
+    assert 'grade' in refusal(write_report, part, subgroups=['grade'])
 
 
 @pytest.mark.parametrize('name', ['maps', 'comparison'])

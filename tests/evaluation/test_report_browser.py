@@ -492,7 +492,7 @@ def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp('compared')
     for name in 'ab':
         toy_run(folder / name, seed=ord(name), n=16)
-        write_report(folder / name, most=2)
+        write_report(folder / name, max_slides=2)
     tables = [str(folder / name / 'predictions.csv') for name in 'ab']
     options = ['--n-bootstrap', '200', '--shared']
     assert sp_compare([*tables, str(folder / 'comparison'), *options]) == 0

@@ -90,7 +90,7 @@ def test_two_classes(two_classes):
         threshold_split='tuning',
         sensitivity=0.95,
         cohort=manifest,
-        by=['site', 'tumour'],
+        subgroups=['site', 'tumour'],
         n_bootstrap=200,
     )
     assert json.loads(json.dumps(found)) == found
@@ -538,7 +538,7 @@ def test_patients_are_those_of_the_run_where_a_manifest_names_none(few, tmp_path
     (tmp_path / 'cohort.csv').write_text('slide_id,patient_id\na,1\nb,1\n')
     sites = tmp_path / 'sites.csv'
     sites.write_text('slide_id,site\n' + ''.join(f'{name},x\n' for name in 'abcde'))
-    assert results(few, n_bootstrap=20, cohort=sites, by=['site'])['patients'] == 1
+    assert results(few, n_bootstrap=20, cohort=sites, subgroups=['site'])['patients'] == 1
 
 
 def test_patients_of_a_manifest_that_is_not_there(few, tmp_path):
@@ -596,20 +596,20 @@ def test_impossible_levels_are_told_with_the_name_of_the_table(few):
 
 
 def test_subgroups_need_a_cohort(two_classes):
-    says = refusal(results, two_classes[0], by=['site'], n_bootstrap=20)
+    says = refusal(results, two_classes[0], subgroups=['site'], n_bootstrap=20)
     assert 'cohort.csv does not exist' in says
 
 
 @pytest.mark.parametrize('column', ['site', 'grade'])
 def test_a_cohort_needs_all_slides(two_classes, tmp_path, column):
     write_csv(tmp_path / 'other.csv', [dict(slide_id='s0', site='a')])
-    options = dict(cohort=tmp_path / 'other.csv', by=[column], n_bootstrap=20)
+    options = dict(cohort=tmp_path / 'other.csv', subgroups=[column], n_bootstrap=20)
     assert 'no row of 199' in refusal(results, two_classes[0], **options)
 
 
 def test_a_column_that_says_nothing(two_classes, tmp_path):
     write_csv(tmp_path / 'other.csv', [dict(slide_id=f's{k}', site=None) for k in range(200)])
-    options = dict(cohort=tmp_path / 'other.csv', by=['site'], n_bootstrap=20)
+    options = dict(cohort=tmp_path / 'other.csv', subgroups=['site'], n_bootstrap=20)
     assert "says nothing in 'site'" in refusal(results, two_classes[0], **options)
 
 
@@ -622,7 +622,7 @@ def test_slides_that_are_in_no_subgroup_are_told(two_classes, tmp_path):
         row['stage'] = 'I' if label else None
     rows[81]['stage'] = None
     write_csv(tmp_path / 'other.csv', rows)
-    options = dict(cohort=tmp_path / 'other.csv', by=['site', 'stage'], n_bootstrap=20)
+    options = dict(cohort=tmp_path / 'other.csv', subgroups=['site', 'stage'], n_bootstrap=20)
     notes = results(predictions, **options)['notes']
     told = [note for note in notes if 'subgroups' in note]
     assert told == [
@@ -633,9 +633,9 @@ def test_slides_that_are_in_no_subgroup_are_told(two_classes, tmp_path):
     ]
     assert not [
         note
-        for note in results(predictions, cohort=manifest, by=['site', 'tumour'], n_bootstrap=20)[
-            'notes'
-        ]
+        for note in results(
+            predictions, cohort=manifest, subgroups=['site', 'tumour'], n_bootstrap=20
+        )['notes']
         if 'subgroups' in note
     ]
 
@@ -650,7 +650,7 @@ def test_patients_that_contradict_themselves(two_classes, tmp_path):
 @pytest.mark.parametrize(
     ('task', 'option', 'flag'),
     [
-        ('multiclass', dict(by=['site']), '--subgroups'),
+        ('multiclass', dict(subgroups=['site']), '--subgroups'),
         ('multiclass', dict(sensitivity=0.9), '--target-sensitivity'),
         ('multilabel', dict(threshold_split='tuning'), '--threshold-split'),
         ('survival', dict(method='bca'), '--interval'),
@@ -683,7 +683,7 @@ def test_figures(two_classes, other_tasks):
     import matplotlib.pyplot as plt
 
     predictions, manifest, *_ = two_classes
-    found = results(predictions, by=['site'], cohort=manifest, n_bootstrap=20)
+    found = results(predictions, subgroups=['site'], cohort=manifest, n_bootstrap=20)
     figures = figures_of(found, predictions, manifest)
     assert [*figures] == ['roc', 'precision_recall', 'reliability', 'groups_site']
     for task, names in dict(

@@ -83,8 +83,8 @@ def finish(shards, shard, cases=CASES, failed=(), **about):
 def test_all_are_done(shards):
     for shard in reversed(all_shards(5)):
         finish(shards, shard, failed=['b'] if shard.number == 2 else [])
-    assert shards.all_done(CASES) == dict(c='', a='', b='is bad')
-    assert list(shards.all_done(CASES)) == ['c', 'a', 'b']
+    assert shards.all_reasons(CASES) == dict(c='', a='', b='is bad')
+    assert list(shards.all_reasons(CASES)) == ['c', 'a', 'b']
     assert shards.all_failed(CASES) == dict(b='is bad')
 
 
@@ -93,19 +93,19 @@ def test_missing_ones_are_named(shards):
         finish(shards, Shard(number, 8))
     with shards.working(Shard(4, 8)):
         pass  # begun, and not done
-    message = refusal(shards.all_done, CASES)
+    message = refusal(shards.all_reasons, CASES)
     assert '5 of 8 shards not done (2/8, 4/8, 5/8, 6/8, 8/8)' in message and '--merge' in message
 
 
 def test_shards_of_another_manifest_are_named(shards):
     for shard in all_shards(2):
         finish(shards, shard)
-    message = refusal(shards.all_done, [*CASES, *cases_named('d')])
+    message = refusal(shards.all_reasons, [*CASES, *cases_named('d')])
     assert '1 shard of other slides, or in another state (2/2)' in message
 
 
 def test_nothing_to_merge(shards):
-    assert 'has no shards to merge' in refusal(shards.all_done, CASES)
+    assert 'has no shards to merge' in refusal(shards.all_reasons, CASES)
 
 
 def test_other_numbers_and_other_networks_do_not_go_together(shards):
@@ -129,7 +129,7 @@ def test_damaged_files_are_named(shards):
     finish(shards, Shard(1, 1))
     path = shards.folder_of(Shard(1, 1)) / 'done.json'
     path.write_text('{"slides"')
-    assert f'{path} is damaged' in refusal(shards.all_done, CASES)
+    assert f'{path} is damaged' in refusal(shards.all_reasons, CASES)
 
 
 def test_one_shard_is_not_worked_on_twice_at_once(shards):

@@ -194,7 +194,7 @@ def test_many_slides(tmp_path):
     cases = [case(tmp_path / f'slides/s{number:02}.tiff') for number in range(3)]
     cases[0].path.write_text('no slide')
     told = []
-    found = list(check_slides(cases, done=lambda: told.append(1)))
+    found = list(check_slides(cases, after_each=lambda: told.append(1)))
     assert [each.slide_id for each in found] == ['s00', 's01', 's02']
     assert [bool(each.problem) for each in found] == [True, False, False]
     assert len(told) == 3

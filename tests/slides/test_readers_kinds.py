@@ -488,7 +488,7 @@ def test_bytes_after_the_end_of_a_jpeg_are_harmless(tmp_path, kind):
 def test_an_svs_by_libvips_is_that_by_openslide():
     path = sample_slide()
     reader, other = open_reader(path), OpenSlideReader(path)
-    assert reader.tiles and reader.sizes == other.sizes and reader.said == other.said
+    assert reader.tiles and reader.sizes == other.sizes and reader.spacings == other.spacings
     for region in ((0, 0, 300, 500), (235, 239, 11, 502), (2700, 2000, 267, 220)):
         assert (reader.fetch(0, *region) == other.fetch(0, *region)).all()
 
@@ -780,7 +780,7 @@ def test_pixels_that_are_not_square_are_turned(tmp_path):
     path, rgb = tmp_path / 'a.tif', tiffs.pixels()
     tags = [(274, 'H', 1, 6, True)]
     tifffile.imwrite(path, stored(rgb, 6), resolution=(2e4, 1e4), extratags=tags, **kwargs)
-    assert open_reader(path).said['resolution tags'] == (0.5, 1.0)
+    assert open_reader(path).spacings['resolution tags'] == (0.5, 1.0)
 
 
 # ---- 8. harmless flaws, and compressions

@@ -209,7 +209,7 @@ def test_what_ends_an_image_early_is_kept():
     rows = PixelRows(pixels, (600, 20))
     with pytest.raises(pyvips.Error):
         rows.image(band=100).numpy()
-    assert str(rows.failed) == 'the disk is gone'
+    assert str(rows.error) == 'the disk is gone'
 
 
 # ---- libvips' cache, which belongs to the whole process

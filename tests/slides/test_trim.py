@@ -247,7 +247,7 @@ def test_a_failure_while_pixels_are_read_is_raised_and_leaves_no_file(four, tmp_
     with pytest.raises(InputError):
         write_tiff(rows.image(64), tmp_path / 'none.tiff', SPACING)
     assert not (tmp_path / 'none.tiff').exists()
-    assert isinstance(rows.failed, InputError) and 'read' in str(rows.failed)
+    assert isinstance(rows.error, InputError) and 'read' in str(rows.error)
 
 
 # ---- settings

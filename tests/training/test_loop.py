@@ -29,6 +29,7 @@ from streaming_pathology.training.loop import (
     has_state,
     make_optimizer,
     predict,
+    predicted_rows,
     slide_seed,
     synth_learner,
     synth_slides,
@@ -66,8 +67,18 @@ def test_rows_that_are_there_are_not_computed_again(tuning):
     torch.manual_seed(0)
     model = TinyNet()
     rows = predict(model, tuning, progress=False)
-    again = predict(model, tuning, progress=False, rows=rows[:5])
+    again = rows[:5]
+    for new_rows in predicted_rows(model, tuning, progress=False, n_done=5):
+        again += new_rows
     assert [row['logits'] for row in again] == [row['logits'] for row in rows]
+
+
+def test_a_caller_who_stops_early_has_the_model_as_before(tuning):
+    model = TinyNet().train()
+    for _ in predicted_rows(model, tuning, progress=False):
+        assert not model.training
+        break
+    assert model.training
 
 
 def test_a_slide_without_label_is_predicted(slides):

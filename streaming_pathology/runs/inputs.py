@@ -26,7 +26,7 @@ from streaming_pathology.slides.cohorts import (
     refuse_manifest,
     refuse_spreadsheet,
     safe_id,
-    with_spacing,
+    with_default_spacing,
 )
 from ..slides.dicom import IncompleteDicom, dicom_header, is_dicom, slide_key
 from ..slides.readers import SUFFIXES, slide_files
@@ -218,13 +218,13 @@ def visible(folder: Path) -> list[Path]:
 # %% ../../nbs/runs/05_inputs.ipynb #7e97ca44
 def without_links(slides: Iterable[Named]) -> tuple[list[Named], list[LeftOut]]:
     "Slides of which none is there twice, by links or as files of one DICOM series; and the others."
-    slides = list(slides)
+    keyed = [(slide, slide_key(slide.path)) for slide in slides]
     first: dict[tuple, Named] = {}
-    for slide in sorted(slides, key=lambda slide: slide.path.is_symlink()):
-        first.setdefault(slide_key(slide.path), slide)
+    for slide, key in sorted(keyed, key=lambda pair: pair[0].path.is_symlink()):
+        first.setdefault(key, slide)
     kept, repeated = [], []
-    for slide in slides:
-        other = first[slide_key(slide.path)]
+    for slide, key in keyed:
+        other = first[key]
         if other is slide:
             kept.append(slide)
         else:
@@ -345,7 +345,6 @@ def find_slides(
     paths: str | Path | Sequence[str | Path],
     spacing: float | None = None,  # microns per pixel of slides that do not say theirs
     labels: Sequence[float] | None = (0, 1),  # that a manifest may have; None: any number
-    override: bool = False,  # `spacing` also where a file says another, but the manifest none
     columns: Sequence[str] = ('label',),  # of the manifest, with the label
     positive: str | None = None,  # labels by name that are 1: see `read_manifest`
     row_by_row: bool = False,  # a wrong row of a manifest is an unusable slide, and others are taken
@@ -377,7 +376,7 @@ def find_slides(
     if len(paths) > 1:
         check_once(cases)
     if spacing:
-        cases = [with_spacing(case, spacing, override) for case in cases]
+        cases = [with_default_spacing(case, spacing) for case in cases]
     return FoundSlides(cases, unusable, left_out)
 
 # %% ../../nbs/runs/05_inputs.ipynb #038979d1

@@ -235,6 +235,11 @@ def is_believable(size: tuple[float, float]) -> bool:
     return all(math.isfinite(side) and FINEST <= side <= COARSEST for side in size)
 
 
+def says_spacing(said: Mapping[str, tuple[float, float]]) -> bool:
+    "Whether a file says a spacing that can be; `said` is as that of a `Reader`."
+    return any(is_believable(size) for size in said.values())
+
+
 def no_spacing(path: str | Path, said: Mapping[str, tuple[float, float]]) -> InputError:
     "The exception for a file that gives no spacing that a slide can have."
     values = [

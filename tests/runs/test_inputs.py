@@ -13,7 +13,7 @@ from refusals import refusal
 from streaming_pathology.core import InputError
 from streaming_pathology.io import read_table
 from streaming_pathology.runs.inputs import FoundSlides, Outcome, find_slides, model_file
-from streaming_pathology.slides.cohorts import Case, tiny_cohort, tiny_slide
+from streaming_pathology.slides.cohorts import Case, open_slide, tiny_cohort, tiny_slide
 from streaming_pathology.slides.readers import SUFFIXES, slide_files
 
 RGB = np.full((128, 96, 3), 200, np.uint8)
@@ -264,8 +264,16 @@ def test_what_is_refused(tmp_path, words, says):
 def test_a_spacing_for_slides_that_say_none(tmp_path):
     tiny_slide(tmp_path / 'a.tiff', spacing=4.0)
     Image.fromarray(RGB).save(tmp_path / 'b.png')
-    assert [case.spacing for case in find_slides(tmp_path, 2.0).cases] == [None, 2.0]
-    assert [case.spacing for case in find_slides(tmp_path, 2.0, override=True).cases] == [2.0, 2.0]
+    cases = find_slides(tmp_path, 2.0).cases
+    assert [open_slide(case).spacing for case in cases] == pytest.approx([4.0, 2.0])
+    assert [open_slide(case, override=True).spacing for case in cases] == [2.0, 2.0]
+
+
+def test_no_slide_is_opened_for_its_spacing(tmp_path):
+    "Not even those of a folder of thousands on a network drive: these files could not be opened."
+    cases = find_slides(files(tmp_path, 'a.svs', 'b.tif', 'c.png'), 2.0).cases
+    assert [case.spacing for case in cases] == [2.0, 2.0, 2.0]
+    assert all(case.spacing_is_default for case in cases)
 
 
 # ---- the network

@@ -84,6 +84,26 @@ def test_folders_below_are_part_of_the_name(tmp_path):
     assert ids(find_slides(tmp_path)) == ['b', 'p2_slide', 'p2_deep_a']
 
 
+def test_what_is_hidden_is_told(tmp_path):
+    "Files that macOS puts beside those of a foreign drive are none, but others may be slides."
+    names = ['a.svs', '.a.tif', '._a.svs', '.old/b.svs', 'p/._c.txt', 'p/c.svs', '.DS_Store']
+    found = find_slides(files(tmp_path, *names))
+    assert ids(found) == ['a', 'p_c']
+    hidden = dict.fromkeys(['.a.tif', '._a.svs', '._c.txt'], 'hidden file')
+    assert told(found.left_out) == hidden | {'.old': 'hidden folder'}
+    assert str(Outcome(found, {})).endswith('; 3 hidden files left out; 1 hidden folder left out')
+    reasons = {each.path.name: each.reason for each in found.left_out}
+    assert 'rename it if it is a slide' in reasons['.a.tif']
+    assert 'macOS' in reasons['._a.svs']
+    assert 'is a hidden folder' in reasons['.old']
+    assert ids(find_slides(tmp_path / '.a.tif')) == ['_a'], 'a file that is named is taken'
+
+
+def test_a_folder_of_hidden_slides(tmp_path):
+    says = refusal(find_slides, files(tmp_path, '.a.svs', '.b.svs', 'c.txt'))
+    assert 'no slides in this folder' in says and 'It holds .txt 1, hidden file 2' in says
+
+
 def test_names_that_cannot_be_ids_fail_alone(tmp_path):
     found = find_slides(
         files(tmp_path, 'a.svs', f'{"n" * 190}.svs', 'x.svs', 'X.ndpi', 'p/b_.tif', 'p_b_.tif')
@@ -306,6 +326,36 @@ def test_the_counts_add_up(tmp_path):
         'y.txt': 'left out',
     }
     assert all(bool(row['reason']) == (row['status'] != 'done') for row in rows)
+
+
+@pytest.mark.parametrize(
+    'n_links, n_hidden, says',
+    [
+        (1, 0, '; 1 link left out, as it leads to what is there already'),
+        (0, 1, '; 1 hidden file left out'),
+        (
+            2,
+            2,
+            '; 2 links left out, as they lead to what is there already; 2 hidden files left out',
+        ),
+    ],
+)
+@pytest.mark.parametrize('n_others', [0, 1])
+def test_slides_that_are_left_out_are_not_called_no_slides(
+    tmp_path, n_links, n_hidden, n_others, says
+):
+    files(tmp_path, 'plain.tif', *(f'.{number}.tif' for number in range(n_hidden)))
+    for number in range(n_links):
+        (tmp_path / f'link{number}.tif').symlink_to('plain.tif')
+    if n_others:
+        files(tmp_path, 'x.txt')
+        says = f'; 1 left out as no slides (.txt 1){says}'
+    found = find_slides(tmp_path)
+    assert [case.path.name for case in found.cases] == ['plain.tif']
+    outcome = Outcome(found, {})
+    assert str(outcome) == f'1 slide found: 1 done{says}'
+    statuses = [row['status'] for row in outcome.rows()]
+    assert statuses.count('left out') == n_links + n_hidden + n_others
 
 
 def test_all_went_well():

@@ -191,6 +191,8 @@ class FinishedRun:
     figures: dict[str, Callable] = field(default_factory=dict)  # see `figures_of`
     log: list[dict[str, float]] = field(default_factory=list)  # nan where the file is empty
     cohort: Sequence[Mapping[str, str]] = field(default_factory=list)  # rows of cohort.csv
+    # ids of slides of the manifest that are not in cohort.csv, as they cannot be used
+    unusable: Sequence[str] = ()
     environment: dict = field(default_factory=dict)
     is_anonymous: bool = False  # slides are called by numbers
 
@@ -509,6 +511,7 @@ def read_run(
     if not folder.is_dir():
         raise InputError(f'{folder} is no folder: give the one that sp_train or sp_demo wrote')
     run = FinishedRun(folder, read_values(folder / 'settings.toml', tomllib.loads), [])
+    run.unusable = run.settings.get('left_out', [])
     run.predictions = predictions_of(run)
     # a damaged cohort.csv is told here: below, what `results` raises may become a note
     read_patients(folder / 'cohort.csv', needed=False)

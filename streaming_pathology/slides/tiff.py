@@ -541,18 +541,26 @@ def is_photograph(image: TiffImage) -> bool:
 
 # %% ../../nbs/slides/03_tiff.ipynb #323303f0
 def same_bytes(path: Path, one: TiffImage, other: TiffImage, n: int = 16) -> bool:
-    "Whether two images are the same, by up to `n` of their tiles or strips."
-    if len(one.lengths) != len(other.lengths) or (one.lengths != other.lengths).any():
+    """Whether two images are the same, by `n` of their tiles or strips that show something.
+
+    Without a compression, those of empty glass are alike in any image, and all of one value."""
+    n_pieces = len(one.lengths)
+    if n_pieces != len(other.lengths) or (one.lengths != other.lengths).any():
         return False
-    some = np.unique(np.linspace(0, len(one.lengths) - 1, n).astype(int))
+    first = np.unique(np.linspace(0, n_pieces - 1, n).astype(int))
+    rest = np.setdiff1d(np.arange(n_pieces), first)
+    n_shown = 0
     with open(path, 'rb') as file:
-        for number in some:
+        for number in (*first, *rest):
             found = []
             for image in (one, other):
                 file.seek(int(image.offsets[number]))
                 found.append(file.read(int(image.lengths[number])))
             if found[0] != found[1]:
                 return False
+            n_shown += len(set(found[0])) > 1
+            if n_shown == n:
+                break
     return True
 
 
@@ -594,6 +602,11 @@ def stack(path: Path, n: int, of: str) -> InputError:
     return InputError(f'{path} is {of} of {counted(n, "image")}: save one of them as a TIFF')
 
 # %% ../../nbs/slides/03_tiff.ipynb #fdb2c1a0
+def is_copy(path: Path, one: TiffImage, other: TiffImage) -> bool:
+    "Whether two images are one that was written twice, and no channels of different names."
+    return qpi_words(one) == qpi_words(other) and same_bytes(path, one, other)
+
+
 def check_stack(path: Path, slide: TiffImage, others: list[TiffImage]) -> None:
     "Refuse fluorescence channels, focal planes or times that are pages of a file."
     counts = imagej_counts(slide)
@@ -602,7 +615,7 @@ def check_stack(path: Path, slide: TiffImage, others: list[TiffImage]) -> None:
         of = f'a stack of ImageJ ({", ".join(axes)})' if axes else 'a stack of ImageJ'
         raise stack(path, counts['images'], of)
     same = [each for each in others if each.size == slide.size and is_alike(each, slide)]
-    copies = [each for each in same if same_bytes(path, slide, each)]
+    copies = [each for each in same if is_copy(path, slide, each)]
     n = 1 + len(same) - len(copies)
     if n == 1:
         return

@@ -176,6 +176,36 @@ def test_channels_as_pages(tmp_path, n, size):
     assert f'{n} fluorescence channels (DAPI, FITC' in text
 
 
+def test_channels_of_the_same_pixels(tmp_path):
+    "They are channels by their names, even if nothing was stained."
+    grey = tiffs.pixels()[..., 0]
+    options = dict(photometric='minisblack', tile=(64, 64), **tiffs.resolution())
+    pages = [(grey, dict(description=qpi(name))) for name in ('DAPI', 'FITC')]
+    text = says(tiffs.write_pages(tmp_path / 'a.qptiff', pages, **options))
+    assert '2 fluorescence channels (DAPI, FITC)' in text
+
+
+@pytest.mark.parametrize('n', [2, 4])
+@pytest.mark.parametrize('size', [(512, 512), (640, 272)])
+def test_channels_on_black_without_compression(tmp_path, n, size):
+    "Most tiles are alike in all of them; each has a few cells at places of its own."
+    pages = [np.zeros(size, np.uint8) for _ in range(n)]
+    for number, page in enumerate(pages):
+        page[100 + 16 * number : 110 + 16 * number, 120:130] = 200
+    options = dict(photometric='minisblack', tile=(16, 16), **tiffs.resolution())
+    path = tiffs.write_pages(tmp_path / 'a.tif', [(page, {}) for page in pages], **options)
+    assert f'is a stack of {n} images' in says(path)
+
+
+def test_an_image_that_was_written_twice_is_a_slide(tmp_path):
+    rgb = np.full((320, 400, 3), 245, np.uint8)
+    rgb[100:140, 200:260] = (190, 90, 140)
+    path = tiffs.write_pages(
+        tmp_path / 'a.tif', [(rgb, {})] * 2, tile=(16, 16), **tiffs.resolution()
+    )
+    assert (Slide(path).read(0.5) == rgb).all()
+
+
 def test_a_qptiff_in_bright_field(tmp_path):
     rgb = tiffs.pixels((300, 420))
     pages = [

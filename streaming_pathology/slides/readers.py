@@ -588,6 +588,8 @@ BEGINNINGS = {
     b'Rar!': 'a RAR archive',
     b'SQLite format 3': 'a database',
 }
+WEB_PAGES = b'<!doctype html', b'<html'  # what servers send where a download fails
+POINTER = b'version https://git-lfs'
 PNG_BEGINS = b'\x89PNG\r\n\x1a\n'
 
 
@@ -599,7 +601,11 @@ def beginning(path: Path, n: int) -> bytes:
 
 def check_beginning(path: Path) -> None:
     "Refuse what is no image, by what it is."
-    begins = beginning(path, 16)
+    begins = beginning(path, 64)
+    if begins.strip().lower().startswith(WEB_PAGES):
+        raise InputError(f'{path} is a web page and no image: download the slide again')
+    if begins.startswith(POINTER):
+        raise InputError(f'{path} is a pointer of git-lfs: fetch the slide by git lfs pull')
     for mark, kind in BEGINNINGS.items():
         if begins.startswith(mark):
             raise InputError(f'{path} is not an image that can be read: it is {kind}')

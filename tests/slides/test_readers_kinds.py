@@ -1033,6 +1033,21 @@ def test_what_is_no_image_is_told_by_what_it_is(tmp_path):
         assert 'is not an image' in text and kind in text and 'copy it again' not in text
 
 
+@pytest.mark.parametrize(
+    'begins, says_what',
+    [
+        (b'<!DOCTYPE html><html>', 'is a web page and no image: download the slide again'),
+        (b'\r\n<HTML lang="en">', 'is a web page'),
+        (b'version https://git-lfs.github.com/spec/v1\noid sha256:1', 'fetch the slide by git lfs'),
+    ],
+)
+@pytest.mark.parametrize('name', ['a.svs', 'a.tif', 'a.mrxs', 'a.png'])
+def test_what_was_downloaded_instead_of_a_slide(tmp_path, begins, says_what, name):
+    (tmp_path / name).write_bytes(begins + b' ' * 300)
+    text = says(tmp_path / name)
+    assert says_what in text and 'damaged' not in text
+
+
 def test_dicom_that_is_no_slide_is_told_by_its_kind(tmp_path):
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid

@@ -37,6 +37,7 @@ from streaming_pathology.evaluation.predict import (
     without_folder,
 )
 from .report_inputs import public_environment
+from .results import without_slides
 from ..io import read_table, write_whole
 from ..mil.features import LIBRARIES
 from ..outputs import RUN, absolute, best_checkpoint
@@ -279,7 +280,7 @@ def export_with_card(
         license=statements.license,
         data_license=statements.data_license,
         training_data=training_data(folder, checkpoint, card),
-        metrics=file_of_run(folder, checkpoint, 'metrics.json'),
+        metrics=without_slides(file_of_run(folder, checkpoint, 'metrics.json')),
         environment=public_environment(file_of_run(folder, checkpoint, RUN.mark)),
         changelog=[*former_changes(out), change],
         check=painted_outputs(model, card),

@@ -29,7 +29,12 @@ from streaming_pathology.evaluation.evaluation import (
 )
 from .heatmaps import METHODS, save_heatmap
 from .pages import ACCENT
-from .results import figures_of, read_outcomes, results
+from streaming_pathology.evaluation.results import (
+    figures_of,
+    read_outcomes,
+    results,
+    without_slides,
+)
 from .review import called, numbered
 from .viewer import save_picture
 from ..io import Row, read_table, write_csv, write_whole
@@ -749,8 +754,12 @@ def without_names(
         raise InputError(
             f'groups by {naming[0]} would show names, which are to be left out; give another column'
         )
+    found = run.results
+    if found is not None:
+        found = without_slides(found)
     return replace(
         run,
+        results=found,
         settings=public_settings(run.settings),
         environment=public_environment(run.environment),
         is_anonymous=True,

@@ -81,6 +81,7 @@ def run(tmp_path_factory, small_resnet):
     )
     write_whole(folder / 'environment.json', json.dumps(environment))
     notes = [f'{folder}/predictions.csv has no patient_id', f'see {folder}']
+    notes.append("1 of 4 slides have nothing in 'site' ('H2026-4713' is the first).")
     write_whole(folder / 'metrics.json', json.dumps(METRICS | dict(notes=notes)))
     rows = []
     for number in range(12):

@@ -36,7 +36,14 @@ from streaming_pathology.io import (
     wrong_number,
 )
 from .augment import keyed_rng
-from .readers import SUFFIXES, open_reader, says_spacing, slide_key
+from streaming_pathology.slides.readers import (
+    COARSEST,
+    FINEST,
+    SUFFIXES,
+    open_reader,
+    says_spacing,
+    slide_key,
+)
 from .slides import Slide
 
 # %% ../../nbs/slides/11_cohorts.ipynb #2388f4ef
@@ -107,6 +114,9 @@ def existing_path(text: str, folder: Path) -> Path:
         reason = getattr(e, 'strerror', None) or e
         raise ValueError(f'{text[:80]!r} cannot be a path ({reason})') from None
     if not exists:
+        with_slashes = folder / text.replace('\\', '/')
+        if '\\' in text and with_slashes.exists():
+            raise ValueError(f'{path} does not exist, but {with_slashes} does: write / for each \\')
         raise ValueError(f'{path} does not exist')
     return path
 
@@ -219,6 +229,12 @@ def read_spacing(text: str) -> float | None:
     spacing = finite_number(text, 'spacing')
     if not 0 < spacing < 1000:
         raise ValueError(f'spacing {text!r} is not a number of microns per pixel')
+    for unit, microns in (('millimetres', 1000.0), ('nanometres', 0.001)):
+        if not 0.01 <= spacing <= 100 and FINEST <= spacing * microns <= COARSEST:
+            raise ValueError(
+                f'spacing {text!r} is not a number of microns per pixel; if it is in {unit}, write '
+                f'{spacing * microns:g}'
+            )
     return spacing
 
 # %% ../../nbs/slides/11_cohorts.ipynb #d3a7e874

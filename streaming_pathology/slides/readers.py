@@ -33,6 +33,7 @@ from streaming_pathology.slides.dicom import (
     dicom_files,
     files_of_series,
     is_dicom,
+    series_notes,
     slide_in_folder,
     slide_key,
 )
@@ -416,6 +417,7 @@ class DicomReader(OpenSlideReader):
     def __init__(self, path: Path) -> None:
         check_series(path)
         super().__init__(path)
+        self.notes += series_notes(path)
 
 # %% ../../nbs/slides/05_readers.ipynb #bb5ed2e2
 PHOTOMETRIC = (0, 1, 2, 3, 5, 6)  # grey either way, RGB, palette, CMYK, YCbCr

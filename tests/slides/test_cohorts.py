@@ -95,6 +95,12 @@ def refused_table(folder):
         ('slide_id,label,split\ns00,0,dev\n', ["line 2: split 'dev'", 'train, tuning, test']),
         ('slide_id,label,split\ns00,,train\n', ['no label']),
         ('slide_id,label,spacing\ns00,0,-1\n', ["spacing '-1'"]),
+        ('slide_id,label,spacing\ns00,0,0.00025\n', ['if it is in millimetres, write 0.25']),
+        ('slide_id,label,spacing\ns00,0,504\n', ['if it is in nanometres, write 0.504']),
+        (
+            'slide_id,label,path\ns00,0,slides\\s00.tiff\n',
+            ['slides/s00.tiff does: write / for each \\'],
+        ),
         (
             'slide_id,label,path\na,0,slides/s00.tiff\nb,1,slides/../slides/s00.tiff\n',
             ['line 3', 'was given on line 2'],

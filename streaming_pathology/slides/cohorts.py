@@ -37,9 +37,8 @@ from streaming_pathology.io import (
 )
 from .augment import keyed_rng
 from streaming_pathology.slides.readers import (
-    COARSEST,
-    FINEST,
     SUFFIXES,
+    hint_of_unit,
     open_reader,
     says_spacing,
     slide_key,
@@ -229,12 +228,9 @@ def read_spacing(text: str) -> float | None:
     spacing = finite_number(text, 'spacing')
     if not 0 < spacing < 1000:
         raise ValueError(f'spacing {text!r} is not a number of microns per pixel')
-    for unit, microns in (('millimetres', 1000.0), ('nanometres', 0.001)):
-        if not 0.01 <= spacing <= 100 and FINEST <= spacing * microns <= COARSEST:
-            raise ValueError(
-                f'spacing {text!r} is not a number of microns per pixel; if it is in {unit}, write '
-                f'{spacing * microns:g}'
-            )
+    hint = hint_of_unit(spacing)
+    if hint:
+        raise ValueError(f'spacing {text!r} is not a number of microns per pixel; {hint}')
     return spacing
 
 # %% ../../nbs/slides/11_cohorts.ipynb #d3a7e874

@@ -209,11 +209,22 @@ def reading(path: Path, what: str) -> Iterator[None]:
 
 # %% ../../nbs/slides/05_readers.ipynb #f7c30e88
 FINEST, COARSEST = 0.05, 20.0  # microns per pixel that a microscope slide can have
+UNITS = {'millimetres': 1000.0, 'nanometres': 0.001}  # microns in one
 
 # %% ../../nbs/slides/05_readers.ipynb #dd7548b7
 GIVE_SPACING = (
     'give --slide-spacing, or fill the column spacing of the manifest; in Python pass spacing='
 )
+
+
+def hint_of_unit(spacing: float) -> str:
+    "What to write for a spacing that seems to be in another unit than microns; empty for others."
+    if 0.01 <= spacing <= 100:
+        return ''
+    for unit, microns in UNITS.items():
+        if FINEST <= spacing * microns <= COARSEST:
+            return f'if it is in {unit}, write {spacing * microns:g}'
+    return ''
 
 
 def checked_spacing(path: str | Path, given: object, override: bool) -> float | None:
@@ -228,6 +239,9 @@ def checked_spacing(path: str | Path, given: object, override: bool) -> float | 
         spacing = math.nan
     if not (math.isfinite(spacing) and spacing > 0):
         raise InputError(f'{path}: spacing must be a positive number of microns per pixel')
+    hint = hint_of_unit(spacing)
+    if hint:
+        raise InputError(f'{path}: spacing {spacing:g} is no number of microns per pixel; {hint}')
     return spacing
 
 

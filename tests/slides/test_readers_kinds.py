@@ -1102,6 +1102,22 @@ def test_a_spacing_that_no_slide_has_is_named(tmp_path, spacing):
     assert '--slide-spacing' in text and 'spacing=' in text
 
 
+@pytest.mark.parametrize('given, meant', [(0.0005, '0.5'), (252, '0.252'), (2.5e-4, '0.25')])
+def test_a_spacing_in_another_unit_is_told(tmp_path, given, meant):
+    path = tmp_path / 'a.png'
+    Image.fromarray(tiffs.pixels()).save(path)
+    assert f'if it is in {"milli" if given < 1 else "nano"}metres, write {meant}' in says(
+        path, spacing=given
+    )
+
+
+@pytest.mark.parametrize('given', [0.02, 28.97, 99.0, 1e-5, 5e6])
+def test_any_other_spacing_that_a_user_gives_is_taken(tmp_path, given):
+    path = tmp_path / 'a.png'
+    Image.fromarray(tiffs.pixels()).save(path)
+    assert Slide(path, spacing=given).spacing == given
+
+
 def test_no_spacing_at_all(tmp_path):
     text = says(tiffs.write(tmp_path / 'a.tif', tiffs.pixels((90, 80)), spacing=None))
     assert 'has no pixel size' in text and '--slide-spacing' in text

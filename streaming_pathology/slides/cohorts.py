@@ -955,11 +955,14 @@ def with_default_spacing(case: Case, spacing: float) -> Case:
     return replace(case, spacing=spacing, spacing_is_default=True)
 
 
-def settled(case: Case, says_spacing: bool) -> Case:
+def settled(
+    case: Case,
+    file_says: bool,  # whether the file says its spacing
+) -> Case:
     "A case without a default spacing: it is that of the slide, or none if the file says its own."
     if not case.spacing_is_default:
         return case
-    spacing = None if says_spacing else case.spacing
+    spacing = None if file_says else case.spacing
     return replace(case, spacing=spacing, spacing_is_default=False)
 
 

@@ -1004,7 +1004,6 @@ def trim(settings: TrimSettings) -> None:
         settings.slides,
         settings.slide_spacing,
         labels=None,
-        override=settings.override_spacing,
         positive=settings.positive,
     )
     out, workers = Path(settings.out), processes(settings.workers)

@@ -37,6 +37,7 @@ from streaming_pathology.evaluation.predict import (
     without_folder,
 )
 from .report_inputs import public_environment
+from .results import without_slides
 from ..io import read_table, write_whole
 from ..mil.features import LIBRARIES
 from ..outputs import RUN, absolute, best_checkpoint
@@ -124,13 +125,16 @@ PATHS = ('manifest', 'weights', 'backbone')  # settings of a training that may b
 
 
 def public_settings(settings: dict) -> dict:
-    "The settings of a training with the names of files in place of their paths."
+    """The settings of a training with the names of files in place of their paths, and the number of
+    slides that were left out in place of their ids, which may name patients."""
     public = dict(settings)
     for name in PATHS:
         value = settings.get(name)
         if isinstance(value, str) and value.partition(':')[0] not in LIBRARIES:
             public[name] = file_name(value)
     public.pop('features', None)  # a folder in which embeddings were cached
+    if settings.get('left_out'):
+        public['left_out'] = len(settings['left_out'])
     return without_folders(public)
 
 # %% ../../nbs/evaluation/20_cards.ipynb #cef87416
@@ -275,7 +279,7 @@ def export_with_card(
         license=statements.license,
         data_license=statements.data_license,
         training_data=training_data(folder, checkpoint, card),
-        metrics=file_of_run(folder, checkpoint, 'metrics.json'),
+        metrics=without_slides(file_of_run(folder, checkpoint, 'metrics.json')),
         environment=public_environment(file_of_run(folder, checkpoint, RUN.mark)),
         changelog=[*former_changes(out), change],
         check=painted_outputs(model, card),
@@ -403,6 +407,7 @@ def card_text(
         network=network_of(card),
         shown=shown_of(card),
         checkpoint=checkpoint_words(card['checkpoint']),
+        n_left_out=card.get('settings', {}).get('left_out'),
         metrics=headlines(card['metrics']),
         code=code_of(card),
     )

@@ -29,7 +29,12 @@ from streaming_pathology.evaluation.evaluation import (
 )
 from .heatmaps import METHODS, save_heatmap
 from .pages import ACCENT
-from .results import figures_of, read_outcomes, results
+from streaming_pathology.evaluation.results import (
+    figures_of,
+    read_outcomes,
+    results,
+    without_slides,
+)
 from .review import called, numbered
 from .viewer import save_picture
 from ..io import Row, read_table, write_csv, write_whole
@@ -191,6 +196,8 @@ class FinishedRun:
     figures: dict[str, Callable] = field(default_factory=dict)  # see `figures_of`
     log: list[dict[str, float]] = field(default_factory=list)  # nan where the file is empty
     cohort: Sequence[Mapping[str, str]] = field(default_factory=list)  # rows of cohort.csv
+    # ids of slides of the manifest that are not in cohort.csv, as they cannot be used
+    unusable: Sequence[str] = ()
     environment: dict = field(default_factory=dict)
     is_anonymous: bool = False  # slides are called by numbers
 
@@ -509,6 +516,7 @@ def read_run(
     if not folder.is_dir():
         raise InputError(f'{folder} is no folder: give the one that sp_train or sp_demo wrote')
     run = FinishedRun(folder, read_values(folder / 'settings.toml', tomllib.loads), [])
+    run.unusable = run.settings.get('left_out', [])
     run.predictions = predictions_of(run)
     # a damaged cohort.csv is told here: below, what `results` raises may become a note
     read_patients(folder / 'cohort.csv', needed=False)
@@ -746,8 +754,12 @@ def without_names(
         raise InputError(
             f'groups by {naming[0]} would show names, which are to be left out; give another column'
         )
+    found = run.results
+    if found is not None:
+        found = without_slides(found)
     return replace(
         run,
+        results=found,
         settings=public_settings(run.settings),
         environment=public_environment(run.environment),
         is_anonymous=True,

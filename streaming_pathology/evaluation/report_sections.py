@@ -510,7 +510,9 @@ def flow_table(run: FinishedRun) -> Markup | None:
     slide_ids = [slide.slide_id for slide in slides]
     reasons = Counter(why_left_out(predictions.get(slide_id), run.split) for slide_id in slide_ids)
     not_predicted = Counter(slide.split for slide in slides if slide.slide_id not in predictions)
-    rows = [('in the manifest', len(slides))]
+    rows = [('in the manifest', len(slides) + len(run.unusable))]
+    if run.unusable:
+        rows.append(('left out: cannot be read or has no tissue', len(run.unusable)))
     for split in sorted(not_predicted, key=split_order):
         reason = LEFT_OUT.get(split, f'no prediction, split {split or "none"}')
         rows.append((f'left out: {reason}', not_predicted[split]))

@@ -469,6 +469,16 @@ def sensitivity_results(request: Request, tested: Outcomes, chosen_on: Outcomes)
     )
 
 
+FIRST_SLIDE = re.compile(r" \((?:'.*'|\".*\") is the first\)")
+
+
+def without_slides(result: dict) -> dict:
+    "The same results, with notes that name no slide."
+    if 'notes' not in result:
+        return result
+    return result | dict(notes=[FIRST_SLIDE.sub('', note) for note in result['notes']])
+
+
 def unknown_notes(request: Request, tested: Outcomes) -> list[str]:
     """A sentence on each column of subgroups that is empty for some slides: they are in none.
 

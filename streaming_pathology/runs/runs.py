@@ -62,7 +62,7 @@ from streaming_pathology.slides.cohorts import (
     check_splits,
     read_manifest,
     resolve_splits,
-    with_spacing,
+    with_default_spacing,
 )
 from streaming_pathology.slides.datasets import (
     SlideDataset,
@@ -195,7 +195,7 @@ class Preparation:
             positive=settings.positive,
         )
         if settings.slide_spacing:
-            cases = [with_spacing(case, settings.slide_spacing) for case in cases]
+            cases = [with_default_spacing(case, settings.slide_spacing) for case in cases]
         return resolve_splits(cases, seed=settings.seed, where=Path(settings.manifest))
 
     def task_of(self, cases: list[Case]) -> Task:

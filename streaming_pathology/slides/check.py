@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import InputError, counted, one_line
-from .cohorts import Case
+from .cohorts import Case, settled, with_default_spacing
 from .dicom import dicom_header
 from .pixels import COMPRESSIONS
 from streaming_pathology.slides.readers import (
@@ -21,6 +21,7 @@ from streaming_pathology.slides.readers import (
     Reader,
     is_believable,
     open_reader,
+    says_spacing,
     slide_files,
 )
 from .slides import Slide
@@ -158,9 +159,9 @@ def check_slide(
     found = SlideCheck(case.slide_id, case.path)
     try:
         reader = open_reader(case.path)
-        given = case.spacing
-        if given is None and not spacing_source(reader.spacings, None):
-            given = slide_spacing
+        if slide_spacing is not None:
+            case = with_default_spacing(case, slide_spacing)
+        given = settled(case, says_spacing(reader.spacings)).spacing
         found = replace(found, **facts_of_file(case.path, reader, given))
         with Slide(case.path, given, warn=False, reader=reader) as slide:
             notes = *slide.contradictions, *slide.notes

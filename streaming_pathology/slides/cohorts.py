@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'OTHER_SPLIT_NAMES', 'Case', 'safe_id', 'existing_path', 'is_slide_of', 'find_slide', 'read_manifest',
            'tiny_slide', 'tiny_cohort', 'apportion', 'interleaved', 'split_cohort', 'leaks', 'has_split', 'with_tuning',
-           'check_split_names', 'check_splits', 'resolve_splits', 'subset', 'says_spacing', 'with_spacing',
-           'read_panda', 'read_camelyon16', 'read_camelyon17']
+           'check_split_names', 'check_splits', 'resolve_splits', 'subset', 'with_default_spacing', 'settled',
+           'open_slide', 'read_panda', 'read_camelyon16', 'read_camelyon17']
 
 # %% ../../nbs/slides/11_cohorts.ipynb #c0000003
 import math
@@ -36,7 +36,13 @@ from streaming_pathology.io import (
     wrong_number,
 )
 from .augment import keyed_rng
-from .readers import SUFFIXES, slide_key
+from streaming_pathology.slides.readers import (
+    SUFFIXES,
+    hint_of_unit,
+    open_reader,
+    says_spacing,
+    slide_key,
+)
 from .slides import Slide
 
 # %% ../../nbs/slides/11_cohorts.ipynb #2388f4ef
@@ -66,6 +72,8 @@ class Case:
     grade: str = ''  # '': none is given
     mask: Path | None = None  # of the tissue; None: tissue is found by its colour
     annotation: Path | None = None  # mask of the whole slide, with numbers of classes
+    # `spacing` was given for many slides, and counts only where the file of this one says none
+    spacing_is_default: bool = False
 
     def __post_init__(self) -> None:
         if not self.patient_id:
@@ -105,6 +113,9 @@ def existing_path(text: str, folder: Path) -> Path:
         reason = getattr(e, 'strerror', None) or e
         raise ValueError(f'{text[:80]!r} cannot be a path ({reason})') from None
     if not exists:
+        with_slashes = folder / text.replace('\\', '/')
+        if '\\' in text and with_slashes.exists():
+            raise ValueError(f'{path} does not exist, but {with_slashes} does: write / for each \\')
         raise ValueError(f'{path} does not exist')
     return path
 
@@ -217,6 +228,9 @@ def read_spacing(text: str) -> float | None:
     spacing = finite_number(text, 'spacing')
     if not 0 < spacing < 1000:
         raise ValueError(f'spacing {text!r} is not a number of microns per pixel')
+    hint = hint_of_unit(spacing)
+    if hint:
+        raise ValueError(f'spacing {text!r} is not a number of microns per pixel; {hint}')
     return spacing
 
 # %% ../../nbs/slides/11_cohorts.ipynb #d3a7e874
@@ -933,22 +947,33 @@ def subset(
     return [case for case in cases if case.split != split or case.slide_id in kept]
 
 # %% ../../nbs/slides/11_cohorts.ipynb #861827d3
-def says_spacing(path: str | Path) -> bool:
-    "Whether a slide can be opened, and says its spacing."
-    try:
-        with Slide(path, warn=False):
-            return True
-    except Exception:  # whatever a reader raises: it is told when the slide is read
-        return False
-
-
-def with_spacing(case: Case, spacing: float, override: bool = False) -> Case:
-    "A case with a spacing, if it has none of its own; `override`: even if its file says one."
-    if case.spacing:
+def with_default_spacing(case: Case, spacing: float) -> Case:
+    """A case with a spacing that counts if neither the case nor its file says one. The file is not
+    opened."""
+    if case.spacing is not None:
         return case
-    if override or not says_spacing(case.path):
-        return replace(case, spacing=spacing)
-    return case
+    return replace(case, spacing=spacing, spacing_is_default=True)
+
+
+def settled(
+    case: Case,
+    file_says: bool,  # whether the file says its spacing
+) -> Case:
+    "A case without a default spacing: it is that of the slide, or none if the file says its own."
+    if not case.spacing_is_default:
+        return case
+    spacing = None if file_says else case.spacing
+    return replace(case, spacing=spacing, spacing_is_default=False)
+
+
+def open_slide(case: Case, override: bool = False) -> Slide:
+    """The slide of a case; with `override` the spacing of the case, even a default, counts more
+    than that of the file. Its file is opened once. Raises `InputError` as `Slide` does."""
+    reader = open_reader(case.path)
+    if override:
+        return Slide(case.path, case.spacing, case.spacing is not None, False, reader)
+    spacing = settled(case, says_spacing(reader.spacings)).spacing
+    return Slide(case.path, spacing, warn=False, reader=reader)
 
 # %% ../../nbs/slides/11_cohorts.ipynb #21b05eb1
 def slides_below(folder: Path, suffixes: Sequence[str] = ('.tif', '.tiff')) -> dict[str, Path]:

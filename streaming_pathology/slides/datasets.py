@@ -41,7 +41,7 @@ from streaming_pathology.slides.augment import (
 from streaming_pathology.slides.augment import (
     augment as apply_augmentation,
 )
-from .cohorts import Case, check_ids
+from .cohorts import Case, check_ids, open_slide, settled
 from streaming_pathology.slides.slides import (
     Slide,
     checked_color,
@@ -305,6 +305,8 @@ class SlideDataset(Dataset):
         self.boxes: dict[str, tuple[int, int]] = {}
         # slide_id -> sentences on the two spacings that its file says
         self.contradictions: dict[str, list[str]] = {}
+        # slide_id -> whether its file says its spacing, of slides once read
+        self.says_spacing: dict[str, bool] = {}
         # slide_id -> sentences on its mask, if that seems to be inverted
         self.mask_notes: dict[str, list[str]] = {}
 
@@ -320,7 +322,8 @@ class SlideDataset(Dataset):
         "The box around the tissue of a case, read from its file: see `tissue_pixels`."
         case = self.cases[index]
         try:
-            with Slide(case.path, spacing=case.spacing, warn=False) as slide:
+            with open_slide(case) as slide:
+                self.says_spacing[case.slide_id] = slide.says_spacing
                 if slide.contradictions:
                     self.contradictions[case.slide_id] = slide.contradictions
                 found = find_tissue(slide, source=case.mask, pen=self.pen, stain=self.stain)
@@ -400,6 +403,15 @@ class SlideDataset(Dataset):
         part.cases = [case for case in self.cases if case.split in splits]
         part.augment = augment
         return part
+
+    def settle_spacings(self) -> None:
+        "Of cases that were read, let a default spacing be theirs, or none if their file says one."
+        cases = []
+        for case in self.cases:
+            if case.slide_id in self.says_spacing:
+                case = settled(case, self.says_spacing[case.slide_id])
+            cases.append(case)
+        self.cases = cases
 
     def without(self, slide_ids: Collection[str]) -> 'SlideDataset':
         "All cases but some as a dataset that shares the images kept by this one."
@@ -524,6 +536,7 @@ def check_cohort(
             raise InputError(several(start, problems.values()))
         warnings.warn(several(f'{start} and are left out', problems.values()))
         data = data.without(problems)
+    data.settle_spacings()
     for sentence in (cropped(data), turned_out(data, data.augment)):
         if sentence is not None:
             warnings.warn(sentence)

@@ -37,7 +37,9 @@ WHOLE_SLIDE_IMAGE = '1.2.840.10008.5.1.4.1.1.77.1.6'  # VL Whole Slide Microscop
 PIXEL_DATA = bytes.fromhex('E07F 1000')  # the tag (7FE0,0010)
 UNDEFINED_LENGTH = 0xFFFFFFFF
 LENGTH_OF_END = 8  # bytes of the element that ends a sequence of fragments
-TAGS = ['SOPClassUID', 'SeriesInstanceUID', 'BitsStored']
+TEXT_TAGS = ['SOPClassUID', 'SeriesInstanceUID', 'PhotometricInterpretation', 'ImageType']
+NUMBER_TAGS = ['BitsStored', 'TotalPixelMatrixFocalPlanes']
+TAGS = [*TEXT_TAGS, *NUMBER_TAGS]
 
 # %% ../../nbs/slides/01_dicom.ipynb #a86fea00
 class DicomHeader(NamedTuple):
@@ -47,6 +49,10 @@ class DicomHeader(NamedTuple):
     kind: str  # the SOP class in words, such as 'CT Image Storage'
     is_slide: bool  # whether it is an image of a whole-slide series
     bits: int  # that a sample uses; 0 where it does not say
+    planes: int  # focal planes; 0 where it does not say
+    is_grey: bool
+    # words on the image: VOLUME for pixels of the slide, and RESAMPLED for those of coarser levels
+    image_type: str
     compression: str  # the transfer syntax in words; '' where it does not say
 
 # %% ../../nbs/slides/01_dicom.ipynb #62076c01
@@ -65,6 +71,13 @@ def as_text(value: object) -> str:
     return str(value or '').strip('\0 ')
 
 
+def as_number(value: object) -> int:
+    "The value of an element that is a whole number; 0 where it has none."
+    if isinstance(value, bytes):
+        return int.from_bytes(value[:4], 'little')
+    return int(str(value or 0))
+
+
 def parsed_header(file: BinaryIO) -> DicomHeader:
     "The header of an open DICOM file, which is then at its pixels."
     with warnings.catch_warnings():
@@ -76,14 +89,14 @@ def parsed_header(file: BinaryIO) -> DicomHeader:
             values[tag] = None if element is None else element.value
     kind_of_file = dataset.file_meta.get('MediaStorageSOPClassUID', '')
     kind = UID(as_text(values['SOPClassUID']) or str(kind_of_file))
-    bits = values['BitsStored']
-    if isinstance(bits, bytes):
-        bits = int.from_bytes(bits[:2], 'little')
     return DicomHeader(
         series=as_text(values['SeriesInstanceUID']),
         kind=kind.name,
         is_slide=str(kind) == WHOLE_SLIDE_IMAGE,
-        bits=bits or 0,
+        bits=as_number(values['BitsStored']),
+        planes=as_number(values['TotalPixelMatrixFocalPlanes']),
+        is_grey=as_text(values['PhotometricInterpretation']).startswith('MONOCHROME'),
+        image_type=as_text(values['ImageType']),
         compression=UID(str(dataset.file_meta.get('TransferSyntaxUID', ''))).name,
     )
 
@@ -178,6 +191,29 @@ def files_of_series(path: Path) -> list[Path]:
     return files_by_slide(path.parent, path.parent.stat().st_mtime_ns)[key]
 
 # %% ../../nbs/slides/01_dicom.ipynb #0efd97e7
+def check_volume(path: Path, header: DicomHeader) -> None:
+    "Refuse pixels of a slide that are grey, or a stack."
+    if header.is_grey:
+        raise InputError(
+            f'{path} is grey, as a fluorescence channel is: only slides in red, green and blue are '
+            'read'
+        )
+    if header.planes > 1:
+        raise InputError(f'{path} has {header.planes} focal planes: export one of them')
+
+
+def series_notes(path: Path) -> list[str]:
+    "A sentence if all levels of a slide are resampled: then the file of the finest one is missing."
+    levels = [dicom_header(file).image_type for file in files_of_series(path)]
+    levels = [words for words in levels if 'VOLUME' in words]
+    if levels and all('RESAMPLED' in words for words in levels):
+        return [
+            f'{path}: all of its levels are resampled, so the file of the full resolution may be '
+            'missing'
+        ]
+    return []
+
+
 def check_series(path: Path) -> DicomHeader:
     """The header of a DICOM file of a slide, all files of which are whole.
 
@@ -192,10 +228,13 @@ def check_series(path: Path) -> DicomHeader:
         raise InputError(f'{path} has {header.bits} bits a channel: export the slide as 8-bit RGB')
     for file in dicom_files(path.parent):
         try:
-            dicom_header(file)
+            found = dicom_header(file)
         except IncompleteDicom as e:
             if e.series in (None, header.series):
                 raise
+            continue
+        if found.series == header.series and 'VOLUME' in found.image_type:
+            check_volume(file, found)
     return header
 
 

@@ -77,6 +77,7 @@ MARGIN = 3  # pixels of a level, how far a window is moved
 READ_WHOLE = 1024**2  # pixels of a level that are read at once
 FLAT = 2.0  # deviation of a window in which there is nothing to see, of 255
 LARGEST_ERROR = 0.6  # share of the variance of windows
+EMPTY_ERROR = 10.0**2  # mean squared difference where there is nothing to see in a level
 FITS_ELSEWHERE = 0.6  # share of the error that remains at a better place
 
 
@@ -173,6 +174,19 @@ def fits_elsewhere(window: Window, shown: np.ndarray) -> bool:
     return is_away and errors[best] < FITS_ELSEWHERE * here
 
 # %% ../../nbs/slides/02_pyramids.ipynb #6fedeea2
+def is_as_empty(finer: Picture, level: Picture, ratio: Ratio) -> bool:
+    "Whether a finer image has the colour of a level that shows nothing, wherever it is looked at."
+    for window in windows_of(level):
+        pixels = shrunk(finer, ratio, window)
+        if pixels is None:
+            continue
+        n = len(window.pixels)
+        error = error_of(window.pixels, pixels[MARGIN : MARGIN + n, MARGIN : MARGIN + n])
+        if math.isfinite(error) and error > EMPTY_ERROR:
+            return False
+    return True
+
+
 def ratio_of_level(
     finer: Picture,
     level: Picture,
@@ -180,12 +194,12 @@ def ratio_of_level(
 ) -> Ratio | None:
     """The ratio at which the pixels of a level are those of a finer image, or None if at none.
 
-    Where nothing is to be seen, on glass alone, it is the most likely one."""
+    Where nothing is to be seen in either, on glass alone, it is the most likely one."""
     if not ratios:
         return None
     windows = telling_windows(level)
     if not windows:
-        return ratios[0]
+        return ratios[0] if is_as_empty(finer, level, ratios[0]) else None
     seen = sum(float(window.pixels.var()) for window in windows)
     shown_by = {ratio: [shrunk(finer, ratio, window) for window in windows] for ratio in ratios}
     errors = {}

@@ -33,6 +33,7 @@ from streaming_pathology.slides.dicom import (
     dicom_files,
     files_of_series,
     is_dicom,
+    series_notes,
     slide_in_folder,
     slide_key,
 )
@@ -208,11 +209,22 @@ def reading(path: Path, what: str) -> Iterator[None]:
 
 # %% ../../nbs/slides/05_readers.ipynb #f7c30e88
 FINEST, COARSEST = 0.05, 20.0  # microns per pixel that a microscope slide can have
+UNITS = {'millimetres': 1000.0, 'nanometres': 0.001}  # microns in one
 
 # %% ../../nbs/slides/05_readers.ipynb #dd7548b7
 GIVE_SPACING = (
     'give --slide-spacing, or fill the column spacing of the manifest; in Python pass spacing='
 )
+
+
+def hint_of_unit(spacing: float) -> str:
+    "What to write for a spacing that seems to be in another unit than microns; empty for others."
+    if 0.01 <= spacing <= 100:
+        return ''
+    for unit, microns in UNITS.items():
+        if FINEST <= spacing * microns <= COARSEST:
+            return f'if it is in {unit}, write {spacing * microns:g}'
+    return ''
 
 
 def checked_spacing(path: str | Path, given: object, override: bool) -> float | None:
@@ -227,12 +239,20 @@ def checked_spacing(path: str | Path, given: object, override: bool) -> float | 
         spacing = math.nan
     if not (math.isfinite(spacing) and spacing > 0):
         raise InputError(f'{path}: spacing must be a positive number of microns per pixel')
+    hint = hint_of_unit(spacing)
+    if hint:
+        raise InputError(f'{path}: spacing {spacing:g} is no number of microns per pixel; {hint}')
     return spacing
 
 
 def is_believable(size: tuple[float, float]) -> bool:
     "Whether (height, width) of a pixel in microns can be that of a microscope slide."
     return all(math.isfinite(side) and FINEST <= side <= COARSEST for side in size)
+
+
+def says_spacing(spacings: Mapping[str, tuple[float, float]]) -> bool:
+    "Whether a file says a spacing that can be; `spacings` is as that of a `Reader`."
+    return any(is_believable(size) for size in spacings.values())
 
 
 def no_spacing(path: str | Path, spacings: Mapping[str, tuple[float, float]]) -> InputError:
@@ -411,6 +431,7 @@ class DicomReader(OpenSlideReader):
     def __init__(self, path: Path) -> None:
         check_series(path)
         super().__init__(path)
+        self.notes += series_notes(path)
 
 # %% ../../nbs/slides/05_readers.ipynb #bb5ed2e2
 PHOTOMETRIC = (0, 1, 2, 3, 5, 6)  # grey either way, RGB, palette, CMYK, YCbCr
@@ -583,6 +604,8 @@ BEGINNINGS = {
     b'Rar!': 'a RAR archive',
     b'SQLite format 3': 'a database',
 }
+WEB_PAGES = b'<!doctype html', b'<html'  # what servers send where a download fails
+POINTER = b'version https://git-lfs'
 PNG_BEGINS = b'\x89PNG\r\n\x1a\n'
 
 
@@ -594,7 +617,11 @@ def beginning(path: Path, n: int) -> bytes:
 
 def check_beginning(path: Path) -> None:
     "Refuse what is no image, by what it is."
-    begins = beginning(path, 16)
+    begins = beginning(path, 64)
+    if begins.strip().lower().startswith(WEB_PAGES):
+        raise InputError(f'{path} is a web page and no image: download the slide again')
+    if begins.startswith(POINTER):
+        raise InputError(f'{path} is a pointer of git-lfs: fetch the slide by git lfs pull')
     for mark, kind in BEGINNINGS.items():
         if begins.startswith(mark):
             raise InputError(f'{path} is not an image that can be read: it is {kind}')

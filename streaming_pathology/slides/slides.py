@@ -32,7 +32,13 @@ from PIL import Image
 
 from ..core import InputError, counted
 from .pyramids import Ratio, ratio_by_size
-from .readers import Reader, open_reader, reading, resolve_spacing
+from streaming_pathology.slides.readers import (
+    Reader,
+    open_reader,
+    reading,
+    resolve_spacing,
+    says_spacing,
+)
 
 # %% ../../nbs/slides/07_slides.ipynb #61282921
 def area_average(
@@ -261,7 +267,8 @@ class Slide:
     its spacing is unknown.
 
     `size` is (height, width) at full resolution, upright, `spacing` the native one, of the file at
-    full resolution, and `levels` a list of `Level`. `contradictions` says in sentences where the
+    full resolution, and `levels` a list of `Level`. `says_spacing` is whether the file says its
+    spacing itself. `contradictions` says in sentences where the
     file gives more than one spacing, and `notes` what else is unusual about it, such as tiles that
     are left out. The spacing that a method such as `read` takes is another one, the target, at
     which pixels are wanted."""
@@ -286,6 +293,7 @@ class Slide:
             self.spacing, self.contradictions = resolve_spacing(
                 self.path, reader.spacings, spacing, override
             )
+        self.says_spacing = says_spacing(reader.spacings)
         self.notes: list[str] = []
         self._warn = warn
         if warn:

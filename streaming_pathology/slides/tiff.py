@@ -141,9 +141,39 @@ def bytes_of(page: TiffPage, tag: int) -> bytes | None:
     return value if isinstance(value, bytes) else None
 
 
+MICRONS = {
+    'nm': 1e-3,
+    'µm': 1.0,
+    'μm': 1.0,
+    'um': 1.0,
+    'mm': 1e3,
+    'cm': 1e4,
+    'm': 1e6,
+    'in': 25_400.0,
+}
+MICRONS_OF_IMAGEJ = MICRONS | {
+    '\\u00B5m': 1.0,  # a micro sign as ImageJ writes it, with a backslash
+    'micron': 1.0,
+    'microns': 1.0,
+    'inch': 25_400.0,
+}
+
+
+def imagej_values(description: str) -> dict[str, str]:
+    "What the description of a TIFF of ImageJ says, name -> text; empty for another description."
+    if not description.startswith('ImageJ='):
+        return {}
+    pairs = [line.partition('=') for line in description.splitlines()]
+    return {name: value.strip() for name, _, value in pairs}
+
+
 def spacing_of(page: TiffPage) -> tuple[float, float]:
-    "(height, width) of a pixel in microns by the resolution tags; nan if they do not say."
+    """(height, width) of a pixel in microns by the resolution tags; nan if they do not say. ImageJ
+    keeps their unit in its description."""
     unit = MICRONS_PER_UNIT.get(number_of(page, 296, 2), math.nan)
+    if math.isnan(unit):
+        said = imagej_values(page.description).get('unit', '')
+        unit = MICRONS_OF_IMAGEJ.get(said, math.nan)
     down, across = (fractions_of(page, tag, (0.0,))[0] for tag in (283, 282))
     return unit / down if down else math.nan, unit / across if across else math.nan
 
@@ -401,16 +431,6 @@ def check_pieces(path: Path, image: TiffImage) -> None:
         raise InputError(f'{path} is damaged: some of its strips are empty; copy it again')
 
 # %% ../../nbs/slides/03_tiff.ipynb #369b8a4e
-MICRONS = {
-    'nm': 1e-3,
-    'µm': 1.0,
-    'μm': 1.0,
-    'um': 1.0,
-    'mm': 1e3,
-    'cm': 1e4,
-    'm': 1e6,
-    'in': 25_400.0,
-}
 DECLARATION = re.compile(r'<\?xml[^>]*\?>')
 
 # %% ../../nbs/slides/03_tiff.ipynb #c3e7d387
@@ -429,6 +449,8 @@ class OmeImage(NamedTuple):
     spacing: tuple[float, float]  # (height, width) of a pixel in microns; nan where unknown
     planes: tuple[int, int]  # focal planes, times
     channels: int
+    names: list[str]  # of the channels, '' where one has none
+    is_fluorescence: bool  # of which the metadata tell stains or wavelengths
     bits: int | None  # SignificantBits
 
 # %% ../../nbs/slides/03_tiff.ipynb #c5fdd844
@@ -456,6 +478,16 @@ def ome_pages(pixels: ElementTree.Element, channels: int, samples: int) -> list[
     return [start + channel for channel in range(channels)]
 
 
+FLUORESCENT = ('Fluor', 'EmissionWavelength', 'ExcitationWavelength')
+
+
+def is_fluorescent(channel: ElementTree.Element) -> bool:
+    "Whether a Channel element is of fluorescence."
+    if channel.get('ContrastMethod') == 'Fluorescence':
+        return True
+    return any(channel.get(name) for name in FLUORESCENT)
+
+
 def ome_image(element: ElementTree.Element, images: list[TiffImage]) -> OmeImage | None:
     "What an Image element says; None if it has no pixels."
     pixels = element.find('{*}Pixels')
@@ -472,6 +504,8 @@ def ome_image(element: ElementTree.Element, images: list[TiffImage]) -> OmeImage
         spacing=ome_spacing(pixels),
         planes=(int(pixels.get('SizeZ', '1')), int(pixels.get('SizeT', '1'))),
         channels=channels,
+        names=[each.get('Name') or '' for each in pixels.findall('{*}Channel')],
+        is_fluorescence=any(is_fluorescent(each) for each in pixels.findall('{*}Channel')),
         bits=int(bits) if bits else None,
     )
 
@@ -510,13 +544,10 @@ def qpi_words(image: TiffImage) -> tuple[str, str]:
 
 def imagej_counts(image: TiffImage) -> dict[str, int]:
     "How many images a stack of ImageJ has: in all, and along each axis."
-    if not image.description.startswith('ImageJ='):
-        return {}
     counts = {}
-    for line in image.description.splitlines():
-        key, _, value = line.partition('=')
-        if key in ('images', 'channels', 'slices', 'frames') and value.strip().isdigit():
-            counts[key] = int(value)
+    for name, value in imagej_values(image.description).items():
+        if name in ('images', 'channels', 'slices', 'frames') and value.isdigit():
+            counts[name] = int(value)
     return counts
 
 # %% ../../nbs/slides/03_tiff.ipynb #aba3fec4
@@ -541,18 +572,26 @@ def is_photograph(image: TiffImage) -> bool:
 
 # %% ../../nbs/slides/03_tiff.ipynb #323303f0
 def same_bytes(path: Path, one: TiffImage, other: TiffImage, n: int = 16) -> bool:
-    "Whether two images are the same, by up to `n` of their tiles or strips."
-    if len(one.lengths) != len(other.lengths) or (one.lengths != other.lengths).any():
+    """Whether two images are the same, by `n` of their tiles or strips that show something.
+
+    Without a compression, those of empty glass are alike in any image, and all of one value."""
+    n_pieces = len(one.lengths)
+    if n_pieces != len(other.lengths) or (one.lengths != other.lengths).any():
         return False
-    some = np.unique(np.linspace(0, len(one.lengths) - 1, n).astype(int))
+    first = np.unique(np.linspace(0, n_pieces - 1, n).astype(int))
+    rest = np.setdiff1d(np.arange(n_pieces), first)
+    n_shown = 0
     with open(path, 'rb') as file:
-        for number in some:
+        for number in (*first, *rest):
             found = []
             for image in (one, other):
                 file.seek(int(image.offsets[number]))
                 found.append(file.read(int(image.lengths[number])))
             if found[0] != found[1]:
                 return False
+            n_shown += len(set(found[0])) > 1
+            if n_shown == n:
+                break
     return True
 
 
@@ -594,6 +633,11 @@ def stack(path: Path, n: int, of: str) -> InputError:
     return InputError(f'{path} is {of} of {counted(n, "image")}: save one of them as a TIFF')
 
 # %% ../../nbs/slides/03_tiff.ipynb #fdb2c1a0
+def is_copy(path: Path, one: TiffImage, other: TiffImage) -> bool:
+    "Whether two images are one that was written twice, and no channels of different names."
+    return qpi_words(one) == qpi_words(other) and same_bytes(path, one, other)
+
+
 def check_stack(path: Path, slide: TiffImage, others: list[TiffImage]) -> None:
     "Refuse fluorescence channels, focal planes or times that are pages of a file."
     counts = imagej_counts(slide)
@@ -602,7 +646,7 @@ def check_stack(path: Path, slide: TiffImage, others: list[TiffImage]) -> None:
         of = f'a stack of ImageJ ({", ".join(axes)})' if axes else 'a stack of ImageJ'
         raise stack(path, counts['images'], of)
     same = [each for each in others if each.size == slide.size and is_alike(each, slide)]
-    copies = [each for each in same if same_bytes(path, slide, each)]
+    copies = [each for each in same if is_copy(path, slide, each)]
     n = 1 + len(same) - len(copies)
     if n == 1:
         return
@@ -680,6 +724,33 @@ class TiffSlide:
     notes: list[str]  # sentences on what was passed over
 
 # %% ../../nbs/slides/03_tiff.ipynb #cf76e531
+COLORS = (('red', 'r'), ('green', 'g'), ('blue', 'b'))
+NO_NAME = re.compile(r'(channel|ch|c)?[\s:_#-]*(\d+[\s:_-]*)*', re.IGNORECASE)  # 'Channel 0'
+
+
+def has_no_names(ome: OmeImage) -> bool:
+    "Whether the channels of an image have no names, or numbers alone."
+    return all(NO_NAME.fullmatch(name) for name in ome.names)
+
+
+def check_channels(path: Path, ome: OmeImage) -> None:
+    "Refuse channels of one sample each that are something else than red, green and blue."
+    words = [re.findall('[a-z]+', name.casefold()) for name in ome.names]
+    are_colors = len(words) == len(COLORS) and all(
+        len(word) == 1 and word[0] in color for word, color in zip(words, COLORS, strict=True)
+    )
+    if are_colors or (has_no_names(ome) and not ome.is_fluorescence):
+        return
+    if len(ome.pages) == 1 and not ome.is_fluorescence:
+        return  # grey, whatever it is called
+    kind = 'fluorescence channel' if ome.is_fluorescence else 'channel'
+    names = ', '.join(name if name else 'without a name' for name in ome.names)
+    raise InputError(
+        f'{path} holds {counted(len(ome.pages), kind)} ({names}), and not red, green and blue: '
+        'only slides in these colours are read'
+    )
+
+
 def check_ome(path: Path, ome: OmeImage, images: list[TiffImage]) -> None:
     "Refuse stacks, other channels than red, green and blue, and images kept in other files."
     if ome.planes != (1, 1):
@@ -696,6 +767,8 @@ def check_ome(path: Path, ome: OmeImage, images: list[TiffImage]) -> None:
     channels = ome.channels if n > 1 or samples == 1 else ome.channels // samples
     if n not in (1, 3) or (samples > 1 and channels > 1):
         raise InputError(f'{path} has {channels} channels: save red, green and blue as RGB')
+    if samples == 1:
+        check_channels(path, ome)
 
 
 def bits_in_use(slide: TiffImage, ome: OmeImage | None) -> int | None:
@@ -748,13 +821,16 @@ def tiff_slide(path: Path, images: list[TiffImage]) -> TiffSlide:
         others = images
         spacings = {'resolution tags': planes[0].spacing}
     check_children(path, planes[0], images)
+    notes = [note] if note else []
+    if ome is not None and len(planes) == 3 and has_no_names(ome):
+        notes.append(f'{path}: its 3 channels have no names, and are taken as red, green and blue')
     return TiffSlide(
         planes=planes,
         levels=levels_in(others, planes),
         spacings=spacings,
         bits=bits_in_use(planes[0], ome),
         is_ome=ome is not None,
-        notes=[note] if note else [],
+        notes=notes,
     )
 
 # %% ../../nbs/slides/03_tiff.ipynb #3c74c9a9

@@ -36,7 +36,14 @@ from streaming_pathology.io import (
     write_once,
     write_whole,
 )
-from .cohorts import Case, check_files, check_ids, leaks, safe_id
+from streaming_pathology.slides.cohorts import (
+    Case,
+    check_files,
+    check_ids,
+    leaks,
+    open_slide,
+    safe_id,
+)
 from streaming_pathology.slides.readers import (
     COARSEST,
     FINEST,
@@ -348,7 +355,8 @@ class TrimTask:
 
     slide_id: str
     path: Path  # absolute
-    spacing: float | None  # microns per pixel of the slide; None: the file says it
+    spacing: float | None  # of the slide, as that of a `Case`
+    spacing_is_default: bool
     mask: Path | None  # absolute, of a mask of the whole slide; None: the tissue is to be found
     # finds the tissue if there is no mask; None: it is found by colour
     network: 'Module | None'
@@ -429,8 +437,14 @@ def trim_slide(task: TrimTask) -> dict:
         return former
     stamp = task.stamp()  # before anything is read
     (task.out / task.failed_picture).unlink(missing_ok=True)  # of a former run
-    override = task.settings.override_spacing and task.spacing is not None
-    with Slide(task.path, task.spacing, override=override, warn=False) as slide:
+    case = Case(
+        task.slide_id,
+        None,
+        task.path,
+        spacing=task.spacing,
+        spacing_is_default=task.spacing_is_default,
+    )
+    with open_slide(case, task.settings.override_spacing) as slide:
         # refuses a spacing that the slide does not have, before anything is written
         slide.read(task.settings.spacing, (0, 0, 1, 1))
         tissue = tissue_of(slide, task)
@@ -885,7 +899,15 @@ def tasks_of(
         if case.mask is not None:
             mask, used, weights = case.mask.absolute(), None, None
         tasks[case.slide_id] = TrimTask(
-            case.slide_id, case.path.absolute(), case.spacing, mask, used, weights, out, settings
+            case.slide_id,
+            case.path.absolute(),
+            case.spacing,
+            case.spacing_is_default,
+            mask,
+            used,
+            weights,
+            out,
+            settings,
         )
     return tasks
 

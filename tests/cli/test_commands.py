@@ -27,7 +27,7 @@ from streaming_pathology.cli import commands as cli
 from streaming_pathology.cli.parser import COMMANDS
 from streaming_pathology.io import read_table, write_csv
 from streaming_pathology.runs.inputs import find_slides
-from streaming_pathology.slides.cohorts import tiny_cohort
+from streaming_pathology.slides.cohorts import open_slide, tiny_cohort
 from streaming_pathology.slides.readers import sample_slide, write_tiff
 from streaming_pathology.slides.slides import Slide
 from streaming_pathology.slides.synthetic import write_cohort
@@ -878,10 +878,10 @@ def test_numbers_that_are_damaged(cohort, trained, tmp_path, capsys):
 
 def test_spacing_is_filled_in_only_where_a_slide_does_not_say(tmp_path):
     pyvips.Image.black(64, 64, bands=3).pngsave(str(tmp_path / 'flat.png'))
-    assert (
-        find_slides(sample_slide(), 1.0).cases[0].spacing is None
-        and find_slides(tmp_path / 'flat.png', 1.0).cases[0].spacing == 1
-    )
+    (of_file,) = find_slides(sample_slide(), 1.0).cases
+    assert open_slide(of_file).spacing == pytest.approx(0.499)
+    (of_user,) = find_slides(tmp_path / 'flat.png', 1.0).cases
+    assert open_slide(of_user).spacing == 1
 
 
 # a training that fails, interrupted, out of disk

@@ -22,7 +22,7 @@ from streaming_pathology.cli.commands import (
     sp_trim,
 )
 from streaming_pathology.runs.inputs import find_slides
-from streaming_pathology.slides.cohorts import read_manifest, tiny_cohort
+from streaming_pathology.slides.cohorts import open_slide, read_manifest, tiny_cohort
 from streaming_pathology.training.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures('small_resnet')
@@ -209,8 +209,9 @@ def test_names_and_spacings_of_a_folder(place, best):
     shutil.copy(place / 'cohort/slides/s01.tiff', too_long)
     assert '190 bytes' in refused(sp_predict, best, place / 'names', place / 'd.csv')
     too_long.rename(place / 'names/a.tiff')
-    found = [find_slides(place / 'names', 2.0, override=o).cases[0].spacing for o in (False, True)]
-    assert found == [None, 2.0]
+    (case,) = find_slides(place / 'names', 2.0).cases
+    found = [open_slide(case, override).spacing for override in (False, True)]
+    assert found == pytest.approx([4.0, 2.0])
 
 
 # ---- all others

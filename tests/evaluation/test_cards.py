@@ -69,6 +69,7 @@ def run(tmp_path_factory, small_resnet):
         features=f'/mnt/{SECRET}/features',
         epochs=3,
         size=[2048, 2048],
+        left_out=['H2026-4711 Smith', 'H2026-4712'],
     )
     save(folder, settings=settings, labels=['label'])
     environment = dict(
@@ -80,6 +81,7 @@ def run(tmp_path_factory, small_resnet):
     )
     write_whole(folder / 'environment.json', json.dumps(environment))
     notes = [f'{folder}/predictions.csv has no patient_id', f'see {folder}']
+    notes.append("1 of 4 slides have nothing in 'site' ('H2026-4713' is the first).")
     write_whole(folder / 'metrics.json', json.dumps(METRICS | dict(notes=notes)))
     rows = []
     for number in range(12):
@@ -131,12 +133,16 @@ def test_nothing_that_is_exported_names_a_folder(run, exported):
     assert {path.name for path in files} == {'m.safetensors', 'm.md'}
     for path in files:
         content = path.read_bytes()
-        for name in (SECRET, 'study 7', str(run), str(exported), 'old.csv', '/mnt/', '.svs'):
+        names = (SECRET, 'study 7', str(run), str(exported), 'old.csv', '/mnt/', '.svs', 'H2026')
+        for name in names:
             assert name.encode() not in content, name
     card, _ = read_sealed(exported / 'm.safetensors')
     assert card['settings']['manifest'] == 'slides.csv'
     assert card['settings']['weights'] == 'resnet.pt'
     assert card['settings']['epochs'] == 3
+    assert card['settings']['left_out'] == 2
+    text = (exported / 'm.md').read_text()
+    assert '\nSlides that cannot be read or have no tissue were left out before: 2.\n' in text
     assert 'host' not in card['environment']['machine']
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import html
 import io
 import json
 import re
@@ -132,6 +133,26 @@ def test_no_file_of_a_report_without_names_has_one(toy, tmp_path):
     for path in index.parent.rglob('*.jpg'):
         content = path.read_bytes()
         assert b'biopsy_' not in content and b'spacing' not in content
+
+
+@pytest.mark.parametrize('slide_id', ['biopsy_003', "biopsy 'O'"])
+def test_notes_on_groups_name_no_slide(part, tmp_path, slide_id):
+    "A slide without a site is counted, and only a report with names says which it is."
+    for name in ('predictions.csv', 'cohort.csv'):
+        path = part / name
+        path.write_text(path.read_text().replace('biopsy_003', slide_id))
+    rows = []
+    for number, each in enumerate(read_run(part).predictions):
+        site = '' if each.slide_id == slide_id else 'ab'[number // 2 % 2]
+        rows.append(dict(slide_id=each.slide_id, site=site))
+    write_csv(tmp_path / 'sites.csv', rows)
+    options = dict(by=['site'], cohort=tmp_path / 'sites.csv')
+    named = html.unescape(write_report(part, tmp_path / 'named', **options).read_text())
+    index = write_report(part, tmp_path / 'handed', anonymous=True, **options)
+    text = html.unescape(index.read_text())
+    assert f'({slide_id!r} is the first)' in named
+    assert "slides have nothing in 'site' and are in none of its subgroups." in text
+    assert slide_id not in text
 
 
 def test_groups_that_show_names_are_refused(toy, tmp_path):

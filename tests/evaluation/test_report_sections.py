@@ -1,5 +1,6 @@
 "The sections of a report that are about all slides together."
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from reports import Page
 
 from streaming_pathology.evaluation.auc import Estimate
 from streaming_pathology.evaluation.evaluation import Prediction
-from streaming_pathology.evaluation.report_inputs import FinishedRun, read_run
+from streaming_pathology.evaluation.report_inputs import FinishedRun, read_run, without_names
 from streaming_pathology.evaluation.report_sections import (
     CODE,
     calibration_section,
@@ -313,6 +314,22 @@ def test_from_the_manifest_to_the_metrics(run):
         ['left out: no label', '1'],
         ['evaluated, split test', '24'],
     ]
+
+
+def test_slides_that_cannot_be_used_are_among_those_of_the_manifest(toy, tmp_path):
+    "The training left them out, so they are not in cohort.csv; a report without names counts them."
+    folder = shutil.copytree(toy, tmp_path / 'run')
+    with open(folder / 'settings.toml', 'a') as file:
+        file.write('left_out = ["damaged", "fluor"]\n')
+    run = read_run(folder)
+    for shown in (run, without_names(run, [])):
+        rows = rows_of(flow_table(shown))
+        assert rows[:2] == [
+            ['in the manifest', '87'],
+            ['left out: cannot be read or has no tissue', '2'],
+        ]
+        assert 87 == 2 + sum(int(count) for _, count in rows[2:])
+    assert 'damaged' not in str(made_section(without_names(run, [])))
 
 
 def test_slides_beside_the_manifest_and_of_other_splits(run):

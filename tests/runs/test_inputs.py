@@ -13,7 +13,7 @@ from refusals import refusal
 from streaming_pathology.core import InputError
 from streaming_pathology.io import read_table
 from streaming_pathology.runs.inputs import FoundSlides, Outcome, find_slides, model_file
-from streaming_pathology.slides.cohorts import Case, tiny_cohort, tiny_slide
+from streaming_pathology.slides.cohorts import Case, open_slide, tiny_cohort, tiny_slide
 from streaming_pathology.slides.readers import SUFFIXES, slide_files
 
 RGB = np.full((128, 96, 3), 200, np.uint8)
@@ -82,6 +82,26 @@ def test_folders_below_are_part_of_the_name(tmp_path):
     assert ids(found) == ['b', 'p1_slide', 'p2_slide', 'p2_deep_a']
     shutil.rmtree(tmp_path / 'p1')  # whatever else is there, a name stays
     assert ids(find_slides(tmp_path)) == ['b', 'p2_slide', 'p2_deep_a']
+
+
+def test_what_is_hidden_is_told(tmp_path):
+    "Files that macOS puts beside those of a foreign drive are none, but others may be slides."
+    names = ['a.svs', '.a.tif', '._a.svs', '.old/b.svs', 'p/._c.txt', 'p/c.svs', '.DS_Store']
+    found = find_slides(files(tmp_path, *names))
+    assert ids(found) == ['a', 'p_c']
+    hidden = dict.fromkeys(['.a.tif', '._a.svs', '._c.txt'], 'hidden file')
+    assert told(found.left_out) == hidden | {'.old': 'hidden folder'}
+    assert str(Outcome(found, {})).endswith('; 3 hidden files left out; 1 hidden folder left out')
+    reasons = {each.path.name: each.reason for each in found.left_out}
+    assert 'rename it if it is a slide' in reasons['.a.tif']
+    assert 'macOS' in reasons['._a.svs']
+    assert 'is a hidden folder' in reasons['.old']
+    assert ids(find_slides(tmp_path / '.a.tif')) == ['_a'], 'a file that is named is taken'
+
+
+def test_a_folder_of_hidden_slides(tmp_path):
+    says = refusal(find_slides, files(tmp_path, '.a.svs', '.b.svs', 'c.txt'))
+    assert 'no slides in this folder' in says and 'It holds .txt 1, hidden file 2' in says
 
 
 def test_names_that_cannot_be_ids_fail_alone(tmp_path):
@@ -264,8 +284,16 @@ def test_what_is_refused(tmp_path, words, says):
 def test_a_spacing_for_slides_that_say_none(tmp_path):
     tiny_slide(tmp_path / 'a.tiff', spacing=4.0)
     Image.fromarray(RGB).save(tmp_path / 'b.png')
-    assert [case.spacing for case in find_slides(tmp_path, 2.0).cases] == [None, 2.0]
-    assert [case.spacing for case in find_slides(tmp_path, 2.0, override=True).cases] == [2.0, 2.0]
+    cases = find_slides(tmp_path, 2.0).cases
+    assert [open_slide(case).spacing for case in cases] == pytest.approx([4.0, 2.0])
+    assert [open_slide(case, override=True).spacing for case in cases] == [2.0, 2.0]
+
+
+def test_no_slide_is_opened_for_its_spacing(tmp_path):
+    "Not even those of a folder of thousands on a network drive: these files could not be opened."
+    cases = find_slides(files(tmp_path, 'a.svs', 'b.tif', 'c.png'), 2.0).cases
+    assert [case.spacing for case in cases] == [2.0, 2.0, 2.0]
+    assert all(case.spacing_is_default for case in cases)
 
 
 # ---- the network
@@ -298,6 +326,36 @@ def test_the_counts_add_up(tmp_path):
         'y.txt': 'left out',
     }
     assert all(bool(row['reason']) == (row['status'] != 'done') for row in rows)
+
+
+@pytest.mark.parametrize(
+    'n_links, n_hidden, says',
+    [
+        (1, 0, '; 1 link left out, as it leads to what is there already'),
+        (0, 1, '; 1 hidden file left out'),
+        (
+            2,
+            2,
+            '; 2 links left out, as they lead to what is there already; 2 hidden files left out',
+        ),
+    ],
+)
+@pytest.mark.parametrize('n_others', [0, 1])
+def test_slides_that_are_left_out_are_not_called_no_slides(
+    tmp_path, n_links, n_hidden, n_others, says
+):
+    files(tmp_path, 'plain.tif', *(f'.{number}.tif' for number in range(n_hidden)))
+    for number in range(n_links):
+        (tmp_path / f'link{number}.tif').symlink_to('plain.tif')
+    if n_others:
+        files(tmp_path, 'x.txt')
+        says = f'; 1 left out as no slides (.txt 1){says}'
+    found = find_slides(tmp_path)
+    assert [case.path.name for case in found.cases] == ['plain.tif']
+    outcome = Outcome(found, {})
+    assert str(outcome) == f'1 slide found: 1 done{says}'
+    statuses = [row['status'] for row in outcome.rows()]
+    assert statuses.count('left out') == n_links + n_hidden + n_others
 
 
 def test_all_went_well():

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from refusals import refusal
 
+from streaming_pathology.core import InputError
+from streaming_pathology.slides import cohorts, slides
 from streaming_pathology.slides.cohorts import (
     SPLITS,
     Case,
@@ -26,6 +28,7 @@ from streaming_pathology.slides.cohorts import (
     check_ids,
     interleaved,
     leaks,
+    open_slide,
     read_camelyon16,
     read_camelyon17,
     read_manifest,
@@ -33,14 +36,15 @@ from streaming_pathology.slides.cohorts import (
     read_split,
     resolve_splits,
     safe_id,
+    settled,
     split_cohort,
     subset,
     tiny_cohort,
     tiny_slide,
-    with_spacing,
+    with_default_spacing,
 )
 from streaming_pathology.slides.datasets import check_cohort
-from streaming_pathology.slides.readers import write_tiff
+from streaming_pathology.slides.readers import open_reader, write_tiff
 from streaming_pathology.slides.synthetic import paint_biopsy
 from streaming_pathology.slides.trim import Trim, trim_slides
 
@@ -91,6 +95,12 @@ def refused_table(folder):
         ('slide_id,label,split\ns00,0,dev\n', ["line 2: split 'dev'", 'train, tuning, test']),
         ('slide_id,label,split\ns00,,train\n', ['no label']),
         ('slide_id,label,spacing\ns00,0,-1\n', ["spacing '-1'"]),
+        ('slide_id,label,spacing\ns00,0,0.00025\n', ['if it is in millimetres, write 0.25']),
+        ('slide_id,label,spacing\ns00,0,504\n', ['if it is in nanometres, write 0.504']),
+        (
+            'slide_id,label,path\ns00,0,slides\\s00.tiff\n',
+            ['slides/s00.tiff does: write / for each \\'],
+        ),
         (
             'slide_id,label,path\na,0,slides/s00.tiff\nb,1,slides/../slides/s00.tiff\n',
             ['line 3', 'was given on line 2'],
@@ -892,16 +902,56 @@ def test_workers_end_with_their_parent(tmp_path):
     ],
 )
 def test_a_spacing_for_cases_that_have_none(tmp_path, says, own, override, expected):
-    "That of the manifest counts most, and that of the file more than the one for all slides."
+    """That of the manifest counts most, and that of the file more than the one for all slides.
+    `expected`: the spacing of the case once its slide is read; None: that of its file."""
     path = tmp_path / ('a.tif' if says else 'a.png')
     pixels = np.full((50, 60, 3), 200, np.uint8)
     if says:
         write_tiff(pixels, path, 0.5)
     else:
         Image.fromarray(pixels).save(path)
-    assert with_spacing(Case('a', None, path, spacing=own), 4.0, override).spacing == expected
+    case = with_default_spacing(Case('a', None, path, spacing=own), 4.0)
+    assert case.spacing_is_default == (own is None)
+    with open_slide(case, override) as slide:
+        assert slide.says_spacing == says
+        assert slide.contradictions == [] or own is not None or override
+        if override or not says:
+            assert slide.spacing == expected
+        else:
+            assert slide.spacing == pytest.approx(0.5)
+    if not override:
+        once_read = settled(case, says)
+        assert (once_read.spacing, once_read.spacing_is_default) == (expected, False)
 
 
 def test_a_spacing_for_a_slide_that_cannot_be_opened(tmp_path):
     "What is wrong with it is told when it is read."
-    assert with_spacing(Case('a', None, tmp_path / 'none.svs'), 4.0).spacing == 4.0
+    case = with_default_spacing(Case('a', None, tmp_path / 'none.svs'), 4.0)
+    assert case.spacing == 4.0
+    with pytest.raises(InputError, match=r'none\.svs does not exist'):
+        open_slide(case)
+
+
+def test_a_cohort_is_opened_once_and_keeps_the_spacings_that_count(tmp_path, monkeypatch):
+    "A spacing for all slides is that of those which say none, and is no contradiction of others."
+    tiny_slide(tmp_path / 'a.tiff', spacing=8.0)
+    pixels = np.asarray(open_slide(Case('a', None, tmp_path / 'a.tiff')).read(8.0))
+    Image.fromarray(pixels).save(tmp_path / 'b.png')
+    opened = []
+
+    def counted(path):
+        opened.append(path.name)
+        return open_reader(path)
+
+    for module in (cohorts, slides):
+        monkeypatch.setattr(module, 'open_reader', counted)
+    cases = [Case(name[0], None, tmp_path / name) for name in ('a.tiff', 'b.png')]
+    cases = [with_default_spacing(case, 4.0) for case in cases]
+    assert opened == []
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        data = check_cohort(cases, 8.0, progress=False)
+    assert opened == ['a.tiff', 'b.png']
+    assert [case.spacing for case in data.cases] == [None, 4.0]
+    heights = [height for height, _ in (data.boxes['a'], data.boxes['b'])]
+    assert heights[1] == pytest.approx(heights[0] / 2, abs=2)

@@ -12,6 +12,7 @@ import pyvips
 import tifffile
 import tiffs
 from PIL import Image, ImageCms
+from pydicom import dcmread
 from refusals import refusal
 
 from streaming_pathology.core import InputError
@@ -176,6 +177,36 @@ def test_channels_as_pages(tmp_path, n, size):
     assert f'{n} fluorescence channels (DAPI, FITC' in text
 
 
+def test_channels_of_the_same_pixels(tmp_path):
+    "They are channels by their names, even if nothing was stained."
+    grey = tiffs.pixels()[..., 0]
+    options = dict(photometric='minisblack', tile=(64, 64), **tiffs.resolution())
+    pages = [(grey, dict(description=qpi(name))) for name in ('DAPI', 'FITC')]
+    text = says(tiffs.write_pages(tmp_path / 'a.qptiff', pages, **options))
+    assert '2 fluorescence channels (DAPI, FITC)' in text
+
+
+@pytest.mark.parametrize('n', [2, 4])
+@pytest.mark.parametrize('size', [(512, 512), (640, 272)])
+def test_channels_on_black_without_compression(tmp_path, n, size):
+    "Most tiles are alike in all of them; each has a few cells at places of its own."
+    pages = [np.zeros(size, np.uint8) for _ in range(n)]
+    for number, page in enumerate(pages):
+        page[100 + 16 * number : 110 + 16 * number, 120:130] = 200
+    options = dict(photometric='minisblack', tile=(16, 16), **tiffs.resolution())
+    path = tiffs.write_pages(tmp_path / 'a.tif', [(page, {}) for page in pages], **options)
+    assert f'is a stack of {n} images' in says(path)
+
+
+def test_an_image_that_was_written_twice_is_a_slide(tmp_path):
+    rgb = np.full((320, 400, 3), 245, np.uint8)
+    rgb[100:140, 200:260] = (190, 90, 140)
+    path = tiffs.write_pages(
+        tmp_path / 'a.tif', [(rgb, {})] * 2, tile=(16, 16), **tiffs.resolution()
+    )
+    assert (Slide(path).read(0.5) == rgb).all()
+
+
 def test_a_qptiff_in_bright_field(tmp_path):
     rgb = tiffs.pixels((300, 420))
     pages = [
@@ -213,12 +244,94 @@ def test_one_image_of_imagej(tmp_path):
     assert (Slide(tmp_path / 'a.tif', spacing=0.5).read(0.5) == rgb).all()
 
 
+@pytest.mark.parametrize(
+    'unit, per_micron',
+    [('um', 1.0), ('micron', 1.0), ('\\u00B5m', 1.0), ('mm', 1e3), ('nm', 1e-3), ('cm', 1e4)],
+)
+@pytest.mark.parametrize('spacing', [0.25, 0.5])
+def test_the_unit_that_imagej_keeps_in_its_description(tmp_path, unit, per_micron, spacing):
+    per_unit = per_micron / spacing
+    metadata = dict(unit=unit)
+    resolution = (per_unit, per_unit)
+    rgb = tiffs.pixels((60, 80))
+    tifffile.imwrite(tmp_path / 'a.tif', rgb, imagej=True, resolution=resolution, metadata=metadata)
+    slide = Slide(tmp_path / 'a.tif')
+    assert slide.spacing == pytest.approx(spacing, rel=1e-4) and not slide.contradictions
+
+
+@pytest.mark.parametrize('unit', ['pixel', 'parsec'])
+def test_a_unit_of_imagej_that_is_no_length_of_slides(tmp_path, unit):
+    metadata = dict(unit=unit)
+    rgb = tiffs.pixels((60, 80))
+    tifffile.imwrite(tmp_path / 'a.tif', rgb, imagej=True, resolution=(2, 2), metadata=metadata)
+    assert 'has no pixel size' in says(tmp_path / 'a.tif')
+
+
 @pytest.mark.parametrize('tile', [None, (64, 64)])
 @pytest.mark.parametrize('n', [2, 4])
 def test_pages_of_one_size(tmp_path, tile, n):
     planes = [(tiffs.pixels(seed=i), dict(tile=tile)) for i in range(n)]
     text = says(tiffs.write_pages(tmp_path / 'a.tif', planes), spacing=0.5)
     assert f'a stack of {n} images of 300 x 420 pixels' in text
+
+
+def write_channels(path, n, channel):
+    "An OME-TIFF with a page for each of `n` channels, of which `channel` says more."
+    planes = np.moveaxis(tiffs.pixels((60, 80)), -1, 0)[:n]
+    metadata = dict(axes='CYX', PhysicalSizeX=0.5, PhysicalSizeY=0.5, **MICRONS, Channel=channel)
+    tifffile.imwrite(path, planes, photometric='minisblack', ome=True, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    'names',
+    [
+        ['DAPI', 'FITC', 'TRITC'],
+        ['Hoechst', 'Green', 'Texas Red'],
+        ['Blue', 'Green', 'Red'],
+        ['', '', 'CD8'],
+    ],
+)
+def test_channels_in_ome_that_are_named_otherwise(tmp_path, names):
+    write_channels(tmp_path / 'a.ome.tif', 3, dict(Name=names))
+    text = says(tmp_path / 'a.ome.tif')
+    shown = ', '.join(name if name else 'without a name' for name in names)
+    assert f'holds 3 channels ({shown}), and not red, green and blue' in text
+
+
+@pytest.mark.parametrize('n', [1, 3])
+@pytest.mark.parametrize(
+    'more',
+    [
+        dict(EmissionWavelength=[460.0] * 3, EmissionWavelengthUnit=['nm'] * 3),
+        dict(Fluor=['Cy5'] * 3),
+        dict(ContrastMethod=['Fluorescence'] * 3),
+    ],
+)
+def test_channels_in_ome_with_stains_or_wavelengths(tmp_path, n, more):
+    write_channels(tmp_path / 'a.ome.tif', n, {name: values[:n] for name, values in more.items()})
+    text = says(tmp_path / 'a.ome.tif')
+    assert f'holds {n} fluorescence channel' in text
+
+
+@pytest.mark.parametrize(
+    'names', [['Red', 'Green', 'Blue'], ['R', 'G', 'B'], ['red', 'green', 'blue']]
+)
+def test_channels_in_ome_that_are_colors(tmp_path, names):
+    write_channels(tmp_path / 'a.ome.tif', 3, dict(Name=names))
+    slide, told = quiet(tmp_path / 'a.ome.tif')
+    assert (slide.read(0.5) == tiffs.pixels((60, 80))).all() and not told
+
+
+@pytest.mark.parametrize(
+    'names', [None, ['Channel 0', 'Channel 1', 'Channel 2'], ['C:0', 'C1', '2']]
+)
+def test_channels_in_ome_without_names_are_told(tmp_path, names):
+    write_channels(tmp_path / 'a.ome.tif', 3, dict(Name=names) if names else {})
+    slide, told = quiet(tmp_path / 'a.ome.tif')
+    assert (slide.read(0.5) == tiffs.pixels((60, 80))).all()
+    assert ['have no names, and are taken as red, green and blue' in text for text in told] == [
+        True
+    ]
 
 
 @pytest.mark.parametrize('axes, shape', [('ZYXS', (2, 60, 80, 3)), ('CYX', (4, 60, 80))])
@@ -373,6 +486,27 @@ def test_what_is_known_of_levels_is_forgotten_when_the_file_changes(tmp_path):
         pages = [(rgb, dict(tile=(64, 64))), (level, dict(tile=(64, 64), subfiletype=1))]
         with Slide(tiffs.write_pages(path, pages), spacing=0.5) as slide:
             assert abs(slide.read(1.0).astype(int) - cropped(rgb, 2)).max() <= 1
+
+
+@pytest.mark.parametrize('value', [0, 8, 255])
+@pytest.mark.parametrize('size, step', [((600, 840), 2), ((1200, 900), 4)])
+def test_an_empty_level_is_not_used(tmp_path, value, size, step):
+    "One whose writer stopped, or a label of the shape of a level."
+    rgb = tiffs.smooth(size)
+    empty = np.full_like(rgb[::step, ::step], value)
+    tiles = dict(tile=(64, 64))
+    pages = [(rgb, dict(**tiles, **tiffs.resolution())), (empty, dict(subfiletype=1, **tiles))]
+    with Slide(tiffs.write_pages(tmp_path / 'a.tif', pages)) as slide:
+        assert abs(slide.read(0.5 * step).astype(int) - cropped(rgb, step)).max() <= 1
+
+
+def test_an_empty_level_of_an_empty_slide_is_used(tmp_path):
+    glass = np.full((600, 840, 3), 244, np.uint8)
+    coarse = np.full((150, 210, 3), 240, np.uint8)
+    tiles = dict(tile=(64, 64))
+    pages = [(glass, dict(**tiles, **tiffs.resolution())), (coarse, dict(subfiletype=1, **tiles))]
+    with Slide(tiffs.write_pages(tmp_path / 'a.tif', pages)) as slide:
+        assert (slide.read(2.0) == 240).all()
 
 
 # ---- 4. damage
@@ -968,6 +1102,22 @@ def test_a_spacing_that_no_slide_has_is_named(tmp_path, spacing):
     assert '--slide-spacing' in text and 'spacing=' in text
 
 
+@pytest.mark.parametrize('given, meant', [(0.0005, '0.5'), (252, '0.252'), (2.5e-4, '0.25')])
+def test_a_spacing_in_another_unit_is_told(tmp_path, given, meant):
+    path = tmp_path / 'a.png'
+    Image.fromarray(tiffs.pixels()).save(path)
+    assert f'if it is in {"milli" if given < 1 else "nano"}metres, write {meant}' in says(
+        path, spacing=given
+    )
+
+
+@pytest.mark.parametrize('given', [0.02, 28.97, 99.0, 1e-5, 5e6])
+def test_any_other_spacing_that_a_user_gives_is_taken(tmp_path, given):
+    path = tmp_path / 'a.png'
+    Image.fromarray(tiffs.pixels()).save(path)
+    assert Slide(path, spacing=given).spacing == given
+
+
 def test_no_spacing_at_all(tmp_path):
     text = says(tiffs.write(tmp_path / 'a.tif', tiffs.pixels((90, 80)), spacing=None))
     assert 'has no pixel size' in text and '--slide-spacing' in text
@@ -1003,6 +1153,21 @@ def test_what_is_no_image_is_told_by_what_it_is(tmp_path):
         assert 'is not an image' in text and kind in text and 'copy it again' not in text
 
 
+@pytest.mark.parametrize(
+    'begins, says_what',
+    [
+        (b'<!DOCTYPE html><html>', 'is a web page and no image: download the slide again'),
+        (b'\r\n<HTML lang="en">', 'is a web page'),
+        (b'version https://git-lfs.github.com/spec/v1\noid sha256:1', 'fetch the slide by git lfs'),
+    ],
+)
+@pytest.mark.parametrize('name', ['a.svs', 'a.tif', 'a.mrxs', 'a.png'])
+def test_what_was_downloaded_instead_of_a_slide(tmp_path, begins, says_what, name):
+    (tmp_path / name).write_bytes(begins + b' ' * 300)
+    text = says(tmp_path / name)
+    assert says_what in text and 'damaged' not in text
+
+
 def test_dicom_that_is_no_slide_is_told_by_its_kind(tmp_path):
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -1020,6 +1185,33 @@ def test_dicom_that_is_no_slide_is_told_by_its_kind(tmp_path):
     dataset.save_as(tmp_path / 'a.dcm', enforce_file_format=True)
     assert "its kind is 'CT Image Storage'" in says(tmp_path / 'a.dcm')
     assert 'without DICOM files of a slide (CT Image Storage)' in says(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'changes, text',
+    [
+        (dict(PhotometricInterpretation='MONOCHROME2'), 'level0.dcm is grey, as a fluorescence'),
+        (dict(TotalPixelMatrixFocalPlanes=3), 'level0.dcm has 3 focal planes: export one of them'),
+    ],
+)
+def test_stacks_and_channels_in_dicom(tmp_path, changes, text):
+    made.dicom(tmp_path / 'a', made.pixels()[:256, :256])
+    path = tmp_path / 'a/level0.dcm'
+    dataset = dcmread(path)
+    for name, value in changes.items():
+        setattr(dataset, name, value)
+    dataset.save_as(path)
+    assert text in says(tmp_path / 'a')
+
+
+def test_a_file_of_a_dicom_series_is_missing(tmp_path):
+    "What is left is a slide at a coarser spacing, and that is told."
+    folder = made.dicom(tmp_path / 'a', made.pixels()[:256, :256])
+    assert not quiet(folder)[1]
+    (folder / 'level0.dcm').unlink()
+    slide, (told,) = quiet(folder)
+    assert 'the file of the full resolution may be missing' in told
+    assert slide.spacing == pytest.approx(2 * made.SPACING)
 
 
 def test_a_damaged_thumbnail_does_not_spoil_the_slide(tmp_path):

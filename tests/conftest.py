@@ -1,5 +1,6 @@
 "Settings for every test: one thread a worker, and a last word on the cells that were skipped."
 
+import multiprocessing
 import os
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,16 @@ SECONDS = pytest.StashKey[float]()
 # before anything imports torch: two workers share the cores, so neither may take them all
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'VIPS_CONCURRENCY'):
     os.environ.setdefault(name, '1')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def quick_workers():
+    """Workers that read slides are forked from a process that has imported what they need, which
+    takes seconds. Commands in processes of their own, as `Forked`, start theirs as for users."""
+    forked = multiprocessing.get_context('forkserver')
+    forked.set_forkserver_preload(['streaming_pathology.runs.runs'])
+    with mock.patch.dict(multiprocessing.context._concrete_contexts, spawn=forked):
+        yield
 
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,6 @@
 "Settings for every test: one thread a worker, and a last word on the cells that were skipped."
 
+import multiprocessing
 import os
 from collections import Counter
 from pathlib import Path
@@ -7,12 +8,24 @@ from unittest import mock
 
 import pytest
 from fast import is_slow, slow_tests, write_slow_tests
+from forks import Forked, processor_seconds
 
 COLLECTED = pytest.StashKey[list]()
+SECONDS = pytest.StashKey[float]()
 
 # before anything imports torch: two workers share the cores, so neither may take them all
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'VIPS_CONCURRENCY'):
     os.environ.setdefault(name, '1')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def quick_workers():
+    """Workers that read slides are forked from a process that has imported what they need, which
+    takes seconds. Commands in processes of their own, as `Forked`, start theirs as for users."""
+    forked = multiprocessing.get_context('forkserver')
+    forked.set_forkserver_preload(['streaming_pathology.runs.runs'])
+    with mock.patch.dict(multiprocessing.context._concrete_contexts, spawn=forked):
+        yield
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +84,10 @@ def pytest_addoption(parser):
         '--find-slow',
         type=float,
         metavar='SECONDS',
-        help='write into tests/slow.txt which of the tests that are run take longer than this',
+        help='write into tests/slow.txt which of the tests that are run take more of the processor',
+    )
+    parser.addoption(
+        '--seconds', metavar='FILE', help='write the processor seconds of each test, longest first'
     )
     parser.addoption(
         '--flags',
@@ -80,21 +96,45 @@ def pytest_addoption(parser):
     )
 
 
+def seconds_until_now():
+    "What this worker and its processes took of the processor."
+    return processor_seconds() + Forked.processor_seconds()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    "A test begins."
+    item.config.stash[SECONDS] = seconds_until_now()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    "Note in a report what its part of the test took of the processor: that says more than the clock."
+    report = yield
+    before, item.config.stash[SECONDS] = item.config.stash[SECONDS], seconds_until_now()
+    report.processor_seconds = item.config.stash[SECONDS] - before
+    return report
+
+
 def durations(terminalreporter):
-    "Seconds that each test took, with what it set up."
+    "Processor seconds that each test took, with what it set up."
     seconds = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
-            if hasattr(report, 'when'):
-                seconds[report.nodeid] += report.duration
+            if hasattr(report, 'processor_seconds'):
+                seconds[report.nodeid] += report.processor_seconds
     return seconds
 
 
 def pytest_terminal_summary(terminalreporter, config):
     "Find slow tests, if that was asked for, and name the notebooks with skipped cells."
+    seconds = durations(terminalreporter)
     limit = config.getoption('find_slow')
     if limit:
-        write_slow_tests(durations(terminalreporter), limit)
+        write_slow_tests(seconds, limit)
+    if config.getoption('seconds'):
+        table = [f'{taken:.2f},{test}\n' for test, taken in seconds.most_common()]
+        Path(config.getoption('seconds')).write_text(''.join(table), encoding='utf-8')
     name_skipped_cells(terminalreporter)
 
 

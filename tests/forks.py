@@ -5,6 +5,7 @@ has imported it.
 `ranks` calls a function in several of them that train together."""
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -13,7 +14,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from pathlib import Path
 
 IMPORTED = (
@@ -29,6 +32,8 @@ IMPORTED = (
     'streaming_pathology.mil.features',
     'streaming_pathology.runs.runs',
 )
+
+TIMEOUT = 300  # seconds: no process needs them, however much else the machine does
 
 
 class Forked:
@@ -50,6 +55,11 @@ class Forked:
         )
 
     @classmethod
+    def processor_seconds(cls):
+        "What the process that forks them, and those that have ended, took of the processor."
+        return 0.0 if cls.server is None else cls.ask(processor_seconds=True)
+
+    @classmethod
     def ask(cls, **what):
         "What the process answers that forks them."
         if cls.server is None:
@@ -66,7 +76,7 @@ class Forked:
             self.returncode = self.ask(status_of=self.pid)
         return self.returncode
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=TIMEOUT):
         "The exit status, once it has one."
         until = time.monotonic() + timeout
         while self.poll() is None:
@@ -81,7 +91,7 @@ class Forked:
             path.read_text(errors='replace') for path in sorted(Path(self.folder.name).glob(name))
         )
 
-    def communicate(self, timeout=60):
+    def communicate(self, timeout=TIMEOUT):
         "What it printed on standard output and on standard error, once it has ended."
         self.wait(timeout)
         return self.text('out'), self.text('err')
@@ -111,10 +121,18 @@ def ranks(target, n_ranks, *args, timeout=300):
     assert not any(statuses), '\n'.join(process.text() for process in processes)
 
 
+def processor_seconds():
+    "What this process, and those of its own that have ended, took of the processor."
+    usages = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def serve():
     "Fork a process for each line of standard input; what it is to do, in that process alone."
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # garbage is never looked for in what all processes share
     running = set()
     for line in sys.stdin:
         asked = json.loads(line)
@@ -123,6 +141,8 @@ def serve():
             if answer == 0:
                 return asked
             running.add(answer)
+        elif 'processor_seconds' in asked:
+            answer = processor_seconds()
         else:
             pid, status = os.waitpid(asked['status_of'], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
@@ -130,7 +150,7 @@ def serve():
         print(json.dumps(answer), flush=True)
     for pid in running:  # whose test has ended before them
         os.kill(pid, signal.SIGKILL)
-    sys.exit()
+    os._exit(0)
 
 
 def begin(asked):
@@ -150,8 +170,34 @@ def begin(asked):
     sys.path[:] = asked['path']
 
 
+def status_of(asked):
+    "The exit status of a process that calls what was asked for; errors are printed as usual."
+    module, function = asked['target'].split(':')
+    try:
+        status = getattr(importlib.import_module(module), function)(*asked['args'])
+    except SystemExit as e:
+        status = e.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if status is None or isinstance(status, int):
+        return status or 0
+    print(status, file=sys.stderr)
+    return 1
+
+
+def end(status):
+    """End this process as the interpreter does: threads are waited for, and what was registered is
+    called. But its objects are not taken down one by one: all of them are those of the process that
+    it was forked from, of which it would get a copy for that, page by page, in two seconds."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status & 0xFF)
+
+
 if __name__ == '__main__':
     asked = serve()
     begin(asked)
-    module, function = asked['target'].split(':')
-    sys.exit(getattr(importlib.import_module(module), function)(*asked['args']))
+    end(status_of(asked))

@@ -1,7 +1,6 @@
 "Runs of commands in tests: what they refuse, say and write"
 
 import re
-import signal
 from pathlib import Path
 
 from streaming_pathology.cli import commands as cli
@@ -27,9 +26,3 @@ def refused(capsys, argv, *says, status=2):
     for s in says:
         assert str(s) in errors[0], errors[0]
     return errors[0]
-
-
-def heard():
-    "Of the signals that a job in the background or under nohup ignores."
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(s, signal.SIG_DFL)

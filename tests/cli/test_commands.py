@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import torch
 import tqdm.std
 from forks import Forked
 from PIL import Image
-from runs import heard, quick, refused, tree
+from runs import quick, refused, tree
 from safetensors import safe_open
 from small import COMMAND
 
@@ -924,7 +923,7 @@ def test_a_stopped_training_gives_back_what_it_replaced(cohort, trained, tmp_pat
     before = {p: p.read_bytes() for p in run.rglob('*') if p.is_file()}
     p = started(run, cohort / 'manifest.csv', run, *QUICK, '--epochs', 1000, '--overwrite')
     p.send_signal(stop)
-    _, err = p.communicate(timeout=60)
+    _, err = p.communicate()
     assert (
         p.returncode,
         ('stopped: epoch' if (halted := p.returncode == 75) else 'error: interrupted') in err,
@@ -1174,23 +1173,9 @@ def trimming(manifest, out, workers):
 def test_a_trimming_that_is_stopped_ends_at_once(tmp_path, workers):
     "And what it began is whole or not there; the next run goes on."
     manifest = write_cohort(tmp_path / 'cohort', n=4, size=(256, 512), spacing=2.0, progress=False)
-    command = [
-        sys.executable,
-        '-m',
-        'streaming_pathology.cli',
-        'trim',
-        manifest,
-        tmp_path / 'out',
-        '--spacing',
-        '2',
-        '--min-area-mm2',
-        '.01',
-        '--workers',
-        str(workers),
-    ]
-    p = subprocess.Popen(
-        [*command, '--margin', '30000'], stderr=subprocess.PIPE, text=True, preexec_fn=heard
-    )  # images of 30,000 x 30,000 pixels
+    argv = trimming(manifest, tmp_path / 'out', workers)
+    # images of 30,000 x 30,000 pixels
+    p = Forked('small:command', *argv, '--margin', 30000)
     while not (tmp_path / 'out/overview').exists() or not any(
         (tmp_path / 'out/overview').glob('*.jpg')
     ):
@@ -1208,10 +1193,8 @@ def test_a_trimming_that_is_stopped_ends_at_once(tmp_path, workers):
         and 'Traceback' not in err
     ), err
     assert not any((tmp_path / 'out').glob('biopsies/*.tiff'))
-    assert (
-        'other settings'
-        in subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
-    )
+    _, err = Forked('small:command', *argv).communicate(timeout=60)
+    assert 'other settings' in err
 
 
 def trimmed_tree(out):
@@ -1288,33 +1271,17 @@ def test_processes_import_what_they_need(cohort, tmp_path, program, of, more, sp
 def test_trimming_onto_a_full_disk(tmp_path):
     "Every slide that could not be written is named, nothing half-written is there, and with room again it goes on."
     manifest = write_cohort(tmp_path / 'cohort', n=3, size=(256, 384), spacing=2.0, progress=False)
-    command = [
-        sys.executable,
-        '-m',
-        'streaming_pathology.cli',
-        'trim',
-        manifest,
-        tmp_path / 'out',
-        '--spacing',
-        '2',
-        '--min-area-mm2',
-        '.01',
-        '--workers',
-        '0',
-    ]
-
-    def little():  # files of 20 kB at most; what libvips writes beyond that is an error, not a signal
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=little)
+    argv = trimming(manifest, tmp_path / 'out', 0)
+    # files of 20 kB at most
+    p = Forked('small:command', *argv, file_size=20_000)
+    _, err = p.communicate()
     assert (
-        done.returncode == 2
-        and '3 of 3 slides failed' in done.stderr
-        and 'Traceback' not in done.stderr
+        p.returncode == 2
+        and '3 of 3 slides failed' in err
+        and 'Traceback' not in err
         and 'cannot be written' in (tmp_path / 'out/failed.csv').read_text()
-    ), done.stderr
+    ), err
     assert not any((tmp_path / 'out').rglob('*.partial')) and not any(
         (tmp_path / 'out/biopsies').glob('*')
     )
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert Forked('small:command', *argv).wait() == 0

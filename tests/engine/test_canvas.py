@@ -34,8 +34,9 @@ def agree(net, canvas, strip, **how):
         want = torch.autograd.grad(y, wanted, g, allow_unused=True) if y.requires_grad else []
     except RuntimeError:
         return 'refused'  # the plain network cannot do it either
+    streamed = stream(net, strip, **how)
     try:
-        ys = stream(net, strip, **how)(canvas)
+        ys = streamed(canvas)
     except StreamingError as e:
         assert 'canvas.dense()' in str(e) or how.get('direction') == 'columns', e
         return 'refused'
@@ -46,7 +47,7 @@ def agree(net, canvas, strip, **how):
         and close(ys, y)
     )
     with torch.no_grad():
-        assert close(stream(net, strip, **how)(canvas), y)
+        assert close(streamed(canvas), y)
     got = torch.autograd.grad(ys, wanted, g, allow_unused=True) if y.requires_grad else []
     floor = max([1e-14, *(1e-13 * w.abs().max().item() for w in want if w is not None)])
     for a, b in zip(got, want):
@@ -187,6 +188,7 @@ def test_masks_hold_for_the_whole_canvas(drop):
         assert close(y, w) and all(close(a, b, 1e-12) for a, b in zip(got, want))
 
 
+@pytest.mark.usefixtures('small_resnet')
 def test_classifier_with_attention():
     torch.manual_seed(0)
     model = StreamingClassifier('resnet18', pool='attention', strip=64).double()

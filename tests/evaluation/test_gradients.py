@@ -24,6 +24,8 @@ from streaming_pathology.evaluation.gradients import (
 )
 from streaming_pathology.training.models import StreamingClassifier
 
+pytestmark = pytest.mark.usefixtures('small_resnet')
+
 
 def small_net(seed=0, activation=nn.ReLU):
     torch.manual_seed(seed)

@@ -28,6 +28,8 @@ from streaming_pathology.evaluation.heatmaps import (
 from streaming_pathology.mil.bags import Bag
 from streaming_pathology.training.models import StreamingClassifier
 
+pytestmark = pytest.mark.usefixtures('small_resnet')
+
 
 @pytest.fixture(scope='module')
 def x():

@@ -38,6 +38,8 @@ from streaming_pathology.training.loop import TinyNet, predict
 from streaming_pathology.training.models import StreamingClassifier
 from streaming_pathology.training.tasks import Multiclass, Survival
 
+pytestmark = pytest.mark.usefixtures('small_resnet')
+
 CARD = dict(model=dict(arch='resnet18', n_out=1, strip=64), spacing=4.0, size=None, amp=None)
 
 

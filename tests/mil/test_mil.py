@@ -3,14 +3,13 @@
 import csv
 import shutil
 import signal
-import subprocess
 import time
 
 import numpy as np
 import pytest
+from forks import Forked
 from resumed import as_if_never_stopped, rows
 from runs import refused, tree
-from small import COMMAND
 
 from streaming_pathology.cli import commands as cli
 from streaming_pathology.slides.cohorts import tiny_cohort
@@ -280,25 +279,8 @@ def test_features_killed(whole, features, tmp_path):
         (4, 10),
         (17, 0),
     ):  # files that are there when it is killed, at first before there is a point
-        p = subprocess.Popen(
-            [
-                *COMMAND,
-                *map(
-                    str,
-                    [
-                        'mil',
-                        whole / 'cohort/manifest.csv',
-                        run,
-                        *FEATURES,
-                        '--resume',
-                        '--checkpoint-minutes',
-                        minutes,
-                    ],
-                ),
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        words = [*FEATURES, '--resume', '--checkpoint-minutes', minutes]
+        p = Forked('small:command', 'mil', whole / 'cohort/manifest.csv', run, *words)
         while p.poll() is None and len([*run.glob('features/*.safetensors')]) < n:
             time.sleep(0.002)
         p.kill()

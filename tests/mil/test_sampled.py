@@ -21,6 +21,8 @@ from streaming_pathology.training.loop import TinyNet, fit, predict
 from streaming_pathology.training.models import StreamingClassifier
 from streaming_pathology.training.tasks import Binary, make_task
 
+pytestmark = pytest.mark.usefixtures('small_resnet')
+
 SIDE = 4  # patches
 TRAINABLE = [name for name in aggregators if name != 'rnn']  # which needs scores
 

@@ -52,6 +52,21 @@ def make(data, tmp_path):
     return made
 
 
+@pytest.fixture(scope='module')
+def result_of(data, tmp_path_factory):
+    "The result of a job of each method, which is run once for all tests."
+    folder, found = tmp_path_factory.mktemp('whole'), {}
+
+    def result(method):
+        if method not in found:
+            runner = Runner(PLAN, data, folder / 'work', folder / 'out', lambda text: None)
+            runner.run([job(method)])
+            found[method] = read_job_result(runner.path(job(method)))
+        return found[method]
+
+    return result
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -64,10 +79,8 @@ def job(method, **options):
 
 
 @pytest.mark.parametrize('method', ['colour', 'frozen-mean', 'frozen-abmil', 'streaming', 'mil'])
-def test_a_result_says_all_that_it_depends_on(make, method):
-    runner = make()
-    runner.run([job(method)])
-    result = read_job_result(runner.path(job(method)))
+def test_a_result_says_all_that_it_depends_on(result_of, method):
+    result = result_of(method)
     assert result['job'] == dict(method=method, seed=0, fold=0, share=1.0, size=96)
     assert result['seed'] == seed_of(job(method))
     assert result['settings'].items() <= PLAN.as_json().items()
@@ -87,23 +100,19 @@ def test_no_weights_stay_when_a_job_is_done(make):
     assert not [path for path in runner.out.rglob('*') if path.suffix != '.json']
 
 
-def test_methods_see_the_same_seeds_and_differ(make):
-    runner = make()
-    runner.run([job('streaming'), job('mil')])
-    results = [read_job_result(runner.path(job(name))) for name in ('streaming', 'mil')]
+def test_methods_see_the_same_seeds_and_differ(result_of):
+    results = [result_of(name) for name in ('streaming', 'mil')]
     assert results[0]['seed'] == results[1]['seed']
     assert results[0]['logits'].keys() == results[1]['logits'].keys()
     assert results[0]['logits'] != results[1]['logits']
 
 
-def test_a_job_gives_the_same_again(make):
-    for name in 'ab':
-        make(name=name).run([job('mil'), job('streaming')])
+def test_a_job_gives_the_same_again(make, result_of):
+    runner = make()
+    runner.run([job('mil'), job('streaming')])
     for method in ('mil', 'streaming'):
-        first, second = [
-            read_job_result(make(name=name).path(job(method)))['logits'] for name in 'ab'
-        ]
-        assert first == second
+        again = read_job_result(runner.path(job(method)))
+        assert again['logits'] == result_of(method)['logits']
 
 
 def test_a_method_that_forgets_a_slide(make, monkeypatch):
@@ -188,9 +197,8 @@ def killed_after(rests):
 
 @pytest.mark.parametrize('rests', [1, 7, 21])
 @pytest.mark.parametrize('method', ['streaming', 'mil'])
-def test_a_killed_job_goes_on_and_ends_with_the_same(make, method, rests):
-    make(name='whole').run([job(method)])
-    expected = read_job_result(make(name='whole').path(job(method)))
+def test_a_killed_job_goes_on_and_ends_with_the_same(make, result_of, method, rests):
+    expected = result_of(method)
     runner = make(minutes=0)
     with mock.patch.object(Clock, 'at_rest', killed_after(rests)):
         with pytest.raises(Killed):

@@ -3,7 +3,7 @@
 import math
 import zlib
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing.context import SpawnContext
 
 import numpy as np
 import pytest
@@ -170,7 +170,7 @@ def test_every_process_has_the_same_pixels(smooth, tmp_path):
         record = Augmentation(stain=0.1).draw(7, *key)
         here[key] = zlib.crc32(pixels(augment(smooth, record, (500, 300))))
     assert len(set(here.values())) == 4
-    with ProcessPoolExecutor(2, get_context('spawn')) as pool:
+    with ProcessPoolExecutor(2, SpawnContext()) as pool:  # each with hashes of its own
         there = {
             key: pool.submit(augmented_checksum, tmp_path / 'a.tif', (500, 300), 7, *key, stain=0.1)
             for key in reversed(here)

@@ -140,7 +140,7 @@ def test_gradients_with_four_channels():
 def test_pools_copies_and_state_dicts(pool, image):
     model = StreamingClassifier('resnet50', n_out=3, pool=pool, strip=50).double()
     model.trunk.module.layer4[-1].bn3.weight.data.fill_(0.5)
-    image = image.double()
+    image = image[:, :, :120, :160].double()
     assert (model(image) - plain(model)(image)).abs().max() < 1e-9
     other = copy.deepcopy(model)
     other.head.fc.weight.data.zero_()  # only the copy's

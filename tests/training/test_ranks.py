@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,10 +10,11 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forks import Forked
+from forks import ranks as in_ranks
 from resumed import rows as rows_but
 from runs import quick
-from small import COMMAND
+from small import COMMAND, command
 
 from streaming_pathology.cli import commands as cli
 from streaming_pathology.mil.aggregators import make_aggregator
@@ -243,7 +242,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize('ranks', [2, 4])
 def test_ranks_train_as_one(alone, ranks):
     folder, want = alone
-    mp.spawn(_rank, (ranks, str(folder)), nprocs=ranks)
+    in_ranks('test_ranks:_rank', ranks, folder)
     found = [torch.load(folder / f'{ranks}_{r}.pt', weights_only=False) for r in range(ranks)]
     for r, got in enumerate(found):
         for k in (*KINDS, 'recipe'):
@@ -273,23 +272,44 @@ def test_ranks_train_as_one(alone, ranks):
 TRAIN = quick(3, 3, 1e-3, '--checkpoint-minutes', 0.003)
 
 
-def torchrun(*argv, ranks=2, where=('--standalone',)):
-    env = os.environ | dict(OMP_NUM_THREADS='1')
-    return subprocess.Popen(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            *where,
-            f'--nproc-per-node={ranks}',
-            *COMMAND[1:],
-            *map(str, argv),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=env,
+def free_port():
+    "A port of this machine that nobody listens to."
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        return s.getsockname()[1]
+
+
+def as_rank(rank, ranks, port, *argv):
+    "A command with the environment that torchrun gives to a rank."
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR='localhost',
+        MASTER_PORT=str(port),
     )
+    return command(*argv)
+
+
+def on_ranks(*argv, ranks=2):
+    "Ranks of a command, forked, without torchrun, which is slow: their exit statuses, and what they printed."
+    port = free_port()
+    processes = [Forked('test_ranks:as_rank', rank, ranks, port, *argv) for rank in range(ranks)]
+    said = ''.join(said_by(process, 200) for process in processes)
+    return [process.returncode for process in processes], said
+
+
+def torchrun(*argv, ranks=2, where=('--standalone',)):
+    "Ranks of a command, each a new process; torchrun itself, which starts them, is forked."
+    words = [*where, f'--nproc-per-node={ranks}', *COMMAND[1:], *argv]
+    return Forked('torch.distributed.run:main', [str(word) for word in words])
+
+
+def said_by(p, timeout):
+    "What torchrun and its ranks printed, once they have ended."
+    p.communicate(timeout)
+    return p.text()
 
 
 def rows(path):
@@ -312,9 +332,9 @@ def on_two(once):
     def make(folder):
         tiny_cohort(folder / 'cohort', size=(64, 64))
         assert cli.main(['train', folder / 'cohort/manifest.csv', folder / 'one', *TRAIN]) == 0
-        p = torchrun('train', folder / 'cohort/manifest.csv', folder / 'two', *TRAIN)
-        said, _ = p.communicate(timeout=200)
-        assert p.returncode == 0, said
+        argv = ['train', folder / 'cohort/manifest.csv', folder / 'two', *TRAIN]
+        statuses, said = on_ranks(*argv)
+        assert statuses == [0, 0], said
         assert said.count('report/index.html') == 1, said
 
     return once('on_two', make)
@@ -333,17 +353,16 @@ def test_the_command_on_ranks(on_two, tmp_path):
         and (on_two / 'two/metrics.json').exists()
     )
     model = on_two / 'two/checkpoints/best.pt'
-    p = torchrun('predict', model, on_two / 'cohort/manifest.csv', tmp_path / 'p.csv')
-    said, _ = p.communicate(timeout=100)
-    assert p.returncode == 0 and said.count('wrote') == 1, said
+    argv = ['predict', model, on_two / 'cohort/manifest.csv', tmp_path / 'p.csv']
+    statuses, said = on_ranks(*argv)
+    assert statuses == [0, 0] and said.count('wrote') == 1, said
     assert rows(tmp_path / 'p.csv') == rows(on_two / 'two/predictions.csv')
 
 
 def test_what_is_refused_is_refused_by_all(on_two, tmp_path):
-    p = torchrun('train', on_two / 'cohort/none.csv', tmp_path / 'x', *TRAIN)
-    said, _ = p.communicate(timeout=100)
+    statuses, said = on_ranks('train', on_two / 'cohort/none.csv', tmp_path / 'x', *TRAIN)
     assert (
-        p.returncode
+        all(statuses)
         and 'cli.py' not in said
         and [
             l
@@ -359,7 +378,7 @@ def died(agents, run, rank=1):
         time.sleep(0.01)
     next(filter(None, (rank_process(p, rank) for p in agents))).kill()
     begun = time.monotonic()
-    return [p.communicate(timeout=200)[0] for p in agents], time.monotonic() - begun
+    return [said_by(p, 200) for p in agents], time.monotonic() - begun
 
 
 def test_a_rank_that_dies(on_two, tmp_path):
@@ -372,9 +391,7 @@ def test_a_rank_that_dies(on_two, tmp_path):
 @pytest.mark.parametrize('machines', [1, 2])
 def test_a_rank_that_is_started_again(on_two, tmp_path, machines):
     "Also on two machines, of which each counts its own starts: the run ends as if nothing had been."
-    with socket.socket() as s:
-        s.bind(('localhost', 0))
-        port = s.getsockname()[1]
+    port = free_port()
     run, where = (
         tmp_path / 'run',
         ('--nnodes=2', '--rdzv-backend=c10d', f'--rdzv-endpoint=localhost:{port}', '--rdzv-id=x')
@@ -412,7 +429,7 @@ def test_ranks_are_asked_to_stop(on_two, tmp_path):
     while p.poll() is None and not checkpoint_files(run / 'checkpoints'):
         time.sleep(0.01)
     p.send_signal(signal.SIGTERM)
-    said, _ = p.communicate(timeout=100)
+    said = said_by(p, 100)
     assert p.returncode and 'goes on' in said, said
     assert cli.main(argv) == 0  # on another number of ranks
     assert all(

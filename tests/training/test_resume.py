@@ -4,10 +4,8 @@ import copy
 import json
 import os
 import random
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -18,8 +16,7 @@ import torch
 import torchvision
 from forks import Forked
 from resumed import TRAIN, as_if_never_stopped, rows
-from runs import heard, refused, tree
-from small import COMMAND
+from runs import refused, tree
 
 from streaming_pathology.cli import commands as cli
 from streaming_pathology.cli.parser import status_of
@@ -64,18 +61,6 @@ def whole(once):
 def process(*argv, **options):
     "sp_train in a process of its own."
     return Forked('small:command', 'train', *argv, **options)
-
-
-def new_process(*argv, **kwargs):
-    "The same, not forked."
-    return subprocess.Popen(
-        [*COMMAND, 'train', *map(str, argv)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heard,
-        **kwargs,
-    )
 
 
 def test_killed_at_any_moment(cohort, whole, tmp_path):
@@ -123,7 +108,7 @@ def test_killed_at_any_moment(cohort, whole, tmp_path):
     assert killed >= KILLS
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, 1])
 def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
     "As a cluster does it: a signal, to the process or to all of its group, exit status 75, and the same command again, until it says that all is done."
     run, argv = (
@@ -139,9 +124,8 @@ def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
             0,
         ],
     )  # the stops are early in a short run
-    start = new_process if workers else process
     for k in range(2):
-        p = start(*argv, **{'start_new_session' if workers else 'new_session': True})
+        p = process(*argv, new_session=True)
         before = set(checkpoint_files(run / 'checkpoints'))
         while p.poll() is None and not set(checkpoint_files(run / 'checkpoints')) - before:
             time.sleep(0.002)
@@ -154,7 +138,7 @@ def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
             and 'Traceback' not in err
         ), err
         assert not (run / 'report/index.html').exists()
-    p = start(*argv)
+    p = process(*argv)
     _, err = p.communicate(timeout=100)
     assert p.returncode == 0, err
     as_if_never_stopped(run, whole)
@@ -165,16 +149,8 @@ def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
 @pytest.mark.parametrize('later', [0, 0.5, 2])
 def test_stopped_while_workers_start(cohort, tmp_path, later):
     "A signal to all processes of a job, which finds workers half made: all go, and none is left behind."
-    p = new_process(
-        cohort / 'manifest.csv',
-        tmp_path / 'run',
-        *TRAIN,
-        '--epochs',
-        50,
-        '--workers',
-        2,
-        start_new_session=True,
-    )
+    words = [*TRAIN, '--epochs', 50, '--workers', 2]
+    p = process(cohort / 'manifest.csv', tmp_path / 'run', *words, new_session=True)
 
     def workers():
         try:
@@ -197,9 +173,8 @@ def test_stopped_while_workers_start(cohort, tmp_path, later):
 
 def test_a_worker_is_killed(cohort, tmp_path):
     "As where memory runs out."
-    p = new_process(
-        cohort / 'manifest.csv', tmp_path / 'run', *TRAIN, '--epochs', 50, '--workers', 1
-    )
+    words = [*TRAIN, '--epochs', 50, '--workers', 1]
+    p = process(cohort / 'manifest.csv', tmp_path / 'run', *words)
     while p.poll() is None and not checkpoint_files(tmp_path / 'run/checkpoints'):
         time.sleep(0.01)
     for c in psutil.Process(p.pid).children():
@@ -692,19 +667,9 @@ def test_short_of_disk(cohort, whole, tmp_path):
     assert p.wait(100) == 75
     there = {f.name: f.read_bytes() for f in checkpoint_files(run / 'checkpoints')}
 
-    def little():
-        heard()
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    done = subprocess.run(
-        [*COMMAND, 'train', *map(str, argv)], capture_output=True, text=True, preexec_fn=little
-    )
-    assert (
-        done.returncode == 2
-        and 'cannot be written' in done.stderr
-        and 'Traceback' not in done.stderr
-    ), done.stderr
+    p = process(*argv, file_size=size // 2)
+    _, err = p.communicate(timeout=100)
+    assert p.returncode == 2 and 'cannot be written' in err and 'Traceback' not in err, err
     assert {
         f.name: f.read_bytes() for f in checkpoint_files(run / 'checkpoints')
     } == there and not list(run.rglob('.*.partial'))

@@ -1,10 +1,14 @@
-"""The pictures of README.md, from the scanned slide that ships and from the demo's painted biopsies.
+"""The pictures of README.md and of the site, from the scanned slide that ships and from the demo's painted biopsies.
 
 python tools/pictures.py                 # nbs/images/strips.jpg
 python tools/pictures.py demo            # also heatmap.jpg and demo_report.png, from what sp_demo wrote
+python tools/pictures.py report          # report.png, report_slides.jpg and report_slide.jpg
 """
 
 import sys
+import tempfile
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,6 +28,8 @@ from streaming_pathology.evaluation.gradients import smoothgrad
 from streaming_pathology.evaluation.heatmaps import Grid, overlay, pool_map
 from streaming_pathology.evaluation.predict import dataset, load_model
 from streaming_pathology.evaluation.qupath import field_of
+from streaming_pathology.evaluation.report import write_report
+from streaming_pathology.evaluation.report_inputs import toy_run
 from streaming_pathology.slides.cohorts import read_manifest
 from streaming_pathology.slides.masks import class_numbers
 from streaming_pathology.slides.readers import sample_slide
@@ -197,29 +203,64 @@ def draw_heatmaps(folder):
     save(fig, 'heatmap.jpg')
 
 
-# ---- the report
+# ---- the reports
 
 
-def photograph(folder):
-    "The top of the report of a demo, as a browser shows it, up to the note on what it is made of."
+@contextmanager
+def browser_page(width=960, height=1200):
+    "A page of a browser without a window."
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=find_chromium(), args=FLAGS)
-        page = browser.new_page(viewport=dict(width=960, height=1200))
+        yield browser.new_page(viewport=dict(width=width, height=height))
+        browser.close()
+
+
+def photograph(page, name, box):
+    "A part of what a page shows, (x, y, width, height), as a PNG of 128 colours or a JPEG."
+    x, y, width, height = box
+    shown = page.screenshot(clip=dict(x=x, y=y, width=width, height=height), full_page=True)
+    picture = Image.open(BytesIO(shown)).convert('RGB')
+    if name.endswith('.png'):
+        picture = picture.quantize(128, dither=Image.Dither.NONE)
+        picture.save(IMAGES / name, optimize=True)
+    else:
+        picture.save(IMAGES / name, quality=85, optimize=True)
+    print(f'{name}: {(IMAGES / name).stat().st_size / 1000:.0f} kB')
+
+
+def photograph_demo(folder):
+    "The top of the report of a demo, up to the note on what it is made of."
+    with browser_page() as page:
         page.goto((folder / 'report/index.html').resolve().as_uri())
         last = page.get_by_text('Synthetic cohort.').locator('..').bounding_box()
-        height = last['y'] + last['height'] + 15
-        page.screenshot(
-            path=IMAGES / 'demo_report.png', clip=dict(x=0, y=0, width=960, height=height)
-        )
-        browser.close()
-    picture = Image.open(IMAGES / 'demo_report.png').convert('RGB')
-    picture = picture.quantize(128, dither=Image.Dither.NONE)
-    picture.save(IMAGES / 'demo_report.png', optimize=True)
-    print(f'demo_report.png: {(IMAGES / "demo_report.png").stat().st_size / 1000:.0f} kB')
+        photograph(page, 'demo_report.png', (0, 0, 960, last['y'] + last['height'] + 15))
+
+
+def photograph_report():
+    "Top, gallery and the page of a slide, of a report of made-up predictions."
+    with tempfile.TemporaryDirectory() as temporary:
+        report = write_report(toy_run(Path(temporary) / 'toy-run', n=39))
+        with browser_page() as page:
+            page.goto(report.as_uri())
+            below = page.locator('section').nth(1).bounding_box()
+            photograph(page, 'report.png', (0, 0, 960, below['y']))
+            cards = page.locator('#labelled .card')
+            first, third_row = cards.nth(0).bounding_box(), cards.nth(8).bounding_box()
+            left, top = first['x'] - 8, first['y'] - 8
+            photograph(page, 'report_slides.jpg', (left, top, 960 - 2 * left, third_row['y'] - top))
+            cards.nth(2).locator('a.view').click()
+            page.get_by_label('outline').first.check()
+            page.wait_for_timeout(2000)  # until the tiles are drawn
+            verdict = page.get_by_text('false negative').first.bounding_box()
+            bottom = verdict['y'] + verdict['height'] + 8
+            photograph(page, 'report_slide.jpg', (0, 0, 960, bottom))
 
 
 if __name__ == '__main__':
-    draw_strips()
-    for demo in map(Path, sys.argv[1:]):
-        draw_heatmaps(demo)
-        photograph(demo)
+    if sys.argv[1:] == ['report']:
+        photograph_report()
+    else:
+        draw_strips()
+        for demo in map(Path, sys.argv[1:]):
+            draw_heatmaps(demo)
+            photograph_demo(demo)

@@ -30,6 +30,7 @@ from streaming_pathology.paper.results import (
     table_3,
     table_of_baselines,
     table_of_mosaics,
+    table_of_sizes,
 )
 from streaming_pathology.paper.runner import read_job_result
 
@@ -172,6 +173,18 @@ def test_baselines_stand_beside_what_is_compared(folder):
     assert len(rows['colour'][2].split(', ')) == 2
 
 
+def test_sizes_are_compared_in_the_same_folds(tmp_path):
+    larger = replace(PLAN, name='larger', size=256)
+    for plan, strength in ((PLAN, 1.0), (larger, 2.0)):
+        write_results(tmp_path, 'frozen-max', strength, plan)
+    rows = {row[0]: row for row in table_of_sizes(PLAN, larger, tmp_path)}
+    assert rows['method'] == ['method', 128, 256, '128 less 256']
+    found = [scores_of(plan, 'frozen-max', 1.0, tmp_path) for plan in (PLAN, larger)]
+    test = delong_test(found[0].labels, found[0].scores, found[1].scores)
+    assert rows['frozen-max'][3].startswith(f'{test.difference:+.3f} ({test.low:+.3f}')
+    assert rows['frozen-mean'][1:] == [NOT_YET, NOT_YET, '–']
+
+
 def test_table_3_counts_errors_at_the_highest_accuracy(folder):
     found = scores_of(PLAN, 'mil', 1.0, folder)
     errors = errors_of(found)
@@ -244,7 +257,7 @@ def test_mosaics_by_share(tmp_path):
 
 
 def committed():
-    return sorted((NBS / 'results/paper').glob('*/*.json'))
+    return sorted((NBS / 'results/paper').glob('*/**/*.json'))
 
 
 def test_committed_results_are_of_the_plan():

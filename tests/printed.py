@@ -16,7 +16,7 @@ MEASURED = {
     ('engine/11_ledger', 'd88142e2'): 'seconds of a step',
     ('engine/12_plan', '17ad241c'): 'times predicted from the speeds of this machine',
     ('engine/12_plan', 'e40d1bb9'): 'times predicted from the speeds of this machine',
-    ('evaluation/01_predict', '32033219'): 'seconds of each prediction',
+    ('evaluation/01_predict', '2262ac6c'): 'seconds of each prediction',
     ('paper/06_runner', 'ef5b6861'): 'hours of each job',
 }
 

@@ -360,7 +360,7 @@ def test_from_slide_to_slide(page):
     page.get_by_role('link', name='Previous').click()
     assert heading() == first
     page.get_by_role('link', name='All slides').click()
-    assert page.locator('#slides').is_visible()
+    page.locator('#slides').wait_for()  # fails if it is not seen
 
 
 def heading_in(path):

@@ -22,7 +22,7 @@ def test_fast_tests_cover_every_folder(collected):
 
 
 def test_slow_tests_are_tests(collected):
-    "A test that has gone or has another name leaves the list: pytest --find-slow 2 writes it anew."
+    "A test that has gone or has another name leaves the list: pytest --find-slow 0.5 writes it anew."
     tests = {item.nodeid for item in collected}
     gone = slow_tests() - tests - {test.split('::')[0] for test in tests}
     assert not gone, f'in tests/slow.txt, but no test: {sorted(gone)}'

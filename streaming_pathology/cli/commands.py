@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['sp_train', 'sp_mil', 'sp_check', 'FEW', 'sp_predict', 'sp_export', 'sp_heatmap', 'SUBGROUPS', 'sp_evaluate',
-           'sp_report', 'sp_trim', 'COHORT', 'LOOK_NAMES', 'LABEL_NAMES', 'sp_synth', 'sp_compare', 'sp_bench',
-           'DEMO_COHORT', 'TINY', 'TINY_COHORT', 'sp_demo', 'RunFolder', 'train', 'train_mil', 'train_in',
+           'sp_report', 'sp_trim', 'COHORT', 'LOOK_NAMES', 'LABEL_NAMES', 'sp_synth', 'sp_cohort', 'sp_compare',
+           'sp_bench', 'DEMO_COHORT', 'TINY', 'TINY_COHORT', 'sp_demo', 'RunFolder', 'train', 'train_mil', 'train_in',
            'CheckSettings', 'check', 'check_all', 'tell_check', 'processes', 'PredictSettings', 'slides_and_table',
            'predict', 'slides_to_predict', 'not_predicted', 'same_for_all', 'predict_share', 'merge_predicted',
            'not_skipped', 'print_predictions', 'ExportSettings', 'export', 'write_export', 'heatmap', 'listed',
            'n_bootstrap_option', 'confidence_option', 'EvaluateSettings', 'evaluate', 'figures_folder',
            'ReportSettings', 'report', 'color', 'TrimSettings', 'trim', 'print_trimmed', 'SynthSettings', 'synth',
-           'CompareSettings', 'compare', 'several_pixels', 'BenchSettings', 'bench', 'as_for_training', 'DemoSettings',
-           'DemoOptions', 'demo', 'is_demo']
+           'CohortSettings', 'cohort', 'CompareSettings', 'compare', 'several_pixels', 'BenchSettings', 'bench',
+           'as_for_training', 'DemoSettings', 'DemoOptions', 'demo', 'is_demo']
 
 # %% ../../nbs/cli/02_commands.ipynb #be2cbbb8
 import json
@@ -1139,6 +1139,101 @@ def synth(settings: SynthSettings) -> None:
 
 
 sp_synth = Command('synth', (SynthSettings,), synth, 'sp_synth painted --n 40')
+
+# %% ../../nbs/cli/02_commands.ipynb #6a6dca7e
+DATASET_NAMES = ('panda', 'camelyon16', 'camelyon17')
+PANDA_LABEL_NAMES = ('binary', 'isup', 'primary', 'secondary')
+
+
+def shares(text: str) -> tuple[float, ...]:
+    "'0.7,0.15,0.15' as three numbers that add up to 1. Raises `ValueError` for another text."
+    try:
+        found = tuple(map(float, text.split(',')))
+    except ValueError:
+        found = ()
+    in_range = len(found) == 3 and all(0 <= share <= 1 for share in found)
+    if not in_range or abs(sum(found) - 1) > 1e-6:
+        raise ValueError(f'{text!r}: give three shares that add up to 1, e.g. 0.7,0.15,0.15')
+    return found
+
+# %% ../../nbs/cli/02_commands.ipynb #71f1c1a7
+@dataclass(kw_only=True)
+class CohortSettings(Settings):
+    "The settings of sp_cohort."
+
+    dataset: str = argument(f'data set: {", ".join(DATASET_NAMES[:-1])} or {DATASET_NAMES[-1]}')
+    folder: str = argument('its folder, as it was downloaded')
+    out: str = argument('CSV manifest to write; one that exists is replaced')
+    providers: str | None = option(
+        None,
+        'of PANDA: radboud, karolinska or both, comma-separated; their masks have other classes '
+        '(default: both)',
+        'slides',
+    )
+    label: str = option(
+        'binary',
+        'of PANDA: binary (1 for cancer), isup (grade group, 0 to 5), primary or secondary (Gleason '
+        'pattern, 0 for none)',
+        'slides',
+        choices=PANDA_LABEL_NAMES,
+    )
+    tissue_masks: bool = option(
+        False,
+        'of PANDA: label masks say where tissue is, too, though they leave out tissue of unknown '
+        'class (default: tissue is found by colour)',
+        'slides',
+    )
+    missing: bool = option(
+        False,
+        'leave out slides of the table that have no file (default: nothing is written if there are '
+        'any)',
+        'slides',
+    )
+    exclude: str | None = option(
+        None, 'slides to leave out, by slide_id, comma-separated (default: none)', 'slides'
+    )
+    fractions: tuple = option(
+        (0.7, 0.15, 0.15),
+        'shares of train, tuning and test where the data set has no splits; of a data set with a '
+        'test set, train and tuning share the rest in this proportion',
+        'splits',
+        read=shares,
+    )
+    seed: int = option(0, 'random seed of the splits', 'splits', minimum=0, below=2**32)
+
+
+def cohort(settings: CohortSettings) -> None:
+    """Make the manifest of a published data set from its folder: labels, splits, and masks as the
+    column annotation."""
+    from streaming_pathology.runs.records import write_cases
+    from streaming_pathology.slides.published import published_cohort
+
+    folder = Path(settings.folder).expanduser()
+    if not folder.is_dir():
+        raise InputError(f'{settings.folder} is no folder; give that of the data set')
+    out = output_file(settings.out, '.csv', begins='slide_id,label,')
+    cases = published_cohort(
+        settings.dataset,
+        folder,
+        label=settings.label,
+        providers=listed(settings.providers),
+        tissue_masks=settings.tissue_masks,
+        missing=settings.missing,
+        exclude=listed(settings.exclude),
+        fractions=settings.fractions,
+        seed=settings.seed,
+    )
+    write_cases(out, cases, annotation='annotation')
+    print(f'wrote {settings.out}: {counted(len(cases), "slide")}')
+    for split in ('train', 'tuning', 'test'):
+        labels = [case.label for case in cases if case.split == split]
+        counts = [f'{labels.count(label)} of label {label:g}' for label in sorted(set(labels))]
+        print(f'  {split}: {", ".join(counts) or "none"}')
+
+
+sp_cohort = Command(
+    'cohort', (CohortSettings,), cohort, 'sp_cohort panda panda panda.csv --providers radboud'
+)
 
 # %% ../../nbs/cli/02_commands.ipynb #6435d7e0
 @dataclass(kw_only=True)

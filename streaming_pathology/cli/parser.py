@@ -25,7 +25,14 @@ from tqdm.auto import tqdm
 
 from ..core import Halted, InputError, one_line, worker_died
 from ..outputs import STOPS
-from ..runs.settings import Settings, flag, from_text, from_values, read_toml
+from streaming_pathology.runs.settings import (
+    Settings,
+    flag,
+    from_text,
+    from_toml,
+    from_values,
+    read_toml,
+)
 
 # %% ../../nbs/cli/01_parser.ipynb #1520136c
 class Parser(argparse.ArgumentParser):
@@ -85,6 +92,7 @@ def parser_of(kinds: tuple, program: str, description: str, example: str = '') -
     )
     groups = {'options': parser.add_argument_group('options')}
     groups['options'].add_argument('-h', '--help', action='help', help='show this and exit')
+    groups['options'].add_argument('--settings', metavar='FILE', help=settings_help(program))
     for kind in kinds:
         for name, each in kind.options().items():
             if each.default is dataclasses.MISSING or each.metadata['option'].is_word:
@@ -95,6 +103,19 @@ def parser_of(kinds: tuple, program: str, description: str, example: str = '') -
                 groups[title] = parser.add_argument_group(title)
             add_option(groups[title], kind, name, each)
     return parser
+
+
+def section_of(program: str) -> str:
+    "The section of a settings file that a command reads: that of sp_train is train."
+    return program.removeprefix('sp_')
+
+
+def settings_help(program: str) -> str:
+    "The help text of --settings."
+    return (
+        'settings file (TOML) with a section for each command: what is not given on the command '
+        f'line is taken from its section [{section_of(program)}], as if it were typed here'
+    )
 
 
 PAPER = (
@@ -209,9 +230,18 @@ def parse(
 ) -> list:
     """The settings that a command line asks for, one object of each kind.
 
-    Where its first word is a `.toml` file, what is not given comes from there, and so does what
-    should stand in its place: so a run can be made again."""
-    given = words_of(parser_of(kinds, program, description, example), kinds, argv)
+    What is not given comes from the section of the command in the file of `--settings`. Where the
+    first word is a `.toml` file, it comes from there, and so does what should stand in its place:
+    so a run can be made again."""
+    if argv is None:
+        argv = sys.argv[1:]
+    words = list(argv)
+    parser = parser_of(kinds, program, description, example)
+    path = settings_file(words)
+    if path is not None:
+        given = with_section(parser, kinds, program, words, path)
+    else:
+        given = words_of(parser, kinds, words)
     first = kinds[0]
     leading = next(iter(first.options()), '')
     word = given.get(leading, '')
@@ -220,25 +250,30 @@ def parse(
     for kind in kinds:
         mine = {name: value for name, value in given.items() if name in kind.options()}
         if files and kind is first and Path(path).suffix == '.toml':
-            objects.append(from_file(kind, path, leading, mine))
+            objects.append(from_file(kind, program, path, leading, mine))
         else:
             objects.append(kind(**mine))
     return objects
 
 # %% ../../nbs/cli/01_parser.ipynb #5a8322fc
-def words_of(parser: Parser, kinds: tuple, argv: Sequence[str] | None) -> dict[str, Any]:
+def words_of(parser: Parser, kinds: tuple, argv: Sequence[str]) -> dict[str, Any]:
     "What a command line says: name -> value."
     fields = [each for kind in kinds for each in kind.options().values()]
     several = [each.name for each in fields if each.metadata['option'].several]
-    if not several:
-        return vars(parser.parse_args(argv))
-    given = vars(parser.parse_intermixed_args(argv))  # options may stand between these words
-    return given | {name: tuple(given[name]) for name in several}
+    if several:
+        given = vars(parser.parse_intermixed_args(argv))  # options may stand between these words
+        given |= {name: tuple(given[name]) for name in several}
+    else:
+        given = vars(parser.parse_args(argv))
+    given.pop('settings', None)
+    return given
 
 
-def from_file(kind: type, path: str, leading: str, given: dict) -> Settings:
+def from_file(kind: type, program: str, path: str, leading: str, given: dict) -> Settings:
     "Settings from a file, but for those that are given beside it."
     values = read_toml(path)
+    if isinstance(values.get(section_of(program)), dict):
+        raise InputError(f'{path} has a section for each command; give it by --settings {path}')
     if not values.get(leading):
         raise InputError(f'{path} has no line {leading} = "..."')
     if not isinstance(values[leading], str):
@@ -247,6 +282,139 @@ def from_file(kind: type, path: str, leading: str, given: dict) -> Settings:
     several = kind.options()[leading].metadata['option'].several
     word = (place,) if several else place
     return from_values(kind, values, path, **(given | {leading: word}))
+
+# %% ../../nbs/cli/01_parser.ipynb #1cf7bd37
+COMMANDS: dict[str, 'Command'] = {}  # by name
+
+# %% ../../nbs/cli/01_parser.ipynb #f6051482
+def settings_file(words: Sequence[str]) -> str | None:
+    "The file that `--settings` names on a command line; None if it is not there."
+    finder = Parser(add_help=False, allow_abbrev=False)
+    finder.add_argument('--settings', metavar='FILE')
+    return finder.parse_known_args(words)[0].settings
+
+
+def is_unnamed(each: dataclasses.Field) -> bool:
+    "Whether a setting is a word of the command line without a name."
+    return each.default is dataclasses.MISSING or each.metadata['option'].is_word
+
+
+def fields_of(kinds: tuple) -> dict[str, tuple[type, dataclasses.Field]]:
+    "The settings of several kinds: name -> kind and field."
+    return {name: (kind, each) for kind in kinds for name, each in kind.options().items()}
+
+
+def with_section(
+    parser: Parser,  # of the whole command line
+    kinds: tuple,
+    program: str,
+    words: Sequence[str],
+    path: str,  # the settings file
+) -> dict[str, Any]:
+    "What a command line and the section of a command in a settings file say: name -> value."
+    if {'-h', '--help'} & set(words):
+        parser.parse_args(['--help'])
+    section = read_section(kinds, program, path)
+    named, unnamed = named_words(kinds, parser, program, words)
+    if unnamed:  # they stand for those of the section
+        return named_only(kinds, section) | words_of(parser, kinds, words)
+    for name, (_, each) in fields_of(kinds).items():
+        if each.default is dataclasses.MISSING and name not in section:
+            raise InputError(
+                f'{path}, section [{section_of(program)}], has no line {name} = "..."; add it, or '
+                f'give all words without a name on the command line (see {program} --help)'
+            )
+    return section | named
+
+
+def named_words(
+    kinds: tuple, parser: Parser, program: str, words: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    "The options of a command line, name -> value, and its words without a name."
+    options = Parser(
+        prog=program, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    options.add_argument('--settings')
+    for name, (kind, each) in fields_of(kinds).items():
+        if not is_unnamed(each):
+            add_option(options, kind, name, each)
+    options.add_argument('words', nargs='*')
+    given = vars(options.parse_intermixed_args(words))
+    del given['settings']
+    unnamed = given.pop('words', [])
+    return given, unnamed
+
+
+def named_only(kinds: tuple, values: dict[str, Any]) -> dict[str, Any]:
+    "Values without those of words without a name."
+    fields = fields_of(kinds)
+    return {name: value for name, value in values.items() if not is_unnamed(fields[name][1])}
+
+
+def read_section(kinds: tuple, program: str, path: str) -> dict[str, Any]:
+    """The settings in the section of a command: name -> value. Raises `InputError` for a file with
+    anything but sections of commands, for a name that is no setting, and for a value that is none
+    of its setting."""
+    sections = read_toml(path)
+    check_sections(sections, program, path)
+    section = section_of(program)
+    where = f'{path}, section [{section}]'
+    present = {former: name for kind in kinds for former, name in kind.former_names().items()}
+    fields = fields_of(kinds)
+    by_recipe = bool(sections[section].get('recipe'))
+    values = {}
+    for given, value in sections[section].items():
+        name = present.get(given, given)
+        if name not in fields:
+            near = difflib.get_close_matches(given, fields, 1)
+            hint = f'; did you mean {near[0]}?' if near else f' (see {program} --help)'
+            raise InputError(f'{where}: {given} is no setting of {program}{hint}')
+        if name in values:
+            raise InputError(f'{where}: {name} is there by two names; leave one of them out')
+        values[name] = section_value(*fields[name], value, where, by_recipe)
+    return values
+
+
+def check_sections(sections: dict[str, Any], program: str, path: str) -> None:
+    "Refuse a settings file with anything but sections of commands, or without that of this one."
+    known = {*COMMANDS, section_of(program)}
+    for name, values in sections.items():
+        if not isinstance(values, dict):
+            raise InputError(
+                f'{path}: the line {name} = ... is in no section; put it below one that is named '
+                f'after a command, such as [{section_of(program)}]'
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f'did you mean [{near[0]}]?' if near else f'there are {", ".join(sorted(known))}'
+            raise InputError(f'{path}: [{name}] is no command; {hint}')
+    if section_of(program) not in sections:
+        there = ', '.join(f'[{name}]' for name in sections) or 'nothing'
+        raise InputError(
+            f'{path} has no section [{section_of(program)}] for {program}; it has {there}: add the '
+            'section, or leave --settings out'
+        )
+
+
+def section_value(
+    kind: type, each: dataclasses.Field, value: Any, where: str, by_recipe: bool
+) -> Any:
+    "The value of a setting in a section. Raises `InputError` if it is none."
+    option = each.metadata['option']
+    if option.several:
+        texts = value if isinstance(value, list) else [value]
+        if not texts or not all(isinstance(text, str) and text for text in texts):
+            raise InputError(
+                f'{where}: {each.name} is {value!r}; give a text, or several as ["...", "..."]'
+            )
+        return tuple(texts)
+    read = from_toml(kind, each.name, value, where, by_recipe)
+    if read is None and each.default is dataclasses.MISSING:
+        raise InputError(f'{where}: {each.name} is empty; give a value')
+    problem = option.problem(read)
+    if problem:
+        raise InputError(f'{where}: {each.name} {problem}')
+    return read
 
 # %% ../../nbs/cli/01_parser.ipynb #fc5309f3
 class SomeFailed(InputError):
@@ -392,10 +560,7 @@ def keep_memory_small() -> None:
     lean_memory()
     pyvips.cache_set_max(0)
 
-# %% ../../nbs/cli/01_parser.ipynb #2df60a1d
-COMMANDS: dict[str, 'Command'] = {}
-
-
+# %% ../../nbs/cli/01_parser.ipynb #d98f5828
 class Command:
     "A command `sp_name`: call it with its arguments, or with none for those of the process."
 

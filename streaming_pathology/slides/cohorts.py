@@ -1079,6 +1079,9 @@ def read_panda(
 ) -> list[Case]:
     """The training set of the PANDA challenge; `grade` is the primary pattern, '' for none.
 
+    The label mask of a slide, where there is one, is its `annotation` and its `mask` of tissue. For
+    the latter it leaves out tissue whose class is unknown (0).
+
     Raises `InputError` for a table or files that are not as they were published."""
     folder = Path(folder)
     if label not in PANDA_LABELS:
@@ -1098,77 +1101,156 @@ def read_panda(
             images[slide.slide_id],
             grade=slide.grade,
             mask=masks.get(f'{slide.slide_id}_mask'),
+            annotation=masks.get(f'{slide.slide_id}_mask'),
         )
         for slide in slides
         if slide.slide_id in images
     ]
 
-# %% ../../nbs/slides/11_cohorts.ipynb #7b139f00
+# %% ../../nbs/slides/11_cohorts.ipynb #c3ec438d
+# what the cells of the table say: label
+CAMELYON16_WORDS = dict(normal=0, negative=0, tumor=1, itc=1, micro=1, macro=1)
+CAMELYON16_STAGES = ('itc', 'micro', 'macro')
+
+
+class Camelyon16Files(NamedTuple):
+    "What is in a folder of CAMELYON16."
+
+    train: dict[str, tuple[float, Path]]  # slide -> label and file
+    test: dict[str, Path]
+    masks: dict[str, Path]  # name of the file without its suffix -> mask
+    table: Path  # of the labels of the test set, which may be missing
+
+    def images(self) -> dict[str, Path]:
+        "All slides."
+        return {name: path for name, (_, path) in self.train.items()} | self.test
+
+    def case(self, name: str, label: float, stage: str, split: str) -> Case:
+        "A slide that is there."
+        annotation = self.masks.get(f'{name}_mask')
+        path = self.images()[name]
+        return Case(name, label, path, split=split, grade=stage, annotation=annotation)
+
+
+def camelyon16_in_one_folder(folder: Path) -> Camelyon16Files:
+    "The files as AWS Open Data has them."
+    train, test = {}, {}
+    for name, path in slides_below(folder / 'images').items():
+        kind = name.lower().partition('_')[0]
+        if kind == 'test':
+            test[name] = path
+        elif kind in ('normal', 'tumor'):
+            train[name] = float(kind == 'tumor'), path
+        else:
+            raise InputError(
+                f"{path} is not named normal_, tumor_ or test_: give CAMELYON16's folder"
+            )
+    masks = slides_below(folder / 'masks')
+    return Camelyon16Files(train, test, masks, folder / 'evaluation/reference.csv')
+
+
+def camelyon16_by_split(folder: Path) -> Camelyon16Files:
+    "The files as the challenge had them."
+    train, masks = {}, slides_below(folder / 'masks')
+    for kind in ('normal', 'tumor'):
+        for name, path in slides_below(folder / 'training' / kind).items():
+            if name.endswith('_mask'):
+                masks[name] = path
+            else:
+                train[name] = float(kind == 'tumor'), path
+    test = slides_below(folder / 'testing/images')
+    return Camelyon16Files(train, test, masks, folder / 'testing/reference.csv')
+
+
+def camelyon16_row(cells: Sequence[str]) -> tuple[float, str] | None:
+    """The label of a row, and its stage or ''; None if it has neither. Raises `ValueError` for a
+    row that contradicts itself."""
+    words = [cell.lower() for cell in cells[1:] if cell.lower() in CAMELYON16_WORDS]
+    labels = {CAMELYON16_WORDS[word] for word in words}
+    if len(labels) > 1:
+        raise ValueError(f'{" and ".join(words)} contradict each other')
+    if not labels:
+        return None
+    stages = [word for word in words if word in CAMELYON16_STAGES]
+    return float(labels.pop()), ''.join(stages[:1])
+
+
 def is_header(name: str, images: dict[str, Path]) -> bool:
-    "Whether the first row of CAMELYON16's reference, whose second cell is no label, names columns."
+    "Whether the first row of CAMELYON16's reference, which has no label, names columns."
     return name not in images and not re.fullmatch(r'test_\d+', name.lower())
 
 
-def camelyon16_reference(table: Path, images: dict[str, Path]) -> dict[str, float]:
-    "The labels of CAMELYON16's test set by slide: 1 for metastasis. Raises `InputError`."
+def camelyon16_reference(table: Path, images: dict[str, Path]) -> dict[str, tuple[float, str]]:
+    "The label and the stage of each slide in CAMELYON16's table. Raises `InputError` with the line."
     header, rows, _ = read_rows(table, 'give the path of a CSV manifest')
-    labels = {}
-    for line, cells in [(1, header), *rows]:  # the published file has no header
+    found = {}
+    for line, cells in [(1, header), *rows]:  # the challenge's file has no header
         name = re.sub(r'\.tif$', '', cells[0], flags=re.I)
-        kind = cells[1].lower() if len(cells) > 1 else ''
-        if kind not in ('tumor', 'normal'):
-            if line == 1 and is_header(name, images):
+        try:
+            said = camelyon16_row(cells)
+            if said is None and line == 1 and is_header(name, images):
                 continue
-            raise InputError(f'{table}, line {line}: the slide is neither Tumor nor Normal')
-        if name in labels:
-            raise InputError(f'{table}, line {line}: {name!r} was given before')
-        labels[name] = float(kind == 'tumor')
-    return labels
+            if said is None:
+                raise ValueError('the slide is neither Tumor nor Normal')
+            if name in found:
+                raise ValueError(f'{name!r} was given before')
+        except ValueError as e:
+            raise InputError(f'{table}, line {line}: {e}') from None
+        found[name] = said
+    return found
 
 
-def warn_of_unlabelled(folder: Path, images: dict[str, Path], labels: dict[str, float]) -> None:
+def warn_of_unlabelled(
+    folder: Path, files: Camelyon16Files, reference: dict[str, tuple[float, str]]
+) -> None:
     "Warn of test slides without a label."
-    without = [name for name in images if name not in labels]
+    without = [name for name in files.test if name not in reference]
     if without:
-        reason = 'does not name them' if labels else 'is not there'
+        reason = 'does not name them' if reference else 'is not there'
         warnings.warn(
-            f'{folder}: {len(without)} of {len(images)} slides are left out, as '
-            f'testing/reference.csv {reason}; {without[0]!r} is the first'
+            f'{folder}: {len(without)} of {len(files.test)} slides are left out, as '
+            f'{files.table.relative_to(folder)} {reason}; {without[0]!r} is the first'
         )
 
 # %% ../../nbs/slides/11_cohorts.ipynb #9f2218fc
 def read_camelyon16(
-    # with training/normal, training/tumor, testing/images and testing/reference.csv, as they were
-    # published
+    # with images and evaluation/reference.csv, or with training/normal, training/tumor,
+    # testing/images and testing/reference.csv
     folder: str | Path,
-    missing: bool = False,  # leave out test slides that have no file, instead of refusing
+    missing: bool = False,  # leave out slides of the table that have no file, instead of refusing
 ) -> list[Case]:
-    """CAMELYON16: label 1 for metastasis, split 'train' or, of its own test set, 'test'.
+    """CAMELYON16: label 1 for metastasis, split 'train' or, of its own test set, 'test'. `grade` is
+    itc, micro or macro where the table says it, `annotation` the mask of tumour where there is one.
 
     `resolve_splits` draws the validation (tuning) set from train. Warns of test slides without a
     label, which are left out. Raises `InputError` for files that are not as they were published."""
     folder = Path(folder)
-    cases = []
-    for kind in ('normal', 'tumor'):
-        for name, path in slides_below(folder / 'training' / kind).items():
-            if not name.endswith('_mask'):
-                cases.append(Case(name, float(kind == 'tumor'), path, split='train'))
-    if not cases:
+    if (folder / 'images').is_dir():
+        files = camelyon16_in_one_folder(folder)
+    else:
+        files = camelyon16_by_split(folder)
+    if not files.train:
         raise InputError(
-            f"{folder} has no slides in training/normal and training/tumor: give CAMELYON16's "
-            'folder'
+            f'{folder} has no slides in training/normal and training/tumor, and none in images '
+            "that are named normal_ or tumor_: give CAMELYON16's folder"
         )
-    test_folder, table = folder / 'testing/images', folder / 'testing/reference.csv'
-    images = slides_below(test_folder)
-    labels = {}
-    if table.exists():
-        labels = camelyon16_reference(table, images)
+    reference = {}
+    if files.table.exists():
+        reference = camelyon16_reference(files.table, files.images())
         if not missing:
-            check_complete(test_folder, list(labels), images)
-    for name, label in labels.items():
-        if name in images:
-            cases.append(Case(name, label, images[name], split='test'))
-    warn_of_unlabelled(test_folder, images, labels)
+            check_complete(files.table, list(reference), files.images())
+    cases = []
+    for name, (label, path) in files.train.items():
+        said, stage = reference.get(name, (label, ''))
+        if said != label:
+            raise InputError(
+                f'{files.table} contradicts {path}: give one of the two its right name'
+            )
+        cases.append(files.case(name, label, stage, 'train'))
+    for name, (label, stage) in reference.items():
+        if name in files.test:
+            cases.append(files.case(name, label, stage, 'test'))
+    warn_of_unlabelled(folder, files, reference)
     check_ids(cases)
     return cases
 

@@ -289,17 +289,24 @@ def invert_mask(
     inverted = pyvips.Image.new_from_array(~is_tissue * np.uint8(255))
     write_whole(out, inverted.pngsave_buffer())
 
-# %% ../../nbs/slides/06_masks.ipynb #429d2231
-def check_classes(path: str | Path, image: pyvips.Image) -> None:
+# %% ../../nbs/slides/06_masks.ipynb #b632d600
+def check_classes(
+    path: str | Path,
+    image: pyvips.Image,
+    others_empty: bool = True,  # whether all channels but the first are 0
+) -> None:
     "Refuse an image that cannot keep numbers of classes exactly: `InputError`."
     problem = None
-    if image.bands > 1:
+    if image.bands not in (1, 3):
         problem = f'has {image.bands} channels'
+    elif not others_empty:
+        problem = 'has colours'
     elif is_jpeg(image):
         problem = 'is a JPEG'
     if problem:
         raise InputError(
-            f'{path} {problem}: numbers of classes are kept in a PNG or TIFF of one channel'
+            f'{path} {problem}: numbers of classes are kept in a PNG or TIFF of one channel, or in '
+            'the red one of three'
         )
     if image.format not in ('uchar', 'ushort'):
         raise InputError(
@@ -313,9 +320,10 @@ def numbers_in(
 ) -> list[int]:
     "The numbers of classes in all of a mask, in order."
     image = open_mask(source)
-    check_classes(source, image)
     try:
-        histogram = image.hist_find().cast('double').write_to_memory()
+        others_empty = image.bands == 1 or image.extract_band(1, n=image.bands - 1).max() == 0
+        check_classes(source, image, others_empty)
+        histogram = image.extract_band(0).hist_find().cast('double').write_to_memory()
     except pyvips.Error as e:
         raise no_mask(source, e) from None
     finally:
@@ -331,5 +339,5 @@ def class_numbers(
     "The number of the class of each pixel of a slide, float32 of `shape`, as a mask says."
     image = open_mask(source)
     values = mask_values(source, image, spacing, shape)
-    check_classes(source, image)
+    check_classes(source, image, not values[..., 1:].any())
     return nearest(values[..., 0], shape)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from streaming_pathology.cli.parser import COMMANDS, Command, parser_of
+from streaming_pathology.cli.parser import COMMANDS, Command, parse, parser_of
 from streaming_pathology.core import InputError
 from streaming_pathology.evaluation.auc import INTERVALS
 from streaming_pathology.evaluation.predict import TTA
@@ -154,3 +154,96 @@ def test_the_choices_of_settings_are_those_of_the_library():
     assert {*names.POOL_NAMES} == {*pools}
     assert choices(commands.EvaluateSettings, 'interval') == {*INTERVALS}
     assert choices(commands.PredictSettings, 'tta') == {*TTA}
+
+
+# ---- one settings file for several commands
+
+
+@pytest.fixture
+def study(told, tmp_path):
+    "Write a settings file and run the toy by it."
+    path = tmp_path / 'study.toml'
+
+    def run(text, *words):
+        path.write_text(text)
+        return told('--settings', path, *words)
+
+    return run
+
+
+SECTION = '[toy]\nimage = "b.png"\nsize = [512, 256]\nlr = 1\namp = ""\nflips = false\n'
+
+
+@pytest.mark.parametrize(
+    'words, printed',
+    [
+        ([], 'b.png (512, 256) 1.0 None False False'),
+        (['--lr', '3', '--flips'], 'b.png (512, 256) 3.0 None True False'),
+        (['c.png', '--dry-run'], 'c.png (512, 256) 1.0 None False True'),
+    ],
+)
+def test_settings_from_a_section(study, words, printed):
+    assert study(SECTION, *words) == (0, printed, '')
+
+
+def test_words_that_the_section_leaves_out_are_typed(study):
+    assert study('[toy]\nlr = 3\n', 'c.png') == (0, 'c.png None 3.0 None True False', '')
+
+
+@pytest.mark.parametrize(
+    'text, says',
+    [
+        ('[toy]\nlr = 3', 'study.toml, section [toy], has no line image = "..."; add it, or give'),
+        ('[toy]\nimage = "b"\nsise = 3', 'section [toy]: sise is no setting of sp_toy; did you'),
+        ('[toy]\nimage = "b"\nxyz = 3', 'xyz is no setting of sp_toy (see sp_toy --help)'),
+        ('[toy]\nimage = "b"\nflips = 1', 'flips is 1; it has to be true or false'),
+        ('[toy]\nimage = "b"\nlr = "fast"', "section [toy]: lr: 'fast' is not a number"),
+        ('[toy]\nimage = ""', 'image is empty; give a value'),
+        ('lr = 3\n[toy]\nimage = "b"', 'the line lr = ... is in no section; put it below one'),
+        ('[toys]\nlr = 3', '[toys] is no command; did you mean [toy]?'),
+        ('[quilt]\nlr = 3', '[quilt] is no command; there are'),
+        ('', 'has no section [toy] for sp_toy; it has nothing: add the section, or leave'),
+        ('[toy', 'cannot be read'),
+    ],
+)
+def test_sections_that_are_refused(study, text, says):
+    status, _, err = study(text)
+    assert status == 2
+    assert says in err
+    assert '\n' not in err
+
+
+def test_a_value_out_of_range_is_told_with_the_file(tmp_path):
+    @dataclass(kw_only=True)
+    class Narrow(Settings):
+        command: ClassVar[str] = 'sp_narrow'
+        places: tuple[str, ...] = argument('folders', several=True)
+        n: int = option(3, 'how many', minimum=1, former_names=('number',))
+
+    def go(text, *words):
+        (tmp_path / 'a.toml').write_text(text)
+        words = ['--settings', str(tmp_path / 'a.toml'), *words]
+        return parse((Narrow,), 'sp_narrow', '', '', words)[0]
+
+    assert go('[narrow]\nplaces = ["a", "b"]\nnumber = 2') == Narrow(places=('a', 'b'), n=2)
+    assert go('[narrow]\nplaces = "a"', '--n', '4') == Narrow(places=('a',), n=4)
+    assert go('[narrow]\nplaces = "a"', 'b', '--n', '4', 'c') == Narrow(places=('b', 'c'), n=4)
+    for text, says in [
+        ('places = "a"\nn = 0', 'section [narrow]: n is 0; it has to be at least 1'),
+        ('places = 3', r'places is 3; give a text, or several as \["...", "..."\]'),
+        ('places = "a"\nn = 1\nnumber = 2', 'n is there by two names'),
+    ]:
+        with pytest.raises(InputError, match=says.replace('[narrow]', r'\[narrow\]')):
+            go(f'[narrow]\n{text}')
+
+
+def test_a_file_of_sections_in_place_of_the_first_word_names_the_option(told, tmp_path):
+    (tmp_path / 'study.toml').write_text(SECTION)
+    _, _, err = told(tmp_path / 'study.toml')
+    assert 'has a section for each command; give it by --settings' in err
+
+
+def test_help_says_which_section_is_read(told):
+    assert 'from its section [toy]' in ' '.join(
+        parser_of((Toy,), 'sp_toy', '').format_help().split()
+    )

@@ -760,6 +760,55 @@ def test_camelyon16_with_a_file_missing(camelyon16, tmp_path):
 
 
 @pytest.fixture
+def camelyon16_of_aws(tmp_path):
+    "All slides in one folder, masks in another, and a table with a header and the training slides."
+    folder = tmp_path / 'aws'
+    for name in ('images', 'masks', 'evaluation'):
+        (folder / name).mkdir(parents=True)
+    for name in ('normal_001', 'tumor_001', 'test_001', 'test_002'):
+        tiny_slide(folder / f'images/{name}.tif')
+    tiny_slide(folder / 'masks/tumor_001_mask.tif')
+    (folder / 'evaluation/reference.csv').write_text(
+        'image,type,class,center\nnormal_001.tif,normal,negative,0\ntumor_001.tif,tumor,macro,1\n'
+        'test_001.tif,tumor,micro,0\ntest_002.tif,normal,negative,1\n'
+    )
+    return folder
+
+
+def test_camelyon16_in_one_folder(camelyon16_of_aws):
+    read = read_camelyon16(camelyon16_of_aws)
+    assert [(case.slide_id, case.label, case.split, case.grade) for case in read] == [
+        ('normal_001', 0, 'train', ''),
+        ('tumor_001', 1, 'train', 'macro'),
+        ('test_001', 1, 'test', 'micro'),
+        ('test_002', 0, 'test', ''),
+    ]
+    annotated = {case.slide_id: case.annotation.name for case in read if case.annotation}
+    assert annotated == {'tumor_001': 'tumor_001_mask.tif'}
+    assert all(case.mask is None for case in read)
+
+
+@pytest.mark.parametrize(
+    'old, new, says',
+    [
+        ('normal_001.tif,normal,negative', 'normal_001.tif,tumor,macro', 'contradicts'),
+        ('normal_001.tif,normal,negative', 'normal_001.tif,normal,macro', 'line 2: normal and mac'),
+        ('test_002.tif', 'test_003.tif', "'test_003' is the first"),
+        ('tumor,micro', 'x,y', 'line 4: the slide is neither'),
+    ],
+)
+def test_bad_rows_of_camelyon16_are_refused(camelyon16_of_aws, old, new, says):
+    table = camelyon16_of_aws / 'evaluation/reference.csv'
+    table.write_text(table.read_text().replace(old, new))
+    assert says in refusal(read_camelyon16, camelyon16_of_aws)
+
+
+def test_other_slides_among_those_of_camelyon16_are_refused(camelyon16_of_aws):
+    tiny_slide(camelyon16_of_aws / 'images/patient_000_node_0.tif')
+    assert 'is not named normal_, tumor_ or test_' in refusal(read_camelyon16, camelyon16_of_aws)
+
+
+@pytest.fixture
 def camelyon17(tmp_path):
     folder = tmp_path / 'c17'
     (folder / 'center_0').mkdir(parents=True)

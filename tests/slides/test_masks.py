@@ -163,11 +163,12 @@ def test_a_mask_file_that_changed_is_read_anew(tmp_path):
 @pytest.mark.parametrize(
     'pixels, name, says',
     [
-        (np.zeros((9, 9, 3), np.uint8), 'rgb.png', 'has 3 channels'),
+        (np.ones((9, 9, 3), np.uint8), 'rgb.png', 'has colours'),
+        (np.zeros((9, 9, 4), np.uint8), 'rgba.png', 'has 4 channels'),
         (np.zeros((9, 9), np.uint8), 'grey.jpg', 'is a JPEG'),
         (np.zeros((9, 9), np.float32), 'real.tif', 'of the type float'),
     ],
-    ids=['rgb', 'jpeg', 'float'],
+    ids=['rgb', 'rgba', 'jpeg', 'float'],
 )
 def test_numbers_of_classes_are_exact_or_refused(tmp_path, pixels, name, says):
     Image.fromarray(pixels).save(tmp_path / name)
@@ -175,3 +176,12 @@ def test_numbers_of_classes_are_exact_or_refused(tmp_path, pixels, name, says):
         numbers_in(tmp_path / name)
     with pytest.raises(InputError, match=says):
         class_numbers(tmp_path / name, 8.0, (9, 9))
+
+
+def test_numbers_of_classes_in_the_red_channel(tmp_path, classes):
+    "As in the masks of PANDA, whose green and blue are empty."
+    rgb = np.zeros((*classes.shape, 3), np.uint8)
+    rgb[..., 0] = classes
+    tifffile.imwrite(tmp_path / 'mask.tiff', rgb, photometric='rgb', tile=(16, 16))
+    assert numbers_in(tmp_path / 'mask.tiff') == np.unique(classes).tolist()
+    assert (class_numbers(tmp_path / 'mask.tiff', 8.0, classes.shape) == classes).all()

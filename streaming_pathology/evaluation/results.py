@@ -888,8 +888,8 @@ def binary_sentences(metrics: dict) -> list[str]:
             shown = with_interval(metrics[name], 'value', n_patients)
             sentences.append(f'{metric.words} {shown}')
     sentences.append(
-        f'Brier score {with_interval(brier, "brier", n_patients)}, {brier["reference"]:.3f} by the share of '
-        f'positives alone; expected calibration error {brier["ece"]:.3f}'
+        f'Brier score {with_interval(brier, "brier", n_patients)}, {brier["reference"]:.3f} by the '
+        f'share of positives alone; expected calibration error {brier["ece"]:.3f}'
     )
     if 'temperature' in metrics:
         temperature = metrics['temperature']

@@ -211,18 +211,21 @@ def parse(
 
     Where its first word is a `.toml` file, what is not given comes from there, and so does what
     should stand in its place: so a run can be made again."""
-    given = words_of(parser_of(kinds, program, description, example), kinds, argv)
-    first = kinds[0]
-    leading = next(iter(first.options()), '')
-    word = given.get(leading, '')
-    path = str(word[0] if isinstance(word, tuple) else word)
+    parser = parser_of(kinds, program, description, example)
+    given = words_of(parser, kinds, argv)
+    first_kind = kinds[0]
+    leading = next(iter(first_kind.options()), '')  # the name of the first word
+    first_word = given.get(leading, '')
+    if isinstance(first_word, tuple):
+        first_word = first_word[0]
+    path = str(first_word)
     objects = []
     for kind in kinds:
-        mine = {name: value for name, value in given.items() if name in kind.options()}
-        if files and kind is first and Path(path).suffix == '.toml':
-            objects.append(from_file(kind, path, leading, mine))
+        of_kind = {name: value for name, value in given.items() if name in kind.options()}
+        if files and kind is first_kind and Path(path).suffix == '.toml':
+            objects.append(from_file(kind, path, leading, of_kind))
         else:
-            objects.append(kind(**mine))
+            objects.append(kind(**of_kind))
     return objects
 
 # %% ../../nbs/cli/01_parser.ipynb #5a8322fc

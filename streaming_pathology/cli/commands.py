@@ -62,11 +62,12 @@ from streaming_pathology.runs.settings import (
 )
 
 if TYPE_CHECKING:
+    from streaming_pathology.evaluation.cards import Statements
     from streaming_pathology.runs.inputs import FoundSlides, Outcome
     from streaming_pathology.runs.shards import Shard, ShardResult
     from streaming_pathology.slides.check import SlideCheck
 else:  # slides are opened where they are used
-    FoundSlides = Outcome = Shard = ShardResult = SlideCheck = Any
+    Statements = FoundSlides = Outcome = Shard = ShardResult = SlideCheck = Any
 
 # %% ../../nbs/cli/02_commands.ipynb #7cb6e6e0
 @dataclass(kw_only=True)
@@ -598,39 +599,12 @@ def export(settings: ExportSettings) -> None:
 
 def write_export(settings: ExportSettings) -> None:
     "Write a model and its card, and print what they are."
-    from streaming_pathology.evaluation.cards import (
-        CARD_BEGINS,
-        INTENDED_USE,
-        Statements,
-        export_with_card,
-    )
-    from streaming_pathology.evaluation.predict import checkpoint_words
+    from streaming_pathology.evaluation.cards import export_with_card
 
-    assert settings.out is not None  # see `export`
     checkpoint = best_checkpoint(settings.run)
-    out = output_file(settings.out, '.safetensors', [checkpoint])
-    card_path = settings.card
-    if card_path is None:
-        card_path = str(Path(settings.out).with_suffix('.md'))
-    text = output_file(card_path, '.md', begins=CARD_BEGINS)
-    for path in (out, text):
-        if (path.parent / RUN.mark).exists():
-            raise InputError(
-                f'{path} lies in the folder of a run, which holds nothing else; give another place'
-            )
-    statements = Statements(
-        settings.intended_use or INTENDED_USE,
-        settings.license,
-        settings.data_license,
-        settings.changes or '',
-    )
-    card = export_with_card(checkpoint, out, text, statements)
-    network = card['model'].get('arch') or card['features']['aggregator']['name']
-    print(f'took {checkpoint_words(card["checkpoint"])}')
-    print(
-        f'wrote {out}: {network}, {card["task"]["name"]}, {card["spacing"]:g} microns per pixel, '
-        f'model {card["sha256"][:16]}; its card is {text}'
-    )
+    model_path, card_path = export_paths(settings, checkpoint)
+    card = export_with_card(checkpoint, model_path, card_path, statements_of(settings))
+    print_export(card, model_path, card_path)
 
 
 sp_export = Command(
@@ -639,6 +613,51 @@ sp_export = Command(
     export,
     'sp_export run model.safetensors --license apache-2.0 --check',
 )
+
+# %% ../../nbs/cli/02_commands.ipynb #c3a5e710
+def export_paths(settings: ExportSettings, checkpoint: Path) -> tuple[Path, Path]:
+    """Where to write a model and its card. Raises `InputError` if one cannot be written there, is
+    something else there, or lies in the folder of a run."""
+    from streaming_pathology.evaluation.cards import CARD_BEGINS
+
+    assert settings.out is not None  # see `export`
+    card = settings.card
+    if card is None:
+        card = str(Path(settings.out).with_suffix('.md'))
+    model_path = output_file(settings.out, '.safetensors', [checkpoint])
+    card_path = output_file(card, '.md', begins=CARD_BEGINS)
+    for path in (model_path, card_path):
+        if (path.parent / RUN.mark).exists():
+            raise InputError(
+                f'{path} lies in the folder of a run, which holds nothing else; give another place'
+            )
+    return model_path, card_path
+
+
+def statements_of(settings: ExportSettings) -> Statements:
+    "What the user says of a model; what is not said, or empty, is as `Statements` has it."
+    from streaming_pathology.evaluation.cards import Statements
+
+    statements = Statements(license=settings.license, data_license=settings.data_license)
+    if settings.intended_use:
+        statements = replace(statements, intended_use=settings.intended_use)
+    if settings.changes:
+        statements = replace(statements, changes=settings.changes)
+    return statements
+
+
+def print_export(card: dict, model_path: Path, card_path: Path) -> None:
+    "Print which checkpoint was taken, and what was written."
+    from streaming_pathology.evaluation.predict import checkpoint_words
+
+    network = card['model'].get('arch')
+    if not network:
+        network = card['features']['aggregator']['name']
+    print(f'took {checkpoint_words(card["checkpoint"])}')
+    print(
+        f'wrote {model_path}: {network}, {card["task"]["name"]}, {card["spacing"]:g} microns per '
+        f'pixel, model {card["sha256"][:16]}; its card is {card_path}'
+    )
 
 # %% ../../nbs/cli/02_commands.ipynb #31d06c6e
 def heatmap(settings: HeatmapSettings) -> None:
@@ -775,12 +794,12 @@ def evaluate(settings: EvaluateSettings) -> None:
         settings.predictions,
         settings.split,
         threshold_split=settings.threshold_split,
-        sensitivity=settings.target_sensitivity,
-        cohort=settings.manifest,
+        target_sensitivity=settings.target_sensitivity,
+        manifest=settings.manifest,
         subgroups=listed(settings.subgroups),
         n_bootstrap=settings.n_bootstrap,
         seed=settings.seed,
-        level=settings.confidence,
+        confidence=settings.confidence,
         method=settings.interval,
         task=settings.task,
     )
@@ -878,7 +897,7 @@ def report(settings: ReportSettings) -> None:
         max_slides=settings.max_slides,
         anonymous=settings.anonymous,
         subgroups=listed(settings.subgroups),
-        cohort=settings.manifest,
+        manifest=settings.manifest,
         maps=listed(settings.maps),
         comparison=settings.comparison,
         error_review=settings.error_review,
@@ -1279,7 +1298,7 @@ def compare(settings: CompareSettings) -> None:
         split=settings.split,
         shared=settings.shared,
         n_bootstrap=settings.n_bootstrap,
-        level=settings.confidence,
+        confidence=settings.confidence,
         seed=settings.seed,
         error_review=settings.error_review,
     )
@@ -1309,10 +1328,10 @@ class BenchSettings(Settings):
         'what is measured: methods (streaming beside the plain network, checkpointing and '
         'lightstream), budgets (streaming with the memory of lightstream), strips (cost of a '
         'strip), trial (plans beside the fastest way that fits), large (a step on a whole slide), '
-        'gigapixel (on four gigapixels), canvas (with its background skipped), ranges (two biopsies '
-        'side by side on one), lean (with memory given back at once), networks (which of torchvision stream), augment, trim, loading and '
-        'patches (slides or patches per second), ranks (two processes beside one) or long (memory '
-        'of a long training)',
+        'gigapixel (on four gigapixels), canvas (with its background skipped), ranges (two '
+        'biopsies side by side on one), lean (with memory given back at once), networks (which of '
+        'torchvision stream), augment, trim, loading and patches (slides or patches per second), '
+        'ranks (two processes beside one) or long (memory of a long training)',
     )
     device: str | None = option(None, 'cpu or cuda (default: cuda, if there is a GPU)')
     repeats: int | None = option(

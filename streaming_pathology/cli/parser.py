@@ -237,22 +237,24 @@ def parse(
         argv = sys.argv[1:]
     words = list(argv)
     parser = parser_of(kinds, program, description, example)
-    path = settings_file(words)
-    if path is not None:
-        given = with_section(parser, kinds, program, words, path)
+    sections = settings_file(words)
+    if sections is not None:
+        given = with_section(parser, kinds, program, words, sections)
     else:
         given = words_of(parser, kinds, words)
-    first = kinds[0]
-    leading = next(iter(first.options()), '')
-    word = given.get(leading, '')
-    path = str(word[0] if isinstance(word, tuple) else word)
+    first_kind = kinds[0]
+    leading = next(iter(first_kind.options()), '')  # the name of the first word
+    first_word = given.get(leading, '')
+    if isinstance(first_word, tuple):
+        first_word = first_word[0]
+    path = str(first_word)
     objects = []
     for kind in kinds:
-        mine = {name: value for name, value in given.items() if name in kind.options()}
-        if files and kind is first and Path(path).suffix == '.toml':
-            objects.append(from_file(kind, program, path, leading, mine))
+        of_kind = {name: value for name, value in given.items() if name in kind.options()}
+        if files and kind is first_kind and Path(path).suffix == '.toml':
+            objects.append(from_file(kind, program, path, leading, of_kind))
         else:
-            objects.append(kind(**mine))
+            objects.append(kind(**of_kind))
     return objects
 
 # %% ../../nbs/cli/01_parser.ipynb #5a8322fc
@@ -600,16 +602,29 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     "`train ...` runs `sp_train ...`, and so on for all commands. The exit status."
-    words = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    name, *rest = words or ['--help']
-    if name in COMMANDS:
-        return COMMANDS[name](rest)
-    if name in ('-h', '--help'):
-        print('usage: python -m streaming_pathology.cli COMMAND ...\n')
-        for each in COMMANDS.values():
-            print(f'  {each.name:10} {each.description}')
+    if argv is None:
+        argv = sys.argv[1:]
+    words = [str(word) for word in argv]
+    if not words or words[0] in ('-h', '--help'):
+        print_commands()
         return 0
+    name, *arguments = words
+    if name not in COMMANDS:
+        print(f'error: {name} is no command; {hint_of_command(name)}', file=sys.stderr)
+        return 2
+    return COMMANDS[name](arguments)
+
+# %% ../../nbs/cli/01_parser.ipynb #c3a5e711
+def print_commands() -> None:
+    "Print the name of each command and what it does."
+    print('usage: python -m streaming_pathology.cli COMMAND ...\n')
+    for command in COMMANDS.values():
+        print(f'  {command.name:10} {command.description}')
+
+
+def hint_of_command(name: str) -> str:
+    "What to write in place of a name that no command has: one that is like it, or any."
     near = difflib.get_close_matches(name, COMMANDS, 1)
-    hint = f'did you mean {near[0]}?' if near else f'there are {", ".join(COMMANDS)}'
-    print(f'error: {name} is no command; {hint}', file=sys.stderr)
-    return 2
+    if near:
+        return f'did you mean {near[0]}?'
+    return f'there are {", ".join(COMMANDS)}'

@@ -341,16 +341,17 @@ def head_of(card: dict, name: str) -> dict:
     head: dict[str, Any] = dict(
         library_name='streaming_pathology', license=card['license'], tags=tags
     )
-    is_classifier = card['task']['name'] in CLASSES
-    if is_classifier:
-        head['pipeline_tag'] = 'image-classification'
+    task_type = 'other'
+    if card['task']['name'] in CLASSES:
+        task_type = 'image-classification'
+        head['pipeline_tag'] = task_type
     metrics = headlines(card['metrics'])
     if not metrics:
         return head
     head['metrics'] = list(dict.fromkeys(metric.kind for metric in metrics))
     split = card['metrics'].get('split', 'test')
     result = dict(
-        task=dict(type='image-classification' if is_classifier else 'other'),
+        task=dict(type=task_type),
         dataset=dict(type='private', name='slides of the run', split=split),
         metrics=[
             dict(type=metric.kind, name=metric.words, value=metric.value) for metric in metrics

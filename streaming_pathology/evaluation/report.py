@@ -93,8 +93,8 @@ def write_report(
     # leave out the names of slides, patients and runs, and where things lay: slides are called by
     # numbers; the names of groups stay
     anonymous: bool = False,
-    subgroups: Sequence[str] = (),  # columns of `cohort` to show subgroups of
-    cohort: str | Path | None = None,  # manifest with these; None: cohort.csv in the run folder
+    subgroups: Sequence[str] = (),  # columns of `manifest` to show subgroups of
+    manifest: str | Path | None = None,  # with these; None: cohort.csv in the run folder
     # folders that sp_heatmap wrote of the same network, as further layers
     maps: Sequence[str | Path] = (),
     # folder that sp_compare wrote of this run and another
@@ -104,8 +104,8 @@ def write_report(
     """Write a report as a folder, all of it or nothing. Returns the path of its index.html.
 
     Raises `InputError`, which names what is damaged, or needed and missing."""
-    run = read_run(run_folder, subgroups, cohort)
-    inputs = [each for each in (cohort, comparison, error_review, *maps) if each]
+    run = read_run(run_folder, subgroups, manifest)
+    inputs = [each for each in (manifest, comparison, error_review, *maps) if each]
     out = report_folder(run, out, inputs)
     check_layers(run, maps, error_review)
     layers = numbered_names([read_maps(folder, run) for folder in maps])

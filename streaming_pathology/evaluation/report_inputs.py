@@ -366,18 +366,18 @@ def recomputed_results(
     folder: Path,  # of the run
     is_binary: bool,
     subgroups: Sequence[str],  # columns to show subgroups of
-    cohort: str | Path | None,  # manifest with these columns
+    manifest: str | Path | None,  # with these columns
 ) -> dict:
     """The metrics of predictions.csv, computed with the options that metrics.json names.
 
     Raises `InputError` if metrics.json is damaged, or has other metrics than these."""
     path, predictions = folder / 'metrics.json', folder / 'predictions.csv'
     if not path.exists():
-        return results(predictions, subgroups=subgroups, cohort=cohort)
+        return results(predictions, subgroups=subgroups, manifest=manifest)
     saved = read_values(path, json.loads)
     options = saved_options(path, saved, is_binary)
-    computed = results(predictions, subgroups=subgroups, cohort=cohort, **asdict(options))
-    check_agreement(path, saved, computed, has_own_interval=not cohort)
+    computed = results(predictions, subgroups=subgroups, manifest=manifest, **asdict(options))
+    check_agreement(path, saved, computed, has_own_interval=not manifest)
     return computed
 
 
@@ -387,11 +387,11 @@ class EvaluationOptions:
 
     n_bootstrap: int
     seed: int
-    level: float
+    confidence: float
     split: str
     method: str
     threshold_split: str | None
-    sensitivity: float | None
+    target_sensitivity: float | None
 
 
 def saved_options(
@@ -422,17 +422,17 @@ def evaluation_options(
     seed = index(saved.get('seed', 0))
     if seed < 0:
         raise ValueError(f'seed {seed}')
-    sensitivity = None
+    target_sensitivity = None
     if saved.get('at_sensitivity'):
-        sensitivity = float(saved['at_sensitivity']['wanted'])
+        target_sensitivity = float(saved['at_sensitivity']['wanted'])
     return EvaluationOptions(
         n_bootstrap=index(saved.get('draws', 10_000)),
         seed=seed,
-        level=float(saved.get('level', 0.95)),
+        confidence=float(saved.get('level', 0.95)),
         split=saved.get('split', 'test'),
         method=asked_interval(method_in(saved)),
         threshold_split=threshold_split,
-        sensitivity=sensitivity,
+        target_sensitivity=target_sensitivity,
     )
 
 
@@ -506,8 +506,8 @@ MISSING = {
 # %% ../../nbs/evaluation/15_report_inputs.ipynb #701f7d45
 def read_run(
     folder: str | Path,  # as sp_train or sp_demo wrote it
-    subgroups: Sequence[str] = (),  # columns of `cohort` to show subgroups of
-    cohort: str | Path | None = None,  # manifest; None: cohort.csv in the run folder
+    subgroups: Sequence[str] = (),  # columns of `manifest` to show subgroups of
+    manifest: str | Path | None = None,  # None: cohort.csv in the run folder
 ) -> FinishedRun:
     """Everything that the report needs of a run folder.
 
@@ -520,7 +520,7 @@ def read_run(
     run.predictions = predictions_of(run)
     # a damaged cohort.csv is told here: below, what `results` raises may become a note
     read_patients(folder / 'cohort.csv', needed=False)
-    add_results(run, subgroups, cohort)
+    add_results(run, subgroups, manifest)
     for name, sentence in MISSING.items():
         if not (folder / name).exists():
             run.notes[name] = sentence
@@ -547,15 +547,15 @@ def predictions_of(run: FinishedRun) -> list[Prediction]:
     return []
 
 
-def add_results(run: FinishedRun, subgroups: Sequence[str], cohort: str | Path | None) -> None:
+def add_results(run: FinishedRun, subgroups: Sequence[str], manifest: str | Path | None) -> None:
     """Compute the results of a run and its figures. Where nothing asks for them and they cannot be
     computed, as for too few slides, a note says why."""
     path = run.folder / 'predictions.csv'
     try:
-        run.results = recomputed_results(run.folder, run.is_binary, subgroups, cohort)
-        run.figures = figures_of(run.results, path, cohort, ACCENT)
+        run.results = recomputed_results(run.folder, run.is_binary, subgroups, manifest)
+        run.figures = figures_of(run.results, path, manifest, ACCENT)
     except InputError as e:
-        if subgroups or cohort or (run.folder / 'metrics.json').exists():
+        if subgroups or manifest or (run.folder / 'metrics.json').exists():
             raise
         what = 'No AUC' if run.is_binary else 'No metrics'
         reason = str(e).replace(str(path), path.name)

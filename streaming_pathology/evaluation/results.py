@@ -199,8 +199,8 @@ class Request:
     # other slides to choose thresholds and the temperature on; None: thresholds are chosen on the
     # slides to evaluate, and there is no temperature
     threshold_split: str | None
-    sensitivity: float | None  # wanted, for a point of its own
-    cohort: str | Path  # CSV with the columns of `subgroups`
+    target_sensitivity: float | None  # wanted, for a point of its own
+    manifest: str | Path  # CSV with the columns of `subgroups`
     subgroups: Sequence[str]  # columns to show subgroups of
     method: str  # of the AUC's interval
     resampling: Resampling  # without patients, which each split has of its own
@@ -252,15 +252,15 @@ def task_in_settings(path: Path) -> str | None:
 
 def known_patients(
     path: str | Path,  # a table of predictions
-    cohort: str | Path | None = None,  # CSV with slide_id and patient_id; None: see below
-    needed: bool = False,  # whether `cohort` has to name patients
+    manifest: str | Path | None = None,  # CSV with slide_id and patient_id; None: see below
+    needed: bool = False,  # whether `manifest` has to name patients
 ) -> dict[str, str]:
-    """{slide_id: patient_id} of a cohort. Where there is none, or it names no patients, of the
+    """{slide_id: patient_id} of a manifest. Where there is none, or it names no patients, of the
     cohort.csv of the run, beside the table, if it is there."""
     of_run = Path(path).parent / 'cohort.csv'
     patients = {}
-    if cohort is not None:
-        patients = read_patients(cohort, needed)
+    if manifest is not None:
+        patients = read_patients(manifest, needed)
     if not patients:
         patients = read_patients(of_run, needed=False)
     return patients
@@ -364,7 +364,7 @@ def binary_results(request: Request) -> dict:
             result['temperature'] = temperature_results(request, tested, chosen_on)
         except InputError as e:
             notes.append(f'{NO_TEMPERATURE}: {e}.')
-    if request.sensitivity is not None:
+    if request.target_sensitivity is not None:
         result['at_sensitivity'] = sensitivity_results(request, tested, chosen_on)
     if request.subgroups:
         result['groups'] = {
@@ -454,7 +454,7 @@ def sensitivity_results(request: Request, tested: Outcomes, chosen_on: Outcomes)
     wanted = operating_point(
         chosen_on.labels[:, 0],
         chosen_on.predicted[:, 0],
-        min_sensitivity=request.sensitivity,
+        min_sensitivity=request.target_sensitivity,
     )
     labels, probabilities = tested.labels[:, 0], tested.predicted[:, 0]
     point = operating_point(labels, probabilities, wanted.threshold)
@@ -462,7 +462,7 @@ def sensitivity_results(request: Request, tested: Outcomes, chosen_on: Outcomes)
         labels, probabilities, point.threshold, request.resampling.level, tested.patient_ids
     )
     return dict(
-        wanted=request.sensitivity,
+        wanted=request.target_sensitivity,
         threshold_from=request.threshold_from,
         **asdict(point),
         intervals={name: [share.low, share.high] for name, share in shares.items()},
@@ -486,7 +486,7 @@ def unknown_notes(request: Request, tested: Outcomes) -> list[str]:
     notes = []
     positive = tested.labels[:, 0] == 1
     for column in request.subgroups:
-        values = column_of(request.cohort, column)
+        values = column_of(request.manifest, column)
         unknown = np.array([is_missing(values.get(slide_id)) for slide_id in tested.slide_ids])
         if unknown[~positive].all() and not unknown[positive].all():
             unknown &= positive
@@ -505,11 +505,11 @@ def subgroup_results(
     """The subgroups of a column, for JSON.
 
     Raises `InputError` if the column says nothing of any slide."""
-    values = column_of(request.cohort, column)
+    values = column_of(request.manifest, column)
     of_slides = [values.get(slide_id) for slide_id in tested.slide_ids]
     if all(value is None for value in of_slides):
         raise InputError(
-            f'{request.cohort} says nothing in {column!r} of any of the {len(of_slides)} slides; '
+            f'{request.manifest} says nothing in {column!r} of any of the {len(of_slides)} slides; '
             'give a column that does'
         )
     subgroups = by_group(
@@ -754,14 +754,14 @@ def results(
     split: str = 'test',  # slides to evaluate
     # slides to choose thresholds and the temperature on; None: see `threshold_split_of`
     threshold_split: str | None = None,
-    sensitivity: float | None = None,  # wanted, for a point of its own
+    target_sensitivity: float | None = None,  # wanted, for a point of its own
     # CSV with slide_id, patient_id and those of `subgroups`; None, and for patients if it names
     # none: cohort.csv beside `path`, if there is one
-    cohort: str | Path | None = None,
+    manifest: str | Path | None = None,
     subgroups: Sequence[str] = (),  # its columns to show subgroups of
     n_bootstrap: int = 10_000,
     seed: int = 0,  # of the resamples
-    level: float = 0.95,  # of the intervals
+    confidence: float = 0.95,  # level of the intervals
     method: str = 'logit',  # of the AUC's interval: see `auc_interval`
     # ordinal or multiclass, where the table is of classes; None: as the settings.toml beside `path`
     # says, and without one multiclass
@@ -775,11 +775,11 @@ def results(
 
     Raises `InputError` with the file and what is wrong with it."""
     table = read_outcomes(path)
-    patients = known_patients(path, cohort, needed=not subgroups)
-    check_options(table, sensitivity, subgroups, threshold_split, method)
-    check_slides_in_cohort(table, cohort)
-    if cohort is None:
-        cohort = Path(path).parent / 'cohort.csv'
+    patients = known_patients(path, manifest, needed=not subgroups)
+    check_options(table, target_sensitivity, subgroups, threshold_split, method)
+    check_slides_in_manifest(table, manifest)
+    if manifest is None:
+        manifest = Path(path).parent / 'cohort.csv'
     try:
         known, task_from = known_task(table, task)
         request = Request(
@@ -789,11 +789,11 @@ def results(
             patients=patients,
             split=split,
             threshold_split=threshold_split_of(table, split, threshold_split),
-            sensitivity=sensitivity,
-            cohort=cohort,
+            target_sensitivity=target_sensitivity,
+            manifest=manifest,
             subgroups=subgroups,
             method=method,
-            resampling=Resampling(n_bootstrap, seed, level),
+            resampling=Resampling(n_bootstrap, seed, confidence),
         )
         return TASKS[request.task](request)
     except InputError as e:
@@ -824,7 +824,7 @@ def threshold_split_of(
 
 def check_options(
     table: OutcomeTable,
-    sensitivity: float | None,
+    target_sensitivity: float | None,
     subgroups: Sequence[str],
     threshold_split: str | None,
     method: str,
@@ -833,7 +833,7 @@ def check_options(
     if table.task == 'binary':
         return
     given = {
-        '--target-sensitivity (sensitivity)': sensitivity,
+        '--target-sensitivity (target_sensitivity)': target_sensitivity,
         '--subgroups (subgroups)': subgroups,
     }
     if table.task != 'survival':
@@ -848,16 +848,16 @@ def check_options(
             )
 
 
-def check_slides_in_cohort(table: OutcomeTable, cohort: str | Path | None) -> None:
-    "Raises `InputError` if a cohort is given that lacks slides of a table."
-    if cohort is None:
+def check_slides_in_manifest(table: OutcomeTable, manifest: str | Path | None) -> None:
+    "Raises `InputError` if a manifest is given that lacks slides of a table."
+    if manifest is None:
         return
-    rows = read_table(cohort, ('slide_id',), separators=SEPARATORS)
+    rows = read_table(manifest, ('slide_id',), separators=SEPARATORS)
     known = {row['slide_id'] for row in rows}
     missing = [row['slide_id'] for row in table.rows if row['slide_id'] not in known]
     if missing:
         raise InputError(
-            f'{cohort} has no row of {len(missing)} of the slides of {table.path}, the first is '
+            f'{manifest} has no row of {len(missing)} of the slides of {table.path}, the first is '
             f'{missing[0]!r}; give the manifest that they are of'
         )
 
@@ -888,8 +888,8 @@ def binary_sentences(metrics: dict) -> list[str]:
             shown = with_interval(metrics[name], 'value', n_patients)
             sentences.append(f'{metric.words} {shown}')
     sentences.append(
-        f'Brier score {with_interval(brier, "brier", n_patients)}, {brier["reference"]:.3f} by the share of '
-        f'positives alone; expected calibration error {brier["ece"]:.3f}'
+        f'Brier score {with_interval(brier, "brier", n_patients)}, {brier["reference"]:.3f} by the '
+        f'share of positives alone; expected calibration error {brier["ece"]:.3f}'
     )
     if 'temperature' in metrics:
         temperature = metrics['temperature']
@@ -1039,14 +1039,14 @@ FORMER_TASKS = dict(classes='multiclass', measure='regression')
 def figures_of(
     metrics: dict,  # of `results`
     path: str | Path,  # its table of predictions
-    cohort: str | Path | None = None,  # as it was given there
+    manifest: str | Path | None = None,  # as it was given there
     color: str = '#2f6690',
 ) -> dict[str, Callable]:
     "The figures of `results`: {name: function that draws into a matplotlib axis}."
     table = read_outcomes(path)
     if table.task not in FIGURES:
         return {}
-    outcomes = table.of_split(metrics['split'], known_patients(path, cohort))
+    outcomes = table.of_split(metrics['split'], known_patients(path, manifest))
     return FIGURES[table.task](metrics, outcomes, color)
 
 # %% ../../nbs/evaluation/07_results.ipynb #a367812f
@@ -1095,7 +1095,7 @@ FIGURES = dict(binary=binary_figures, multiclass=class_figures, survival=surviva
 
 # %% ../../nbs/evaluation/07_results.ipynb #drawres1
 def draw_results(
-    found: dict, predictions: Path, folder: Path, cohort: Path | None = None
+    found: dict, predictions: Path, folder: Path, manifest: Path | None = None
 ) -> list[str]:
     """Draw the figures of `results` into a folder, as SVG; their names.
 
@@ -1103,7 +1103,7 @@ def draw_results(
     from matplotlib.figure import Figure  # slow to import, so only where it is used
 
     figures = {}
-    for title, draw in figures_of(found, predictions, cohort).items():
+    for title, draw in figures_of(found, predictions, manifest).items():
         name = re.sub(r'\W+', '_', title)
         if name in figures:
             name = f'{name}_{len(figures)}'

@@ -227,7 +227,7 @@ def compare_runs(
     split: str = 'test',  # slides to compare on
     shared: bool = False,  # compare the slides that both have, where some are missing in one
     n_bootstrap: int = 10_000,  # resamples, and permutations
-    level: float = 0.95,  # of the intervals
+    confidence: float = 0.95,  # level of the intervals
     seed: int = 0,  # of the resamples
     # tables of categories that were saved in the reports of the two, with a comma; one may be empty
     error_review: str | None = None,
@@ -237,8 +237,8 @@ def compare_runs(
     A run that is not finished is trained first, as by sp_train or sp_mil --resume; if that is
     stopped, the same call resumes. Of several processes that train together the first one compares,
     and the others return None. Raises `InputError` for what cannot be compared."""
-    if not 0 < level < 1:
-        raise InputError(f'--confidence is {level}; it has to be between 0 and 1, as .95')
+    if not 0 < confidence < 1:
+        raise InputError(f'--confidence is {confidence}; it has to be between 0 and 1, as .95')
     folder = absolute(out)
     sources = two_sources((first, second), folder, out, two_tables(error_review))
     check_former(folder, out, sources, split)
@@ -252,7 +252,7 @@ def compare_runs(
     if not is_first_process():
         return None
     sides = [read_side(source.name, source.table) for source in sources]
-    comparison = compare_sides(sides[0], sides[1], split, shared, n_bootstrap, seed, level)
+    comparison = compare_sides(sides[0], sides[1], split, shared, n_bootstrap, seed, confidence)
     reviews = [source.review for source in sources]
     tables = [str(source.table) for source in sources]
     write_comparison(comparison, sides, folder, reviews, tables=tables, environment=environment())

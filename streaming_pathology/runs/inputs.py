@@ -393,7 +393,8 @@ def find_slides(
     labels: Sequence[float] | None = (0, 1),  # that a manifest may have; None: any number
     columns: Sequence[str] = ('label',),  # of the manifest, with the label
     positive: str | None = None,  # labels by name that are 1: see `read_manifest`
-    row_by_row: bool = False,  # a wrong row of a manifest is an unusable slide, and others are taken
+    # a wrong row of a manifest is an unusable slide, and the others are taken
+    row_by_row: bool = False,
 ) -> FoundSlides:
     """The cases of manifests, of all slides in folders and in folders below, and of single slides.
 

@@ -390,8 +390,11 @@ def predict_shard(
     from streaming_pathology.evaluation.predict import predict_table
     from streaming_pathology.training.loop import ONE_PROCESS
 
-    ranks = ONE_PROCESS if ranks is None else ranks
-    shards, of_shard, failed = Shards(Path(out)), shard.take(cases), {}
+    if ranks is None:
+        ranks = ONE_PROCESS
+    shards = Shards(Path(out))
+    of_shard = shard.take(cases)
+    failed = {}
     with ExitStack() as stack:
         shard_folder = ranks.first(lambda: stack.enter_context(shards.working(shard, about)))
         stamps = ranks.first(lambda: stamps_of(of_shard))
@@ -403,9 +406,7 @@ def predict_shard(
             )
         if ranks.rank == 0 and (skip or not failed):
             slide_ids = [case.slide_id for case in of_shard]
-            tables = [path for path in (shard_folder / TABLE, new) if path.exists()]
-            if tables:
-                merge_tables(tables, shard_folder / TABLE, slide_ids)
+            add_predictions(new, shard_folder / TABLE, slide_ids)
             shards.finish(shard, dict.fromkeys(slide_ids, '') | failed, stamps)
             new.unlink(missing_ok=True)
     return ShardResult(failed, len(of_shard), len(of_shard) - len(remaining))
@@ -426,6 +427,13 @@ def merge_predictions(
         good = [case.slide_id for case in cases if case.slide_id not in failed]
         n_rows = merge_tables(tables, out, good)
     return n_rows, failed
+
+# %% ../../nbs/runs/08_shards.ipynb #c3a5e712
+def add_predictions(new: Path, table: Path, slide_ids: Sequence[str]) -> None:
+    "Add the rows of a new table to the table of a shard; either of them may not be there."
+    tables = [path for path in (table, new) if path.exists()]
+    if tables:
+        merge_tables(tables, table, slide_ids)
 
 # %% ../../nbs/runs/08_shards.ipynb #206cff3b
 class Lines:

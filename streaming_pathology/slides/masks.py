@@ -213,21 +213,29 @@ def nearest(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return values[rows[:, None], columns]
 
 # %% ../../nbs/slides/06_masks.ipynb #a54cff38
+WHITES = (1, 255, 65535)  # white in floating point, in 8 and in 16 bits
+MAX_CLASSES = 32  # different values of a mask; where they are more, they are shades
+SHADES_BACKGROUND = 0.5  # of white: shades up to it are no tissue
+MIN_JPEG_WHITE = 128  # a JPEG whose largest value is below it held numbers of classes
+JPEG_BACKGROUND = 0.25  # of the largest value: up to it is no tissue, in a JPEG
+
+
 def background_level(path: str | Path, values: np.ndarray, lossy: bool) -> float:
     """The largest value that is no tissue.
 
-    0 where values are numbers of classes or objects. Where they are shades, which are more than 32
-    and go up to white, half of white; in a JPEG, whose values are not exact, a quarter."""
+    0 where values are numbers of classes or objects. Where they are shades, which are more than
+    `MAX_CLASSES` and go up to white, half of white; in a JPEG, whose values are not exact, a
+    quarter of the largest one."""
     largest = values.max(initial=0)
     if lossy:
-        if 0 < largest < 128:
+        if 0 < largest < MIN_JPEG_WHITE:
             raise InputError(
                 f'{path}: a JPEG does not keep numbers of classes (its largest is {largest:g}): '
                 'save the mask as PNG or TIFF'
             )
-        return largest / 4
-    if largest in (1, 255, 65535) and len(np.unique(values)) > 32:
-        return largest / 2
+        return largest * JPEG_BACKGROUND
+    if largest in WHITES and len(np.unique(values)) > MAX_CLASSES:
+        return largest * SHADES_BACKGROUND
     return 0
 
 

@@ -347,6 +347,9 @@ def draw_glands(glands: Glands, depth: np.ndarray, lumen: np.ndarray, spacing: f
         np.maximum(lumen[box], inside - wall[step], out=lumen[box])
 
 # %% ../../nbs/slides/09_synthetic.ipynb #e5878277
+NUCLEI_AT_ONCE = 2000  # about, so that their squares fit into little memory
+
+
 def ellipses(nuclei: np.ndarray, row: np.ndarray, column: np.ndarray, spacing: float) -> np.ndarray:
     """The darkness of `nuclei` (n, 6) at pixels of their own: `row` and `column` (n, k), whole
     numbers. Returns (n, k, k)."""
@@ -378,19 +381,31 @@ def stamp_nuclei(
     nuclei = np.asarray(nuclei, np.float32)
     # parts of nuclei alike in length, so that no square is larger than it must be
     by_length = np.argsort(nuclei[:, 2])
-    for part in np.array_split(by_length, 1 + len(nuclei) // 2000):
-        part = nuclei[part]
-        reach = math.ceil(float(part[:, 2].max()) / spacing + 0.5)
-        offset = np.arange(-reach, reach + 1)
-        row = np.floor(part[:, 0] / spacing).astype(np.int32)[:, None] + offset
-        column = np.floor(part[:, 1] / spacing).astype(np.int32)[:, None] + offset
-        value = ellipses(part, row, column, spacing)
-        row_inside = (row >= 0) & (row < size[0])
-        column_inside = (column >= 0) & (column < size[1])
-        inside = (value > 0) & row_inside[:, :, None] & column_inside[:, None]
-        index = (row[:, :, None] * size[1] + column[:, None])[inside]
-        np.maximum.at(out, index, value[inside])
+    for part in np.array_split(by_length, 1 + len(nuclei) // NUCLEI_AT_ONCE):
+        index, darkness = pixels_of_nuclei(nuclei[part], size, spacing)
+        np.maximum.at(out, index, darkness)
     return out.reshape(size)
+
+
+def pixels_of_nuclei(
+    nuclei: np.ndarray,  # float32 (n, 6), as in `stamp_nuclei`
+    size: tuple[int, int],  # (height, width)
+    spacing: float,  # microns per pixel
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels of an image that some nuclei cover, as indices of the flattened image, and their
+    darkness; a pixel occurs once for each nucleus that covers it."""
+    height, width = size
+    # each nucleus is in a square of its own: rows (n, side), columns (n, side)
+    reach = math.ceil(float(nuclei[:, 2].max()) / spacing + 0.5)
+    offsets = np.arange(-reach, reach + 1)
+    rows = np.floor(nuclei[:, 0] / spacing).astype(np.int32)[:, None] + offsets
+    columns = np.floor(nuclei[:, 1] / spacing).astype(np.int32)[:, None] + offsets
+    darkness = ellipses(nuclei, rows, columns, spacing)
+    is_row = (rows >= 0) & (rows < height)
+    is_column = (columns >= 0) & (columns < width)
+    is_covered = (darkness > 0) & is_row[:, :, None] & is_column[:, None]
+    index = rows[:, :, None] * width + columns[:, None]
+    return index[is_covered], darkness[is_covered]
 
 # %% ../../nbs/slides/09_synthetic.ipynb #dba0c91a
 @dataclass(frozen=True)

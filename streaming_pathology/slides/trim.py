@@ -202,6 +202,30 @@ def mask_index(count: int, spacing: float, mask_count: int, mask_spacing: float)
     return np.minimum(index.astype(int), mask_count - 1)
 
 
+def mask_indices(
+    frame: Frame,
+    mask_size: tuple[int, ...],  # (height, width)
+    mask_spacing: float,  # microns per pixel
+) -> tuple[np.ndarray, np.ndarray]:
+    "The row of a mask for each row of a frame, and the same for the columns: see `mask_index`."
+    height, width = frame.size
+    mask_height, mask_width = mask_size
+    rows = mask_index(height, frame.spacing, mask_height, mask_spacing)
+    columns = mask_index(width, frame.spacing, mask_width, mask_spacing)
+    return rows, columns
+
+
+def shown_lines(
+    is_needed: np.ndarray,  # bool, for each row (or column) of the mask: it has tissue or margin
+    mask_lines: np.ndarray,  # for each row of the frame: the row of the mask
+    squeeze: bool,  # leave out those that are not needed
+) -> np.ndarray:
+    "The rows (or columns) of a frame that a cut shows: int (count,)."
+    if squeeze:
+        return np.flatnonzero(is_needed[mask_lines])
+    return np.arange(len(mask_lines))
+
+
 def evenly(values: np.ndarray, count: int) -> np.ndarray:
     "`count` of the values, evenly spread."
     index = (np.arange(count) + 0.5) * len(values) / count
@@ -223,23 +247,23 @@ class CutPixels:
         squeeze: bool,  # leave out rows and columns that hold no tissue or margin
         background: Sequence[int] | None,  # (red, green, blue) beyond the margin; None: as it is
     ) -> None:
-        self.slide, self.frame, self.mask_spacing = slide, frame, biopsy.spacing
+        self.slide = slide
+        self.frame = frame
+        self.mask_spacing = biopsy.spacing
         labels = labels_in(frame, biopsy)
         self.tissue = labels == biopsy.number
+        # the tissue and its margin
         near = distance_from(self.tissue, biopsy.spacing) <= max(margin, biopsy.spacing)
         if background is None:
-            self.painted, self.color = other_tissue(labels, biopsy), slide.glass
+            self.painted = other_tissue(labels, biopsy)
+            self.color = slide.glass
         else:
-            self.painted, self.color = ~near, np.array(background, np.uint8)
-
-        (height, width), (mask_height, mask_width) = frame.size, labels.shape
-        self.mask_rows = mask_index(height, frame.spacing, mask_height, biopsy.spacing)
-        self.mask_columns = mask_index(width, frame.spacing, mask_width, biopsy.spacing)
+            self.painted = ~near
+            self.color = np.array(background, np.uint8)
+        self.mask_rows, self.mask_columns = mask_indices(frame, labels.shape, biopsy.spacing)
         # of the frame, those that are shown
-        self.rows, self.columns = np.arange(height), np.arange(width)
-        if squeeze:
-            self.rows = np.flatnonzero(np.any(near, axis=1)[self.mask_rows])
-            self.columns = np.flatnonzero(np.any(near, axis=0)[self.mask_columns])
+        self.rows = shown_lines(near.any(axis=1), self.mask_rows, squeeze)
+        self.columns = shown_lines(near.any(axis=0), self.mask_columns, squeeze)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -854,40 +878,50 @@ def trim_slides(
     and `others`, biopsies of other slides of former runs; `failed`, a dict of slide id -> reason;
     `warnings`, a list of sentences. Raises `InputError` if the slides, the settings or the folder
     cannot be used."""
-    out, cases = Path(out), list(cases)
-    settings = Trim() if settings is None else settings
+    out = Path(out)
+    cases = list(cases)
+    if settings is None:
+        settings = Trim()
+    check_arguments(cases, settings, workers)
+    with claimed(out, settings, shared=part is not None):
+        tasks = tasks_of(cases, out, settings, network)
+        other_biopsies, other_failed = other_rows(out, tasks)
+        check_together(cases, other_biopsies, out)
+        if part is not None:
+            tasks = {slide_id: task for slide_id, task in tasks.items() if slide_id in part}
+        if known_failed is None:
+            notes, failed = run_tasks(tasks, workers, progress)
+        else:
+            notes = finished_notes(tasks, known_failed)
+            failed = known_failed
+        biopsy_rows = manifest_rows(cases, notes, settings)
+        if part is None:
+            failed_rows = rows_of_failed(failed, without_id)
+            write_csv(out / 'failed.csv', [*other_failed, *failed_rows], ['slide_id', 'reason'])
+            write_csv(out / 'manifest.csv', [*other_biopsies, *biopsy_rows], COLUMNS)
+    warning_texts = []
+    for note in notes.values():
+        warning_texts += note['warnings']
+    return dict(
+        slides=len(notes),
+        biopsies=len(biopsy_rows),
+        others=len(other_biopsies),
+        skipped=sum(note['seconds'] is None for note in notes.values()),
+        failed=failed,
+        warnings=warning_texts,
+    )
+
+# %% ../../nbs/slides/13_trim.ipynb #98a22b74
+def check_arguments(cases: list[Case], settings: object, workers: int) -> None:
+    "Refuse arguments of `trim_slides` that cannot be used, with `InputError`."
     check_ids(cases)
     check_files(cases)
     checked_number(workers, 'the number of workers')
     if not isinstance(settings, Trim):
         raise InputError(f'settings {settings!r} of a trimming: give a Trim')
     check_names(cases)
-    with claimed(out, settings, shared=part is not None):
-        tasks = tasks_of(cases, out, settings, network)
-        others, others_failed = other_rows(out, tasks)
-        check_together(cases, others, out)
-        if part is not None:
-            tasks = {slide_id: task for slide_id, task in tasks.items() if slide_id in part}
-        if known_failed is None:
-            notes, failed = run_tasks(tasks, workers, progress)
-        else:
-            notes, failed = finished_notes(tasks, known_failed), known_failed
-        rows = manifest_rows(cases, notes, settings)
-        if part is None:
-            failed_rows = [dict(slide_id=name, reason=text) for name, text in failed.items()]
-            failed_rows += [dict(slide_id='', reason=text) for text in without_id]
-            write_csv(out / 'failed.csv', [*others_failed, *failed_rows], ['slide_id', 'reason'])
-            write_csv(out / 'manifest.csv', [*others, *rows], COLUMNS)
-    return dict(
-        slides=len(notes),
-        biopsies=len(rows),
-        others=len(others),
-        skipped=sum(note['seconds'] is None for note in notes.values()),
-        failed=failed,
-        warnings=[text for note in notes.values() for text in note['warnings']],
-    )
 
-# %% ../../nbs/slides/13_trim.ipynb #98a22b74
+
 def tasks_of(
     cases: list[Case], out: Path, settings: Trim, network: 'Module | None'
 ) -> dict[str, TrimTask]:
@@ -895,20 +929,21 @@ def tasks_of(
     checksum = weights_checksum(network)
     tasks = {}
     for case in cases:
-        mask, used, weights = None, network, checksum
-        if case.mask is not None:
-            mask, used, weights = case.mask.absolute(), None, None
-        tasks[case.slide_id] = TrimTask(
-            case.slide_id,
-            case.path.absolute(),
-            case.spacing,
-            case.spacing_is_default,
-            mask,
-            used,
-            weights,
-            out,
-            settings,
+        task = TrimTask(
+            slide_id=case.slide_id,
+            path=case.path.absolute(),
+            spacing=case.spacing,
+            spacing_is_default=case.spacing_is_default,
+            mask=None,
+            network=network,
+            weights=checksum,
+            out=out,
+            settings=settings,
         )
+        if case.mask is not None:
+            mask = case.mask.absolute()
+            task = dataclasses.replace(task, mask=mask, network=None, weights=None)
+        tasks[case.slide_id] = task
     return tasks
 
 
@@ -968,6 +1003,12 @@ def why_failed(task: TrimTask, error: Exception) -> str:
     if str(task.path) in text:
         return text
     return f'{task.path}: {text}'
+
+
+def rows_of_failed(failed: dict[str, str], without_id: Sequence[str]) -> list[dict]:
+    "The rows of failed.csv; slides that cannot have an id come last."
+    rows = [dict(slide_id=slide_id, reason=text) for slide_id, text in failed.items()]
+    return rows + [dict(slide_id='', reason=text) for text in without_id]
 
 
 def manifest_rows(cases: list[Case], notes: dict[str, dict], settings: Trim) -> list[dict]:

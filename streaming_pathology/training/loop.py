@@ -326,17 +326,34 @@ def next_row_of(
     amp: str | None,
     task: Task,
 ) -> dict:
-    "The row of the next slide."
+    "The row of the next slide. Raises `InputError` if the network's output is not finite."
     item = next(slides)
     start = time.perf_counter()
     logits, details = logits_and_details(model, item, device, amp)
     logits = task.fits(logits)
+    check_logits(logits, item['slide_id'])
+    seconds = time.perf_counter() - start  # with those of the GPU, for which the check has waited
+    return predicted_row(item, logits, details, task, seconds)
+
+
+def check_logits(logits: torch.Tensor, slide_id: str) -> None:
+    "Refuse logits of a slide that are not finite."
     if not logits.isfinite().all():
         raise InputError(
-            f"slide {item['slide_id']!r}: the network's output is {logits[0].tolist()}; in "
-            f'training, begin again with a lower learning rate, or without amp; else predict '
-            f'without amp, or look whether the checkpoint is damaged'
+            f"slide {slide_id!r}: the network's output is {logits[0].tolist()}; in training, begin "
+            'again with a lower learning rate, or without amp; else predict without amp, or look '
+            'whether the checkpoint is damaged'
         )
+
+
+def predicted_row(
+    item: dict,
+    logits: torch.Tensor,  # (k, n_out), of which the row has the mean
+    details: dict,  # what `with_details` gave with the logits
+    task: Task,
+    seconds: float,  # that the slide has taken
+) -> dict:
+    "What `predict` returns of one slide."
     label = None
     if is_known(item['label']):
         label = item['label'].tolist()
@@ -345,7 +362,7 @@ def next_row_of(
         label=label,
         probability=task.predicted(logits).mean(0).tolist(),
         logits=logits.mean(0).tolist(),
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
     )
     if 'box' in item:
         row['box'] = item['box']
@@ -918,6 +935,40 @@ def make_optimizer(
     raise InputError(f"optimizer is {name!r}; use 'sgd' or 'adamw'")
 
 
+def gradient_scaler(device: str | torch.device, amp: str | None) -> torch.amp.GradScaler:
+    "A scaler of gradients, which scales them with `amp='fp16'` only."
+    return torch.amp.GradScaler(torch.device(device).type, enabled=amp == 'fp16')
+
+
+def compared_settings(
+    state: State,
+    train: Slides,
+    tuning: Slides | None,
+    optimizer: str,  # its name
+    lr: float,
+    momentum: float,
+) -> dict[str, Any]:
+    """What a checkpoint says of the training that it is of: one that resumes from it is compared by
+    these settings, and named in their words and order where it differs."""
+    callbacks = [callback for callback in state.callbacks if has_state(callback)]
+    return {
+        'training slides': fingerprint(train),
+        'tuning slides': fingerprint(tuning),
+        'trained': [*trained_parameters(state.model)],
+        'epochs': state.epochs,
+        'lr': lr,
+        'momentum': momentum,
+        'batch': state.batch,
+        'seed': state.seed,
+        'device': torch.device(state.device).type,
+        'amp': state.amp,
+        'optimizer': optimizer,
+        'task': repr(state.task),
+        'clip': state.clip,
+        'callbacks': [type(callback).__name__ for callback in callbacks],
+    }
+
+
 def fingerprint(data: Slides | None) -> list[str]:
     """A list of one checksum: of the slides that a dataset, loader or list has, their labels, and
     how often those of each class are drawn."""
@@ -1026,30 +1077,14 @@ def fit(
     Raises `InputError` for options and slides that cannot be used and for losses and gradients that
     are not finite, and `Halted` where a callback has asked for a halt."""
     check_options(epochs, batch, lr, clip, device, amp)
-    params = trained_parameters(model.to(device))
-    device_type = torch.device(device).type
+    parameters = trained_parameters(model.to(device))
     callbacks = tuple(callbacks)
     check_callbacks(callbacks)
-    settings = {
-        'training slides': fingerprint(train),
-        'tuning slides': fingerprint(tuning),
-        'trained': [*params],
-        'epochs': epochs,
-        'lr': lr,
-        'momentum': momentum,
-        'batch': batch,
-        'seed': seed,
-        'device': device_type,
-        'amp': amp,
-        'optimizer': optimizer,
-        'task': repr(task),
-        'clip': clip,
-        'callbacks': [type(callback).__name__ for callback in callbacks if has_state(callback)],
-    }
+    history = [*history]
     state = State(
         model=model,
-        optimizer=make_optimizer(optimizer, params.values(), lr, momentum),
-        scaler=torch.amp.GradScaler(device_type, enabled=amp == 'fp16'),
+        optimizer=make_optimizer(optimizer, parameters.values(), lr, momentum),
+        scaler=gradient_scaler(device, amp),
         epochs=epochs,
         batch=batch,
         device=device,
@@ -1059,19 +1094,18 @@ def fit(
         clip=clip,
         callbacks=callbacks,
         ranks=ranks,
-        settings=settings,
         stage=stage,
-        history=[*history],
+        first=len(history),
+        epoch=len(history),
+        history=history,
         evaluated=model,
         progress=progress,
     )
-    state.first = state.epoch = len(state.history)
+    state.settings = compared_settings(state, train, tuning, optimizer, lr, momentum)
     loader = as_loader(train, True, seed, ranks, task.exclusive)
     start_training(state, loader)
     if resume is not None:
-        state.load_state_dict(resume, accept_changes)
-        state.tell('after_load')
-        state.tell('after_resume')
+        resume_training(state, resume, accept_changes)
     run_epochs(state, loader, tuning)
     state.tell('after_fit')
     return state.history
@@ -1087,6 +1121,13 @@ def start_training(state: State, loader: DataLoader | list[dict]) -> None:
     state.tell('before_fit')
     # the scaler makes its scale now: a rank may have no slide in the first mini-batch
     state.scaler.scale(torch.zeros((), device=state.device))
+
+
+def resume_training(state: State, checkpoint: dict, accept_changes: bool) -> None:
+    "Load a checkpoint. Raises `InputError` if it, or a callback, refuses."
+    state.load_state_dict(checkpoint, accept_changes)
+    state.tell('after_load')
+    state.tell('after_resume')
 
 
 def run_epochs(state: State, loader: DataLoader | list[dict], tuning: Slides | None) -> None:

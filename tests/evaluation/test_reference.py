@@ -38,7 +38,7 @@ def reference():
 @pytest.fixture(scope='module')
 def survival():
     "The metrics of 40 patients with one to four slides each."
-    return results(SURVIVAL, cohort=SURVIVAL, n_bootstrap=50)
+    return results(SURVIVAL, manifest=SURVIVAL, n_bootstrap=50)
 
 
 def test_logrank_test_is_of_patients(reference, survival):

@@ -146,7 +146,7 @@ def test_notes_on_groups_name_no_slide(part, tmp_path, slide_id):
         site = '' if each.slide_id == slide_id else 'ab'[number // 2 % 2]
         rows.append(dict(slide_id=each.slide_id, site=site))
     write_csv(tmp_path / 'sites.csv', rows)
-    options = dict(subgroups=['site'], cohort=tmp_path / 'sites.csv')
+    options = dict(subgroups=['site'], manifest=tmp_path / 'sites.csv')
     named = html.unescape(write_report(part, tmp_path / 'named', **options).read_text())
     index = write_report(part, tmp_path / 'handed', anonymous=True, **options)
     text = html.unescape(index.read_text())
@@ -198,7 +198,7 @@ def more(toy, tmp_path):
     write_compared(tmp_path / 'compared', run)
     return dict(
         subgroups=['site'],
-        cohort=tmp_path / 'manifest.csv',
+        manifest=tmp_path / 'manifest.csv',
         maps=[tmp_path / 'maps'],
         comparison=tmp_path / 'compared',
         error_review=tmp_path / 'given.csv',
@@ -262,7 +262,7 @@ def test_slides_of_one_patient_are_taken_as_alike(toy, tmp_path):
         for number, slide_id in enumerate(slide_ids)
     ]
     write_csv(tmp_path / 'patients.csv', rows)
-    index = write_report(toy, tmp_path / 'out', cohort=tmp_path / 'patients.csv')
+    index = write_report(toy, tmp_path / 'out', manifest=tmp_path / 'patients.csv')
     text = text_of(index)
     assert 'of 12 patients' in text and 'as one each' not in text
     assert 'slides of one patient are taken as alike in its interval' in text

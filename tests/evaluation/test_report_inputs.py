@@ -146,7 +146,7 @@ def test_intervals_are_made_again_as_they_were_asked_for(written, method):
 def test_several_labels_are_evaluated_again_as_each_of_them_says():
     label = dict(draws=50, seed=3, level=0.9, split='tuning', threshold_from='tuning')
     options = evaluation_options(dict(task='multilabel', labels=dict(a=label)))
-    assert (options.n_bootstrap, options.seed, options.level) == (50, 3, 0.9)
+    assert (options.n_bootstrap, options.seed, options.confidence) == (50, 3, 0.9)
     assert options.split == 'tuning' and options.threshold_split is None
 
 

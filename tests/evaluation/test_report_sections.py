@@ -105,12 +105,12 @@ def result_of(run, folder, labels, probabilities, patients=None):
         for number, (label, value) in enumerate(zip(labels, probabilities, strict=True))
     ]
     write_csv(path, rows)
-    cohort = None
+    manifest = None
     if patients is not None:
-        cohort = folder / 'patients.csv'
+        manifest = folder / 'patients.csv'
         ids = [dict(slide_id=f's{number}', patient_id=each) for number, each in enumerate(patients)]
-        write_csv(cohort, ids)
-    found = results(path, n_bootstrap=100, cohort=cohort)
+        write_csv(manifest, ids)
+    found = results(path, n_bootstrap=100, manifest=manifest)
     return page_of(result_section(replace(run, results=found)))
 
 

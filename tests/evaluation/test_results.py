@@ -88,8 +88,8 @@ def test_two_classes(two_classes):
     found = results(
         predictions,
         threshold_split='tuning',
-        sensitivity=0.95,
-        cohort=manifest,
+        target_sensitivity=0.95,
+        manifest=manifest,
         subgroups=['site', 'tumour'],
         n_bootstrap=200,
     )
@@ -191,7 +191,7 @@ def test_intervals_of_classes_are_made_as_the_table_says(other_tasks, method):
 def test_the_method_that_made_an_interval_is_written_and_said(two_classes):
     predictions, manifest, *_ = two_classes
     alone = results(predictions, n_bootstrap=50)
-    by_patient = results(predictions, cohort=manifest, n_bootstrap=50)
+    by_patient = results(predictions, manifest=manifest, n_bootstrap=50)
     assert (alone['method'], by_patient['method']) == ('logit', 'clustered_logit')
     assert 'by DeLong on the logit scale)' in sentences_of(alone)[0]
     assert "by Obuchowski's variance on the logit scale)" in sentences_of(by_patient)[0]
@@ -311,7 +311,7 @@ def survival_by_patient(tmp_path):
 def test_groups_of_risk_are_of_patients(survival_by_patient):
     "One patient is in one group, that of the slide with the highest log risk."
     path, manifest, months, risks = survival_by_patient
-    found = results(path, cohort=manifest, n_bootstrap=20)
+    found = results(path, manifest=manifest, n_bootstrap=20)
     highest = risks.reshape(60, 5).max(1)
     assert (found['n'], found['patients'], found['high_risk']) == (300, 60, 30)
     assert found['threshold'] == np.median(highest)
@@ -326,7 +326,7 @@ def test_curves_count_patients(survival_by_patient):
     import matplotlib.pyplot as plt
 
     path, manifest, *_ = survival_by_patient
-    found = results(path, cohort=manifest, n_bootstrap=20)
+    found = results(path, manifest=manifest, n_bootstrap=20)
     _, ax = plt.subplots()
     figures_of(found, path, manifest)['survival'](ax)
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
@@ -342,7 +342,7 @@ def test_the_median_is_of_the_patients_of_the_tuning_split(survival_by_patient):
     lines = path.read_text().splitlines(True)
     tuned = [line.replace(',test,', ',tuning,') for line in lines[1:101]]
     path.write_text(''.join([lines[0], *tuned, *lines[101:]]))
-    found = results(path, threshold_split='tuning', cohort=manifest, n_bootstrap=20)
+    found = results(path, threshold_split='tuning', manifest=manifest, n_bootstrap=20)
     highest = risks.reshape(60, 5).max(1)
     assert found['threshold'] == np.median(highest[:20])
     assert found['high_risk'] == (highest[20:] > found['threshold']).sum()
@@ -354,7 +354,7 @@ def test_patients_whose_slides_have_different_outcomes_are_told(survival_by_pati
     lines = path.read_text().splitlines(True)
     months = lines[1].split(',')[1]
     path.write_text(''.join(lines).replace(f's0,{months}', 's0,29.5'))
-    notes = results(path, cohort=manifest, n_bootstrap=20)['notes']
+    notes = results(path, manifest=manifest, n_bootstrap=20)['notes']
     assert any('different times or events: 1;' in note for note in notes)
 
 
@@ -394,7 +394,7 @@ def test_perfect_predictions_have_a_note(few):
 def test_slides_of_one_patient_have_a_note(other_tasks, tmp_path, task, says):
     rows = [dict(slide_id=f's{number}', patient_id='a') for number in range(90)]
     write_csv(tmp_path / 'one.csv', rows)
-    notes = results(other_tasks[task], cohort=tmp_path / 'one.csv', n_bootstrap=20)['notes']
+    notes = results(other_tasks[task], manifest=tmp_path / 'one.csv', n_bootstrap=20)['notes']
     note = next(note for note in notes if 'without width' in note)
     assert says in note
 
@@ -414,7 +414,7 @@ def test_sentences_leave_out_intervals_of_very_few_patients(
     paths = dict(other_tasks, binary=two_classes[0])
     rows = [dict(slide_id=f's{number}', patient_id=f'p{number % 4}') for number in range(200)]
     write_csv(tmp_path / 'four.csv', rows)
-    found = results(paths[task], cohort=tmp_path / 'four.csv', n_bootstrap=20)
+    found = results(paths[task], manifest=tmp_path / 'four.csv', n_bootstrap=20)
     text = '; '.join(sentences_of(found))
     assert 'no interval, as it would be of 4 patients only' in text
     assert not re.search(r'\(\d\.\d+ to ', text)
@@ -422,7 +422,7 @@ def test_sentences_leave_out_intervals_of_very_few_patients(
 
 def test_intervals_with_a_width_have_no_note(two_classes, other_tasks):
     predictions, manifest, *_ = two_classes
-    assert results(predictions, cohort=manifest, n_bootstrap=50)['notes'] == []
+    assert results(predictions, manifest=manifest, n_bootstrap=50)['notes'] == []
     assert results(other_tasks['survival'], n_bootstrap=50)['notes'] == []
 
 
@@ -445,7 +445,7 @@ def test_few_patients_are_told_with_their_class(two_classes, tmp_path):
         patient = f'p{number % 10}' if labels[number] else f'n{number}'
         rows.append(dict(slide_id=f's{number}', patient_id=patient))
     write_csv(tmp_path / 'few.csv', rows)
-    (note,) = results(path, cohort=tmp_path / 'few.csv', n_bootstrap=50)['notes']
+    (note,) = results(path, manifest=tmp_path / 'few.csv', n_bootstrap=50)['notes']
     assert 'patients of the 60 positive slides: 5, one of whom has 20% of them' in note
     assert 'negative' not in note
 
@@ -538,11 +538,11 @@ def test_patients_are_those_of_the_run_where_a_manifest_names_none(few, tmp_path
     (tmp_path / 'cohort.csv').write_text('slide_id,patient_id\na,1\nb,1\n')
     sites = tmp_path / 'sites.csv'
     sites.write_text('slide_id,site\n' + ''.join(f'{name},x\n' for name in 'abcde'))
-    assert results(few, n_bootstrap=20, cohort=sites, subgroups=['site'])['patients'] == 1
+    assert results(few, n_bootstrap=20, manifest=sites, subgroups=['site'])['patients'] == 1
 
 
 def test_patients_of_a_manifest_that_is_not_there(few, tmp_path):
-    says = refusal(results, few, cohort=tmp_path / 'none.csv')
+    says = refusal(results, few, manifest=tmp_path / 'none.csv')
     assert 'none.csv does not exist' in says
 
 
@@ -591,7 +591,7 @@ def test_a_table_that_is_not_there(tmp_path):
 
 
 def test_impossible_levels_are_told_with_the_name_of_the_table(few):
-    says = refusal(results, few, level=95)
+    says = refusal(results, few, confidence=95)
     assert "few.csv, split 'test': level 95" in says
 
 
@@ -603,13 +603,13 @@ def test_subgroups_need_a_cohort(two_classes):
 @pytest.mark.parametrize('column', ['site', 'grade'])
 def test_a_cohort_needs_all_slides(two_classes, tmp_path, column):
     write_csv(tmp_path / 'other.csv', [dict(slide_id='s0', site='a')])
-    options = dict(cohort=tmp_path / 'other.csv', subgroups=[column], n_bootstrap=20)
+    options = dict(manifest=tmp_path / 'other.csv', subgroups=[column], n_bootstrap=20)
     assert 'no row of 199' in refusal(results, two_classes[0], **options)
 
 
 def test_a_column_that_says_nothing(two_classes, tmp_path):
     write_csv(tmp_path / 'other.csv', [dict(slide_id=f's{k}', site=None) for k in range(200)])
-    options = dict(cohort=tmp_path / 'other.csv', subgroups=['site'], n_bootstrap=20)
+    options = dict(manifest=tmp_path / 'other.csv', subgroups=['site'], n_bootstrap=20)
     assert "says nothing in 'site'" in refusal(results, two_classes[0], **options)
 
 
@@ -622,7 +622,7 @@ def test_slides_that_are_in_no_subgroup_are_told(two_classes, tmp_path):
         row['stage'] = 'I' if label else None
     rows[81]['stage'] = None
     write_csv(tmp_path / 'other.csv', rows)
-    options = dict(cohort=tmp_path / 'other.csv', subgroups=['site', 'stage'], n_bootstrap=20)
+    options = dict(manifest=tmp_path / 'other.csv', subgroups=['site', 'stage'], n_bootstrap=20)
     notes = results(predictions, **options)['notes']
     told = [note for note in notes if 'subgroups' in note]
     assert told == [
@@ -634,7 +634,7 @@ def test_slides_that_are_in_no_subgroup_are_told(two_classes, tmp_path):
     assert not [
         note
         for note in results(
-            predictions, cohort=manifest, subgroups=['site', 'tumour'], n_bootstrap=20
+            predictions, manifest=manifest, subgroups=['site', 'tumour'], n_bootstrap=20
         )['notes']
         if 'subgroups' in note
     ]
@@ -643,7 +643,7 @@ def test_slides_that_are_in_no_subgroup_are_told(two_classes, tmp_path):
 def test_patients_that_contradict_themselves(two_classes, tmp_path):
     rows = [dict(slide_id=f's{number // 2}', patient_id=number) for number in range(400)]
     write_csv(tmp_path / 'twice.csv', rows)
-    says = refusal(results, two_classes[0], cohort=tmp_path / 'twice.csv', n_bootstrap=20)
+    says = refusal(results, two_classes[0], manifest=tmp_path / 'twice.csv', n_bootstrap=20)
     assert "has the patient_id '1' here" in says
 
 
@@ -651,7 +651,7 @@ def test_patients_that_contradict_themselves(two_classes, tmp_path):
     ('task', 'option', 'flag'),
     [
         ('multiclass', dict(subgroups=['site']), '--subgroups'),
-        ('multiclass', dict(sensitivity=0.9), '--target-sensitivity'),
+        ('multiclass', dict(target_sensitivity=0.9), '--target-sensitivity'),
         ('multilabel', dict(threshold_split='tuning'), '--threshold-split'),
         ('survival', dict(method='bca'), '--interval'),
         ('regression', dict(method='bca'), '--interval'),
@@ -683,7 +683,7 @@ def test_figures(two_classes, other_tasks):
     import matplotlib.pyplot as plt
 
     predictions, manifest, *_ = two_classes
-    found = results(predictions, subgroups=['site'], cohort=manifest, n_bootstrap=20)
+    found = results(predictions, subgroups=['site'], manifest=manifest, n_bootstrap=20)
     figures = figures_of(found, predictions, manifest)
     assert [*figures] == ['roc', 'precision_recall', 'reliability', 'groups_site']
     for task, names in dict(

@@ -146,7 +146,7 @@ def test_notes_on_groups_name_no_slide(part, tmp_path, slide_id):
         site = '' if each.slide_id == slide_id else 'ab'[number // 2 % 2]
         rows.append(dict(slide_id=each.slide_id, site=site))
     write_csv(tmp_path / 'sites.csv', rows)
-    options = dict(by=['site'], cohort=tmp_path / 'sites.csv')
+    options = dict(subgroups=['site'], cohort=tmp_path / 'sites.csv')
     named = html.unescape(write_report(part, tmp_path / 'named', **options).read_text())
     index = write_report(part, tmp_path / 'handed', anonymous=True, **options)
     text = html.unescape(index.read_text())

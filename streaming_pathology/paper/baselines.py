@@ -101,7 +101,6 @@ def make_backbone(
                 reset()
     return network
 
-
 # %% ../../nbs/paper/03_baselines.ipynb #33ccd275
 @torch.no_grad()
 def features(

@@ -292,6 +292,7 @@ def strip_costs(
     measured[largest] = cost(first_of[largest], True)
     typical = typical_kinds(schedule.counts(), sizes)
     saved = {kind: cost(first_of[kind], False).saved for kind in typical}
+    saved[largest] = measured[largest].saved
     saved = interpolated(saved, sizes)
     if strips[0].kind in sizes:
         saved[strips[0].kind] = cost(0, False).saved  # padded above

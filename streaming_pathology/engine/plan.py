@@ -292,6 +292,7 @@ def strip_costs(
     measured[largest] = cost(first_of[largest], True)
     typical = typical_kinds(schedule.counts(), sizes)
     saved = {kind: cost(first_of[kind], False).saved for kind in typical}
+    saved[largest] = measured[largest].saved
     saved = interpolated(saved, sizes)
     if strips[0].kind in sizes:
         saved[strips[0].kind] = cost(0, False).saved  # padded above
@@ -304,8 +305,9 @@ def strip_costs(
 
 
 def typical_kinds(counts: Counter[StripKind], sizes: dict[StripKind, Sizes]) -> list[StripKind]:
-    """Some kinds of all sizes that occur, from small to large: of those that are not rare, where these
-    are most of the strips, as of a dense image. On a canvas each strip may be of its own kind."""
+    """Some kinds of all sizes that occur, from small to large: of those that are not rare, where
+    these are most of the strips, as of a dense image. On a canvas each strip may be of its own
+    kind."""
     often = max(counts[kind] for kind in sizes)
     common = [kind for kind in sizes if 2 * counts[kind] >= often]
     if 2 * sum(counts[kind] for kind in common) < sum(counts[kind] for kind in sizes):

@@ -209,7 +209,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
 
 # %% ../../nbs/slides/05_readers.ipynb #f7c30e88
 FINEST, COARSEST = 0.05, 20.0  # microns per pixel that a microscope slide can have
-UNITS = {'millimetres': 1000.0, 'nanometres': 0.001}  # microns in one
+UNITS = {'millimetres': 1e3, 'centimetres': 1e4, 'metres': 1e6, 'nanometres': 1e-3}  # in microns
 
 # %% ../../nbs/slides/05_readers.ipynb #dd7548b7
 GIVE_SPACING = (

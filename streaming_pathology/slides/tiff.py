@@ -725,7 +725,7 @@ class TiffSlide:
 
 # %% ../../nbs/slides/03_tiff.ipynb #cf76e531
 COLORS = (('red', 'r'), ('green', 'g'), ('blue', 'b'))
-NO_NAME = re.compile(r'(channel|ch|c)?[\s:_#-]*(\d+[\s:_-]*)*', re.IGNORECASE)  # 'Channel 0'
+NO_NAME = re.compile(r'(channel|ch|c)?[\s\d:_#-]*', re.IGNORECASE)  # 'Channel 0'
 
 
 def has_no_names(ome: OmeImage) -> bool:

@@ -34,9 +34,8 @@ def agree(net, canvas, strip, **how):
         want = torch.autograd.grad(y, wanted, g, allow_unused=True) if y.requires_grad else []
     except RuntimeError:
         return 'refused'  # the plain network cannot do it either
-    streamed = stream(net, strip, **how)
     try:
-        ys = streamed(canvas)
+        ys = stream(net, strip, **how)(canvas)
     except StreamingError as e:
         assert 'canvas.dense()' in str(e) or how.get('direction') == 'columns', e
         return 'refused'
@@ -47,7 +46,7 @@ def agree(net, canvas, strip, **how):
         and close(ys, y)
     )
     with torch.no_grad():
-        assert close(streamed(canvas), y)
+        assert close(stream(net, strip, **how)(canvas), y)
     got = torch.autograd.grad(ys, wanted, g, allow_unused=True) if y.requires_grad else []
     floor = max([1e-14, *(1e-13 * w.abs().max().item() for w in want if w is not None)])
     for a, b in zip(got, want):

@@ -96,6 +96,8 @@ def refused_table(folder):
         ('slide_id,label,split\ns00,,train\n', ['no label']),
         ('slide_id,label,spacing\ns00,0,-1\n', ["spacing '-1'"]),
         ('slide_id,label,spacing\ns00,0,0.00025\n', ['if it is in millimetres, write 0.25']),
+        ('slide_id,label,spacing\ns00,0,2.5e-5\n', ['if it is in centimetres, write 0.25']),
+        ('slide_id,label,spacing\ns00,0,2.5e-7\n', ['if it is in metres, write 0.25']),
         ('slide_id,label,spacing\ns00,0,504\n', ['if it is in nanometres, write 0.504']),
         (
             'slide_id,label,path\ns00,0,slides\\s00.tiff\n',

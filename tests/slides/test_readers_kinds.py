@@ -289,6 +289,7 @@ def write_channels(path, n, channel):
         ['Hoechst', 'Green', 'Texas Red'],
         ['Blue', 'Green', 'Red'],
         ['', '', 'CD8'],
+        ['1234567890' * 4 + ' DAPI', '', ''],
     ],
 )
 def test_channels_in_ome_that_are_named_otherwise(tmp_path, names):

@@ -108,7 +108,7 @@ def test_killed_at_any_moment(cohort, whole, tmp_path):
     assert killed >= KILLS
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [0, 2])
 def test_stopped_and_gone_on(cohort, whole, tmp_path, workers):
     "As a cluster does it: a signal, to the process or to all of its group, exit status 75, and the same command again, until it says that all is done."
     run, argv = (

@@ -273,7 +273,7 @@ def test_an_annotation_that_contradicts_the_label_is_refused(
 
 
 def test_a_mask_that_is_none_is_refused(folder, painted, tmp_path):
-    for image, message in ((painted.image, 'channels'), (painted.mask[:50], 'does not fit')):
+    for image, message in ((painted.image, 'has colours'), (painted.mask[:50], 'does not fit')):
         write_tiff(image, tmp_path / 'bad.tiff', 2.0)
         with pytest.raises(InputError, match=message):
             dataset(folder, annotation=tmp_path / 'bad.tiff', classes=(3,))[0]

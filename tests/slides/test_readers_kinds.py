@@ -1112,7 +1112,7 @@ def test_a_spacing_in_another_unit_is_told(tmp_path, given, meant):
     )
 
 
-@pytest.mark.parametrize('given', [0.02, 28.97, 99.0, 1e-5, 5e6])
+@pytest.mark.parametrize('given', [0.02, 28.97, 99.0, 5e6])
 def test_any_other_spacing_that_a_user_gives_is_taken(tmp_path, given):
     path = tmp_path / 'a.png'
     Image.fromarray(tiffs.pixels()).save(path)

@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from real_biopsies import planned
 
 from streaming_pathology.bench.measure import PeakMemory, fresh
-from streaming_pathology.engine.plan import lean_memory, plan
+from streaming_pathology.engine.plan import lean_memory
 from streaming_pathology.evaluation.gradients import smoothgrad
 from streaming_pathology.io import write_whole
 from streaming_pathology.runs.records import environment
@@ -99,13 +100,11 @@ def step(chain, folder):
     "A training step on the canvas, and what the plan says of it and of the dense image."
     lean_memory()
     model, image = network(chain), item(chain, folder, canvas=True)
-    plans = {}
     pixels = torch.empty(tuple(image.shape), dtype=torch.uint8)  # of which no page is touched
-    for name, source in (('canvas', image), ('dense', pixels)):
-        planned = plan(model.whole().module, source, chain.memory)
-        plans[name] = dict(
-            peak_bytes=planned.peak_bytes, seconds=planned.seconds, flops=planned.flops
-        )
+    plans = {
+        name: planned(model.whole().module, source, chain.memory)
+        for name, source in (('canvas', image), ('dense', pixels))
+    }
     found = dict(part='training step, canvas', plans=plans)
     with measured(found):
         torch.nn.functional.softplus(-model(image)).sum().backward()

@@ -73,9 +73,9 @@ def trimmed(cases):
     )
 
 
-def planned(network, image):
+def planned(network, image, memory=MEMORY):
     "What the plan of an image, or of a shape, says that a training step takes."
-    found = plan(network, image, MEMORY)
+    found = plan(network, image, memory)
     return dict(seconds=found.seconds, peak_bytes=found.peak_bytes, flops=found.flops)
 
 

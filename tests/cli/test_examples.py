@@ -3,11 +3,10 @@
 import json
 import shutil
 import tomllib
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 
 import pytest
 import torch
+from told import told
 
 from streaming_pathology.cli.commands import (
     sp_demo,
@@ -26,14 +25,6 @@ from streaming_pathology.slides.cohorts import open_slide, read_manifest, tiny_c
 from streaming_pathology.training.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures('small_resnet')
-
-
-def told(command, *words):
-    "Exit status, stdout and stderr of a command."
-    out, err = StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = command([str(word) for word in words])
-    return status, out.getvalue().strip(), err.getvalue().strip()
 
 
 def refused(command, *words):

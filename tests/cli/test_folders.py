@@ -11,6 +11,7 @@ import pytest
 import pyvips
 import torch
 from pydicom import dcmread
+from told import told_in_lines
 
 from streaming_pathology.cli.commands import (
     sp_check,
@@ -32,15 +33,6 @@ FEW = {
     'trim': ['--spacing', 8, '--min-area-mm2', 0.001, '--workers', 0],
     'heatmap': ['--method', 'gradient', '--cell', 8],
 }
-
-
-def told(command, *words):
-    "Exit status, lines on stdout, and the last line on stderr."
-    out, err = StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = command([str(word) for word in words])
-    last = err.getvalue().strip().splitlines()[-1:]
-    return status, out.getvalue().strip().splitlines(), ''.join(last)
 
 
 @pytest.fixture(scope='module')
@@ -109,7 +101,7 @@ def check_counts(found, table, done='done'):
 
 
 def test_check(slides, here):
-    found = told(sp_check, slides, '--csv', 'checked.csv', '--workers', 0)
+    found = told_in_lines(sp_check, slides, '--csv', 'checked.csv', '--workers', 0)
     check_counts(found, 'checked.csv', 'ok')
     lines = found[1]
     assert [line.split(':')[0] for line in lines[:-1]] == ['a', 'b', *FAILED, 'patient_c', 'series']
@@ -119,29 +111,29 @@ def test_check(slides, here):
     assert float(rows['a']['tissue_mm2']) > 0.02
     assert rows['flat']['format'] == 'png' and rows['flat']['spacing'] == ''
     assert rows['notes.txt']['format'] == ''
-    again = told(sp_check, slides, '--csv', 'checked.csv', '--no-tissue', '--workers', 0)
+    again = told_in_lines(sp_check, slides, '--csv', 'checked.csv', '--no-tissue', '--workers', 0)
     assert again[0] == 3  # the table is replaced
 
 
 def test_trim(slides, here):
-    check_counts(told(sp_trim, slides, 'out', *FEW['trim']), 'out/slides.csv')
+    check_counts(told_in_lines(sp_trim, slides, 'out', *FEW['trim']), 'out/slides.csv')
     assert len(list(here.glob('out/biopsies/*.tiff'))) == len(GOOD)
 
 
 def test_heatmap(slides, run, here):
-    found = told(sp_heatmap, run, slides, 'out', *FEW['heatmap'])
+    found = told_in_lines(sp_heatmap, run, slides, 'out', *FEW['heatmap'])
     check_counts(found, 'out/slides.csv')
     assert sorted(path.stem for path in here.glob('out/maps/*.npy')) == sorted(GOOD)
-    again = told(sp_heatmap, run, slides, 'out', *FEW['heatmap'])
+    again = told_in_lines(sp_heatmap, run, slides, 'out', *FEW['heatmap'])
     assert again[0] == 3  # into the same folder
 
 
 def test_predict(slides, run, here):
-    status, lines, error = told(sp_predict, run, slides, 'p.csv')
+    status, lines, error = told_in_lines(sp_predict, run, slides, 'p.csv')
     assert (status, lines[-1].split(';')[0]) == (2, '6 slides found: 4 done, 2 failed')
     assert '--skip-failed. Finished slides are kept' in error
     assert not (here / 'p.csv').exists() and statuses('p.slides.csv')['failed'] == FAILED
-    check_counts(told(sp_predict, run, slides, 'p.csv', '--skip-failed'), 'p.slides.csv')
+    check_counts(told_in_lines(sp_predict, run, slides, 'p.csv', '--skip-failed'), 'p.slides.csv')
     with open('p.csv') as file:
         assert sorted(row['slide_id'] for row in csv.DictReader(file)) == sorted(GOOD)
 
@@ -151,7 +143,7 @@ def test_with_a_spacing_only_damage_fails(slides, run, here):
         (sp_check, [slides, '--no-tissue', '--workers', 0]),
         (sp_predict, [run, slides, 'p.csv', '--skip-failed']),
     ):
-        status, _, error = told(command, *words, '--slide-spacing', 4)
+        status, _, error = told_in_lines(command, *words, '--slide-spacing', 4)
         assert status == 3
         assert '1 of 6 slides failed' in error and 'damaged.svs' in error
 
@@ -166,7 +158,7 @@ def test_a_table_of_the_user_is_never_replaced(slides, run, here):
         (sp_predict, [run, slides / 'a.tiff', 'p.csv']),
         (sp_heatmap, [run, slides / 'a.tiff', 'out', *FEW['heatmap']]),
     ):
-        status, _, error = told(command, *words)
+        status, _, error = told_in_lines(command, *words)
         assert status == 2 and 'exists and is something else' in error
     assert sorted(path.name for path in here.rglob('*')) == [
         'c.csv',
@@ -180,13 +172,15 @@ def test_what_is_no_slide_is_no_failure(slides, here):
     (here / 'in').mkdir()
     shutil.copy(slides / 'a.tiff', here / 'in')
     (here / 'in/notes.txt').touch()
-    found = told(sp_check, 'in', '--workers', 0)
+    found = told_in_lines(sp_check, 'in', '--workers', 0)
     assert found[0] == 0 and 'error' not in found[2]
     assert found[1][-1] == '1 slide found: 1 ok; 1 left out as no slides (.txt 1)'
 
 
 def test_nothing_that_can_be_used(slides, run, here):
-    status, lines, error = told(sp_heatmap, run, slides / 'damaged.svs', 'out', *FEW['heatmap'])
+    status, lines, error = told_in_lines(
+        sp_heatmap, run, slides / 'damaged.svs', 'out', *FEW['heatmap']
+    )
     assert status == 2 and lines[-1].startswith('1 slide found: 0 done, 1 failed; see ')
     assert error.startswith('error: 1 of 1 slides failed: ')
 
@@ -198,15 +192,15 @@ def test_names_that_cannot_be_ids_are_refused_before_the_work(slides, run, here)
     (here / 'in').mkdir()
     for name in ('a', TOO_LONG):
         shutil.copy(slides / 'a.tiff', here / f'in/{name}.tiff')
-    status, _, error = told(sp_predict, run, 'in', 'p.csv')
+    status, _, error = told_in_lines(sp_predict, run, 'in', 'p.csv')
     assert status == 2 and '190 bytes' in error and '--skip-failed' in error
     assert '1 of 2 slides has no usable name; nothing was predicted' in error
     (here / 'in/gone.tiff').symlink_to('nowhere')
-    error = told(sp_predict, run, 'in', 'p.csv')[2]
+    error = told_in_lines(sp_predict, run, 'in', 'p.csv')[2]
     assert '2 of 3 slides cannot be used; nothing was predicted' in error and 'gone' in error
     (here / 'in/gone.tiff').unlink()
     assert not list(here.glob('p.*'))
-    assert told(sp_predict, run, 'in', 'p.csv', '--skip-failed')[0] == 3
+    assert told_in_lines(sp_predict, run, 'in', 'p.csv', '--skip-failed')[0] == 3
     assert statuses('p.slides.csv') == dict(done=['a'], failed=[f'{TOO_LONG}.tiff'])
 
 
@@ -226,15 +220,15 @@ def test_failed_slides_of_a_trimming_are_all_in_its_table(slides, here, in_shard
     words = ['in', 'out', *FEW['trim']]
     last = []
     if in_shards:
-        told(sp_trim, *words, '--shard', '1/1')
+        told_in_lines(sp_trim, *words, '--shard', '1/1')
         last = ['--merge']
-    assert told(sp_trim, *words, *last)[0] == 3
+    assert told_in_lines(sp_trim, *words, *last)[0] == 3
     (damaged, of_damaged), (unnamed, of_unnamed) = failed_in('out/failed.csv')
     assert (damaged, unnamed) == ('damaged', '') and 'damaged.svs' in of_damaged
     assert f'{TOO_LONG}.tiff has no name that can be its id' in of_unnamed
     (here / f'in/{TOO_LONG}.tiff').rename(here / 'in/one.tiff')
     (here / 'in/damaged.svs').unlink()
-    told(sp_trim, *words)
+    told_in_lines(sp_trim, *words)
     assert [slide_id for slide_id, _ in failed_in('out/failed.csv')] == ['damaged']
 
 
@@ -242,12 +236,12 @@ def test_failed_slides_of_a_trimming_are_all_in_its_table(slides, here, in_shard
 
 
 def test_one_slide_without_a_manifest(slides, run, here):
-    status, lines, note = told(sp_predict, run, slides / 'a.tiff')
+    status, lines, note = told_in_lines(sp_predict, run, slides / 'a.tiff')
     assert status == 0
     assert lines[0].startswith('a: probability 0.')
     assert lines[-1] == f'1 slide found: 1 done; see {here / "predictions.slides.csv"}'
     assert (here / 'predictions.csv').read_text().count('\n') == 2
-    status, _, error = told(sp_predict, run, slides / 'a.tiff')
+    status, _, error = told_in_lines(sp_predict, run, slides / 'a.tiff')
     assert status == 2 and 'predictions.csv exists; name the table to write by --out' in error
 
 
@@ -261,7 +255,7 @@ def test_one_slide_without_a_manifest(slides, run, here):
 )
 def test_several_slides(slides, run, here, words):
     words = [word.format(a=slides / 'a.tiff', b=slides / 'patient') for word in words]
-    assert told(sp_predict, run, *words)[0] == 0
+    assert told_in_lines(sp_predict, run, *words)[0] == 0
     with open('p.csv') as file:
         assert [row['slide_id'] for row in csv.DictReader(file)] == ['a', 'c']
 
@@ -272,7 +266,7 @@ def test_a_run_is_as_good_as_its_best_checkpoint(slides, run, here):
     with redirect_stderr(err), redirect_stdout(StringIO()):
         assert sp_predict([str(run), str(slides / 'a.tiff'), 'p.csv']) == 0
     assert f'taking {best}' in err.getvalue()
-    assert told(sp_predict, best, slides / 'a.tiff', 'q.csv')[0] == 0
+    assert told_in_lines(sp_predict, best, slides / 'a.tiff', 'q.csv')[0] == 0
 
     def without_seconds(path):
         lines = (here / path).read_text().splitlines()
@@ -280,7 +274,7 @@ def test_a_run_is_as_good_as_its_best_checkpoint(slides, run, here):
 
     assert without_seconds('p.csv') == without_seconds('q.csv')
     for command in (sp_predict, sp_heatmap):
-        status, _, error = told(command, here, slides / 'a.tiff', 'r.csv')
+        status, _, error = told_in_lines(command, here, slides / 'a.tiff', 'r.csv')
         assert status == 2 and 'without checkpoints/best.pt' in error
 
 
@@ -298,19 +292,21 @@ def test_a_training_without_slides_that_cannot_be_used(tmp_path):
     (folder / 's01.png').write_text('no image')
     few = ['--spacing', 4, '--strip', 64, '--heatmaps', 0, '--epochs', 1, '--batch-size', 4]
     words = [manifest, tmp_path / 'run', *few]
-    status, _, error = told(sp_train, *words)
+    status, _, error = told_in_lines(sp_train, *words)
     assert status == 2 and '12 of 12 slides cannot be used' in error
-    status, _, error = told(sp_train, *words, '--slide-spacing', 4)
+    status, _, error = told_in_lines(sp_train, *words, '--slide-spacing', 4)
     assert status == 2 and "1 of 12 slides cannot be used: slide 's01'" in error
     assert not (tmp_path / 'run').exists()
     words += ['--slide-spacing', 4, '--skip-failed']
-    status, lines, _ = told(sp_train, *words)
+    status, lines, _ = told_in_lines(sp_train, *words)
     assert status == 0
     assert lines[-1] == 'left out 1 slide that cannot be used: s01'
     settings = tomllib.loads((tmp_path / 'run/settings.toml').read_text())
     assert (settings['left_out'], settings['slide_spacing']) == (['s01'], 4.0)
     assert (tmp_path / 'run/predictions.csv').read_text().count('\n') == 12
-    assert told(sp_train, *words, '--resume')[0] == 0
+    assert told_in_lines(sp_train, *words, '--resume')[0] == 0
     shutil.copy(folder / 's03.png', folder / 's01.png')
-    status, _, error = told(sp_train, *words, '--resume', '--epochs', 2, '--accept-changes')
+    status, _, error = told_in_lines(
+        sp_train, *words, '--resume', '--epochs', 2, '--accept-changes'
+    )
     assert status == 0, error

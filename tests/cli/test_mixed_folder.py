@@ -3,8 +3,6 @@
 import csv
 import re
 import tomllib
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 
 import made
 import pytest
@@ -12,6 +10,7 @@ import tiffs
 from PIL import Image
 from pydicom import dcmread
 from reports import Page
+from told import told_in_lines
 
 from streaming_pathology.cli.commands import sp_check, sp_predict, sp_report, sp_train, sp_trim
 from streaming_pathology.io import write_csv
@@ -101,22 +100,13 @@ def run(folder, here, small_resnet):
     "A run on the slides of the manifest that can be used."
     words = [folder / 'slides.csv', here / 'run', '--spacing', 4, '--strip', 64, '--epochs', 1]
     words += ['--batch-size', 4, '--heatmaps', 0, '--arch', 'resnet18']
-    status, _, error = told(sp_train, *words)
+    status, _, error = told_in_lines(sp_train, *words)
     assert status == 2 and error.startswith('error: 2 of 14 slides cannot be used: ')
     assert not (here / 'run').exists()
-    status, lines, error = told(sp_train, *words, '--skip-failed')
+    status, lines, error = told_in_lines(sp_train, *words, '--skip-failed')
     assert status == 0, error
     assert lines[-1] == 'left out 2 slides that cannot be used: damaged; stains'
     return here / 'run'
-
-
-def told(command, *words):
-    "Exit status, lines on stdout, and the last line on stderr."
-    out, err = StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = command([str(word) for word in words])
-    last = err.getvalue().strip().splitlines()[-1:]
-    return status, out.getvalue().strip().splitlines(), ''.join(last)
 
 
 def check_counts(found, table, n_failed, done='done', of_folder=True):
@@ -144,7 +134,7 @@ def test_check(folder, here, of_folder):
     "A PNG fails where no table says its spacing."
     place = folder if of_folder else folder / 'slides.csv'
     table = here / f'checked{of_folder:d}.csv'
-    found = told(sp_check, place, '--csv', table, '--workers', 0)
+    found = told_in_lines(sp_check, place, '--csv', table, '--workers', 0)
     check_counts(found, table, 2 + N_PNG * of_folder, 'ok', of_folder)
     formats = column(table, 'format')
     assert [formats.count(name) for name in ('Aperio', 'OME-TIFF', 'DICOM', 'png')] == [3] * 4
@@ -156,7 +146,7 @@ def test_trim(folder, here, of_folder):
     out = here / f'trimmed{of_folder:d}'
     few = ['--spacing', 2, '--min-area-mm2', 0.001, '--workers', 0]
     n_failed = 2 + N_PNG * of_folder
-    found = told(sp_trim, place, out, *few)
+    found = told_in_lines(sp_trim, place, out, *few)
     check_counts(found, out / 'slides.csv', n_failed, of_folder=of_folder)
     assert len(set(column(out / 'manifest.csv', 'source_id'))) == N_USABLE + 2 - n_failed
     assert len(column(out / 'failed.csv', 'slide_id')) == n_failed
@@ -167,7 +157,7 @@ def test_predict(folder, run, here, of_folder):
     place = folder if of_folder else folder / 'slides.csv'
     table = here / f'p{of_folder:d}.csv'
     n_failed = 2 + N_PNG * of_folder
-    found = told(sp_predict, run, place, table, '--skip-failed')
+    found = told_in_lines(sp_predict, run, place, table, '--skip-failed')
     check_counts(found, table.with_suffix('.slides.csv'), n_failed, of_folder=of_folder)
     assert len(column(table, 'slide_id')) == N_USABLE + 2 - n_failed
 
@@ -178,7 +168,7 @@ def test_train_and_report(folder, run):
     assert len(column(run / 'cohort.csv', 'slide_id')) == N_USABLE
     spacings = column(run / 'cohort.csv', 'spacing')
     assert [float(text) for text in spacings if text] == [made.SPACING] * N_PNG
-    assert told(sp_report, run)[0] == 0
+    assert told_in_lines(sp_report, run)[0] == 0
     text = Page((run / 'report/index.html').read_text()).text
     found = re.search(
         r'in the manifest\s+(\d+)\s+left out: cannot be read or has no tissue\s+(\d+)', text

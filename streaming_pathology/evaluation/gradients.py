@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..core import InputError, at_least_one
+from ..engine.canvas import Canvas
 from ..engine.streaming import Streamed
 from ..training.backbones import evaluating
 from ..training.models import StreamingClassifier
@@ -192,16 +193,18 @@ class Noise:
             self.blocks = dict([*latest, (number, block)])  # replaced: another thread may read it
         return block
 
-    def add(self, pixels: torch.Tensor, top: int) -> torch.Tensor:
-        "Add noise to the rows `pixels` (1, 3, h, width) from row `top` on, in place; returns them."
+    def add(self, pixels: torch.Tensor, top: int, left: int = 0) -> torch.Tensor:
+        """Add noise to `pixels` (1, 3, h, w) from row `top` and column `left` on, in place; returns
+        them."""
         if pixels.dtype != self.dtype:  # of a network that computes in half precision
-            return pixels.copy_(self.add(pixels.to(self.dtype), top))
+            return pixels.copy_(self.add(pixels.to(self.dtype), top, left))
         bottom = top + pixels.shape[2]
+        right = left + pixels.shape[3]
         for number in range(top // BLOCK, -(-bottom // BLOCK)):
             start = number * BLOCK
             first = max(top, start)
             stop = min(bottom, start + BLOCK)
-            noise = self.block(number)[:, :, first - start : stop - start]
+            noise = self.block(number)[:, :, first - start : stop - start, left:right]
             pixels[:, :, first - top : stop - top] += noise.to(pixels.device)
         return pixels
 
@@ -250,21 +253,36 @@ def device_of(model: nn.Module, rows: ChangedRows) -> torch.device:
     return rows.device if parameter is None else parameter.device
 
 
-def input_gradient(
+def input_gradients(
     model: nn.Module,
     output: torch.Tensor,
-    x: torch.Tensor | None,  # None: it was read by rows
-) -> torch.Tensor:
-    "The gradient of an output with respect to the image; `InputError` if it does not depend on it."
-    gradient = None
-    if output.requires_grad and x is not None:
-        (gradient,) = torch.autograd.grad(output, x, allow_unused=True)
-    if gradient is None:
+    pixels: Sequence[torch.Tensor],  # of the image, or of its parts; empty: it was read by rows
+) -> list[torch.Tensor]:
+    """The gradient of an output with respect to each part of the image. Raises `InputError` if it
+    depends on none."""
+    gradients: Sequence[torch.Tensor | None] = []
+    if output.requires_grad and pixels:
+        gradients = torch.autograd.grad(output, pixels, allow_unused=True)
+    if all(gradient is None for gradient in gradients):
         raise InputError(
             f'the output of {type(model).__name__} does not depend on its image: no gradient '
             'reaches it'
         )
-    return gradient
+    return [
+        torch.zeros_like(part) if gradient is None else gradient
+        for part, gradient in zip(pixels, gradients, strict=True)
+    ]
+
+
+def output_number(model: nn.Module, image: Any, target: int) -> torch.Tensor:
+    "One output of a model, a scalar. Raises `InputError` if there is no such output."
+    outputs = model(image)
+    if outputs.ndim != 2 or not -outputs.shape[1] <= target < outputs.shape[1]:
+        raise InputError(
+            f'target={target}: the model gives outputs of shape {tuple(outputs.shape)}, wanted '
+            'is (1, n_classes) with n_classes > target'
+        )
+    return outputs[0, target]
 
 # %% ../../nbs/evaluation/09_gradients.ipynb #84700b23
 def output_of(
@@ -282,18 +300,68 @@ def output_of(
         x = None
         if not by_rows:
             x = rows.whole(device_of(model, rows)).requires_grad_(wants_gradient)
-        outputs = model(rows if x is None else x)
-        if outputs.ndim != 2 or not -outputs.shape[1] <= target < outputs.shape[1]:
-            raise InputError(
-                f'target={target}: the model gives outputs of shape {tuple(outputs.shape)}, wanted '
-                'is (1, n_classes) with n_classes > target'
-            )
-        output = outputs[0, target]
+        output = output_number(model, rows if x is None else x, target)
         if wants_gradient and by_rows and output.requires_grad:
             output.backward()  # the streamed network calls `rows.write`
         elif wants_gradient:
-            rows.write(0, rows.shape[2], input_gradient(model, output, x))
+            (gradient,) = input_gradients(model, output, [] if x is None else [x])
+            rows.write(0, rows.shape[2], gradient)
     return output.item()
+
+# %% ../../nbs/evaluation/09_gradients.ipynb #3d2f79fd
+class CanvasRows:
+    "The pixels of a canvas (1, 3, H, W), read by rows."
+
+    def __init__(self, canvas: Canvas) -> None:
+        self.shape = tuple(canvas.shape)
+        self.source = canvas.source(torch.device('cpu'))
+
+    def read(self, top: int, bottom: int) -> torch.Tensor:
+        "Rows from `top` up to `bottom`, (1, 3, bottom - top, W)."
+        return self.source.read_part(2, (top, bottom), (0, self.shape[3]))
+
+
+def canvas_to_explain(
+    canvas: Canvas,
+    dtype: torch.dtype,
+    # changes floats (1, 3, h, w) from a row and a column on, in place
+    change: Callable[[torch.Tensor, int, int], torch.Tensor] | None,
+) -> Canvas:
+    "A canvas whose patches are copies that are changed and want a gradient."
+    patches = []
+    for top, left, pixels in canvas.patches:
+        copied = pixels.detach().to(dtype, copy=True)[None]
+        if change is not None:
+            copied = change(copied, top, left)
+        patches.append((top, left, copied[0].requires_grad_()))
+    return Canvas(canvas.shape[2:], canvas.color, patches, dtype)
+
+
+def explain_canvas(
+    model: nn.Module,  # gives (1, n_classes) for a float image (1, 3, H, W) of 0..255
+    canvas: Canvas,
+    change: Callable[[torch.Tensor, int, int], torch.Tensor] | None,  # of patches, if any
+    # of a gradient (1, 3, h, w), its first row and its first column
+    take: Callable[[torch.Tensor, int, int], None],
+    target: int = 0,  # number of the output
+) -> None:
+    """Give the gradient of one output with respect to each patch of a canvas to `take`. The model is
+    afterwards as it was before.
+
+    Raises `InputError` as `output_of` does, and for a canvas without patches."""
+    if not canvas.patches:
+        raise InputError(f'{canvas} has no patches: there is no tissue to explain')
+    parameter = next(model.parameters(), None)
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    changed = canvas_to_explain(canvas, dtype, change)
+    patches = [pixels for *_, pixels in changed.patches]
+    with only_input_gradients(model), torch.enable_grad():
+        image: Any = changed
+        if first_streamed(model) is None:
+            image = changed.dense().to(patches[0].device if parameter is None else parameter.device)
+        gradients = input_gradients(model, output_number(model, image, target), patches)
+    for (top, left, _), gradient in zip(changed.patches, gradients, strict=True):
+        take(gradient[None], top, left)
 
 # %% ../../nbs/evaluation/09_gradients.ipynb #685351c9
 AVERAGES = ('absolute', 'squared', 'signed')
@@ -305,16 +373,17 @@ def grid_shape(size: tuple[int, int], cell: int) -> tuple[int, int]:
     return -(-height // cell), -(-width // cell)
 
 
-def add_rows(total: torch.Tensor, pixels: torch.Tensor, top: int, cell: int) -> None:
-    "Add rows (..., h, W), from row `top` on, to the cells (..., rows, columns) that they lie in."
-    height = pixels.shape[-2]
+def add_pixels(total: torch.Tensor, pixels: torch.Tensor, top: int, left: int, cell: int) -> None:
+    """Add pixels (..., h, w), from row `top` and column `left` on, to the cells
+    (..., rows, columns) that they lie in."""
+    height, width = pixels.shape[-2:]
     if cell == 1:
-        total.narrow(-2, top, height).add_(pixels)
+        total[..., top : top + height, left : left + width].add_(pixels)
         return
-    padded = nn.functional.pad(pixels, (0, -pixels.shape[-1] % cell))
+    padded = nn.functional.pad(pixels, (left % cell, -(left + width) % cell))
     columns = padded.unflatten(-1, (-1, cell)).sum(-1)
     rows = torch.arange(top, top + height, device=total.device) // cell
-    total.index_add_(-2, rows, columns)
+    total.narrow(-1, left // cell, columns.shape[-1]).index_add_(-2, rows, columns)
 
 
 def sides_of_cells(length: int, cell: int) -> torch.Tensor:
@@ -342,8 +411,8 @@ class CopySum:
             shape = 3, *size
         self.total = torch.zeros(shape, dtype=dtype)
 
-    def add(self, gradient: torch.Tensor, top: int) -> None:
-        "Add the gradient (1, 3, h, W) of rows from `top` on."
+    def add(self, gradient: torch.Tensor, top: int, left: int = 0) -> None:
+        "Add the gradient (1, 3, h, w) of pixels from row `top` and column `left` on."
         gradient = gradient[0].to(self.dtype)
         cell = self.cell
         if self.average == 'absolute':
@@ -352,7 +421,7 @@ class CopySum:
             gradient = gradient.square().sum(0)
         else:
             cell = 1
-        add_rows(self.total, gradient.to(self.total.device), top, cell)
+        add_pixels(self.total, gradient.to(self.total.device), top, left, cell)
 
     def mean(self, n: int) -> np.ndarray:
         "The mean over `n` copies and over the pixels of each cell, (rows, columns) float32."
@@ -360,7 +429,7 @@ class CopySum:
         if self.average == 'signed':
             pixels = total.abs_().sum(0)
             total = torch.zeros(grid_shape(self.size, self.cell), dtype=self.dtype)
-            add_rows(total, pixels, 0, self.cell)
+            add_pixels(total, pixels, 0, 0, self.cell)
         height, width = self.size
         total.div_(sides_of_cells(height, self.cell)[:, None])
         total.div_(sides_of_cells(width, self.cell))
@@ -370,7 +439,8 @@ class CopySum:
 def smoothgrad(
     # gives (1, n_classes) for a float image (1, 3, H, W) of 0..255; streamed for large images
     model: nn.Module,
-    image: ImageLike,  # (3, H, W), uint8 or float, 0..255, or what reads such an image by rows
+    # (3, H, W), uint8 or float, 0..255, what reads such an image by rows, or a canvas
+    image: ImageLike | Canvas,
     n: int = 25,  # noisy copies
     # standard deviation of the noise, as a share of the image-wide standard deviation
     noise: float = 0.05,
@@ -382,9 +452,11 @@ def smoothgrad(
     """Mean sensitivity of the logit to each pixel over `n` noisy copies, (ceil(H/place),
     ceil(W/place)) float32, in logits per grey level and never negative.
 
+    Of a canvas, only what lies in its patches gets noise and a value; what lies around them is 0.
+
     Smilkov et al. 2017, SmoothGrad; the paper, section IV-D. Raises `InputError` for an image,
-    target or setting that is out of range."""
-    x = as_image(image)
+    target or setting that is out of range, and for a canvas without patches."""
+    x = as_image(CanvasRows(image) if isinstance(image, Canvas) else image)
     at_least_one(n=n, place=place)
     if not 0 <= noise < np.inf:
         raise InputError(
@@ -398,7 +470,10 @@ def smoothgrad(
     gradients = CopySum((height, width), place, average, dtype)
     for copy in range(n):
         add_noise = Noise(width, std, seed, copy, dtype).add if std else None
-        output_of(model, GradientRows(x, add_noise, gradients.add), target)
+        if isinstance(image, Canvas):
+            explain_canvas(model, image, add_noise, gradients.add, target)
+        else:
+            output_of(model, GradientRows(x, add_noise, gradients.add), target)
     return gradients.mean(n)
 
 # %% ../../nbs/evaluation/09_gradients.ipynb #018a2607

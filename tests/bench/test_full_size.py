@@ -21,7 +21,7 @@ def test_all_parts_are_measured(tmp_path):
     result = run(chain, Case('slide', None, path, spacing=chain.spacing), told.append)
     assert told == result['parts'] and json.loads(json.dumps(result)) == result
     names = [found['part'] for found in told]
-    assert names[:2] == ['check', 'trim'] and names[-1] == 'SmoothGrad'
+    assert names[:2] == ['check', 'trim'] and names[-1] == 'SmoothGrad, canvas'
     assert all(found['peak'] >= found['above'] >= 0 and found['seconds'] > 0 for found in told)
     (step,) = (found for found in told if 'plans' in found)
     assert step['plans']['canvas']['flops'] <= step['plans']['dense']['flops']

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streaming_pathology.core import InputError
+from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.engine.stream import stream
 from streaming_pathology.evaluation.gradients import (
     AVERAGES,
@@ -320,3 +321,81 @@ def test_one_thread_reads_the_image_at_a_time(net, x):
         integrated_gradients(streamed, OnDisk(x, pause=0.002), steps=3),
         integrated_gradients(streamed, OnDisk(x), steps=3),
     )
+
+
+# ---- a canvas
+
+
+def painted_canvas(seed=0):
+    "Two patches on glass, of which the second lies partly on the first."
+    generator = torch.Generator().manual_seed(seed)
+    patches = [
+        (top, left, torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator))
+        for top, left, size in ((3, 5, (30, 21)), (20, 19, (17, 33)))
+    ]
+    return Canvas((50, 61), (240, 230, 235), patches)
+
+
+def tissue_of(canvas):
+    "Where patches lie, bool (H, W)."
+    covered = torch.zeros(canvas.shape[2:], dtype=torch.bool)
+    for top, left, pixels in canvas.patches:
+        height, width = pixels.shape[1:]
+        covered[top : top + height, left : left + width] = True
+    return covered.numpy()
+
+
+@pytest.mark.parametrize('average', AVERAGES)
+@pytest.mark.parametrize('strip', [None, 8])
+def test_a_canvas_is_explained_as_its_dense_image(average, strip):
+    net, canvas = pooled_net(0), painted_canvas()
+    model = net if strip is None else stream(net, strip=strip)
+    of_dense = smoothgrad(net, canvas.dense(), n=1, noise=0, average=average)
+    of_canvas = smoothgrad(model, canvas, n=1, noise=0, average=average)
+    covered = tissue_of(canvas)
+    np.testing.assert_allclose(of_canvas[covered], of_dense[covered], atol=1e-6 * of_dense.max())
+    assert not of_canvas[~covered].any() and of_dense[~covered].any()
+    assert canvas.dtype == torch.uint8  # as it was given
+
+
+@pytest.mark.parametrize('cell', [1, 4, 7])
+def test_cells_of_a_canvas_are_those_of_its_pixels(cell):
+    model, canvas = stream(pooled_net(1), strip=16), painted_canvas(1)
+    pixels = smoothgrad(model, canvas, n=2, seed=3)
+    cells = smoothgrad(model, canvas, n=2, seed=3, place=cell)
+    padded = np.pad(pixels, [(0, -side % cell) for side in pixels.shape], constant_values=np.nan)
+    height, width = cells.shape
+    wanted = np.nanmean(padded.reshape(height, cell, width, cell), axis=(1, 3))
+    np.testing.assert_allclose(cells, wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_tissue_on_a_canvas_has_the_noise_of_its_place():
+    canvas = painted_canvas()
+    seen = []
+
+    class Seeing(nn.Module):
+        def forward(self, x):
+            seen.append(x.detach())
+            return x.mean((2, 3))
+
+    smoothgrad(Seeing(), canvas, n=1, seed=5)
+    smoothgrad(Seeing(), canvas.dense(), n=1, seed=5)
+    covered = torch.from_numpy(tissue_of(canvas))
+    on_canvas, on_dense = seen
+    assert torch.equal(on_canvas[..., ~covered], canvas.dense().float()[..., ~covered])
+    torch.testing.assert_close(on_canvas[..., covered], on_dense[..., covered])
+    assert not torch.equal(on_canvas, canvas.dense().float())
+
+
+def test_a_classifier_explains_a_canvas():
+    torch.manual_seed(0)
+    model = StreamingClassifier('resnet18', strip=32)
+    canvas = Canvas((96, 96), (255,) * 3, [(32, 16, painted_canvas().patches[0][2])])
+    heatmap = smoothgrad(model, canvas, n=2, place=16)
+    assert heatmap.shape == (6, 6) and heatmap[2:4, 1:3].all()
+    assert not heatmap[:2].any() and not heatmap[:, 4:].any()
+
+
+def test_a_canvas_without_tissue_is_refused():
+    with pytest.raises(InputError, match='no tissue to explain'):
+        smoothgrad(pooled_net(0), Canvas((40, 40), (255,) * 3))

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from streaming_pathology.engine.graph import (
     Recorder,
@@ -71,7 +71,7 @@ class Ledger(TorchDispatchMode):
         if not function.is_view and function.overloadpacket not in without_kernel:
             self.launches += 1
             self.moved += sum(t.nbytes for t in (*tensors_in((args, kwargs)), *results))
-            if count := flop_registry.get(function.overloadpacket):
+            if count := operation_counts.get(function.overloadpacket):
                 self.operations += count(*args, **kwargs, out_val=out)
         return out
 
@@ -112,6 +112,23 @@ without_kernel = {
 }
 # the result is like the first argument; PyTorch takes half a millisecond to find that out
 like_first = {aten.threshold_backward.default}
+
+
+def backward_operations(
+    output_gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *settings: Any,  # as `aten.convolution_backward` takes them
+    **results: Any,
+) -> int:
+    """Floating point operations of the gradients of a convolution: that of its input, and that of
+    its weight, take as many as the convolution. PyTorch's own count forgets groups in the latter."""
+    *_, is_transposed, _output_padding, _groups, wanted = settings
+    forward = conv_flop_count(x.shape, weight.shape, output_gradient.shape, is_transposed)
+    return (wanted[0] + wanted[1]) * forward
+
+
+operation_counts = {**flop_registry, aten.convolution_backward: backward_operations}
 
 # %% ../../nbs/engine/11_ledger.ipynb #c580f0a9
 class StandIn(TorchFunctionMode):

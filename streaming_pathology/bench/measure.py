@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['images', 'LAYOUTS', 'Rows', 'biopsy', 'canvas', 'upright', 'side_by_side', 'left_one', 'right_one', 'make_case',
            'prepare', 'PeakMemory', 'fresh', 'peak_memory', 'times', 'summary', 'ratios', 'spread', 'plan_of',
-           'planned', 'streaming_within', 'machine', 'read_result']
+           'planned', 'streaming_within', 'machine', 'read_result', 'read_figures', 'markdown_table']
 
 # %% ../../nbs/bench/03_measure.ipynb #fdc8c675
 import ctypes
@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, Self
 from unittest import mock
 
 import torch
+from IPython.display import Markdown
 from torch import nn
 
 from .methods import Step, trunk
@@ -417,6 +418,17 @@ def read_result(part: str, device: str = 'cpu', folder: str = '../results') -> d
     result = json.loads(path.read_text())
     print(where_measured(result, device))
     return result
+
+
+def read_figures(name: str, folder: str = '../results') -> dict:
+    "A committed file of results by its name, without its ending."
+    return json.loads((Path(folder) / f'{name}.json').read_text())
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:
+    "A table as a notebook shows it."
+    lines = [head, ['---'] * len(head), *rows]
+    return Markdown('\n'.join(f'| {" | ".join(line)} |' for line in lines))
 
 # %% ../../nbs/bench/03_measure.ipynb #79c74e2f
 def options_text(way: dict) -> str:

@@ -6,6 +6,7 @@
 __all__ = ['InstanceMIL', 'TwoPhases']
 
 # %% ../../nbs/mil/04_mil.ipynb #m0000003
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -163,9 +164,10 @@ class TwoPhases(Callback):
             epoch=s.epoch,
             n_done=len(self.rows),
         )
-        for new_rows in parts:
-            self.rows += new_rows
-            s.rest()
+        with closing(parts):  # also where the training halts
+            for new_rows in parts:
+                self.rows += new_rows
+                s.rest()
         self.choose(s)
 
     def choose(self, s: State) -> None:

@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, TypeVar, cast
@@ -1036,9 +1036,10 @@ def evaluate_epoch(state: State, tuning: Slides) -> dict[str, float]:
         state.ranks,
         n_done=len(state.rows),
     )
-    for new_rows in parts:
-        state.rows += new_rows
-        state.rest()
+    with closing(parts):  # also where the training halts
+        for new_rows in parts:
+            state.rows += new_rows
+            state.rest()
     return summary(state.rows, state.task)
 
 # %% ../../nbs/training/05_loop.ipynb #2cc0e717

@@ -51,7 +51,14 @@ from streaming_pathology.engine.program import (
     tensor_at,
 )
 from .schedule import GradientTotals, Schedule, Step, StripKind
-from .storage import Source, State, TensorSource, device_of, source_of
+from streaming_pathology.engine.storage import (
+    Source,
+    State,
+    TensorSource,
+    device_of,
+    host_memory,
+    source_of,
+)
 from .streaming import Keeping, Pass, Streamed, is_canvas
 from .windows import StreamingError
 
@@ -1167,8 +1174,9 @@ def plan(
 
 # %% ../../nbs/engine/12_plan.ipynb #9f2b96a9
 def lean_memory(threshold: int = 2**23) -> bool:
-    """Let the C library give blocks of 8 MB and more back at once, and PyTorch take them in huge
-    pages, so that a streamed step on a CPU takes little more than its plan says.
+    """Let the C library give blocks of 8 MB and more back at once, smaller ones when the kept strips
+    are done, and PyTorch take them in huge pages, so that a streamed step on a CPU takes little more
+    than its plan says.
 
     For the whole process, and before the first tensor is made: the commands do it. False where it
     cannot be had: without glibc, or where Linux has no huge pages to give."""
@@ -1177,7 +1185,9 @@ def lean_memory(threshold: int = 2**23) -> bool:
         return False
     os.environ['THP_MEM_ALLOC_ENABLE'] = '1'  # read by PyTorch at its first allocation
     try:
+        library = ctypes.CDLL(None)
         # M_MMAP_THRESHOLD is -3: blocks of this size and more are given back at once
-        return ctypes.CDLL(None).mallopt(-3, threshold) == 1
+        host_memory.is_lean = library.mallopt(-3, threshold) == 1 and bool(library.malloc_trim)
     except (AttributeError, OSError):
         return False
+    return host_memory.is_lean

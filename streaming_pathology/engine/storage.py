@@ -6,6 +6,7 @@
 __all__ = ['stores', 'Source', 'TensorSource', 'ArrayRows', 'RowSource', 'source_of', 'OnDevice', 'OnHost', 'OnDisk']
 
 # %% ../../nbs/engine/08_storage.ipynb #4d4c4ca3
+import ctypes
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -380,3 +381,18 @@ stores: dict[str, Callable[[torch.device], Store]] = {
     'host': OnHost,
     'disk': OnDisk,
 }
+
+# %% ../../nbs/engine/08_storage.ipynb #a1e18fc4
+class HostMemory:
+    "What this process does with memory of the host that it has freed."
+
+    is_lean = False  # set by `lean_memory`
+
+    def give_back(self) -> None:
+        "Give freed blocks back to the system, also those between others, if memory is lean."
+        if self.is_lean:
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+host_memory = HostMemory()
+

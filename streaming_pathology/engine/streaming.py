@@ -41,6 +41,7 @@ from streaming_pathology.engine.storage import (
     State,
     Store,
     StripSource,
+    host_memory,
     source_of,
     stores,
 )
@@ -780,8 +781,13 @@ class Pass(Strips):
         operations = [*self.program.outputs, *self.program.reductions]
         given = {o.number: g for o, g in zip(operations, gradients) if g is not None}
         totals, below, self.spent = GradientTotals(self.grad_operands), None, True
+        first_tape = self.keeping.first_tape
         for k in reversed(range(len(self.strips))):
+            if k == first_tape - 1:
+                host_memory.give_back()  # what the kept strips took
             below = self.strip_backward(k, self.record_of(k), below, given, totals)
+        if first_tape:
+            host_memory.give_back()
         return {n: total.to(self.operands[n].dtype) for n, total in totals.sums.items()}
 
     def record_of(self, k: int) -> Record:

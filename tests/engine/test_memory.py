@@ -7,8 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Forked
+from torch import nn
 
 from streaming_pathology.engine import plan
+from streaming_pathology.engine.storage import host_memory
+from streaming_pathology.engine.stream import stream
+
+HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+LEAN = HUGE_PAGES.exists() and '[never]' not in HUGE_PAGES.read_text()
 
 
 @pytest.mark.parametrize(
@@ -31,8 +37,13 @@ def print_memory(lean):
     large = [(torch.ones(2**21), torch.ones(2**16)) for _ in range(40)]
     small = [b for _, b in large]
     del large
+    print(int(lean), resident_bytes(), len(small))
+
+
+def resident_bytes():
+    "Bytes of memory that this process has."
     pages = int(Path('/proc/self/statm').read_text().split()[1])
-    print(int(lean), pages * os.sysconf('SC_PAGE_SIZE'), len(small))
+    return pages * os.sysconf('SC_PAGE_SIZE')
 
 
 def left(lean):
@@ -48,3 +59,29 @@ def left(lean):
 def test_lean_memory_is_given_back():
     (_, default), (can, lean) = left(False), left(True)
     assert not can or default - lean > 2e8
+
+
+def print_memory_of_backward(gives_back):
+    "What a process has at the end of a backward pass with kept strips, beyond what it had before."
+    assert plan.lean_memory()
+    host_memory.is_lean = gives_back
+    maps = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(8)]
+    net = stream(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *maps), strip=64, keep=48)
+    image = torch.rand(1, 3, 4096, 256)
+    before = resident_bytes()
+    net(image).square().mean().backward()
+    print(resident_bytes() - before)
+
+
+def after_backward(gives_back):
+    "What `print_memory_of_backward` finds in a process of its own."
+    process = Forked('test_memory:print_memory_of_backward', gives_back)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return int(printed)
+
+
+@pytest.mark.skipif(not LEAN, reason='glibc, and huge pages')
+def test_what_kept_strips_took_is_given_back():
+    kept, given_back = after_backward(False), after_backward(True)
+    assert given_back < kept - 5e7

@@ -9,8 +9,8 @@ __all__ = ['Outcome', 'OF_DATA', 'OF_NETWORK', 'OF_VIEWS', 'OF_TRAINING', 'OF_AL
 
 # %% ../../nbs/paper/05_methods.ipynb #1d634fc6
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,8 @@ class Training:
     plan: Plan
     callbacks: Sequence[Callback] = ()
     minutes: float = 2  # between checkpoints
+    # what a method tells of its job beside logits and history, as JSON holds it, by name
+    told: dict[str, Any] = field(default_factory=dict)
 
     def run(
         self,
@@ -283,11 +285,15 @@ class Method:
         return {name: every[name] for name in self.settings}
 
 
-def method_named(name: str) -> Method:
+def method_named(
+    name: str,
+    methods: Mapping[str, Method] | None = None,  # by name; None: `METHODS`
+) -> Method:
     "A method by its name. Raises `InputError` if there is none."
-    if name not in METHODS:
-        raise InputError(f'there is no method {name!r}; use some of {", ".join(METHODS)}')
-    return METHODS[name]
+    known = METHODS if methods is None else methods
+    if name not in known:
+        raise InputError(f'there is no method {name!r}; use some of {", ".join(known)}')
+    return known[name]
 
 
 def baseline_methods(aggregators: Sequence[str]) -> dict[str, Method]:

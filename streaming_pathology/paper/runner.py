@@ -300,13 +300,13 @@ class Runner:
         for path in self.work.glob('jobs/*/clock.json'):
             if not (self.out / f'{path.parent.name}.json').exists():
                 total += read_clock(path)['cpu_seconds']
-        for path in self.work.glob('views-*.json'):
+        for path in [*self.work.glob('views-*.json'), *self.work.glob('cohorts-*.json')]:
             total += max(0.0, read_clock(path)['cpu_seconds'] - self.reported(path))
         return total
 
     def reported(self, clock: Path) -> float:
         "Processor seconds of a cache that its result has already."
-        results = self.out.glob(f'{clock.stem}-*.json')
+        results = self.out.glob(f'{clock.stem}*.json')
         return sum(json.loads(path.read_text(encoding='utf-8'))['cpu_seconds'] for path in results)
 
     def expected(self, job: Job) -> float:

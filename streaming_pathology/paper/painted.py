@@ -244,12 +244,11 @@ def check_darkness(found: Mapping[str, float], name: str) -> None:
 AGGREGATING = ('mil-mean', 'mil-abmil', 'mil-clam', 'mil-dsmil', 'mil-transmil')
 COVERAGES = ('sampled-4', 'sampled-16', 'sampled-64', 'sampled-all')
 PAINTED = PaintedPlan(
-    optimizer='adamw',
     trained_stages=2,
     views=2,
     frozen_epochs=30,
-    frozen_lr=3e-4,
-    mil_frozen_lr=3e-4,
+    frozen_lr=1e-3,
+    mil_frozen_lr=1e-3,
     epochs=0,
 )
 LABELS_PLAN = replace(
@@ -266,7 +265,8 @@ COVERAGE_PLAN = replace(
     labels=('tumour', 'share'),
     areas={'tumour': (0.02, 0.1), 'share': (0.05, 0.6)},
     methods=('streaming-attention', *COVERAGES),
-    frozen_epochs=20,
+    patch_um=128.0,
+    frozen_epochs=15,
     epochs=1,
     lr=1e-4,
     mil_lr=1e-4,
@@ -291,6 +291,7 @@ SMALL_PAINTED = replace(
     seeds=(2,),  # for which darkness is within its bounds, with so few slides
     spacings=(8.0,),
     side_um=768.0,
+    patch_um=256.0,
     slides=32,
     splits=dict(train=0.25, tuning=0.125, test=0.625),
     areas={label: (0.2, 0.6) for label in LABELS},

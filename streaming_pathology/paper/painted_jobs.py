@@ -404,7 +404,7 @@ def painted_estimate(runner: PaintedRunner) -> list[list[object]]:
     "What the jobs of a plan will take: rows of (what, how many, hours), the first a header."
     plan = runner.plan
     rows: list[list[object]] = [['what', 'jobs', 'hours']]
-    few = replace(plan, name='few', slides=16, splits=FEW_SPLITS)
+    few = replace(plan, name='few', slides=16, splits=FEW_SPLITS, mapped=0)
     measured = FewSlides(few, None, runner.work / 'estimate', runner.work / 'estimate' / 'out')
     for spacing in plan.spacings:
         jobs = [job for job in painted_jobs(plan) if job.spacing == spacing]

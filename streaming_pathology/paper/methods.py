@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Outcome', 'OF_DATA', 'OF_NETWORK', 'OF_VIEWS', 'OF_TRAINING', 'OF_ALL', 'METHODS', 'Experiment', 'seed_of',
-           'TimedCheckpoints', 'Training', 'stages_of', 'streaming', 'mil', 'shortcut', 'frozen_pooled',
-           'frozen_aggregated', 'Method', 'method_named', 'baseline_methods', 'methods_of']
+           'TimedCheckpoints', 'Training', 'stages_of', 'train_streaming', 'train_mil', 'streaming', 'mil', 'shortcut',
+           'frozen_pooled', 'frozen_aggregated', 'Method', 'method_named', 'baseline_methods', 'methods_of']
 
 # %% ../../nbs/paper/05_methods.ipynb #1d634fc6
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,11 @@ class Experiment:
         self.caches: dict[str, Views] = {}
         self.shortcuts: dict[str, dict[str, float]] = {}  # of slides that were measured
 
-    def network(self, seed: int = 0) -> StreamingClassifier:
-        "The backbone of the plan; the seed is that of its head."
+    def network(self, seed: int = 0, pool: str | None = None) -> StreamingClassifier:
+        """The backbone of the plan; the seed is that of its head, and the pooling that of the plan
+        where none is given."""
         plan = self.plan
-        return make_backbone(plan.backbone, plan.weights, plan.pool, plan.strip, seed)
+        return make_backbone(plan.backbone, plan.weights, pool or plan.pool, plan.strip, seed)
 
     def views(self, kind: str) -> Views:
         "The cache of a kind of views."
@@ -120,6 +121,8 @@ class Training:
     plan: Plan
     callbacks: Sequence[Callback] = ()
     minutes: float = 2  # between checkpoints
+    # what a method tells of its job beside logits and history, as JSON holds it, by name
+    told: dict[str, Any] = field(default_factory=dict)
 
     def run(
         self,
@@ -167,10 +170,15 @@ def stages_of(plan: Plan, frozen_lr: float, lr: float) -> tuple[Stage, Stage]:
 Outcome = tuple[dict[str, float], list[dict]]
 
 
-def streaming(job: Job, split: Split, experiment: Experiment, training: Training) -> Outcome:
-    "Train on whole images, in two stages, and classify the test slides."
+def train_streaming(
+    split: Split,
+    experiment: Experiment,
+    training: Training,
+    pool: str | None = None,  # of the head; None: that of the plan
+) -> tuple[StreamingClassifier, list[dict]]:
+    "Train on whole images, in two stages. Returns the network and the history."
     plan = experiment.plan
-    network = experiment.network(training.seed)
+    network = experiment.network(training.seed, pool)
     frozen, whole = stages_of(plan, plan.frozen_lr, plan.lr)
     views = experiment.views('image')
     slides = ViewSlides(split.train, views, augmented=True), ViewSlides(split.tuning, views)
@@ -183,11 +191,14 @@ def streaming(job: Job, split: Split, experiment: Experiment, training: Training
             slides_of(split.tuning, plan),
         )
         history = history + training.run('whole', network, network, slides, whole)
-    return logits_of_slides(network, slides_of(split.test, plan)), history
+    return network, history
 
 
-def mil(job: Job, split: Split, experiment: Experiment, training: Training) -> Outcome:
-    "Train on the most suspicious patch of each slide, in two stages, and classify the test slides."
+def train_mil(
+    split: Split, experiment: Experiment, training: Training
+) -> tuple[InstanceMIL, list[dict]]:
+    """Train on the most suspicious patch of each slide, in two stages. Returns the network and the
+    history."""
     plan = experiment.plan
     network = experiment.network(training.seed)
     frozen, whole = stages_of(plan, plan.mil_frozen_lr, plan.mil_lr)
@@ -202,6 +213,18 @@ def mil(job: Job, split: Split, experiment: Experiment, training: Training) -> O
         bags = experiment.bags(split.train, augmented=True, seed=training.seed)
         slides = bags, experiment.bags(split.tuning)
         history = history + training.run('whole', network, model, slides, whole, [TwoPhases(bags)])
+    return model, history
+
+
+def streaming(job: Job, split: Split, experiment: Experiment, training: Training) -> Outcome:
+    "Train on whole images, and classify the test slides."
+    network, history = train_streaming(split, experiment, training)
+    return logits_of_slides(network, slides_of(split.test, experiment.plan)), history
+
+
+def mil(job: Job, split: Split, experiment: Experiment, training: Training) -> Outcome:
+    "Train on the most suspicious patch of each slide, and classify the test slides."
+    model, history = train_mil(split, experiment, training)
     return logits_of_slides(model, experiment.bags(split.test)), history
 
 # %% ../../nbs/paper/05_methods.ipynb #1fed3d8e
@@ -283,11 +306,15 @@ class Method:
         return {name: every[name] for name in self.settings}
 
 
-def method_named(name: str) -> Method:
+def method_named(
+    name: str,
+    methods: Mapping[str, Method] | None = None,  # by name; None: `METHODS`
+) -> Method:
     "A method by its name. Raises `InputError` if there is none."
-    if name not in METHODS:
-        raise InputError(f'there is no method {name!r}; use some of {", ".join(METHODS)}')
-    return METHODS[name]
+    known = METHODS if methods is None else methods
+    if name not in known:
+        raise InputError(f'there is no method {name!r}; use some of {", ".join(known)}')
+    return known[name]
 
 
 def baseline_methods(aggregators: Sequence[str]) -> dict[str, Method]:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -200,10 +200,22 @@ class Job:
     share: float = 1.0  # of the training slides
     size: int = 1024  # pixels of a side of an image
 
+    part_is: ClassVar[str] = 'share'  # what `part` tells
+
     @property
     def name(self) -> str:
         "Its name, as that of a file."
         return f'{self.method}-{self.size}-share{self.share:g}-seed{self.seed}-fold{self.fold}'
+
+    @property
+    def alike(self) -> str:
+        "A pattern of the names of jobs that take about as long."
+        return f'{self.method}-{self.size}-share{self.share:g}-*'
+
+    @property
+    def part(self) -> str:
+        "Which part of an experiment it belongs to, for a table."
+        return f'{self.share:g}'
 
 
 def jobs_of(plan: Plan, methods: Sequence[str] = TRAINED) -> list[Job]:

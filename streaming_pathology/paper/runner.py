@@ -10,7 +10,7 @@ __all__ = ['FORWARD', 'Clock', 'read_clock', 'result_text', 'read_job_result', '
 import datetime
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,14 @@ from ..bench.processes import processor_seconds
 from ..core import InputError, counted
 from ..io import locked, write_whole
 from .data import Split, prepare, split_of
-from .methods import Experiment, Training, method_named, seed_of
+from streaming_pathology.paper.methods import (
+    METHODS,
+    Experiment,
+    Method,
+    Training,
+    method_named,
+    seed_of,
+)
 from .plan import TRAINED, Job, Plan, jobs_of
 from ..runs.records import environment
 from ..slides.cohorts import Case, read_manifest
@@ -111,6 +118,8 @@ class Runner:
     Raises `InputError` for data that are not what their checksums say, and for results that were
     made with other settings."""
 
+    methods: Mapping[str, Method] = METHODS  # by name
+
     def __init__(
         self,
         plan: Plan,
@@ -123,13 +132,26 @@ class Runner:
         self.plan, self.log, self.minutes = plan, log, minutes
         self.work = Path(work) / plan.name
         self.out = Path(out) / plan.name
-        manifest = prepare(data, Path(work) / f'images-{plan.size}', plan.size)
+        self.open(data, Path(work))
+
+    def open(self, data: str | Path | None, work: Path) -> None:
+        "Prepare the images, and what is cached of them."
+        plan = self.plan
+        manifest = prepare(data, work / f'images-{plan.size}', plan.size)
         about = json.loads((manifest.parent / 'prepared.json').read_text(encoding='utf-8'))
         self.data = about['data']
         self.cases = read_manifest(manifest)
         if plan.planted:
             self.data = f'mosaics of {self.data}'
         self.experiment = Experiment(plan, self.cases, self.work, self.data)
+
+    def basis(self, job: Job) -> tuple[Plan, str]:
+        "The plan of a job, and what tells its images from others: a checksum."
+        return self.plan, self.data
+
+    def experiment_of(self, job: Job) -> Experiment:
+        "The images of a job, its network, and what is cached of both."
+        return self.experiment
 
     def path(self, job: Job) -> Path:
         "The file of a job's result."
@@ -155,8 +177,9 @@ class Runner:
 
     def described(self, job: Job) -> dict:
         "What a job's result depends on."
-        settings = method_named(job.method).settings_in(self.plan)
-        return dict(job=asdict(job), settings=settings, data=self.data)
+        plan, data = self.basis(job)
+        settings = method_named(job.method, self.methods).settings_in(plan)
+        return dict(job=asdict(job), settings=settings, data=data)
 
     def split(self, job: Job) -> Split:
         "The cases of a job."
@@ -176,20 +199,22 @@ class Runner:
 
     def run_job(self, job: Job) -> dict:
         "Run a job, from its last checkpoint if there is one. Returns its result, which is written."
-        method = method_named(job.method)
+        method = method_named(job.method, self.methods)
         split = self.split(job)
         if method.views:
-            self.fill(method.views, split, augmented=method.trained)
+            self.fill(method.views, job, augmented=method.trained)
         folder = self.clock_path(job).parent
         clock = Clock(self.clock_path(job))
         began = now()
         with HaltOnSignal() as halt:
-            training = Training(folder, seed_of(job), self.plan, [halt, clock], self.minutes)
+            experiment = self.experiment_of(job)
+            training = Training(folder, seed_of(job), experiment.plan, [halt, clock], self.minutes)
             try:
-                logits, history = method.run(job, split, self.experiment, training)
+                logits, history = method.run(job, split, experiment, training)
             finally:
                 clock.write()
         result = self.result(job, split, logits, history, clock, began)
+        result |= training.told
         write_whole(self.path(job), result_text(result))
         self.log(f'{job.name}: {result["cpu_seconds"]:.0f} s; spent {self.spent() / 3600:.2f} h')
         remove_folder(folder)
@@ -225,23 +250,29 @@ class Runner:
 
     # ---- views
 
-    def views_path(self, kind: str) -> Path:
-        "The file that says what a cache took."
-        return self.out / f'views-{kind}-{self.plan.size}.json'
+    def views_name(self, kind: str, job: Job) -> str:
+        "The name of the cache of a job, for its clock."
+        return f'views-{kind}'
 
-    def fill(self, kind: str, split: Split, augmented: bool = True) -> None:
+    def views_path(self, kind: str, job: Job) -> Path:
+        "The file that says what a cache took."
+        return self.out / f'{self.views_name(kind, job)}-{self.basis(job)[0].size}.json'
+
+    def fill(self, kind: str, job: Job, augmented: bool = True) -> None:
         """Compute the views that a job needs and that are missing: augmented views of training
         slides, and each slide as it is. What it took is written down, with what it took before."""
-        views = self.experiment.views(kind)
+        split = self.split(job)
+        views = self.experiment_of(job).views(kind)
         missing = views.missing(split.train, augmented)
         missing += views.missing([*split.tuning, *split.test], augmented=False)
         if not missing:
             return
         self.log(f'{len(missing)} views of {kind} are computed')
-        clock_path = self.work / f'views-{kind}.json'
-        if self.views_path(kind).exists() and not clock_path.exists():
+        clock_path = self.work / f'{self.views_name(kind, job)}.json'
+        path = self.views_path(kind, job)
+        if path.exists() and not clock_path.exists():
             # of a folder of work that is gone: what it took stays
-            write_whole(clock_path, self.views_path(kind).read_text(encoding='utf-8'))
+            write_whole(clock_path, path.read_text(encoding='utf-8'))
         clock = Clock(clock_path)
         try:
             views.fill(missing, clock.tick)
@@ -250,14 +281,14 @@ class Runner:
         files = [*views.folder.glob('*.safetensors')]
         result = dict(
             kind=kind,
-            size=self.plan.size,
+            size=views.plan.size,
             files=len(files),
             bytes=sum(path.stat().st_size for path in files),
             ended=now(),
             **rounded(clock.total()),
             machine=environment(),
         )
-        write_whole(self.views_path(kind), result_text(result))
+        write_whole(path, result_text(result))
 
     # ---- budget
 
@@ -269,21 +300,19 @@ class Runner:
         for path in self.work.glob('jobs/*/clock.json'):
             if not (self.out / f'{path.parent.name}.json').exists():
                 total += read_clock(path)['cpu_seconds']
-        for path in self.work.glob('views-*.json'):
+        for path in [*self.work.glob('views-*.json'), *self.work.glob('cohorts-*.json')]:
             total += max(0.0, read_clock(path)['cpu_seconds'] - self.reported(path))
         return total
 
     def reported(self, clock: Path) -> float:
         "Processor seconds of a cache that its result has already."
-        path = self.out / f'{clock.stem}-{self.plan.size}.json'
-        if not path.exists():
-            return 0.0
-        return json.loads(path.read_text(encoding='utf-8'))['cpu_seconds']
+        results = self.out.glob(f'{clock.stem}*.json')
+        return sum(json.loads(path.read_text(encoding='utf-8'))['cpu_seconds'] for path in results)
 
     def expected(self, job: Job) -> float:
         "Processor seconds that a job may take: as the longest like it that is done; 0 if none is."
         found = [0.0]
-        for path in self.out.glob(f'{job.method}-{job.size}-share{job.share:g}-*.json'):
+        for path in self.out.glob(f'{job.alike}.json'):
             found.append(read_job_result(path)['cpu_seconds'])
         left = max(found) - read_clock(self.clock_path(job))['cpu_seconds']
         return max(0.0, left)
@@ -324,22 +353,29 @@ def remove_folder(folder: Path) -> None:
 
 def table_of(plan: Plan, jobs: Iterable[Job], folder: str | Path) -> str:
     "What is done of the jobs of a plan, from the files in the folder of its results, as text."
-    counts: dict[tuple, list] = {}
+    counts: dict[tuple[str, str], list] = {}
+    part_is = Job.part_is
     for job in jobs:
-        row = counts.setdefault((job.method, job.share), [0, 0, 0.0])
+        part_is = job.part_is
+        row = counts.setdefault((job.method, job.part), [0, 0, 0.0])
         row[0] += 1
         path = Path(folder) / f'{job.name}.json'
         if path.exists():
             row[1] += 1
             row[2] += read_job_result(path)['cpu_seconds']
-    lines = [f'{"method":16}{"share":>7}{"done":>10}{"hours":>8}']
-    for (method, share), (asked, done, seconds) in counts.items():
-        lines.append(f'{method:16}{share:>7g}{done:>5} of {asked:<2}{seconds / 3600:>8.2f}')
-    caches = [*Path(folder).glob('views-*.json')]
-    seconds = sum(json.loads(path.read_text())['cpu_seconds'] for path in caches)
-    lines.append(f'{"views":16}{"":7}{counted(len(caches), "cache"):>10}{seconds / 3600:>8.2f}')
-    total = seconds + sum(row[2] for row in counts.values())
-    lines.append(f'{"all":33}{total / 3600:>8.2f} of {plan.budget_hours:g}')
+    width = max([7, *(2 + len(part) for _, part in counts)])
+    lines = [f'{"method":16}{part_is:>{width}}{"done":>10}{"hours":>8}']
+    for (method, part), (asked, done, seconds) in counts.items():
+        lines.append(f'{method:16}{part:>{width}}{done:>5} of {asked:<2}{seconds / 3600:>8.2f}')
+    total = sum(row[2] for row in counts.values())
+    for kind, one in (('views', 'cache'), ('cohorts', 'cohort')):
+        paths = [*Path(folder).glob(f'{kind}-*.json')]
+        seconds = sum(json.loads(path.read_text())['cpu_seconds'] for path in paths)
+        total += seconds
+        if paths or kind == 'views':
+            found = counted(len(paths), one)
+            lines.append(f'{kind:16}{"":{width}}{found:>10}{seconds / 3600:>8.2f}')
+    lines.append(f'{"all":{26 + width}}{total / 3600:>8.2f} of {plan.budget_hours:g}')
     return '\n'.join(lines)
 
 # %% ../../nbs/paper/06_runner.ipynb #3a345224
@@ -364,24 +400,24 @@ def steps_of(split: Split) -> float:
     return 2 * larger + FORWARD * len(split.tuning)
 
 
-def step_seconds(runner: Runner, method: str) -> tuple[float, float]:
-    "Processor seconds of a training step of a method: with frozen stages, and of all of it."
-    job = jobs_of(runner.plan, [method])[0]
+def step_seconds(runner: Runner, job: Job) -> tuple[float, float]:
+    "Processor seconds of a training step of a job: with frozen stages, and of all of it."
     split = few(runner.split(job))
+    method = method_named(job.method, runner.methods)
+    planned, data = runner.basis(job)
     totals = []
     # the first is not counted, as it imports and traces; other things done once cancel
     for frozen_epochs, epochs in ((1, 1), (1, 1), (3, 1), (1, 3)):
         changes = dict(frozen_epochs=frozen_epochs, epochs=epochs, views=1)
-        plan = replace(runner.plan, **changes)
+        plan = replace(planned, **changes)
         work = runner.work / 'estimate'
-        experiment = Experiment(plan, runner.cases, work, runner.data)
-        kind = method_named(method).views
-        views = experiment.views(kind or 'image')
+        experiment = Experiment(plan, runner.experiment_of(job).cases, work, data)
+        views = experiment.views(method.views or 'image')
         views.fill(views.missing([*split.train, *split.tuning]))
         with TemporaryDirectory(dir=work) as folder:
             began = processor_seconds()
             training = Training(Path(folder), seed_of(job), plan, minutes=runner.minutes)
-            method_named(method).run(job, split, experiment, training)
+            method.run(job, split, experiment, training)
             totals.append(processor_seconds() - began)
     steps = steps_of(split)
     least, *longer = totals[1:]
@@ -389,12 +425,12 @@ def step_seconds(runner: Runner, method: str) -> tuple[float, float]:
     return frozen, whole
 
 
-def view_seconds(runner: Runner, kind: str) -> float:
+def view_seconds(experiment: Experiment, kind: str) -> float:
     "Processor seconds of a view."
-    views = runner.experiment.views(kind)
+    views = experiment.views(kind)
     began = processor_seconds()
-    for view in (0, min(1, runner.plan.views)):
-        views.computed(runner.cases[0], view)
+    for view in (0, min(1, experiment.plan.views)):
+        views.computed(experiment.cases[0], view)
     return (processor_seconds() - began) / 2
 
 
@@ -403,7 +439,7 @@ def estimate(runner: Runner) -> list[list[object]]:
     plan = runner.plan
     rows: list[list[object]] = [['what', 'jobs', 'hours']]
     for method in TRAINED:
-        frozen, whole = step_seconds(runner, method)
+        frozen, whole = step_seconds(runner, jobs_of(plan, [method])[0])
         seconds: dict[float, list[float]] = {}
         for job in jobs_of(plan, [method]):
             steps = steps_of(runner.split(job))
@@ -413,7 +449,8 @@ def estimate(runner: Runner) -> list[list[object]]:
             rows.append([f'{method}, share {share:g}', len(taken), sum(taken) / 3600])
         kind = method_named(method).views or 'image'
         n_views = len(runner.cases) * (1 + plan.views)
-        rows.append([f'views of {kind}', n_views, n_views * view_seconds(runner, kind) / 3600])
+        seconds_of_view = view_seconds(runner.experiment, kind)
+        rows.append([f'views of {kind}', n_views, n_views * seconds_of_view / 3600])
     return rows
 
 

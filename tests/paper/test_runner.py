@@ -233,11 +233,11 @@ def test_killed_while_views_are_computed(make):
     runner = make()
     split = runner.split(job('streaming'))
     with mock.patch.object(Clock, 'tick', side_effect=Killed), pytest.raises(Killed):
-        runner.fill('image', split)
-    assert not runner.views_path('image').exists() and runner.spent() > 0
+        runner.fill('image', job('streaming'))
+    assert not runner.views_path('image', job('streaming')).exists() and runner.spent() > 0
     again = make()
-    again.fill('image', split)
-    about = json.loads(again.views_path('image').read_text())
+    again.fill('image', job('streaming'))
+    about = json.loads(again.views_path('image', job('streaming')).read_text())
     n_plain = len(split.tuning) + len(split.test)
     assert about['files'] == 2 * len(split.train) + n_plain and about['starts'] == 2
     assert about['bytes'] > 0 and again.spent() == pytest.approx(about['cpu_seconds'], rel=1e-3)
@@ -246,10 +246,10 @@ def test_killed_while_views_are_computed(make):
 def test_views_are_made_when_a_job_needs_them(make):
     runner = make()
     runner.run([job('frozen-max')])
-    about = json.loads(runner.views_path('features').read_text())
+    about = json.loads(runner.views_path('features', job('frozen-max')).read_text())
     assert about['files'] == len(runner.cases)  # no augmented ones
     runner.run([job('frozen-abmil')])
-    more = json.loads(runner.views_path('features').read_text())
+    more = json.loads(runner.views_path('features', job('frozen-max')).read_text())
     assert more['files'] > about['files'] and more['cpu_seconds'] > about['cpu_seconds']
     done = [read_job_result(runner.path(job(name))) for name in ('frozen-max', 'frozen-abmil')]
     total = sum(each['cpu_seconds'] for each in done) + more['cpu_seconds']
@@ -358,10 +358,10 @@ def test_shortcuts_are_learned_from_all_training_slides_only():
 def test_a_cache_that_is_made_again_adds_to_what_it_took(make):
     runner = make()
     runner.run([job('frozen-max')])
-    before = json.loads(runner.views_path('features').read_text())
+    before = json.loads(runner.views_path('features', job('frozen-max')).read_text())
     shutil.rmtree(runner.work)
     make().run([job('frozen-mean')])
-    after = json.loads(runner.views_path('features').read_text())
+    after = json.loads(runner.views_path('features', job('frozen-max')).read_text())
     assert after['cpu_seconds'] > before['cpu_seconds'] and after['starts'] == 2
     assert after['files'] == before['files']
 

@@ -395,4 +395,3 @@ class HostMemory:
 
 
 host_memory = HostMemory()
-

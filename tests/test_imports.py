@@ -26,6 +26,14 @@ TRAINING = [
     'streaming_pathology.evaluation.heatmaps',
     'streaming_pathology.runs.runs',
 ]
+BENCH = [
+    'streaming_pathology.bench.comparison',
+    'streaming_pathology.bench.networks',
+    'streaming_pathology.bench.pipeline',
+    'streaming_pathology.bench.strips',
+    'streaming_pathology.bench.trial',
+    'streaming_pathology.bench.whole_slides',
+]
 
 
 def loaded(*modules):
@@ -50,8 +58,9 @@ def loaded(*modules):
             ['streaming_pathology.runs.runs'],
             ['streaming_pathology.slides.check', 'streaming_pathology.slides.trim'],
         ),
+        (BENCH, ['IPython']),  # which is there in a notebook, and need not be elsewhere
     ],
-    ids=['package', 'core', 'auc', 'results', 'slides', 'training', 'engine', 'runs'],
+    ids=['package', 'core', 'auc', 'results', 'slides', 'training', 'engine', 'runs', 'bench'],
 )
 def test_what_an_import_loads(modules, spared):
     found = loaded(*modules)

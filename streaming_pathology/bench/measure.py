@@ -23,7 +23,6 @@ from typing import Any, Self
 from unittest import mock
 
 import torch
-from IPython.display import Markdown
 from torch import nn
 
 from .methods import Step, trunk
@@ -425,8 +424,11 @@ def read_figures(name: str, folder: str = '../results') -> dict:
     return json.loads((Path(folder) / f'{name}.json').read_text())
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
     "A table as a notebook shows it."
+    # IPython is there in a notebook, and need not be elsewhere
+    from IPython.display import Markdown
+
     lines = [head, ['---'] * len(head), *rows]
     return Markdown('\n'.join(f'| {" | ".join(line)} |' for line in lines))
 

@@ -12,6 +12,7 @@ MEASURED = {
     ('bench/03_measure', '6876fa8a'): 'speed of the memory',
     ('bench/03_measure', '1e9ba2bf'): 'strips planned by the speeds of this machine',
     ('cli/02_commands', '8263f05f'): 'seconds of each prediction',
+    ('engine/11_ledger', '5b1f3aaf'): 'memory that was allocated',
     ('engine/11_ledger', 'b3466fa5'): 'speeds of this machine',
     ('engine/11_ledger', 'd88142e2'): 'seconds of a step',
     ('engine/12_plan', '17ad241c'): 'times predicted from the speeds of this machine',

@@ -30,7 +30,7 @@ from ..slides.synthetic import LABELS, write_cohort
 @dataclass(frozen=True)
 class PaintedPlan(Plan):
     """Settings of an experiment on painted slides. `size` and `patch`, in pixels, follow from
-    lengths in microns: see `Cohort.plan_at`.
+    lengths in microns: see `Cohort`.
 
     Raises `InputError` for settings that are out of range."""
 

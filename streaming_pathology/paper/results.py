@@ -317,6 +317,8 @@ def figure_3(plan: Plan, folder: str | Path) -> 'Figure':
             left.lines[-1].set_linestyle(style)
             if share == 1:
                 plot_roc(found.labels, found.scores, right, method, COLORS[method])
+    if left.lines:  # the legend again, with the styles that the lines have now
+        left.legend(loc='lower right', frameon=False, handlelength=3, fontsize='small')
     left.set_title('training slides')
     right.set_title('all training slides')
     for axis, names in ((left, missing), (right, [name for name in missing if '100%' in name])):

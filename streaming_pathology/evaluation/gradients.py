@@ -351,14 +351,14 @@ def explain_canvas(
     Raises `InputError` as `output_of` does, and for a canvas without patches."""
     if not canvas.patches:
         raise InputError(f'{canvas} has no patches: there is no tissue to explain')
-    parameter = next(model.parameters(), None)
-    dtype = torch.float32 if parameter is None else parameter.dtype
-    changed = canvas_to_explain(canvas, dtype, change)
+    rows = ChangedRows(CanvasRows(canvas))
+    rows.match_dtype(model)
+    changed = canvas_to_explain(canvas, rows.dtype, change)
     patches = [pixels for *_, pixels in changed.patches]
     with only_input_gradients(model), torch.enable_grad():
         image: Any = changed
         if first_streamed(model) is None:
-            image = changed.dense().to(patches[0].device if parameter is None else parameter.device)
+            image = changed.dense().to(device_of(model, rows))
         gradients = input_gradients(model, output_number(model, image, target), patches)
     for (top, left, _), gradient in zip(changed.patches, gradients, strict=True):
         take(gradient[None], top, left)

@@ -62,7 +62,6 @@ from streaming_pathology.paper.painted import (
 from .plan import Job, Plan
 from streaming_pathology.paper.runner import (
     FORWARD,
-    Clock,
     Runner,
     now,
     result_text,
@@ -360,11 +359,7 @@ class PaintedRunner(Runner):
         slides. Raises `InputError` where it finds tumour."""
         folder = self.work / 'cohorts' / cohort.name
         path = self.cohort_path(cohort)
-        clock_path = self.work / path.name
-        if path.exists() and not clock_path.exists():
-            # of a folder of work that is gone: what it took stays
-            write_whole(clock_path, path.read_text(encoding='utf-8'))
-        clock = Clock(clock_path)
+        clock = self.clock_of(path.name, path)
         try:
             cases = cohort.paint(folder)
             side = pixels(self.plan.place_um, cohort.spacing, 'place_um')

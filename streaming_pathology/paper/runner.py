@@ -268,12 +268,8 @@ class Runner:
         if not missing:
             return
         self.log(f'{len(missing)} views of {kind} are computed')
-        clock_path = self.work / f'{self.views_name(kind, job)}.json'
         path = self.views_path(kind, job)
-        if path.exists() and not clock_path.exists():
-            # of a folder of work that is gone: what it took stays
-            write_whole(clock_path, path.read_text(encoding='utf-8'))
-        clock = Clock(clock_path)
+        clock = self.clock_of(f'{self.views_name(kind, job)}.json', path)
         try:
             views.fill(missing, clock.tick)
         finally:
@@ -289,6 +285,14 @@ class Runner:
             machine=environment(),
         )
         write_whole(path, result_text(result))
+
+    def clock_of(self, name: str, path: Path) -> Clock:
+        "The clock `name` of work that is not a job; it goes on from what the file `path` tells."
+        clock_path = self.work / name
+        if path.exists() and not clock_path.exists():
+            # of a folder of work that is gone: what it took stays
+            write_whole(clock_path, path.read_text(encoding='utf-8'))
+        return Clock(clock_path)
 
     # ---- budget
 

@@ -26,7 +26,7 @@ from streaming_pathology.slides.trim import Trim, trim_slides
 from streaming_pathology.training.checkpoints import save_checkpoint
 from streaming_pathology.training.models import StreamingClassifier
 
-SIZE, NATIVE, SPACING, N_SLIDES = (4096, 4096), 0.48, 0.96, 2
+SIZE, NATIVE, SPACING, N_SLIDES = (8192, 8192), 0.48, 0.96, 4
 NETWORK = dict(arch='resnet34', n_out=1, strip=256)
 
 

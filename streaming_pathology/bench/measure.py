@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['images', 'LAYOUTS', 'Rows', 'biopsy', 'canvas', 'upright', 'side_by_side', 'left_one', 'right_one', 'make_case',
            'prepare', 'PeakMemory', 'fresh', 'peak_memory', 'times', 'summary', 'ratios', 'spread', 'plan_of',
-           'planned', 'streaming_within', 'machine', 'read_result', 'read_figures', 'markdown_table']
+           'planned', 'streaming_within', 'machine', 'read_result', 'read_figures']
 
 # %% ../../nbs/bench/03_measure.ipynb #fdc8c675
 import ctypes
@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -422,15 +422,6 @@ def read_result(part: str, device: str = 'cpu', folder: str = '../results') -> d
 def read_figures(name: str, folder: str = '../results') -> dict:
     "A committed file of results by its name, without its ending."
     return json.loads((Path(folder) / f'{name}.json').read_text())
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
-    "A table as a notebook shows it."
-    # IPython is there in a notebook, and need not be elsewhere
-    from IPython.display import Markdown
-
-    lines = [head, ['---'] * len(head), *rows]
-    return Markdown('\n'.join(f'| {" | ".join(line)} |' for line in lines))
 
 # %% ../../nbs/bench/03_measure.ipynb #79c74e2f
 def options_text(way: dict) -> str:

@@ -18,7 +18,7 @@ from streaming_pathology.evaluation.evaluation import (
     operating_point,
     read_predictions,
 )
-from ..io import read_table
+from ..io import markdown_table, read_table
 
 # %% ../../nbs/evaluation/08_review.ipynb #rev000006
 FALSE = ('false positive', 'false negative')
@@ -194,12 +194,6 @@ def markdown_of(models: dict[str, tuple[list[Wrong], dict[str, str]]]) -> str:
     tables = []
     for kind, totals, rows in category_table(models):
         titles = [f'{name} ({total})' for name, total in zip(models, totals)]
-        lines = [markdown_line([f'{kind}s', *titles]), '|---' * (len(models) + 1) + '|']
-        lines += [markdown_line([category, *map(str, counts)]) for category, counts in rows]
-        tables.append('\n'.join(lines))
+        lines = [[category, *counts] for category, counts in rows]
+        tables.append(markdown_table([[f'{kind}s', *titles], *lines]))
     return '\n\n'.join(tables)
-
-
-def markdown_line(cells: list[str]) -> str:
-    "A line of a table."
-    return f'| {" | ".join(cells)} |'

@@ -18,8 +18,7 @@ import numpy as np
 from ..evaluation.auc import Estimate, auc_interval, delong_test
 from .painted import DARKNESS, PaintedPlan, painted_jobs
 from .plan import LEVEL
-from .results import NOT_YET
-from .runner import read_job_result
+from .results import NOT_YET, interval_text, results_done
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,18 +33,14 @@ def results_of(
     plan: PaintedPlan, method: str, label: str, spacing: float, folder: str | Path
 ) -> list[dict]:
     "The results of a method on the cohorts of a label and a spacing, one for each seed that is done."
-    paths = [
-        Path(folder) / plan.name / f'{job.name}.json'
-        for job in painted_jobs(plan, [method])
-        if (job.label, job.spacing) == (label, spacing)
-    ]
-    return [read_job_result(path) for path in paths if path.exists()]
+    cohort = label, spacing
+    jobs = [job for job in painted_jobs(plan, [method]) if (job.label, job.spacing) == cohort]
+    return results_done(plan, jobs, folder)
 
 
 def is_empty(plan: PaintedPlan, folder: str | Path) -> bool:
     "Whether no job of a plan is done."
-    paths = [Path(folder) / plan.name / f'{job.name}.json' for job in painted_jobs(plan)]
-    return not any(path.exists() for path in paths)
+    return not results_done(plan, painted_jobs(plan), folder)
 
 
 def logits_and_labels(results: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +74,7 @@ def difference(
     labels, first = logits_and_labels(found[0])
     _, second = logits_and_labels(found[1])
     test = delong_test(labels, first, second, LEVEL)
-    return f'{test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f})'
+    return interval_text(test)
 
 
 def table_of_methods(plan: PaintedPlan, folder: str | Path) -> list[list[object]]:
@@ -168,8 +163,8 @@ def table_of_maps(plan: PaintedPlan, folder: str | Path) -> list[list[object]]:
     rows: list[list[object]] = [[*head, 'rank correlation with that', 'passes']]
     plain: dict[str, list[object]] = {}
     for job in painted_jobs(plan):
-        path = Path(folder) / plan.name / f'{job.name}.json'
-        maps = read_job_result(path).get('maps') if path.exists() else None
+        done = results_done(plan, [job], folder)
+        maps = done[0].get('maps') if done else None
         if maps is None or len(maps['slides']) < 2:
             continue
         n = len(maps['slides'])

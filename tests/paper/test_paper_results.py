@@ -19,7 +19,6 @@ from streaming_pathology.paper.results import (
     compare,
     errors_of,
     figure_3,
-    markdown,
     measured_on,
     mosaic_areas,
     results_in,
@@ -194,11 +193,6 @@ def test_table_3_counts_errors_at_the_highest_accuracy(folder):
     )
     assert sum(errors.values()) == round(36 * (1 - best))
     assert table_3(PLAN, folder)[2][1:] == [*errors.values()]
-
-
-def test_tables_are_markdown():
-    text = markdown([['a', 'b'], [1, None]])
-    assert text.splitlines() == ['| a | b |', '|---|---|', '| 1 | None |']
 
 
 # ---- the figure

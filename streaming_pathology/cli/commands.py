@@ -339,7 +339,7 @@ class PredictSettings(Settings):
     shard: str | None = shard_option()
     merge: bool = merge_option()
 
-
+# %% ../../nbs/cli/02_commands.ipynb #c4b10001
 def slides_and_table(settings: PredictSettings) -> tuple[tuple[str, ...], str]:
     "The slides and the table to write, which may be the last of the words."
     slides, out = settings.slides, settings.out
@@ -351,7 +351,7 @@ def slides_and_table(settings: PredictSettings) -> tuple[tuple[str, ...], str]:
         raise InputError('predictions.csv exists; name the table to write by --out')
     return slides, 'predictions.csv'
 
-
+# %% ../../nbs/cli/02_commands.ipynb #c4b10002
 def predict(settings: PredictSettings) -> None:
     """Predict slides with a trained network. A CSV that exists is replaced at the end, as a whole.
     If the command is interrupted, the same command resumes. Started by torchrun, processes share
@@ -403,7 +403,7 @@ def predict(settings: PredictSettings) -> None:
     print(f'wrote {out}: {counted(len(rows), "slide")}')
     tell_outcome(outcome, statuses)
 
-
+# %% ../../nbs/cli/02_commands.ipynb #c4b10003
 def slides_to_predict(
     settings: PredictSettings, slides: Sequence[str], card: dict[str, Any]
 ) -> FoundSlides:
@@ -430,7 +430,7 @@ def not_predicted(outcome: Outcome) -> InputError:
     problem = several(start, outcome.reasons())
     return InputError(f'{problem}; --skip-failed leaves them out of the table')
 
-
+# %% ../../nbs/cli/02_commands.ipynb #c4b10004
 def same_for_all(settings: PredictSettings, card: dict[str, Any]) -> dict[str, Any]:
     "What all shards of a table have in common."
     import streaming_pathology
@@ -496,7 +496,7 @@ def merge_predicted(
         print(f'wrote {out}: {counted(n_rows, "slide")}')
     tell_outcome(outcome, statuses)
 
-
+# %% ../../nbs/cli/02_commands.ipynb #c4b10005
 def not_skipped(
     outcome: Outcome,
     kept: bool,  # whether slides are done, and need not be done again
@@ -723,7 +723,7 @@ def confidence_option(group: str) -> Any:
         former_names=('level',),
     )
 
-
+# %% ../../nbs/cli/02_commands.ipynb #c4b10011
 @dataclass(kw_only=True)
 class EvaluateSettings(Settings):
     "The settings of sp_evaluate."
@@ -777,7 +777,7 @@ class EvaluateSettings(Settings):
         None, 'folder to draw the curves into, as SVG (default: none are drawn)', 'output'
     )
 
-
+# %% ../../nbs/cli/02_commands.ipynb #c4b10012
 def evaluate(settings: EvaluateSettings) -> None:
     """Evaluate a table of predictions, each figure with its interval: the area under the ROC curve,
     accuracy at a threshold, precision, calibration, subgroups; of other tasks kappa, concordance
@@ -927,7 +927,7 @@ def color(text: str) -> tuple[int, int, int]:
         raise ValueError(f'{text!r} is no colour; give white, or red,green,blue from 0 to 255')
     return rgb
 
-
+# %% ../../nbs/cli/02_commands.ipynb #c4b10021
 @dataclass(kw_only=True)
 class TrimSettings(Settings):
     "The settings of sp_trim."
@@ -990,7 +990,7 @@ class TrimSettings(Settings):
     shard: str | None = shard_option()
     merge: bool = merge_option()
 
-
+# %% ../../nbs/cli/02_commands.ipynb #c4b10022
 def trim(settings: TrimSettings) -> None:
     """Cut the biopsies out of slides. Writes tiled TIFFs, a manifest, thumbnails with outlines, and
     a table of what failed."""

@@ -375,7 +375,7 @@ def binary_results(request: Request) -> dict:
     result['notes'] = notes + interval_notes(metrics, result, labels, tested.patient_ids)
     return result
 
-
+# %% ../../nbs/evaluation/07_results.ipynb #c4c10001
 def interval_notes(
     metrics: Metrics,
     result: dict,  # of `binary_results`, with the metrics that are reported and the calibration
@@ -422,7 +422,7 @@ def chosen_threshold(outcomes: Outcomes, split: str) -> float:
     except InputError as e:
         raise InputError(f'the split {split!r} to choose thresholds on: {e}') from None
 
-
+# %% ../../nbs/evaluation/07_results.ipynb #c4c10002
 def calibration_results(
     labels: np.ndarray, probabilities: np.ndarray, resampling: Resampling
 ) -> dict:
@@ -468,7 +468,7 @@ def sensitivity_results(request: Request, tested: Outcomes, chosen_on: Outcomes)
         intervals={name: [share.low, share.high] for name, share in shares.items()},
     )
 
-
+# %% ../../nbs/evaluation/07_results.ipynb #c4c10003
 FIRST_SLIDE = re.compile(r" \((?:'.*'|\".*\") is the first\)")
 
 
@@ -537,7 +537,7 @@ def limits(estimate: Estimate) -> dict:
     "The bootstrap interval of the main metric, for JSON."
     return dict(low=estimate.low, high=estimate.high, redrawn=estimate.redrawn)
 
-
+# %% ../../nbs/evaluation/07_results.ipynb #c4c10011
 def class_results(request: Request) -> dict:
     "The metrics of several classes, with or without an order."
     tested = request.outcomes(request.split)
@@ -623,7 +623,7 @@ def all_slides(tested: Outcomes) -> dict[str, np.ndarray]:
     "All slides, as one class of `few_patients`."
     return {'slides': np.ones(len(tested.slide_ids), bool)}
 
-
+# %% ../../nbs/evaluation/07_results.ipynb #c4c10012
 def multilabel_results(request: Request) -> dict:
     "The metrics of several labels, each of the slides of which it is known."
     tested = request.outcomes(request.split)
@@ -651,7 +651,7 @@ def multilabel_results(request: Request) -> dict:
         raise InputError('; '.join(notes))
     return dict(task='multilabel', labels=of_labels, notes=notes)
 
-
+# %% ../../nbs/evaluation/07_results.ipynb #c4c10013
 def survival_of_patients(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Times, events and log risks, each (n_patients,): of each patient those of the slide with the
     highest log risk, see `riskiest_slides`."""
@@ -718,7 +718,7 @@ def patients_with_several_outcomes(
         outcomes.setdefault(patient, set()).add(tuple(outcome))
     return sum(len(different) > 1 for different in outcomes.values())
 
-
+# %% ../../nbs/evaluation/07_results.ipynb #c4c10014
 def regression_results(request: Request) -> dict:
     "The mean absolute error and Spearman's rank correlation; None where all values are equal."
     from scipy.stats import spearmanr  # slow to import, so only where it is used
@@ -907,7 +907,7 @@ def binary_sentences(metrics: dict) -> list[str]:
         sentences += [subgroup_sentence(column, subgroup) for subgroup in subgroups]
     return sentences
 
-
+# %% ../../nbs/evaluation/07_results.ipynb #c4c10021
 def subgroups_in(
     metrics: dict,  # of two classes
 ) -> dict[str, list[Subgroup]]:
@@ -957,7 +957,7 @@ def subgroup_sentence(column: str, subgroup: Subgroup) -> str:
         text = f'{text} against all negative slides'
     return text
 
-
+# %% ../../nbs/evaluation/07_results.ipynb #c4c10022
 def class_sentences(metrics: dict) -> list[str]:
     "The metrics of several classes in words; also of a former file, which has the kappa alone."
     slides = f'{metrics["n"]} slides, accuracy {metrics["accuracy"]:.3f}'

@@ -339,7 +339,7 @@ class Runner:
         "What is done of some jobs, and what it took, as text."
         return table_of(self.plan, jobs, self.out)
 
-
+# %% ../../nbs/paper/06_runner.ipynb #c4e10001
 def now() -> str:
     "Date and time, with its offset."
     return datetime.datetime.now().astimezone().isoformat(' ', 'seconds')
@@ -354,7 +354,7 @@ def remove_folder(folder: Path) -> None:
             path.unlink()
     folder.rmdir()
 
-
+# %% ../../nbs/paper/06_runner.ipynb #c4e10002
 def table_of(plan: Plan, jobs: Iterable[Job], folder: str | Path) -> str:
     "What is done of the jobs of a plan, from the files in the folder of its results, as text."
     counts: dict[tuple[str, str], list] = {}

@@ -139,7 +139,7 @@ class Prepared:
     point: dict | None  # the checkpoint to resume from
     changed: dict  # settings that changed since that: see `changes`
 
-
+# %% ../../nbs/runs/04_runs.ipynb #c4a10001
 class Preparation:
     """All checks before a `Run` writes anything, on the first rank. Its methods raise `InputError`
     for what cannot be used."""
@@ -357,7 +357,7 @@ class Preparation:
                 'new folder'
             )
 
-
+# %% ../../nbs/runs/04_runs.ipynb #c4a10002
 def listed_ids(slide_ids: Sequence[str]) -> str:
     "Slides in a sentence: the first few by name."
     if not slide_ids:
@@ -377,7 +377,7 @@ def as_asked(name: str, value: object) -> str:
         return str(value)
     return f'{flag(name)} {shown(value)}'
 
-
+# %% ../../nbs/runs/04_runs.ipynb #c4a10003
 def former_settings(folder: Path, point: dict | None) -> dict:
     """The settings of a former run, by its checkpoint. Its settings.toml may have been edited, and
     is read only if there is no checkpoint. Settings that a former version did not have get their
@@ -399,7 +399,7 @@ def as_read(values: dict) -> dict:
     "Settings as they are after they were written and read."
     return tomllib.loads(as_toml(values))
 
-
+# %% ../../nbs/runs/04_runs.ipynb #c4a10004
 def settle_features(
     settings: MILSettings,
     folder: Path,  # of the run
@@ -446,7 +446,7 @@ def update_batchnorm(model: Network, data: SlideDataset, seed: int) -> None:
     patches = sample_patches(data.part('train'), n=32, size=min(sides), seed=seed)
     model.update_batchnorm(patches)
 
-
+# %% ../../nbs/runs/04_runs.ipynb #c4a10011
 def save_weights(
     model: torch.nn.Module, path: Path, card: dict, seed: int, history: list[dict]
 ) -> None:
@@ -483,7 +483,7 @@ def best_weights(
     if best['settings'] != plain(card):  # the card by which its predictions are made
         save_checkpoint(path, **best | dict(settings=card))
 
-
+# %% ../../nbs/runs/04_runs.ipynb #c4a10012
 def describe(model: torch.nn.Module) -> dict:
     "What a network says of itself for its card: the one of whole images, or that of patches."
     network = getattr(model, 'network', model)
@@ -684,7 +684,7 @@ class Training:
             path = self.folder / f'heatmaps/{case.slide_id}.npy'
             save_heatmap(path, fit_map(heatmap, max_side=512))
 
-
+# %% ../../nbs/runs/04_runs.ipynb #c4a10013
 def chosen_slides(rows: list[dict], number: int) -> list[str]:
     """Ids of slides for heatmaps: those without a label first, then test slides, positive and
     negative in turn."""

@@ -351,7 +351,7 @@ def slides_and_table(settings: PredictSettings) -> tuple[tuple[str, ...], str]:
         raise InputError('predictions.csv exists; name the table to write by --out')
     return slides, 'predictions.csv'
 
-# %% ../../nbs/cli/02_commands.ipynb #c4b10002
+
 def predict(settings: PredictSettings) -> None:
     """Predict slides with a trained network. A CSV that exists is replaced at the end, as a whole.
     If the command is interrupted, the same command resumes. Started by torchrun, processes share

@@ -718,7 +718,7 @@ def patients_with_several_outcomes(
         outcomes.setdefault(patient, set()).add(tuple(outcome))
     return sum(len(different) > 1 for different in outcomes.values())
 
-# %% ../../nbs/evaluation/07_results.ipynb #c4c10014
+
 def regression_results(request: Request) -> dict:
     "The mean absolute error and Spearman's rank correlation; None where all values are equal."
     from scipy.stats import spearmanr  # slow to import, so only where it is used

@@ -536,7 +536,7 @@ class Growth:
 
 ANY_GROWTH = Growth()
 
-# %% ../../nbs/slides/09_synthetic.ipynb #c4d10001
+
 def no_glands(size: tuple[int, int]) -> np.ndarray:
     "Depth in glands where there is none, float32 (height, width)."
     return np.full(size, OUTSIDE, np.float32)
@@ -616,7 +616,7 @@ def punch_holes(
     holes = Glands(y, x, np.zeros(len(y)), squash, outline, np.zeros_like(outline))
     draw_glands(holes, no_glands(depth.shape), lumen, spacing)
 
-# %% ../../nbs/slides/09_synthetic.ipynb #c4d10003
+
 def tumour_zones(
     rng: np.random.Generator, core: Core, spacing: float, fraction: float, growth: Growth
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -663,7 +663,7 @@ def first_part(
     first[inside[by_value[round(second_share * len(inside)) :]]] = True
     return first.reshape(tumour.shape)
 
-# %% ../../nbs/slides/09_synthetic.ipynb #c4d10004
+
 def add_glands(
     rng: np.random.Generator,
     core: Core,
@@ -1184,7 +1184,7 @@ def check_label(label_means: str, tumour_fractions: tuple[float, float], thresho
             f'from both by a factor of {MARGIN}'
         )
 
-# %% ../../nbs/slides/09_synthetic.ipynb #c4d10011
+
 # settings that former versions did not have, with what was painted then
 FORMERLY = dict(look='natural', painted_at=None, label_means='tumour', threshold=0.25)
 
@@ -1228,7 +1228,7 @@ def write_cohort_manifest(folder: Path, rows: list[dict], spacing: float) -> Pat
     ]
     return write_csv(folder / 'manifest.csv', rows, [*columns, 'truth'])
 
-# %% ../../nbs/slides/09_synthetic.ipynb #c4d10012
+
 def write_cohort(
     folder: str | Path,  # where to; made if missing
     n: int = 40,  # slides

@@ -485,6 +485,10 @@ def is_fluorescent(channel: ElementTree.Element) -> bool:
     "Whether a Channel element is of fluorescence."
     if channel.get('ContrastMethod') == 'Fluorescence':
         return True
+    # microscopes name a stain and wavelengths of white light, too: 'TL Brightfield'
+    words = (channel.get(name, '') for name in ('ContrastMethod', 'Fluor'))
+    if any('bright' in word.casefold() for word in words):
+        return False
     return any(channel.get(name) for name in FLUORESCENT)
 
 

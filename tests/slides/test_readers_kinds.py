@@ -315,6 +315,19 @@ def test_channels_in_ome_with_stains_or_wavelengths(tmp_path, n, more):
 
 
 @pytest.mark.parametrize(
+    'more',
+    [
+        dict(Fluor=['TL Brightfield'] * 3),
+        dict(ContrastMethod=['Brightfield'] * 3, EmissionWavelength=[550.0] * 3),
+    ],
+)
+def test_channels_in_ome_of_white_light(tmp_path, more):
+    write_channels(tmp_path / 'a.ome.tif', 3, more)
+    slide, _ = quiet(tmp_path / 'a.ome.tif')
+    assert (slide.read(0.5) == tiffs.pixels((60, 80))).all()
+
+
+@pytest.mark.parametrize(
     'names', [['Red', 'Green', 'Blue'], ['R', 'G', 'B'], ['red', 'green', 'blue']]
 )
 def test_channels_in_ome_that_are_colors(tmp_path, names):

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..core import InputError, SlidesChanged, counted
+from ..engine.canvas import Canvas
 from ..evaluation.gradients import integrated_gradients, smoothgrad
 from streaming_pathology.evaluation.heatmaps import (
     FORMAT,
@@ -99,19 +100,21 @@ class HeatmapMethod:
 
     words: str  # what reports call it
     uses: tuple[str, ...]  # the settings that it uses; another one that is given is refused
-    # from the settings, a network and what it is shown, an image uint8 (3, H, W) or the `Bag` of a
-    # slide's patches, to the map: float32 (h, w), finite and not negative
+    # from the settings, a network and what it is shown, an image uint8 (3, H, W), a `Canvas` or
+    # the `Bag` of a slide's patches, to the map: float32 (h, w), finite and not negative
     draw: Callable[[HeatmapSettings, torch.nn.Module, Any], np.ndarray]
     # pixels from one cell of the map to the next
     cell: Callable[[HeatmapSettings, torch.nn.Module, torch.Tensor], float] = cell_of_settings
     full_color: float | None = None  # value of full colour; None: the slide's 99.5th percentile
     of_patches: bool = False  # of a network that is shown patches, not an image
+    # of a network that skips the background, the map is computed on a `Canvas`, and is 0 around it
+    skips_background: bool = False
     # why a network has no such map, as the end of a sentence; None if it has
     problem: Callable[[torch.nn.Module], str | None] = no_problem
 
 # %% ../../nbs/runs/06_maps.ipynb #75e8106f
 def draw_smoothgrad(
-    settings: HeatmapSettings, model: torch.nn.Module, image: torch.Tensor
+    settings: HeatmapSettings, model: torch.nn.Module, image: torch.Tensor | Canvas
 ) -> np.ndarray:
     "The mean gradient of noisy copies."
     return smoothgrad(
@@ -126,7 +129,7 @@ def draw_smoothgrad(
 
 
 def draw_gradient(
-    settings: HeatmapSettings, model: torch.nn.Module, image: torch.Tensor
+    settings: HeatmapSettings, model: torch.nn.Module, image: torch.Tensor | Canvas
 ) -> np.ndarray:
     "The gradient alone: of one copy without noise."
     return smoothgrad(model, image, n=1, noise=0, target=settings.target, place=settings.cell)
@@ -204,8 +207,11 @@ heatmap_methods = dict(
         METHODS['smoothgrad'],
         ('n_samples', 'noise_std', 'seed', 'target', 'cell'),
         draw_smoothgrad,
+        skips_background=True,
     ),
-    gradient=HeatmapMethod(METHODS['gradient'], ('target', 'cell'), draw_gradient),
+    gradient=HeatmapMethod(
+        METHODS['gradient'], ('target', 'cell'), draw_gradient, skips_background=True
+    ),
     integrated=HeatmapMethod(METHODS['integrated'], ('n_steps', 'target', 'cell'), draw_integrated),
     activation=HeatmapMethod(METHODS['activation'], ('target',), draw_activation, cell_of_features),
     attention=HeatmapMethod(
@@ -243,6 +249,8 @@ def map_of(
         image = shown.image[:, :height, :width]
     else:
         shown = image = data.image(index)
+        if method.skips_background:
+            shown = data.as_input(image)
     heat = method.draw(settings, model, shown)
     if method.full_color is not None:
         return image, heat, method.full_color
@@ -313,6 +321,8 @@ class MapRun:
         left_out |= self.unused()
         values = self.settings.as_dict()
         about = dict(format=FORMAT, model=self.card['sha256'])
+        if chosen_method(self.settings).skips_background and self.data.canvas:
+            about['skip_background'] = True  # which former versions did not here
         about.update({name: value for name, value in values.items() if name not in left_out})
         return about
 

@@ -357,6 +357,13 @@ class SlideDataset(Dataset):
         "A case as the network sees it, not augmented: uint8 (3, H, W)."
         return self.fitted(self.read(index))
 
+    def as_input(
+        self,
+        image: torch.Tensor,  # (3, H, W), of `image`
+    ) -> torch.Tensor | Canvas:
+        "An image as networks are given it: a `Canvas`, if this dataset has such."
+        return sparse_canvas(image, self.color) if self.canvas else image
+
     def fitted(self, rgb: np.ndarray) -> torch.Tensor:
         "Pixels (height, width, 3), padded or cropped, in the order of torch: uint8 (3, H, W)."
         canvas = fit_canvas(rgb, self.size, color=self.color)

@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 
 from streaming_pathology.core import InputError
+from streaming_pathology.engine.canvas import Canvas
+from streaming_pathology.evaluation.gradients import smoothgrad
 from streaming_pathology.evaluation.heatmaps import METHODS
+from streaming_pathology.evaluation.predict import dataset, load_model
 from streaming_pathology.runs.maps import MapRun, heatmap_methods
 from streaming_pathology.runs.settings import HEATMAP_METHODS, HeatmapSettings
-from streaming_pathology.slides.cohorts import tiny_cohort
+from streaming_pathology.slides.cohorts import Case, tiny_cohort
 from streaming_pathology.slides.slides import Slide
 from streaming_pathology.training.checkpoints import save_checkpoint
 from streaming_pathology.training.models import StreamingClassifier
@@ -31,11 +34,11 @@ def place(tmp_path_factory):
     "A slide, and networks with random weights."
     folder = tmp_path_factory.mktemp('maps')
     tiny_cohort(folder / 'cohort', 2)
-    for name in set(FITS.values()):
+    for name in {*FITS.values(), 'canvas'}:
         torch.manual_seed(0)
         pool = 'attention' if name == 'attention' else 'avg'
         network = dict(arch='resnet18', n_out=1, pool=pool, strip=64)
-        card = dict(model=network, spacing=4.0, size=None, amp=None)
+        card = dict(model=network, spacing=4.0, size=None, amp=None, canvas=name == 'canvas')
         if name == 'patches':
             card['bags'] = dict(size=32, stride=None, tissue=0.1, factors=[1], k=1, batch=8)
         weights = dict(StreamingClassifier(**network).state_dict())
@@ -138,6 +141,37 @@ def test_a_setting_of_other_methods_is_refused(drawn):
     assert str(refusal.value) == (
         '--occlusion-size has no effect with --method smoothgrad, only with occlusion; remove it'
     )
+
+
+def test_a_network_that_skips_the_background_is_explained_on_tissue(place, drawn, tmp_path):
+    "Dense around it by the same weights; 0 where the canvas has no patches."
+    heat = np.load(drawn('gradient', network='canvas', cell=1) / 'maps/s00.npy')
+    model, card = load_model(place / 'canvas.pt', 'cpu')
+    data = dataset(card, [Case('s00', None, place / 'cohort/slides/s00.tiff')])
+    canvas = data.as_input(data.image(0))
+    assert isinstance(canvas, Canvas) and canvas.patches
+    covered = np.zeros(heat.shape, bool)
+    for top, left, pixels in canvas.patches:
+        height, width = pixels.shape[1:]
+        covered[top : top + height, left : left + width] = True
+    dense = smoothgrad(model, canvas.dense(), n=1, noise=0)
+    assert not covered.all() and not heat[~covered].any() and dense[~covered].any()
+    np.testing.assert_allclose(heat[covered], dense[covered], atol=1e-5 * dense.max())
+
+
+def test_other_methods_are_shown_the_whole_image(drawn):
+    folder = drawn('activation', network='canvas')
+    assert 'skip_background' not in json.loads((folder / 'heatmaps.json').read_text())
+
+
+def test_maps_of_the_whole_image_are_not_mixed_with_those_on_tissue(drawn):
+    "A former version drew them of networks that skip the background, too."
+    path = drawn('gradient', network='canvas', cell=8) / 'heatmaps.json'
+    values = json.loads(path.read_text())
+    assert values.pop('skip_background')
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match='other settings'):
+        drawn('gradient', network='canvas', cell=8)
 
 
 def test_a_folder_of_a_former_version_is_drawn_on(drawn):

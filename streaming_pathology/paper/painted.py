@@ -145,7 +145,8 @@ class Cohort:
 
     @property
     def settings(self) -> dict:
-        "The arguments of `write_cohort`."
+        """The arguments of `write_cohort`. `checksum` is made of them: another name or order of the
+        keys would make other data of every result."""
         plan, size = self.plan, self.plan_at.size
         return dict(
             n=plan.slides,
@@ -162,8 +163,8 @@ class Cohort:
         )
 
     @property
-    def data(self) -> str:
-        "A checksum of its settings."
+    def checksum(self) -> str:
+        "Of its settings."
         return hashlib.sha256(json.dumps(self.settings).encode()).hexdigest()
 
     def paint(self, folder: str | Path) -> list[Case]:
@@ -247,8 +248,8 @@ PAINTED = PaintedPlan(
     trained_stages=2,
     views=2,
     frozen_epochs=30,
-    frozen_lr=1e-3,
-    mil_frozen_lr=1e-3,
+    frozen_lr=3e-3,
+    mil_frozen_lr=3e-3,
     epochs=0,
 )
 LABELS_PLAN = replace(

@@ -334,14 +334,14 @@ class PaintedRunner(Runner):
 
     def basis(self, job: Job) -> tuple[Plan, str]:
         cohort = cohort_of(self.plan, painted(job))
-        return cohort.plan_at, cohort.data
+        return cohort.plan_at, cohort.checksum
 
     def experiment_of(self, job: Job) -> Experiment:
         cohort = cohort_of(self.plan, painted(job))
         name = cohort.name
         if name not in self.experiments:
             plan, cases = cohort.plan_at, self.cases_of(cohort)
-            self.experiments[name] = Experiment(plan, cases, self.work, cohort.data)
+            self.experiments[name] = Experiment(plan, cases, self.work, cohort.checksum)
         return self.experiments[name]
 
     def split(self, job: Job) -> Split:
@@ -370,7 +370,7 @@ class PaintedRunner(Runner):
         result = dict(
             cohort=cohort.name,
             settings=cohort.settings,
-            data=cohort.data,
+            data=cohort.checksum,
             darkness=rounded(found),
             ended=now(),
             **rounded(clock.total()),

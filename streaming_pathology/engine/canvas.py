@@ -421,7 +421,7 @@ class CanvasSource:
         self, schedule: 'CanvasSchedule', operands: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         "What the strips copy where there is no tissue: further operands."
-        schedule.background.find_types(self, operands)
+        schedule.background.set_types(self, operands)
         return schedule.background.maps(self, operands)
 
     def overlaps(self, region: Rect) -> list[tuple[int, Rect]]:
@@ -590,14 +590,14 @@ class Background:
     rows, stored columns).
     """
 
-    def __init__(self, program: Program, schedule: Schedule) -> None:
+    def __init__(self, program: Program, sizes: MapSizes) -> None:
         self.program = program
         self.first_operand = len(program.operands)
-        self.rows, self.columns = schedule.sizes.heights, schedule.sizes.widths
+        self.rows, self.columns = sizes.heights, sizes.widths
         # by the number of a map
         self.profiles: dict[int, Profiles] = {}
         self.fields: dict[int, ReceptiveFields] = {}
-        self.types: dict[int, torch.dtype] = {}  # in the strips: see find_types
+        self.types: dict[int, torch.dtype] = {}  # in the strips: see set_types
         for operation in program.operations:
             if not operation.reduces:
                 self.add(operation)
@@ -638,10 +638,11 @@ class Background:
             return 'joins maps of different strides'
         return None
 
-    def find_types(self, source: CanvasSource, operands: list[torch.Tensor]) -> None:
-        """Find the `types` of maps in the strips. Without autocast the trace has them. What
-        autocast makes of each function the trace only imitates, so under it the maps are computed
-        for their types."""
+    def set_types(self, source: CanvasSource, operands: list[torch.Tensor]) -> None:
+        """Set the `types` of maps in the strips, before each pass: they are equal each time, as the
+        modes of autocast are part of what a trace is made for. Without autocast the trace has them.
+        What autocast makes of each function the trace only imitates, so under it the maps are
+        computed for their types."""
         self.types = {each.number: each.value.dtype for each in self.program.operations}
         if autocast_type(source.device) is None:
             return
@@ -861,11 +862,12 @@ class CanvasSchedule(Schedule):
         extents: Iterable[Rect] = (),
     ) -> None:
         self.extents = list(extents)
+        sizes = sizes or MapSizes(program)
+        self.background = Background(program, sizes)
         super().__init__(program, strip, wait, sizes, rows)
 
     def all_strips(self) -> list[Strip]:
         "The strips, each worked out by itself: tissue lies elsewhere in each."
-        self.background = Background(self.program, self)
         count = len(self.cuts) - 1
         buffers = [self.buffers(k) for k in range(count)]
         strips = []

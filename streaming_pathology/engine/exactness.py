@@ -123,14 +123,14 @@ def check_exact(
 
 
 def canvas_like(image: torch.Tensor) -> Canvas:
-    "A canvas of the shape of `image` (1, C, H, W) with two of its parts as patches."
+    """A canvas of the shape of `image` (1, C, H, W): two patches of it, (C, H // 4, W // 4), and
+    around them a color with another number for each channel."""
     height, width = image.shape[2:]
-    corners = (height // 8, width // 2), (height // 2, width // 8)
+    pixels = image.detach()[0]
+    n_rows, n_columns = max(1, height // 4), max(1, width // 4)
     patches = []
-    for top, left in corners:
-        part = image.detach()[
-            0, :, top : top + max(1, height // 4), left : left + max(1, width // 4)
-        ]
-        patches.append((top, left, part.clone().requires_grad_()))
+    for top, left in ((height // 8, width // 2), (height // 2, width // 8)):
+        patch = pixels[:, top : top + n_rows, left : left + n_columns]
+        patches.append((top, left, patch.clone().requires_grad_()))
     color = torch.linspace(0.2, 0.8, image.shape[1]).tolist()
     return Canvas((height, width), color, patches)

@@ -201,7 +201,7 @@ def adjoint_of(
     run: Callable[..., torch.Tensor],
 ) -> Adjoint | None:
     "The gradient by hand of the functions that networks use most; None for others."
-    if name in ('add', 'iadd') and is_sum_of_maps(args, kwargs, tensors):
+    if name == 'add' and is_sum_of_maps(args, kwargs, tensors):
         return Adjoint(lambda *given: (run(*given), None), add_back)
     back = activation_back(name, args)
     if back is None or len(tensors) != 1 or set(kwargs) - {'inplace'}:
@@ -216,13 +216,14 @@ def adjoint_of(
 # %% ../../nbs/engine/05_functions.ipynb #63f8573b
 each_position = (
     'relu relu6 leaky_relu elu selu celu gelu silu mish hardtanh hardswish hardsigmoid hardshrink '
-    'softshrink tanhshrink softplus _threshold softsign sigmoid logsigmoid log_sigmoid tanh '
+    'softshrink tanhshrink softplus _threshold softsign sigmoid log_sigmoid tanh '
     'threshold abs neg negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal '
     'sin cos tan sinh cosh asinh acosh atanh asin acos atan erf erfc clamp clip clamp_min '
     'clamp_max round floor ceil trunc frac sign pow rpow add radd sub rsub mul rmul div divide '
-    'truediv rtruediv true_divide multiply subtract iadd isub imul itruediv ipow maximum minimum '
+    'truediv rtruediv true_divide multiply subtract maximum minimum '
     'where lerp addcmul addcdiv nan_to_num lt le gt ge eq ne logical_and logical_or logical_not '
-    'isnan isfinite fmod remainder atan2 logit xlogy sinc hypot floor_divide masked_fill '
+    'isnan isfinite fmod remainder atan2 logit xlogy sinc hypot floor_divide floordiv rfloordiv '
+    'masked_fill '
     'zeros_like ones_like full_like positive invert and or xor bitwise_and bitwise_or bitwise_not'
 ).split()
 for name in each_position:

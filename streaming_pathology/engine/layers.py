@@ -352,8 +352,8 @@ def interpolate(
     areas of different sizes, and where PyTorch's gradient is not that of its values."""
     need_image(input)
     need(not antialias, 'interpolates with antialias=True, which has no rule')
-    if mode == 'area' and size is not None:
-        return area_means(input, size)
+    if mode == 'area':
+        return area_means(input, scaled_size(input, scale_factor) if size is None else size)
     need(mode in NEIGHBOURS, f'interpolates with mode={mode!r}, which has no rule')
     if recompute_scale_factor:
         size = scaled_size(input, scale_factor)
@@ -672,16 +672,21 @@ def pad(input: Map, pad: Sequence[int], mode: str = 'constant', value: float | N
     if mode != 'constant':
         need_image(input)
         if input.device.type == 'cpu' and autocast_type(input.device) and dtype != torch.double:
-            dtype = torch.float32  # as PyTorch does it there
+            dtype = torch.float32  # PyTorch's autocast pads in it on a CPU
     all_widths = widths + [0, 0] * (input.ndim - len(widths) // 2)
+
+    def remaining_widths(region):
+        "What `region.pad` does not add: other dimensions, and sides that F.pad pads itself."
+        remaining = list(all_widths)
+        for side in region.sides:
+            if not side.native:
+                remaining[pad_place(input, side.axis)] = 0, 0
+        return remaining
 
     def run(region, x):
         x = region.pad(x, value or 0.0).to(dtype)
-        left = list(all_widths)  # what `region.pad` has not added
-        for side in region.sides:
-            if not side.native:
-                left[pad_place(input, side.axis)] = 0, 0
-        return F.pad(x, left, mode, value) if any(left) else x
+        remaining = remaining_widths(region)
+        return F.pad(x, remaining, mode, value) if any(remaining) else x
 
     window = Window(pad=along, mode=mode)
     window_across = None if input.across is None else Window(pad=across, mode=mode)

@@ -50,7 +50,7 @@ from streaming_pathology.engine.program import (
     run_calls,
     tensor_at,
 )
-from .schedule import GradientTotals, Schedule, Step, StripKind
+from .schedule import Cut, GradientTotals, Schedule, Step, StripKind
 from streaming_pathology.engine.storage import (
     Source,
     State,
@@ -267,17 +267,24 @@ def saved_rows(operation: Operation, kind: StripKind) -> int:
     if step is None:
         return 0
     all_rows = step.old + step.makes
-    result = operation.adjoint is None or operation.adjoint.saves_result
-    read = any(
-        is_run(kind.step_of(reader)) and not reader.pointwise for reader in operation.readers
-    )
-    if read or (result and step.makes):
+    if gradient_reads(operation, step, kind):
         return all_rows
     if step.hands_down is None:
         return 0
     if not operation.overwritten:
         return all_rows  # what is handed down is a view, which keeps all
-    return getattr(step.hands_down, 'count', step.old)  # a copy
+    if isinstance(step.hands_down, Cut):
+        return step.hands_down.count  # a copy
+    return step.old  # a copy of a canvas's rows: about as many as were handed to this strip
+
+
+def gradient_reads(operation: Operation, step: Step, kind: StripKind) -> bool:
+    "Whether the gradients of a strip read the rows of an operation."
+    saves_result = operation.adjoint is None or operation.adjoint.saves_result
+    if saves_result and step.makes:
+        return True
+    running = [reader for reader in operation.readers if is_run(kind.step_of(reader))]
+    return any(not reader.pointwise for reader in running)
 
 # %% ../../nbs/engine/12_plan.ipynb #cce0af33
 SAMPLES = 5

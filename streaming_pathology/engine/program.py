@@ -270,9 +270,9 @@ def read_image(*_: object) -> torch.Tensor:
     raise NotImplementedError('the rows of an image come from its source')
 
 
-def advice(call: Call, program: 'Program') -> str:
-    "The way out for a network with a call that cannot be streamed."
-    if len(program.operations) < 3:
+def advice(program: 'Program') -> str:
+    "The way out for a network with a call that cannot be streamed, after these operations."
+    if not program.computed:
         return 'nothing of the network lies before it; use a network that begins with convolutions'
     return 'stream the part of the network before it'
 
@@ -307,7 +307,7 @@ class Program:
         self.maps = {graph.image: (image, Map(graph.image, image.rows, device))}
         self.operands: list[Value] = []  # other tensors that the strips need
         self.late: set[Value] = set()  # values that are known only after the last strip
-        # memory that is read and written in the strips or after them
+        # memory that is read, and written, in the strips or after them
         self.read_later: set[int] = set()
         self.written_later: set[int] = set()
 
@@ -339,14 +339,14 @@ class Program:
             self.before.append(call)
 
     def check_order(self, call: Call) -> None:
-        """Refuse what would see other values if the parts ran one after the other: a tensor that is
-        changed after maps were computed with it, or read before the strips and changed later."""
+        """Refuse what would see other values if the parts ran one after the other. A call without
+        maps runs before all strips, wherever it stands, so it must neither write what calls before
+        it read, nor read what they write."""
         storages = {value.storage for value in call.inputs if value not in self.maps} - {0}
         if any(value in self.maps or value in self.late for value in call.inputs):
             self.read_later |= storages
             self.written_later.update(call.writes)
             return
-        # it runs before the strips, whatever stood before it
         if self.read_later.intersection(call.writes) or self.written_later.intersection(storages):
             raise StreamingError(
                 f'{call.where()} changes or reads in place a tensor that the image has '
@@ -362,7 +362,7 @@ class Program:
         except Refused as e:
             why = f'attends across rows ({e})' if 'Attention' in call.layer_type else e
             raise StreamingError(
-                f'{call.where()} {why}, and cannot be streamed: {advice(call, self)}.'
+                f'{call.where()} {why}, and cannot be streamed: {advice(self)}.'
             ) from None
         if isinstance(op, Reduction) and not self.reduce:
             self.late.update(call.outputs)

@@ -258,4 +258,5 @@ def apply_rule(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Op 
     try:
         return apply(*args, **kwargs)
     except (TypeError, AttributeError, IndexError) as e:
-        raise Refused(f'calls {call.name} in a way that is not understood ({e})') from e
+        why = f'{type(e).__name__} in its rule: {e}'
+        raise Refused(f'calls {call.name} in a way that is not understood ({why})') from e

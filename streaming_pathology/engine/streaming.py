@@ -32,6 +32,7 @@ from streaming_pathology.engine.graph import (
     values_in,
 )
 from .program import Operation, Program, run_calls, tensor_at
+from .rules import rules
 from .schedule import GradientTotals, Part, Schedule, Step, StripKind
 from streaming_pathology.engine.storage import (
     Blocks,
@@ -61,7 +62,8 @@ class Instruction:
     number: int
     operation: Operation
     step: Step
-    given: list[Given]  # for each tensor of `call`: where it comes from
+    # for each tensor of `call` but the total of a reduction, its first: where it comes from
+    given: list[Given]
     copies: bool  # it works in place, and on a copy, as others need the rows
     unneeded: tuple[int, ...]  # maps that nobody reads afterwards
 
@@ -345,13 +347,13 @@ class StripGradient:
         if number not in self.sums:
             return
         gradient = self.sums.pop(number).total()
-        # 3. rows that the strip above has handed down
+        # 2. rows that the strip above has handed down
         if step.old:
             self.above[number] = gradient.narrow(axis, 0, step.old)
             if step.makes:  # a view would keep all rows alive
                 self.above[number] = self.above[number].clone()
                 gradient = gradient.narrow(axis, step.old, step.makes)
-        # 2. rows that were made
+        # 3. rows that were made
         if each.given and number in self.tape.needs_grad:
             self.to_inputs(each, self.tape.backward(each, gradient))
 
@@ -880,7 +882,8 @@ class Traced:
     made_for: list[Any]  # the fingerprint of the network
     graph: Graph | str  # the trace, or why there is none
     programs: dict[int, Program] = field(default_factory=dict)
-    refusals: dict[int, str] = field(default_factory=dict)  # why there is no program
+    # why there is no program, by axis and number of rules, of which there may be more by and by
+    refusals: dict[tuple[int, int], str] = field(default_factory=dict)
     schedules: OrderedDict[Any, Schedule] = field(default_factory=OrderedDict)
     costs: dict[int, Any] = field(default_factory=dict)  # what the planner found out
 
@@ -960,8 +963,7 @@ class Streamed(nn.Module):
     their names, are those of `module`. The options are those of `stream`.
 
     `planner(streamed, source)` gives options for an image, where strip='auto', or None if the plain
-    network fits. `traced`: what was traced already, for another one of the same network. Raises
-    `StreamingError` for options that make no sense and, when it is called, where the network cannot
+    network fits. Raises `StreamingError` for options that make no sense and, when it is called, where the network cannot
     be streamed."""
 
     reduce = True  # pool strip by strip
@@ -978,13 +980,14 @@ class Streamed(nn.Module):
     def __init__(
         self,
         module: nn.Module,
-        strip: int | str = 512,
-        keep: int = 1,
-        states: str = 'device',
-        every: int = 1,
-        direction: str = 'auto',
-        memory: str | float = 'auto',
+        strip: int | str = 512,  # rows, or 'auto'
+        keep: int = 1,  # strips whose maps are kept for the gradient, and not computed again
+        states: str = 'device',  # where the states between strips wait: 'device', 'host' or 'disk'
+        every: int = 1,  # the state of every n-th strip waits
+        direction: str = 'auto',  # strips of 'rows' or of 'columns'
+        memory: str | float = 'auto',  # that strips are planned for
         planner: Planner | None = None,
+        # traces to share with another `Streamed` of the same module
         traced: OrderedDict[Any, Traced] | None = None,
     ) -> None:
         super().__init__()
@@ -995,6 +998,7 @@ class Streamed(nn.Module):
             raise StreamingError(
                 "strip='auto' needs a planner: use stream, or give the rows of a strip."
             )
+        # what the module has, under the same names: no prefix in the state dict
         for name in ('_parameters', '_buffers', '_modules', '_non_persistent_buffers_set'):
             self.__dict__[name] = module.__dict__[name]
         # not by setattr: a layer of the network may have one of these names
@@ -1175,15 +1179,16 @@ class Streamed(nn.Module):
         # a new error each time: one that is kept would keep its frames
         if isinstance(traced.graph, str):
             raise StreamingError(traced.graph)
-        if axis not in traced.programs and axis not in traced.refusals:
+        asked = axis, len(rules)
+        if axis not in traced.programs and asked not in traced.refusals:
             try:
                 traced.programs[axis] = Program(
                     traced.graph, device, self.folding(), axis, self.reduce
                 )
             except StreamingError as e:
-                traced.refusals[axis] = str(e)
-        if axis in traced.refusals:
-            raise StreamingError(traced.refusals[axis])
+                traced.refusals[asked] = str(e)
+        if axis not in traced.programs:
+            raise StreamingError(traced.refusals[asked])
 
     def folding(self) -> str | bool:
         "How BatchNorms are folded: True, 'apart' where sums are rounded to few bits, or False."

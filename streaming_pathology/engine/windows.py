@@ -278,9 +278,9 @@ class Side:
     count: int
     changes: tuple[Filled | Repeated | Trimmed, ...] = ()  # one after the other
     native: int = 0  # padding that the function puts on both ends itself
-    skip: int = (
-        0  # of a `TransposedWindow`: outputs of the first input that lie before the first one
-    )
+    # of a `TransposedWindow`: the outputs counted from the first input's own `factor` rows, as far
+    # as they lie before the first one
+    skip: int = 0
     table_row: int = 0  # of a `WindowTable`: the row of the table at which the outputs begin
 
     @property

@@ -45,6 +45,7 @@ from streaming_pathology.engine.canvas import Canvas
 from streaming_pathology.engine.exactness import check_exact, difference
 from streaming_pathology.engine.graph import ImageSpec, trace
 from streaming_pathology.engine.program import Program
+from streaming_pathology.engine.rules import Op, rule, rules
 from streaming_pathology.engine.schedule import Schedule
 from streaming_pathology.engine.storage import TensorSource, source_of
 from streaming_pathology.engine.stream import stream
@@ -1469,6 +1470,37 @@ def test_maps_of_one_row(what):
         compare(net, torch.randn(n, 3, 40, 22, dtype=torch.double, requires_grad=True), 6)
 
 
+def doubled(x):
+    "A function of a user's own."
+    if has_torch_function((x,)):
+        return handle_torch_function(doubled, (x,), x)
+    return 2 * x
+
+
+def test_a_rule_that_comes_later_counts():
+    "What was refused for the lack of it is asked again."
+    net = Fn(lambda m, x: doubled(m.c(x)), c=nn.Conv2d(3, 4, 3)).double()
+    streamed = stream(net, strip=8)
+    x = torch.randn(1, 3, 40, 22, dtype=torch.double, requires_grad=True)
+    with pytest.raises(StreamingError, match='has no rule'):
+        streamed(x)
+    rule(doubled)(lambda x: Op(lambda region, x: 2 * x, [x], x.rows, pointwise=True))
+    try:
+        assert close(streamed(x), net(x))
+        compare(net, x, 8)
+    finally:
+        del rules[doubled]
+
+
+def test_a_mistake_in_a_rule_is_told_as_such():
+    rule(doubled)(lambda x: x.no_such_thing)
+    try:
+        with pytest.raises(StreamingError, match='AttributeError in its rule'):
+            stream(Fn(lambda m, x: doubled(x)), strip=8)(torch.randn(1, 3, 40, 22))
+    finally:
+        del rules[doubled]
+
+
 products = {
     'einsum': lambda m, y: torch.einsum('nchw,cd->ndhw', y, m.w),
     'einsum of maps': lambda m, y: torch.einsum('nchw, nchv -> nchwv', y, y)[..., 3],
@@ -1485,6 +1517,8 @@ products = {
     'pieces': lambda m, y: y.unfold(2, 3, 2).unfold(3, 2, 1).flatten(4).median(-1)[0],
     'powers': lambda m, y: F.lp_pool2d(y, 2, 3, 2),
     'areas': lambda m, y: F.interpolate(y, (8, 11), mode='area') if y.shape[2] == 40 else y,
+    'areas by a factor': lambda m, y: F.interpolate(y, scale_factor=0.5, mode='area'),
+    'whole quotients': lambda m, y: y * (y.detach() // 2) + y * (2 // (y.detach() + 5)),
     'a list': lambda m, y: y[:, [2, 0, 1, 1]],
     'columns of a list': lambda m, y: y[..., [2, 0, 1, 1]],
 }

@@ -25,7 +25,7 @@ from .inputs import FoundSlides
 from ..slides.check import SlideCheck, check_slides
 from ..slides.cohorts import Case
 from ..slides.readers import file_stamp
-from ..slides.trim import Trim, claimed, trim_slides
+from ..slides.trim import Trim, claimed, trim_part, write_trimmed
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -160,7 +160,7 @@ class Shards:
         if name != 'shards':
             what = f'shards whose {name} is {before!r}, not {now!r}'
         raise InputError(
-            f'{self.folder} holds {what}: go on as before, write somewhere else, or delete that '
+            f'{self.folder} holds {what}: give the same as before, write somewhere else, or delete that '
             'folder to begin again'
         )
 
@@ -306,7 +306,7 @@ def trim_shard(
     shards = Shards(Path(out))
     part = [case.slide_id for case in shard.take(cases)]
     with claimed(Path(out), settings, shared=True), shards.working(shard):
-        result = trim_slides(cases, out, settings, workers, progress, part=part)
+        result = trim_part(cases, out, settings, part, workers, progress)
         shards.finish(shard, dict.fromkeys(part, '') | result['failed'])
     return result
 
@@ -322,9 +322,7 @@ def merge_trimmed(
     shards = Shards(Path(out))
     failed = shards.all_failed(cases)
     with shards.naming_shards(cases):
-        result = trim_slides(
-            cases, out, settings, progress=False, known_failed=failed, without_id=without_id
-        )
+        result = write_trimmed(cases, out, settings, failed, without_id)
     return result | dict(skipped=0)
 
 # %% ../../nbs/runs/08_shards.ipynb #ed9208a4

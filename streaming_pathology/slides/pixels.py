@@ -718,33 +718,42 @@ class DecodedTiles(TiffPixels):
     def __init__(self, path: Path, planes: list[TiffImage], colors: Colors, level: int = 0) -> None:
         super().__init__(path, planes, colors, level)
         self.kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self.most = 2 * (1 + planes[0].grid[1])
+        self.max_tiles = 2 * (1 + planes[0].grid[1])
 
     def fetch_tiles(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         "Pixels of a region of which all tiles are in the file."
         assert self.tile is not None
+        tile_height, tile_width = self.tile
         out = np.empty((height, width, 3), np.uint8)
         parts = list(self.parts_of(top, left, height, width))
-        known = dict(self.kept)
-        new = self.decoded_tiles([part[:2] for part in parts if part[:2] not in known])
-        for row, column, part in parts:
-            tile = known.get((row, column))
-            if tile is None:
-                tile = next(new)
-                self.keep((row, column), tile)
-            y, x = part[0] - row * self.tile[0], part[1] - column * self.tile[1]
-            inside = tile[y : y + part[2], x : x + part[3]]
-            out[part[0] - top :, part[1] - left :][: part[2], : part[3]] = inside
+        tiles = self.tiles_at([(row, column) for row, column, _ in parts])
+        for (row, column, part), tile in zip(parts, tiles, strict=True):
+            first_row, first_column, n_rows, n_columns = part
+            y, x = first_row - row * tile_height, first_column - column * tile_width
+            inside = tile[y : y + n_rows, x : x + n_columns]
+            y, x = first_row - top, first_column - left
+            out[y : y + n_rows, x : x + n_columns] = inside
         return out
 
-    def decoded_tiles(self, places: list[tuple[int, int]]) -> Iterator[np.ndarray]:
-        "Tiles, uint8 (h, w, 3), one after the other; `places`: their rows and columns."
+    def tiles_at(self, positions: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+        "Tiles at (row, column) in this order: those that are kept, and others newly decoded."
+        kept = dict(self.kept)  # as `keep` lets go of some in the meantime
+        decoded = self.decoded_tiles([each for each in positions if each not in kept])
+        for position in positions:
+            tile = kept.get(position)
+            if tile is None:
+                tile = next(decoded)
+                self.keep(position, tile)
+            yield tile
+
+    def decoded_tiles(self, positions: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+        "Tiles at (row, column), uint8 (h, w, 3), one after the other."
         raise NotImplementedError
 
-    def keep(self, place: tuple[int, int], tile: np.ndarray) -> None:
+    def keep(self, position: tuple[int, int], tile: np.ndarray) -> None:
         "Keep a tile, and let go of the one that was read first."
-        self.kept[place] = tile
-        if len(self.kept) > self.most:
+        self.kept[position] = tile
+        if len(self.kept) > self.max_tiles:
             self.kept.popitem(last=False)
 
     def close(self) -> None:
@@ -760,13 +769,13 @@ class JpegTiles(DecodedTiles):
         super().__init__(path, planes, colors, level)
         self.tags: list[PixelTags] = []
 
-    def decoded_tiles(self, places: list[tuple[int, int]]) -> Iterator[np.ndarray]:
-        "Tiles, uint8 (h, w, 3), one after the other; `places`: their rows and columns."
-        if not places:
+    def decoded_tiles(self, positions: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+        "Tiles at (row, column), uint8 (h, w, 3), one after the other."
+        if not positions:
             return
         assert self.tile is not None
         height, width = self.tile
-        numbers = [row * self.planes[0].grid[1] + column for row, column in places]
+        numbers = [row * self.planes[0].grid[1] + column for row, column in positions]
         if not self.tags:
             self.tags = [pixel_tags(self.path, plane) for plane in self.planes]
         headers = [
@@ -775,17 +784,17 @@ class JpegTiles(DecodedTiles):
         ]
         image = self.image_from(headers)  # has to live as long as the region
         region = pyvips.Region.new(image)
-        for i, place in enumerate(places):
+        for i, position in enumerate(positions):
             try:
                 data = region.fetch(0, i * height, width, height)
             except pyvips.Error:
-                raise self.damaged(*place, self.jpeg_reason(place)) from None
+                raise self.damaged(*position, self.jpeg_reason(position)) from None
             yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
 
-    def jpeg_reason(self, place: tuple[int, int]) -> str:
-        "What is wrong with a tile."
+    def jpeg_reason(self, position: tuple[int, int]) -> str:
+        "What is wrong with the tile at (row, column)."
         for plane in self.planes:
-            says = jpeg_problem(self.raw_tile(plane, *place), plane.tables)
+            says = jpeg_problem(self.raw_tile(plane, *position), plane.tables)
             if says is not None:
                 return says
         return 'its JPEG data do not end where the image does'
@@ -878,11 +887,11 @@ def is_of_bytes(plane: TiffImage) -> bool:
 class DeflatedTiles(DecodedTiles):
     "The pixels of an image in deflated tiles of red, green and blue, each of which is checked."
 
-    def decoded_tiles(self, places: list[tuple[int, int]]) -> Iterator[np.ndarray]:
-        "Tiles, uint8 (h, w, 3), one after the other; `places`: their rows and columns."
+    def decoded_tiles(self, positions: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+        "Tiles at (row, column), uint8 (h, w, 3), one after the other."
         plane = self.planes[0]
         assert plane.tile is not None
-        for row, column in places:
+        for row, column in positions:
             data, says = inflated(self.raw_tile(plane, row, column), *n_bytes(plane, row))
             if says is not None:
                 raise self.damaged(row, column, says)
@@ -917,9 +926,9 @@ def problem_with_first_tile(pixels: TiffPixels) -> str | None:
 class DecodedByTifffile(DecodedTiles):
     "The pixels of an image in a compression that libvips was built without, by tifffile."
 
-    def decoded_tiles(self, places: list[tuple[int, int]]) -> Iterator[np.ndarray]:
-        "Tiles, uint8 (h, w, 3), one after the other; `places`: their rows and columns."
-        for row, column in places:
+    def decoded_tiles(self, positions: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+        "Tiles at (row, column), uint8 (h, w, 3), one after the other."
+        for row, column in positions:
             yield self.decoded_tile(row, column)
 
     def decoded_tile(self, row: int, column: int) -> np.ndarray:

@@ -319,7 +319,7 @@ def percent(share: float) -> str:
 def tissue_by_color(
     rgb: np.ndarray,  # uint8 (height, width, 3)
     spacing: float,  # microns per pixel
-    threshold: float | None,  # least colour in optical density; None: by Otsu
+    threshold: float | None,  # smallest colour in optical density; None: by Otsu
     pen: bool,  # leave out ink
     stain: Stain,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -336,11 +336,11 @@ def tissue_by_color(
     if pen:
         ink = ink_in(density, black, spacing, 100.0, stain)
         signal[ink] = 0
-    least: Any = threshold
+    smallest: Any = threshold
     if threshold is None:
-        least = np.clip(otsu(signal) / 2, stain.min_threshold, stain.max_threshold)
-    regions, _ = connected(signal > least)
-    certain = np.unique(regions[signal > stain.certain * least])
+        smallest = np.clip(otsu(signal) / 2, stain.min_threshold, stain.max_threshold)
+    regions, _ = connected(signal > smallest)
+    certain = np.unique(regions[signal > stain.certain * smallest])
     tissue = np.isin(regions, certain) & (regions > 0)
 
     is_left = (density.mean(axis=2) > DARK) & ~tissue
@@ -390,7 +390,7 @@ def find_tissue(
     slide: Slide | np.ndarray,  # a slide, or RGB pixels uint8 (height, width, 3)
     # microns per pixel of the mask, or of the pixels given; a coarser slide keeps its own
     spacing: float = 8.0,
-    threshold: float | None = None,  # least colour in optical density; None: by Otsu
+    threshold: float | None = None,  # smallest colour in optical density; None: by Otsu
     smallest: float = 20_000.0,  # square microns; smaller objects are left out
     largest_hole: float = 50_000.0,  # square microns; smaller holes are filled
     pen: bool = True,  # leave out `pen_marks`
@@ -433,7 +433,7 @@ def find_tissue(
 def tissue_mask(
     slide: Slide | np.ndarray,  # a slide, or RGB pixels uint8 (height, width, 3)
     spacing: float = 8.0,  # microns per pixel, as in `find_tissue`
-    threshold: float | None = None,  # least colour in optical density; None: by Otsu
+    threshold: float | None = None,  # smallest colour in optical density; None: by Otsu
     smallest: float = 20_000.0,  # square microns; smaller objects are left out
     largest_hole: float = 50_000.0,  # square microns; smaller holes are filled
     pen: bool = True,  # leave out `pen_marks`
@@ -700,15 +700,15 @@ def biopsies(
     gap: float = 500.0,  # microns; pieces farther apart are different biopsies
     # degrees by which the gap between two pieces may point away from the longer one
     turn: float = 30.0,
-    # square millimetres; what is smaller is no biopsy, but may be a crumb of one
-    least: float = 0.1,
+    # what is smaller is no biopsy, but may be a crumb of one
+    min_area_mm2: float = 0.1,
     # as by `find_tissue` or `tissue_mask`, in place of it
     mask: FoundTissue | tuple[np.ndarray, float] | None = None,
     # for `find_tissue`
     **kwargs: Any,
 ) -> list[Biopsy]:
     "The biopsies on a slide, in reading order."
-    for name, value in dict(gap=gap, turn=turn, least=least).items():
+    for name, value in dict(gap=gap, turn=turn, min_area_mm2=min_area_mm2).items():
         checked_number(value, f'{name} of biopsies')
     if mask is None:
         mask = find_tissue(slide, **kwargs)
@@ -719,7 +719,8 @@ def biopsies(
     pieces = pieces_of(tissue, labels, spacing)
     group = groups_of(pieces, gap, turn)
     area = np.bincount(group, [len(piece.points) * spacing**2 / 1e6 for piece in pieces])
-    members = [np.flatnonzero(group == number) for number in np.flatnonzero(area >= least)]
+    large = np.flatnonzero(area >= min_area_mm2)
+    members = [np.flatnonzero(group == number) for number in large]
     if not members:
         return []
     places = [np.concatenate([pieces[i].points for i in each]) for each in members]

@@ -182,7 +182,7 @@ def test_tables_with_other_columns_are_refused(tmp_path):
 
 # ---- trimming
 
-TRIM = Trim(spacing=8, least=0.001)
+TRIM = Trim(spacing=8, min_area_mm2=0.001)
 
 
 @pytest.fixture(scope='module')

@@ -872,7 +872,7 @@ def test_panda_is_split_and_trimmed(tmp_path):
     done = trim_slides(
         split_cohort(cases, by='grade'),
         tmp_path / 'out',
-        Trim(spacing=4.0, least=0.01),
+        Trim(spacing=4.0, min_area_mm2=0.01),
         progress=False,
     )
     assert done['slides'] == 6 and not done['failed'] and not done['warnings']

@@ -36,7 +36,7 @@ from streaming_pathology.slides.trim import (
 
 SPACING = 4.0
 WHITE = (255, 255, 255)
-COHORT = Trim(spacing=8.0, least=0.001)  # settings for the small slides of `tiny_cohort`
+COHORT = Trim(spacing=8.0, min_area_mm2=0.001)  # settings for the small slides of `tiny_cohort`
 
 
 def dice(a, b):
@@ -180,7 +180,9 @@ def test_cuts_that_are_refused(four, wrong):
     refusal(cut, **(arguments | wrong))
 
 
-@pytest.mark.parametrize('wrong', [dict(gap=-1), dict(least=math.nan), dict(turn='a')], ids=str)
+@pytest.mark.parametrize(
+    'wrong', [dict(gap=-1), dict(min_area_mm2=math.nan), dict(turn='a')], ids=str
+)
 def test_biopsies_that_are_refused(four, wrong):
     assert 'must be a number' in refusal(biopsies, four.slide, **wrong)
 
@@ -213,7 +215,7 @@ def test_a_turned_cut_is_the_whole_slide_turned_at_once(tmp_path, degrees):
     smooth = smooth_noise()
     write_tiff(smooth.astype(np.uint8), tmp_path / 'smooth.tiff', 2.0)
     with Slide(tmp_path / 'smooth.tiff') as slide:
-        (biopsy,) = biopsies(slide, least=0.001, mask=(tilted_ellipse(degrees), 8.0))
+        (biopsy,) = biopsies(slide, min_area_mm2=0.001, mask=(tilted_ellipse(degrees), 8.0))
         check_close(biopsy.angle, degrees, eps=0.5)
         rows = cut(slide, biopsy, 2.0, margin=10.0, upright=True)
         _, _, height, width = rows.shape
@@ -258,7 +260,7 @@ def test_a_failure_while_pixels_are_read_is_raised_and_leaves_no_file(four, tmp_
     [
         dict(upright='no'),
         dict(spacing='4'),
-        dict(least=math.nan),
+        dict(min_area_mm2=math.nan),
         dict(quality=90.5),
         dict(pen=1),
     ],
@@ -500,7 +502,17 @@ def test_an_id_twice(parts, cases):
 
 
 def test_other_settings(parts, cases):
-    assert 'other settings' in refusal(trimmed, cases, parts, Trim(spacing=4.0, least=0.001))
+    assert 'other settings' in refusal(trimmed, cases, parts, Trim(spacing=4.0, min_area_mm2=0.001))
+
+
+def test_settings_of_a_former_version(parts, cases):
+    "It called the smallest area otherwise, and knew one stain."
+    path = parts / 'trim.json'
+    values = json.loads(path.read_text())
+    values['least'] = values.pop('min_area_mm2')
+    del values['stain']
+    path.write_text(json.dumps(values))
+    assert trimmed(cases, parts)['skipped'] > 0
 
 
 def test_damaged_settings(parts, cases):
@@ -581,7 +593,7 @@ def test_a_stain_finds_them(brown_case, tmp_path):
 
 
 def test_biopsies_that_are_too_small_are_said_to_be(brown_case, tmp_path):
-    settings = replace(COHORT, stain='ihc', least=0.5)
+    settings = replace(COHORT, stain='ihc', min_area_mm2=0.5)
     text = trimmed([brown_case], tmp_path / 'out', settings)['failed']['brown']
     assert 'its tissue, 0.1' in text and '--min-area-mm2' in text
 

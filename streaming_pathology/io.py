@@ -137,7 +137,7 @@ def locked(
         os.close(descriptor)
 
 # %% ../nbs/01_io.ipynb #c227577e
-SEPARATORS = ',;\t'  # between the values of a table that somebody else has made
+SEPARATORS = ',;\t'  # between the values of a table
 
 
 class Sheet(NamedTuple):

@@ -153,7 +153,7 @@ def absolute(path: str | Path) -> Path:
     try:
         return Path(path).expanduser().resolve()
     except (RuntimeError, OSError) as e:
-        raise InputError(f'{path} leads nowhere ({e}); give another place') from None
+        raise InputError(f'{path} leads nowhere ({e}); choose another folder') from None
 
 # %% ../nbs/02_outputs.ipynb #eb09a5d3
 def claim(
@@ -216,7 +216,7 @@ def check_writable(folder: Path, given: str | Path) -> None:
         probe.rmdir()
     except OSError as e:
         raise InputError(
-            f'{given} cannot be written ({e.strerror}); give a place that can be'
+            f'{given} cannot be written ({e.strerror}); choose a folder that can be written'
         ) from None
 
 # %% ../nbs/02_outputs.ipynb #9587108f

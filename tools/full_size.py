@@ -119,7 +119,7 @@ def explained(chain, folder):
     model, image = network(chain).eval(), item(chain, folder, canvas=True)
     found = dict(part='SmoothGrad, canvas', copies=chain.copies)
     with measured(found):
-        heatmap = smoothgrad(model, image, n=chain.copies, place=32)
+        heatmap = smoothgrad(model, image, n=chain.copies, cell=32)
     assert heatmap.any()
     return found
 

@@ -138,15 +138,16 @@ TILES = ('resnet18', 'layer3', (640, 960, 1280)), ('resnet34', 'layer4', (1600, 
 def beside_peer(
     device: str = 'cpu',
     repeats: int = 5,
-    sizes: tuple = ((2048, 2048),),
+    sizes: tuple = ((2048, 2048),),  # of images, (height, width)
+    # (network, its last stage, sides of tiles in pixels; None: the peer's own) each
     nets: tuple = TILES,
     peer: str = 'lightstream',
-    patience: float = PATIENCE,
+    patience: float = PATIENCE,  # seconds
     log: Callable = print,
 ) -> dict:
     """Streaming with the memory that lightstream takes with tiles of several sizes, and the time of
     both and of the plain network; only that of the fresh processes where lightstream takes more
-    than `patience` seconds."""
+    than `patience` seconds. Returns the `machine`, and as `pairs` what `pair_of` returns."""
     result = {'machine': machine(), 'pairs': []}
     for (arch, until, tiles), size in itertools.product(nets, sizes):
         for tile in tiles:

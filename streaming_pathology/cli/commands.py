@@ -97,8 +97,8 @@ def train(settings: StreamingSettings, folder: RunFolder) -> None:
 def train_mil(settings: MILSettings, folder: RunFolder) -> None:
     """Train the MIL baseline: each epoch all patches of all slides are classified, and the most
     suspicious of each slide learns the slide's label (Campanella et al. 2019; the paper, section
-    IV-B). With --annotation patches learn labels of their own, from masks in which somebody has
-    outlined tumours. With --aggregator a small network learns the slide's label from the
+    IV-B). With --annotation patches learn labels of their own, from masks of annotated
+    tumours. With --aggregator a small network learns the slide's label from the
     embeddings of all its patches, which are computed once. With --sampled it is trained together
     with the encoder of the patches, on some of them that are drawn anew in each epoch (Campanella
     et al. 2024). Run folder, report, stopping and resuming are those of sp_train."""
@@ -629,7 +629,7 @@ def export_paths(settings: ExportSettings, checkpoint: Path) -> tuple[Path, Path
     for path in (model_path, card_path):
         if (path.parent / RUN.mark).exists():
             raise InputError(
-                f'{path} lies in the folder of a run, which holds nothing else; give another place'
+                f'{path} lies in the folder of a run, which holds nothing else; choose another folder'
             )
     return model_path, card_path
 
@@ -1014,7 +1014,7 @@ def trim(settings: TrimSettings) -> None:
         quality=settings.quality,
         override_spacing=settings.override_spacing,
         gap=settings.gap,
-        least=settings.min_area_mm2,
+        min_area_mm2=settings.min_area_mm2,
         pen=settings.exclude_pen,
         stain=settings.stain,
     )
@@ -1108,12 +1108,20 @@ class SynthSettings(Settings):
         'tumour',
         choices=LABEL_NAMES,
     )
-    positive: float = option(0.5, 'fraction of slides with label 1', 'tumour')
-    least_tumour: float = option(
-        0.05, 'smallest fraction of the tissue that is tumour, in a slide that has some', 'tumour'
+    positive_fraction: float = option(
+        0.5, 'fraction of slides with label 1', 'tumour', former_names=('positive',)
     )
-    most_tumour: float = option(
-        0.6, 'largest fraction of the tissue that is tumour, in a slide that has some', 'tumour'
+    min_tumour: float = option(
+        0.05,
+        'smallest fraction of the tissue that is tumour, in a slide that has some',
+        'tumour',
+        former_names=('least_tumour',),
+    )
+    max_tumour: float = option(
+        0.6,
+        'largest fraction of the tissue that is tumour, in a slide that has some',
+        'tumour',
+        former_names=('most_tumour',),
     )
     tumour_threshold: float = option(
         0.25,
@@ -1133,11 +1141,11 @@ def synth(settings: SynthSettings) -> None:
     splits."""
     from streaming_pathology.slides.synthetic import write_cohort
 
-    least, most = settings.least_tumour, settings.most_tumour
-    if not 0 < least <= most <= 1:
+    smallest, largest = settings.min_tumour, settings.max_tumour
+    if not 0 < smallest <= largest <= 1:
         raise InputError(
-            f'--least-tumour {least} and --most-tumour {most} have to be above 0, up to 1, and in '
-            'this order'
+            f'--min-tumour {smallest} and --max-tumour {largest} have to be above 0, up to 1, and '
+            'in this order'
         )
     with staged(settings.folder, settings.overwrite, COHORT) as folder:
         write_cohort(
@@ -1145,8 +1153,8 @@ def synth(settings: SynthSettings) -> None:
             settings.n,
             size=settings.size,
             spacing=settings.spacing,
-            positive=settings.positive,
-            tumour_fractions=(least, most),
+            positive=settings.positive_fraction,
+            tumour_fractions=(smallest, largest),
             seed=settings.seed,
             workers=settings.workers,
             look=settings.look,

@@ -440,7 +440,7 @@ def verdict(e: BaseException) -> tuple | None:
     if isinstance(e, InputError):
         return one_line(e), e.status
     if isinstance(e, Halted):
-        return f'{e}; the same command with --resume goes on', 75
+        return f'{e}; the same command with --resume continues', 75
     if isinstance(e, KeyboardInterrupt):
         return 'interrupted', 130
     if isinstance(e, (ConnectionResetError, ConnectionRefusedError, EOFError)):
@@ -503,45 +503,73 @@ def plain_warnings() -> Iterator[None]:
 def terminable() -> Iterator[None]:
     """SIGTERM, and the end of the terminal where it is not ignored, end the work as Ctrl-C does, so
     that nothing half-written stays behind."""
-    main = threading.main_thread()
-    if threading.current_thread() is not main:
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = {s: signal.getsignal(s) for s in STOPS}
-    unraisable, timers = sys.unraisablehook, []
-    done = False
+    stop = RepeatedStop()
+    with without_lost_stops(), stop_signals_to(stop):
+        try:
+            yield
+        finally:
+            stop.finish()
 
-    def stop(number, _):
-        if done:
+
+class RepeatedStop:
+    """A handler of signals: raises KeyboardInterrupt, and has the signal come again after a second,
+    as an exception that is raised while an object goes, or in a callback, is lost."""
+
+    def __init__(self) -> None:
+        self.timers: list[threading.Timer] = []
+        self.is_finished = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.is_finished:
             return
-        # an exception that is raised while an object goes, or in a callback, is lost: so the
-        # signal comes again
-        timer = threading.Timer(1, signal.pthread_kill, (main.ident, number))
+        main = threading.main_thread().ident
+        timer = threading.Timer(1, signal.pthread_kill, (main, number))
         timer.daemon = True
-        timers.append(timer)
+        self.timers.append(timer)
         timer.start()
         raise KeyboardInterrupt
 
-    def tell(e):
-        # a process that reads slides may go before it is sent away
-        lost = issubclass(e.exc_type, KeyboardInterrupt) or worker_died(e.exc_value)
-        if not lost:
-            unraisable(e)
+    def finish(self) -> None:
+        "Do nothing from now on."
+        self.is_finished = True
+        for timer in self.timers:
+            timer.cancel()
+            timer.join()
 
-    for s, handler in former.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(s, stop)
-    sys.unraisablehook = tell
+
+@contextmanager
+def stop_signals_to(handler: Callable[[int, object], None]) -> Iterator[None]:
+    "Signals to stop go to a handler, unless they are ignored."
+    former = {number: signal.getsignal(number) for number in STOPS}
+    for number, before in former.items():
+        if before is not signal.SIG_IGN:
+            signal.signal(number, handler)
     try:
         yield
     finally:
-        done = True
-        for timer in timers:
-            timer.cancel()
-            timer.join()
-        for s, handler in former.items():
-            signal.signal(s, handler or signal.SIG_DFL)
-        sys.unraisablehook = unraisable
+        for number, before in former.items():
+            signal.signal(number, before or signal.SIG_DFL)
+
+
+@contextmanager
+def without_lost_stops() -> Iterator[None]:
+    """Nothing is told of an interrupt that is lost, nor of a process that reads slides and may go
+    before it is sent away."""
+    tell = sys.unraisablehook
+
+    def tell_others(e: Any) -> None:
+        is_lost_stop = issubclass(e.exc_type, KeyboardInterrupt) or worker_died(e.exc_value)
+        if not is_lost_stop:
+            tell(e)
+
+    sys.unraisablehook = tell_others
+    try:
+        yield
+    finally:
+        sys.unraisablehook = tell
 
 
 def hide_main(program: str) -> None:

@@ -304,7 +304,7 @@ def resampled(
     `statistic` is called with a batch of resamples, as weights: how often each slide counts, an
     integer from 0 on. All slides of a patient have the same weight."""
     if n_bootstrap < 1:
-        raise InputError(f'{n_bootstrap} bootstrap draws: n has to be at least 1')
+        raise InputError(f'{n_bootstrap} bootstrap resamples: n has to be at least 1')
     if strata is None:
         strata = [np.arange(patients.max() + 1)]
     rng = np.random.default_rng(seed)

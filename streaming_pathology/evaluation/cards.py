@@ -441,7 +441,7 @@ def shown_of(card: dict) -> str:
 
 
 def code_of(card: dict) -> str | None:
-    "The file of somebody's own code that the network needs beside it; None if it needs none."
+    "The file of the user's own code that the network needs beside it; None if it needs none."
     encoder = card.get('features', {}).get('encoder', {})
     if 'code' not in encoder:
         return None

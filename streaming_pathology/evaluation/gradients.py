@@ -447,17 +447,17 @@ def smoothgrad(
     seed: int = 0,  # of the noise
     target: int = 0,  # number of the output to explain
     average: str = 'absolute',  # 'absolute', 'squared' or 'signed'
-    place: int = 1,  # pixels a side of a cell of the map, which has the mean over them
+    cell: int = 1,  # pixels a side of a cell of the map, which has the mean over them
 ) -> np.ndarray:
-    """Mean sensitivity of the logit to each pixel over `n` noisy copies, (ceil(H/place),
-    ceil(W/place)) float32, in logits per grey level and never negative.
+    """Mean sensitivity of the logit to each pixel over `n` noisy copies, (ceil(H/cell),
+    ceil(W/cell)) float32, in logits per grey level and never negative.
 
     Of a canvas, only what lies in its patches gets noise and a value; what lies around them is 0.
 
     Smilkov et al. 2017, SmoothGrad; the paper, section IV-D. Raises `InputError` for an image,
     target or setting that is out of range, and for a canvas without patches."""
     x = as_image(CanvasRows(image) if isinstance(image, Canvas) else image)
-    at_least_one(n=n, place=place)
+    at_least_one(n=n, cell=cell)
     if not 0 <= noise < np.inf:
         raise InputError(
             f'noise={noise}: the noise is a share of the standard deviation and cannot be negative'
@@ -467,7 +467,7 @@ def smoothgrad(
     std = noise * image_std(x)
     dtype = ChangedRows(x).dtype
     height, width = x.shape[2:]
-    gradients = CopySum((height, width), place, average, dtype)
+    gradients = CopySum((height, width), cell, average, dtype)
     for copy in range(n):
         add_noise = Noise(width, std, seed, copy, dtype).add if std else None
         if isinstance(image, Canvas):

@@ -89,7 +89,7 @@ def without(values: dict, *names: str) -> dict:
 
 
 def without_folder(features: dict) -> dict:
-    """What a card says of patch embeddings; of a backbone in somebody's own code without the
+    """What a card says of patch embeddings; of a backbone in the user's own code without the
     folder, which is another one elsewhere."""
     encoder = features['encoder']
     if 'code' not in encoder:
@@ -336,7 +336,7 @@ def load_model(
 
 # %% ../../nbs/evaluation/01_predict.ipynb #f70c694c
 def with_code_beside(card: dict, path: Path) -> dict:
-    """A card whose backbone comes from somebody's own code: where its file is not found, the one
+    """A card whose backbone comes from the user's own code: where its file is not found, the one
     beside the model is taken."""
     features = card.get('features') or {}
     encoder = features.get('encoder', {})
@@ -355,7 +355,7 @@ def load_of_model(path: str | Path) -> dict:
     state = load_checkpoint(path)
     if 'optimizer' in state:
         warnings.warn(
-            f'{path} is a point of a training to go on from: its weights are those of the last '
+            f'{path} is a checkpoint to resume training from: its weights are those of the last '
             'step, not the best, nor an average'
         )
     return state
@@ -409,7 +409,7 @@ def chosen_checkpoint(state: dict, file: str) -> dict[str, Any]:
     history, epoch = state.get('history') or [], state.get('epoch')
     about: dict[str, Any] = dict(file=file, epoch=epoch, chosen_by=None)
     if 'optimizer' in state:
-        return about | dict(why='a point to resume from, with the weights of its last step')
+        return about | dict(why='a checkpoint to resume from, with the weights of its last step')
     if not history:
         return about | dict(why='the checkpoint does not say why it was chosen')
     if 'stage' in history[-1]:
@@ -541,7 +541,7 @@ class Journal:
         self.rows = {}  # by key
 
     def __enter__(self) -> 'Journal':
-        self.file = self.open_alone()
+        self.file = self.open_locked()
         try:
             n_good = self.read_rows()
         except InputError:
@@ -570,23 +570,28 @@ class Journal:
         "Delete the file, once the table has all rows."
         self.path.unlink(missing_ok=True)
 
-    def open_alone(self) -> BinaryIO:
-        "The file, locked."
+    def open_locked(self) -> BinaryIO:
+        """The file, locked; opened again where the process that held it has deleted it before it was
+        locked here. Raises `InputError` if another process holds it."""
         while True:
             file = self.open()
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise InputError(
-                    f'{self.path} is being written by another process; wait for it, or give the '
-                    'name of another file to write'
-                ) from None
-            except OSError:
-                pass  # a file system without locks
+            self.lock(file)
             if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                 return file
-            file.close()  # who held it has deleted it in the meantime
+            file.close()
+
+    def lock(self, file: BinaryIO) -> None:
+        "Lock the file. Closes it, and raises `InputError`, if another process holds it."
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise InputError(
+                f'{self.path} is being written by another process; wait for it, or give the name '
+                'of another file to write'
+            ) from None
+        except OSError:
+            pass  # a file system without locks
 
     def open(self) -> BinaryIO:
         "The file, for reading, and for writing at its end."
@@ -599,7 +604,7 @@ class Journal:
             ) from None
         except OSError as e:
             raise InputError(
-                f'{self.path} cannot be written ({e.strerror}); give a place that can be'
+                f'{self.path} cannot be written ({e.strerror}); choose a folder that can be written'
             ) from None
 
     def read_rows(self) -> int:

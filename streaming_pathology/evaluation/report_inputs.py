@@ -752,7 +752,7 @@ def without_names(
     naming = [column for column in subgroups if column in NAMING]
     if naming:
         raise InputError(
-            f'groups by {naming[0]} would show names, which are to be left out; give another column'
+            f'subgroups by {naming[0]} would show names, which are to be left out; give another column'
         )
     found = run.results
     if found is not None:

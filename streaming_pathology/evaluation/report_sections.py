@@ -262,7 +262,7 @@ def group_section(
         if draw:
             drawn.append((column, figure_uri(draw, (5, 1.2 + 0.35 * len(subgroups)))))
     contents = render('report/groups.html', tables=tables, figures=drawn)
-    return Section('groups', 'Groups', [contents])
+    return Section('groups', 'Subgroups', [contents])
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #6fcb417e
 def group_row(subgroup: Subgroup) -> tuple:

@@ -44,7 +44,7 @@ class PatchGrid:
         self._check_stride()
         if not 0 <= self.tissue <= 1:
             raise InputError(
-                f'the least share of tissue is {self.tissue}; it has to be from 0 to 1'
+                f'the smallest share of tissue is {self.tissue}; it has to be from 0 to 1'
             )
         self._check_factors()
 

@@ -160,7 +160,9 @@ def make_encoder(
     kind, _, name = str(backbone).rpartition(':')
     if kind.endswith('.py'):
         if weights:
-            raise InputError(f'the weights of {backbone} are its own matter; leave out weights')
+            raise InputError(
+                f'weights do not apply to {backbone}, whose code sets its own; leave them out'
+            )
         return _from_code(Path(kind).expanduser().resolve(), name)
     if kind not in LIBRARIES:
         raise InputError(
@@ -173,7 +175,7 @@ def make_encoder(
 def built(card: dict, network: nn.Module | None = None) -> Encoder:
     """The encoder that a card describes: with `network`, or with a new network of random weights.
 
-    An encoder from somebody's own code has the weights that its code gives it. Raises `InputError`
+    An encoder from the user's own code has the weights that its code gives it. Raises `InputError`
     if that code was changed."""
     if 'model' in card:
         if network is None:

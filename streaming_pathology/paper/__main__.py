@@ -37,17 +37,35 @@ def make_parser() -> Parser:
         prog='python -m streaming_pathology.paper',
         description='The comparison on real and painted tissue: run its jobs, show what is done.',
     )
-    parser.add_argument('command', choices=('run', 'table', 'cost'))
-    parser.add_argument('plan', choices=tuple(ALL_PLANS))
-    parser.add_argument('--data', help='folder of the biopsies (or STREAMING_PATHOLOGY_PAPER)')
-    parser.add_argument('--work', help='folder for images, caches and checkpoints (run)')
-    parser.add_argument('--out', default='nbs/results/paper', help='folder of results')
-    parser.add_argument('--methods', help='some of the methods, with commas; all of the plan')
-    parser.add_argument('--only', type=int, help='run at most so many jobs')
-    parser.add_argument('--name', help='of a plan with other settings, for its folder of results')
     parser.add_argument(
-        '--set', nargs='*', default=[], metavar='NAME=VALUE', help='those settings, as lr=0.001'
+        'command',
+        choices=('run', 'table', 'cost'),
+        help='run: jobs that are not done; table: what is done; cost: an estimate',
     )
+    parser.add_argument('plan', choices=tuple(ALL_PLANS), metavar='plan', help=', '.join(ALL_PLANS))
+    parser.add_argument(
+        '--data',
+        help='folder of the real biopsies (default: the environment variable '
+        'STREAMING_PATHOLOGY_PAPER)',
+    )
+    parser.add_argument(
+        '--work', help='folder for images, caches and checkpoints, for run and cost'
+    )
+    parser.add_argument(
+        '--out', default='nbs/results/paper', help='folder of results (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--methods', help='methods to run, comma-separated (default: all of the plan)'
+    )
+    parser.add_argument('--only', type=int, metavar='N', help='run at most N jobs (default: all)')
+    parser.add_argument(
+        '--set',
+        nargs='*',
+        default=[],
+        metavar='NAME=VALUE',
+        help='change settings of the plan, values as JSON, such as lr=0.001; needs --name',
+    )
+    parser.add_argument('--name', help='name of the changed plan, and of its folder of results')
     return parser
 
 

@@ -158,7 +158,7 @@ def draw_smoothgrad(slides: Any, plan: PaintedPlan, side: int) -> Draw:
     "SmoothGrad of slides, a dataset of whole images, in places of `side` pixels."
 
     def draw(model: nn.Module, number: int) -> np.ndarray:
-        return smoothgrad(model, slides[number]['image'], n=plan.copies, place=side)
+        return smoothgrad(model, slides[number]['image'], n=plan.copies, cell=side)
 
     return draw
 

@@ -83,18 +83,20 @@ def last_stages(network: StreamingClassifier, stages: int) -> list[str]:
 
 
 def cut_trunk(network: StreamingClassifier, stages: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """What a trunk computes before its last stages, and these, of the modules of the network.
+    """A trunk in two parts, (frozen, trained): the layers before its last `stages` stages, and those
+    of these stages. The layers are the network's own.
 
     Raises `InputError` if the trunk does not compute its stages one after the other."""
-    first = network.stages[last_stages(network, stages)[0]][0]
-    layers = layers_around(network.trunk.module, first)
-    if first not in layers:
+    first_stage = last_stages(network, stages)[0]
+    first_layer = network.stages[first_stage][0]
+    layers = layers_around(network.trunk.module, first_layer)
+    if first_layer not in layers:
         raise InputError(
-            f'{network.arch} cannot be cut before {first!r}: its layers do not just follow each '
+            f'{network.arch} cannot be cut before {first_layer!r}: its layers do not just follow each '
             'other; use a backbone whose layers do'
         )
     names = [*layers]
-    position = names.index(first)
+    position = names.index(first_layer)
     return in_order(layers, names[:position]), in_order(layers, names[position:])
 
 

@@ -124,7 +124,7 @@ def draw_smoothgrad(
         noise=settings.noise_std,
         seed=settings.seed,
         target=settings.target,
-        place=settings.cell,
+        cell=settings.cell,
     )
 
 
@@ -132,7 +132,7 @@ def draw_gradient(
     settings: HeatmapSettings, model: torch.nn.Module, image: torch.Tensor | Canvas
 ) -> np.ndarray:
     "The gradient alone: of one copy without noise."
-    return smoothgrad(model, image, n=1, noise=0, target=settings.target, place=settings.cell)
+    return smoothgrad(model, image, n=1, noise=0, target=settings.target, cell=settings.cell)
 
 
 def draw_integrated(

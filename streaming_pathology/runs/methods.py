@@ -130,7 +130,8 @@ class Method(Generic[Asked]):
     def settle_recipe(self) -> None:
         "Leave the schedule to the recipe, which has one for each of its stages."
         settings = self.settings
-        assert settings.recipe is not None  # or nothing is left to it
+        assert settings.recipe is not None  # it is asked for only then
+        recipe = self.recipes[settings.recipe]
         for name in DECIDED_BY_RECIPE:
             if not settings.is_default(name):
                 raise InputError(
@@ -138,8 +139,8 @@ class Method(Generic[Asked]):
                 )
             setattr(settings, name, None)
         if settings.epochs is None:
-            settings.epochs = sum(stage.epochs for stage in self.recipes[settings.recipe])
-        self.stages()
+            settings.epochs = sum(stage.epochs for stage in recipe)
+        scaled(recipe, settings.epochs)  # refuses fewer epochs than stages
 
     def stages(self) -> tuple[Stage, ...] | None:
         "The stages of the recipe, scaled to the epochs; None without a recipe."
@@ -224,16 +225,17 @@ class Method(Generic[Asked]):
 
     # ---- training
 
-    def describe_features(
+    def prepare_features(
         self,
         model: torch.nn.Module,
         data: SlideDataset,  # of the whole cohort
         folder: Path,  # of the run
-        point: dict | None,  # the checkpoint to resume from
+        checkpoint: dict | None,  # to resume from
         ranks: Alone,
         device: str,
     ) -> dict | None:
-        "What the card says of patch embeddings; None if the network does not learn from them."
+        """Settle of what patch embeddings are made, and return what the card says of that; None if
+        the network does not learn from them."""
         return None
 
     def callbacks(self, train: SlideDataset) -> tuple[list[Callback], list[Callback]]:
@@ -337,6 +339,7 @@ class PatchMethod(Method[MILSettings]):
         self.refuse_others()
         if settings.features:
             settings.features = str(absolute(settings.features))
+        # refuses sizes that are out of range
         PatchGrid(
             settings.patch_size, settings.stride, settings.tissue, self.downsampling_factors()
         )
@@ -586,23 +589,25 @@ class Embeddings(PatchMethod):
                 'or --backbone'
             )
 
-    def describe_features(
+    def prepare_features(
         self,
         model: FeatureMIL,
         data: SlideDataset,
         folder: Path,
-        point: dict | None,
+        checkpoint: dict | None,
         ranks: Alone,
         device: str,
     ) -> dict:
-        """Give all ranks and the dataset one encoder, and save it in the folder of a new run.
-        Raises `InputError` if a run that is resumed has begun with another."""
+        """Give all ranks and the dataset one encoder, save it in the folder of a new run, and return
+        its part of the card. Raises `InputError` if a run that is resumed has begun with
+        another."""
         encoder = model.encoder
         assert encoder is not None  # the method build gives it one
         assert isinstance(data, FeatureDataset)  # as there is a folder: see dataset_options
-        path, former = folder / 'checkpoints' / ENCODER, {}
-        if point is not None:
-            former = point['settings']['features']['encoder']
+        path = folder / 'checkpoints' / ENCODER
+        former = None  # the card of the encoder that the run has begun with
+        if checkpoint is not None:
+            former = checkpoint['settings']['features']['encoder']
             self.check_named_backbone(encoder, former, folder)
             if path.exists():
                 load_encoder(path, encoder)
@@ -610,12 +615,12 @@ class Embeddings(PatchMethod):
             ranks.same(value)
         card = encoder.sealed()
         data.encoder = card['sha256']
-        if point is not None and card['sha256'] != former['sha256']:
+        if former is not None and card['sha256'] != former['sha256']:
             raise InputError(
                 f'the backbone is not the one that {folder} started with; put back {path.name}, or '
                 'choose a new folder'
             )
-        if ranks.rank == 0 and point is None:
+        if ranks.rank == 0 and former is None:
             save_encoder(path, encoder)
         return dict(encoder=card, aggregator=model.made)
 

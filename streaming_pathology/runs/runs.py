@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -130,13 +130,23 @@ def check_device(device: str) -> None:
 
 # %% ../../nbs/runs/04_runs.ipynb #3b3bbcdd
 @dataclass
+class FormerRun:
+    "What is known of the run that is resumed; nothing of a new one."
+
+    checkpoint: dict | None = None  # the last one, if there is one
+    settings: dict = field(default_factory=dict)
+    changed: dict = field(default_factory=dict)  # settings that changed since: see `changes`
+    is_finished: bool = False
+
+
+@dataclass
 class Prepared:
     "What is known before a training. It is found out on the first rank, and sent to all."
 
     settings: TrainingSettings
     data: SlideDataset  # of the whole cohort, of which every slide was read once
     task: Task
-    point: dict | None  # the checkpoint to resume from
+    checkpoint: dict | None  # to resume from
     changed: dict  # settings that changed since that: see `changes`
 
 # %% ../../nbs/runs/04_runs.ipynb #c4a10001
@@ -149,11 +159,9 @@ class Preparation:
         self.accept_changes = accept_changes
         self.may_replace = overwrite or resume
         self.finished = (run.folder / DONE).exists()
-        has_points = bool(checkpoint_files(run.folder / 'checkpoints'))
-        self.resumes = resume and (has_points or self.finished)
-        self.point = None  # of the run that is resumed, as are the next two
-        self.former = {}  # settings
-        self.changed = {}  # see `changes`
+        has_checkpoints = bool(checkpoint_files(run.folder / 'checkpoints'))
+        self.resumes = resume and (has_checkpoints or self.finished)
+        self.former = FormerRun()
 
     def go(self) -> Prepared | None:
         "Make all checks, and read all slides. None if the run is finished."
@@ -162,9 +170,11 @@ class Preparation:
         cases = self.read_cases()
         task = self.task_of(cases)
         settings.cohort_sha256 = cohort_sha256(cases)
-        if self.resumes and self.is_finished(cases):
+        former = self.former = self.read_former()
+        if former.is_finished and not former.changed:
             return None
-        if self.point is None:
+        self.check_former(cases)
+        if former.checkpoint is None:
             claim(run.given, self.may_replace, inputs=self.inputs(cases))
         self.method.check_cases(cases)
         data = self.read_slides(cases)
@@ -174,7 +184,7 @@ class Preparation:
             task = self.task_of(data.cases)
         # another process may have written there in the meantime
         claim(run.given, self.may_replace, others=self.resumes)
-        return Prepared(settings, data, task, self.point, self.changed)
+        return Prepared(settings, data, task, former.checkpoint, former.changed)
 
     # ---- slides
 
@@ -270,8 +280,9 @@ class Preparation:
         trained without others."""
         kept = {case.slide_id for case in data.cases}
         left_out = [case.slide_id for case in cases if case.slide_id not in kept]
-        former = list(self.former.get('left_out', []))
-        if self.point is not None and left_out != former and not self.accept_changes:
+        former = list(self.former.settings.get('left_out', []))
+        resumes = self.former.checkpoint is not None
+        if resumes and left_out != former and not self.accept_changes:
             raise InputError(
                 f'{self.run.given} was trained without {listed_ids(former)}, as they could not be '
                 f'used; now these are {listed_ids(left_out)}. Make the files as they were, accept '
@@ -281,9 +292,9 @@ class Preparation:
 
     def find_colors(self, data: SlideDataset) -> None:
         "Mean and deviation of each channel: of the run that is resumed, or of the training slides."
-        settings = self.settings
-        if 'mean' in self.former:
-            settings.mean, settings.std = self.former['mean'], self.former['std']
+        settings, former = self.settings, self.former.settings
+        if 'mean' in former:
+            settings.mean, settings.std = former['mean'], former['std']
         else:
             settings.mean, settings.std = channel_statistics(data.part('train'))
 
@@ -296,21 +307,23 @@ class Preparation:
 
     # ---- a former run
 
-    def is_finished(self, cases: list[Case]) -> bool:
-        "Check the run that is to be resumed. Returns whether there is nothing left to do."
-        self.point = self.read_point()
-        self.former = former_settings(self.run.folder, self.point)
-        now = as_read(self.settings.as_dict())
-        self.changed = changes(self.former, now)
-        if self.changed:
-            self.check_changes(now)
-        elif self.finished:
-            return True
-        if self.point is not None:
-            self.check_held_out(self.point, cases)
-        return False
+    def read_former(self) -> FormerRun:
+        "The run that is to be resumed."
+        if not self.resumes:
+            return FormerRun()
+        checkpoint = self.read_checkpoint()
+        settings = former_settings(self.run.folder, checkpoint)
+        changed = changes(settings, as_read(self.settings.as_dict()))
+        return FormerRun(checkpoint, settings, changed, self.finished)
 
-    def read_point(self) -> dict | None:
+    def check_former(self, cases: list[Case]) -> None:
+        "Refuse settings and slides with which the run cannot be resumed."
+        if self.former.changed:
+            self.check_changes()
+        if self.former.checkpoint is not None:
+            self.check_held_out(self.former.checkpoint, cases)
+
+    def read_checkpoint(self) -> dict | None:
         "The last checkpoint of the run; None if there is none, or the run is finished without."
         try:
             return last_checkpoint(self.run.folder / 'checkpoints')
@@ -320,38 +333,40 @@ class Preparation:
             warnings.warn(f'{one_line(e)}; the run is finished all the same')
             return None
 
-    def check_held_out(self, point: dict, cases: list[Case]) -> None:
+    def check_held_out(self, checkpoint: dict, cases: list[Case]) -> None:
         "Refuse slides for testing that the run to be resumed was trained on: see `check_held_out`."
-        trained_on = dict(point['callbacks']).get('Record')
+        trained_on = dict(checkpoint['callbacks']).get('Record')
         if not trained_on:
             raise InputError(
                 f'{self.run.given} was started by an older version of this package, whose '
                 'checkpoints do not record the training slides; choose a new folder'
             )
-        if self.changed:
+        if self.former.changed:
             check_held_out(trained_on, cases)
 
-    def check_changes(self, now: dict) -> None:
+    def check_changes(self) -> None:
         "Refuse to resume with settings that changed, if that was not accepted or is impossible."
-        run, changed = self.run, self.changed
+        run, former = self.run, self.former
         if not self.accept_changes:
             raise InputError(
                 several(
                     f'{run.given} holds a run with other settings; give those, accept the changes '
                     'with --accept-changes, or choose a new folder',
-                    sentences(changed, now),
+                    sentences(former.changed, as_read(self.settings.as_dict())),
                 )
             )
         fixed = list(FIXED)
         if self.settings.recipe:
             fixed.append('epochs')
-        former = [as_asked(name, self.former.get(name)) for name in changed if name in fixed]
-        if former:
+        were = [
+            as_asked(name, former.settings.get(name)) for name in former.changed if name in fixed
+        ]
+        if were:
             raise InputError(
-                f'{run.given} was trained with {", ".join(former)}, which cannot be changed on '
+                f'{run.given} was trained with {", ".join(were)}, which cannot be changed on '
                 'resume; give that again, or choose a new folder'
             )
-        if not self.point:
+        if not former.checkpoint:
             raise InputError(
                 f'{run.given} holds a finished run without a checkpoint to resume from; choose a '
                 'new folder'
@@ -378,13 +393,13 @@ def as_asked(name: str, value: object) -> str:
     return f'{flag(name)} {shown(value)}'
 
 # %% ../../nbs/runs/04_runs.ipynb #c4a10003
-def former_settings(folder: Path, point: dict | None) -> dict:
+def former_settings(folder: Path, checkpoint: dict | None) -> dict:
     """The settings of a former run, by its checkpoint. Its settings.toml may have been edited, and
     is read only if there is no checkpoint. Settings that a former version did not have get their
     defaults. Raises `InputError` if the file cannot be read."""
     saved = None
-    if point is not None:
-        saved = point['settings'].get('settings')
+    if checkpoint is not None:
+        saved = checkpoint['settings'].get('settings')
     path = folder / 'settings.toml'
     try:
         former = as_read(saved) if saved else tomllib.loads(path.read_text())
@@ -523,10 +538,10 @@ class Training:
         """Do all of it, with these callbacks before Checkpoints. Returns a sentence on the test
         split; None on all ranks but the first."""
         settings, folder, task = self.settings, self.folder, self.task
-        if self.ranks.rank == 0 and self.run.point is None:
+        if self.ranks.rank == 0 and self.run.checkpoint is None:
             write_record(folder, self.data.cases, settings)
-        features = self.method.describe_features(
-            model, self.data, folder, self.run.point, self.ranks, self.device
+        features = self.method.prepare_features(
+            model, self.data, folder, self.run.checkpoint, self.ranks, self.device
         )
         card = self.card(model, features)
         self.fit(model, card, callbacks)
@@ -575,7 +590,7 @@ class Training:
         loaders = self.loader(train, shuffled=True), self.loader(tuning, shuffled=False)
         common = Common(
             callbacks=self.callbacks(card, train, more_callbacks),
-            resume=self.run.point,
+            resume=self.run.checkpoint,
             accept_changes=bool(self.run.changed),
             ranks=ranks,
             device=self.device,
@@ -749,7 +764,7 @@ class Run:
         self.given = Path(folder).expanduser()
         self.folder = absolute(folder)
         self.method = method_of(settings)
-        self.point = None  # the checkpoint that it is resumed from
+        self.checkpoint = None  # that it is resumed from
         self.changed = {}  # settings that changed since that: see `changes`
         self.was_finished = False  # a run to be resumed had nothing left to do
         self.named_device: str | None = None  # by the user; None: it is chosen, and told
@@ -814,7 +829,7 @@ class Run:
     def take_over(self, prepared: Prepared) -> None:
         "Take over what the first rank has found out."
         self.settings = prepared.settings
-        self.point = prepared.point
+        self.checkpoint = prepared.checkpoint
         self.changed = prepared.changed
         self.method = method_of(self.settings)
 
@@ -827,7 +842,7 @@ class Run:
         if task.n_out > 1 or (has_own_network and settings.mean is not None):
             model = self.method.build(task, kept)
         has_random_weights = has_own_network and settings.weights is None
-        if has_random_weights and self.point is None and ranks.rank == 0:
+        if has_random_weights and self.checkpoint is None and ranks.rank == 0:
             update_batchnorm(model, prepared.data, settings.seed)
         return model
 
@@ -835,7 +850,7 @@ class Run:
         "The folder while the run writes into it; nothing on all ranks but the first."
         if ranks.rank:
             return nullcontext()
-        if self.point:
+        if self.checkpoint:
             return continuing(self.folder)
         stays = []
         if resume and getattr(self.settings, 'aggregator', None):

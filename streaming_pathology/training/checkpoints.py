@@ -273,11 +273,11 @@ class Checkpoints(Callback):
         later ones are of a training that took another course, and go."""
         path = self.folder / f'point_{state.epoch:06}_{state.step:06}.pt'
         save_checkpoint(path, **state.state_dict(), settings=self.settings)
-        earlier = [point for point in checkpoint_files(self.folder) if point < path]
-        later = [point for point in checkpoint_files(self.folder) if point > path]
+        earlier = [other for other in checkpoint_files(self.folder) if other < path]
+        later = [other for other in checkpoint_files(self.folder) if other > path]
         n_surplus = max(0, len(earlier) - (self.keep - 1))
-        for point in later + earlier[:n_surplus]:
-            point.unlink()
+        for other in later + earlier[:n_surplus]:
+            other.unlink()
         self.saved = time.monotonic()
         self.epoch = state.epoch
 
@@ -359,17 +359,17 @@ def last_checkpoint(folder: str | Path) -> dict | None:
         except InputError as e:
             error = e
             if path != paths[0]:
-                warnings.warn(f'{e}; the point before it is used')
+                warnings.warn(f'{e}; the checkpoint before it is used')
     if error is None:
         return None
     raise InputError(
-        f'{folder} has no point that is whole ({error}); train again, in another folder or in '
+        f'{folder} has no intact checkpoint ({error}); train again, in another folder or in '
         'place of this run'
     )
 
 # %% ../../nbs/training/07_checkpoints.ipynb #f8b5d020
 class HaltOnSignal(Callback):
-    """Callback and context manager: a signal to stop, while `fit` runs, halts it at the next rest.
+    """Callback and context manager: a signal to stop, while `fit` runs, halts it after the current slide.
     A second one, or one at another time, does what it did before."""
 
     def __init__(self) -> None:

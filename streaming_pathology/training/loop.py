@@ -468,7 +468,7 @@ class Callback:
     def at_rest(self, state: 'State') -> None:
         """Called between two slides or mini-batches, of training and of validation, and after an
         epoch. All that the rest of the training depends on is in `state.state_dict()`, which may
-        be saved. Setting `state.halt_requested` halts the training at the next rest."""
+        be saved. Setting `state.halt_requested` halts the training after the current slide."""
 
     def after_step(self, state: 'State') -> None:
         "Called when the optimizer has changed the weights of `state.model`."
@@ -544,17 +544,17 @@ RESETS_OPTIMIZER = {'trained', 'optimizer'}
 CHANGES_TUNING_LOSS = {'tuning slides', 'task'}
 
 
-def checked_changes(point: dict, settings: dict, accept_changes: bool) -> set[str]:
+def checked_changes(checkpoint: dict, settings: dict, accept_changes: bool) -> set[str]:
     """The settings that differ from those of a checkpoint. Raises `InputError` if it is none of a
     training, or if there are changes that were not accepted."""
-    missing = {'fit', 'optimizer', *KEPT} - point.keys()
+    missing = {'fit', 'optimizer', *KEPT} - checkpoint.keys()
     if missing:
-        raise InputError(f'this is no point of a training to go on from: it lacks {min(missing)!r}')
-    before = point['fit']
+        raise InputError(f'this is no checkpoint to resume from: it lacks {min(missing)!r}')
+    before = checkpoint['fit']
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed and not accept_changes:
         sentences = [change_of(name, before.get(name), settings[name]) for name in changed]
-        raise InputError(several('the training that is to go on was another one', sentences))
+        raise InputError(several('the training to be resumed was another one', sentences))
     return set(changed)
 
 
@@ -697,44 +697,44 @@ class State:
             callbacks=callbacks,
         )
 
-    def load_state_dict(self, point: dict, accept_changes: bool = False) -> None:
+    def load_state_dict(self, checkpoint: dict, accept_changes: bool = False) -> None:
         """Resume from a checkpoint. Settings and slides that changed are named and refused, with
         `InputError`; with `accept_changes` they count from here on, and the epoch begins again
         where they concern the order of slides or what is trained."""
-        changed = checked_changes(point, self.settings, accept_changes)
-        point = copy.deepcopy(point)
-        self.load_model(point)
-        self.load_optimizer(point, changed)
+        changed = checked_changes(checkpoint, self.settings, accept_changes)
+        checkpoint = copy.deepcopy(checkpoint)
+        self.load_model(checkpoint)
+        self.load_optimizer(checkpoint, changed)
         for key, attribute in KEPT.items():
-            setattr(self, attribute, point[key])
+            setattr(self, attribute, checkpoint[key])
         self.accepted = accept_changes
         if accept_changes:
             self.stop = False  # what stopped it may decide otherwise now
         if RESTARTS_EPOCH & changed:
             self.step, self.losses, self.rows = 0, [], []
         elif self.ranks.rank == 0:
-            self.load_gradients(point['gradients'])
-        self.load_callbacks(point['callbacks'], changed)
-        set_rng_state(point['rng'])
-        self.resumed_rng = point['rng']
+            self.load_gradients(checkpoint['gradients'])
+        self.load_callbacks(checkpoint['callbacks'], changed)
+        set_rng_state(checkpoint['rng'])
+        self.resumed_rng = checkpoint['rng']
 
-    def load_model(self, point: dict) -> None:
+    def load_model(self, checkpoint: dict) -> None:
         "Load the weights of a checkpoint."
         try:
-            self.model.load_state_dict(point['model'])
+            self.model.load_state_dict(checkpoint['model'])
         except RuntimeError as e:
             first_difference = str(e).splitlines()[1].strip()
-            raise InputError(f'the point is of another network: {first_difference}') from None
+            raise InputError(f'the checkpoint is of another network: {first_difference}') from None
 
-    def load_optimizer(self, point: dict, changed: set[str]) -> None:
+    def load_optimizer(self, checkpoint: dict, changed: set[str]) -> None:
         "Load optimizer and gradient scaler; a learning rate or momentum that was changed is kept."
         if not RESETS_OPTIMIZER & changed:
-            self.optimizer.load_state_dict(point['optimizer'])
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
             for name in ('lr', 'momentum'):
                 if {name, 'callbacks'} & changed:
                     self.set_option(name, self.settings[name])
-        if point['scaler']:
-            self.scaler.load_state_dict(point['scaler'])
+        if checkpoint['scaler']:
+            self.scaler.load_state_dict(checkpoint['scaler'])
 
     def set_option(self, name: str, value: float) -> None:
         "Set an option of the optimizer, where it has that."

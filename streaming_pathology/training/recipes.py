@@ -234,7 +234,7 @@ def first_stage(recipe: tuple[Stage, ...], resume: dict | None) -> int:
     number = resume.get('stage')
     if number is None or not 0 < number <= len(recipe):
         raise InputError(
-            f'a point of stage {number or None} belongs to no recipe of {len(recipe)} stages'
+            f'a checkpoint of stage {number or None} belongs to no recipe of {len(recipe)} stages'
         )
     return number
 

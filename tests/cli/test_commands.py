@@ -369,7 +369,7 @@ def test_a_point_is_no_model(cohort, trained, tmp_path, capsys):
     for path, is_point in ((point, True), (best, False)):
         assert (
             cli.main(['export', path, tmp_path / 'm.safetensors']) == 0
-            and ('is a point of a training to go on from' in capsys.readouterr().err) == is_point
+            and ('is a checkpoint to resume training from' in capsys.readouterr().err) == is_point
         )
         assert (
             bool(card(tmp_path / 'm.safetensors')['tuning']) != is_point

@@ -359,7 +359,7 @@ def test_newcombes_interval_by_its_definition():
         ('wald', dict(), "'wald'"),
         ('logit', dict(level=1.0), 'level 1.0'),
         ('logit', dict(patient_ids=[1]), '1 patients'),
-        ('bca', dict(n=0), '0 bootstrap draws'),
+        ('bca', dict(n=0), '0 bootstrap resamples'),
     ],
 )
 def test_impossible_intervals_are_refused(method, options, says):

@@ -221,7 +221,7 @@ def test_takes_arrays_and_images_in_half_precision(image):
 @pytest.mark.parametrize('average', AVERAGES)
 def test_cells_have_the_mean_of_their_pixels(net, x, average):
     pixels = smoothgrad(net, x, n=2, average=average)
-    cells = smoothgrad(stream(net, strip=7), x, n=2, average=average, place=8)
+    cells = smoothgrad(stream(net, strip=7), x, n=2, average=average, cell=8)
     assert cells.shape == (3, 4)
     for row in range(3):
         for column in range(4):  # those at the lower and right edge are smaller
@@ -362,7 +362,7 @@ def test_a_canvas_is_explained_as_its_dense_image(average, strip):
 def test_cells_of_a_canvas_are_those_of_its_pixels(cell):
     model, canvas = stream(pooled_net(1), strip=16), painted_canvas(1)
     pixels = smoothgrad(model, canvas, n=2, seed=3)
-    cells = smoothgrad(model, canvas, n=2, seed=3, place=cell)
+    cells = smoothgrad(model, canvas, n=2, seed=3, cell=cell)
     padded = np.pad(pixels, [(0, -side % cell) for side in pixels.shape], constant_values=np.nan)
     height, width = cells.shape
     wanted = np.nanmean(padded.reshape(height, cell, width, cell), axis=(1, 3))
@@ -391,7 +391,7 @@ def test_a_classifier_explains_a_canvas():
     torch.manual_seed(0)
     model = StreamingClassifier('resnet18', strip=32)
     canvas = Canvas((96, 96), (255,) * 3, [(32, 16, painted_canvas().patches[0][2])])
-    heatmap = smoothgrad(model, canvas, n=2, place=16)
+    heatmap = smoothgrad(model, canvas, n=2, cell=16)
     assert heatmap.shape == (6, 6) and heatmap[2:4, 1:3].all()
     assert not heatmap[:2].any() and not heatmap[:, 4:].any()
 

@@ -161,7 +161,7 @@ def test_the_last_checkpoint_is_damaged(whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train_in(tmp_path, Interrupt())
     damage(checkpoint_files(tmp_path)[-1])
-    with pytest.warns(UserWarning, match='the point before it is used'):
+    with pytest.warns(UserWarning, match='the checkpoint before it is used'):
         point = last_checkpoint(tmp_path)
     assert (point['epoch'], point['step']) == (7, 9)
     assert_same_weights(train_in(tmp_path, resume=point), whole.model)
@@ -177,7 +177,7 @@ def test_no_checkpoint_in_a_folder(tmp_path):
 def test_all_checkpoints_are_damaged(whole, tmp_path):
     shutil.copy(checkpoint_files(whole.folder)[-1], tmp_path)
     damage(checkpoint_files(tmp_path)[0])
-    assert 'no point that is whole' in complaint(last_checkpoint, tmp_path)
+    assert 'no intact checkpoint' in complaint(last_checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize('keep', [1, 2, 3])

@@ -428,7 +428,7 @@ def test_changes_that_restart_the_epoch(changed, halfway):
 def test_what_is_no_checkpoint_of_a_training(slides):
     weights = dict(model=TinyNet().state_dict())
     said = complaint(fit, TinyNet(), slides, epochs=1, resume=weights, progress=False)
-    assert 'no point of a training' in said
+    assert 'no checkpoint to resume from' in said
 
 
 # on a GPU

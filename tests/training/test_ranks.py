@@ -430,7 +430,7 @@ def test_ranks_are_asked_to_stop(on_two, tmp_path):
         time.sleep(0.01)
     p.send_signal(signal.SIGTERM)
     said = said_by(p, 100)
-    assert p.returncode and 'goes on' in said, said
+    assert p.returncode and 'continues' in said, said
     assert cli.main(argv) == 0  # on another number of ranks
     assert all(
         abs(float(a[k]) - float(b[k])) <= 1e-3 * abs(float(a[k]))

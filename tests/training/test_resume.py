@@ -397,13 +397,13 @@ def test_a_damaged_point(cohort, halfway, capsys):
         data[len(data) // 3] ^= 4
         p.write_bytes(data)
     argv = ['train', cohort / 'manifest.csv', halfway, *TRAIN, '--resume']
-    refused(capsys, argv, 'no point that is whole', 'checksum')
+    refused(capsys, argv, 'no intact checkpoint', 'checksum')
     (halfway / 'report').mkdir(exist_ok=True)
     (halfway / 'report/index.html').write_text(f'<meta {REPORT.says}>')  # of a run that is finished
     assert cli.main(argv) == 0 and all(
         t in said
         for said in [''.join(capsys.readouterr())]
-        for t in ('no point that is whole', 'is finished')
+        for t in ('no intact checkpoint', 'is finished')
     )
     refused(capsys, [*argv, '--lr', 0.1, '--accept-changes'], 'without a checkpoint to resume from')
     (halfway / 'settings.toml').write_text('lr = = 1')
@@ -637,7 +637,7 @@ def test_a_malicious_point(cohort, halfway, tmp_path, capsys):
     refused(
         capsys,
         ['train', cohort / 'manifest.csv', halfway, *TRAIN, '--resume'],
-        'no point that is whole',
+        'no intact checkpoint',
         'run code',
     )
     torch.save(dict(x=Evil()), tmp_path / 'w.pt')

@@ -133,15 +133,17 @@ def foreign(folder: Path, kind: Output) -> Path | None:
     "The first thing in a folder that no command of this kind wrote, relative to it."
     paths = list(contents(folder))
     # after the files, as another process that fills the folder now writes the mark first
-    marked = kind.is_marked(folder) or kind.is_marked(folder / FORMER)
+    is_marked = kind.is_marked(folder) or kind.is_marked(folder / FORMER)
     for path in paths:
         if is_temporary(path):
             continue
-        place = Path(*(name for name in path.parts if name not in (FORMER, NEW)))
-        aside = place != path
+        relative = Path(*(name for name in path.parts if name not in (FORMER, NEW)))
+        is_set_aside = relative != path
         is_folder = (folder / path).is_dir() and not (folder / path).is_symlink()
-        known = not place.parts or kind.has(place, is_folder)
-        if not known or not (aside or marked):
+        is_of_this_kind = not relative.parts or kind.has(relative, is_folder)
+        if not is_of_this_kind:
+            return path
+        if not is_set_aside and not is_marked:
             return path
     return None
 

@@ -6,10 +6,10 @@
 __all__ = ['sp_train', 'sp_mil', 'sp_check', 'FEW', 'sp_predict', 'sp_export', 'sp_heatmap', 'SUBGROUPS', 'sp_evaluate',
            'sp_report', 'sp_trim', 'COHORT', 'LOOK_NAMES', 'LABEL_NAMES', 'sp_synth', 'sp_cohort', 'sp_compare',
            'sp_bench', 'DEMO_COHORT', 'TINY', 'TINY_COHORT', 'sp_demo', 'RunFolder', 'train', 'train_mil', 'train_in',
-           'CheckSettings', 'check', 'check_all', 'tell_check', 'processes', 'PredictSettings', 'slides_and_table',
-           'predict', 'slides_to_predict', 'not_predicted', 'same_for_all', 'predict_share', 'merge_predicted',
-           'not_skipped', 'print_predictions', 'ExportSettings', 'export', 'write_export', 'heatmap', 'listed',
-           'n_bootstrap_option', 'confidence_option', 'EvaluateSettings', 'evaluate', 'figures_folder',
+           'CheckSettings', 'check', 'check_all', 'write_facts', 'tell_check', 'processes', 'PredictSettings',
+           'slides_and_table', 'predict', 'slides_to_predict', 'not_predicted', 'same_for_all', 'predict_share',
+           'merge_predicted', 'not_skipped', 'print_predictions', 'ExportSettings', 'export', 'write_export', 'heatmap',
+           'listed', 'n_bootstrap_option', 'confidence_option', 'EvaluateSettings', 'evaluate', 'figures_folder',
            'ReportSettings', 'report', 'color', 'TrimSettings', 'trim', 'print_trimmed', 'SynthSettings', 'synth',
            'CohortSettings', 'cohort', 'CompareSettings', 'compare', 'several_pixels', 'BenchSettings', 'bench',
            'as_for_training', 'DemoSettings', 'DemoOptions', 'demo', 'is_demo']
@@ -220,44 +220,41 @@ def check(settings: CheckSettings) -> None:
     """Open slides and tell in a line each what they are: format, size, spacing and who says so,
     levels, compression, area of tissue, and why a slide cannot be used. Pixels of pyramids are read
     on a coarse level only."""
-    from streaming_pathology.runs.inputs import STATUS_COLUMNS, Outcome, find_slides
+    from streaming_pathology.runs.inputs import Outcome, find_slides
     from streaming_pathology.runs.shards import check_shard, chosen_shard, merge_checks, share
-    from streaming_pathology.slides.check import SlideCheck
 
     shard = chosen_shard(settings.shard, settings.merge)
-    if settings.csv is None and (shard is not None or settings.merge):
-        raise InputError('--shard and --merge need --csv, the table of all shards')
-    table = Path()
+    table = None
     if settings.csv is not None:
         table = output_file(settings.csv, '.csv', settings.slides, 'name,status,')
+    elif shard is not None or settings.merge:
+        raise InputError('--shard and --merge need --csv, the table of all shards')
     found = find_slides(settings.slides, labels=None, columns=(), row_by_row=True)
-    look_for = settings.tissue, settings.exclude_pen, settings.stain
-    spacing = settings.slide_spacing
-    workers = settings.workers
-    if workers is None:
-        workers = processes(None)
-    if shard is not None:
-        result = check_shard(found.cases, table, shard, *look_for, workers, tell_check, spacing)
+    how = dict(
+        tissue=settings.tissue,
+        pen=settings.exclude_pen,
+        stain=settings.stain,
+        slide_spacing=settings.slide_spacing,
+    )
+    workers = processes(None) if settings.workers is None else settings.workers
+    if shard is not None and table is not None:
+        result = check_shard(found.cases, table, shard, **how, workers=workers, tell=tell_check)
         tell_shard(shard, table, share(found, shard), result)
         return
-    if settings.merge:
-        facts, failed = merge_checks(found.cases, table, *look_for, spacing)
+    if settings.merge and table is not None:
+        facts, failed = merge_checks(found.cases, table, **how)
     else:
-        facts, failed = check_all(found, look_for, min(workers, len(found.cases)), spacing)
+        facts, failed = check_all(found, how, min(workers, len(found.cases)))
     outcome = Outcome(found, failed, success='ok')
-    if settings.csv is not None:
-        of_path = {str(case.path): facts[case.slide_id] for case in found.cases}
-        no_facts = SlideCheck('', Path()).row()
-        rows = [row | of_path.get(row['path'], no_facts) for row in outcome.rows()]
-        write_csv(table, rows, [*STATUS_COLUMNS, *no_facts])
+    if table is not None:
+        write_facts(table, found, facts, outcome)
     tell_outcome(outcome, settings.csv)
 
 
 def check_all(
     found: FoundSlides,
-    look_for: tuple[bool, bool, str],  # tissue, pen and stain, as in `check_slides`
+    how: dict[str, Any],  # arguments of `check_slides`
     workers: int,
-    slide_spacing: float | None,  # as in `check_slides`
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Check all slides, and tell what is found of each. Returns these facts, slide_id -> column ->
     value, and slide_id -> a sentence of those that failed."""
@@ -265,7 +262,7 @@ def check_all(
 
     facts, failed = {}, {}
     with tqdm(total=len(found.cases), desc='checking slides', unit='slide', leave=False) as bar:
-        checks = check_slides(found.cases, *look_for, workers, bar.update, slide_spacing)
+        checks = check_slides(found.cases, **how, workers=workers, after_each=bar.update)
         for each in checks:
             facts[each.slide_id] = each.row()
             if each.problem:
@@ -274,6 +271,22 @@ def check_all(
     for each in found.unusable:
         print(f'{each.path.name}: FAILED: {each.path} {each.reason}')
     return facts, failed
+
+
+def write_facts(
+    table: Path,
+    found: FoundSlides,
+    facts: dict[str, dict[str, Any]],  # slide_id -> column -> value
+    outcome: Outcome,
+) -> None:
+    "Write a row for each file that was found: what became of it, and what it is."
+    from streaming_pathology.runs.inputs import STATUS_COLUMNS
+    from streaming_pathology.slides.check import SlideCheck
+
+    of_path = {str(case.path): facts[case.slide_id] for case in found.cases}
+    no_facts = SlideCheck('', Path()).row()
+    rows = [row | of_path.get(row['path'], no_facts) for row in outcome.rows()]
+    write_csv(table, rows, [*STATUS_COLUMNS, *no_facts])
 
 
 def tell_check(found: SlideCheck) -> None:

@@ -892,12 +892,9 @@ def adaptive(
     def add(total, parts, x):
         return add_bins(total, parts, x, bins.heights, width)
 
-    def part(first, stop, height):
-        return bins.in_rows(first, stop)
-
     if input.axis == 3:
         add = of_columns(add)
-    return Reduction(add, [input], part=part, positional=count > 1)
+    return Reduction(add, [input], part=bins.in_rows, positional=count > 1)
 
 
 def of_columns(add: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

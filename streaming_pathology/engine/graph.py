@@ -775,7 +775,8 @@ def traced_once(module: nn.Module, image: ImageSpec, seconds: float) -> Graph:
     "One attempt of `trace`, which does not look whether random numbers are drawn meanwhile."
     enabled = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(enabled):
-        network, recorder = copied(module, Recorder(image.device, seconds))
+        recorder = Recorder(image.device, seconds)
+        network = recorded_copy(module, recorder)
         before = fingerprint(network)
         x = image.empty()
         value = recorder.note(x, Value('image', tuple(x.shape), x.dtype))
@@ -787,14 +788,14 @@ def traced_once(module: nn.Module, image: ImageSpec, seconds: float) -> Graph:
     return Graph(value, recorder.calls, output, enabled)
 
 
-def copied(module: nn.Module, recorder: Recorder) -> tuple[nn.Module, Recorder]:
-    "A copy of a network on the meta device, and the recorder that knows its tensors and layers."
+def recorded_copy(module: nn.Module, recorder: Recorder) -> nn.Module:
+    "A copy of a network on the meta device, whose tensors and layers the recorder knows."
     network = on_meta(module)
     for path, tensor in (*network.named_parameters(), *network.named_buffers()):
         value = Value(path, tuple(tensor.shape), tensor.dtype, path, storage_of(tensor))
         recorder.note(tensor, value)
     follow_layers(network, recorder)
-    return network, recorder
+    return network
 
 
 def follow_layers(network: nn.Module, recorder: Recorder) -> None:
@@ -832,7 +833,8 @@ def recorded_forward(
 def too_small(module: nn.Module, image: ImageSpec, recorder: Recorder) -> bool:
     "Whether a larger image passes the layer at which forward failed."
     n, channels, height, width = image.shape
-    network, larger = copied(module, Recorder(image.device, recorder.seconds))
+    larger = Recorder(image.device, recorder.seconds)
+    network = recorded_copy(module, larger)
     x = torch.empty((n, channels, height + 8192, width + 8192), dtype=image.dtype, device='meta')
     larger.note(x, Value('image', tuple(x.shape), x.dtype))
     try:

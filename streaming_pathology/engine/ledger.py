@@ -173,11 +173,6 @@ class Usage:
 
     peak: int  # bytes alive at once
     work: np.ndarray  # floating point operations, bytes moved, launches
-    outputs: int  # bytes of the outputs
-
-    @property
-    def flops(self) -> int:
-        return int(self.work[0])
 
 
 def measure(
@@ -204,7 +199,7 @@ def measure(
     if train and outputs:
         with ledger:
             backward_plain(outputs)
-    return Usage(ledger.peak, ledger.work, sum(y.nbytes for y in outputs))
+    return Usage(ledger.peak, ledger.work)
 
 # %% ../../nbs/engine/11_ledger.ipynb #8a90dafa
 def note_network(ledger: Ledger, module: nn.Module, train: bool) -> None:

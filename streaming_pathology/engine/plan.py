@@ -130,10 +130,9 @@ def empty_total(image_pass: Pass, operation: Operation) -> torch.Tensor:
             tensors.append(empty_rows(read, shape))
         else:
             tensors.append(image_pass.operands[number])
-    height = image_pass.schedule.sizes.heights[operation.inputs[0]]
     reduction = operation.reduction
     with torch.no_grad():
-        return reduction.add(None, reduction.part(0, 1, height), *tensors)
+        return reduction.add(None, reduction.part(0, 1), *tensors)
 
 # %% ../../nbs/engine/12_plan.ipynb #8ffa9e8b
 @dataclass
@@ -509,7 +508,7 @@ class Loads:
     def tail_of(self, module: nn.Module, known: dict[Value, torch.Tensor], source: Source) -> Usage:
         "What follows the strips: the rest of the network, and its backward pass."
         if not self.program.after:
-            return Usage(0, np.zeros(3), 0)
+            return Usage(0, np.zeros(3))
         known[self.program.graph.image] = source.tensors[0]
         with Ledger() as ledger:
             gradients = (parameter.grad for parameter in module.parameters())
@@ -520,7 +519,7 @@ class Loads:
             ends = [t for t in ends if t.requires_grad]
             if ends:
                 torch.autograd.backward(ends, [torch.empty_like(t) for t in ends])
-        return Usage(ledger.peak - before, ledger.work, 0)
+        return Usage(ledger.peak - before, ledger.work)
 
     # ---- the strips
 

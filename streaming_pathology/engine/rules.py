@@ -93,13 +93,12 @@ class Adjoint:
 @dataclass(eq=False)
 class Reduction:
     """How all rows become one value: `add(total, part, *rows)` from strip to strip, beginning with
-    None, then `finish(total)`. `part(first, stop, height)` says which rows they are, if that
-    matters."""
+    None, then `finish(total)`. `part(first, stop)` says which rows they are, if that matters."""
 
     add: Callable[..., torch.Tensor]
     tensors: Sequence[Map | Value]
     finish: Callable[[torch.Tensor], torch.Tensor] = lambda total: total
-    part: Callable[[int, int, int], tuple[Any, ...]] = lambda first, stop, height: ()
+    part: Callable[[int, int], tuple[Any, ...]] = lambda first, stop: ()
     positional: bool = False  # parts differ from strip to strip
     dtype: torch.dtype | None = None  # asked for in the call
     # what an `Op` may be, and a reduction never is

@@ -365,7 +365,7 @@ def total_step(operation: Operation, buffers: Sequence[Buffer], sizes: MapSizes)
     if stop == start:
         return Step(old, 0) if old else None
     reads = parts_of(operation, buffers, sizes, [(start, stop)] * len(operation.inputs))
-    part = operation.reduction.part(start, stop, sizes.heights[a])
+    part = operation.reduction.part(start, stop)
     return Step(old, stop - start, reads, part=part)
 
 

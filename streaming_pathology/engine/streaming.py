@@ -796,8 +796,8 @@ class Pass(Strips):
         "Strip `k` with its tape, which was kept or is made now."
         record = self.records.pop(k, None)
         if record is None:
+            state = self.state_before(k)
             with replayed_rng(self.rng.get(k), self.source.device):
-                state = self.state_before(k)
                 record = self.strip_with_tape(k, state, ahead=k - 1, again=True)
         self.states.pop(k, None)
         return record
@@ -820,9 +820,10 @@ class Pass(Strips):
         "The stored state before strip `k`; meanwhile the one that is needed next is fetched."
         store, key, layout = self.states[k]
         ahead = None
-        for other in (k - self.keeping.every, k - 1):  # the nearer one, if both are there
+        for other in (k - 1, k - self.keeping.every):  # the nearer one first
             if other in self.states and self.states[other].store is store:
                 ahead = self.states[other].key
+                break
         return layout.unpack(store.get(key, ahead))
 
 # %% ../../nbs/engine/09_streaming.ipynb #158eb50f

@@ -258,7 +258,7 @@ LABELS_PLAN = replace(
     labels=LABELS,
     methods=('streaming', 'streaming-avg', 'mil-max', *AGGREGATING),
     mapped=12,
-    budget_hours=1.65,
+    budget_hours=2.2,
 )
 COVERAGE_PLAN = replace(
     PAINTED,
@@ -271,7 +271,7 @@ COVERAGE_PLAN = replace(
     epochs=1,
     lr=1e-4,
     mil_lr=1e-4,
-    budget_hours=0.6,
+    budget_hours=0.9,
 )
 SPACING_PLAN = replace(
     PAINTED,

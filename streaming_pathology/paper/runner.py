@@ -430,9 +430,10 @@ def step_seconds(runner: Runner, job: Job) -> tuple[float, float]:
     shortest = training_seconds(runner, job, split, 1, 1)
     two_epochs = 2 * steps_of(split)
     # what is done once in a training is no part of a difference
-    frozen = (training_seconds(runner, job, split, 3, 1) - shortest) / two_epochs
-    whole = (training_seconds(runner, job, split, 1, 3) - shortest) / two_epochs
-    return frozen, whole
+    frozen = training_seconds(runner, job, split, 3, 1) - shortest
+    whole = training_seconds(runner, job, split, 1, 3) - shortest
+    # a machine that does other work may let the longer one be the shorter
+    return max(0.0, frozen) / two_epochs, max(0.0, whole) / two_epochs
 
 
 def view_seconds(experiment: Experiment, kind: str) -> float:

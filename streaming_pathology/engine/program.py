@@ -372,7 +372,7 @@ class Program:
             self.operations.append(self.new_operation(call, op, value, number))
 
     def op_of(self, call: Call) -> Op | Reduction:
-        "What the rule of `call` says. Raises `Refused`."
+        "What the rule of `call` says. Raises `Refused`, and `StreamingError` for an empty map."
         if self.late.intersection(call.inputs):
             raise Refused(
                 'combines rows with a value that is known only after the last row (as '
@@ -384,7 +384,10 @@ class Program:
             raise Refused(f'writes into a map ({call.name})')
         for value in call.outputs:
             if 0 in value.shape:
-                raise Refused(f'gives a map of shape {value.shape}, which has nothing in it')
+                raise StreamingError(
+                    f'{call.where()} gives a map of shape {value.shape}, which has nothing in it: '
+                    'the image may be too small for the network.'
+                )
 
         def map_or_value(value: Value) -> Map | Value:
             return self.maps[value][1] if value in self.maps else value

@@ -377,7 +377,7 @@ def test_a_point_is_no_model(cohort, trained, tmp_path, capsys):
         )
     assert (
         cli.main(['predict', point, cohort / 'manifest.csv', tmp_path / 'p.csv']) == 0
-        and 'is a point' in capsys.readouterr().err
+        and 'is a checkpoint to resume' in capsys.readouterr().err
     )
 
 

@@ -1160,6 +1160,10 @@ def synth(settings: SynthSettings) -> None:
             f'--min-tumour {smallest} and --max-tumour {largest} have to be above 0, up to 1, and '
             'in this order'
         )
+    if not 0 <= settings.positive_fraction <= 1:
+        raise InputError(
+            f'--positive-fraction {settings.positive_fraction} has to be between 0 and 1'
+        )
     with staged(settings.folder, settings.overwrite, COHORT) as folder:
         write_cohort(
             folder,

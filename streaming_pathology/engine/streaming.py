@@ -32,7 +32,7 @@ from streaming_pathology.engine.graph import (
     values_in,
 )
 from .program import Operation, Program, run_calls, tensor_at
-from .rules import rules
+from .rules import rules_now
 from .schedule import GradientTotals, Part, Schedule, Step, StripKind
 from streaming_pathology.engine.storage import (
     Blocks,
@@ -883,7 +883,7 @@ class Traced:
     made_for: list[Any]  # the fingerprint of the network
     graph: Graph | str  # the trace, or why there is none
     programs: dict[int, Program] = field(default_factory=dict)
-    # why there is no program, by axis and number of rules, of which there may be more by and by
+    # why there is no program, by axis and `rules_now`, as there may be other rules by and by
     refusals: dict[tuple[int, int], str] = field(default_factory=dict)
     schedules: OrderedDict[Any, Schedule] = field(default_factory=OrderedDict)
     costs: dict[int, Any] = field(default_factory=dict)  # what the planner found out
@@ -1180,7 +1180,7 @@ class Streamed(nn.Module):
         # a new error each time: one that is kept would keep its frames
         if isinstance(traced.graph, str):
             raise StreamingError(traced.graph)
-        asked = axis, len(rules)
+        asked = axis, rules_now()
         if axis not in traced.programs and asked not in traced.refusals:
             try:
                 traced.programs[axis] = Program(

@@ -373,6 +373,13 @@ def covering(
     return np.pad(cells, missing)
 
 # %% ../../nbs/evaluation/10_heatmaps.ipynb #b42c75ac
+def high_value(heat: np.ndarray) -> float:
+    """The 99.5th percentile of what is not 0; 0 where all is. Of a map that was computed on tissue
+    only, the rest says nothing."""
+    covered = heat[heat > 0]
+    return float(np.percentile(covered, 99.5)) if covered.size else 0.0
+
+
 def color_map(
     heat: np.ndarray,  # (h, w), not negative
     vmax: float | None = None,  # value of full colour; None: the 99.5th percentile of this map

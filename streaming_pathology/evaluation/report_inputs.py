@@ -285,6 +285,11 @@ class FinishedRun:
         return self.settings.get('command') == 'sp_mil'
 
     @property
+    def skips_background(self) -> bool:
+        "Whether the network was trained on tissue only, and its heatmaps are 0 around it."
+        return bool(self.settings.get('skip_background'))
+
+    @property
     def shows_attention(self) -> bool:
         "Whether the heatmaps of the run show attention."
         return self.aggregator is not None and self.aggregator.relevance_is == 'attention'

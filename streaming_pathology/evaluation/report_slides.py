@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..core import InputError
 from .evaluation import Prediction
-from .heatmaps import FORMAT, METHODS, Grid, load_heatmap
+from .heatmaps import FORMAT, METHODS, Grid, high_value, load_heatmap
 from .pages import Section, plural, render, table
 from .report_inputs import FinishedRun, read_values
 from .report_sections import Verdict, verdict_of
@@ -233,9 +233,14 @@ def models_of(run: FinishedRun) -> set[str]:
     return {row['model'] for row in rows if row.get('model')}
 
 
+def full_color(run: FinishedRun, heat: np.ndarray) -> float:
+    "The 99.5th percentile of a map; where background is skipped, of what is not 0."
+    return high_value(heat) if run.skips_background else float(np.percentile(heat, 99.5))
+
+
 def common_vmax(run: FinishedRun, predictions: Sequence[Prediction]) -> float:
     """The value of full colour for all slides together: 1 for probabilities of patches, and where
-    there are no heatmaps; else the 99.5th percentile."""
+    there are no heatmaps; else as by `full_color`."""
     heats = []
     for prediction in predictions:
         path = slide_file(run.folder, 'heatmaps', prediction.slide_id, '.npy')
@@ -243,7 +248,7 @@ def common_vmax(run: FinishedRun, predictions: Sequence[Prediction]) -> float:
             heats.append(load_heatmap(path).ravel())
     if run.sees_patches or not heats:
         return 1.0
-    return float(np.percentile(np.concatenate(heats), 99.5))
+    return full_color(run, np.concatenate(heats))
 
 # %% ../../nbs/evaluation/17_report_slides.ipynb #ccc8a870
 def write_image(
@@ -308,7 +313,7 @@ def heatmap_layers(
     vmax: float,  # of all slides
 ) -> list[Layer]:
     "Write the heatmap of a slide on both scales of colour."
-    own_vmax = float(np.percentile(heat, 99.5))
+    own_vmax = full_color(run, heat)
     if not own_vmax:
         own_vmax = float(heat.max())
     names = (
@@ -316,10 +321,10 @@ def heatmap_layers(
         f'{run.map_name}, on its own scale',
     )
     layers = []
-    for kind, name, full_color in zip(SCALES, names, (vmax, own_vmax)):
+    for kind, name, top in zip(SCALES, names, (vmax, own_vmax)):
         picture = f'pictures/{slide.stem}-{kind}.webp'
-        write_layer(folder / picture, heat, full_color)
-        outline = outline_of(heat, full_color / 2) if full_color else ''
+        write_layer(folder / picture, heat, top)
+        outline = outline_of(heat, top / 2) if top else ''
         layers.append(
             Layer(
                 name,

@@ -35,14 +35,16 @@ def as_marked(truth: np.ndarray) -> np.ndarray:
 def pool_truth(
     mask: np.ndarray,  # (H, W), bool or 0 and 1: pixels that are marked
     cell: int,  # pixels a side, of a cell of the map
-    share: float = 0.5,  # least share of the pixels of a cell that makes it marked; above 0
+    share: float = 0.5,  # smallest share of the pixels of a cell that makes it marked; above 0
 ) -> np.ndarray:
     """A mask at the resolution of a map, bool (ceil(H/cell), ceil(W/cell)). At the edges a cell
     counts the pixels that it has.
 
     Raises `InputError` for what is no mask, or a setting that is out of range."""
     if not 0 < share <= 1:
-        raise InputError(f'share={share}: the least share of marked pixels is above 0 and up to 1')
+        raise InputError(
+            f'share={share}: the smallest share of marked pixels is above 0 and up to 1'
+        )
     return pool_map(as_marked(mask), cell) >= share - 1e-6
 
 # %% ../../nbs/evaluation/13_sanity.ipynb #san0008

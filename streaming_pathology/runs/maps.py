@@ -27,6 +27,7 @@ from streaming_pathology.evaluation.heatmaps import (
     Grid,
     attention_map,
     class_activation,
+    high_value,
     occlusion,
     patch_heatmap,
     pool_map,
@@ -254,7 +255,7 @@ def map_of(
     heat = method.draw(settings, model, shown)
     if method.full_color is not None:
         return image, heat, method.full_color
-    full = float(np.percentile(heat, 99.5))
+    full = high_value(heat) if isinstance(shown, Canvas) else float(np.percentile(heat, 99.5))
     if not full:
         full = float(heat.max())
     return image, heat, full

@@ -291,7 +291,9 @@ class Streaming(Method[StreamingSettings]):
     def heatmap(
         self, model: torch.nn.Module, data: SlideDataset, index: int, device: str
     ) -> np.ndarray:
-        image = data.as_input(data.image(index).to(device))
+        image = data.as_input(data.image(index))
+        if isinstance(image, torch.Tensor):
+            image = image.to(device)
         return smoothgrad(model, image, n=self.settings.n_samples, seed=self.settings.seed)
 
 # %% ../../nbs/runs/02_methods.ipynb #2cee4d70

@@ -361,8 +361,12 @@ class SlideDataset(Dataset):
         self,
         image: torch.Tensor,  # (3, H, W), of `image`
     ) -> torch.Tensor | Canvas:
-        "An image as networks are given it: a `Canvas`, if this dataset has such."
-        return sparse_canvas(image, self.color) if self.canvas else image
+        """An image as networks are given it: a `Canvas`, if this dataset has such. Where it holds no
+        tissue, as between two pieces that are cropped away, it stays an image."""
+        if not self.canvas:
+            return image
+        canvas = sparse_canvas(image, self.color)
+        return canvas if canvas.patches else image
 
     def fitted(self, rgb: np.ndarray) -> torch.Tensor:
         "Pixels (height, width, 3), padded or cropped, in the order of torch: uint8 (3, H, W)."

@@ -1130,6 +1130,10 @@ def run_tasks(tasks: list[PaintingTask], folder: Path, workers: int, progress: b
                 f'a worker ended while painting into {folder}, perhaps for lack of memory: use '
                 'fewer workers'
             ) from None
+        except BaseException:  # a signal to stop: a pool that is shut down may wait for ever
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -479,6 +479,7 @@ def ome_pages(pixels: ElementTree.Element, channels: int, samples: int) -> list[
 
 
 FLUORESCENT = ('Fluor', 'EmissionWavelength', 'ExcitationWavelength')
+BRIGHT_FIELD = re.compile('bright[ -]?field', re.IGNORECASE)
 
 
 def is_fluorescent(channel: ElementTree.Element) -> bool:
@@ -487,7 +488,7 @@ def is_fluorescent(channel: ElementTree.Element) -> bool:
         return True
     # microscopes name a stain and wavelengths of white light, too: 'TL Brightfield'
     words = (channel.get(name, '') for name in ('ContrastMethod', 'Fluor'))
-    if any('bright' in word.casefold() for word in words):
+    if any(BRIGHT_FIELD.search(word) for word in words):
         return False
     return any(channel.get(name) for name in FLUORESCENT)
 

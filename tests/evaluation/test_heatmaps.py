@@ -17,6 +17,7 @@ from streaming_pathology.evaluation.heatmaps import (
     class_activation,
     color_map,
     fit_map,
+    high_value,
     load_heatmap,
     occlusion,
     overlay,
@@ -334,3 +335,10 @@ def test_damaged_files_are_refused_by_name(tmp_path):
     np.save(path, -heat)
     with pytest.raises(InputError, match='a.npy has values'):
         load_heatmap(path)
+
+
+def test_a_high_value_is_of_what_is_covered():
+    heat = np.zeros((100, 100), np.float32)
+    assert high_value(heat) == 0
+    heat[0, :4] = 1, 2, 3, 4  # less than half a percent of the cells
+    assert high_value(heat) == pytest.approx(np.percentile([1, 2, 3, 4], 99.5))

@@ -104,6 +104,18 @@ def test_common_scale(run):
     assert common_vmax(run, []) == 1
 
 
+def test_common_scale_where_background_is_skipped(run):
+    "Zeros around tissue do not count."
+    heats = [np.load(path) for path in sorted((run.folder / 'heatmaps').glob('*.npy'))]
+    values = np.concatenate([heat.ravel() for heat in heats])
+    run.settings['skip_background'] = True
+    try:
+        expected = np.percentile(values[values > 0], 99.5)
+        assert common_vmax(run, run.predictions) == pytest.approx(expected)
+    finally:
+        del run.settings['skip_background']
+
+
 def test_layer_of_a_map(run, maps, slide, tmp_path):
     of_method, picture = read_maps(maps, run), slide.image.picture
     layer = of_method.layer('biopsy_000', picture, tmp_path, 'pictures/001-0.webp', True)

@@ -159,6 +159,25 @@ def test_a_network_that_skips_the_background_is_explained_on_tissue(place, drawn
     np.testing.assert_allclose(heat[covered], dense[covered], atol=1e-5 * dense.max())
 
 
+def test_a_canvas_without_tissue_is_explained_as_an_image(place):
+    "As where --size crops to the glass between two pieces."
+    model, card = load_model(place / 'canvas.pt', 'cpu')
+    data = dataset(card, [Case('s00', None, place / 'cohort/slides/s00.tiff')])
+    glass = torch.full((3, 64, 96), 255, dtype=torch.uint8)
+    shown = data.as_input(glass)
+    assert shown is glass
+    assert smoothgrad(model, shown, n=1).shape == (64, 96)
+
+
+def test_full_color_is_of_tissue(drawn):
+    "However much glass lies around it."
+    folder = drawn('gradient', network='canvas', cell=1)
+    heat = np.load(folder / 'maps/s00.npy')
+    full = json.loads((folder / 'maps/s00.json').read_text())['top']
+    assert full == pytest.approx(np.percentile(heat[heat > 0], 99.5))
+    assert full > np.percentile(heat, 99.5)
+
+
 def test_other_methods_are_shown_the_whole_image(drawn):
     folder = drawn('activation', network='canvas')
     assert 'skip_background' not in json.loads((folder / 'heatmaps.json').read_text())

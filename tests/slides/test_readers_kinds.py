@@ -305,6 +305,7 @@ def test_channels_in_ome_that_are_named_otherwise(tmp_path, names):
     [
         dict(EmissionWavelength=[460.0] * 3, EmissionWavelengthUnit=['nm'] * 3),
         dict(Fluor=['Cy5'] * 3),
+        dict(Fluor=['StarBright Blue 520'] * 3),
         dict(ContrastMethod=['Fluorescence'] * 3),
     ],
 )

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming_pathology.core import InputError
+from streaming_pathology.slides import synthetic
 from streaming_pathology.slides.slides import Slide
 from streaming_pathology.slides.synthetic import TUMOUR, paint_biopsy, write_cohort
 from streaming_pathology.slides.tissue import tissue_box
@@ -138,3 +140,28 @@ def test_wrong_settings_leave_no_folder(wrong, tmp_path):
     with pytest.raises(InputError):
         write_cohort(tmp_path / 'new', progress=False, **wrong)
     assert not (tmp_path / 'new').exists()
+
+
+def test_a_stop_ends_the_processes_that_paint(tmp_path):
+    "A pool that is shut down in the middle of a stop may wait for ever."
+    pools = []
+
+    class Bar:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self):
+            pools.append([*pool.return_value._processes.values()])
+            raise KeyboardInterrupt
+
+    with (
+        mock.patch.object(synthetic, 'tqdm', lambda **_: Bar()),
+        mock.patch.object(synthetic, 'worker_pool', return_value=synthetic.worker_pool(1)) as pool,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        write_cohort(tmp_path / 'a', **{**SMALL, 'n': 2}, workers=1)
+    (processes,) = pools
+    assert processes and all(process.exitcode == -9 for process in processes)

@@ -213,6 +213,10 @@ def pad_ends(
     x: torch.Tensor, axis: int, before: int, after: int, fill: float = 0.0
 ) -> torch.Tensor:
     "`x`, of any shape, with `before` and `after` positions along `axis` added at its ends."
+    if not x.numel():  # which PyTorch 2.4 does not pad
+        shape = [*x.shape]
+        shape[axis] += before + after
+        return x.new_full(shape, fill)
     return F.pad(x, [0, 0] * (x.ndim - 1 - axis) + [before, after], value=fill)
 
 # %% ../../nbs/engine/01_windows.ipynb #303d1abf

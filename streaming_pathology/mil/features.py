@@ -30,7 +30,12 @@ from .bags import Bag, BagDataset, PatchGrid
 from ..slides.augment import Augmentation
 from ..slides.cohorts import Case
 from ..slides.readers import slide_files
-from ..training.backbones import check_code, imagenet_mean, imagenet_std
+from streaming_pathology.training.backbones import (
+    check_code,
+    imagenet_mean,
+    imagenet_std,
+    set_layer,
+)
 from ..training.loop import own_or_task_loss, with_details
 from ..training.models import Normalize, StreamingClassifier
 from ..training.tasks import Task
@@ -210,7 +215,7 @@ def _from_torchvision(name: str, weights: str | Path | None, sha256: str | None)
             f'torchvision:{name} has no linear layer at its end, before which features could be '
             'taken'
         )
-    network.set_submodule(linear[-1], nn.Identity())
+    set_layer(network, linear[-1], nn.Identity())
     return built(dict(backbone=f'torchvision:{name}', mean=mean, std=std), network)
 
 

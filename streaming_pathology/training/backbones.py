@@ -356,7 +356,13 @@ def take_channels(network: nn.Module, in_chans: int, name: str) -> None:
         bias=layer.bias is not None,
     )
     nn.init.kaiming_normal_(new.weight, mode='fan_out', nonlinearity='relu')
-    network.set_submodule(path, new)
+    set_layer(network, path, new)
+
+
+def set_layer(network: nn.Module, path: str, layer: nn.Module) -> None:
+    "Put another layer in the place of one, as set_submodule of PyTorch 2.5 does."
+    parent, _, name = path.rpartition('.')
+    setattr(network.get_submodule(parent), name, layer)
 
 
 EXPECTS_ONE = 'googlenet', 'inception_v3'  # their weights expect values from -1 to 1

@@ -53,6 +53,8 @@ from streaming_pathology.engine.streaming import GradientSum, Keeping, Pass, Str
 from streaming_pathology.engine.windows import StreamingError
 from streaming_pathology.training.models import GatedAttention
 
+OLD_TORCH = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 5)
+
 
 @random_tests()
 @given(
@@ -116,7 +118,10 @@ def test_torchvision(name):
 def test_shuffled_channels_in_columns():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 41, 53, dtype=torch.double, requires_grad=True)
-    for f in (nn.ChannelShuffle(3), Apply(lambda m, x: channel_shuffle(x, 2)), Apply(halves)):
+    shuffles = [nn.ChannelShuffle(3), Apply(lambda m, x: channel_shuffle(x, 2)), Apply(halves)]
+    if OLD_TORCH:  # its ChannelShuffle has no gradient
+        shuffles.pop(0)
+    for f in shuffles:
         for direction in ('rows', 'columns'):
             assert (
                 compare(
@@ -1755,7 +1760,9 @@ def test_functions_of_ones_own_are_named():
         lambda m, x: torch.utils.checkpoint.checkpoint(m.c, x, use_reentrant=False),
         c=nn.Conv2d(3, 3, 3),
     ).double()
-    compare(net, torch.randn(1, 3, 20, 15, dtype=torch.double, requires_grad=True), 4)
+    image = torch.randn(1, 3, 20, 15, dtype=torch.double, requires_grad=True)
+    if not OLD_TORCH:  # whose checkpoint asks for the graph of the image, which is refused
+        compare(net, image, 4)
 
 
 def test_nan_is_not_close():

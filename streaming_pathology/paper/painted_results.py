@@ -110,7 +110,7 @@ def plot_methods(plan: PaintedPlan, folder: str | Path, ax: Any = None) -> Any:
         ax = plt.subplots(figsize=(6.4, 2.6), layout='constrained')[1]
     cohorts = [(label, spacing) for label in plan.labels for spacing in plan.spacings]
     names = [f'{label}\n{spacing:g} um' for label, spacing in cohorts]
-    ax.set(xlim=(-0.5, len(cohorts) - 0.5), ylim=(0.35, 1.02), ylabel='AUC', title=plan.name)
+    ax.set(xlim=(-0.5, len(cohorts) - 0.5), ylim=(0.28, 1.02), ylabel='AUC', title=plan.name)
     ax.set_xticks(range(len(cohorts)), names)
     ax.axhline(0.5, color='0.8', linewidth=1, zorder=0)
     if is_empty(plan, folder):

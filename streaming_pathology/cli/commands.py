@@ -642,7 +642,8 @@ def export_paths(settings: ExportSettings, checkpoint: Path) -> tuple[Path, Path
     for path in (model_path, card_path):
         if (path.parent / RUN.mark).exists():
             raise InputError(
-                f'{path} lies in the folder of a run, which holds nothing else; choose another folder'
+                f'{path} lies in the folder of a run, which holds nothing else; choose another '
+                'folder'
             )
     return model_path, card_path
 

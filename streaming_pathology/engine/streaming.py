@@ -964,8 +964,8 @@ class Streamed(nn.Module):
     their names, are those of `module`. The options are those of `stream`.
 
     `planner(streamed, source)` gives options for an image, where strip='auto', or None if the plain
-    network fits. Raises `StreamingError` for options that make no sense and, when it is called, where the network cannot
-    be streamed."""
+    network fits. Raises `StreamingError` for options that make no sense and, when it is called, where
+    the network cannot be streamed."""
 
     reduce = True  # pool strip by strip
     module: nn.Module
@@ -1180,15 +1180,17 @@ class Streamed(nn.Module):
         # a new error each time: one that is kept would keep its frames
         if isinstance(traced.graph, str):
             raise StreamingError(traced.graph)
+        if axis in traced.programs:
+            return
         asked = axis, rules_now()
-        if axis not in traced.programs and asked not in traced.refusals:
+        if asked not in traced.refusals:
             try:
                 traced.programs[axis] = Program(
                     traced.graph, device, self.folding(), axis, self.reduce
                 )
             except StreamingError as e:
                 traced.refusals[asked] = str(e)
-        if axis not in traced.programs:
+        if asked in traced.refusals:
             raise StreamingError(traced.refusals[asked])
 
     def folding(self) -> str | bool:

@@ -373,11 +373,13 @@ def covering(
     return np.pad(cells, missing)
 
 # %% ../../nbs/evaluation/10_heatmaps.ipynb #b42c75ac
-def high_value(heat: np.ndarray) -> float:
-    """The 99.5th percentile of what is not 0; 0 where all is. Of a map that was computed on tissue
-    only, the rest says nothing."""
-    covered = heat[heat > 0]
-    return float(np.percentile(covered, 99.5)) if covered.size else 0.0
+def high_value(
+    heat: np.ndarray,  # not negative
+    on_tissue: bool = False,  # it was computed on tissue only, and what is 0 says nothing
+) -> float:
+    "The value that has full colour: the 99.5th percentile."
+    values = heat[heat > 0] if on_tissue else heat
+    return float(np.percentile(values, 99.5)) if values.size else 0.0
 
 
 def color_map(
@@ -391,7 +393,7 @@ def color_map(
 
     heat = check_map(heat)
     if vmax is None:
-        vmax = np.percentile(heat, 99.5)
+        vmax = high_value(heat)
     if not vmax:
         vmax = heat.max()
     if not vmax:

@@ -233,14 +233,9 @@ def models_of(run: FinishedRun) -> set[str]:
     return {row['model'] for row in rows if row.get('model')}
 
 
-def full_color(run: FinishedRun, heat: np.ndarray) -> float:
-    "The 99.5th percentile of a map; where background is skipped, of what is not 0."
-    return high_value(heat) if run.skips_background else float(np.percentile(heat, 99.5))
-
-
 def common_vmax(run: FinishedRun, predictions: Sequence[Prediction]) -> float:
     """The value of full colour for all slides together: 1 for probabilities of patches, and where
-    there are no heatmaps; else as by `full_color`."""
+    there are no heatmaps; else as by `high_value`."""
     heats = []
     for prediction in predictions:
         path = slide_file(run.folder, 'heatmaps', prediction.slide_id, '.npy')
@@ -248,7 +243,7 @@ def common_vmax(run: FinishedRun, predictions: Sequence[Prediction]) -> float:
             heats.append(load_heatmap(path).ravel())
     if run.sees_patches or not heats:
         return 1.0
-    return full_color(run, np.concatenate(heats))
+    return high_value(np.concatenate(heats), run.skips_background)
 
 # %% ../../nbs/evaluation/17_report_slides.ipynb #ccc8a870
 def write_image(
@@ -313,7 +308,7 @@ def heatmap_layers(
     vmax: float,  # of all slides
 ) -> list[Layer]:
     "Write the heatmap of a slide on both scales of colour."
-    own_vmax = full_color(run, heat)
+    own_vmax = high_value(heat, run.skips_background)
     if not own_vmax:
         own_vmax = float(heat.max())
     names = (

@@ -255,7 +255,7 @@ def map_of(
     heat = method.draw(settings, model, shown)
     if method.full_color is not None:
         return image, heat, method.full_color
-    full = high_value(heat) if isinstance(shown, Canvas) else float(np.percentile(heat, 99.5))
+    full = high_value(heat, on_tissue=isinstance(shown, Canvas))
     if not full:
         full = float(heat.max())
     return image, heat, full

@@ -160,8 +160,8 @@ class Shards:
         if name != 'shards':
             what = f'shards whose {name} is {before!r}, not {now!r}'
         raise InputError(
-            f'{self.folder} holds {what}: give the same as before, write somewhere else, or delete that '
-            'folder to begin again'
+            f'{self.folder} holds {what}: give the same as before, write somewhere else, or delete '
+            'that folder to begin again'
         )
 
     def done_file(self, shard: Shard) -> Path:

@@ -601,6 +601,13 @@ def worker_pool(n: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(n, get_context('spawn'), _begin_worker)
 
 
+def kill_workers(pool: ProcessPoolExecutor) -> None:
+    "End the processes of a pool at once."
+    processes = pool._processes or {}  # there is no public name before Python 3.14
+    for process in list(processes.values()):
+        process.kill()
+
+
 def _begin_worker() -> None:
     "What a process of a pool does first."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from ..core import InputError
 from ..io import write_csv, write_whole
 from .readers import write_tiff
-from .slides import worker_pool
+from .slides import kill_workers, worker_pool
 from .tissue import distance_to, optical_density
 
 # %% ../../nbs/slides/09_synthetic.ipynb #6e6717b4
@@ -1131,8 +1131,7 @@ def run_tasks(tasks: list[PaintingTask], folder: Path, workers: int, progress: b
                 'fewer workers'
             ) from None
         except BaseException:  # a signal to stop: a pool that is shut down may wait for ever
-            for process in list((pool._processes or {}).values()):
-                process.kill()
+            kill_workers(pool)
             raise
         finally:
             pool.shutdown(cancel_futures=True)

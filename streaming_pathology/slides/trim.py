@@ -58,6 +58,7 @@ from streaming_pathology.slides.slides import (
     checked_color,
     checked_flag,
     checked_number,
+    kill_workers,
     worker_pool,
 )
 from streaming_pathology.slides.tissue import (
@@ -688,9 +689,7 @@ class TaskPool:
 
     def kill(self) -> None:
         "End the processes at once."
-        processes = self.pool._processes or {}  # there is no public name before Python 3.14
-        for process in list(processes.values()):
-            process.kill()
+        kill_workers(self.pool)
 
     def shutdown(self) -> None:
         "End the processes when they have done their tasks."
@@ -876,9 +875,9 @@ def trim_slides(
     `warnings`, a list of sentences. Raises `InputError` if the slides, the settings or the folder
     cannot be used."""
     settings = Trim() if settings is None else settings
-    cohort = checked_cohort(cases, out, settings, workers)
-    with claimed(cohort.out, settings):
-        cohort.prepare(network)
+    cases, out = checked_cases(cases, settings, workers), Path(out)
+    with claimed(out, settings):
+        cohort = TrimCohort(cases, out, settings, network)
         notes, failed = run_tasks(cohort.tasks, workers, progress)
         cohort.write_tables(notes, failed, without_id)
     return cohort.result(notes, failed)
@@ -894,9 +893,9 @@ def trim_part(
 ) -> dict:
     """As `trim_slides`, but some of the slides, while other processes trim others into the folder.
     failed.csv and manifest.csv are not written: see `write_trimmed`."""
-    cohort = checked_cohort(cases, out, settings, workers)
-    with claimed(cohort.out, settings, shared=True):
-        cohort.prepare()
+    cases, out = checked_cases(cases, settings, workers), Path(out)
+    with claimed(out, settings, shared=True):
+        cohort = TrimCohort(cases, out, settings)
         tasks = {name: task for name, task in cohort.tasks.items() if name in slide_ids}
         notes, failed = run_tasks(tasks, workers, progress)
     return cohort.result(notes, failed)
@@ -911,25 +910,25 @@ def write_trimmed(
 ) -> dict:
     """The tables of `trim_slides`, after all slides but those that failed were trimmed by
     `trim_part`. Returns what it returns. Raises `SlidesChanged` if a slide is not finished."""
-    cohort = checked_cohort(cases, out, settings)
-    with claimed(cohort.out, settings):
-        cohort.prepare()
+    cases, out = checked_cases(cases, settings), Path(out)
+    with claimed(out, settings):
+        cohort = TrimCohort(cases, out, settings)
         notes = finished_notes(cohort.tasks, failed)
         cohort.write_tables(notes, failed, without_id)
     return cohort.result(notes, failed)
 
 # %% ../../nbs/slides/13_trim.ipynb #98a22b74
 class TrimCohort:
-    "The slides that are trimmed into a folder, and what former runs have left there."
+    """The slides that are trimmed into a folder that is claimed, and what former runs have left
+    there. Raises `InputError` where these do not go together."""
 
-    def __init__(self, cases: list[Case], out: Path, settings: Trim) -> None:
+    def __init__(
+        self, cases: list[Case], out: Path, settings: Trim, network: 'Module | None' = None
+    ) -> None:
         self.cases, self.out, self.settings = cases, out, settings
-
-    def prepare(self, network: 'Module | None' = None) -> None:
-        "Read what former runs have left, in a folder that is claimed. Raises `InputError`."
-        self.tasks = tasks_of(self.cases, self.out, self.settings, network)
-        self.other_biopsies, self.other_failed = other_rows(self.out, self.tasks)
-        check_together(self.cases, self.other_biopsies, self.out)
+        self.tasks = tasks_of(cases, out, settings, network)
+        self.other_biopsies, self.other_failed = other_rows(out, self.tasks)
+        check_together(cases, self.other_biopsies, out)
 
     def write_tables(
         self,
@@ -958,9 +957,7 @@ class TrimCohort:
         )
 
 
-def checked_cohort(
-    cases: Iterable[Case], out: str | Path, settings: object, workers: int = 0
-) -> TrimCohort:
+def checked_cases(cases: Iterable[Case], settings: object, workers: int = 0) -> list[Case]:
     "The slides to trim. Raises `InputError` for arguments that cannot be used."
     cases = list(cases)
     check_ids(cases)
@@ -969,7 +966,7 @@ def checked_cohort(
     if not isinstance(settings, Trim):
         raise InputError(f'settings {settings!r} of a trimming: give a Trim')
     check_names(cases)
-    return TrimCohort(cases, Path(out), settings)
+    return cases
 
 
 def tasks_of(

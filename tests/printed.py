@@ -25,6 +25,8 @@ MEASURED = {
 VARIES = [
     (r'\x1b\[[0-9;]*m', ''),  # colors of a terminal
     (r'( at)? 0x[0-9a-f]{6,}\b', ''),  # addresses of objects, which nbdev_clean removes
+    (r'\bexported 20\d\d-\d\d-\d\d\b', 'exported today'),
+    (r'\bmodel `?[0-9a-f]{16}\b', 'model'),  # the last digits of trained weights vary by machine
 ]
 PROGRESS_BAR = re.compile(r'\d+%\||\d+\w* \[\d\d:\d\d')
 

@@ -21,8 +21,10 @@ def result(**data):
         ('largest error 9e-16', 'largest error 2e-15'),
         ('[0.76 0.56]\n', '[0.76  0.56]'),
         ('<Net object>', '<Net object at 0x7f99ab34cd>'),
+        ('model ab352453f170e16e; done', 'model 29d9f76414285a7a; done'),
+        ('exported 2026-11-30 with', 'exported 2027-01-02 with'),
     ],
-    ids=['equal', 'rounding', 'rounding error', 'spaces', 'address'],
+    ids=['equal', 'rounding', 'rounding error', 'spaces', 'address', 'weights', 'today'],
 )
 def test_same(committed, now):
     assert difference(stream(committed), stream(now)) == ''
@@ -34,6 +36,7 @@ def test_same(committed, now):
         ('AUC 0.91', 'AUC 0.92'),
         ('12 slides', '13 slides'),
         ('12 slides', '12 images'),
+        ('measured 2026-11-30', 'measured 2026-12-01'),
         ('a 1', ''),
         ('', 'a 1'),
         ('error 1e-16', 'error 1e-3'),

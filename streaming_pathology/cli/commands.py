@@ -405,16 +405,15 @@ def predict(settings: PredictSettings) -> None:
             skip=settings.skip_failed,
             ranks=ranks,
         )
-        if ranks.rank:
-            return
-    outcome = Outcome(found, failed)
-    outcome.write(statuses)
-    if not rows or (outcome.n_failed and not settings.skip_failed):
-        print(f'{outcome}; see {statuses}')
-        raise not_skipped(outcome, kept=bool(rows))
-    print_predictions(rows, card)
-    print(f'wrote {out}: {counted(len(rows), "slide")}')
-    tell_outcome(outcome, statuses)
+    if ranks.rank == 0:
+        outcome = Outcome(found, failed)
+        outcome.write(statuses)
+        if not rows or (outcome.n_failed and not settings.skip_failed):
+            print(f'{outcome}; see {statuses}')
+            raise not_skipped(outcome, kept=bool(rows))
+        print_predictions(rows, card)
+        print(f'wrote {out}: {counted(len(rows), "slide")}')
+        tell_outcome(outcome, statuses)
 
 # %% ../../nbs/cli/02_commands.ipynb #c4b10003
 def slides_to_predict(

@@ -10,6 +10,7 @@ __all__ = ['TRANSMIL_HIDDEN', 'Draw', 'OF_COHORT', 'OF_MAPS', 'OF_PAINTED', 'OF_
            'FewSlides', 'estimated_spacing', 'job_seconds', 'map_seconds']
 
 # %% ../../nbs/paper/10_painted_jobs.ipynb #ca2ad178
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -424,30 +425,24 @@ def estimated_spacing(
 ) -> list[list[object]]:
     "The rows of one spacing. Every label is taken to need what the first of them does."
     first = jobs[0]
+    split = planned_split(plan, first.label, first.seed)
+    n_cohorts = len({(job.label, job.seed) for job in jobs})
+    methods = Counter(job.method for job in jobs)
     began = processor_seconds()
     experiment = few.experiment_of(first)
-    a_slide = (processor_seconds() - began) / few.plan.slides
-    cohorts = {(job.label, job.seed) for job in jobs}
-    split = planned_split(plan, first.label, first.seed)
-    what = f'{first.spacing:g} um'
-    n_slides = len(cohorts) * plan.slides
-    rows: list[list[object]] = [[f'{what}, slides painted', n_slides, n_slides * a_slide / 3600]]
-    kinds = sorted({str(few.methods[job.method].views) for job in jobs})
-    n_views = len(cohorts) * (plan.slides + len(split.train) * plan.views)
-    for kind in kinds:
-        hours = n_views * view_seconds(experiment, kind) / 3600
-        rows.append([f'{what}, views of {kind}', n_views, hours])
-    for name in dict.fromkeys(job.method for job in jobs):
-        same = [job for job in jobs if job.method == name]
-        job = replace(first, method=name)
-        seconds = job_seconds(few, job, plan, split)
-        hours = len(same) * seconds / 3600
-        rows.append([f'{what}, {name}', len(same), hours])
+    seconds_of_slide = (processor_seconds() - began) / few.plan.slides
+    parts = [('slides painted', n_cohorts * plan.slides, seconds_of_slide)]
+    n_views = n_cohorts * (plan.slides + len(split.train) * plan.views)
+    for kind in sorted({str(few.methods[name].views) for name in methods}):
+        parts.append((f'views of {kind}', n_views, view_seconds(experiment, kind)))
+    for name, n in methods.items():
+        seconds_of_job = job_seconds(few, replace(first, method=name), plan, split)
+        parts.append((name, n, seconds_of_job))
     if plan.mapped and any(job.label == 'tumour' for job in jobs):
-        names = {job.method for job in jobs}
-        seconds = plan.mapped * map_seconds(few, first) * sum('streaming' in name for name in names)
-        rows.append([f'{what}, heatmaps', len(names), seconds * len(plan.seeds) / 3600])
-    return rows
+        n_networks = len(plan.seeds) * sum('streaming' in name for name in methods)
+        parts.append(('heatmaps', n_networks * plan.mapped, map_seconds(few, first)))
+    what = f'{first.spacing:g} um'
+    return [[f'{what}, {part}', n, n * seconds / 3600] for part, n, seconds in parts]
 
 
 def job_seconds(few: FewSlides, job: PaintedJob, plan: PaintedPlan, split: Split) -> float:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..evaluation.auc import Estimate, auc_interval, delong_test
-from .painted import DARKNESS, PaintedPlan, painted_jobs
+from .painted import DARKNESS, PaintedJob, PaintedPlan, painted_jobs
 from .plan import LEVEL
 from .results import NOT_YET, interval_text, results_done
 
@@ -116,23 +116,28 @@ def plot_methods(plan: PaintedPlan, folder: str | Path, ax: Any = None) -> Any:
     if is_empty(plan, folder):
         ax.text(0.5, 0.5, NO_JOB, ha='center', va='center', transform=ax.transAxes)
         return ax
+    shifts = (np.arange(len(plan.methods)) + 0.5) / len(plan.methods) - 0.5
     for number, method in enumerate(plan.methods):
-        shift = 0.6 * (number + 0.5) / len(plan.methods) - 0.3
-        positions, areas = [], []
-        for position, (label, spacing) in enumerate(cohorts):
-            area = area_of(plan, method, label, spacing, folder)
-            if area is not None:
-                positions.append(position + shift)
-                areas.append(area)
-        values = np.array([area.value for area in areas])
-        errors = [
-            values - [area.low for area in areas],
-            [area.high for area in areas] - values,
-        ]
+        areas = {
+            position: area_of(plan, method, label, spacing, folder)
+            for position, (label, spacing) in enumerate(cohorts)
+        }
+        areas = {position: area for position, area in areas.items() if area is not None}
+        positions = np.array(list(areas)) + 0.6 * shifts[number]
         colour = COLOURS[number % len(COLOURS)]
-        ax.errorbar(positions, values, errors, fmt='o', markersize=4, color=colour, label=method)
+        plot_intervals(ax, positions, list(areas.values()), color=colour, label=method)
     ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     return ax
+
+# %% ../../nbs/paper/11_painted_results.ipynb #e30a0002
+def plot_intervals(
+    ax: Any, positions: np.ndarray, estimates: Sequence[Estimate], **style: Any
+) -> None:
+    "Draw estimates with their intervals as points with bars."
+    values = np.array([estimate.value for estimate in estimates])
+    below = values - [estimate.low for estimate in estimates]
+    above = [estimate.high for estimate in estimates] - values
+    ax.errorbar(positions, values, [below, above], fmt='o', markersize=4, **style)
 
 # %% ../../nbs/paper/11_painted_results.ipynb #2a350eb9
 SAME = 0.5  # rank correlation from which on two maps are taken as the same
@@ -160,35 +165,52 @@ def table_of_maps(plan: PaintedPlan, folder: str | Path) -> list[list[object]]:
     """How well heatmaps find painted tumour, beside darkness, green and the prevalence. Says so
     where no job is done."""
     head = ['map', 'slides', 'points at tumour', 'AUPRC', 'with randomised weights']
-    rows: list[list[object]] = [[*head, 'rank correlation with that', 'passes']]
-    plain: dict[str, list[object]] = {}
+    head += ['rank correlation with that', 'passes']
+    of_networks: dict[str, list[object]] = {}
+    of_baselines: dict[str, list[object]] = {}
     for job in painted_jobs(plan):
-        done = results_done(plan, [job], folder)
-        maps = done[0].get('maps') if done else None
-        if maps is None or len(maps['slides']) < 2:
+        maps = maps_of(plan, job, folder)
+        if maps is None:
             continue
-        n = len(maps['slides'])
-        correlations = [value for value in maps['correlation'] if value is not None]
-        correlation = f'{np.mean(correlations):.2f}' if correlations else 'none: it is flat'
-        trained, randomised = maps['trained'], maps['randomised']
         part = '' if len(plan.spacings) == 1 else f', {job.spacing:g} um'
-        shown = judged_cells(trained)
-        again = f'{np.mean(randomised["auprc"]):.2f}'
-        row = [f'{job.method}{part}', n, *shown, again, correlation]
-        rows.append([*row, 'yes' if passes(maps) else 'no'])
-        for name in ('darkness', 'green'):
-            plain[f'{name}{part}'] = [n, *judged_cells(maps[name]), '–', '–', '–']
-        prevalence = f'{np.mean(maps["prevalence"]):.2f}'
-        plain[f'prevalence{part}'] = [n, '–', prevalence, '–', '–', '–']
-    if len(rows) == 1:
-        return [*rows, [NO_JOB, *('–' for _ in rows[0][1:])]]
-    return [*rows, *([name, *cells] for name, cells in plain.items())]
+        of_networks[f'{job.method}{part}'] = network_cells(maps)
+        for name, cells in baseline_cells(maps).items():
+            of_baselines[f'{name}{part}'] = cells
+    if not of_networks:
+        return [[*head], [NO_JOB, *('–' for _ in head[1:])]]
+    rows = of_networks | of_baselines
+    return [[*head], *([name, *cells] for name, cells in rows.items())]
 
 
 def judged_cells(judged: dict[str, list[float]]) -> list[object]:
     "Share of slides in which a map points at tumour, and the mean AUPRC with its interval."
     mean, low, high = mean_interval(np.array(judged['auprc']))
     return [f'{np.mean(judged["pointing"]):.0%}', f'{mean:.2f} ({low:.2f} to {high:.2f})']
+
+# %% ../../nbs/paper/11_painted_results.ipynb #e30a0001
+def maps_of(plan: PaintedPlan, job: PaintedJob, folder: str | Path) -> dict | None:
+    "How the heatmaps of a job were judged; None before it is done, and for fewer than two slides."
+    done = results_done(plan, [job], folder)
+    maps = done[0].get('maps') if done else None
+    return None if maps is None or len(maps['slides']) < 2 else maps
+
+
+def network_cells(maps: dict) -> list[object]:
+    "The cells of a trained network: its maps, and what they have in common with random weights."
+    randomised = f'{np.mean(maps["randomised"]["auprc"]):.2f}'
+    correlations = [value for value in maps['correlation'] if value is not None]
+    correlation = f'{np.mean(correlations):.2f}' if correlations else 'none: it is flat'
+    verdict = 'yes' if passes(maps) else 'no'
+    return [len(maps['slides']), *judged_cells(maps['trained']), randomised, correlation, verdict]
+
+
+def baseline_cells(maps: dict) -> dict[str, list[object]]:
+    "The cells of maps without a network, and of the share of tumour, by name."
+    n = len(maps['slides'])
+    no_network = ['–'] * 3
+    cells = {name: [n, *judged_cells(maps[name]), *no_network] for name in ('darkness', 'green')}
+    prevalence = f'{np.mean(maps["prevalence"]):.2f}'
+    return cells | {'prevalence': [n, '–', prevalence, *no_network]}
 
 # %% ../../nbs/paper/11_painted_results.ipynb #e46afff6
 def table_of_darkness(plans: Sequence[PaintedPlan], folder: str | Path) -> list[list[object]]:

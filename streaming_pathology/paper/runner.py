@@ -358,30 +358,32 @@ def remove_folder(folder: Path) -> None:
 # %% ../../nbs/paper/06_runner.ipynb #c4e10002
 def table_of(plan: Plan, jobs: Iterable[Job], folder: str | Path) -> str:
     "What is done of the jobs of a plan, from the files in the folder of its results, as text."
-    counts: dict[tuple[str, str], list] = {}
-    part_is = Job.part_is
+    alike: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
-        part_is = job.part_is
-        row = counts.setdefault((job.method, job.part), [0, 0, 0.0])
-        row[0] += 1
-        path = Path(folder) / f'{job.name}.json'
-        if path.exists():
-            row[1] += 1
-            row[2] += read_job_result(path)['cpu_seconds']
-    width = max([7, *(2 + len(part) for _, part in counts)])
+        alike.setdefault((job.method, job.part), []).append(job)
+    part_is = next((same[0].part_is for same in alike.values()), Job.part_is)
+    width = max([7, *(2 + len(part) for _, part in alike)])
     lines = [f'{"method":16}{part_is:>{width}}{"done":>10}{"hours":>8}']
-    for (method, part), (asked, done, seconds) in counts.items():
-        lines.append(f'{method:16}{part:>{width}}{done:>5} of {asked:<2}{seconds / 3600:>8.2f}')
-    total = sum(row[2] for row in counts.values())
+    total = 0.0
+    for (method, part), same in alike.items():
+        done, hours = done_of(same, Path(folder))
+        total += hours
+        lines.append(f'{method:16}{part:>{width}}{done:>5} of {len(same):<2}{hours:>8.2f}')
     for kind, one in (('views', 'cache'), ('cohorts', 'cohort')):
         paths = [*Path(folder).glob(f'{kind}-*.json')]
-        seconds = sum(json.loads(path.read_text())['cpu_seconds'] for path in paths)
-        total += seconds
+        hours = sum(json.loads(path.read_text())['cpu_seconds'] for path in paths) / 3600
+        total += hours
         if paths or kind == 'views':
-            found = counted(len(paths), one)
-            lines.append(f'{kind:16}{"":{width}}{found:>10}{seconds / 3600:>8.2f}')
-    lines.append(f'{"all":{26 + width}}{total / 3600:>8.2f} of {plan.budget_hours:g}')
+            lines.append(f'{kind:16}{"":{width}}{counted(len(paths), one):>10}{hours:>8.2f}')
+    lines.append(f'{"all":{26 + width}}{total:>8.2f} of {plan.budget_hours:g}')
     return '\n'.join(lines)
+
+# %% ../../nbs/paper/06_runner.ipynb #e30a0003
+def done_of(jobs: Iterable[Job], folder: Path) -> tuple[int, float]:
+    "How many of the jobs have a result in the folder, and the processor hours these took."
+    paths = [folder / f'{job.name}.json' for job in jobs]
+    results = [read_job_result(path) for path in paths if path.exists()]
+    return len(results), sum(result['cpu_seconds'] for result in results) / 3600
 
 # %% ../../nbs/paper/06_runner.ipynb #3a345224
 FORWARD = 1 / 3  # of the seconds of a training step: a tuning slide

@@ -925,26 +925,36 @@ def subset(
     Raises `InputError` if the split has too few of either, and for settings that do not fit."""
     labelled = [case for case in cases if case.split == split and case.label is not None]
     n = checked_count(n, len(labelled), split)
-    if not (isinstance(negative, numbers.Real) and 0 <= negative <= 1):
-        raise InputError(f'negative {negative!r} must be a share, from 0 to 1')
+    n_negative = round(n * checked_share(negative, 'negative'))
+    n_positive = n - n_negative
     shuffled = sorted(labelled, key=lambda case: keyed_rng(seed, case.slide_id).random())
     negatives = [case for case in shuffled if case.label == 0]
     positives = [case for case in shuffled if case.label != 0]
-    n_negative = round(n * negative)
-    n_positive = n - n_negative
     if len(negatives) < n_negative or len(positives) < n_positive:
         raise InputError(
             f'a subset of {n} slides with {n_negative} negatives cannot be drawn: the split '
             f'{split!r} has {len(negatives)} negatives and {len(positives)} positives'
         )
-    kept = {case.slide_id for case in negatives[:n_negative]}
-    by_grade = {grade: [] for grade in sorted({case.grade for case in positives})}
-    for case in positives:
-        by_grade[case.grade].append(case.slide_id)
-    sizes = {grade: len(ids) for grade, ids in by_grade.items()}
-    for grade, part in equal_parts(n_positive, sizes).items():
-        kept.update(by_grade[grade][:part])
+    chosen = negatives[:n_negative] + spread_over_grades(positives, n_positive)
+    kept = {case.slide_id for case in chosen}
     return [case for case in cases if case.split != split or case.slide_id in kept]
+
+# %% ../../nbs/slides/11_cohorts.ipynb #e30a0004
+def checked_share(value: float, name: str) -> float:
+    "A share, once checked. Raises `InputError` unless it is a number from 0 to 1."
+    if not (isinstance(value, numbers.Real) and 0 <= value <= 1):
+        raise InputError(f'{name} {value!r} must be a share, from 0 to 1')
+    return float(value)
+
+
+def spread_over_grades(cases: Sequence[Case], n: int) -> list[Case]:
+    "The first `n` cases of all grades, as many of each as far as it has them."
+    by_grade = {grade: [] for grade in sorted({case.grade for case in cases})}
+    for case in cases:
+        by_grade[case.grade].append(case)
+    sizes = {grade: len(same) for grade, same in by_grade.items()}
+    parts = equal_parts(n, sizes)
+    return [case for grade, part in parts.items() for case in by_grade[grade][:part]]
 
 # %% ../../nbs/slides/11_cohorts.ipynb #861827d3
 def with_default_spacing(case: Case, spacing: float) -> Case:

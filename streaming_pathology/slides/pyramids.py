@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/slides/02_pyramids.ipynb #b2f4b033
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -202,14 +202,7 @@ def ratio_of_level(
         return ratios[0] if is_as_empty(finer, level, ratios[0]) else None
     seen = sum(float(window.pixels.var()) for window in windows)
     shown_by = {ratio: [shrunk(finer, ratio, window) for window in windows] for ratio in ratios}
-    errors = {}
-    for ratio, shown in shown_by.items():
-        total = 0.0
-        for window, pixels in zip(windows, shown, strict=True):
-            n = len(window.pixels)
-            inner = None if pixels is None else pixels[MARGIN : MARGIN + n, MARGIN : MARGIN + n]
-            total += math.inf if inner is None else error_of(window.pixels, inner)
-        errors[ratio] = total
+    errors = {ratio: error_of_all(windows, shown) for ratio, shown in shown_by.items()}
     best = min(ratios, key=lambda ratio: errors[ratio])
     if errors[best] > LARGEST_ERROR * seen:
         return None
@@ -217,3 +210,14 @@ def ratio_of_level(
         if pixels is not None and fits_elsewhere(window, pixels):
             return None
     return best
+
+
+def error_of_all(windows: Sequence[Window], shown: Sequence[np.ndarray | None]) -> float:
+    "The errors of what a finer image shows in each window, summed; infinite where it shows nothing."
+    total = 0.0
+    for window, pixels in zip(windows, shown, strict=True):
+        if pixels is None:
+            return math.inf
+        n = len(window.pixels)
+        total += error_of(window.pixels, pixels[MARGIN : MARGIN + n, MARGIN : MARGIN + n])
+    return total

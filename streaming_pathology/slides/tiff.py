@@ -681,19 +681,21 @@ def slide_page(path: Path, images: list[TiffImage]) -> TiffImage:
     others = [each for each in whole if each is not slide]
     check_stack(path, slide, others)
     rivals = [each for each in pages if each.is_reduced and area(each.size) > area(slide.size)]
-    for each in others:
-        if each.size == slide.size:
-            if is_alike(each, slide):
-                continue  # written twice
-        is_large = 2 * area(each.size) >= area(slide.size)
-        is_other = is_large and not is_version(each.size, slide.size)
-        is_finer = is_coarser(slide.spacing, each.spacing)
-        is_pyramid = slide.tile is None and each.tile is not None
-        if is_other or is_finer or is_pyramid:
-            rivals.append(each)
+    rivals += [each for each in others if is_rival(each, slide)]
     if rivals:
         raise ambiguous(path, [slide.size, *(each.size for each in rivals)])
     return slide
+
+
+def is_rival(page: TiffImage, slide: TiffImage) -> bool:
+    "Whether a page could be the slide as well as the largest one, and is not its copy or a level."
+    if page.size == slide.size and is_alike(page, slide):
+        return False
+    is_large = 2 * area(page.size) >= area(slide.size)
+    is_other = is_large and not is_version(page.size, slide.size)
+    is_finer = is_coarser(slide.spacing, page.spacing)
+    is_pyramid = slide.tile is None and page.tile is not None
+    return is_other or is_finer or is_pyramid
 
 
 def slide_image(path: Path, named: list[OmeImage]) -> OmeImage:

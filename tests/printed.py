@@ -25,6 +25,7 @@ MEASURED = {
 VARIES = [
     (r'\x1b\[[0-9;]*m', ''),  # colors of a terminal
     (r'( at)? 0x[0-9a-f]{6,}\b', ''),  # addresses of objects, which nbdev_clean removes
+    (r'\bsha256 is [0-9a-f]{64}\b', 'sha256'),  # of files that torch.save wrote
     (r'\bexported 20\d\d-\d\d-\d\d\b', 'exported today'),
     (r'\bmodel `?[0-9a-f]{16}\b', 'model'),  # the last digits of trained weights vary by machine
 ]

@@ -1474,27 +1474,35 @@ def demo(options: DemoOptions) -> None:
     from streaming_pathology.slides.readers import sample_slide
     from streaming_pathology.slides.synthetic import write_cohort
 
-    settings, painting = DemoSettings(seed=options.seed), DEMO_COHORT
+    settings = DemoSettings(seed=options.seed)
+    painting = DEMO_COHORT
     if options.tiny:
         settings = replace(settings, **TINY)
         painting = DEMO_COHORT | TINY_COHORT
-    out, start = Path(options.out).expanduser(), time.perf_counter()
-    former = is_demo(absolute(options.out) / 'settings.toml')
-    with staged(options.out, overwrite=former, way='') as folder:
+    out = Path(options.out).expanduser()
+    start = time.perf_counter()
+    # sp_demo has no option --overwrite that an error could advise: it replaces nothing but a demo
+    has_demo = is_demo(absolute(options.out) / 'settings.toml')
+    with staged(options.out, overwrite=has_demo, way='') as folder:
         print('1/3  painting biopsies', flush=True)
         manifest = write_cohort(folder / 'cohort', seed=options.seed, **painting)
         cases = read_manifest(manifest, labels=(0, 1))
-        cases.append(Case('CMU-1-Small-Region', None, sample_slide(), 'CMU-1'))
-        number = sum(case.split == 'train' for case in cases)
+        # a real slide besides, of unknown label and in no split
+        real_slide = sample_slide()
+        cases.append(Case('CMU-1-Small-Region', label=None, path=real_slide, patient_id='CMU-1'))
+        n_train = sum(case.split == 'train' for case in cases)
         print(
-            f'2/3  training a streaming {settings.arch} on {number} slides, one label each',
+            f'2/3  training a streaming {settings.arch} on {n_train} slides, one label each',
             flush=True,
         )
-        sentence = learn_cohort(settings, cases, folder, cache=2 * 10**9)
+        cache_bytes = 2 * 10**9
+        test_sentence = learn_cohort(settings, cases, folder, cache=cache_bytes)
     seconds = time.perf_counter() - start
     print(f'3/3  writing the report; {seconds:.0f} s so far', flush=True)
-    path = write_report(out)
-    print(Result(path, out / 'predictions.csv', out / 'checkpoints/best.pt', sentence))
+    report = write_report(out)
+    predictions = out / 'predictions.csv'
+    weights = out / 'checkpoints/best.pt'
+    print(Result(report, predictions, weights, test_sentence))
 
 
 def is_demo(path: Path) -> bool:

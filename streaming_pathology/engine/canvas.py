@@ -29,8 +29,8 @@ from streaming_pathology.engine.schedule import (
     Schedule,
     Step,
     Strip,
+    rows_to_read,
     total_step,
-    what_is_read,
 )
 from streaming_pathology.engine.windows import (
     AnyWindow,
@@ -955,7 +955,7 @@ class CanvasSchedule(Schedule):
 
     def reading(self, operation: Operation, step: Step, buffers: list[CanvasBuffer]) -> Step:
         "A step with the pieces that it reads."
-        rows_read, along = what_is_read(operation, buffers, self.sizes)
+        rows_read, along = rows_to_read(operation, buffers, self.sizes)
         reads: list[Piece | None] = []
         across, columns = None, buffers[operation.number].columns
         for read, rows in zip(operation.inputs, rows_read):

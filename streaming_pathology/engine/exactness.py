@@ -123,14 +123,18 @@ def check_exact(
 
 
 def canvas_like(image: torch.Tensor) -> Canvas:
-    """A canvas of the shape of `image` (1, C, H, W): two patches of it, (C, H // 4, W // 4), and
-    around them a color with another number for each channel."""
-    height, width = image.shape[2:]
+    """A canvas of the shape of `image` (1, C, H, W) with two patches (C, H // 4, W // 4) of its
+    pixels, one to the upper right and one to the lower left.
+
+    Each patch is a leaf that requires a gradient. Around them is background, with another value for
+    each channel."""
+    n_channels, height, width = image.shape[1:]
     pixels = image.detach()[0]
-    n_rows, n_columns = max(1, height // 4), max(1, width // 4)
+    patch_height = max(1, height // 4)
+    patch_width = max(1, width // 4)
     patches = []
     for top, left in ((height // 8, width // 2), (height // 2, width // 8)):
-        patch = pixels[:, top : top + n_rows, left : left + n_columns]
+        patch = pixels[:, top : top + patch_height, left : left + patch_width]
         patches.append((top, left, patch.clone().requires_grad_()))
-    color = torch.linspace(0.2, 0.8, image.shape[1]).tolist()
-    return Canvas((height, width), color, patches)
+    background = torch.linspace(0.2, 0.8, n_channels).tolist()
+    return Canvas((height, width), background, patches)

@@ -582,18 +582,25 @@ class Same:
 
 
 def comparable(value: object, depth: int = 3) -> Any:
-    """`value` as something that `==` compares by content where it is plain, else by identity; of
-    objects the attributes, to some `depth`."""
+    """A snapshot of `value`, which `==` compares with a later one; what is changed in `value` in
+    between makes a difference, as far as a trace may depend on it.
+
+    Numbers, strings and containers are compared by content. All others have to be the same object:
+    a tensor with the same shape, type and `requires_grad`, an array with the same content, an
+    object of a user's class with the same attributes. Objects that are attributes of attributes are
+    followed to `depth`."""
     if isinstance(value, (bool, int, float, str, type(None))):
-        return type(value), value
+        return type(value), value  # with its type, as 1 == 1.0 == True
     if isinstance(value, (tuple, list, deque)):
         return [comparable(part, depth) for part in value]
+    if isinstance(value, dict):
+        return {key: comparable(part, depth) for key, part in value.items()}
+    # copies of what can be changed in place
     if isinstance(value, (set, frozenset)):
         return type(value), frozenset(value)
     if isinstance(value, bytearray):
         return type(value), bytes(value)
-    if isinstance(value, dict):
-        return {key: comparable(part, depth) for key, part in value.items()}
+    # the content of a tensor is read anew for each image
     if isinstance(value, torch.Tensor):
         return Same(value), value.shape, value.dtype, value.requires_grad
     if isinstance(value, np.ndarray):

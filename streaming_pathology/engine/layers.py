@@ -125,28 +125,30 @@ def convolve(
 def convolve_back(
     gradient: torch.Tensor, saved: tuple[Any, ...], needs_grad: Sequence[bool]
 ) -> list[torch.Tensor | None]:
-    """The gradients of the input, the weight and the bias, each of the shape and type of its
-    tensor, from that of the result and what `convolve` has `saved`; None where not `needs_grad`."""
-    region, x, weight, types, (stride, dilation, groups, _) = saved
-    types = x.dtype, *types
-    masks = [needs_grad[0], needs_grad[1], len(needs_grad) > 2 and needs_grad[2]]
-    gradients = torch.ops.aten.convolution_backward.default(
+    """The gradients of input, weight and bias, from the `gradient` of the result and what
+    `convolve` has `saved`.
+
+    `needs_grad` has one flag for each of these tensors, and none for a bias that is not there.
+    Where it is False, the gradient is None; all others have the shape and type of their tensor."""
+    region, x, weight, (weight_type, bias_type), (stride, dilation, groups, _) = saved
+    bias_needs_grad = len(needs_grad) > 2 and needs_grad[2]
+    of_input, of_weight, of_bias = torch.ops.aten.convolution_backward.default(
         as_type(gradient, weight.dtype),
         as_type(region.pad(x), weight.dtype),
         weight,
-        [len(weight)],
+        [len(weight)],  # shape of the bias
         stride,
         region.padding,
         dilation,
-        False,
-        [0, 0],
+        False,  # not transposed
+        [0, 0],  # padding of the output, which only transposed convolutions have
         groups,
-        masks,
+        [needs_grad[0], needs_grad[1], bias_needs_grad],
     )
-    gradients = [as_type(gradient, dtype) for gradient, dtype in zip(gradients, types)]
-    if gradients[0] is not None:
-        gradients[0] = region.unpad(gradients[0])
-    return gradients
+    of_input = as_type(of_input, x.dtype)
+    if of_input is not None:
+        of_input = region.unpad(of_input)
+    return [of_input, as_type(of_weight, weight_type), as_type(of_bias, bias_type)]
 
 
 def as_type(tensor: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor | None:

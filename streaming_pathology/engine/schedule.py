@@ -300,28 +300,35 @@ def step_of(
         hands_down = Cut(operation.axis, buffer.needed - buffer.first, buffer.stop - buffer.needed)
     if not buffer.makes:
         return Step(buffer.old, 0, hands_down=hands_down)
-    rows, along = what_is_read(operation, buffers, sizes)
+    rows, along = rows_to_read(operation, buffers, sizes)
     reads = parts_of(operation, buffers, sizes, rows)
     return Step(buffer.old, buffer.makes, reads, Region(along, columns), hands_down)
 
 # %% ../../nbs/engine/07_schedule.ipynb #c7d04e50
-def what_is_read(
+def rows_to_read(
     operation: Operation, buffers: Sequence[Buffer], sizes: MapSizes
 ) -> tuple[list[Range], Side]:
-    "The rows (first, stop) of each input that an operation reads, and the `Side` along them."
-    buffer, window = buffers[operation.number], operation.window
-    makes_all = (buffer.start, buffer.stop) == (0, sizes.heights[operation.number])
-    ranges: list[Range] = []
+    """The rows (first, stop) of each input that an operation reads to make its rows of a strip, and
+    how it is computed along them. All inputs are read by one window, so the `Side` of the last one
+    is returned for all."""
+    buffer = buffers[operation.number]
+    makes_whole_map = (buffer.start, buffer.stop) == (0, sizes.heights[operation.number])
+    rows: list[Range] = []
     along = None
-    for a in operation.inputs:
-        axis, height = sizes.program.operations[a].axis, sizes.heights[a]
-        if makes_all and (buffers[a].first, buffers[a].stop) == (0, height):
-            low, high, along = 0, height, whole_side(window, buffer.stop, height, axis)
+    for number in operation.inputs:
+        axis = sizes.program.operations[number].axis
+        height = sizes.heights[number]
+        has_whole_input = (buffers[number].first, buffers[number].stop) == (0, height)
+        if makes_whole_map and has_whole_input:  # the function pads by itself where it can
+            first, stop = 0, height
+            along = whole_side(operation.window, buffer.stop, height, axis)
         else:
-            low, high, along = rows_side(window, buffer.start, buffer.stop, height, axis)
-        ranges.append((low, high))
+            first, stop, along = rows_side(
+                operation.window, buffer.start, buffer.stop, height, axis
+            )
+        rows.append((first, stop))
     assert along is not None  # an operation reads one map at least
-    return ranges, along
+    return rows, along
 
 
 def parts_of(

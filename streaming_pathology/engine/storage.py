@@ -141,26 +141,34 @@ class RowSource:
         return torch.Size(int(n) for n in sizes)
 
     def rows_of(self, first: int, stop: int, dtype: torch.dtype | None) -> torch.Tensor:
-        """Rows as they are read, checked: of any type, or of `dtype`. They are in pinned memory
-        where they go to a GPU."""
+        """Read rows `first` to `stop` as a tensor (N, C, stop - first, W), in pinned memory if they
+        go to a GPU.
+
+        Raises `StreamingError` for another shape, or another type than `dtype` (None: any)."""
         call = f'{self.name}.read({first}, {stop})'
-        answer = self.rows.read(first, stop)
-        try:
-            rows = torch.as_tensor(answer)
-        except (RuntimeError, TypeError, ValueError) as e:
-            why = (str(e).splitlines() or [''])[0]
-            raise StreamingError(
-                f'{call} gave {type(answer).__name__}, which is no tensor and cannot '
-                f'be made one ({why}): return a tensor, or an array of numbers as '
-                'they lie in this machine.'
-            ) from e
+        rows = self._as_tensor(self.rows.read(first, stop), call)
         expected = (*self.shape[:2], stop - first, self.shape[3])
-        if rows.shape != expected or dtype not in (None, rows.dtype):
+        has_other_type = dtype is not None and rows.dtype != dtype
+        if rows.shape != expected or has_other_type:
             raise StreamingError(
                 f'{call} gave {tuple(rows.shape)} of {rows.dtype}, not {expected} of '
                 f'{dtype or "one type"}.'
             )
-        return rows.pin_memory() if self.device.type == 'cuda' and not rows.is_cuda else rows
+        if self.device.type == 'cuda' and not rows.is_cuda:
+            return rows.pin_memory()
+        return rows
+
+    def _as_tensor(self, rows: Any, call: str) -> torch.Tensor:
+        "What a `call` of `read` has returned, as a tensor. Raises `StreamingError` if it is none."
+        try:
+            return torch.as_tensor(rows)
+        except (RuntimeError, TypeError, ValueError) as e:
+            reason = (str(e).splitlines() or [''])[0]
+            raise StreamingError(
+                f'{call} gave {type(rows).__name__}, which is no tensor and cannot '
+                f'be made one ({reason}): return a tensor, or an array of numbers as '
+                'they lie in this machine.'
+            ) from e
 
     def fetch(self, first: int, stop: int) -> torch.Tensor:
         "Rows on the device."

@@ -803,17 +803,19 @@ class Pass(Strips):
         return record
 
     def state_before(self, k: int) -> State:
-        """The state before strip `k`. Where it was not stored, those from the last stored one on
-        are computed again, and kept in `states` for the strips in between."""
-        first = k
-        while first not in self.states:
-            first -= 1
-        for above in range(first, k):
-            with replayed_rng(self.rng.get(above), self.source.device):
-                _, state = self.strip_without_tape(above, self.stored_state(above))
-            layout, blocks = self.packed_state(above + 1, state)
-            self.states[above + 1] = StoredState(OnDevice(), blocks, layout)
-            del state
+        """The state before strip `k`.
+
+        If it was not stored, strips are computed again from the last stored state on. The states
+        between them are stored too, on the device, as the strips above `k` are next."""
+        last_stored = k
+        while last_stored not in self.states:
+            last_stored -= 1
+        for number in range(last_stored, k):
+            with replayed_rng(self.rng.get(number), self.source.device):
+                state = self.strip_without_tape(number, self.stored_state(number))[1]
+            layout, blocks = self.packed_state(number + 1, state)
+            self.states[number + 1] = StoredState(OnDevice(), blocks, layout)
+            del state  # it holds views, which keep all rows of the strip alive
         return self.stored_state(k)
 
     def stored_state(self, k: int) -> State:

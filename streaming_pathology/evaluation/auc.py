@@ -521,23 +521,24 @@ def delong_interval(
     positive: np.ndarray,  # bool (n,)
     scores: np.ndarray,  # (n,)
     patients: np.ndarray,  # number of each slide's patient (n,)
-    level: float,
+    level: float,  # confidence level, such as 0.95
 ) -> tuple[float, float, str]:
-    """The normal interval of the AUC with DeLong's error, cut off at 0 and 1, and its method.
+    """The confidence interval of the AUC, AUC ± z standard errors by DeLong, clipped to 0 and 1:
+    (low, high, 'delong').
 
     Raises `InputError` if a class has only one patient."""
-    n_positive, n_negative = patients_of_classes(positive, patients)
-    if min(n_positive, n_negative) < 2:
+    n_positive_patients, n_negative_patients = patients_of_classes(positive, patients)
+    if min(n_positive_patients, n_negative_patients) < 2:
         units = 'patients with slides' if have_several_slides(patients) else 'slides'
         raise InputError(
-            f'{units} that are positive: {n_positive}, negative: {n_negative}; this interval needs '
-            'two of each at least'
+            f'{units} that are positive: {n_positive_patients}, negative: {n_negative_patients}; '
+            'this interval needs two of each at least'
         )
-    of_positive, of_negative = placements(positive, scores)
-    area = of_positive.mean()
-    error = auc_error(of_positive, of_negative, positive, patients)
-    z = normal_quantile(level)
-    low, high = np.clip([area - z * error, area + z * error], 0, 1)
+    positive_placements, negative_placements = placements(positive, scores)
+    area = positive_placements.mean()  # the AUC is the mean placement of either class
+    error = auc_error(positive_placements, negative_placements, positive, patients)
+    margin = normal_quantile(level) * error
+    low, high = np.clip([area - margin, area + margin], 0, 1)
     return float(low), float(high), 'delong'
 
 

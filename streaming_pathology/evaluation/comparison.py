@@ -278,19 +278,21 @@ def compare_sides(
     second: Side,
     split: str = 'test',
     shared: bool = False,  # leave out slides that only one of them has
-    n_bootstrap: int = 10_000,  # resamples, and permutations
-    seed: int = 0,  # of both
-    level: float = 0.95,  # of the intervals
+    n_bootstrap: int = 10_000,  # bootstrap resamples, and as many permutations
+    seed: int = 0,  # of resamples and permutations
+    level: float = 0.95,  # of the confidence intervals
 ) -> Comparison:
-    """Two sides on the same slides. Where patients have several slides, all figures take patients
-    as independent. Raises `InputError` for what cannot be compared."""
+    """Compare the AUCs of two sides, and their accuracies, on the same labelled slides of a split.
+
+    Where patients have several slides, all intervals and tests take patients as independent, and
+    not slides. Raises `InputError` as `slides_in_common` does, and for a `level` out of range."""
     slides, patients = slides_in_common(first, second, split, shared)
     label_of = labelled(first, split)
     labels = [label_of[slide_id] for slide_id in slides]
     scores = probabilities_of(first, slides), probabilities_of(second, slides)
-    patient_ids = None
-    if len(set(patients)) < len(slides):
-        patient_ids = patients
+    has_several_slides = len(set(patients)) < len(slides)
+    patient_ids = patients if has_several_slides else None
+
     try:
         delong = delong_test(labels, *scores, level, patient_ids)
         resampling = Resampling(n_bootstrap, seed, level, patient_ids)
@@ -298,7 +300,15 @@ def compare_sides(
         permutation_p = permutation_test(labels, *scores, n_bootstrap, seed, patient_ids)
     except InputError as e:
         raise InputError(f'{first.name} and {second.name}, split {split!r}: {e}') from None
-    usual = Resampling(level=level, patient_ids=patient_ids)
+
+    # the interval of each AUC is not from resamples, so neither their number nor a seed is given
+    interval_options = Resampling(level=level, patient_ids=patient_ids)
+    first_interval, second_interval = (
+        auc_interval(labels, side_scores, resampling=interval_options) for side_scores in scores
+    )
+    at_thresholds = compare_accuracy(
+        (first, second), labels, scores, n_bootstrap, seed, patient_ids
+    )
     return Comparison(
         names=(first.name, second.name),
         split=split,
@@ -306,13 +316,11 @@ def compare_sides(
         labels=labels,
         scores=scores,
         patient_ids=patient_ids,
-        intervals=tuple(auc_interval(labels, each, resampling=usual) for each in scores),
+        intervals=(first_interval, second_interval),
         delong=delong,
         paired=paired,
         permutation_p=permutation_p,
-        at_thresholds=compare_accuracy(
-            (first, second), labels, scores, n_bootstrap, seed, patient_ids
-        ),
+        at_thresholds=at_thresholds,
     )
 
 # %% ../../nbs/evaluation/19_comparison.ipynb #2fd938d2

@@ -474,15 +474,17 @@ def turned_bag(bag: Bag, way: int) -> Bag:
 
 
 def turned_canvas(canvas: Canvas, way: int) -> Canvas:
-    "A canvas of which each patch is turned, and lies where it comes to lie."
+    """The flipped or transposed canvas: each patch is turned by itself, and moved to its new place.
+
+    The background has one color, so nothing of it is computed."""
     height, width = canvas.shape[2:]
     patches = []
     for top, left, patch in canvas.patches:
-        corner = turned_corner((top, left), patch.shape[1:], (height, width), way)
-        patches.append((*corner, turned_tensor(patch, way)))
-    if way & TRANSPOSE:
-        height, width = width, height
-    return Canvas((height, width), canvas.color, patches, canvas.dtype)
+        size = patch.shape[1:]
+        new_top, new_left = turned_corner((top, left), size, (height, width), way)
+        patches.append((new_top, new_left, turned_tensor(patch, way)))
+    shape = (width, height) if way & TRANSPOSE else (height, width)
+    return Canvas(shape, canvas.color, patches, canvas.dtype)
 
 
 def turned_corner(
@@ -613,11 +615,11 @@ class Journal:
         text = self.file.read()
         *lines, _ = text.split(b'\n')  # what has no end was being written
         first = lines[0] if lines else b''
-        former = self.former_of(first, text)
+        header = self.read_header(first, text)
         n_rows = len(lines[1:])
-        if former != self.of:
+        if header != self.of:
             if n_rows:
-                raise InputError(self.difference(former, n_rows))
+                raise InputError(self.difference(header, n_rows))
             return 0
         if not first:
             return 0
@@ -631,20 +633,27 @@ class Journal:
             n_good += len(line) + 1
         return n_good
 
-    def former_of(self, first: bytes, text: bytes) -> dict:
-        "The first line of a file: what its rows depend on. Refuses a file that is no journal."
-        try:
-            former = json.loads(first) if first else None
-        except (ValueError, RecursionError):
-            former = None
+    def read_header(
+        self,
+        first: bytes,  # the first line; empty if the file has no whole line
+        text: bytes,  # the whole file
+    ) -> dict:
+        """What the rows of the file depend on, as its first line says; `of` for a new file.
+
+        Raises `InputError` if the file is no journal."""
+        # a new file is empty, or its first line was still being written
         if not first and json.dumps(self.of).encode().startswith(text):
-            former = self.of  # a new file, or one whose first line was being written
-        if not isinstance(former, dict) or former.keys() != self.of.keys():
+            return self.of
+        try:
+            header = json.loads(first)
+        except (ValueError, RecursionError):
+            header = None
+        if not isinstance(header, dict) or header.keys() != self.of.keys():
             raise InputError(
                 f'{self.path} is something else than predictions; move it away, or give the name '
                 'of another file to write'
             )
-        return former
+        return header
 
     def difference(self, former: dict, n_rows: int) -> str:
         "A sentence on what is different now."

@@ -749,22 +749,24 @@ MACHINE = (
 
 def without_names(
     run: FinishedRun,
-    subgroups: Sequence[str],  # columns that subgroups are shown of
+    subgroups: Sequence[str],  # columns of the manifest by which the report groups slides
 ) -> FinishedRun:
-    """A run as a report without names shows it.
+    """The run as an anonymous report shows it. Slides are called by numbers, and results, settings
+    and environment name no slide, person, machine or folder.
 
-    Raises `InputError` for groups that would show names."""
-    naming = [column for column in subgroups if column in NAMING]
-    if naming:
+    Raises `InputError` if a column of `subgroups` holds names."""
+    columns_with_names = [column for column in subgroups if column in NAMING]
+    if columns_with_names:
         raise InputError(
-            f'subgroups by {naming[0]} would show names, which are to be left out; give another column'
+            f'subgroups by {columns_with_names[0]} would show names, which are to be left out; '
+            'give another column'
         )
-    found = run.results
-    if found is not None:
-        found = without_slides(found)
+    results = run.results
+    if results is not None:
+        results = without_slides(results)
     return replace(
         run,
-        results=found,
+        results=results,
         settings=public_settings(run.settings),
         environment=public_environment(run.environment),
         is_anonymous=True,

@@ -161,20 +161,24 @@ def make_encoder(
     weights: str | Path | None = None,
     sha256: str | None = None,  # checksum that the file of weights must have
 ) -> Encoder:
-    "The encoder that a name describes. Raises `InputError` if there is none."
-    kind, _, name = str(backbone).rpartition(':')
-    if kind.endswith('.py'):
+    """The frozen patch encoder that a library, or a function in a Python file, gives by this name.
+
+    Raises `InputError` if there is none, and for weights where the file has its own."""
+    source, _, name = str(backbone).rpartition(':')
+    if source.endswith('.py'):
         if weights:
             raise InputError(
                 f'weights do not apply to {backbone}, whose code sets its own; leave them out'
             )
-        return _from_code(Path(kind).expanduser().resolve(), name)
-    if kind not in LIBRARIES:
+        path = Path(source).expanduser().resolve()
+        return _from_code(path, function=name)
+    if source not in LIBRARIES:
         raise InputError(
             f'backbone {backbone!r} is no run folder, checkpoint or exported model that is there, '
             'nor torchvision:NAME, timm:NAME or FILE.py:FUNCTION'
         )
-    return LIBRARIES[kind](name, weights, sha256)
+    from_library = LIBRARIES[source]
+    return from_library(name, weights, sha256)
 
 # %% ../../nbs/mil/03_features.ipynb #5caf3941
 def built(card: dict, network: nn.Module | None = None) -> Encoder:

@@ -115,23 +115,39 @@ def runner_of(plan: Plan) -> Callable[..., Runner]:
     return MosaicRunner if plan.planted else Runner
 
 
+def _make_runner(plan: Plan, options: Any) -> Runner:
+    "The runner of a plan. Raises `InputError` without --work."
+    if options.work is None:
+        raise InputError('--work is missing: give a folder for images, caches and checkpoints')
+    return runner_of(plan)(plan, options.data, options.work, options.out)
+
+
+def _cost_text(plan: Plan, runner: Runner) -> str:
+    "An estimate of what the jobs of a plan will take, as text."
+    if isinstance(runner, PaintedRunner):
+        rows = painted_estimate(runner)
+    else:
+        rows = estimate(runner)
+    return estimate_text(rows, plan.budget_hours)
+
+
 def go(argv: Sequence[str] | None) -> None:
-    "Parse and run."
+    """Run one of the commands run, table and cost: see `make_parser`. `run` ends with the table.
+
+    Raises `InputError` for invalid options."""
     options: Any = make_parser().parse_args(argv)
     plan = changed_plan(ALL_PLANS[options.plan], options.name, options.set)
     jobs = asked_jobs(plan, options.methods)
-    if options.command != 'table':
-        if options.work is None:
-            raise InputError('--work is missing: give a folder for images, caches and checkpoints')
-        runner = runner_of(plan)(plan, options.data, options.work, options.out)
+    if options.command == 'cost':
+        runner = _make_runner(plan, options)
         with plain_warnings():
-            if options.command == 'cost':
-                painted = isinstance(runner, PaintedRunner)
-                rows = painted_estimate(runner) if painted else estimate(runner)
-                print(estimate_text(rows, plan.budget_hours))
-                return
-            left = [job for job in jobs if not runner.is_done(job)]
-            runner.run(left[: options.only])
+            print(_cost_text(plan, runner))
+        return
+    if options.command == 'run':
+        runner = _make_runner(plan, options)
+        with plain_warnings():
+            not_done = [job for job in jobs if not runner.is_done(job)]
+            runner.run(not_done[: options.only])  # only=None: all of them
     print(table_of(plan, jobs, Path(options.out) / plan.name))
 
 

@@ -910,6 +910,23 @@ def checked_count(n: int, available: int, split: str) -> int:
         )
     return n
 
+
+def checked_share(value: float, name: str) -> float:
+    "A share, once checked. Raises `InputError` unless it is a number from 0 to 1."
+    if not (isinstance(value, numbers.Real) and 0 <= value <= 1):
+        raise InputError(f'{name} {value!r} must be a share, from 0 to 1')
+    return float(value)
+
+
+def spread_over_grades(cases: Sequence[Case], n: int) -> list[Case]:
+    "The first `n` cases of all grades, as many of each as far as it has them."
+    by_grade = {grade: [] for grade in sorted({case.grade for case in cases})}
+    for case in cases:
+        by_grade[case.grade].append(case)
+    sizes = {grade: len(same) for grade, same in by_grade.items()}
+    parts = equal_parts(n, sizes)
+    return [case for grade, part in parts.items() for case in by_grade[grade][:part]]
+
 # %% ../../nbs/slides/11_cohorts.ipynb #1e1f0e88
 def subset(
     # with labels 0 and above, and grades of those above 0 if they are to be balanced
@@ -938,23 +955,6 @@ def subset(
     chosen = negatives[:n_negative] + spread_over_grades(positives, n_positive)
     kept = {case.slide_id for case in chosen}
     return [case for case in cases if case.split != split or case.slide_id in kept]
-
-# %% ../../nbs/slides/11_cohorts.ipynb #e30a0004
-def checked_share(value: float, name: str) -> float:
-    "A share, once checked. Raises `InputError` unless it is a number from 0 to 1."
-    if not (isinstance(value, numbers.Real) and 0 <= value <= 1):
-        raise InputError(f'{name} {value!r} must be a share, from 0 to 1')
-    return float(value)
-
-
-def spread_over_grades(cases: Sequence[Case], n: int) -> list[Case]:
-    "The first `n` cases of all grades, as many of each as far as it has them."
-    by_grade = {grade: [] for grade in sorted({case.grade for case in cases})}
-    for case in cases:
-        by_grade[case.grade].append(case)
-    sizes = {grade: len(same) for grade, same in by_grade.items()}
-    parts = equal_parts(n, sizes)
-    return [case for grade, part in parts.items() for case in by_grade[grade][:part]]
 
 # %% ../../nbs/slides/11_cohorts.ipynb #861827d3
 def with_default_spacing(case: Case, spacing: float) -> Case:

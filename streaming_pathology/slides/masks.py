@@ -10,7 +10,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyvips
@@ -28,6 +28,9 @@ from .tiff import TiffImage, header_of_pixels, tiff_images
 # %% ../../nbs/slides/06_masks.ipynb #397a9b96
 PALETTE, WHITE_IS_ZERO, BLACK_IS_ZERO = 3, 0, 1  # photometric interpretations of a TIFF
 PNG_PALETTE, PNG_GREY = 3, 0  # colour types of a PNG
+PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
+# data of the chunk IHDR: width, height, bits, colour type, compression, filter and interlacing
+PNG_HEADER = struct.Struct('>IIBBBBB')
 IN_MEMORY = 2**29  # bytes
 
 # %% ../../nbs/slides/06_masks.ipynb #4c85c8f8
@@ -37,25 +40,35 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', checksum)
 
 
+def png_pixels_start(file: BinaryIO) -> int | None:
+    "The byte of a PNG where its pixels begin, from the chunk at hand on; None if there are none."
+    start = file.tell()
+    while len(chunk := file.read(8)) == 8:
+        length, kind = struct.unpack('>I4s', chunk)
+        if kind == b'IDAT':
+            return start
+        start += length + 12  # besides the data: length, kind and checksum
+        file.seek(start)
+    return None
+
+
 def grey_png(path: Path) -> tuple[bytes, int, int] | None:
-    """The header of a PNG with a palette as one of grey numbers, the byte of the file where its
-    pixels begin, and its bits a pixel. None for any other file."""
+    """How a PNG with a palette is read as one of grey values, which are its numbers: the header
+    that says so, the byte of the file where the pixels follow, and bits per pixel. None for any
+    other file."""
     with open(path, 'rb') as file:
-        head = file.read(33)
-        if not head.startswith(b'\x89PNG\r\n\x1a\n') or head[12:16] != b'IHDR' or len(head) < 33:
+        signature = file.read(8)
+        header = file.read(25)  # the chunk IHDR: length, kind, 13 bytes of data, checksum
+        if signature != PNG_SIGNATURE or header[4:8] != b'IHDR' or len(header) < 25:
             return None
-        width, height, bits, color, *rest = struct.unpack('>IIBBBBB', head[16:29])
+        width, height, bits, color, *rest = PNG_HEADER.unpack(header[8:21])
         if color != PNG_PALETTE:
             return None
-        start = file.tell()
-        while len(chunk := file.read(8)) == 8:
-            length, kind = struct.unpack('>I4s', chunk)
-            if kind == b'IDAT':
-                data = struct.pack('>IIBBBBB', width, height, bits, PNG_GREY, *rest)
-                return head[:8] + png_chunk(b'IHDR', data), start, bits
-            start += length + 12
-            file.seek(start)
-    return None
+        start = png_pixels_start(file)
+    if start is None:
+        return None
+    data = PNG_HEADER.pack(width, height, bits, PNG_GREY, *rest)
+    return PNG_SIGNATURE + png_chunk(b'IHDR', data), start, bits
 
 
 def opened(

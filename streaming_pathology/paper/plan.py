@@ -65,6 +65,8 @@ class Plan:
     )
     # shares of tumour that mosaics are made with; empty: biopsies are taken as they are
     planted: tuple[float, ...] = ()
+    mapped: int = 0  # test slides of a job, with known tumour, whose heatmaps are judged
+    copies: int = 4  # noisy copies of SmoothGrad
     budget_hours: float = 6.5  # core-hours of measured training, of the 8 that there are in all
 
     def __post_init__(self) -> None:
@@ -77,6 +79,7 @@ class Plan:
             'batch',
             'patch',
             'frozen_epochs',
+            'copies',
         )
         at_least_one(**{name: getattr(self, name) for name in counts})
         if self.folds < 2:
@@ -113,6 +116,7 @@ MOSAICS = replace(
     seeds=(0,),
     smaller={},
     planted=(0.02, 0.05, 0.1, 0.25, 0.5),
+    mapped=20,
     budget_hours=4,
 )
 # the same experiments, small enough for a test: on painted biopsies, with random weights
@@ -137,7 +141,9 @@ SMALL = Plan(
     augmentation=dict(rotate=0, elastic=2, grain=16),
     budget_hours=0.5,
 )
-SMALL_MOSAICS = replace(SMALL, name='small-mosaics', smaller={}, tuning=0.4, planted=(0.1, 0.5))
+SMALL_MOSAICS = replace(
+    SMALL, name='small-mosaics', smaller={}, tuning=0.4, planted=(0.1, 0.5), mapped=2, copies=1
+)
 PLANS = {plan.name: plan for plan in (REAL, REAL_1024, PILOT, MOSAICS, SMALL, SMALL_MOSAICS)}
 
 # %% ../../nbs/paper/01_plan.ipynb #56b06bb3

@@ -7,19 +7,21 @@ import pytest
 from refusals import refusal
 
 from streaming_pathology.evaluation.auc import auc
-from streaming_pathology.paper.data import paint_stand_in, prepare, read_image, split_of
+from streaming_pathology.paper.data import WHITE, paint_stand_in, prepare, read_image, split_of
 from streaming_pathology.paper.mosaics import (
-    PLAIN_MAPS,
     MosaicRunner,
+    mapped_mosaics,
     mosaic_split,
     mosaics_of,
     nearest,
     plant,
     tissue_tiles,
+    tumour_mask,
 )
 from streaming_pathology.paper.plan import SMALL_MOSAICS, Job
 from streaming_pathology.paper.runner import read_job_result
 from streaming_pathology.slides.cohorts import Case, read_manifest
+from streaming_pathology.slides.shortcuts import tissue_places
 
 PLAN = replace(SMALL_MOSAICS, size=64, patch=32, frozen_epochs=1, views=1)
 JOB = Job('streaming', 0, 0, size=64)
@@ -172,19 +174,45 @@ def test_methods_run_on_mosaics(tmp_path):
     assert len(results[1]['logits']) == 2 * 2 * 4
     assert results[1]['data'].startswith('mosaics of ')
     assert len({tuple(result['labels'].items()) for result in results}) == 1
+    assert 'maps' not in results[0] and results[1]['settings']['mapped'] == PLAN.mapped
+    for result in results[1:]:
+        maps = result['maps']
+        assert 0 < len(maps['slides']) <= PLAN.mapped and maps['side'] == 4
+        assert maps['slides'] == results[1]['maps']['slides']
+        assert len(maps['trained']['auprc']) == len(maps['slides'])
 
 
-# ---- maps without a network
+# ---- heatmaps
 
 
-def test_maps_of_darkness_and_green():
+def test_one_positive_mosaic_of_each_base_is_mapped(mosaics):
+    plan = replace(PLAN, mapped=20)
+    mapped = mapped_mosaics(mosaics, plan)
+    bases = [case.patient_id for case in mapped]
+    assert bases == list(dict.fromkeys(case.patient_id for case in mosaics.test))
+    assert all(case.label and case in mosaics.test for case in mapped)
+    assert [case.grade for case in mapped] == ['0.1', '0.5', '0.1', '0.5'][: len(mapped)]
+    assert mapped_mosaics(mosaics, replace(PLAN, mapped=1)) == mapped[:1]
+    assert mapped_mosaics(mosaics, replace(PLAN, mapped=0)) == []
+
+
+def test_places_are_tiles_and_tumour_is_where_it_was_planted(mosaics):
+    for case in mapped_mosaics(mosaics, PLAN):
+        mask, truth = tumour_mask(case), read_image(case.annotation)[..., 0] > 0
+        rgb = read_image(case.path)
+        tissue = (rgb < WHITE).any(2)
+        assert ((mask > 0) == tissue).all()
+        assert ((mask >= 3) == (truth & tissue)).all() and (mask >= 3).any()
+    refused = refusal(tumour_mask, replace(case, annotation=None))
+    assert 'has no mask of its truth' in refused and case.slide_id in refused
+
+
+def test_darkness_and_green_of_places():
     rgb = canvas((100, 50, 100), [(0, 0)])
-    rgb[4:8, 4:6] = 200, 200, 200
-    darkness, green = (make_map(rgb, 4) for make_map in PLAIN_MAPS.values())
-    assert darkness.shape == green.shape == (8, 8)
-    assert darkness.argmax() == 0 and darkness[7, 7] == 0
-    assert green[0, 0] == pytest.approx(50 / 255) and green[1, 1] == pytest.approx(200 / 255)
-    assert green[7, 7] == 0
-    truth = np.zeros((8, 8), bool)
-    truth[0, 0] = True
-    assert auc(truth.ravel(), darkness.ravel()) == 1
+    rgb[4:8, 4:8] = 200, 200, 200
+    mask = (rgb < WHITE).any(2).astype(np.uint8)
+    places = tissue_places(rgb, mask, 4)
+    assert places.position.tolist() == [[0, 0], [4, 4]]
+    assert places.density.argmax() == 0
+    assert places.color[:, 1].tolist() == pytest.approx([50, 200])
+    assert auc([True, False], places.density) == 1

@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from refusals import refusal
-from torch import nn
 
 from streaming_pathology.evaluation.auc import auc, delong_test
 from streaming_pathology.mil.bags import PatchGrid
@@ -33,17 +32,12 @@ from streaming_pathology.paper.painted import (
 from streaming_pathology.paper.painted_jobs import (
     PAINTED_METHODS,
     PaintedRunner,
-    alike,
-    judge,
-    judge_maps,
     painted_estimate,
     planned_split,
 )
 from streaming_pathology.paper.painted_results import (
     NO_JOB,
     area_of,
-    mean_interval,
-    passes,
     plot_methods,
     table_of_darkness,
     table_of_maps,
@@ -259,46 +253,6 @@ def test_an_estimate_names_all_that_takes_time(make):
     ]
     assert all(row[2] > 0 for row in rows[1:]) and not runner.out.exists()
     assert len(planned_split(TINY, 'tumour', 0).test) == 20
-
-
-# ---- maps
-
-
-def test_maps_are_judged_by_the_truth(tmp_path):
-    cohort = Cohort(TINY, 'tumour', 8.0, 2)
-    cases = [case for case in cohort.paint(tmp_path) if case.label][:3]
-
-    class Told(nn.Linear):
-        "Knows the truth with its own weights only."
-
-    model = Told(1, 1)
-
-    def draw(shown, number):
-        truth = (truth_of(cases[number]) >= 3).reshape(12, 8, 12, 8).mean((1, 3))
-        return truth if shown is model else np.arange(144.0).reshape(12, 12)
-
-    found = judge_maps(model, draw, cases, 8, 0)
-    n = len(found['slides'])
-    assert n >= 2 and found['trained']['pointing'] == n * [1.0]
-    assert min(found['trained']['auprc']) > 0.99 > max(found['darkness']['auprc'])
-    assert passes(found)
-    same = found | dict(randomised=found['trained'], correlation=n * [1.0])
-    assert not passes(same) and not passes(found | dict(correlation=n * [0.9]))
-
-
-def test_a_flat_map_has_no_order():
-    assert alike(np.ones(4), np.arange(4.0)) is None
-    assert alike(np.arange(4.0), np.arange(4.0)) == pytest.approx(1)
-    truth = np.array([True, False, False, False])
-    assert judge(np.ones(4), truth) == dict(pointing=0.25, auprc=0.25)
-
-
-def test_an_interval_of_a_mean():
-    from scipy import stats
-
-    values = np.array([0.1, 0.4, 0.2, 0.5])
-    expected = stats.ttest_1samp(values, 0).confidence_interval()
-    np.testing.assert_allclose(mean_interval(values), (0.3, expected.low, expected.high))
 
 
 # ---- tables

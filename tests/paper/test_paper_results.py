@@ -28,6 +28,7 @@ from streaming_pathology.paper.results import (
     table_2,
     table_3,
     table_of_baselines,
+    table_of_mosaic_maps,
     table_of_mosaics,
     table_of_sizes,
 )
@@ -245,6 +246,22 @@ def test_mosaics_by_share(tmp_path):
     assert areas['0.1'].method.startswith('clustered')
     assert base_of('0123-abc-0.05-1') == '0123-abc'
     assert mosaic_areas(plan, 'streaming', tmp_path) is None
+
+
+def test_maps_of_mosaics_are_of_all_folds(tmp_path):
+    plan = replace(PLANS['small-mosaics'], name='m')
+
+    def with_maps(result):
+        of_map = dict(pointing=[1.0, 0.0], auprc=[0.4, 0.6])
+        kinds = dict.fromkeys(('trained', 'randomised', 'darkness', 'green'), of_map)
+        slides = [f'fold{result["job"]["fold"]}-{number}' for number in range(2)]
+        result['maps'] = dict(slides=slides, prevalence=[0.1, 0.3], correlation=[0.2, 0.0], **kinds)
+
+    write_results(tmp_path, 'mil', 1.0, plan, change=with_maps)
+    rows = {row[0]: row[1:] for row in table_of_mosaic_maps(plan, tmp_path)}
+    assert rows['mil'][:2] == [2 * plan.folds, '50%'] and rows['mil'][2].startswith('0.50 (')
+    assert rows['streaming'][0] == NOT_YET
+    assert rows['darkness'][1] == '50%' and rows['prevalence'][2] == '0.20'
 
 
 # ---- the committed results

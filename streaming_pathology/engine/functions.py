@@ -49,19 +49,19 @@ def pointwise(
     def apply(function, *args, **kwargs):
         need('out' not in kwargs, 'writes into a tensor given as out')
         run, tensors = as_run(function, args, kwargs)
-        draws = random is not None and bool(random(*args, **kwargs))
-        if any(with_rows(tensors)) and not draws:
+        is_random = random is not None and bool(random(*args, **kwargs))
+        if any(have_rows(tensors)) and not is_random:
             return of_these_rows(run, tensors, alias)
-        out, across = joined(tensors)
+        out, across = broadcast_rows(tensors)
         adjoint = adjoint_of(plain_name(function), args, kwargs, tensors, run)
         return Op(
             run,
             tensors,
             out,
             across=across,
-            random=draws,
+            random=is_random,
             alias=alias,
-            pointwise=not draws,
+            pointwise=not is_random,
             detaches=detaches,
             adjoint=adjoint,
         )
@@ -91,34 +91,37 @@ def all_equal_along(values: Sequence[Value], dim: int) -> bool:
     return all(value.ndim < -dim or value.shape[dim] == 1 for value in values)
 
 
-def joined(tensors: Sequence[Map | Value]) -> tuple[Rows, Window | None]:
+def broadcast_rows(tensors: Sequence[Map | Value]) -> tuple[Rows, Window | None]:
     """Where rows lie in what broadcasts all `tensors`, and the window across: None if a part of the
-    columns cannot be computed by itself. Raises `Refused` for what mixes rows."""
+    columns cannot be computed by itself.
+
+    Raises `Refused` for what mixes rows."""
     maps = maps_of(tensors)
     values = [tensor for tensor in tensors if isinstance(tensor, Value)]
     row = row_dimension(maps, 'joins maps whose rows lie in different dimensions')
     need_equal_heights(maps, 'joins maps with different numbers of rows')
     need(all_equal_along(values, row), 'meets a tensor that differs from row to row')
-    columns = {x.rows.column_from_end for x in maps}  # None: of a map that has none
-    column = min((each for each in columns if each is not None), default=None)
+    column_dims = {x.rows.column_from_end for x in maps}  # None: of a map without columns
+    column = min((dim for dim in column_dims if dim is not None), default=None)
     widths = {x.shape[x.across] for x in maps if x.across is not None}
-    apart = len(columns) == 1 and len(widths) <= 1
+    are_columns_apart = len(column_dims) == 1 and len(widths) <= 1
     if column is not None and not all_equal_along(values, column):
-        apart = False
+        are_columns_apart = False
     ndim = max(tensor.ndim for tensor in tensors)
     out = Rows(ndim, ndim + row, None if column is None else ndim + column)
-    return out, Window() if apart else None
+    return out, Window() if are_columns_apart else None
 
 # %% ../../nbs/engine/05_functions.ipynb #01b044d0
-def with_rows(tensors: Sequence[Map | Value]) -> list[bool]:
-    "Which tensors are not maps, and have a row for each of the maps', counted from the same end."
+def have_rows(tensors: Sequence[Map | Value]) -> list[bool]:
+    """For each tensor, whether it is no map, but has as many rows as the maps, in the same
+    dimension counted from the end."""
     x = maps_of(tensors)[0]
     row, height = x.rows.row_from_end, x.shape[x.axis]
     return [isinstance(t, Value) and t.ndim >= -row and t.shape[row] == height > 1 for t in tensors]
 
 
 def with_one_row(tensor: Map | Value, row: int) -> Value:
-    "A tensor as if all its rows were one; `row`: their dimension, counted from the end."
+    "A tensor as if it had a single row; `row`: the dimension of rows, counted from the end."
     assert isinstance(tensor, Value)
     shape = list(tensor.shape)
     shape[row] = 1
@@ -128,21 +131,22 @@ def with_one_row(tensor: Map | Value, row: int) -> Value:
 def of_these_rows(
     run: Callable[..., torch.Tensor], tensors: Sequence[Map | Value], alias: bool = False
 ) -> Op:
-    """A function of maps and of tensors that have rows, too, of which each strip takes its own.
-    `run(region, *tensors)` gets all of them cut to the same rows."""
+    """How a function of maps and of tensors that have rows, too, is streamed: each strip takes its
+    own rows of these tensors. `run(region, *inputs)` gets all of them cut to the same rows."""
     x = maps_of(tensors)[0]
     row, height = x.rows.row_from_end, x.shape[x.axis]
-    cuts = with_rows(tensors)
-    shapes = [with_one_row(t, row) if cut else t for t, cut in zip(tensors, cuts)]
-    out, _ = joined(shapes)
+    are_cut = have_rows(tensors)
+    row_tensors = [with_one_row(t, row) if is_cut else t for t, is_cut in zip(tensors, are_cut)]
+    out, _ = broadcast_rows(row_tensors)
 
-    def run_cut(region, *given):
+    def run_cut(region, *inputs):
         first, count = region.along.table_row, region.along.count
-        parts = [t.narrow(row, first, count) if cut else t for t, cut in zip(given, cuts)]
-        return run(region, *parts)
+        rows = [t.narrow(row, first, count) if is_cut else t for t, is_cut in zip(inputs, are_cut)]
+        return run(region, *rows)
 
     numbers = tuple(range(height))
-    return Op(run_cut, tensors, out, WindowTable(numbers, numbers, height), None, alias=alias)
+    window = WindowTable(numbers, numbers, height)
+    return Op(run_cut, tensors, out, window, across=None, alias=alias)
 
 # %% ../../nbs/engine/05_functions.ipynb #0843511b
 Gradients = tuple[torch.Tensor | None, ...]
@@ -276,13 +280,16 @@ def channel_dropout(
     shape = [*input.shape[:2], 1, 1]
     dtype = input.dtype
 
-    def drawn(device):
-        return function(torch.ones(shape, dtype=dtype, device=device), p, True)
+    def draw_mask(device):
+        ones = torch.ones(shape, dtype=dtype, device=device)
+        return function(ones, p, training=True)
 
-    return Op(lambda region, x, mask: x * mask, [input], input.rows, drawn=drawn)
+    return Op(lambda region, x, mask: x * mask, [input], input.rows, drawn=draw_mask)
 
 # %% ../../nbs/engine/05_functions.ipynb #9e184436
-def named(args: Iterable[Any], kwargs: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def arguments_by_name(
+    args: Iterable[Any], kwargs: dict[str, Any], names: Iterable[str]
+) -> dict[str, Any]:
     "Arguments by name; `names` are those of `args`, in order."
     return {**dict(zip(names, args)), **kwargs}
 
@@ -294,8 +301,8 @@ def along(default: int | None = None, first: str = 'dim') -> Rule:
 
     @gets_function
     def apply(function, input, *args, **kwargs):
-        dim = named(args, kwargs, names).get('dim', default)
-        dim = kwargs.get('dims', dim)
+        arguments = arguments_by_name(args, kwargs, names)
+        dim = arguments.get('dims', arguments.get('dim', default))
         need(dim is not None, 'works along a dimension that the call does not name')
         dims = dims_of(input, dim)
         need(input.axis not in dims, 'works along the rows')
@@ -313,8 +320,9 @@ for name in ('sort', 'argsort', 'glu'):
 rules['normalize'] = along(1, first='p')
 
 
-def dims_given(input: Map, dims: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    "Dimensions that a call names one by one, as one sequence, or by the keyword dims."
+def all_dims(input: Map, dims: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """Dimensions, counted from the front, that a call names one by one, as one sequence, or by the
+    keyword dims."""
     if kwargs:
         return tuple(dims_of(input, kwargs['dims']))
     return tuple(dims_of(input, dims[0] if len(dims) == 1 else dims))
@@ -322,7 +330,7 @@ def dims_given(input: Map, dims: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 
 @rule('flip')
 def flip(input: Map, *dims: Any, **kwargs: Any) -> Op:
-    dims = dims_given(input, dims, kwargs)
+    dims = all_dims(input, dims, kwargs)
     need(input.axis not in dims, 'turns rows upside down')
     across = across_unless(input, dims)
     return Op(lambda region, x: torch.flip(x, dims), [input], input.rows, across=across)
@@ -337,13 +345,14 @@ def roll(input: Map, shifts: Pair, dims: Dims = None) -> Op:
     return Op(lambda region, x: torch.roll(x, amounts, at), [input], input.rows, across=across)
 
 # %% ../../nbs/engine/05_functions.ipynb #344241b5
-def without(rows: Rows, dims: Sequence[int], keepdim: bool) -> Rows:
+def rows_after_reduction(rows: Rows, dims: Sequence[int], keepdim: bool) -> Rows:
     """Where rows lie after the dimensions `dims` have been reduced; with `keepdim` these stay, of
     size 1."""
-    left = Rows(rows.ndim, rows.axis, None) if rows.across in dims else rows
+    if rows.across in dims:
+        rows = Rows(rows.ndim, rows.axis, across=None)
     if keepdim:
-        return left
-    return left.moved(rows.ndim - len(dims), lambda d: d - sum(gone < d for gone in dims))
+        return rows
+    return rows.moved(rows.ndim - len(dims), lambda d: d - sum(reduced < d for reduced in dims))
 
 
 def reducing(*names: str) -> Rule:
@@ -354,11 +363,12 @@ def reducing(*names: str) -> Rule:
     def apply(function, input, *args, **kwargs):
         if args and isinstance(args[0], (Map, Value)):  # max(x, y) is a function of each position
             return pointwise()(function, input, *args, **kwargs)
-        given = named(args, kwargs, names)
-        dims = dims_of(input, given.get('dim', given.get('axis')))
+        arguments = arguments_by_name(args, kwargs, names)
+        dims = dims_of(input, arguments.get('dim', arguments.get('axis')))
         need(input.axis not in dims, 'reduces all rows in a way that has no rule')
         run, tensors = as_run(function, (input, *args), kwargs)
-        out = without(input.rows, dims, bool(given.get('keepdim', False)))
+        keepdim = bool(arguments.get('keepdim', False))
+        out = rows_after_reduction(input.rows, dims, keepdim)
         return Op(run, tensors, out, across=across_unless(input, dims))
 
     return apply
@@ -375,16 +385,21 @@ rules['norm'] = rules['linalg_vector_norm'] = reducing('p', 'dim', 'keepdim')
 def cat(tensors: Sequence[Map | Value], dim: int = 0) -> Op:
     maps = maps_of(tensors)
     x = maps[0]
-    same = all(each.rows == x.rows for each in maps)
-    need(same, 'joins maps whose rows lie in different dimensions')
+    have_same_rows = all(other.rows == x.rows for other in maps)
+    need(have_same_rows, 'joins maps whose rows lie in different dimensions')
     dim = dim % x.ndim
     need(dim != x.axis, 'joins maps one below the other')
     across = across_unless(x, [dim])
-    if not all(isinstance(each, Map) or each.fill is not None for each in tensors):
-        return of_these_rows(lambda region, *parts: torch.cat(parts, dim), tensors)
-    if len(maps) < len(tensors):
+    if len(maps) == len(tensors):
+        return cat_maps(maps, dim, across)
+    if all(isinstance(tensor, Map) or tensor.fill is not None for tensor in tensors):
         return Op(lambda region, *maps: cat_filled(tensors, maps, dim), maps, x.rows, across=across)
-    sizes = [each.shape[dim] for each in tensors]
+    return of_these_rows(lambda region, *parts: torch.cat(parts, dim), tensors)
+
+
+def cat_maps(maps: Sequence[Map], dim: int, across: Window | None) -> Op:
+    "How maps are joined along `dim`: their gradients are cut out of that of the result."
+    sizes = [x.shape[dim] for x in maps]
 
     def run(region, *maps):
         return torch.cat(maps, dim)
@@ -395,19 +410,20 @@ def cat(tensors: Sequence[Map | Value], dim: int = 0) -> Op:
     def backward(gradient, saved, needs_grad):
         return gradient.split(sizes, dim)
 
-    return Op(run, tensors, x.rows, across=across, adjoint=Adjoint(forward, backward))
+    return Op(run, maps, maps[0].rows, across=across, adjoint=Adjoint(forward, backward))
 
 
 def cat_filled(
     tensors: Sequence[Map | Value], maps: Sequence[torch.Tensor], dim: int
 ) -> torch.Tensor:
-    "Rows of `maps` joined in the order of `tensors`, of which the others are zeros or ones."
-    left = iter(maps)
+    """Rows joined along `dim` in the order of `tensors`: those of `maps`, and zeros or ones where a
+    tensor is no map."""
+    maps_in_order = iter(maps)
     shape = list(maps[0].shape)
     parts = []
     for tensor in tensors:
         if isinstance(tensor, Map):
-            parts.append(next(left))
+            parts.append(next(maps_in_order))
         else:
             shape[dim] = tensor.shape[dim]
             parts.append(maps[0].new_full(shape, tensor.fill or 0.0, dtype=tensor.dtype))
@@ -433,7 +449,7 @@ def stack(tensors: Sequence[Map | Value], dim: int = 0) -> Op:
 @gets_function
 def parts(function: Callable[..., Any], input: Map, *args: Any, **kwargs: Any) -> Op:
     "A map cut into several along another dimension."
-    dim = named(args, kwargs, ('size', 'dim')).get('dim', 0)
+    dim = arguments_by_name(args, kwargs, ('size', 'dim')).get('dim', 0)
     dims = dims_of(input, dim)
     need(input.axis not in dims, 'cuts a map into parts one below the other')
     run, tensors = as_run(function, (input, *args), kwargs)
@@ -448,7 +464,8 @@ for name in ('chunk', 'split', 'tensor_split', 'split_with_sizes'):
 def unbind(input: Map, dim: int = 0) -> Op:
     dims = dims_of(input, dim)
     need(input.axis not in dims, 'cuts a map into single rows')
-    out, across = without(input.rows, dims, False), across_unless(input, dims)
+    out = rows_after_reduction(input.rows, dims, keepdim=False)
+    across = across_unless(input, dims)
     return Op(lambda region, x: x.unbind(dim), [input], out, across=across, alias=True)
 
 # %% ../../nbs/engine/05_functions.ipynb #c2643087
@@ -562,7 +579,7 @@ def linear(input: Map, weight: Map | Value, bias: Map | Value | None = None) -> 
 # %% ../../nbs/engine/05_functions.ipynb #09e3e197
 @rule('permute')
 def permute(input: Map, *dims: Any, **kwargs: Any) -> Op:
-    dims = dims_given(input, dims, kwargs)
+    dims = all_dims(input, dims, kwargs)
     out = input.rows.moved(input.ndim, dims.index)
     across = across_unless(input, [])
     return Op(lambda region, x: x.permute(dims), [input], out, across=across, alias=True)
@@ -601,7 +618,8 @@ def squeeze(input: Map, dim: Dims = None) -> Op | Reduction:
     dims = tuple(d for d in dims_of(input, dim) if input.shape[d] == 1)
     if input.axis in dims:
         return of_one_row(input, lambda x: x.squeeze(dims))
-    out, across = without(input.rows, dims, False), across_unless(input, dims)
+    out = rows_after_reduction(input.rows, dims, keepdim=False)
+    across = across_unless(input, dims)
     return Op(lambda region, x: x.squeeze(dims), [input], out, across=across, alias=True)
 
 # %% ../../nbs/engine/05_functions.ipynb #1287728b
@@ -651,17 +669,19 @@ class MovedDimension(NamedTuple):
 
 
 def kept_dimension(shape: Sequence[int], target: Sequence[int], dim: int) -> MovedDimension | None:
-    """Dimension `dim` of a `shape` where it stays one of its own in `target`. Of several of size 1,
-    that which is as far from the end."""
-    places = [
-        place
-        for place, size in enumerate(target)
-        if size == shape[dim] and prod(target[:place]) == prod(shape[:dim])
+    """Dimension `dim` of a `shape` where it is still one of its own in `target`; None if it is not.
+
+    Of several dimensions of size 1 that it may be, the one about as far from the end is taken."""
+    positions = [
+        position
+        for position, size in enumerate(target)
+        if size == shape[dim] and prod(target[:position]) == prod(shape[:dim])
     ]
-    if not places:
+    if not positions:
         return None
     from_end = len(shape) - dim
-    return MovedDimension(dim, min(places, key=lambda e: abs((len(target) - e) - from_end)))
+    nearest = min(positions, key=lambda position: abs((len(target) - position) - from_end))
+    return MovedDimension(dim, nearest)
 
 
 def split_dimension(shape: Sequence[int], target: Sequence[int], dim: int) -> MovedDimension | None:
@@ -699,7 +719,9 @@ def reshaped(
     target: Sequence[int],
     why: str = 'reshapes a map whose rows come in strips, and mixes rows with others',
 ) -> Op | Reduction:
-    "The reshape of a map to the shape `target` of the whole. Raises `Refused`, with `why`."
+    """How a map is reshaped to `target`, the shape of the whole result.
+
+    Raises `Refused`, with `why`, if rows are mixed with others."""
     rows = moved_dimension(input.shape, target, input.axis)
     if rows is None and input.shape[input.axis] == 1:
         return of_one_row(input, lambda x: x.reshape(target))
@@ -714,18 +736,18 @@ def reshaped(
 
     def run(region, x):
         sizes = list(target)
-        for each in moved:
-            sizes[each.target] = x.shape[each.source] * each.more // each.fewer
+        for dimension in moved:
+            n_positions = x.shape[dimension.source] * dimension.more // dimension.fewer
+            sizes[dimension.target] = n_positions
         y = x.reshape(sizes)
-        for each, side in zip(moved, region.sides):
-            if isinstance(each.window, TransposedWindow):
-                y = y.narrow(each.target, side.skip, side.count)
+        for dimension, side in zip(moved, region.sides):
+            if isinstance(dimension.window, TransposedWindow):
+                y = y.narrow(dimension.target, side.skip, side.count)
         return y
 
-    if columns is None:
-        return Op(run, [input], Rows(len(target), rows.target, None), rows.window, None, alias=True)
-    out = Rows(len(target), rows.target, columns.target)
-    return Op(run, [input], out, rows.window, columns.window, alias=True)
+    out = Rows(len(target), rows.target, None if columns is None else columns.target)
+    across = None if columns is None else columns.window
+    return Op(run, [input], out, rows.window, across, alias=True)
 
 # %% ../../nbs/engine/05_functions.ipynb #da40b8d5
 def with_leading(rows: Rows, count: int) -> Rows:
@@ -733,25 +755,34 @@ def with_leading(rows: Rows, count: int) -> Rows:
     return rows.moved(rows.ndim + count, lambda d: d + count)
 
 
+def as_sequence(sizes: tuple[Any, ...]) -> Sequence[int]:
+    "Sizes that a call gives one by one, or as one sequence."
+    if len(sizes) == 1 and not isinstance(sizes[0], int):
+        return sizes[0]
+    return sizes
+
+
 @rule('expand')
 def expand(input: Map, *sizes: Any) -> Op:
-    shape = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
-    lead = len(shape) - input.ndim
-    axis = input.axis + lead
+    shape = list(as_sequence(sizes))
+    n_leading = len(shape) - input.ndim
+    axis = input.axis + n_leading
     need(shape[axis] in (-1, input.shape[input.axis]), 'repeats rows')
-    shape[axis] = -1
+    shape[axis] = -1  # as many rows as a strip has
     across = None
-    if input.across is not None and shape[input.across + lead] in (-1, input.shape[input.across]):
-        shape[input.across + lead] = -1
-        across = Window()
-    out = with_leading(input.rows, lead)
+    if input.across is not None:
+        column = input.across + n_leading
+        if shape[column] in (-1, input.shape[input.across]):
+            shape[column] = -1
+            across = Window()
+    out = with_leading(input.rows, n_leading)
     return Op(lambda region, x: x.expand(shape), [input], out, across=across, alias=True)
 
 
 @rule('expand_as')
 def expand_as(input: Map | Value, other: Map | Value) -> Op:
     if isinstance(input, Value):
-        out, across = joined([input, other])
+        out, across = broadcast_rows([input, other])
 
         def run(region, value, x):
             return value.expand_as(x)
@@ -762,13 +793,13 @@ def expand_as(input: Map | Value, other: Map | Value) -> Op:
 
 @rule('repeat')
 def repeat(input: Map, *sizes: Any) -> Op:
-    sizes = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-    lead = len(sizes) - input.ndim
-    need(sizes[input.axis + lead] == 1, 'repeats rows')
-    keeps_columns = input.across is not None and sizes[input.across + lead] == 1
+    repeats = as_sequence(sizes)
+    n_leading = len(repeats) - input.ndim
+    need(repeats[input.axis + n_leading] == 1, 'repeats rows')
+    keeps_columns = input.across is not None and repeats[input.across + n_leading] == 1
     across = Window() if keeps_columns else None
-    out = with_leading(input.rows, lead)
-    return Op(lambda region, x: x.repeat(sizes), [input], out, across=across)
+    out = with_leading(input.rows, n_leading)
+    return Op(lambda region, x: x.repeat(repeats), [input], out, across=across)
 
 
 @rule('repeat_interleave')
@@ -789,7 +820,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def sum_or_mean(mean: bool) -> Rule:
-    "The rule of a sum or a mean over some dimensions."
+    "The rule of a sum over some dimensions, or of a `mean`."
 
     @gets_function
     def apply(function, input, dim=None, keepdim=False, dtype=None, axis=None, keepdims=False):
@@ -798,24 +829,24 @@ def sum_or_mean(mean: bool) -> Rule:
         dims = dims_of(input, dim)
         if input.axis not in dims:
             run, tensors = as_run(function, (input, dim, keepdim), {'dtype': dtype})
-            out = without(input.rows, dims, keepdim)
+            out = rows_after_reduction(input.rows, dims, keepdim)
             return Op(run, tensors, out, across=across_unless(input, dims))
-        count = prod(input.shape[d] for d in dims) if mean else 1
+        divisor = prod(input.shape[d] for d in dims) if mean else 1
 
         def add(total, part, x):
             sum_dtype = dtype or (wide(x.dtype) if x.is_floating_point() else None)
-            new = x.sum(dims, keepdim, dtype=sum_dtype)
+            strip_sum = x.sum(dims, keepdim, dtype=sum_dtype)
             if mean:
-                new = new / count
-            return new if total is None else total + new
+                strip_sum = strip_sum / divisor
+            return strip_sum if total is None else total + strip_sum
 
         return Reduction(add, [input], dtype=dtype)
 
     return apply
 
 
-rules['sum'] = sum_or_mean(False)
-rules['mean'] = sum_or_mean(True)
+rules['sum'] = sum_or_mean(mean=False)
+rules['mean'] = sum_or_mean(mean=True)
 
 # %% ../../nbs/engine/05_functions.ipynb #a2a7017c
 class BinPart(NamedTuple):
@@ -879,13 +910,14 @@ def adaptive(
     function: Callable[..., torch.Tensor],
     add_bins: Callable[..., torch.Tensor],
 ) -> Op | Reduction:
-    "Adaptive pooling into bins of rows, or of columns where strips cut those."
-    count, width = pair(output_size)
+    """How adaptive pooling by `function` is streamed: into bins of rows, or of columns where strips
+    cut those. `add_bins` adds the rows of a strip to the bins."""
+    n_bins, width = pair(output_size)
     if input.axis == 3:
-        count, width = width, count
-    if count is None:  # each row by itself
+        n_bins, width = width, n_bins
+    if n_bins is None:  # each row by itself
         return Op(lambda region, x: function(x, output_size), [input], input.rows, across=None)
-    bins = Bins(count, input.shape[input.axis])
+    bins = Bins(n_bins, input.shape[input.axis])
     if width is None:
         width = input.shape[input.rows.columns]
 
@@ -894,7 +926,7 @@ def adaptive(
 
     if input.axis == 3:
         add = of_columns(add)
-    return Reduction(add, [input], part=bins.in_rows, positional=count > 1)
+    return Reduction(add, [input], part=bins.in_rows, positional=n_bins > 1)
 
 
 def of_columns(add: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -914,18 +946,21 @@ def add_means(
     heights: Sequence[int],
     width: int,
 ) -> torch.Tensor:
-    """Add the rows `x` (N, C, rows, W) to the means `total` (N, C, bins, width), None at first, of
-    bins that have `heights` rows; `parts`: which of the rows lie in each."""
-    dtype, columns = wide(x.dtype), x.shape[3]
+    """The means of bins after the rows `x` (N, C, rows, W), from those before them, `total` (N, C,
+    bins, width), None at first. The bins have `heights` rows; `parts`: which rows of `x` lie in
+    each."""
+    dtype = wide(x.dtype)
     dims: tuple[int, ...] = (2, 3)
-    if width != 1:
+    n_columns = x.shape[3]
+    if width != 1:  # `x` has the means of its rows over each bin of columns
         x = F.adaptive_avg_pool2d(x.to(dtype), (None, width))
-        dims, columns = (2,), 1
+        dims = (2,)
+        n_columns = 1
     means = []
     for i, (part, height) in enumerate(zip(parts, heights)):
         rows = x[:, :, part.low : part.high]
-        new = rows.sum(dims, keepdim=True, dtype=dtype) / (height * columns)
-        means.append(new if total is None else total[:, :, i : i + 1] + new)
+        share = rows.sum(dims, keepdim=True, dtype=dtype) / (height * n_columns)
+        means.append(share if total is None else total[:, :, i : i + 1] + share)
     return means[0] if len(means) == 1 else torch.cat(means, 2)
 
 
@@ -936,33 +971,35 @@ def add_maxima(
     heights: Sequence[int],
     width: int,
 ) -> torch.Tensor:
-    """The maxima `total` (N, C, bins, width), None at first, with the rows `x` (N, C, rows, W)
-    taken in; `parts`: which of the rows lie in each bin. Of equal ones the first counts; NaN is the
-    largest."""
+    """The maxima of bins after the rows `x` (N, C, rows, W), from those before them, `total` (N, C,
+    bins, width), None at first; `parts`: which rows of `x` lie in each bin. Of equal values the
+    first counts; NaN is the largest."""
     maxima = []
     for i, part in enumerate(parts):
-        old = None if total is None else total[:, :, i : i + 1]
+        above = None if total is None else total[:, :, i : i + 1]
         if part.is_empty:
-            maxima.append(x.new_zeros(*x.shape[:2], 1, width) if old is None else old)
+            maxima.append(x.new_zeros(*x.shape[:2], 1, width) if above is None else above)
             continue
-        new = F.adaptive_max_pool2d(x[:, :, part.low : part.high], (1, width))
-        if part.is_continued and old is not None:
-            new = torch.where((new > old) | new.isnan(), new, old)
-        maxima.append(new)
+        maximum = F.adaptive_max_pool2d(x[:, :, part.low : part.high], (1, width))
+        if part.is_continued and above is not None:
+            maximum = torch.where((maximum > above) | maximum.isnan(), maximum, above)
+        maxima.append(maximum)
     return maxima[0] if len(maxima) == 1 else torch.cat(maxima, 2)
 
 # %% ../../nbs/engine/05_functions.ipynb #30162926
-def kept_apart(maps: Sequence[Map], why: str) -> tuple[Rows, Window | None]:
-    """Where rows lie in a product over the last two dimensions of `maps`, and the window across.
+def product_rows(maps: Sequence[Map], why: str) -> tuple[Rows, Window | None]:
+    """Where rows lie in a product over the last two dimensions of `maps`, and the window across:
+    None if a part of the columns cannot be computed by itself.
+
     Raises `Refused`, with `why`, if it sums over rows or maps differ in them."""
     largest = max(maps, key=lambda x: x.ndim)
     need(row_dimension(maps, why) < -2, why)
     need_equal_heights(maps, why)
-    columns = {None if x.across is None else x.rows.column_from_end for x in maps}
+    column_dims = {x.rows.column_from_end for x in maps}  # None: of a map without columns
     widths = {None if x.across is None else x.shape[x.across] for x in maps}
-    column = columns.pop() if len(columns) == len(widths) == 1 else None
+    column = column_dims.pop() if len(column_dims) == len(widths) == 1 else None
     if column is None or column >= -2:
-        return Rows(largest.ndim, largest.axis, None), None
+        return Rows(largest.ndim, largest.axis, across=None), None
     return largest.rows, Window()
 
 
@@ -970,23 +1007,25 @@ def kept_apart(maps: Sequence[Map], why: str) -> tuple[Rows, Window | None]:
 def matmul(input: Map | Value, other: Map | Value) -> Op:
     why = 'multiplies matrices of a map, which mixes its rows'
     if isinstance(input, Map) and isinstance(other, Map):
-        out, across = kept_apart((input, other), why)
+        out, across = product_rows((input, other), why)
         maps = [input, other]
-        return Op(lambda region, *given: torch.matmul(*given), maps, out, across=across)
+        return Op(lambda region, *maps: torch.matmul(*maps), maps, out, across=across)
     if isinstance(input, Map):
-        return by_matrix(input, other, False, why)
+        return by_matrix(input, other, from_left=False, why=why)
     if isinstance(other, Map):
-        return by_matrix(other, input, True, why)
+        return by_matrix(other, input, from_left=True, why=why)
     raise Refused(why)
 
 
 def by_matrix(x: Map, matrix: Map | Value, from_left: bool, why: str) -> Op:
-    """A map times a matrix, or a matrix times a map; it sums over the last dimension or the one
-    before."""
-    summed = x.ndim - 2 if from_left else x.ndim - 1
+    """How `x @ matrix` is streamed, or with `from_left` `matrix @ x`.
+
+    Raises `Refused`, with `why`, if the product sums over rows, or one of the two has too few or
+    too many dimensions."""
+    summed_dim = x.ndim - 2 if from_left else x.ndim - 1
     need(matrix.ndim == 2, why)
     need(x.ndim > 2, why)
-    need(x.axis != summed, why)
+    need(x.axis != summed_dim, why)
 
     def run(region, x, matrix):  # as matmul, which rounds in another way if a gradient is wanted
         if from_left:
@@ -994,7 +1033,7 @@ def by_matrix(x: Map, matrix: Map | Value, from_left: bool, why: str) -> Op:
         y = (x.flatten(0, -2) @ matrix).view(*x.shape[:-1], -1)
         return y.mT if from_left else y
 
-    return Op(run, [x, matrix], x.rows, across=across_unless(x, [summed]))
+    return Op(run, [x, matrix], x.rows, across=across_unless(x, [summed_dim]))
 
 
 @rule('scaled_dot_product_attention')
@@ -1012,9 +1051,9 @@ def attention(
     need(len(maps) == 3, why)
     need(not dropout_p, why)
     need(not kwargs.get('enable_gqa'), why)
-    out, across = kept_apart(maps, why)
+    out, across = product_rows(maps, why)
     masks = [] if attn_mask is None else [attn_mask]
-    joined([query, *masks])  # which refuses a mask that differs from row to row
+    broadcast_rows([query, *masks])  # which refuses a mask that differs from row to row
 
     def run(region, query, key, value, mask=None):
         return F.scaled_dot_product_attention(query, key, value, mask, 0.0, is_causal, **kwargs)
@@ -1029,13 +1068,14 @@ def einsum(equation: str, *operands: Any) -> Op:
     need(isinstance(equation, str) and '->' in equation and '.' not in equation, why)
     inputs, out = equation.replace(' ', '').split('->')
     terms = list(zip(inputs.split(','), tensors))
-    maps = [(term, x) for term, x in terms if isinstance(x, Map)]
-    row = row_letter(maps, why)
+    map_terms = [(term, x) for term, x in terms if isinstance(x, Map)]
+    row = row_letter(map_terms, why)
     need(out.count(row) == 1, why)
+    # once in the term of each map, and in no other
     need(all(term.count(row) == isinstance(x, Map) for term, x in terms), why)
-    column = column_letter(maps)
     across = None
-    if column is not None and out.count(column) == 1 and inputs.count(column) == len(maps):
+    column = column_letter(map_terms)
+    if column is not None and out.count(column) == 1 and inputs.count(column) == len(map_terms):
         across = out.index(column)
     rows = Rows(len(out), out.index(row), across)
     window = None if across is None else Window()

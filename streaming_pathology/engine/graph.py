@@ -75,7 +75,7 @@ class Call:
         return list(dict.fromkeys(values_in((self.args, self.kwargs))))
 
     def where(self) -> str:
-        "How a person would call the place: the layer in the network and its type, or the line."
+        "The place of the call, as errors name it: the layer's path and type, or the line."
         if self.layer:
             return f"layer '{self.layer}' ({self.layer_type})"
         return f"'{self.name}' in the forward of {self.layer_type} ({self.line})"
@@ -99,32 +99,35 @@ class Graph:
 _T = TypeVar('_T')
 
 
-def found_in(structure: object, kinds: type[_T] | tuple[type[_T], ...]) -> list[_T]:
-    "What is of the `kinds` anywhere in nested tuples, lists and dicts, as often as it occurs."
+def instances_in(structure: object, kinds: type[_T] | tuple[type[_T], ...]) -> list[_T]:
+    "All instances of `kinds` in nested tuples, lists and dicts, each as often as it occurs."
     if isinstance(structure, kinds):
         return [structure]
     if isinstance(structure, dict):
         structure = structure.values()
     elif not isinstance(structure, (tuple, list)):
         return []
-    return [found for part in structure for found in found_in(part, kinds)]
+    return [instance for part in structure for instance in instances_in(part, kinds)]
 
 
 def values_in(structure: object) -> list[Value]:
     "The values in a structure."
-    return found_in(structure, Value)
+    return instances_in(structure, Value)
 
 
 def tensors_in(structure: object) -> list[torch.Tensor]:
     "The tensors in a structure."
-    return found_in(structure, torch.Tensor)
+    return instances_in(structure, torch.Tensor)
 
 
 def replaced(
     structure: Any, kinds: type[_T] | tuple[type[_T], ...], replace: Callable[[_T], Any]
 ) -> Any:
-    """`structure` with `replace(x)` for each `x` of the `kinds` in it; containers keep their type,
-    also OrderedDict, namedtuple and the named results of PyTorch."""
+    """`structure` with `replace(x)` in the place of each instance `x` of `kinds` in nested tuples,
+    lists, dicts and slices.
+
+    Containers are copied and keep their type, also OrderedDict, namedtuple and the named results of
+    PyTorch."""
     if isinstance(structure, kinds):
         return replace(structure)
     if isinstance(structure, dict):
@@ -146,7 +149,8 @@ def replaced(
 
 # %% ../../nbs/engine/02_graph.ipynb #d5d408ea
 def raw_name(function: Callable[..., Any]) -> str:
-    "The name of a function; of a property of tensors, that of the property."
+    """The name of a function of PyTorch; any other function has its module in front of it. What
+    reads or sets a property of tensors has the name of the property."""
     name = getattr(function, '__name__', str(function))
     if name in ('__get__', '__set__'):
         owner = getattr(function, '__self__', None)
@@ -172,7 +176,7 @@ def plain_name(function: Callable[..., Any]) -> str:
     return name.rstrip('_') or name
 
 # %% ../../nbs/engine/02_graph.ipynb #a0717778
-harmless = {
+SHAPE_FUNCTIONS = {  # which meta tensors answer themselves
     'dim',
     'size',
     'numel',
@@ -187,7 +191,7 @@ harmless = {
     '__format__',
     'element_size',
 }
-modes = {
+MODE_FUNCTIONS = {  # which compute nothing
     '_set_grad_enabled',
     'set_autocast_enabled',
     'set_autocast_dtype',
@@ -199,7 +203,7 @@ modes = {
     '_has_compatible_shallow_copy_type',
     '_parse_to',
 }
-values_asked = {
+VALUE_FUNCTIONS = {  # which ask for the content of a tensor
     '__bool__',
     '__float__',
     '__int__',
@@ -273,22 +277,32 @@ def pads_by_copies(
     return mode in ('reflect', 'replicate')
 
 
+def autocast_target(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+) -> torch.dtype | None:
+    "The type to which autocast casts the arguments of a function; None if it leaves them alone."
+    low_precision = autocast_type(device)
+    if low_precision is None:
+        return None
+    if device.type == 'cuda':
+        is_in_float32 = name in FLOAT32_ON_CUDA
+        is_in_low_precision = name in LOW_PRECISION | LOW_ON_CUDA
+    else:
+        is_pad_in_float32 = name == 'pad' and pads_by_copies(*args, **kwargs)
+        is_in_float32 = name in FLOAT32_ON_CPU or is_pad_in_float32
+        is_in_low_precision = name in LOW_PRECISION
+    if is_in_float32:
+        return torch.float32
+    return low_precision if is_in_low_precision else None
+
+
 def as_under_autocast(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    "The arguments with the types that autocast gives them."
-    dtype = autocast_type(device)
+    """The arguments of a function, positional and by keyword, with tensors of the type that
+    autocast gives them. Tensors of float64 and of whole numbers stay as they are."""
+    dtype = autocast_target(name, args, kwargs, device)
     if dtype is None:
-        return args, kwargs
-    if device.type == 'cuda':
-        in_float32 = name in FLOAT32_ON_CUDA
-        in_low_precision = name in LOW_PRECISION | LOW_ON_CUDA
-    else:
-        in_float32 = name in FLOAT32_ON_CPU or name == 'pad' and pads_by_copies(*args, **kwargs)
-        in_low_precision = name in LOW_PRECISION
-    if in_float32:
-        dtype = torch.float32
-    elif not in_low_precision:
         return args, kwargs
 
     def cast(tensor):
@@ -342,12 +356,13 @@ def line_of(error: Exception) -> str:
     return f'{Path(frames[-1].filename).name}, line {frames[-1].lineno}'
 
 
-def function_applied() -> str | None:
-    "The name of the autograd.Function whose forward is running, if one is."
+def running_autograd_function() -> str | None:
+    "The name of the `autograd.Function` whose forward is running; None if none is."
     frame = sys._getframe(1)
     while frame is not None:
-        names = frame.f_code.co_varnames
-        context = frame.f_locals.get(names[0]) if names else None
+        variables = frame.f_code.co_varnames
+        # the first variable of its forward is the context
+        context = frame.f_locals.get(variables[0]) if variables else None
         if isinstance(context, torch.autograd.function.FunctionCtx):
             return type(context).__name__.removesuffix('Backward')
         frame = frame.f_back
@@ -355,8 +370,8 @@ def function_applied() -> str | None:
 
 # %% ../../nbs/engine/02_graph.ipynb #5957fe1e
 @dataclass
-class Known:
-    "A tensor of a trace, and what it stands for."
+class TracedTensor:
+    "A tensor of a trace, and the value for which it stands."
 
     tensor: torch.Tensor  # held, or its id might be given to another one
     value: Value
@@ -373,37 +388,42 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, device: torch.device, seconds: float = 60.0) -> None:
         super().__init__()
-        self.device, self.seconds, self.began = device, seconds, time.monotonic()
+        self.device = device
+        self.seconds = seconds
+        self.start = time.monotonic()
         self.modes = precision_modes()
         self.calls: list[Call] = []
-        self.known: dict[int, Known] = {}  # by the id of the tensor
-        self.layers = [('', 'the network')]
-        self.names: dict[str, int] = {}
-        self.running = 'nothing'
+        self.traced: dict[int, TracedTensor] = {}  # by the id of the tensor
+        self.layers = [('', 'the network')]  # path and type of those that are running, by depth
+        self.name_counts: dict[str, int] = {}  # how many values have a name, but for its number
+        self.running = 'nothing'  # the function that was called last
         self.ends: set[Any] = set()  # where the gradient of a user's own function begins
 
     def note(self, tensor: torch.Tensor, value: Value) -> Value:
-        "From now on `tensor` stands for `value`."
-        self.known[id(tensor)] = Known(tensor, value, tensor._version)
+        "Let `tensor` stand for `value` from now on; returns `value`."
+        self.traced[id(tensor)] = TracedTensor(tensor, value, tensor._version)
         return value
 
     def value(self, tensor: torch.Tensor) -> Value:
-        "What `tensor` stands for."
-        if id(tensor) not in self.known:
+        """The value for which `tensor` stands.
+
+        Raises `StreamingError` for a tensor from outside of the network, and for one whose memory
+        was changed through a view."""
+        if id(tensor) not in self.traced:
             raise StreamingError(
                 f'{self.where()} uses a tensor that is neither a parameter nor a '
                 'buffer: register_buffer it, or use a number.'
             )
-        known = self.known[id(tensor)]
-        if known.was_written:
+        traced = self.traced[id(tensor)]
+        if traced.was_written:
             raise StreamingError(
                 f'{self.where()} reads a map of which a view was changed in place: '
                 'make the change out of place.'
             )
-        return known.value
+        return traced.value
 
     def where(self, line: str | None = None) -> str:
-        "The place where forward is now."
+        "The place where forward is now, as errors name it; `line`: that of the source, if known."
         path, layer_type = self.layers[-1]
         if path:
             return f"layer '{path}' ({layer_type})"
@@ -418,11 +438,11 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = raw_name(function)
-        if name in harmless or name in modes:
+        if name in SHAPE_FUNCTIONS or name in MODE_FUNCTIONS:
             return function(*args, **kwargs)
         if name in answers and len(args) == 1 and not kwargs:
             return answers[name](args[0], self.device)
-        if name in values_asked:
+        if name in VALUE_FUNCTIONS:
             self.running = name.strip('_')
             raise StreamingError(
                 f'{self.where()} asks for the value of a tensor ({name.strip("_")}), '
@@ -430,53 +450,54 @@ class Recorder(TorchFunctionMode):
                 'or an option instead.'
             )
         if name == '__iter__':
-            return iter(self.recorded(torch.Tensor.unbind, args, kwargs))
+            return iter(self.record(torch.Tensor.unbind, args, kwargs))
         if name == 'data' and len(args) == 1 and not self.value(args[0]).path:
             function = torch.Tensor.detach  # which counts what is written into the result
         if name in ('new_empty', 'new_zeros', 'new_ones', 'new_full'):
             return self.new_like(name, *args, **kwargs)
-        return self.recorded(function, args, kwargs)
+        return self.record(function, args, kwargs)
 
     def new_like(self, name: str, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         "`x.new_zeros(shape)` depends on `x` only by its type and device, so it is `torch.zeros(shape)`."
         if name != 'new_full' and args and isinstance(args[0], int):
             args = (args,)
         kwargs = {'dtype': tensor.dtype, 'device': self.device, **kwargs}
-        return self.recorded(getattr(torch, name.removeprefix('new_')), args, kwargs)
+        return self.record(getattr(torch, name.removeprefix('new_')), args, kwargs)
 
-    def recorded(
+    def record(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        "Run a call on the meta device and note it, unless it only hands on what it was given."
+        """Run a function on the meta device and return its results. The call is noted, unless it
+        only hands on tensors that it was given."""
         self.running = plain_name(function)
-        given = tensors_in((args, kwargs))
-        values = replaced((tuple(args), dict(kwargs)), torch.Tensor, self.value)
+        inputs = tensors_in((args, kwargs))
+        arguments = replaced((tuple(args), dict(kwargs)), torch.Tensor, self.value)
         out = self.run(function, args, kwargs)
         results = tensors_in(out)
-        changed = [tensor for tensor in given if self.known[id(tensor)].was_written]
-        if not changed and not any(self.is_new(tensor) for tensor in results):
-            self.check_harmless(function, given, out)
+        written = [tensor for tensor in inputs if self.traced[id(tensor)].was_written]
+        if not written and not any(self.is_new(tensor) for tensor in results):
+            self.check_harmless(function, inputs, out)
             return out
-        self.calls.append(self.new_call(function, values, out, changed))
+        self.calls.append(self.new_call(function, arguments, out, written))
         if not is_torchs(function):
             self.ends.update(tensor.grad_fn for tensor in results)
         return out
 
     def is_new(self, tensor: torch.Tensor) -> bool:
-        "Whether a result of a call stands for a new value: one made, or one written into."
-        known = self.known.get(id(tensor))
-        return known is None or known.was_written
+        "Whether a result of a call stands for a new value: it was made, or written into."
+        traced = self.traced.get(id(tensor))
+        return traced is None or traced.was_written
 
     def new_call(
         self,
         function: Callable[..., Any],
-        values: tuple[tuple[Any, ...], dict[str, Any]],  # its arguments, with values for tensors
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],  # with values for tensors
         out: Any,
-        changed: list[torch.Tensor],  # arguments into which it has written
+        written: list[torch.Tensor],  # arguments into which it has written
     ) -> Call:
-        "A call that has just run; from now on its results stand for new values."
+        "The record of a call that has just run; from now on its results stand for new values."
         name = plain_name(function)
-        args, kwargs = values
+        args, kwargs = arguments
         path, layer_type = self.layers[-1]
         results = tensors_in(out)
         call = Call(
@@ -487,76 +508,92 @@ class Recorder(TorchFunctionMode):
             several=not isinstance(out, torch.Tensor),
             layer=path,
             layer_type=layer_type,
-            inplace=any(tensor is result for tensor in changed for result in results),
-            writes=tuple(map(storage_of, changed)),
+            inplace=any(tensor is result for tensor in written for result in results),
+            writes=tuple(map(storage_of, written)),
             grad=self.grad_mode(),
             line='' if path else caller(),
         )
-        for tensor in changed:  # written on the side, as running statistics are
-            self.note(tensor, self.known[id(tensor)].value).fill = None
+        # results get new values below; others, such as running statistics, keep theirs
+        for tensor in written:
+            self.note(tensor, self.traced[id(tensor)].value).fill = None
         call.outputs = tuple(
-            self.note(tensor, self.named(name, path, tensor)) for tensor in results
+            self.note(tensor, self.new_value(name, path, tensor)) for tensor in results
         )
         if name in ('zeros', 'ones') and 'out' not in kwargs:
             call.outputs[0].fill = float(name == 'ones')
         return call
 
     def check_harmless(
-        self, function: Callable[..., Any], given: list[torch.Tensor], out: Any
+        self, function: Callable[..., Any], inputs: list[torch.Tensor], out: Any
     ) -> None:
-        "Refuse a call that made no value, and changed a tensor in a way that a trace would lose."
+        """Raise `StreamingError` if a call, which has made no value, has changed a tensor in a way
+        that a trace would lose."""
         name = getattr(function, '__name__', '')
         works_in_place = name.endswith('_') and not name.endswith('__')
-        if given and (out is None or works_in_place or isinstance(out, RemovableHandle)):
-            name = f'{raw_name(function)} = ' if name == '__set__' else name
-            raise StreamingError(
-                f'{self.where()} calls {name}, which changes a tensor or its gradient '
-                'in a way that a trace does not keep: compute a new tensor instead.'
-            )
+        returns_nothing = out is None or isinstance(out, RemovableHandle)
+        if not inputs or not (works_in_place or returns_nothing):
+            return
+        if name == '__set__':
+            name = f'{raw_name(function)} = '
+        raise StreamingError(
+            f'{self.where()} calls {name}, which changes a tensor or its gradient '
+            'in a way that a trace does not keep: compute a new tensor instead.'
+        )
 
-    def named(self, name: str, path: str, tensor: torch.Tensor) -> Value:
+    def new_value(self, name: str, path: str, tensor: torch.Tensor) -> Value:
         "A new value for `tensor`, called after its function and its layer."
         name = f'{path}.{name}' if path else name
-        self.names[name] = number = self.names.get(name, 0) + 1
-        name = name if number == 1 else f'{name}:{number}'
+        count = self.name_counts.get(name, 0) + 1
+        self.name_counts[name] = count
+        if count > 1:
+            name = f'{name}:{count}'
         return Value(name, tuple(tensor.shape), tensor.dtype, storage=storage_of(tensor))
 
     def grad_mode(self) -> bool:
-        "Whether gradients are on. What a trace would lose by a change of modes is refused."
-        modes = precision_modes()
-        if modes == self.modes:
-            return modes[0]
-        if function := function_applied():
+        """Whether gradients are on.
+
+        Raises `StreamingError` if forward has switched gradients or autocast in a way that a trace
+        would lose. It may switch gradients off."""
+        grad_enabled, *autocast = precision_modes()
+        grad_enabled_before, *autocast_before = self.modes
+        if grad_enabled == grad_enabled_before and autocast == autocast_before:
+            return grad_enabled
+        if function := running_autograd_function():
             raise StreamingError(
                 f'{self.where()} calls the torch.autograd.Function {function}, whose '
                 'backward a trace does not keep: use functions of PyTorch.'
             )
-        if modes[1:] != self.modes[1:] or modes[0]:
+        if autocast != autocast_before or grad_enabled:
             raise StreamingError(
                 f'{self.where()} switches gradients or autocast on or off, which a '
                 'trace does not keep: switch them outside of the network.'
             )
         return False
 
-    def fixed(self) -> set[Value]:
+    def constants(self) -> set[Value]:
         "The values that are computed from parameters and buffers alone."
-        found = {known.value for known in self.known.values() if known.value.path}
+        constants = {traced.value for traced in self.traced.values() if traced.value.path}
         for call in self.calls:
-            if call.inputs and found.issuperset(call.inputs):
-                found.update(call.outputs)
-        return found
+            if call.inputs and constants.issuperset(call.inputs):
+                constants.update(call.outputs)
+        return constants
 
-    def is_cache(self, held: object, fixed: set[Value]) -> bool:
-        "Whether a dict holds only tensors with `fixed` values, which are computed anew each time."
-        if not isinstance(held, dict) or not all(id(t) in self.known for t in held.values()):
+    def is_cache(self, attribute: object, constants: set[Value]) -> bool:
+        "Whether a dict holds only tensors with values among `constants`, computed anew each time."
+        if not isinstance(attribute, dict):
             return False
-        return all(self.value(t) in fixed for t in held.values())
+        tensors = attribute.values()
+        if not all(id(tensor) in self.traced for tensor in tensors):
+            return False
+        return all(self.value(tensor) in constants for tensor in tensors)
 
     def run(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        "The results of a call on the meta device."
-        if time.monotonic() - self.began > self.seconds:
+        """The results of a function on the meta device, with the types that autocast gives them.
+
+        Raises `StreamingError` once tracing has taken too long."""
+        if time.monotonic() - self.start > self.seconds:
             raise StreamingError(
                 f'{self.where()} is reached only after {self.seconds:.0f} s of '
                 'tracing: stream a smaller part of the network.'
@@ -618,52 +655,57 @@ def may_have_settings(value: object) -> bool:
 
 
 def attributes(value: object) -> dict[str, Any]:
-    "The attributes of an object, those in slots too."
-    found = dict(getattr(value, '__dict__', {}))
-    for each in type(value).__mro__:
-        slots = vars(each).get('__slots__', ())
+    "The attributes of an object by name, those in slots too."
+    values = dict(getattr(value, '__dict__', {}))
+    for cls in type(value).__mro__:
+        slots = vars(cls).get('__slots__', ())
         for name in [slots] if isinstance(slots, str) else slots:
             if name.startswith('__') and not name.endswith('__'):
-                name = f'_{each.__name__.lstrip("_")}{name}'  # as Python calls it
+                name = f'_{cls.__name__.lstrip("_")}{name}'  # as Python calls it
             if hasattr(value, name):
-                found[name] = getattr(value, name)
-    return found
+                values[name] = getattr(value, name)
+    return values
 
 
 PLAIN = bool, int, float, str, tuple, list, dict, set, frozenset, deque, bytearray, type(None)
 
 
 def class_settings(classes: Iterable[type]) -> dict[type, dict[str, Any]]:
-    "The plain attributes of classes that are the user's, which a forward may read."
-    found = {}
-    for each in dict.fromkeys(base for layer in classes for base in layer.__mro__):
-        if in_torch(each.__module__) or each is object:
+    """For each of `classes` and their bases that is a user's own: its attributes of plain types, by
+    name, which a forward may read."""
+    settings = {}
+    for cls in dict.fromkeys(base for layer_class in classes for base in layer_class.__mro__):
+        if in_torch(cls.__module__) or cls is object:
             continue
-        found[each] = {
+        settings[cls] = {
             name: comparable(value)
-            for name, value in vars(each).items()
+            for name, value in vars(cls).items()
             if not name.startswith('__') and isinstance(value, PLAIN)
         }
-    return found
+    return settings
 
 # %% ../../nbs/engine/02_graph.ipynb #ae6a79bb
 def fingerprint(module: nn.Module) -> list[Any]:
-    """What a trace of `module` depends on. Buffers may be exchanged, as long as shape and type stay.
-    Globals of the user's modules are not part of it: a network that reads one which changes has to
-    be streamed anew."""
-    found = []
+    """A snapshot of what a trace of `module` depends on, which `==` compares with a later one: the
+    type and the attributes of each layer, and the settings of the user's classes.
+
+    Buffers may be exchanged, as long as shape and type stay. Globals of the user's modules are not
+    part of it: a network that reads one which changes has to be streamed anew."""
+    layers = []
     for layer in module.modules():
         state = {
             key: comparable(value) for key, value in layer.__dict__.items() if key != '_buffers'
         }
-        buffers = layer.__dict__['_buffers'].items()
-        state['_buffers'] = {k: b if b is None else (b.shape, b.dtype) for k, b in buffers}
-        found.append((type(layer), state))
-    return [*found, class_settings({type(layer): None for layer in module.modules()})]
+        state['_buffers'] = {
+            name: buffer if buffer is None else (buffer.shape, buffer.dtype)
+            for name, buffer in layer.__dict__['_buffers'].items()
+        }
+        layers.append((type(layer), state))
+    return [*layers, class_settings({type(layer): None for layer in module.modules()})]
 
 # %% ../../nbs/engine/02_graph.ipynb #20f20df2
 def on_meta(module: nn.Module) -> nn.Module:
-    "A copy of `module` on the meta device; of its tensors nothing is copied but shape and type."
+    "A copy of `module` on the meta device, whose tensors have a shape and a type, but no content."
     memo = {}
     for layer in module.modules():
         for tensor in tensors_in(layer.__dict__):
@@ -680,35 +722,45 @@ def empty_like(tensor: torch.Tensor) -> torch.Tensor:
     return empty
 
 
+def layer_name(path: str, layer: nn.Module) -> str:
+    "What errors call a layer: its path and type, or for the network itself the type alone."
+    layer_type = type(layer).__name__
+    return f"layer '{path}' ({layer_type})" if path else layer_type
+
+
 def check_network(module: nn.Module) -> None:
-    "Refuse what cannot be traced, with the way out."
+    "Raise `StreamingError` for a network that cannot be traced, with the way out."
     for path, layer in module.named_modules():
-        name = f"layer '{path}' ({type(layer).__name__})" if path else type(layer).__name__
-        if isinstance(layer, torch.jit.ScriptModule):
-            raise StreamingError(
-                f'{name} is a TorchScript module, whose forward cannot be followed: '
-                'give the nn.Module that it was made from.'
-            )
-        if hasattr(layer, '_orig_mod'):
-            raise StreamingError(
-                f'{name} was compiled by torch.compile: give the network inside, its _orig_mod.'
-            )
-        if isinstance(layer, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise StreamingError(
-                f'{name} is wrapped for several devices: stream its .module, and '
-                'wrap the streamed network.'
-            )
-        hooks = ('forward', 'forward_pre', 'backward', 'backward_pre')
-        if any(getattr(layer, f'_{hook}_hooks', None) for hook in hooks):
-            raise StreamingError(
-                f'{name} has hooks, which would see strips instead of the whole: '
-                'remove them, or use torch.nn.utils.parametrizations.'
-            )
+        check_layer(layer, layer_name(path, layer))
     check_signature(module)
 
 
+def check_layer(layer: nn.Module, name: str) -> None:
+    "Raise `StreamingError` for a layer that cannot be traced, with the way out."
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise StreamingError(
+            f'{name} is a TorchScript module, whose forward cannot be followed: '
+            'give the nn.Module that it was made from.'
+        )
+    if hasattr(layer, '_orig_mod'):
+        raise StreamingError(
+            f'{name} was compiled by torch.compile: give the network inside, its _orig_mod.'
+        )
+    if isinstance(layer, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise StreamingError(
+            f'{name} is wrapped for several devices: stream its .module, and '
+            'wrap the streamed network.'
+        )
+    hook_kinds = ('forward', 'forward_pre', 'backward', 'backward_pre')
+    if any(getattr(layer, f'_{kind}_hooks', None) for kind in hook_kinds):
+        raise StreamingError(
+            f'{name} has hooks, which would see strips instead of the whole: '
+            'remove them, or use torch.nn.utils.parametrizations.'
+        )
+
+
 def check_signature(module: nn.Module) -> None:
-    "Refuse a network that cannot be called with an image alone."
+    "Raise `StreamingError` for a network that cannot be called with an image alone."
     try:
         signature = inspect.signature(module.forward)
     except ValueError:
@@ -733,8 +785,8 @@ class Drawn(StreamingError):
 
 
 @contextmanager
-def no_numbers_drawn() -> Iterator[None]:
-    "Refuse what is traced inside if Python or NumPy gave a random number meanwhile."
+def refuse_random_numbers() -> Iterator[None]:
+    "A context that raises `Drawn` at its end if Python or NumPy gave a random number meanwhile."
     before = random_state()
     yield
     if random_state() != before:
@@ -763,43 +815,45 @@ class ImageSpec:
 
 
 def trace(module: nn.Module, image: ImageSpec, seconds: float = 60.0) -> Graph:
-    """The calls of `module` on `image`, as it is now.
+    """The calls of `module` on an image, as the network is now; tracing may take so many `seconds`.
 
-    Raises `StreamingError` where something would be lost, and `Drawn` where random numbers were.
+    Raises `StreamingError` if a trace would lose something that forward does, and `Drawn` if random
+    numbers of Python or NumPy were drawn meanwhile.
     """
     check_network(module)
     for _ in range(3):  # another thread may have drawn the numbers
         try:
-            with no_numbers_drawn():
-                return traced_once(module, image, seconds)
+            with refuse_random_numbers():
+                return trace_once(module, image, seconds)
         except Drawn:
             continue
-    with no_numbers_drawn():
-        return traced_once(module, image, seconds)
+    with refuse_random_numbers():
+        return trace_once(module, image, seconds)
 
 # %% ../../nbs/engine/02_graph.ipynb #5731adf1
-def traced_once(module: nn.Module, image: ImageSpec, seconds: float) -> Graph:
+def trace_once(module: nn.Module, image: ImageSpec, seconds: float) -> Graph:
     "One attempt of `trace`, which does not look whether random numbers are drawn meanwhile."
-    enabled = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(enabled):
+    grad_enabled = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled):
         recorder = Recorder(image.device, seconds)
         network = recorded_copy(module, recorder)
-        before = fingerprint(network)
+        snapshot = fingerprint(network)
         x = image.empty()
-        value = recorder.note(x, Value('image', tuple(x.shape), x.dtype))
-        out = recorded_forward(network, x, recorder, module, image)
-    check_unchanged(network, before, recorder)
+        image_value = recorder.note(x, Value('image', tuple(x.shape), x.dtype))
+        out = run_forward(network, x, recorder, module, image)
+    check_unchanged(network, snapshot, recorder)
     check_functions(out, recorder)
     output = replaced(out, torch.Tensor, recorder.value)
     check_output(output, module)
-    return Graph(value, recorder.calls, output, enabled)
+    return Graph(image_value, recorder.calls, output, grad_enabled)
 
 
 def recorded_copy(module: nn.Module, recorder: Recorder) -> nn.Module:
     "A copy of a network on the meta device, whose tensors and layers the recorder knows."
     network = on_meta(module)
     for path, tensor in (*network.named_parameters(), *network.named_buffers()):
-        value = Value(path, tuple(tensor.shape), tensor.dtype, path, storage_of(tensor))
+        storage = storage_of(tensor)
+        value = Value(path, tuple(tensor.shape), tensor.dtype, path=path, storage=storage)
         recorder.note(tensor, value)
     follow_layers(network, recorder)
     return network
@@ -807,33 +861,43 @@ def recorded_copy(module: nn.Module, recorder: Recorder) -> nn.Module:
 
 def follow_layers(network: nn.Module, recorder: Recorder) -> None:
     "Have the layers of a copy tell the recorder when they begin and end."
+
+    def end(*_: Any) -> None:
+        recorder.layers.pop()
+
     for path, layer in network.named_modules():
-        place = path, type(layer).__name__
-        layer.register_forward_pre_hook(lambda *_, place=place: recorder.layers.append(place))
-        layer.register_forward_hook(lambda *_: recorder.layers.pop() and None)
+        path_and_type = path, type(layer).__name__
+
+        def begin(*_: Any, path_and_type: tuple[str, str] = path_and_type) -> None:
+            recorder.layers.append(path_and_type)
+
+        layer.register_forward_pre_hook(begin)
+        layer.register_forward_hook(end)
 
 # %% ../../nbs/engine/02_graph.ipynb #8a1d3e6c
-def recorded_forward(
+def run_forward(
     network: nn.Module, x: torch.Tensor, recorder: Recorder, module: nn.Module, image: ImageSpec
 ) -> Any:
-    "What forward returns; its own error in one sentence with the layer."
+    """What forward of `network`, the recorded copy of `module`, returns for `x`.
+
+    Raises `StreamingError` in the place of forward's own error: one sentence with the layer."""
     try:
         with torch.device('meta'), recorder:
             return network(x)
     except StreamingError:
         raise
     except Exception as e:
-        why = (str(e).splitlines() or [''])[0] or type(e).__name__
-        where = recorder.where(line_of(e))
+        reason = (str(e).splitlines() or [''])[0] or type(e).__name__
+        layer = recorder.where(line_of(e))
         if too_small(module, image, recorder):
             raise StreamingError(
                 f'An image of {image.shape[2]} x {image.shape[3]} pixels is too '
-                f'small: {where} gets too little to give any output '
-                f'({why}); pad the image.'
+                f'small: {layer} gets too little to give any output '
+                f'({reason}); pad the image.'
             ) from e
         raise StreamingError(
-            f'{where} cannot take what an image of shape '
-            f'{tuple(image.shape)} and type {image.dtype} gives it: {why}'
+            f'{layer} cannot take what an image of shape '
+            f'{tuple(image.shape)} and type {image.dtype} gives it: {reason}'
         ) from e
 
 
@@ -852,45 +916,48 @@ def too_small(module: nn.Module, image: ImageSpec, recorder: Recorder) -> bool:
     return True
 
 # %% ../../nbs/engine/02_graph.ipynb #600141b1
-def check_unchanged(network: nn.Module, before: list[Any], recorder: Recorder) -> None:
-    "Refuse a forward that changes attributes of its layers, which happens in a copy here."
-    hooks = ('_forward_hooks', '_forward_pre_hooks')
-    fixed = recorder.fixed()
+def check_unchanged(network: nn.Module, snapshot: list[Any], recorder: Recorder) -> None:
+    """Raise `StreamingError` if forward has changed attributes of its layers since the `snapshot`,
+    which would happen in a copy only. An empty dict may have become a cache of constants."""
+    recorder_hooks = ('_forward_hooks', '_forward_pre_hooks')
+    constants = recorder.constants()
     for (_, old), (path, layer), (_, new) in zip(
-        before, network.named_modules(), fingerprint(network)
+        snapshot, network.named_modules(), fingerprint(network)
     ):
         for key in dict.fromkeys((*old, *new)):
             was_empty = old.get(key) == {} and key not in ('_parameters', '_buffers')
-            if was_empty and recorder.is_cache(layer.__dict__.get(key), fixed):
+            if was_empty and recorder.is_cache(layer.__dict__.get(key), constants):
                 continue
-            if not key.startswith(hooks) and old.get(key) != new.get(key):
-                name = f"layer '{path}' ({type(layer).__name__})" if path else type(layer).__name__
+            has_changed = old.get(key) != new.get(key)
+            if has_changed and not key.startswith(recorder_hooks):
                 raise StreamingError(
-                    f'{name} changes its {key} in forward, which would happen in a '
-                    'trace only: return it, or do it outside of the network.'
+                    f'{layer_name(path, layer)} changes its {key} in forward, which would happen '
+                    'in a trace only: return it, or do it outside of the network.'
                 )
 
 
 def check_functions(out: object, recorder: Recorder) -> None:
-    """Refuse an `autograd.Function` of the user's own whose forward was taken apart into calls. (One
-    that was recorded as a single call keeps its backward.)"""
-    seen, left = set(recorder.ends), [t.grad_fn for t in tensors_in(out)]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
+    """Raise `StreamingError` for an `autograd.Function` of the user's own whose forward was taken
+    apart into calls. (One that was recorded as a single call keeps its backward.)"""
+    visited = set(recorder.ends)
+    nodes = [tensor.grad_fn for tensor in tensors_in(out)]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             name = type(node).__name__.removesuffix('Backward')
             raise StreamingError(
                 f'forward calls the torch.autograd.Function {name}, whose backward '
                 'a trace does not keep: use functions of PyTorch.'
             )
-        left += [before for before, _ in node.next_functions]
+        nodes += [previous for previous, _ in node.next_functions]
 
 
 def check_output(output: object, module: nn.Module) -> None:
-    "Refuse what tensors may hide in."
+    """Raise `StreamingError` unless an output is a value, a number, a text, None, or a tuple, list
+    or dict of these: tensors might hide in anything else."""
     if isinstance(output, dict):
         output = tuple(output.values())
     if isinstance(output, (tuple, list)):

@@ -76,16 +76,16 @@ def conv2d(
     need_image(input)
     need(isinstance(weight, Value), 'has a weight that depends on the image')
     stride, dilation = pair(stride), pair(dilation)
-    how = stride, dilation, groups, input.device
+    options = stride, dilation, groups, input.device
     tensors = [input, weight] if bias is None else [input, weight, bias]
     pads = conv_padding(weight, padding, dilation)
     along, across = windows(input, weight.shape[2:], stride, dilation, pads)
 
-    def forward(*given):
-        return convolve(*given, how=how)
+    def forward(region, *tensors):
+        return convolve(region, *tensors, options=options)
 
-    def run(*given):
-        return convolve(*given, how=how)[0]
+    def run(region, *tensors):
+        return convolve(region, *tensors, options=options)[0]
 
     adjoint = Adjoint(forward, convolve_back, own=True)
     return Op(run, tensors, input.rows, along, across, adjoint=adjoint)
@@ -97,29 +97,30 @@ def convolve(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    how: tuple[tuple[int, int], tuple[int, int], int, torch.device],
+    options: tuple[tuple[int, int], tuple[int, int], int, torch.device],
 ) -> tuple[torch.Tensor, tuple[Any, ...]]:
     """The convolution of the inputs at hand, `x` (N, C, rows, columns), with `weight` (O, C /
-    groups, height, width) and `bias` (O,), and what its gradient needs; `how`: stride, dilation,
-    groups and device.
+    groups, height, width) and `bias` (O,), and what its gradient needs; `options`: stride,
+    dilation, groups and device.
 
     Saved are the region, `x` as it is convolved (without padding), the weight in the type of the
-    products, the types of weight and bias, and `how`.
+    products, the types of weight and bias, and `options`.
     """
-    stride, dilation, groups, device = how
-    dtype, wide = convolution_types(x, device)
+    stride, dilation, groups, device = options
+    dtype, product_dtype = convolution_types(x, device)
     bias_type = None if bias is None else bias.dtype
     types = weight.dtype, bias_type
-    if wide == dtype == x.dtype == weight.dtype:
+    if product_dtype == dtype == x.dtype == weight.dtype:
         y = F.conv2d(region.pad(x), weight, bias, stride, region.padding, dilation, groups)
-        return y, (region, x, weight, types, how)
+        return y, (region, x, weight, types, options)
     x = x.to(dtype)
-    padded, weight = region.pad(x).to(wide), weight.to(dtype).to(wide)
+    padded = region.pad(x).to(product_dtype)
+    weight = weight.to(dtype).to(product_dtype)
     if bias is not None:
-        bias = bias.to(dtype).to(wide)
+        bias = bias.to(dtype).to(product_dtype)
     with autocast_to(device, None):
         y = F.conv2d(padded, weight, bias, stride, region.padding, dilation, groups)
-    return y.to(dtype), (region, x, weight, types, how)
+    return y.to(dtype), (region, x, weight, types, options)
 
 
 def convolve_back(
@@ -192,9 +193,9 @@ def max_pool2d(
     dilation = pair(dilation)
 
     def run(region, x):
-        least = -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
+        lowest = -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
         return F.max_pool2d(
-            region.pad(x, least), kernel, stride, region.padding, dilation, ceil_mode
+            region.pad(x, lowest), kernel, stride, region.padding, dilation, ceil_mode
         )
 
     pads = both_ends(padding)
@@ -228,26 +229,30 @@ def avg_pool2d(
         if divisor_override:
             return y
         for side in region.padded:
-            at = side.axis - 2
-            edge = padding[at] if count_include_pad else 0
-            y = counted_anew(y, side, kernel[at], stride[at], edge)
+            i = side.axis - 2
+            counted_padding = padding[i] if count_include_pad else 0
+            y = recount_averages(y, side, kernel[i], stride[i], counted_padding)
         return y
 
     pads = both_ends(padding)
     return Op(run, [input], input.rows, *windows(input, kernel, stride, 1, pads))
 
 # %% ../../nbs/engine/04_layers.ipynb #f2929847
-def counted_anew(y: torch.Tensor, side: Side, kernel: int, stride: int, edge: int) -> torch.Tensor:
-    """Averages `y` (N, C, rows, columns) over `kernel` positions along `side`, as averages over
-    those of them that are not padding; the first `edge` positions of padding count as inputs do."""
-    first = torch.arange(side.count, device=y.device) * stride
-    before, after = side.filled
+def recount_averages(
+    y: torch.Tensor, side: Side, kernel: int, stride: int, counted_padding: int
+) -> torch.Tensor:
+    """Averages over those of `kernel` positions along `side` that count, from averages `y` (N, C,
+    rows, columns) over all of them. Inputs count, and at each end the `counted_padding` positions
+    of padding next to them."""
+    starts = torch.arange(side.count, device=y.device) * stride
     length = (side.count - 1) * stride + kernel
-    low, high = max(before - edge, 0), length - max(after - edge, 0)
-    counted = (first + kernel).clamp(max=high) - first.clamp(min=low)
+    before, after = side.filled
+    first_counted = max(before - counted_padding, 0)
+    counted_stop = length - max(after - counted_padding, 0)
+    counts = (starts + kernel).clamp(max=counted_stop) - starts.clamp(min=first_counted)
     shape = [-1] + [1] * (y.ndim - 1 - side.axis)
     dtype = torch.promote_types(y.dtype, torch.float32)
-    return y * (kernel / counted.view(shape).to(dtype)).to(y.dtype)
+    return y * (kernel / counts.view(shape).to(dtype)).to(y.dtype)
 
 # %% ../../nbs/engine/04_layers.ipynb #4aea87cc
 @rule('lp_pool2d')
@@ -284,16 +289,19 @@ def overlapping(input: Map, dimension: int, size: int, step: int) -> Op:
 
 # %% ../../nbs/engine/04_layers.ipynb #edc02834
 def crop(region: Region, y: torch.Tensor, lead: Sequence[int] = (0, 0)) -> torch.Tensor:
-    """The rows and columns of `y` (N, C, H, W) that a region asks for. `lead`: rows and columns at
-    the beginning of `y` that lie before the first output of the first input, as padding has cut
-    them off; where `y` ends too early, zeros follow."""
+    """The rows and columns of `y` (N, C, H, W) that a region asks for; where `y` begins too late or
+    ends too early, zeros take their place.
+
+    `lead` says how many rows and columns at the beginning of `y` lie before the first output of the
+    first input, as padding has cut them off."""
     for side in region.sides:
-        skip = side.skip + lead[side.axis - 2]
-        ends = -skip, side.count + skip - y.shape[side.axis]
-        if max(ends) > 0:
-            y = pad_ends(y, side.axis, *(max(end, 0) for end in ends))
-        if min(ends) < 0:
-            y = y.narrow(side.axis, max(skip, 0), side.count)
+        first = side.skip + lead[side.axis - 2]
+        stop = first + side.count
+        size = y.shape[side.axis]
+        if first < 0 or stop > size:
+            y = pad_ends(y, side.axis, max(-first, 0), max(stop - size, 0))
+        if first > 0 or stop < size:
+            y = y.narrow(side.axis, max(first, 0), side.count)
     return y
 
 # %% ../../nbs/engine/04_layers.ipynb #4cb5af10
@@ -484,7 +492,7 @@ PROBES = 5  # images that tell taps apart: more than the taps of bicubic interpo
 SAME_ROUNDING = 129
 
 
-class Probed(NamedTuple):
+class ProbeResult(NamedTuple):
     "What an interpolation along one dimension makes of the images that give its taps away."
 
     means: torch.Tensor  # (1, rows out): the mean number of the rows that are mixed
@@ -493,7 +501,7 @@ class Probed(NamedTuple):
     gradients: torch.Tensor  # (rows in,): of the sum of `means`; with one tap, 1 for each reader
 
 
-def probe(input: Map, dim: int, stretch: Stretch) -> Probed:
+def probe(input: Map, dim: int, stretch: Stretch) -> ProbeResult:
     """Interpolate the images that give the taps away along dimension `dim` (2: rows, 3: columns),
     in the type of the map and on its device; the results are on the CPU."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -509,7 +517,7 @@ def probe(input: Map, dim: int, stretch: Stretch) -> Probed:
         (gradients,) = torch.autograd.grad(results[0].sum(), images)
     results = results.detach().cpu()
     gradients = gradients.transpose(2, dim)[0, 0, :, 0].cpu()
-    return Probed(results[:1], results[1:], gradients)
+    return ProbeResult(means=results[:1], weights=results[1:], gradients=gradients)
 
 # %% ../../nbs/engine/04_layers.ipynb #5a64ccab
 class Taps:
@@ -553,15 +561,16 @@ class Taps:
 
 
 def taps_of(input: Map, dim: int, stretch: Stretch) -> Taps:
-    """The taps of an interpolation of a map along dimension `dim`. Raises `Refused` where the
-    gradient of PyTorch goes to other rows than these."""
-    probed = probe(input, dim, stretch)
-    remainders = torch.arange(PROBES, device=probed.means.device)[:, None]
+    """The taps of an interpolation of a map along dimension `dim`.
+
+    Raises `Refused` if the gradient of PyTorch goes to other rows than these."""
+    result = probe(input, dim, stretch)
+    remainders = torch.arange(PROBES, device=result.means.device)[:, None]
     # (PROBES, rows out): of the rows that leave 0, 1, ..., the one nearest to the mean
-    numbers = remainders + PROBES * ((probed.means - remainders) / PROBES).round().long()
-    taps = sorted_taps(numbers, probed.weights, input.shape[dim])
+    numbers = remainders + PROBES * ((result.means - remainders) / PROBES).round().long()
+    taps = sorted_taps(numbers, result.weights, input.shape[dim])
     if len(taps.numbers) == 1:
-        check_gradient(taps.numbers[0], probed.gradients)
+        check_gradient(taps.numbers[0], result.gradients)
     return taps
 
 
@@ -582,10 +591,10 @@ def sorted_taps(
 
 def check_gradient(
     numbers: torch.Tensor,  # (rows out,): the tap of each
-    gradients: torch.Tensor,  # (rows in,): see `Probed`
+    gradients: torch.Tensor,  # (rows in,): see `ProbeResult`
 ) -> None:
-    """Refuse a gradient that goes to other rows than those that values come from: with one tap,
-    each input row gets 1 from each output row that reads it."""
+    """Raise `Refused` if the gradient goes to other rows than those that values come from: with one
+    tap, each input row gets 1 from each output row that reads it."""
     readers = numbers.bincount(minlength=len(gradients))
     need(
         torch.equal(gradients.round().long(), readers),
@@ -637,10 +646,10 @@ def repeats_of(
     table: torch.Tensor,  # (taps + 2, rows out): numbers of taps, and first and last row read
     weights: torch.Tensor,  # (taps, rows out): equal to the last bit where they repeat
 ) -> Repeat | None:
-    """What repeats in the numbers of a `table` and in the `weights`; None: nothing.
+    """The pattern that repeats in the numbers of a `table` and in the `weights`; None if none does.
 
-    By how many input rows it repeats is read off in the middle; this has to hold for more than half
-    of the rows, all in one piece.
+    The middle of the table says after how many input rows it repeats. It has to do so in more than
+    half of the rows, all in one piece.
     """
     count = table.shape[1]
     middle = count // 2
@@ -682,7 +691,7 @@ def pad(input: Map, pad: Sequence[int], mode: str = 'constant', value: float | N
         remaining = list(all_widths)
         for side in region.sides:
             if not side.native:
-                remaining[pad_place(input, side.axis)] = 0, 0
+                remaining[pad_slice(input, side.axis)] = 0, 0
         return remaining
 
     def run(region, x):
@@ -695,17 +704,19 @@ def pad(input: Map, pad: Sequence[int], mode: str = 'constant', value: float | N
     return Op(run, [input], input.rows, window, window_across, alias=True)
 
 # %% ../../nbs/engine/04_layers.ipynb #1c4fb110
-def pad_place(input: Map, dim: int) -> slice:
-    "Where a list of paddings speaks of dimension `dim`: it begins with the last dimension."
+def pad_slice(input: Map, dim: int) -> slice:
+    "Where a list of paddings, which begins with the last dimension, has those of dimension `dim`."
     from_end = input.ndim - 1 - dim
     return slice(2 * from_end, 2 * from_end + 2)
 
 
 def pad_ends_of(input: Map, widths: Sequence[int], dim: int | None) -> tuple[int, int]:
-    "The padding before and after along dimension `dim`, if there is one."
-    given = [] if dim is None else widths[pad_place(input, dim)]
-    first, last = given or (0, 0)
-    return first, last
+    "The padding before and after along dimension `dim`; (0, 0) if there is none, or `dim` is None."
+    ends = [] if dim is None else widths[pad_slice(input, dim)]
+    if not ends:
+        return 0, 0
+    before, after = ends
+    return before, after
 
 # %% ../../nbs/engine/04_layers.ipynb #ec4a663e
 class Entry(NamedTuple):
@@ -720,9 +731,10 @@ def entries_of(index: Sequence[Any]) -> list[Entry]:
     "The entries of an index that has one for each dimension of a map."
     entries: list[Entry] = []
     dim = dim_out = 0
-    for each in index:
-        is_new, stays = each is None, not isinstance(each, int)
-        entries.append(Entry(each, None if is_new else dim, dim_out if stays else None))
+    for item in index:
+        is_new = item is None
+        stays = not isinstance(item, int)
+        entries.append(Entry(item, None if is_new else dim, dim_out if stays else None))
         if not is_new:
             dim += 1
         if stays:
@@ -734,31 +746,34 @@ def entries_of(index: Sequence[Any]) -> list[Entry]:
 def getitem(input: Map, index: Any) -> Op | Reduction:
     index = full_index(index, input.ndim)
     entries = entries_of(index)
-    of_dim = {entry.dim: entry for entry in entries if entry.dim is not None}
-    rows = of_dim[input.axis]
-    if not isinstance(rows.index, slice):
+    entry_of_dim = {entry.dim: entry for entry in entries if entry.dim is not None}
+    row_entry = entry_of_dim[input.axis]
+    if not isinstance(row_entry.index, slice):
         return of_one_row(input, lambda x: x[tuple(index)])
-    window = slice_window(rows.index, input.shape[input.axis])
+    window = slice_window(row_entry.index, input.shape[input.axis])
     sliced = {input.axis: window}  # dimensions whose ends a region cuts off
-    across, across_out = Window() if input.across is None else None, None
-    if input.across is not None and isinstance(of_dim[input.across].index, slice):
-        columns = of_dim[input.across]
-        across = slice_window(columns.index, input.shape[input.across])
-        across_out = columns.dim_out
+    across = across_out = None
+    if input.across is None:
+        across = Window()
+    elif isinstance(entry_of_dim[input.across].index, slice):
+        column_entry = entry_of_dim[input.across]
+        across = slice_window(column_entry.index, input.shape[input.across])
+        across_out = column_entry.dim_out
         sliced[input.across] = across
-    every = {d: every_nth(d, each.stride) for d, each in sliced.items() if each.stride > 1}
-    picked = tuple(slice(None) if entry.dim in sliced else entry.index for entry in entries)
+    steps = {d: every_nth(d, each.stride) for d, each in sliced.items() if each.stride > 1}
+    # the index along all other dimensions
+    other_index = tuple(slice(None) if entry.dim in sliced else entry.index for entry in entries)
 
     def run(region, x):
         x = region.pad(x)  # which cuts off columns
         for side in region.sides:
-            if side.axis in every:
-                x = x[every[side.axis]]
-        return x[picked]
+            if side.axis in steps:
+                x = x[steps[side.axis]]
+        return x[other_index]
 
     ndim_out = sum(entry.dim_out is not None for entry in entries)
-    assert rows.dim_out is not None  # a slice stays
-    out = Rows(ndim_out, rows.dim_out, across_out)
+    assert row_entry.dim_out is not None  # a slice stays
+    out = Rows(ndim_out, row_entry.dim_out, across_out)
     return Op(run, [input], out, window, across, alias=True)
 
 
@@ -769,20 +784,21 @@ def every_nth(dim: int, step: int) -> tuple[slice, ...]:
 
 def full_index(index: Any, ndim: int) -> list[Any]:
     "An index with an entry for each dimension. Raises `Refused` for masks and tensors."
-    index = list(index) if isinstance(index, tuple) else [index]
+    items = list(index) if isinstance(index, tuple) else [index]
     allowed = (int, slice, type(None), type(Ellipsis))
-    lists = [each for each in index if isinstance(each, list)]
-    if len(lists) == 1 and int not in map(type, index) and {*map(type, lists[0])} == {int}:
+    # one list of whole numbers may pick rows or columns, if no single number does beside it
+    lists = [item for item in items if isinstance(item, list)]
+    if len(lists) == 1 and int not in map(type, items) and {*map(type, lists[0])} == {int}:
         allowed += (list,)
-    for each in index:
-        is_allowed = isinstance(each, allowed) and not isinstance(each, bool)
+    for item in items:
+        is_allowed = isinstance(item, allowed) and not isinstance(item, bool)
         need(is_allowed, 'picks elements by a mask or a tensor')
-    if Ellipsis not in index:
-        index.append(Ellipsis)
-    at = index.index(Ellipsis)
-    named = sum(each is not None and each is not Ellipsis for each in index)
-    index[at : at + 1] = [slice(None)] * (ndim - named)
-    return index
+    if Ellipsis not in items:
+        items.append(Ellipsis)
+    n_indexed = sum(item is not None and item is not Ellipsis for item in items)
+    position = items.index(Ellipsis)
+    items[position : position + 1] = [slice(None)] * (ndim - n_indexed)
+    return items
 
 
 def slice_window(index: slice, size: int) -> Window:

@@ -82,7 +82,7 @@ class Operation:
         return f'{self.number}: {self.value.name}'
 
 # %% ../../nbs/engine/06_program.ipynb #b9f53848
-def folded(
+def fold_weights(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     mean: torch.Tensor,
@@ -97,10 +97,10 @@ def folded(
     gain = (var + eps).rsqrt()
     if scale is not None:
         gain = scale * gain
-    moved = -mean * gain if bias is None else (bias - mean) * gain
+    new_bias = -mean * gain if bias is None else (bias - mean) * gain
     if shift is not None:
-        moved = moved + shift
-    return (weight * gain.view(-1, 1, 1, 1)).to(weight.dtype), moved.to(weight.dtype)
+        new_bias = new_bias + shift
+    return (weight * gain.view(-1, 1, 1, 1)).to(weight.dtype), new_bias.to(weight.dtype)
 
 
 def add_shift(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -146,23 +146,24 @@ def named_arguments(call: Call, names: Sequence[str]) -> dict[str, Any]:
 
 def fold_norms(graph: Graph, apart: bool) -> list[Call]:
     """The calls of a graph with each frozen BatchNorm folded into the convolution that it alone
-    reads; with `apart`, its shift is a call of its own."""
-    of_image = {graph.image}
+    reads; with `apart`, its shift is added by a call of its own."""
+    image_values = {graph.image}  # the image, and what is computed from it
+    makers: dict[Value, Call] = {}
     readers: dict[Value, list[Call]] = {}
-    made_by: dict[Value, Call] = {}
     for call in graph.calls:
         for value in call.inputs:
             readers.setdefault(value, []).append(call)
-        if of_image.intersection(call.inputs):
-            of_image.update(call.outputs)
-        made_by.update(dict.fromkeys(call.outputs, call))
-    returned = set(values_in(graph.output))
+        for value in call.outputs:
+            makers[value] = call
+        if image_values.intersection(call.inputs):
+            image_values.update(call.outputs)
+    network_outputs = set(values_in(graph.output))
     calls: list[Call] = []
     folded_convs: set[Call] = set()
     for call in graph.calls:
         conv = None
         if call.name == 'batch_norm':
-            conv = foldable(call, made_by, readers, of_image, returned)
+            conv = conv_to_fold(call, makers, readers, image_values, network_outputs)
         if conv is None:
             calls.append(call)
         else:
@@ -171,41 +172,48 @@ def fold_norms(graph: Graph, apart: bool) -> list[Call]:
     return [call for call in calls if call not in folded_convs]
 
 
-def foldable(
+def conv_to_fold(
     norm: Call,
-    made_by: dict[Value, Call],
+    makers: dict[Value, Call],
     readers: dict[Value, list[Call]],
-    of_image: set[Value],
-    returned: set[Value],
+    image_values: set[Value],
+    network_outputs: set[Value],
 ) -> Call | None:
-    "The convolution into which a BatchNorm can be folded, if there is one."
-    arguments = named_arguments(norm, NORM_ARGUMENTS)
-    map_between = arguments['input']
-    conv = made_by.get(map_between)
+    "The convolution into which a BatchNorm can be folded; None if there is none."
+    norm_arguments = named_arguments(norm, NORM_ARGUMENTS)
+    map_between = norm_arguments['input']
+    conv = makers.get(map_between)
     if conv is None or conv.name != 'conv2d':
         return None
-    if arguments['training'] or map_between in returned or len(readers[map_between]) > 1:
+    has_other_reader = map_between in network_outputs or len(readers[map_between]) > 1
+    if norm_arguments['training'] or has_other_reader:
         return None
     tensors = [*conv.inputs, *norm.inputs]
-    if arguments['running_mean'] not in tensors or arguments['running_var'] not in tensors:
-        return None  # it has no statistics of its own
-    image_of_conv = named_arguments(conv, CONV_ARGUMENTS)['input']
-    constant = [value for value in tensors if value not in (image_of_conv, map_between)]
-    return None if of_image.intersection(constant) else conv
+    has_mean = norm_arguments['running_mean'] in tensors
+    has_variance = norm_arguments['running_var'] in tensors
+    if not has_mean or not has_variance:
+        return None
+    conv_input = named_arguments(conv, CONV_ARGUMENTS)['input']
+    parameters = [value for value in tensors if value not in (conv_input, map_between)]
+    if image_values.intersection(parameters):
+        return None
+    return conv
 
 
-def fold_pair(conv: Call, norm: Call, apart: bool) -> list[Call]:
-    "The calls that stand for a convolution and the BatchNorm behind it."
+def fold_call(conv: Call, norm: Call) -> Call:
+    "The call of `fold_weights` for a convolution and the BatchNorm behind it."
     conv_arguments = named_arguments(conv, CONV_ARGUMENTS)
     norm_arguments = named_arguments(norm, NORM_ARGUMENTS)
-    image, weight, bias = (conv_arguments[name] for name in ('input', 'weight', 'bias'))
+    weight, bias = conv_arguments['weight'], conv_arguments['bias']
     statistics = [norm_arguments[name] for name in ('running_mean', 'running_var')]
     affine = [norm_arguments[name] for name in ('weight', 'bias')]
-    eps = 1e-5 if norm_arguments['eps'] is None else norm_arguments['eps']
+    eps = norm_arguments['eps']
+    if eps is None:
+        eps = 1e-5  # the default of F.batch_norm
     new_weight = Value(f'{conv.layer}.folded', weight.shape, weight.dtype)
     shift = Value(f'{norm.layer}.shift', (weight.shape[0],), weight.dtype)
-    fold = Call(
-        folded,
+    return Call(
+        fold_weights,
         'folded',
         args=(weight, bias, *statistics, *affine, eps),
         kwargs={},
@@ -215,14 +223,23 @@ def fold_pair(conv: Call, norm: Call, apart: bool) -> list[Call]:
         layer=conv.layer,
         layer_type=conv.layer_type,
     )
-    geometry = {name: conv_arguments[name] for name in ('stride', 'padding', 'dilation', 'groups')}
+
+
+def fold_pair(conv: Call, norm: Call, apart: bool) -> list[Call]:
+    """The calls that stand for a convolution and the BatchNorm behind it: folding the weights, the
+    convolution with these, and, with `apart`, adding the shift."""
+    fold = fold_call(conv, norm)
+    new_weight, shift = fold.outputs
+    arguments = named_arguments(conv, CONV_ARGUMENTS)
+    image = arguments['input']
+    geometry = {name: arguments[name] for name in ('stride', 'padding', 'dilation', 'groups')}
     geometry = {name: value for name, value in geometry.items() if value is not None}
     place: dict[str, Any]
     place = dict(layer=conv.layer, layer_type=conv.layer_type, line=conv.line, grad=conv.grad)
     (out,) = norm.outputs
     if not apart:
-        arguments = image, new_weight, shift
-        return [fold, Call(F.conv2d, 'conv2d', arguments, geometry, (out,), **place)]
+        inputs = image, new_weight, shift
+        return [fold, Call(F.conv2d, 'conv2d', inputs, geometry, (out,), **place)]
     bare = Value(f'{out.name}.bare', out.shape, out.dtype)
     without_bias = Call(F.conv2d, 'conv2d', (image, new_weight), geometry, (bare,), **place)
     add = Call(add_shift, 'add_shift', (bare, shift), {}, (out,), inplace=True, **place)
@@ -241,24 +258,24 @@ def may_be_overwritten(operation: Operation) -> bool:
     return reader.inplace and reader.slots[0] == (True, operation.number)
 
 # %% ../../nbs/engine/06_program.ipynb #621c7081
-def picked(run: Callable[..., Any], number: int) -> Callable[..., torch.Tensor]:
-    "The `number`th of what `run` gives."
+def nth_result(run: Callable[..., Any], number: int) -> Callable[..., torch.Tensor]:
+    "A function that gives result `number` of the several that `run` gives."
     return lambda region, *tensors: run(region, *tensors)[number]
 
 
-def once_for_image(
-    value: Value,
+def mask_call(
+    mask: Value,
     call: Call,
     drawn: Callable[[torch.device], torch.Tensor],
     device: torch.device,
 ) -> Call:
-    "The call that draws a mask before the strips."
+    "The call that draws the `mask` of another `call` before the strips."
     return Call(
         drawn,
         'drawn',
-        (device,),
-        {},
-        (value,),
+        args=(device,),
+        kwargs={},
+        outputs=(mask,),
         grad=False,
         layer=call.layer,
         layer_type=call.layer_type,
@@ -339,11 +356,12 @@ class Program:
             self.before.append(call)
 
     def check_order(self, call: Call) -> None:
-        """Refuse what would see other values if the parts ran one after the other. A call without
-        maps runs before all strips, wherever it stands, so it must neither write what calls before
-        it read, nor read what they write."""
+        """Raise `StreamingError` for a call that would see other values if the parts ran one after
+        the other. A call without maps runs before all strips, wherever it stands, so it must
+        neither write what calls before it read, nor read what they write."""
         storages = {value.storage for value in call.inputs if value not in self.maps} - {0}
-        if any(value in self.maps or value in self.late for value in call.inputs):
+        runs_later = any(value in self.maps or value in self.late for value in call.inputs)
+        if runs_later:
             self.read_later |= storages
             self.written_later.update(call.writes)
             return
@@ -355,14 +373,16 @@ class Program:
             )
 
     def add_operations(self, call: Call) -> None:
-        "Apply the rule of a call on maps, or refuse it with the name of its layer."
+        """Apply the rule of a call on maps.
+
+        Raises `StreamingError` with the name of the layer if it cannot be streamed."""
         try:
             op = self.op_of(call)
             self.check_shapes(call, op)
         except Refused as e:
-            why = f'attends across rows ({e})' if 'Attention' in call.layer_type else e
+            reason = f'attends across rows ({e})' if 'Attention' in call.layer_type else e
             raise StreamingError(
-                f'{call.where()} {why}, and cannot be streamed: {advice(self)}.'
+                f'{call.where()} {reason}, and cannot be streamed: {advice(self)}.'
             ) from None
         if isinstance(op, Reduction) and not self.reduce:
             self.late.update(call.outputs)
@@ -395,7 +415,7 @@ class Program:
         return apply_rule(call, *replaced((call.args, call.kwargs), Value, map_or_value))
 
     def check_shapes(self, call: Call, op: Op | Reduction) -> None:
-        "Refuse where a rule has misunderstood a call."
+        "Raise `Refused` if an output has other dimensions than the rule of its call says."
         if isinstance(op, Reduction):
             return
         for value in call.outputs:
@@ -412,7 +432,7 @@ class Program:
             self.late.add(value)
             return new
         if call.several:
-            new.run = picked(op.run, number)
+            new.run = nth_result(op.run, number)
         else:
             new.adjoint = op.adjoint
         if op.drawn is not None:
@@ -423,13 +443,13 @@ class Program:
     def mask(
         self, value: Value, call: Call, drawn: Callable[[torch.device], torch.Tensor]
     ) -> Value:
-        "A mask for the whole image, which is drawn before the strips."
+        "The mask of `value` for the whole image, which is drawn before the strips."
         mask = Value(f'{value.name}.mask', (), value.dtype)
-        self.before.append(once_for_image(mask, call, drawn, self.device))
+        self.before.append(mask_call(mask, call, drawn, self.device))
         return mask
 
     def slot(self, tensor: Map | Value) -> tuple[bool, int]:
-        "Where strips find a tensor: whether it is a map, and its number among these."
+        "Where strips find a tensor: whether it is a map, and its number among maps or operands."
         if isinstance(tensor, Map):
             return True, self.maps[tensor.value][0].number
         if tensor not in self.operands:
@@ -440,45 +460,46 @@ class Program:
 
     def drop_unused(self) -> None:
         "Leave out operations that lead to no output."
-        needed_late = {value for call in self.after for value in call.inputs}
-        needed_late.update(values_in(self.graph.output))
+        values_after = {value for call in self.after for value in call.inputs}
+        values_after.update(values_in(self.graph.output))
         for operation in self.computed:
-            operation.output = operation.value in needed_late
-        used = {0}
+            operation.output = operation.value in values_after
+        used_numbers = {0}
         for operation in reversed(self.operations):
-            if operation.output or operation.number in used:
-                used.add(operation.number)
-                used.update(operation.inputs)
-        self.operations = [o for o in self.operations if o.number in used]
+            if operation.output or operation.number in used_numbers:
+                used_numbers.add(operation.number)
+                used_numbers.update(operation.inputs)
+        self.operations = [o for o in self.operations if o.number in used_numbers]
 
     def renumber(self) -> None:
         "Number the operations and operands anew, after some operations were left out."
-        new_map = {operation.number: new for new, operation in enumerate(self.operations)}
+        map_numbers = {operation.number: new for new, operation in enumerate(self.operations)}
         slots = [slot for operation in self.operations for slot in operation.slots]
-        operands = list(dict.fromkeys(number for is_map, number in slots if not is_map))
-        new_operand = {number: new for new, number in enumerate(operands)}
+        used_operands = list(dict.fromkeys(number for is_map, number in slots if not is_map))
+        operand_numbers = {number: new for new, number in enumerate(used_operands)}
         for new, operation in enumerate(self.operations):
             operation.number = new
             operation.slots = [
-                (is_map, (new_map if is_map else new_operand)[number])
+                (is_map, map_numbers[number] if is_map else operand_numbers[number])
                 for is_map, number in operation.slots
             ]
-            operation.inputs = tuple(new_map[number] for number in operation.inputs)
-        self.operands = [self.operands[number] for number in operands]
+            operation.inputs = tuple(map_numbers[number] for number in operation.inputs)
+        self.operands = [self.operands[number] for number in used_operands]
 
     def drop_unused_before(self) -> None:
-        "Of what runs before the strips, only what is needed, or changes a buffer, stays."
-        needed = set(self.operands) | set(values_in(self.graph.output))
-        needed.update(value for call in self.after for value in call.inputs)
+        "Leave out calls before the strips whose results nobody reads and which change no buffer."
+        read_values = set(self.operands) | set(values_in(self.graph.output))
+        read_values.update(value for call in self.after for value in call.inputs)
         calls = []
         for call in reversed(self.before):
-            if call.writes or needed.intersection(call.outputs):
+            if call.writes or read_values.intersection(call.outputs):
                 calls.append(call)
-                needed.update(call.inputs)
+                read_values.update(call.inputs)
         self.before = calls[::-1]
 
     def link(self) -> None:
-        "Find for each operation who reads it, and what follows from that."
+        """Find for each operation who reads it, and what follows from that: whether its rows are
+        carried and may be overwritten, and which maps nobody needs after it."""
         for operation in self.operations:
             for number in operation.inputs:
                 self.operations[number].readers.append(operation)
@@ -487,32 +508,35 @@ class Program:
         self.random = any(operation.random for operation in self.operations)
         for operation in self.computed:
             reads_one_map = len(operation.inputs) == 1
-            again = operation.pointwise and reads_one_map and not operation.output
-            operation.carried = not again
+            is_made_again = operation.pointwise and reads_one_map and not operation.output
+            operation.carried = not is_made_again
             operation.overwritten = may_be_overwritten(operation)
-        last_reader = {n: o for o in self.operations for n in (o.number, *o.inputs)}
+        last_users: dict[int, Operation] = {}  # the last operation that makes or reads a map
         for operation in self.operations:
-            operation.unneeded = tuple(n for n, last in last_reader.items() if last is operation)
-        self.strided = strided(self)
+            for number in (operation.number, *operation.inputs):
+                last_users[number] = operation
+        for operation in self.operations:
+            operation.unneeded = tuple(n for n, last in last_users.items() if last is operation)
+        self.strided = strides_of_waiting_maps(self)
 
 # %% ../../nbs/engine/06_program.ipynb #418d509c
-def strided(program: Program) -> dict[int, int | Fraction]:
-    """The maps with a stride, behind which rows may wait for others: number -> rows of the image
-    from one row to the next. Not those that are computed from the image's own rows, as these would
-    wait, too, and be read again."""
+def strides_of_waiting_maps(program: Program) -> dict[int, int | Fraction]:
+    """The strides, rows of the image from one row to the next, of the maps behind which rows may
+    wait for others, by number: of those made with a stride. Not of those that are computed from the
+    image's own rows, as these would wait, too, and be read again."""
     strides: dict[int, int | Fraction] = {0: 1}
     image_rows: set[int] = {0}  # the image, and what is computed from its rows again
-    may_wait: dict[int, int | Fraction] = {}
+    waiting_strides: dict[int, int | Fraction] = {}
     for operation in program.computed:
         if operation.reduces:
             continue
         number, window = operation.number, operation.window
-        strides[number] = max(strides[a] for a in operation.inputs) * window.stride
+        strides[number] = max(strides[source] for source in operation.inputs) * window.stride
         if not operation.carried and image_rows.issuperset(operation.inputs):
             image_rows.add(number)
         elif window.stride > 1 and image_rows.isdisjoint(operation.inputs):
-            may_wait[number] = strides[number]
-    return may_wait
+            waiting_strides[number] = strides[number]
+    return waiting_strides
 
 # %% ../../nbs/engine/06_program.ipynb #8b81b2ce
 def receptive_fields(
@@ -534,8 +558,8 @@ def receptive_fields(
 # %% ../../nbs/engine/06_program.ipynb #4191d32d
 def tensor_at(module: nn.Module, path: str) -> torch.Tensor:
     "The parameter or buffer called `path`."
-    at, _, name = path.rpartition('.')
-    return getattr(module.get_submodule(at), name)
+    layer, _, name = path.rpartition('.')
+    return getattr(module.get_submodule(layer), name)
 
 # %% ../../nbs/engine/06_program.ipynb #6eaac72f
 def run_calls(

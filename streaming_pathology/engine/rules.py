@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from .graph import Call, Value, found_in, replaced
+from .graph import Call, Value, instances_in, replaced
 from .windows import AnyWindow, TransposedWindow, Window
 
 # %% ../../nbs/engine/03_rules.ipynb #d2a4d169
@@ -169,14 +169,14 @@ def windows(
     pads: Sequence[tuple[int, int]] = ((0, 0), (0, 0)),
     mode: str = 'constant',
 ) -> tuple[Window, Window]:
-    """The windows along and across the strips, from what a function says of rows and columns;
+    """The windows along and across the strips, from arguments of a function for rows and columns;
     `pads`: (before, after) of each."""
     kernels, strides, dilations = pair(kernel), pair(stride), pair(dilation)
 
     def window(dim: int) -> Window:
-        at = dim - 2
-        first, last = pads[at]
-        return Window(kernels[at], strides[at], dilations[at], (first, last), mode)
+        i = dim - 2  # 0: rows, 1: columns
+        before, after = pads[i]
+        return Window(kernels[i], strides[i], dilations[i], (before, after), mode)
 
     return window(x.axis), window(5 - x.axis)  # the other one of dimensions 2 and 3
 
@@ -202,18 +202,21 @@ def across_unless(x: Map, dims: Container[int]) -> Window | None:
 def as_run(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], list[Map | Value]]:
-    "A call as `run(region, *tensors)`, and its tensors, each as often as it occurs."
-    tensors = found_in((args, kwargs), (Map, Value))
-    leading = 0
-    while leading < len(args) and isinstance(args[leading], (Map, Value)):
-        leading += 1
-    if leading == len(tensors):  # nearly always: all tensors are the first arguments
-        others = args[leading:]
-        return lambda region, *given: function(*given, *others, **kwargs), tensors
+    """A call as the `run` of an `Op`, and the maps and values among its arguments, each as often as
+    it occurs. `run(region, *inputs)` puts a tensor of `inputs` in the place of each."""
+    tensors = instances_in((args, kwargs), (Map, Value))
+    n_leading = 0
+    while n_leading < len(args) and isinstance(args[n_leading], (Map, Value)):
+        n_leading += 1
+    if n_leading == len(tensors):  # nearly always: all tensors are the first arguments
+        others = args[n_leading:]
+        return lambda region, *inputs: function(*inputs, *others, **kwargs), tensors
 
-    def run(region, *given):
-        left = iter(given)
-        filled_args, filled_kwargs = replaced((args, kwargs), (Map, Value), lambda _: next(left))
+    def run(region, *inputs):
+        inputs_in_order = iter(inputs)
+        filled_args, filled_kwargs = replaced(
+            (args, kwargs), (Map, Value), lambda _: next(inputs_in_order)
+        )
         return function(*filled_args, **filled_kwargs)
 
     return run, tensors
@@ -247,8 +250,9 @@ def rules_now() -> int:
 
 # %% ../../nbs/engine/03_rules.ipynb #622e736a
 def apply_rule(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Op | Reduction:
-    """What `call` does to rows, with `args` and `kwargs` in which maps stand for values. Raises
-    `Refused`, also for arguments that the rule does not know."""
+    """What `call` does to rows, with `args` and `kwargs` in which maps stand for values.
+
+    Raises `Refused` for a call without a rule, or with arguments that its rule does not know."""
     apply = rule_for(call)
     if apply is None:
         raise Refused(
@@ -256,11 +260,11 @@ def apply_rule(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Op 
         )
     if getattr(apply, 'gets_function', False):
         args = (call.function, *args)
-    if 'input' in kwargs:
+    if 'input' in kwargs:  # a rule may call its first parameter otherwise
         kwargs = dict(kwargs)
         args = (*args, kwargs.pop('input'))
     try:
         return apply(*args, **kwargs)
     except (TypeError, AttributeError, IndexError) as e:
-        why = f'{type(e).__name__} in its rule: {e}'
-        raise Refused(f'calls {call.name} in a way that is not understood ({why})') from e
+        error = f'{type(e).__name__} in its rule: {e}'
+        raise Refused(f'calls {call.name} in a way that is not understood ({error})') from e

@@ -194,14 +194,15 @@ class MapSizes:
         return Border(complete, self.needed(complete))
 
     def complete_rows(self, operation: Operation, complete: list[int], wait: dict[int, int]) -> int:
-        "How many rows of an operation can be made, from the `complete` rows of maps before it."
+        """How many rows of an operation can be made, from the `complete` rows of the maps before
+        it; `wait` as in `border`."""
         if operation.reduces:  # it takes in rows of its inputs
-            return min(complete[a] for a in operation.inputs)
+            return min(complete[source] for source in operation.inputs)
         number, window = operation.number, operation.window
         first, stop = self.computed_from[number], self.computed_to[number]
         rows = min(
-            window.complete(complete[a], self.heights[a], self.heights[number])
-            for a in operation.inputs
+            window.complete(complete[source], self.heights[source], self.heights[number])
+            for source in operation.inputs
         )
         rows = max(first, min(stop, rows))
         if number in wait and rows < stop:  # only whole groups of the rows that it waits for
@@ -209,7 +210,8 @@ class MapSizes:
         return rows
 
     def needed(self, complete: list[int]) -> list[int]:
-        "From which row on each map is still needed: by the reader that needs the earliest."
+        """The first row of each map that is still needed, by any of its readers, once the
+        `complete` rows of all maps have been made."""
         needed_from = list(complete)
         for operation in reversed(self.program.operations):
             if operation.reduces:
@@ -283,7 +285,7 @@ def buffer_of(operation: Operation, above: Border, below: Border) -> Buffer:
     first, stop = above.needed_from[number], below.complete[number]
     if not operation.carried:
         return Buffer(first, start=first, stop=stop, needed=stop)
-    return Buffer(first, above.complete[number], stop, below.needed_from[number])
+    return Buffer(first, start=above.complete[number], stop=stop, needed=below.needed_from[number])
 
 
 def step_of(
@@ -337,11 +339,11 @@ def parts_of(
     sizes: MapSizes,
     rows: Sequence[Range],
 ) -> tuple[Cut | None, ...]:
-    "Rows of the inputs as parts of their buffers."
+    "The parts of the inputs' buffers with these `rows`, (first, stop) of each input: `Step.reads`."
     parts = []
-    for a, (first, stop) in zip(operation.inputs, rows):
-        axis = sizes.program.operations[a].axis
-        parts.append(buffers[a].part(axis, first, stop))
+    for number, (first, stop) in zip(operation.inputs, rows):
+        axis = sizes.program.operations[number].axis
+        parts.append(buffers[number].part(axis, first, stop))
     return tuple(parts)
 
 
@@ -357,35 +359,39 @@ def same_rows(count: int, axis: int) -> Side:
 def rows_side(
     window: AnyWindow, start: int, stop: int, height: int, axis: int
 ) -> tuple[int, int, Side]:
-    "As `side_of`, and quick where an operation reads the rows that it makes."
+    """As `side_of`: the first input row, the one after the last, and the `Side`. Quick for the many
+    operations that read the rows that they make."""
     if window == SAME_ROW:
         return start, stop, same_rows(stop - start, axis)
     return side_of(window, start, stop, height, axis)
 
 
 def total_step(operation: Operation, buffers: Sequence[Buffer], sizes: MapSizes) -> Step | None:
-    """A reduction takes in the new rows, and its total is handed on. `old` says whether there is a
-    total of the strips above: 1 or 0."""
-    buffer, a = buffers[operation.number], operation.inputs[0]
-    start, stop = buffer.start, buffer.stop
-    old = int(start > sizes.computed_from[a])
-    if stop == start:
-        return Step(old, 0) if old else None
-    reads = parts_of(operation, buffers, sizes, [(start, stop)] * len(operation.inputs))
-    part = operation.reduction.part(start, stop)
-    return Step(old, stop - start, reads, part=part)
+    """What a reduction does in a strip: it takes in the new rows and hands on its total. None if
+    the strip has neither new rows nor a total of the strips above.
+
+    `old` of the step says whether there is a total of the strips above: 1 or 0."""
+    buffer = buffers[operation.number]
+    has_total = buffer.start > sizes.computed_from[operation.inputs[0]]
+    if not buffer.makes:
+        return Step(old=1, makes=0) if has_total else None
+    rows = [(buffer.start, buffer.stop)] * len(operation.inputs)
+    reads = parts_of(operation, buffers, sizes, rows)
+    part = operation.reduction.part(buffer.start, buffer.stop)
+    return Step(int(has_total), buffer.makes, reads, part=part)
 
 
 def columns_of(program: Program, sizes: MapSizes) -> list[Side | None]:
-    "The `Side` across the strips of each operation, where all columns are computed."
+    """How each operation is computed across the strips if it computes all columns, by its number;
+    None for one without a window there, for reductions and for the image."""
     sides: list[Side | None] = [None]
     for operation in program.computed:
-        a = operation.inputs[0]
-        axis = program.operations[a].rows.across
+        number, source = operation.number, operation.inputs[0]
+        axis = program.operations[source].rows.across
         if operation.reduces or operation.across is None or axis is None:
             sides.append(None)
             continue
-        width, width_in = sizes.widths[operation.number], sizes.widths[a]
+        width, width_in = sizes.widths[number], sizes.widths[source]
         sides.append(whole_side(operation.across, width, width_in, axis))
     return sides
 
@@ -394,7 +400,7 @@ def strides_of(program: Program) -> list[Fraction]:
     "For each map, rows of the image from one row to the next."
     strides = [Fraction(1)]
     for operation in program.computed:
-        stride = max(strides[a] for a in operation.inputs)
+        stride = max(strides[number] for number in operation.inputs)
         strides.append(stride if operation.reduces else stride * operation.window.stride)
     return strides
 
@@ -409,9 +415,9 @@ def period_of(strip: int, strides: list[Fraction], wait: dict[int, int]) -> int:
     return math.lcm(strip, *(stride.numerator for stride in strides)) // strip
 
 
-def shifted(rows: list[int], by: list[int]) -> list[int]:
-    "A row of each map, moved down."
-    return [row + more for row, more in zip(rows, by)]
+def move_down(rows: list[int], distances: list[int]) -> list[int]:
+    "A row of each map, moved down by a distance for each."
+    return [row + distance for row, distance in zip(rows, distances)]
 
 # %% ../../nbs/engine/07_schedule.ipynb #0db16914
 class Schedule:
@@ -489,16 +495,17 @@ class Schedule:
     # ---- strips that are copied
 
     def copied_strips(self) -> range:
-        "The strips that are those a period above, with other rows."
+        "The numbers of the strips that are copies of those a period above, with other rows."
         last_cut = len(self.cuts) - 1
         for first in range(last_cut - self.period):
             if self.repeats(first, first + self.period):
-                last = first + self.period * self.repeated_periods(first)
-                return range(first + self.period, last)
+                stop = first + self.period * self.repeated_periods(first)
+                return range(first + self.period, stop)
         return range(0)
 
     def repeated_periods(self, first: int) -> int:
-        "How many periods below cut `first`, which repeats once at least, the last such cut is."
+        """How many periods below cut `first` the last cut is that repeats it, found by bisection.
+        The cut one period below does."""
         periods = 1
         too_many = (len(self.cuts) - 2 - first) // self.period + 1
         while too_many - periods > 1:
@@ -510,27 +517,30 @@ class Schedule:
         return periods
 
     def repeats(self, above: int, below: int) -> bool:
-        "Whether two cuts, some periods apart, differ only by the rows between them."
-        periods = (below - above) // self.period
-        old, new = self.border(above), self.border(below)
+        """Whether the borders at two cuts, some periods apart, differ only by the rows that lie
+        between them, so that strips below the two are alike."""
+        border_above, border_below = self.border(above), self.border(below)
         for operation in self.program.reductions:
-            begins = self.sizes.computed_from[operation.inputs[0]]
-            has_total = old.complete[operation.number] > begins
+            first_row = self.sizes.computed_from[operation.inputs[0]]
+            has_total = border_above.complete[operation.number] > first_row
             if operation.reduction.positional or not has_total:
                 return False
-        by = [rows * periods for rows in self.rows_per_period]
-        return (new.complete, new.needed_from) == (
-            shifted(old.complete, by),
-            shifted(old.needed_from, by),
+        periods = (below - above) // self.period
+        distances = [rows * periods for rows in self.rows_per_period]
+        return (border_below.complete, border_below.needed_from) == (
+            move_down(border_above.complete, distances),
+            move_down(border_above.needed_from, distances),
         )
 
     def period_below(self, strip: Strip) -> Strip:
         "The strip a period below `strip`, where the borders of both repeat."
-        rows = self.rows_per_period[0]
-        first_rows = zip(strip.outputs, self.program.outputs)
-        outputs = tuple(row + self.rows_per_period[o.number] for row, o in first_rows)
-        image = strip.image[0] + rows, strip.image[1] + rows
-        return Strip(strip.kind, image, outputs, strip.new + rows)
+        outputs = tuple(
+            row + self.rows_per_period[operation.number]
+            for row, operation in zip(strip.outputs, self.program.outputs)
+        )
+        image_rows = self.rows_per_period[0]
+        image = strip.image[0] + image_rows, strip.image[1] + image_rows
+        return Strip(strip.kind, image, outputs, new=strip.new + image_rows)
 
     # ---- to look at
 

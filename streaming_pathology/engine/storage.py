@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class StripSource(Source, Protocol):
 
 # %% ../../nbs/engine/08_storage.ipynb #26289cdd
 class TensorSource:
-    "An image that is a tensor (N, C, H, W). Raises `StreamingError` if it is another one."
+    "An image that is a tensor (N, C, H, W). Raises `StreamingError` for any other tensor."
 
     axes: tuple[int, ...] = (2, 3)
 
@@ -65,14 +65,16 @@ class TensorSource:
             )
         self.tensors = [x]
         self.gradients: list[torch.Tensor | None] = [None]
-        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
+        self.shape = x.shape
+        self.dtype = x.dtype
+        self.device = x.device
         self.needs_grad = x.requires_grad
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        self.channels_last = last and not x.is_contiguous()
+        has_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        self.channels_last = has_channels_last and not x.is_contiguous()
         self.held: tuple[int, int] = (x.nbytes * (1 + self.needs_grad), 0)
 
     def read(self, axis: int, first: int, stop: int, ahead: Range | None = None) -> torch.Tensor:
-        "Rows `first` to `stop` along dimension `axis`."
+        "Rows `first` to `stop` along dimension `axis`, as a view of the image."
         return self.tensors[0].detach().narrow(axis, first, stop - first)
 
     def add(self, axis: int, first: int, stop: int, gradient: torch.Tensor, final: int) -> None:
@@ -87,7 +89,8 @@ class ArrayRows:
     "An array (N, C, H, W) that is not a tensor, sliced where it lies: memory map, HDF5, zarr."
 
     def __init__(self, array: Any) -> None:
-        self.array, self.shape = array, array.shape
+        self.array = array
+        self.shape = array.shape
 
     def read(self, top: int, bottom: int) -> torch.Tensor:
         return torch.from_numpy(np.array(self.array[:, :, top:bottom]))
@@ -100,7 +103,7 @@ class RowSource:
     a tensor or an array, of one type and on any device; one row is read at once to find these.
 
     If it has `write(top, bottom, gradient)`, it gets its gradient, of each row once, from the last
-    to the first. Raises `StreamingError` if something else is given."""
+    to the first. Raises `StreamingError` if shape or rows are not of this form."""
 
     axes: tuple[int, ...] = (2,)
     channels_last = False
@@ -116,8 +119,9 @@ class RowSource:
         # the part of the strip below of the gradient of rows that the next strip shares with it
         self.waiting: torch.Tensor | None = None
         self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
-        first_row = self.rows_of(0, 1, None)
-        self.dtype, self.home = first_row.dtype, first_row.device
+        first_row = self.rows_of(0, 1, dtype=None)
+        self.dtype = first_row.dtype
+        self.home = first_row.device  # to which the gradient goes back
         if self.needs_grad and not self.dtype.is_floating_point:
             raise StreamingError(
                 f'{self.name} has a write for the gradient, but its rows are '
@@ -126,19 +130,22 @@ class RowSource:
         # an empty tensor, so that there is a graph even if no parameter wants a gradient
         self.tensors = [torch.empty(0, requires_grad=True)] if self.needs_grad else []
         self.gradients: list[torch.Tensor | None] = [None] * len(self.tensors)
-        row = self.shape.numel() // self.shape[2] * self.dtype.itemsize
-        self.held: tuple[int, int] = (0, 2 * row)  # a strip and the next
+        row_bytes = self.shape.numel() // self.shape[2] * self.dtype.itemsize
+        self.held: tuple[int, int] = (0, 2 * row_bytes)  # a strip and the next
 
     def checked_shape(self, shape: Any) -> torch.Size:
-        "The shape of the image, if it is one."
+        """The shape of the image, of whole numbers of Python.
+
+        Raises `StreamingError` unless it is (N, C, H, W), with at least one pixel."""
         sizes = shape if isinstance(shape, (tuple, list)) else ()
-        if len(sizes) != 4 or not all(isinstance(n, (int, np.integer)) and n > 0 for n in sizes):
-            shown = tuple(shape) if isinstance(shape, tuple) else repr(shape)
+        are_sizes = all(isinstance(size, (int, np.integer)) and size > 0 for size in sizes)
+        if len(sizes) != 4 or not are_sizes:
+            text = tuple(shape) if isinstance(shape, tuple) else repr(shape)
             raise StreamingError(
-                f'{self.name}.shape is {shown}: an image that is read by rows has a '
+                f'{self.name}.shape is {text}: an image that is read by rows has a '
                 'shape (N, C, H, W) and at least one pixel.'
             )
-        return torch.Size(int(n) for n in sizes)
+        return torch.Size(int(size) for size in sizes)
 
     def rows_of(self, first: int, stop: int, dtype: torch.dtype | None) -> torch.Tensor:
         """Read rows `first` to `stop` as a tensor (N, C, stop - first, W), in pinned memory if they
@@ -171,26 +178,28 @@ class RowSource:
             ) from e
 
     def fetch(self, first: int, stop: int) -> torch.Tensor:
-        "Rows on the device."
+        "Rows `first` to `stop` on the device. On a GPU they may still be on their way: see `read`."
         rows = self.rows_of(first, stop, self.dtype)
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             return rows.to(self.device, non_blocking=True)
 
     def read(self, axis: int, first: int, stop: int, ahead: Range | None = None) -> torch.Tensor:
-        "Rows `first` to `stop`; those of `ahead` (first, stop) will be read next."
+        """Rows `first` to `stop` on the device, (N, C, stop - first, W). A thread begins to read
+        those of `ahead` (first, stop), which are the next to be asked for."""
         being_read = self.ahead.pop((first, stop), None)
         rows = self.fetch(first, stop) if being_read is None else being_read.result()
         if self.stream:
-            now = torch.cuda.current_stream(self.device)
-            now.wait_stream(self.stream)
-            rows.record_stream(now)
+            compute_stream = torch.cuda.current_stream(self.device)
+            compute_stream.wait_stream(self.stream)
+            rows.record_stream(compute_stream)
         self.ahead = {}
         if ahead:
             self.ahead[ahead] = self.thread.submit(self.fetch, *ahead)
         return rows
 
     def add(self, axis: int, first: int, stop: int, gradient: torch.Tensor, final: int) -> None:
-        "Write the gradient of rows from `final` on, which is complete; the others' has to wait."
+        """Write the gradient of rows from `final` on, which is complete. That of the rows before
+        them waits for the part of the strip above."""
         if self.waiting is not None and self.waiting.shape[2]:
             gradient[:, :, -self.waiting.shape[2] :].add_(self.waiting)
         self.waiting = gradient[:, :, : final - first].clone()
@@ -225,36 +234,44 @@ State = dict[int, torch.Tensor]  # number of a map -> rows of it, or of a reduct
 Blocks = dict[torch.dtype, torch.Tensor]  # a block of memory for each type
 
 
+class Place(NamedTuple):
+    "Where a tensor lies in the block of its type."
+
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+    start: int  # element of the block at which it begins
+
+
 class Layout:
     "Where the tensors of a state lie in a block for each type; one for all strips of a kind."
 
     def __init__(self, state: State) -> None:
         self.sizes: dict[torch.dtype, int] = {}  # of the block of each type: its elements
-        # number -> type, shape, strides, and where it begins in the block
-        self.places: dict[int, tuple[torch.dtype, torch.Size, tuple[int, ...], int]] = {}
-        for key, tensor in state.items():
-            at = self.sizes.get(tensor.dtype, 0)
+        self.places: dict[int, Place] = {}  # of each tensor of the state, by its number
+        for number, tensor in state.items():
+            start = self.sizes.get(tensor.dtype, 0)
             strides = dense_strides(tensor)
-            self.places[key] = tensor.dtype, tensor.shape, strides, at
-            self.sizes[tensor.dtype] = at + tensor.numel()
+            self.places[number] = Place(tensor.dtype, tensor.shape, strides, start)
+            self.sizes[tensor.dtype] = start + tensor.numel()
 
     def pack(self, state: State, device: torch.device) -> Blocks:
         "A copy of the state: for each type a block of memory, a tensor of one dimension."
         blocks = {
             dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in self.sizes.items()
         }
-        places = list(self.unpack(blocks).values())
-        if places:
+        views = list(self.unpack(blocks).values())
+        if views:
             # one launch for all of them, for which torch has no public name
             copy_all = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-            copy_all(places, list(state.values()))
+            copy_all(views, list(state.values()))
         return blocks
 
     def unpack(self, blocks: Blocks) -> State:
         "The tensors of a state as views of its blocks."
         return {
-            key: blocks[dtype].as_strided(shape, strides, at)
-            for key, (dtype, shape, strides, at) in self.places.items()
+            number: blocks[place.dtype].as_strided(place.shape, place.strides, place.start)
+            for number, place in self.places.items()
         }
 
 
@@ -294,7 +311,8 @@ class OnHost:
         self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
 
     def copy(self, blocks: Blocks, make: Callable[[torch.Tensor], torch.Tensor]) -> Blocks:
-        "A copy of the blocks in what `make` gives."
+        """A copy of each block in the tensor that `make` gives for it. On a GPU it may still be on
+        its way: see `get`."""
         if self.stream is None:
             return {dtype: make(block).copy_(block) for dtype, block in blocks.items()}
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -321,13 +339,14 @@ class OnHost:
         return self.copy(kept, on_device)
 
     def get(self, kept: Blocks, ahead: Blocks | None = None) -> Blocks:
-        "The blocks; those of `ahead` will be needed next."
+        """The blocks on the device, from what `put` has returned, `kept`. On a GPU those of
+        `ahead`, which are needed next, begin to be copied."""
         blocks = self.ahead.pop(id(kept), None) or self.fetch(kept)
         if self.stream is not None:
-            now = torch.cuda.current_stream(self.device)
-            now.wait_stream(self.stream)
+            compute_stream = torch.cuda.current_stream(self.device)
+            compute_stream.wait_stream(self.stream)
             for block in blocks.values():
-                block.record_stream(now)
+                block.record_stream(compute_stream)
             self.ahead = {id(ahead): self.fetch(ahead)} if ahead is not None else {}
         return blocks
 
@@ -360,6 +379,7 @@ class OnDisk:
         return self.file.tell()
 
     def put(self, blocks: Blocks) -> Written:
+        "Begin to write the blocks; returns where they are in the file, which `get` is given."
         at = 0
         if self.written is not None:
             at = self.written.result()  # at most one state waits to be written
@@ -376,7 +396,8 @@ class OnDisk:
         return self.thread.submit(self.read, *kept)
 
     def get(self, kept: Written, ahead: Written | None = None) -> Blocks:
-        "The blocks; those of `ahead` will be needed next."
+        """The blocks on the device, from what `put` has returned, `kept`. The thread begins to read
+        those of `ahead`, which are needed next."""
         if self.written is not None:
             self.written.result()
         blocks = (self.ahead.pop(id(kept), None) or self.fetch(kept)).result()

@@ -60,23 +60,25 @@ class Window:
         an infinite `height`, no row is near the bottom."""
         if arrived >= height:
             return height_out
-        mirrored = self.pad[0] if self.mode == 'reflect' else 0
-        if arrived <= mirrored:  # the padding above shows rows that have not arrived
+        # reflected padding above holds input rows 1 to `last_reflected`
+        last_reflected = self.pad[0] if self.mode == 'reflect' else 0
+        if arrived <= last_reflected:
             return 0
-        complete = (arrived + self.pad[0] - self.span) // self.stride + 1
-        return min(height_out, max(0, complete))
+        n_complete = (arrived + self.pad[0] - self.span) // self.stride + 1
+        return min(height_out, max(0, n_complete))
 
     def still_needed(self, row: int, arrived: int, height: int, height_out: int) -> int:
-        "The first of the `arrived` input rows that output rows from `row` on still read."
+        """The first of the `arrived` input rows that output rows from `row` on still read;
+        `arrived` if they read none of them."""
         if row >= height_out:
             return arrived
-        # the padding below shows the last rows again, from this one on
-        mirrored = {
+        # the padding below repeats input rows from this one on
+        first_repeated = {
             'constant': height,
             'replicate': height - 1,
             'reflect': height - 1 - self.pad[1],
         }[self.mode]
-        return max(0, min(self.first(row), mirrored, arrived))
+        return max(0, min(self.first(row), first_repeated, arrived))
 
 # %% ../../nbs/engine/01_windows.ipynb #fcb2d953
 @dataclass(frozen=True)
@@ -135,8 +137,8 @@ class Repeat(NamedTuple):
 
     inputs: int
     outputs: int
-    head: int  # output rows at the beginning that are another way
-    tail: int  # and at the end
+    head: int  # how many output rows at the beginning do not follow the pattern
+    tail: int  # and how many at the end
 
 # %% ../../nbs/engine/01_windows.ipynb #a4002b49
 NO_PERIOD = 2**61 - 1  # a prime number, and more rows than any image has
@@ -196,14 +198,16 @@ class WindowTable:
         return min(self.lows[row], arrived)
 
     def first_alike(self, first: int, stop: int) -> int:
-        """The first row of the table at which the same reads and weights begin as at `first`, up to
-        `stop`. Strips that begin at such rows share their `Side`."""
+        """The row of the table that stands for `first` where output rows `first` to `stop` are
+        made: the first row at which the same pattern of reads and weights begins. Strips that begin
+        at such rows share their `Side`."""
         if self.repeats is None:
             return first
-        _, outputs, head, tail = self.repeats
-        if first < head or stop > len(self.lows) - tail:
+        head = self.repeats.head
+        follows_pattern = first >= head and stop <= len(self.lows) - self.repeats.tail
+        if not follows_pattern:
             return first
-        return head + (first - head) % outputs
+        return head + (first - head) % self.repeats.outputs
 
 # %% ../../nbs/engine/01_windows.ipynb #b861f267
 AnyWindow = Window | TransposedWindow | WindowTable  # `after` is of the first two only
@@ -238,8 +242,8 @@ class Filled:
 
 @dataclass(frozen=True)
 class Repeated:
-    """Of `size` inputs those with these numbers, some several times: padding that repeats what is
-    inside."""
+    """The inputs with these `numbers`, of the `size` inputs at hand, some several times: padding
+    that repeats rows of the image."""
 
     numbers: tuple[int, ...]
     size: int
@@ -249,7 +253,7 @@ class Repeated:
         return x.index_select(axis, torch.tensor(self.numbers, device=x.device))
 
     def unpad(self, gradient: torch.Tensor, axis: int) -> torch.Tensor:
-        "The gradient of x from that of `pad(x)`: rows that occur several times add theirs up."
+        "The gradient of x from that of `pad(x)`: each input gets the sum over its repetitions."
         shape = list(gradient.shape)
         shape[axis] = self.size
         numbers = torch.tensor(self.numbers, device=gradient.device)
@@ -258,8 +262,8 @@ class Repeated:
 # %% ../../nbs/engine/01_windows.ipynb #d1e84f91
 @dataclass(frozen=True)
 class Trimmed:
-    """Of `size` inputs those from `first` to `stop`: negative padding, which cuts off rows at the
-    ends."""
+    """Inputs `first` to `stop` of the `size` inputs at hand: negative padding, which cuts off rows
+    at the ends."""
 
     first: int
     stop: int
@@ -282,8 +286,8 @@ class Side:
     count: int
     changes: tuple[Filled | Repeated | Trimmed, ...] = ()  # one after the other
     native: int = 0  # padding that the function puts on both ends itself
-    # of a `TransposedWindow`: the outputs counted from the first input's own `factor` rows, as far
-    # as they lie before the first one
+    # of a `TransposedWindow`: how many outputs lie before the first one, counted from the first of
+    # the `factor` outputs that are the first input's own
     skip: int = 0
     table_row: int = 0  # of a `WindowTable`: the row of the table at which the outputs begin
 
@@ -312,8 +316,9 @@ class Side:
 def side_of(
     window: AnyWindow, first: int, stop: int, size: int, axis: int = 2
 ) -> tuple[int, int, Side]:
-    """Which inputs outputs `first` to `stop` of a `window` read, of `size` inputs along `axis`: the
-    first, the one after the last, and the `Side`. There is one output at least: `stop > first`."""
+    """The inputs, of `size` along `axis`, that outputs `first` to `stop` of a `window` read: the
+    first input, the one after the last, and the `Side`. There is one output at least:
+    `stop > first`."""
     start, end = window.reads(first, stop)
     count = stop - first
     if isinstance(window, WindowTable):  # its rows lie inside the image
@@ -321,32 +326,46 @@ def side_of(
     if isinstance(window, TransposedWindow):  # outputs beyond the last input are cropped or padded
         low = min(max(start, 0), size - 1)
         return low, min(end, size), Side(axis, count, skip=first - low * window.factor)
-    if window.mode != 'constant' and (start < 0 or end > size):  # rows stand for the padding
-        rows = [repeated(row, size, window.mode) for row in range(start, end)]
-        low, high = min(rows), max(rows) + 1
-        change = Repeated(tuple(row - low for row in rows), high - low)
-        return low, high, Side(axis, count, (change,))
+    if start >= 0 and end <= size:
+        return start, end, Side(axis, count)
+    if window.mode == 'constant':
+        low, high, change = filled_inputs(start, end, size)
+    else:
+        low, high, change = repeated_inputs(start, end, size, window.mode)
+    return low, high, Side(axis, count, (change,))
+
+
+def filled_inputs(start: int, end: int, size: int) -> tuple[int, int, Filled]:
+    """The inputs from `start` to `end` that are inside the image, as (first, one after the last),
+    and the padding beside them."""
     low = min(max(start, 0), size)
     high = min(max(end, low), size)
     before = min(max(-start, 0), end - start)  # all of it may be padding
     after = end - start - before - (high - low)
-    if before == after == 0:
-        return low, high, Side(axis, count)
-    return low, high, Side(axis, count, (Filled(before, after),))
+    return low, high, Filled(before, after)
 
 
-def repeated(row: int, size: int, mode: str) -> int:
+def repeated_inputs(start: int, end: int, size: int, mode: str) -> tuple[int, int, Repeated]:
+    """The inputs that stand for those from `start` to `end`, some of which lie in the padding, as
+    (first, one after the last), and how they are repeated."""
+    rows = [row_in_image(row, size, mode) for row in range(start, end)]
+    low, high = min(rows), max(rows) + 1
+    return low, high, Repeated(tuple(row - low for row in rows), high - low)
+
+
+def row_in_image(row: int, size: int, mode: str) -> int:
     "The row of the image that stands for `row`, which may lie in the padding."
     if mode == 'replicate':
         return min(max(row, 0), size - 1)
-    return size - 1 - abs(size - 1 - abs(row))
+    return size - 1 - abs(size - 1 - abs(row))  # reflected at the first and at the last row
 
 
 def whole_side(window: AnyWindow, size_out: int, size: int, axis: int = 2) -> Side:
-    "All outputs from all `size` inputs; the function pads by itself where it can."
-    pad = window.pad
-    if window.mode == 'constant' and pad[0] == pad[1] >= 0:
-        return Side(axis, size_out, native=pad[0])
+    """How all `size_out` outputs along `axis` are computed from all `size` inputs. The function
+    pads by itself (`Side.native`) if it can: with a constant, as much before as after."""
+    before, after = window.pad
+    if window.mode == 'constant' and before == after >= 0:
+        return Side(axis, size_out, native=before)
     low, high, side = side_of(window, 0, size_out, size, axis)
     if (low, high) == (0, size):
         return side

@@ -81,23 +81,26 @@ def bench(
         raise InputError(f'--dtype is {dtype!r}; use bf16 or float32')
     if memory is not None and memory != 'least':
         budget(memory)
-    given = dict(
+    options = dict(
         device=device, repeats=repeats, sizes=sizes, memory=memory, strip=strip, dtype=dtype
     )
-    given = settings_of(part, {k: v for k, v in given.items() if v is not None})
+    settings = settings_of(part, {k: v for k, v in options.items() if v is not None})
     out = output_file(out, '.json', begins=r'\{\n "machine"')
-    with whole_file(out) as f:  # opened first: not to be found unwritable after half an hour
-        f.write((json.dumps(parts[part](**given), indent=1) + '\n').encode())
+    # opened before it is measured, as a path that cannot be written should not waste half an hour
+    with whole_file(out) as f:
+        result = parts[part](**settings)
+        f.write((json.dumps(result, indent=1) + '\n').encode())
     print(f'wrote {out}')
 
 # %% ../../nbs/bench/10_bench.ipynb #f9ab6839
 def settings_of(part: str, given: dict) -> dict:
-    "The settings that a part takes; refuses others."
-    takes = inspect.signature(parts[part]).parameters
-    usual = inspect.signature(bench).parameters['device'].default
-    if 'device' not in takes and given['device'] == usual:
+    """The settings in `given`, without the default device for a part that has no device. Raises
+    `InputError` for a setting that the part does not take."""
+    parameters = inspect.signature(parts[part]).parameters
+    default_device = inspect.signature(bench).parameters['device'].default
+    if 'device' not in parameters and given['device'] == default_device:
         del given['device']
     for name in given:
-        if name not in takes:
+        if name not in parameters:
             raise InputError(f'--{name} is not for the part {part}')
     return given

@@ -32,23 +32,31 @@ PATIENCE = 200  # seconds; what takes longer is measured once
 def compare(ways: dict, case: dict, repeats: int = 5, log: Callable = print) -> dict:
     """Peak memory of each way on one case in processes of their own; times in turn and work of
     those that did not fail. Where one takes more than `PATIENCE` seconds, times are those of the
-    processes that memory was measured in."""
+    processes that memory was measured in.
+
+    Returns a dict with the `case`, the `ways`, the `repeats`, the `memory` and the `work` of each
+    way, `seconds` and `cpu` as `times` returns them, and their ratios `to_plain` and
+    `cpu_to_plain`; with an `error` instead of the ratios if the times could not be measured."""
     memory = {name: peak_memory(way, case) for name, way in ways.items()}
-    ran = {name: way for name, way in ways.items() if 'error' not in memory[name]}
-    found = {'case': case, 'ways': ways, 'repeats': repeats, 'memory': memory}
-    if all(memory[name]['seconds'] < PATIENCE for name in ran):
-        found.update(times(ran, case, repeats))
+    comparison = {'case': case, 'ways': ways, 'repeats': repeats, 'memory': memory}
+    completed = {name: way for name, way in ways.items() if 'error' not in memory[name]}
+    if all(memory[name]['seconds'] < PATIENCE for name in completed):
+        comparison.update(times(completed, case, repeats))
     else:
-        found.update(repeats=1, **times_of_memory({name: memory[name] for name in ran}))
-    arch, until, size = case['arch'], case['until'], case['size']
-    found['work'] = {name: work(way, arch, until, size) for name, way in ran.items()}
-    if 'error' in found:
-        log(f'{title(case)}: {found["error"]}')
-        return found
-    found['to_plain'], found['cpu_to_plain'] = ratios(found['seconds']), ratios(found['cpu'])
+        single_times = times_of_memory({name: memory[name] for name in completed})
+        comparison.update(repeats=1, **single_times)
+    comparison['work'] = {
+        name: work(way, case['arch'], case['until'], case['size'])
+        for name, way in completed.items()
+    }
+    if 'error' in comparison:
+        log(f'{title(case)}: {comparison["error"]}')
+        return comparison
+    comparison['to_plain'] = ratios(comparison['seconds'])
+    comparison['cpu_to_plain'] = ratios(comparison['cpu'])
     for name in ways:
-        log(f'{title(case)}, {name}: {comparison_text(found, name)}')
-    return found
+        log(f'{title(case)}, {name}: {comparison_text(comparison, name)}')
+    return comparison
 
 # %% ../../nbs/bench/04_comparison.ipynb #c40a5887
 def times_of_memory(memory: dict) -> dict:
@@ -59,12 +67,12 @@ def times_of_memory(memory: dict) -> dict:
     }
 
 
-def comparison_text(found: dict, name: str) -> str:
-    "Time and memory of one way, or its error."
-    if 'error' in found['memory'][name]:
-        return found['memory'][name]['error']
-    above = text_size(found['memory'][name]['above'])
-    return f'{spread(found["to_plain"][name])} times plain, {above}'
+def comparison_text(comparison: dict, name: str) -> str:
+    "Time and memory of one way of what `compare` returned, or its error, as text."
+    memory = comparison['memory'][name]
+    if 'error' in memory:
+        return memory['error']
+    return f'{spread(comparison["to_plain"][name])} times plain, {text_size(memory["above"])}'
 
 # %% ../../nbs/bench/04_comparison.ipynb #fbd53fa6
 def beside_plain(
@@ -86,20 +94,20 @@ def beside_plain(
     }
     for (arch, until, tile), size in itertools.product(nets, sizes):
         case = make_case(arch, until, size, device=device, layout=fast_layout(device))
-        total = half_of_plain(case)
-        ways = {**ways_beside_plain(case), 'half': planned(case, total)[0]}
+        half_bytes = half_of_plain(case)
+        ways = {**ways_beside_plain(case), 'half': planned(case, half_bytes)[0]}
         if tile:
             ways['lightstream'] = dict(method='lightstream', tile=tile)
-        found = compare(ways, case, repeats, log)
-        result['comparisons'].append({**found, 'half_of_plain': total})
+        comparison = compare(ways, case, repeats, log)
+        result['comparisons'].append({**comparison, 'half_of_plain': half_bytes})
     for times_larger in (1, 2, 3):
         height, width = sizes[0]
         size = times_larger * height, times_larger * width
         # contiguous: in channels_last the gradient of the first convolution's weight takes minutes
         # where its output has more than 2**27 values (PyTorch 2.15 on a CPU)
         case = make_case('resnet18', 'layer4', size, device=device)
-        found = compare(ways_beside_plain(case), case, max(1, repeats // 2), log)
-        result['growth'].append(found)
+        comparison = compare(ways_beside_plain(case), case, max(1, repeats // 2), log)
+        result['growth'].append(comparison)
     return result
 
 # %% ../../nbs/bench/04_comparison.ipynb #3176e82f
@@ -115,21 +123,24 @@ def ways_beside_plain(case: dict) -> dict[str, dict]:
 def half_of_plain(case: dict) -> int:
     """Half of the bytes that the plain network takes. Where that is less than the least, half of
     those beside its parameters, their gradients and the image."""
-    found = plan_of(case, 'least')
-    if found.plain.peak // 2 >= found.budget:
-        return found.plain.peak // 2
-    always = found.parts['parameters and gradients'] + found.parts['image']
-    return max(found.budget, always + (found.plain.peak - always) // 2)
+    least = plan_of(case, 'least')
+    plain_peak = least.plain.peak
+    if plain_peak // 2 >= least.budget:
+        return plain_peak // 2
+    resident = least.parts['parameters and gradients'] + least.parts['image']
+    return max(least.budget, resident + (plain_peak - resident) // 2)
 
 
 def exactness_of_methods(device: str, peers: tuple, log: Callable) -> dict[str, dict]:
     "`gradient_error` of each method; on a small image if there are no `peers`, which take tiles."
     ways = [dict(method='plain'), dict(method='checkpoint'), dict(method='streaming', strip=128)]
-    size, found = (1024, 1024) if peers else (128, 128), {}
+    size = (1024, 1024) if peers else (128, 128)
+    errors = {}
     for way in (*ways, *peers):
-        found[way['method']] = gradient_error(way, 'resnet18', 'layer3', size, device)
-        log(f'{way}: {found[way["method"]]}')
-    return found
+        error = gradient_error(way, 'resnet18', 'layer3', size, device)
+        errors[way['method']] = error
+        log(f'{way}: {error}')
+    return errors
 
 # %% ../../nbs/bench/04_comparison.ipynb #bnch0001
 TILES = ('resnet18', 'layer3', (640, 960, 1280)), ('resnet34', 'layer4', (1600, 1920))
@@ -158,7 +169,10 @@ def beside_peer(
 
 # %% ../../nbs/bench/04_comparison.ipynb #bf595f0b
 def pair_of(way: dict, case: dict, repeats: int, patience: float, log: Callable) -> dict:
-    "A way, what streams with the memory that it takes, and the plain network."
+    """A `way` beside streaming with the memory that it takes, and beside the plain network: a dict
+    with the `case`, the `ways`, their `memory`, their times (`seconds`, `cpu`), the `ratio` and
+    `cpu_ratio` of the way to streaming, and the ratios of all `to_plain` and `cpu_to_plain`. If
+    something fails, what was measured until then."""
     peer = way['method']
     ways, memory = ways_of_pair(way, case, log)
     pair = {'case': case, 'ways': ways, 'memory': memory}
@@ -182,20 +196,22 @@ def pair_of(way: dict, case: dict, repeats: int, patience: float, log: Callable)
 def ways_of_pair(way: dict, case: dict, log: Callable) -> tuple[dict, dict]:
     """The ways that are measured beside each other, by their names, and the memory that each takes:
     one alone if it fails."""
-    peer, plain = way['method'], dict(method='plain')
-    ways, memory = {peer: way}, {peer: peak_memory(way, case)}
+    peer = way['method']
+    ways = {peer: way}
+    memory = {peer: peak_memory(way, case)}
     if 'error' not in memory[peer]:
         above = memory[peer]['above']
         ways['streaming'], memory['streaming'] = streaming_within(case, above, log)
-        ways['plain'], memory['plain'] = plain, peak_memory(plain, case)
+        ways['plain'] = dict(method='plain')
+        memory['plain'] = peak_memory(ways['plain'], case)
     return ways, memory
 
 
 def pair_text(pair: dict, peer: str) -> str:
-    "Time and memory of streaming beside another method."
-    memory = pair['memory']
-    own, taken = text_size(memory['streaming']['above']), text_size(memory[peer]['above'])
+    "Time and memory of streaming beside another method, as text."
+    streaming_memory = text_size(pair['memory']['streaming']['above'])
+    peer_memory = text_size(pair['memory'][peer]['above'])
     return (
-        f'streaming {spread(pair["ratio"])} times as fast with {own} where {taken} are taken, '
-        f'{spread(pair["to_plain"]["streaming"])} times plain'
+        f'streaming {spread(pair["ratio"])} times as fast with {streaming_memory} where '
+        f'{peer_memory} are taken, {spread(pair["to_plain"]["streaming"])} times plain'
     )

@@ -38,10 +38,12 @@ class Rows:
     "Noise of (height, width) pixels of uint8 that is made where it is read, the same every time."
 
     def __init__(self, height: int, width: int, shifts: int = 4096) -> None:
-        self.shape, self.seconds = (1, 3, height, width), 0
+        self.shape = 1, 3, height, width
+        self.seconds = 0  # that reading has taken
         seed = torch.Generator().manual_seed(0)
         self.noise = torch.randint(0, 256, (3, width + shifts), dtype=torch.uint8, generator=seed)
-        self.shift = [row * 2654435761 % shifts for row in range(height)]
+        multiplier = 2654435761  # of Knuth's hash: shifts of neighbouring rows are far apart
+        self.shift = [row * multiplier % shifts for row in range(height)]
 
     def read(self, top: int, bottom: int) -> torch.Tensor:
         "Rows as uint8 (1, 3, bottom - top, width); adds to the `seconds` that reading has taken."
@@ -145,7 +147,8 @@ def fast_layout(device: str) -> str:
 
 
 def layout_of(way: dict, case: dict) -> torch.memory_format:
-    "The layout of tensors; lightstream fails with another one than the contiguous."
+    """The layout of the network and the image for a way: the case's, channels_last for bf16 on a
+    GPU, and contiguous for lightstream, which fails in any other."""
     if way['method'] == 'lightstream':
         return LAYOUTS['contiguous']
     if case['device'] != 'cpu' and case['dtype'] == 'bf16':
@@ -166,15 +169,18 @@ class ToFloat(nn.Module):
 
 
 def network_of(case: dict) -> nn.Sequential:
-    "The network of a case; images of uint8 become float32 in it."
+    "The network of a case, with a first layer that makes float32 of uint8 pixels if it needs one."
     first = [] if case['image'] == 'noise' else [ToFloat()]
     return nn.Sequential(*first, *trunk(case['arch'], case['until']))
 
 # %% ../../nbs/bench/03_measure.ipynb #548e7aad
 def prepare(way: dict, case: dict, threads: int) -> tuple[Callable, Callable, Callable]:
-    "The step, what clears its gradients and what makes an image; 'bf16' is autocast."
+    """Three functions: `run(x)`, one training step on an image (under autocast where the case is in
+    'bf16'); `clear()`, which forgets its gradients; `image(height, width)`, which makes an
+    image."""
     torch.set_num_threads(threads)
-    device, layout = torch.device(case['device']), layout_of(way, case)
+    device = torch.device(case['device'])
+    layout = layout_of(way, case)
     network = network_of(case).to(device).to(memory_format=layout)
     step = Step(network, **way)
 
@@ -219,27 +225,30 @@ class PeakMemory:
 
 # %% ../../nbs/bench/03_measure.ipynb #dc45d95d
 def measured_step(way: dict, case: dict, threads: int) -> dict:
-    "In a process of its own: seconds and peak memory of one step."
+    """Seconds and peak memory of one step, as `peak_memory` returns them; to be run in a process of
+    its own."""
     lean = bool(case['lean'] and lean_memory())
     run, clear, image = prepare(way, case, threads)
-    x, small = image(*case['size']), way.get('tile', 2 * way.get('strip', 128))
-    run(image(*(min(side, small) for side in case['size'])))
+    x = image(*case['size'])
+    # a small image first, so that the libraries have loaded what they need
+    small_side = way.get('tile', 2 * way.get('strip', 128))
+    run(image(*(min(side, small_side) for side in case['size'])))
     clear()
     with PeakMemory(case['device'] == 'cuda') as memory:
-        found = timed(run, x)
-    found.update(above=memory.above, peak=memory.peak, lean=lean)
+        times = timed(run, x)
+    measurement: dict = {**times, 'above': memory.above, 'peak': memory.peak, 'lean': lean}
     if isinstance(x, Rows):
-        found['reading'] = x.seconds
-    return found
+        measurement['reading'] = x.seconds
+    return measurement
 
 # %% ../../nbs/bench/03_measure.ipynb #64a1e0d8
 def put_answer(function: Callable, args: tuple, answer: Queue) -> None:
     "Put what a function returns into a queue, or the error that it raises."
     try:
-        found = function(*args)
+        result = function(*args)
     except Exception as e:
-        found = {'error': f'{type(e).__name__}: {e}'.splitlines()[0][:200]}
-    answer.put(found)
+        result = {'error': f'{type(e).__name__}: {e}'.splitlines()[0][:200]}
+    answer.put(result)
 
 # %% ../../nbs/bench/03_measure.ipynb #1baf3ec7
 def fresh(function: Callable, *args: object) -> Any:
@@ -258,7 +267,7 @@ def peak_memory(way: dict, case: dict, threads: int | None = None) -> dict:
 
 # %% ../../nbs/bench/03_measure.ipynb #5ad890a4
 def check_system() -> None:
-    "Refuse to measure memory where it cannot be done."
+    "Raise `InputError` on systems other than Linux, where peak memory cannot be measured."
     if sys.platform != 'linux':
         raise InputError(
             'The peak memory of a process is read from /proc, which '
@@ -267,18 +276,19 @@ def check_system() -> None:
 
 # %% ../../nbs/bench/03_measure.ipynb #aeef46de
 def times_in_turn(ways: dict, case: dict, rounds: int, threads: int) -> dict:
-    "In a process of its own: seconds and CPU seconds of each step."
-    made = {name: prepare(way, case, threads) for name, way in ways.items()}
-    found = {clock: {name: [] for name in ways} for clock in ('seconds', 'cpu')}
+    """Seconds and CPU seconds of each step, as `times` returns them; to be run in a process of its
+    own."""
+    functions = {name: prepare(way, case, threads) for name, way in ways.items()}
+    times = {clock: {name: [] for name in ways} for clock in ('seconds', 'cpu')}
     for turn in range(rounds + 1):
-        for name, (run, clear, image) in made.items():
-            step = timed(run, image(*case['size']))
+        for name, (run, clear, image) in functions.items():
+            step_times = timed(run, image(*case['size']))
             clear()
-            if turn == 0:
+            if turn == 0:  # the first round does not count
                 continue
-            for clock, seconds in step.items():
-                found[clock][name].append(seconds)
-    return found
+            for clock, seconds in step_times.items():
+                times[clock][name].append(seconds)
+    return times
 
 # %% ../../nbs/bench/03_measure.ipynb #823baca7
 def times(ways: dict, case: dict, rounds: int = 5) -> dict:
@@ -293,13 +303,13 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def ratios(seconds: dict[str, list[float]], to: str = 'plain') -> dict[str, dict]:
-    """`summary` of the ratios of each way to another, round by round; where that one ran less often,
-    its rounds are repeated."""
-    found = {}
+    """For each way the `summary` of its times over those of the way `to`, round by round. Where
+    that way ran less often, its rounds are repeated."""
+    summaries = {}
     for name, values in seconds.items():
-        others = itertools.cycle(seconds[to])
-        found[name] = summary([value / other for value, other in zip(values, others)])
-    return found
+        references = itertools.cycle(seconds[to])
+        summaries[name] = summary([value / other for value, other in zip(values, references)])
+    return summaries
 
 
 def spread(found: dict) -> str:
@@ -308,7 +318,8 @@ def spread(found: dict) -> str:
 
 # %% ../../nbs/bench/03_measure.ipynb #4f9f44b3
 def in_turn(ways: dict, cases: dict, repeats: int, once: tuple = ()) -> dict[str, list]:
-    "`peak_memory` of all `ways` in turn; of those in `once` only in the first round."
+    """`peak_memory` of all `ways`, each on its case, in turn for so many rounds: name ->
+    measurements. Ways in `once` are measured only in the first round."""
     rounds = {name: [] for name in ways}
     for turn, name in itertools.product(range(repeats), ways):
         if turn == 0 or name not in once:
@@ -354,48 +365,51 @@ def plan_of(case: dict, memory: int | str) -> Plan:
 
 
 def planned(case: dict, memory: int | str) -> tuple[dict, int]:
-    "The way that is planned for `memory`, and the bytes that its plan has above start."
-    found = plan_of(case, memory)
-    image = 0 if case['image'] == 'rows' else found.parts['image']
-    above = found.peak_bytes - image - (bytes_before(case) - image_bytes(case))
-    if not found.streamed:
+    "The way that is planned for `memory`, and its predicted peak in bytes above start."
+    case_plan = plan_of(case, memory)
+    image = 0 if case['image'] == 'rows' else case_plan.parts['image']
+    network = bytes_before(case) - image_bytes(case)
+    above = case_plan.peak_bytes - image - network
+    if not case_plan.streamed:
         return dict(method='plain'), above
-    return dict(method='streaming', **found.options), above
+    return dict(method='streaming', **case_plan.options), above
 
 
 def streaming_within(case: dict, above: int, log: Callable = print) -> tuple[dict, dict]:
     """The fastest way to stream a case whose measured peak is at most `above` bytes above start,
-    and that measurement; the way with least memory if none is."""
+    and its `peak_memory`, with the `planned` bytes; the way with least memory if none is."""
     target = above
     for _ in range(5):
         try:
-            way, plans = planned(case, target + bytes_before(case))
+            way, planned_above = planned(case, target + bytes_before(case))
         except InputError:
-            way, plans = planned(case, 'least')
-        found = {'planned': plans, **peak_memory(way, case)}
-        if found.get('above', 0) <= above or plans > target:
+            way, planned_above = planned(case, 'least')
+        measurement = {'planned': planned_above, **peak_memory(way, case)}
+        if measurement.get('above', 0) <= above or planned_above > target:
             break
-        target = int(0.98 * target * above / found['above'])
+        target = int(0.98 * target * above / measurement['above'])
         log(
-            f'{text_size(found["above"])} measured where {text_size(plans)} were planned, '
-            f'and {text_size(above)} are there'
+            f'{text_size(measurement["above"])} measured where {text_size(planned_above)} were '
+            f'planned, and {text_size(above)} are there'
         )
-    return way, found
+    return way, measurement
 
 # %% ../../nbs/bench/03_measure.ipynb #25de3916
 def machine() -> dict:
-    "What the figures were measured on."
-    found = environment()
+    """What the figures were measured on: `environment`, with lightstream's version if it is
+    installed, the `seed` of what is drawn, and the `instructions` that PyTorch uses on the CPU."""
+    about = environment()
     try:
-        found['packages']['lightstream'] = version('lightstream')
+        about['packages']['lightstream'] = version('lightstream')
     except PackageNotFoundError:
         pass
-    return {**found, 'seed': 0, 'instructions': torch.backends.cpu.get_cpu_capability()}
+    return {**about, 'seed': 0, 'instructions': torch.backends.cpu.get_cpu_capability()}
 
 # %% ../../nbs/bench/03_measure.ipynb #1ca0f500
 def where_measured(result: dict, device: str = 'cpu') -> str:
     "Date, processor, threads, memory, versions and commit of a result, as text."
-    about, packages = result['machine']['machine'], result['machine']['packages']
+    about = result['machine']['machine']
+    packages = result['machine']['packages']
     name = about['cpu' if device == 'cpu' else 'gpu']
     if 'instructions' in result['machine']:
         name += f' ({result["machine"]["instructions"]})'
@@ -425,10 +439,10 @@ def read_figures(name: str, folder: str = '../results') -> dict:
 
 # %% ../../nbs/bench/03_measure.ipynb #79c74e2f
 def options_text(way: dict) -> str:
-    "The options of a way that are not the defaults."
-    usual = (1, 'device', 'auto', 'rows')
-    shown = {k: v for k, v in way.items() if k != 'method' and v not in usual}
-    return ', '.join(f'{name} {value}' for name, value in shown.items())
+    "The options of a way that are not the defaults, as text."
+    defaults = (1, 'device', 'auto', 'rows')
+    options = {k: v for k, v in way.items() if k != 'method' and v not in defaults}
+    return ', '.join(f'{name} {value}' for name, value in options.items())
 
 
 def case_text(case: dict) -> str:

@@ -30,7 +30,8 @@ def slim(width: int = 8, blocks: tuple = (1, 1, 1, 1)) -> ResNet:
     net = ResNet(BasicBlock, [*blocks], num_classes=1)
     net.inplanes = width
     net.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
-    net.bn1, net.fc = nn.BatchNorm2d(width), nn.Linear(8 * width, 1)
+    net.bn1 = nn.BatchNorm2d(width)
+    net.fc = nn.Linear(8 * width, 1)
     for i, count in enumerate(blocks):
         stage = net._make_layer(BasicBlock, width * 2**i, count, stride=1 + (i > 0))
         setattr(net, f'layer{i + 1}', stage)
@@ -38,9 +39,13 @@ def slim(width: int = 8, blocks: tuple = (1, 1, 1, 1)) -> ResNet:
 
 
 def network(arch: str) -> ResNet:
-    "A ResNet of torchvision, 'slim', or 'narrow': ResNet-34's layout with 8 to 64 channels."
-    ours = {'slim': slim, 'narrow': lambda: slim(8, (3, 4, 6, 3))}
-    net = ours[arch]() if arch in ours else getattr(torchvision.models, arch)(weights=None)
+    """A ResNet with random weights, in `.eval()`: one of torchvision by its name, 'slim', or
+    'narrow', which is ResNet-34's layout with 8 to 64 channels."""
+    slim_networks = {'slim': slim, 'narrow': lambda: slim(8, (3, 4, 6, 3))}
+    if arch in slim_networks:
+        net = slim_networks[arch]()
+    else:
+        net = getattr(torchvision.models, arch)(weights=None)
     return net.eval()
 
 
@@ -50,9 +55,10 @@ def trunk(arch: str = 'resnet34', until: str = 'layer4') -> nn.Sequential:
     net = network(arch)
     if until == 'logits':
         return nn.Sequential(net)
-    stages = ['layer1', 'layer2', 'layer3', 'layer4']
-    first = [net.conv1, net.bn1, net.relu, net.maxpool]
-    return nn.Sequential(*first, *(getattr(net, s) for s in stages[: stages.index(until) + 1]))
+    names = ['layer1', 'layer2', 'layer3', 'layer4']
+    stem = [net.conv1, net.bn1, net.relu, net.maxpool]
+    stages = [getattr(net, name) for name in names[: names.index(until) + 1]]
+    return nn.Sequential(*stem, *stages)
 
 # %% ../../nbs/bench/02_methods.ipynb #c34d3171
 class Checkpointed(nn.Module):
@@ -77,7 +83,8 @@ def plain(net: nn.Module) -> nn.Module:
 
 
 def lightstream(net: nn.Module, tile: int) -> Callable:
-    "lightstream's engine around `net`; its layers are replaced in place."
+    """lightstream's engine around `net`, whose layers are replaced in place. Raises `InputError` if
+    the package is not installed."""
     try:
         from lightstream.core.constructor import (  # pyright: ignore[reportMissingImports]
             StreamingConstructor,
@@ -87,12 +94,12 @@ def lightstream(net: nn.Module, tile: int) -> Callable:
             "lightstream is not installed: pip install -c constraints.txt -e '.[bench]'."
         ) from e
     with redirect_stdout(io.StringIO()):
-        made = StreamingConstructor(
+        constructor = StreamingConstructor(
             net, tile, verbose=False, copy_to_gpu=False, normalize_on_gpu=False
         )
-        made.statistics_on_cpu = False  # True would move the network to a GPU afterwards
-        made.add_modules_to_keep([nn.BatchNorm2d])
-        return made.prepare_streaming_model()
+        constructor.statistics_on_cpu = False  # True would move the network to a GPU afterwards
+        constructor.add_modules_to_keep([nn.BatchNorm2d])
+        return constructor.prepare_streaming_model()
 
 # %% ../../nbs/bench/02_methods.ipynb #a15937aa
 methods: dict[str, Callable] = {
@@ -113,7 +120,8 @@ class Step:
     `parameters()`."""
 
     def __init__(self, net: nn.Module, method: str = 'plain', **options: Any) -> None:
-        self.method, self.f = method, methods[method](net, **options)
+        self.method = method
+        self.f = methods[method](net, **options)
 
     def __call__(self, x: Any) -> None:
         if self.method != 'lightstream':
@@ -142,17 +150,22 @@ def runs_on_meta(method: str) -> bool:
 
 
 def work(way: dict, arch: str, until: str, size: tuple) -> float:
-    "How often a pixel is computed in one training step on an image of (height, width)."
+    """How often a pixel is computed in one training step on an image of (height, width): operations
+    of all forward convolutions, over those of the plain network's forward pass."""
     device = 'meta' if runs_on_meta(way['method']) else 'cpu'
-    net, x = trunk(arch, until).to(device), torch.empty(1, 3, *size, device=device)
-    with FlopCounterMode(display=False) as once, torch.no_grad():
+    net = trunk(arch, until).to(device)
+    x = torch.empty(1, 3, *size, device=device)
+    with FlopCounterMode(display=False) as forward_counter, torch.no_grad():
         net(x)
-    step = Step(net, **{k: v for k, v in way.items() if k != 'states'})
+    # where states wait does not change the work, and the meta device has no other place
+    options = {name: value for name, value in way.items() if name != 'states'}
+    step = Step(net, **options)
     if way['method'] == 'streaming':
         step.f.strips(source_of(x, net))  # traces the network, which the counter would count too
-    with FlopCounterMode(display=False) as counted:
+    with FlopCounterMode(display=False) as step_counter:
         step(x)
-    return counted.get_flop_counts()['Global'][torch.ops.aten.convolution] / once.get_total_flops()
+    convolutions = step_counter.get_flop_counts()['Global'][torch.ops.aten.convolution]
+    return convolutions / forward_counter.get_total_flops()
 
 
 @torch.no_grad()

@@ -38,10 +38,12 @@ def exactness(
     outputs, gradients = outputs_and_gradients(net, x, leaves)
     worst = {'output': 0.0, 'gradients': 0.0}
     for direction in directions:
-        streamed = stream(net, strip, direction=direction)
-        found, found_gradients = outputs_and_gradients(streamed, x, leaves)
-        worst['output'] = max(worst['output'], *map(difference, found, outputs))
-        worst['gradients'] = max(worst['gradients'], *map(difference, found_gradients, gradients))
+        network = stream(net, strip, direction=direction)
+        streamed_outputs, streamed_gradients = outputs_and_gradients(network, x, leaves)
+        output_errors = map(difference, streamed_outputs, outputs)
+        gradient_errors = map(difference, streamed_gradients, gradients)
+        worst['output'] = max(worst['output'], *output_errors)
+        worst['gradients'] = max(worst['gradients'], *gradient_errors)
     return worst
 
 
@@ -58,15 +60,15 @@ def streams(
     torch.manual_seed(seed)
     options = BUILT_WITH.get(arch, {})
     net = torchvision.models.get_model(arch, weights=None, num_classes=2, **options).eval()
-    parameters = sum(p.numel() for p in net.parameters()) / 1e6
-    found = {'family': type(net).__name__, 'parameters': round(parameters, 1)}
+    millions = sum(p.numel() for p in net.parameters()) / 1e6
+    about = {'family': type(net).__name__, 'parameters': round(millions, 1)}
     net = shake(net).double().to(device)
     x = torch.randn(1, 3, *size, dtype=torch.double, device=device)
     try:
         stream(net, strip)(x)
     except StreamingError as e:
-        return {**found, 'refused': str(e)}
-    return {**found, **exactness(net, x, strip, directions)}
+        return {**about, 'refused': str(e)}
+    return {**about, **exactness(net, x, strip, directions)}
 
 
 def run_networks(

@@ -194,16 +194,16 @@ def beside_chain(
             for number, (name, way) in itertools.product(range(repeats), WAYS.items()):
                 if number and is_hopeless(rounds[name][0]):
                     continue
-                found = apart(way, path, size, number)
-                rounds[name].append(found)
-                log(f'{size[0]} x {size[1]}, {name}: {found}')
+                measurement = apart(way, path, size, number)
+                rounds[name].append(measurement)
+                log(f'{size[0]} x {size[1]}, {name}: {measurement}')
             results['sizes'].append(dict(size=list(size), rounds=rounds))
     return results
 
 # %% ../../nbs/bench/09_pipeline.ipynb #0e1cdfff
-def is_hopeless(found: dict) -> bool:
-    "Whether a measurement is not worth repeating."
-    return 'error' in found or found['seconds'] > 300
+def is_hopeless(measurement: dict) -> bool:
+    "Whether a measurement is not worth repeating: it failed, or took five minutes."
+    return 'error' in measurement or measurement['seconds'] > 300
 
 # %% ../../nbs/bench/09_pipeline.ipynb #8c8644cc
 def trimming(
@@ -217,9 +217,14 @@ def trimming(
     results = new_results(runs=[])
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
-            place = f'{folder}/{size[0]}x{size[1]}'
             manifest = write_cohort(
-                place, slides, size, 0.48, workers=2, progress=False, look='natural'
+                f'{folder}/{size[0]}x{size[1]}',
+                slides,
+                size,
+                0.48,
+                workers=2,
+                progress=False,
+                look='natural',
             )
             for number, n_workers in itertools.product(range(repeats), workers):
                 out = f'{folder}/{size}_{number}_{n_workers}'
@@ -254,9 +259,14 @@ def loading(
     results = new_results(runs=[])
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
-            place = f'{folder}/{size[0]}x{size[1]}'
             manifest = write_cohort(
-                place, slides, size, 0.96, workers=2, progress=False, look='natural'
+                f'{folder}/{size[0]}x{size[1]}',
+                slides,
+                size,
+                0.96,
+                workers=2,
+                progress=False,
+                look='natural',
             )
             data = SlideDataset(read_manifest(manifest), 0.96, size, Augmentation())
             for _, n_workers, busy in itertools.product(range(repeats), workers, device_seconds):
@@ -285,7 +295,8 @@ def waiting_times(
     sampler: Any = loader.sampler
     for epoch in range(2):
         sampler.set_epoch(epoch)
-        items, waits = iter(loader), []
+        items = iter(loader)
+        waits = []
         epoch_start = time.perf_counter()
         for _ in range(len(data)):
             start = time.perf_counter()
@@ -346,8 +357,8 @@ def our_phase(network: nn.Module | None, loader: DataLoader) -> list[float]:
         return [row['logits'][0] for row in predict(network, loader, progress=False)]
     for item in loader:
         bag = item['image']
-        for places in bag.positions.split(64):
-            bag.patches(places)
+        for positions in bag.positions.split(64):
+            bag.patches(positions)
     return []
 
 
@@ -447,16 +458,17 @@ class PhaseLoops:
             phase(None, loader)
 
     def round(self, size: list[int], patches: int) -> list[dict]:
-        "Measure each loop with and without its network. All must find the same logits."
-        runs, found = [], []
-        for (way, n_workers, phase, network, loader), alone in itertools.product(
-            self.loops, (False, True)
-        ):
+        """Measure each loop with its network and `alone`, without it: a dict for each. Raises
+        `AssertionError` if the loops do not find the same highest logits."""
+        runs = []
+        highest_logits = []  # of the slides, by each loop with its network
+        for loop, alone in itertools.product(self.loops, (False, True)):
+            way, n_workers, phase, network, loader = loop
             start = time.perf_counter()
             highest = phase(None if alone else network, loader)
             seconds = time.perf_counter() - start
             if not alone:
-                found.append(highest)
+                highest_logits.append(highest)
             runs.append(
                 dict(
                     size=size,
@@ -468,7 +480,7 @@ class PhaseLoops:
                     per_second=patches / seconds,
                 )
             )
-        assert np.ptp(found, axis=0).max() < 0.01, found
+        assert np.ptp(highest_logits, axis=0).max() < 0.01, highest_logits
         return runs
 
 # %% ../../nbs/bench/09_pipeline.ipynb #a14c176f
@@ -486,11 +498,14 @@ def train_epochs(
     torch.set_num_threads(1)
     os.sched_setaffinity(0, [sorted(os.sched_getaffinity(0))[rank]])
     torch.manual_seed(0)
-    ranks, epochs = Alone(), 2
     if together:
         meeting = f'file://{folder}/meet'
         dist.init_process_group('gloo', init_method=meeting, rank=rank, world_size=n_processes)
-        ranks, epochs = Ranks(), 1 + n_processes
+        ranks = Ranks()
+        epochs = 1 + n_processes  # each of a share of the slides
+    else:
+        ranks = Alone()
+        epochs = 2
     history = fit(
         StreamingClassifier(strip=256),
         noise_slides(slides, size),
@@ -619,10 +634,10 @@ def long_run(
     for size, _, n_workers in itertools.product(sizes, range(repeats), workers):
         run = fresh_process(train_long, steps, size, n_workers, every)
         results['runs'].append(run)
-        short = dict(run)
+        log_entry = dict(run)
         if 'seen' in run:
-            short['seen'] = [round(row['memory'] / 1e6) for row in run['seen']]
-        log(short)
+            log_entry['seen'] = [round(row['memory'] / 1e6) for row in run['seen']]
+        log(log_entry)
     return results
 
 # %% ../../nbs/bench/09_pipeline.ipynb #a9476b9c
@@ -633,13 +648,13 @@ def train_long(steps: int, size: tuple[int, int], workers: int, every: int, queu
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_cohort(f'{folder}/cohort', 12, size, 4.0, progress=False)
         data = SlideDataset(read_manifest(manifest), 4.0, augment=Augmentation(), canvas=True)
-        seen = Held(every)
+        resources = Held(every)
         callbacks = [
             CSVLog(f'{folder}/log.csv'),
             EMA(0.9),
             Checkpoints(f'{folder}/points', minutes=0.2),
             TensorBoardLog(f'{folder}/tensorboard'),
-            seen,
+            resources,
         ]
         model = StreamingClassifier(strip=64)
         train = slide_loader(data.part('train', augment=data.augment), True, workers=workers)
@@ -660,11 +675,11 @@ def train_long(steps: int, size: tuple[int, int], workers: int, every: int, queu
         after = held()
     queue.put(
         dict(
-            steps=seen.step,
+            steps=resources.step,
             size=list(size),
             workers=workers,
             before=before,
-            seen=seen.rows,
+            seen=resources.rows,
             after=after,
         )
     )

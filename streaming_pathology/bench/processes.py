@@ -30,10 +30,10 @@ def process_status(key: str) -> int | None:
 
 
 def memory_now(most: bool = False) -> int:
-    "Bytes of memory that this process has or, with `most`, the most that it had."
-    found = process_status('VmHWM' if most else 'VmRSS')
-    assert found is not None  # Linux has both of every process
-    return found
+    "Bytes of memory that this process has or, with `most`, the most that it had so far."
+    n_bytes = process_status('VmHWM' if most else 'VmRSS')
+    assert n_bytes is not None  # Linux has both of every process
+    return n_bytes
 
 
 def fresh_process(
@@ -52,7 +52,8 @@ def fresh_process(
 
 # %% ../../nbs/bench/01_processes.ipynb #4bdee20d
 def answer_of(process: BaseProcess, queue: Queue) -> Any:
-    "The first object that a process puts into a queue, or a dict with an `error`."
+    """The first object that a process puts into a queue; a dict with an `error` if it ends without
+    one."""
     while True:
         was_alive = process.is_alive()
         try:
@@ -72,10 +73,11 @@ def processor_seconds() -> float:
 
 
 def timed(function: Callable, *args: object) -> dict[str, float]:
-    "Seconds, and CPU seconds of all threads, of one call."
-    wall, cpu = time.perf_counter(), time.process_time()
+    "The `seconds` that one call takes, and `cpu`, the CPU seconds of all its threads."
+    start = time.perf_counter()
+    cpu_start = time.process_time()
     function(*args)
-    return {'seconds': time.perf_counter() - wall, 'cpu': time.process_time() - cpu}
+    return {'seconds': time.perf_counter() - start, 'cpu': time.process_time() - cpu_start}
 
 # %% ../../nbs/bench/01_processes.ipynb #3913390d
 def apart(function: Callable, *args: object, cores: int = 1) -> dict:
@@ -91,9 +93,9 @@ def measure_call(function: Callable, args: tuple, cores: int, queue: Queue) -> N
     try:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
         torch.set_num_threads(cores)
-        before = memory_now()
-        found = timed(function, *args)
+        start_bytes = memory_now()
+        times = timed(function, *args)
         peak = memory_now(most=True)
-        queue.put(dict(**found, peak=peak, above=peak - before))
+        queue.put(dict(**times, peak=peak, above=peak - start_bytes))
     except Exception as e:
         queue.put({'error': f'{type(e).__name__}: {e}'[:200]})

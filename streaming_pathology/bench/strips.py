@@ -36,14 +36,17 @@ class PerStrip:
         long: torch.Tensor,
         repeats: int = 1,
     ) -> None:
-        self.function, self.net, self.repeats = function, net, repeats
-        self.short, self.long = short, long
+        self.function = function
+        self.net = net
+        self.short = short
+        self.long = long
+        self.repeats = repeats
 
     def milliseconds(self, rows: int) -> float:
-        "Those of a strip of so many `rows`."
-        more = self.total(self.long) - self.total(self.short)
-        strips = (self.long.shape[2] - self.short.shape[2]) / rows
-        return 1000 * more / strips / self.repeats
+        "CPU milliseconds that a strip of so many `rows` takes in one step."
+        more_seconds = self.total(self.long) - self.total(self.short)
+        more_strips = (self.long.shape[2] - self.short.shape[2]) / rows
+        return 1000 * more_seconds / more_strips / self.repeats
 
     def total(self, x: torch.Tensor) -> float:
         "CPU seconds of all repeats on one image."
@@ -82,18 +85,19 @@ def ways_per_strip(rows: int, columns: int, layout: str) -> dict[str, PerStrip]:
 
 
 def costs_in_turn(rows: int, columns: int, rounds: int) -> dict[str, list[float]]:
-    "In a process of its own, with one thread: CPU milliseconds a strip in each round."
+    """CPU milliseconds a strip of each way in each round: name -> numbers; to be run in a process
+    of its own, where it sets one thread."""
     torch.set_num_threads(1)
     ways = {}
     for layout in LAYOUTS:
         ways.update(ways_per_strip(rows, columns, layout))
-    found = {name: [] for name in ways}
+    milliseconds = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
-            milliseconds = way.milliseconds(rows)
-            if turn > 0:
-                found[name].append(milliseconds)
-    return found
+            one_strip = way.milliseconds(rows)
+            if turn > 0:  # the first round does not count
+                milliseconds[name].append(one_strip)
+    return milliseconds
 
 # %% ../../nbs/bench/06_strips.ipynb #6475f1fb
 def strip_costs(
@@ -110,9 +114,9 @@ def strip_costs(
         short=SHORT,
         long=LONG,
     )
-    found = fresh(costs_in_turn, strip, columns, repeats)
-    result = {'machine': machine(), 'case': case, 'milliseconds': found}
-    if 'error' not in found:
-        result['per_strip'] = {name: summary(values) for name, values in found.items()}
-    log(result.get('per_strip', found))
+    milliseconds = fresh(costs_in_turn, strip, columns, repeats)
+    result = {'machine': machine(), 'case': case, 'milliseconds': milliseconds}
+    if 'error' not in milliseconds:
+        result['per_strip'] = {name: summary(values) for name, values in milliseconds.items()}
+    log(result.get('per_strip', milliseconds))
     return result

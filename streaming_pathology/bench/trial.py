@@ -70,8 +70,9 @@ class Trial:
         layout = LAYOUTS[case['layout']]
         self.net = network_of(case).to(case['device']).to(memory_format=layout)
         self.x = noise(*case['size']).to(case['device'], memory_format=layout)
-        self.cuda, self.streamed = case['device'] == 'cuda', stream(self.net)
-        self.step(self.net)
+        self.cuda = case['device'] == 'cuda'
+        self.streamed = stream(self.net)
+        self.step(self.net)  # leaves the gradients that later steps add to
 
     def step(self, function: Callable) -> None:
         "A forward and a backward pass."
@@ -80,7 +81,7 @@ class Trial:
             torch.cuda.synchronize()
 
     def function(self, way: dict | None) -> Callable:
-        "The streamed network; the plain one for None."
+        "The network streamed in a `way`; the plain one for None."
         return self.net if way is None else self.streamed.with_options(**way, direction='rows')
 
     def tensors_before(self) -> list[torch.Tensor]:
@@ -89,26 +90,26 @@ class Trial:
         return tensors + [p.grad for p in self.net.parameters()]
 
     def measure(self, way: dict) -> dict:
-        """Time of a step, and the most bytes: of tensors that are alive at once ('alive'), and that
-        the process takes, with those that were there ('peak')."""
+        """`seconds` and `cpu` of a step; `alive`, the most bytes of tensors that are alive at once;
+        `peak`, the most bytes of the process, counted from what tensors took before the step."""
         function = self.function(way)
         function.strips(source_of(self.x, self.net))  # so that its trace is not counted
         with Ledger() as ledger:
             ledger.note_all(self.tensors_before())
             self.step(function)
         with PeakMemory(self.cuda) as memory:
-            found = timed(self.step, function)
-        before = sum(t.nbytes for t in self.tensors_before())
-        return {**found, 'alive': ledger.peak, 'peak': memory.above + before}
+            times = timed(self.step, function)
+        bytes_before = sum(t.nbytes for t in self.tensors_before())
+        return {**times, 'alive': ledger.peak, 'peak': memory.above + bytes_before}
 
     def rounds(self, ways: dict, count: int) -> dict:
         "Times of `ways` in turn: {'seconds': {way: [...]}, 'cpu': {way: [...]}}."
         functions = {name: self.function(way) for name, way in ways.items()}
-        found = {clock: {name: [] for name in ways} for clock in ('seconds', 'cpu')}
+        times = {clock: {name: [] for name in ways} for clock in ('seconds', 'cpu')}
         for _, (name, function) in itertools.product(range(count), functions.items()):
             for clock, seconds in timed(self.step, function).items():
-                found[clock][name].append(seconds)
-        return found
+                times[clock][name].append(seconds)
+        return times
 
 # %% ../../nbs/bench/07_trial.ipynb #403c17dc
 def plans_between(case: dict, count: int = 5) -> dict[int, Plan]:
@@ -120,31 +121,40 @@ def plans_between(case: dict, count: int = 5) -> dict[int, Plan]:
 
 
 def trial_of(case: dict, rounds: int, threads: int) -> dict:
-    "In a process of its own: all ways once, then the best ones and the planned ones in turn."
+    """Measure all ways once, then the fastest and the planned ones in turn; to be run in a process
+    of its own.
+
+    Returns a dict: `budgets`, what `compare_with_best` returns for each budget; `ways`, the
+    measurement of each way by its name; `seconds` and `cpu` of the rounds; `speed` of the device as
+    text; `plain_peak`, bytes that the plain network takes by its plan."""
     lean_memory()
     torch.set_num_threads(threads)
     plans = plans_between(case)
-    lowest = plans[min(plans)]
-    planned = {total: planned_way(plan) for total, plan in plans.items()}
-    ways = {way_name(way): way for way in (*every_way(case['size'][0]), *planned.values())}
+    planned_ways = {total: planned_way(plan) for total, plan in plans.items()}
+    ways = {way_name(way): way for way in (*every_way(case['size'][0]), *planned_ways.values())}
+
+    # every way once
+    any_plan = plans[min(plans)]  # loads, speed and the plain network are the same in all
     trial = Trial(case)
     measured = {name: trial.measure(way) for name, way in ways.items()}
     for name, way in ways.items():
-        measured[name]['predicted'] = predicted_peak(lowest, way)
-    best = {total: fastest_within(measured, total) for total in plans}
-    finalists = {*map(way_name, planned.values()), *itertools.chain(*best.values())}
-    in_turn = {'plain': None, **{name: ways[name] for name in sorted(finalists)}}
-    times = trial.rounds(in_turn, rounds)
-    budgets = [
-        judged(total, plan, way_name(planned[total]), best[total], measured, times)
-        for total, plan in plans.items()
-    ]
+        measured[name]['predicted'] = predicted_peak(any_plan, way)
+
+    # the finalists of each budget in turn
+    fastest = {total: fastest_within(measured, total) for total in plans}
+    finalists = {*map(way_name, planned_ways.values()), *itertools.chain(*fastest.values())}
+    finalist_ways = {'plain': None, **{name: ways[name] for name in sorted(finalists)}}
+    times = trial.rounds(finalist_ways, rounds)
+    budgets = []
+    for total, plan in plans.items():
+        name = way_name(planned_ways[total])
+        budgets.append(compare_with_best(total, plan, name, fastest[total], measured, times))
     return {
         'budgets': budgets,
         'ways': measured,
         **times,
-        'speed': str(lowest.speed),
-        'plain_peak': lowest.plain.peak,
+        'speed': str(any_plan.speed),
+        'plain_peak': any_plan.plain.peak,
     }
 
 
@@ -157,7 +167,7 @@ def predicted_peak(
     plan: Plan,  # of any budget for the same case
     way: dict,
 ) -> int:
-    "The most bytes that a way should take."
+    "The predicted bytes at the peak of a way, with the loads of a plan."
     load = plan.at(way['strip'])  # what strips of this height take
     return load.peak(way['keep'], way['every'], way['states'])
 
@@ -168,12 +178,18 @@ def fastest_within(measured: dict, total: int, count: int = FINALISTS) -> list[s
     return sorted(fit, key=lambda name: measured[name]['cpu'])[:count]
 
 
-def judged(
-    total: int, plan: Plan, name: str, others: list[str], measured: dict, times: dict
+def compare_with_best(
+    total: int,  # bytes of the budget
+    plan: Plan,  # for it
+    name: str,  # of the planned way
+    others: list[str],  # names of the fastest ways that fit
+    measured: dict,  # name of a way -> its measurement
+    times: dict,  # of the rounds
 ) -> dict:
-    "The planned way of this `name` for a budget beside the fastest."
-    median = {way: statistics.median(times['cpu'][way]) for way in (name, *others)}
-    best = min(median, key=lambda way: median[way])
+    """The planned way for a budget beside the one that was fastest in the rounds: their names,
+    ratios of times, and the predicted and measured bytes of the planned one."""
+    medians = {way: statistics.median(times['cpu'][way]) for way in (name, *others)}
+    best = min(medians, key=lambda way: medians[way])
     return {
         'budget': total,
         'planned': name,
@@ -201,7 +217,7 @@ def planned_or_tried(
     result = {'machine': machine(), 'trials': []}
     for size in sizes:
         case = make_case(arch, until, size, device=device, layout=fast_layout(device))
-        found = fresh(trial_of, case, repeats, torch.get_num_threads())
-        result['trials'].append({'case': case, 'repeats': repeats, **found})
-        log('\n'.join(map(str, found.get('budgets', [found]))))
+        trial = fresh(trial_of, case, repeats, torch.get_num_threads())
+        result['trials'].append({'case': case, 'repeats': repeats, **trial})
+        log('\n'.join(map(str, trial.get('budgets', [trial]))))  # or its error
     return result

@@ -35,20 +35,19 @@ def large(
     `lean_memory`, as the commands run. Where the plans differ, the smaller sizes once more in the
     strips of the last one."""
     cases = [make_case(arch, 'logits', size, image, device, dtype, lean=True) for size in sizes]
-    ways: list[tuple[dict, Any]]  # and what was planned for each
+    steps: list[tuple[dict, dict, Any]]  # (case, way, bytes that were planned or None) each
     if strip:
-        fixed = dict(method='streaming', strip=strip, states='disk')
-        ways = [(fixed, None) for _ in cases]
+        way = dict(method='streaming', strip=strip, states='disk')
+        steps = [(case, way, None) for case in cases]
     else:
-        ways = [planned(case, memory) for case in cases]
-    steps = [(case, *way) for case, way in zip(cases, ways)]
-    last = ways[-1][0]
-    steps += [(case, last, None) for case, (way, _) in zip(cases, ways) if way != last]
+        steps = [(case, *planned(case, memory)) for case in cases]
+    _, last_way, _ = steps[-1]
+    steps += [(case, last_way, None) for case, way, _ in steps if way != last_way]
     result = {'machine': machine(), 'steps': []}
-    for case, way, plans in steps:
-        found = peak_memory(way, case)
-        result['steps'].append({'case': case, 'way': way, 'planned': plans, **found})
-        log(f'{title(case)}, {way}: {found}')
+    for case, way, planned_bytes in steps:
+        measurement = peak_memory(way, case)
+        result['steps'].append({'case': case, 'way': way, 'planned': planned_bytes, **measurement})
+        log(f'{title(case)}, {way}: {measurement}')
     return result
 
 
@@ -96,8 +95,8 @@ def beside_default(
         }
         rounds = in_turn(dict.fromkeys(cases, way), cases, repeats)
         pair = {'cases': cases, 'way': way, 'rounds': rounds}
-        for key, found in ratios_of(rounds, 'default', ('seconds', 'above')).items():
-            pair[key] = found['lean']
+        for key, summaries in ratios_of(rounds, 'default', ('seconds', 'above')).items():
+            pair[key] = summaries['lean']
         result['pairs'].append(pair)
         log(
             f'{title(cases["lean"])}: {pair.get("seconds", rounds)} times the seconds, '
@@ -107,13 +106,18 @@ def beside_default(
 
 # %% ../../nbs/bench/05_whole_slides.ipynb #f8eec6d3
 def ratios_of(rounds: dict, to: str, keys: tuple) -> dict[str, dict]:
-    "The `ratios` of figures that were measured in rounds; none if something failed."
-    if any('error' in found for each in rounds.values() for found in each):
+    """For each of the `keys` the `ratios` of that figure to the one of `to`; empty if a measurement
+    failed. `rounds`: name -> a measurement for each round."""
+    if any('error' in measured for measurements in rounds.values() for measured in measurements):
         return {}
-    return {
-        key: ratios({name: [f[key] for f in each] for name, each in rounds.items()}, to)
-        for key in keys
-    }
+    by_key = {}
+    for key in keys:
+        figures = {
+            name: [measured[key] for measured in measurements]
+            for name, measurements in rounds.items()
+        }
+        by_key[key] = ratios(figures, to)
+    return by_key
 
 # %% ../../nbs/bench/05_whole_slides.ipynb #bnch0003
 def beside_dense(
@@ -163,7 +167,7 @@ def beside_one_each(
         cases = {name: make_case(arch, until, size, name, device) for name in names}
         rounds = in_turn(dict.fromkeys(names, way), cases, repeats)
         pair = {'cases': cases, 'way': way, 'rounds': rounds}
-        if not any('error' in found for each in rounds.values() for found in each):
+        if not any('error' in measured for each in rounds.values() for measured in each):
             for key in ('seconds', 'cpu'):
                 pair[key] = to_the_sum(rounds, key)
         result['pairs'].append(pair)
@@ -172,7 +176,10 @@ def beside_one_each(
 
 # %% ../../nbs/bench/05_whole_slides.ipynb #rng00003
 def to_the_sum(rounds: dict[str, list], key: str) -> dict[str, float]:
-    "The ratio of one canvas with both biopsies to the sum of the two with one, round by round."
-    both, left, right = ([found[key] for found in each] for each in rounds.values())
-    apart = [one + other for one, other in zip(left, right)]
-    return ratios({'together': both, 'apart': apart}, 'apart')['together']
+    """The `summary` of one figure of the canvas with both biopsies over the sum of the two canvases
+    with one, round by round; `rounds` has the three in this order."""
+    both, left, right = (
+        [measured[key] for measured in measurements] for measurements in rounds.values()
+    )
+    sums = [one + other for one, other in zip(left, right)]
+    return ratios({'together': both, 'apart': sums}, to='apart')['together']

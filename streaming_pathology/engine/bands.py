@@ -23,12 +23,14 @@ from .windows import Range, StreamingError, side_of
 
 # %% ../../nbs/engine/14_bands.ipynb #d094f939
 def shares(height: int, ranks: int) -> list[int]:
-    "Where the bands of an output begin, and where the last one ends."
+    """The rows at which the bands of an output of `height` rows begin, and the one behind the last:
+    `ranks + 1` numbers."""
     return [height * rank // ranks for rank in range(ranks + 1)]
 
 
 def band_sizes(program: Program, rank: int, ranks: int) -> MapSizes:
-    "The sizes of all maps, with the rows of each that the share of one rank of the outputs needs."
+    """The sizes of all maps, with the rows of each that `rank` has to compute for its share of
+    outputs."""
     sizes = MapSizes(program)
     needed: dict[int, Range] = {}  # number of a map -> its rows (first, stop)
     for operation in reversed(program.operations):
@@ -44,9 +46,9 @@ def band_sizes(program: Program, rank: int, ranks: int) -> MapSizes:
             first = min(sizes.heights[number] - 1, *(first for first, _ in ranges))
             stop = max(first + 1, *(stop for _, stop in ranges))  # one row at least
             needed[number] = first, stop
-    # of maps that lead nowhere, no rows
-    nothing = [(height, height) for height in sizes.heights]
-    return MapSizes(program, [needed.get(number, none) for number, none in enumerate(nothing)])
+    # no rows of maps that nobody reads
+    no_rows = [(height, height) for height in sizes.heights]
+    return MapSizes(program, [needed.get(number, empty) for number, empty in enumerate(no_rows)])
 
 # %% ../../nbs/engine/14_bands.ipynb #697c587b
 def rows_needed(reader: Operation, rows: Range, sizes: MapSizes, number: int) -> Range:
@@ -70,7 +72,7 @@ RANDOM_LAYERS = (
 
 
 def same_state(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    "Whether two states of a generator are equal; one that is not used has None."
+    "Whether two states of a generator are equal; True if one is None, as there is no generator."
     return a is None or b is None or torch.equal(a, b)
 
 # %% ../../nbs/engine/14_bands.ipynb #abeb0cc8
@@ -79,7 +81,8 @@ class BandPass(Pass):
 
     def __init__(self, *args: Any, group: 'dist.ProcessGroup | None' = None) -> None:
         super().__init__(*args)
-        self.group, self.ranks = group, dist.get_world_size(group)
+        self.group = group
+        self.ranks = dist.get_world_size(group)
 
     def forward(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
         "The whole outputs, on every rank."
@@ -87,7 +90,8 @@ class BandPass(Pass):
         return [self.whole(o, y) for o, y in zip(self.program.outputs, outputs)]
 
     def whole(self, operation: Operation, y: torch.Tensor) -> torch.Tensor:
-        "An output with the rows of all ranks; `y` is as large, and has those of this rank."
+        """An output with the rows of all ranks, the same on each, from `y`: memory for the whole
+        output, in which this rank has written its own rows."""
         out = torch.empty_like(y)  # `y` may belong to the tape of a strip
         borders = shares(operation.value.shape[operation.axis], self.ranks)
         for rank, (first, stop) in enumerate(zip(borders, borders[1:])):
@@ -99,30 +103,34 @@ class BandPass(Pass):
         return out
 
     def agree(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        "Refuse gradients that differ from rank to rank: each rank uses only those of its own rows."
+        """Raise `StreamingError`, on every rank, if the gradients of the outputs differ from rank
+        to rank, as each rank uses only those of its own rows."""
         sums = torch.zeros(len(gradients), 2, dtype=torch.double)  # of the values, of their sizes
         for i, gradient in enumerate(gradients):
             if gradient is not None:
                 sums[i, 0] = gradient.sum(dtype=torch.double)
                 sums[i, 1] = gradient.abs().sum(dtype=torch.double)
         sums = sums.float().nan_to_num().to(self.source.device)
-        # the greatest of a sum and of its negative: the greatest and the smallest of all ranks
-        mine = torch.stack([sums, -sums])
-        greatest = mine.clone()
-        dist.all_reduce(greatest, dist.ReduceOp.MAX, group=self.group)
-        if (greatest - mine > 1e-3 * sums[:, 1:]).any():
+        # the maximum of a sum and of its negative: the largest and the smallest sum of all ranks
+        own_sums = torch.stack([sums, -sums])
+        maxima = own_sums.clone()
+        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.group)
+        tolerance = 1e-3 * sums[:, 1:]
+        if (maxima - own_sums > tolerance).any():
             raise StreamingError(
                 'The gradients of the output differ from rank to rank: compute the '
                 'same loss from it on every rank.'
             )
 
     def backward(self, gradients: Sequence[torch.Tensor | None]) -> State:
-        "The whole gradients, on every rank."
+        """The gradients of the operands by their numbers, summed over all bands: the same on every
+        rank. So is the gradient of the image, which goes to its source."""
         self.agree(gradients)
-        of_band, source = super().backward(gradients), self.source
+        band_totals = super().backward(gradients)
+        source = self.source
         totals = {}  # in the same order on every rank
         for number in sorted(self.grad_operands):
-            total = of_band.get(number, torch.zeros_like(self.operands[number]))
+            total = band_totals.get(number, torch.zeros_like(self.operands[number]))
             totals[number] = total.contiguous()
         for i, (gradient, tensor) in enumerate(zip(source.gradients, source.tensors)):
             if gradient is None and tensor.requires_grad:
@@ -175,7 +183,8 @@ class Banded(Streamed):
         return out
 
     def planned(self, source: Source) -> 'Banded | None':
-        "The plan of the first rank, for all; so is its error. None: the image fits on each rank."
+        """This network with the options that the first rank plans for all; None if the plain
+        network fits. Raises, on every rank, the error of the first rank if it has no plan."""
         answer: list[Any] = [None]  # options or an error
         if dist.get_rank(self.group) == 0:
             answer = [self.options_or_error(source)]

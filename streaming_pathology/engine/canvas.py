@@ -46,13 +46,25 @@ from streaming_pathology.engine.windows import (
 
 # %% ../../nbs/engine/10_canvas.ipynb #6b325ede
 def whole_number(number: Any) -> int | None:
-    "`number` as an int, if it is a whole one."
+    "`number` as an int; None if it is not of an integer type, or a bool."
     if isinstance(number, bool):
         return None
     try:
         return operator.index(number)
     except TypeError:
         return None
+
+
+def canvas_size(shape: Any) -> tuple[int, int]:
+    "The (height, width) of a canvas as two ints. Raises `InputError` if `shape` is something else."
+    sides = list(shape) if isinstance(shape, (tuple, list)) else []
+    size = [n for n in map(whole_number, sides) if n is not None and n > 0]
+    if not len(sides) == len(size) == 2:
+        raise InputError(
+            f'shape={shape} is not the size of a canvas: give (height, width) in whole pixels.'
+        )
+    height, width = size
+    return height, width
 
 # %% ../../nbs/engine/10_canvas.ipynb #f2001c33
 class Canvas:
@@ -70,23 +82,19 @@ class Canvas:
         patches: Iterable[tuple[int, int, torch.Tensor]] = (),
         dtype: torch.dtype | None = None,  # of the pixels; None: the patches'
     ) -> None:
-        sides = list(shape) if isinstance(shape, (tuple, list)) else []
-        size = [n for n in map(whole_number, sides) if n is not None and n > 0]
-        if not len(sides) == len(size) == 2:
-            raise InputError(
-                f'shape={shape} is not the size of a canvas: give (height, width) in whole pixels.'
-            )
+        height, width = canvas_size(shape)
         self.color = checked_color(color)
-        given = list(patches)
-        for i, patch in enumerate(given):
+        patches = list(patches)
+        for i, patch in enumerate(patches):
             if not isinstance(patch, (tuple, list)) or len(patch) != 3:
                 raise InputError(f'Patch {i} is {patch!r}: give (top, left, tensor).')
-        self.shape = torch.Size((1, len(self.color), *size))
-        types = [pixels.dtype for *_, pixels in given if isinstance(pixels, torch.Tensor)]
-        self.dtype = dtype or next(iter(types), torch.float32)
+        self.shape = torch.Size((1, len(self.color), height, width))
+        dtypes = [pixels.dtype for *_, pixels in patches if isinstance(pixels, torch.Tensor)]
+        self.dtype = dtype or next(iter(dtypes), torch.float32)
         self.patches: list[tuple[int, int, torch.Tensor]] = []
-        for i, patch in enumerate(given):
-            top, left, pixels = whole_number(patch[0]), whole_number(patch[1]), patch[2]
+        for i, patch in enumerate(patches):
+            top, left = whole_number(patch[0]), whole_number(patch[1])
+            pixels = patch[2]
             if why := self.misfit(top, left, pixels):
                 raise InputError(f'Patch {i} at {patch[:2]} {why}.')
             assert top is not None and left is not None  # which is a misfit
@@ -94,7 +102,7 @@ class Canvas:
         self.check_type()
 
     def misfit(self, top: int | None, left: int | None, patch: Any) -> str | None:
-        "What is wrong with a patch, if anything is."
+        "Why a patch does not fit, as the end of a sentence about it; None if it fits."
         if not isinstance(patch, torch.Tensor) or patch.ndim != 3 or not patch.numel():
             shape = tuple(patch.shape) if isinstance(patch, torch.Tensor) else type(patch).__name__
             return f'is {shape}: give a tensor (C, h, w) with pixels'
@@ -113,7 +121,7 @@ class Canvas:
         return None
 
     def check_type(self) -> None:
-        "Refuse a type, or a color that it cannot hold."
+        "Raise `InputError` for a type that cannot be streamed, and for a color beyond its range."
         if self.dtype == torch.bool or self.dtype.is_complex:
             raise InputError(
                 f'A canvas of {self.dtype} cannot be streamed: give floats, or integers '
@@ -143,29 +151,30 @@ class Canvas:
         return x
 
     def source(self, device: torch.device) -> 'CanvasSource':
-        "Where a streamed network reads the pixels, on a device."
+        "The source from which a streamed network on `device` reads the pixels."
         return CanvasSource(self, device)
 
     def __getstate__(self) -> dict[str, Any]:
-        "One buffer for all patches: a worker sends each tensor as an open file."
+        """What is pickled: one buffer with the pixels of all patches, as a worker of a DataLoader
+        sends each tensor as an open file."""
         tensors = [pixels for *_, pixels in self.patches]
         wants_gradient = any(pixels.requires_grad for pixels in tensors)
         if wants_gradient or len({pixels.device for pixels in tensors}) != 1:
             return self.__dict__
-        places = [(top, left, pixels.shape[1:]) for top, left, pixels in self.patches]
+        positions = [(top, left, pixels.shape[1:]) for top, left, pixels in self.patches]
         buffer = torch.cat([pixels.reshape(-1) for pixels in tensors])
-        return {**self.__dict__, 'patches': (places, buffer)}
+        return {**self.__dict__, 'patches': (positions, buffer)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if not isinstance(state['patches'], tuple):
-            return
-        places, buffer = state['patches']
+            return  # a list of patches as it was
+        positions, buffer = state['patches']
         channels = len(self.color)
-        parts = buffer.split([channels * height * width for *_, (height, width) in places])
+        parts = buffer.split([channels * height * width for *_, (height, width) in positions])
         self.patches = [
             (top, left, part.view(channels, height, width))
-            for (top, left, (height, width)), part in zip(places, parts)
+            for (top, left, (height, width)), part in zip(positions, parts)
         ]
 
     def __repr__(self) -> str:
@@ -183,14 +192,17 @@ class Canvas:
         price: float = 2,
     ) -> 'Canvas':
         """The canvas of an image (1, C, H, W) or (C, H, W): what differs from `color` (in the units
-        of `x`; None: the most frequent one along the border) becomes patches, views of `x`, through
-        which gradients reach it. They are found by cells of `cell` x `cell` pixels; one more patch
-        costs as much as `price` empty cells in it. Raises `InputError`."""
+        of `x`; None: the most frequent one along the border) becomes patches. They are views of
+        `x`, so gradients reach it.
+
+        Tissue is searched in cells of `cell` x `cell` pixels; a patch may have up to `price` empty
+        cells where a second patch would avoid them. Raises `InputError` if `x` is no image, `color`
+        does not fit it, or `cell` is below 1."""
         return canvas_of(x, color, cell, price)
 
 # %% ../../nbs/engine/10_canvas.ipynb #f6681771
 def checked_color(color: Any) -> tuple[float, ...]:
-    "A color as numbers. Raises `InputError`."
+    "A color as floats, one a channel. Raises `InputError` if it has none, or anything else."
     try:
         numbers = tuple(float(each) for each in color if not isinstance(each, str))
     except (TypeError, ValueError):
@@ -298,21 +310,22 @@ class Box:
 
 
 def boxes_of(tissue: torch.Tensor, price: float) -> list[Rect]:
-    """Cover the cells that are True, of bool (rows, columns), with boxes: few, but one more box
-    rather than `price` empty cells."""
+    """Few rectangles that cover the cells with `tissue`, bool (rows, columns), in units of cells.
+    Rather than take in more than `price` empty cells, one more rectangle is begun."""
     finished: list[Box] = []
-    growing: list[Box] = []
+    boxes_above: list[Box] = []  # those that reach the row above
     for row, cells in enumerate(tissue):
-        grown: list[Box] = []
+        boxes_here: list[Box] = []  # those that reach this row
         for run in joined_runs(runs_of(cells), price):
-            box = best_box([box for box in growing if box not in grown], row, run, price)
+            candidates = [box for box in boxes_above if box not in boxes_here]
+            box = best_box(candidates, row, run, price)
             if box is None:
                 box = Box(row, run)
             box.extend(row, run)
-            grown.append(box)
-        finished += [box for box in growing if box not in grown]
-        growing = grown
-    return [box.rect for box in finished + growing]
+            boxes_here.append(box)
+        finished += [box for box in boxes_above if box not in boxes_here]
+        boxes_above = boxes_here
+    return [box.rect for box in finished + boxes_above]
 
 
 def best_box(boxes: list[Box], row: int, run: Range, price: float) -> Box | None:
@@ -325,7 +338,7 @@ def best_box(boxes: list[Box], row: int, run: Range, price: float) -> Box | None
 
 # %% ../../nbs/engine/10_canvas.ipynb #af98c1de
 def canvas_of(x: torch.Tensor, color: Iterable[float] | None, cell: int, price: float) -> Canvas:
-    "The canvas of an image, as `Canvas` says it of from_image. Raises `InputError`."
+    "The canvas of an image: see `Canvas.from_image`. Raises `InputError`."
     x = checked_image(x, cell)
     canvas = Canvas(x.shape[1:], border_color(x) if color is None else color, dtype=x.dtype)
     if len(canvas.color) != len(x):
@@ -337,11 +350,12 @@ def canvas_of(x: torch.Tensor, color: Iterable[float] | None, cell: int, price: 
 
 
 def checked_image(x: torch.Tensor, cell: int) -> torch.Tensor:
-    "The image (C, H, W). Raises `InputError` for what is none, and for a size of cells below 1."
+    """The image (C, H, W) of `x`, which may be (1, C, H, W). Raises `InputError` if it is neither,
+    or if the size of a `cell` is below 1."""
     if not whole_number(cell) or cell < 1:
         raise InputError(f'cell={cell!r} is no size of a cell: give pixels, from 1 on.')
-    image = isinstance(x, torch.Tensor) and x.ndim in (3, 4) and x.numel()
-    if not image or (x.ndim == 4 and len(x) != 1):
+    has_pixels = isinstance(x, torch.Tensor) and x.ndim in (3, 4) and x.numel()
+    if not has_pixels or (x.ndim == 4 and len(x) != 1):
         shape = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise InputError(
             f'A canvas is found in one image (C, H, W) or (1, C, H, W), not in {shape}.'
@@ -355,14 +369,15 @@ def tissue_boxes(x: torch.Tensor, background: torch.Tensor, cell: int, price: fl
     tissue = torch.cat([(band != background).any(0) for band in x.split(1024, 1)])
     mask = tissue[None].half() if x.is_cuda else tissue[None].float()
     cells = F.max_pool2d(mask, cell, ceil_mode=True)[0] > 0
-    return [tight(tissue, box.scaled(cell)) for box in boxes_of(cells.cpu(), price)]
+    return [tissue_extent(tissue, box.scaled(cell)) for box in boxes_of(cells.cpu(), price)]
 
 
 def border_color(x: torch.Tensor) -> list[float]:
-    "The most frequent color along the border of an image (C, H, W). Raises `InputError`."
+    """The most frequent color along the border of an image (C, H, W), one number a channel. Raises
+    `InputError` if it is not finite."""
     border = torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], 1).detach()
-    colors, often = border.unique(dim=1, return_counts=True)
-    color = colors[:, often.argmax()].tolist()
+    colors, counts = border.unique(dim=1, return_counts=True)
+    color = colors[:, counts.argmax()].tolist()
     if not all(map(math.isfinite, color)):
         raise InputError(
             f'The border of the image is {color}, not of a color: give color=, or an '
@@ -371,8 +386,8 @@ def border_color(x: torch.Tensor) -> list[float]:
     return color
 
 
-def tight(tissue: torch.Tensor, box: Rect) -> Rect:
-    "A box of pixels without empty rows and columns at its edges; `tissue`: bool (H, W)."
+def tissue_extent(tissue: torch.Tensor, box: Rect) -> Rect:
+    "The smallest rectangle with all pixels of `tissue`, bool (H, W), that lie in a `box`."
     part = tissue[box.top : box.bottom, box.left : box.right]
     rows = part.any(1).nonzero()[:, 0].tolist()
     columns = part.any(0).nonzero()[:, 0].tolist()
@@ -400,13 +415,16 @@ class CanvasSource:
             Rect(top, left, top + pixels.shape[1], left + pixels.shape[2])
             for top, left, pixels in canvas.patches
         )
+        # patches may be views of one image, whose memory counts once
         storages = [pixels.untyped_storage() for pixels in self.tensors]
-        memory = {storage.data_ptr(): storage.nbytes() for storage in storages}  # each once
-        gradients = sum(pixels.nbytes for pixels in self.tensors if pixels.requires_grad)
-        self.held = sum(memory.values()) + gradients, 0
+        bytes_by_address = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        gradient_bytes = sum(pixels.nbytes for pixels in self.tensors if pixels.requires_grad)
+        # bytes that are there all the time, and for each row of a strip
+        self.held = sum(bytes_by_address.values()) + gradient_bytes, 0
 
     def extents(self, axis: int) -> list[Rect]:
-        "Where patches lie, as if strips cut rows: transposed if they cut columns, dimension 3."
+        """The rectangles of the patches, with their rows along the dimension `axis` that strips
+        cut: transposed if that is 3."""
         if axis == 2:
             return list(self.boxes)
         return [box.transposed() for box in self.boxes]
@@ -445,13 +463,13 @@ class CanvasSource:
         region = region_of(axis, rows, columns)
         gradient = gradient.clone()
         for number, part in reversed(self.overlaps(region)):
-            shown = gradient[0][part.index_in(region)]
+            part_gradient = gradient[0][part.index_in(region)]
             if self.tensors[number].requires_grad:
                 total = self.gradients[number]
                 if total is None:
                     total = self.gradients[number] = torch.zeros_like(self.tensors[number])
-                total[part.index_in(self.boxes[number])] += shown.to(total.device)
-            shown.zero_()  # patches below do not show here
+                total[part.index_in(self.boxes[number])] += part_gradient.to(total.device)
+            part_gradient.zero_()  # a view: patches below this one do not show here
 
 # %% ../../nbs/engine/10_canvas.ipynb #3964a7f0
 class Profile:
@@ -478,7 +496,8 @@ class Profile:
         return sum(stop - first for first, stop in self.stored)
 
     def canonical(self, first: int, stop: int) -> Range:
-        "The first rows of the map that look like rows `first` to `stop`: the same for all that do."
+        """The first rows (first, stop) of the map that are equal to rows `first` to `stop`. They
+        are the same for all rows that are equal, so that strips there have equal `Fill`s."""
         if self.period and first >= self.head and stop <= self.size - self.tail:
             back = (first - self.head) // self.period * self.period
             return first - back, stop - back
@@ -487,17 +506,18 @@ class Profile:
     def rows(self, stored: torch.Tensor, axis: int, first: int, stop: int) -> torch.Tensor:
         """Rows `first` to `stop` of the map from those that are `stored` along dimension `axis`: a
         view where one row repeats or none does."""
-        tail = self.size - self.tail  # the first row of it, in the map
-        stored_tail = self.head + self.period  # and among the stored ones
+        tail_start = self.size - self.tail  # the first row of the tail, in the map
+        stored_tail_start = self.head + self.period  # and among the stored rows
         parts = []
         if first < self.head:
             parts.append(stored.narrow(axis, first, min(stop, self.head) - first))
-        begin, end = max(first, self.head), min(stop, tail)
-        if begin < end:
-            parts.append(self.middle(stored, axis, begin, end))
-        begin = max(first, tail)
-        if begin < stop:
-            parts.append(stored.narrow(axis, stored_tail + begin - tail, stop - begin))
+        middle_first, middle_stop = max(first, self.head), min(stop, tail_start)
+        if middle_first < middle_stop:
+            parts.append(self.middle(stored, axis, middle_first, middle_stop))
+        tail_first = max(first, tail_start)
+        if tail_first < stop:
+            stored_first = stored_tail_start + tail_first - tail_start
+            parts.append(stored.narrow(axis, stored_first, stop - tail_first))
         if not parts:
             return stored.narrow(axis, 0, 0)
         return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
@@ -628,7 +648,7 @@ class Background:
         )
 
     def differs(self, operation: Operation) -> str | None:
-        "Why a map of a constant image is not the same everywhere, if it is not."
+        "Why a map of a constant image is not the same everywhere, in words; None if it is."
         if operation.op.random:
             return 'draws random numbers for each position (.eval() on it stops that)'
         if operation.across is None or operation.rows.across is None:
@@ -639,10 +659,11 @@ class Background:
         return None
 
     def set_types(self, source: CanvasSource, operands: list[torch.Tensor]) -> None:
-        """Set the `types` of maps in the strips, before each pass: they are equal each time, as the
-        modes of autocast are part of what a trace is made for. Without autocast the trace has them.
-        What autocast makes of each function the trace only imitates, so under it the maps are
-        computed for their types."""
+        """Find the `types` that the maps have in the strips; it is called before each pass.
+
+        Without autocast the trace knows them. Of the types under autocast the trace has only an
+        imitation, so there the maps are computed to see theirs. All passes find the same types, as
+        a trace is made for one mode of autocast."""
         self.types = {each.number: each.value.dtype for each in self.program.operations}
         if autocast_type(source.device) is None:
             return
@@ -651,8 +672,9 @@ class Background:
         self.types.update((number, tensor.dtype) for number, tensor in maps.items())
 
     def maps(self, source: CanvasSource, operands: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The background of each map by its number, (1, C, stored rows, stored columns), computed
-        in float32 at least; of a reduction, which has none, any tensor."""
+        """The background of each operation's map, in the order of the operations: (1, C, stored
+        rows, stored columns), computed in float32 at least. A reduction has none; in its place
+        stands the color of the canvas."""
         if in_low_precision(source.device, operands):
             with autocast_to(source.device, None):
                 maps = self.computed(source.blank, operands, widened)
@@ -777,11 +799,11 @@ class Fill:
         return self.background.first_operand + self.number
 
     def tensor(self, operands: list[torch.Tensor]) -> torch.Tensor:
-        """The rows and columns in the type of the map; a view of the stored ones as far as that
-        goes."""
+        """The rows and columns, in the type that the map has in the strips. They are a view of the
+        stored ones where no row or column has to be copied or converted."""
         stored = operands[self.operand]
-        picked = self.background.excerpt(stored, self.number, self.rows, self.columns)
-        return picked.to(self.background.types[self.number])
+        excerpt = self.background.excerpt(stored, self.number, self.rows, self.columns)
+        return excerpt.to(self.background.types[self.number])
 
     def add_gradient(self, gradient: torch.Tensor, totals: GradientTotals) -> None:
         "Add the gradient of the rows and columns to that of the stored ones, in float32 at least."
@@ -791,9 +813,9 @@ class Fill:
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         stored = torch.empty(shape, dtype=dtype, device=gradient.device, requires_grad=True)
         with torch.enable_grad():  # autograd knows where each stored row went
-            picked = self.background.excerpt(stored, self.number, self.rows, self.columns)
-        (total,) = torch.autograd.grad(picked, stored, gradient.to(dtype))
-        totals.add(self.operand, total)
+            excerpt = self.background.excerpt(stored, self.number, self.rows, self.columns)
+        (stored_gradient,) = torch.autograd.grad(excerpt, stored, gradient.to(dtype))
+        totals.add(self.operand, stored_gradient)
 
 
 @dataclass(frozen=True)
@@ -823,7 +845,8 @@ class Piece:
     def cut_out_backward(
         self, gradient: torch.Tensor, totals: GradientTotals
     ) -> torch.Tensor | None:
-        "Add the gradient of the background to `totals`; that of the buffer's part is left."
+        """The gradient of the buffer's part, a view of the `gradient` of the piece; None if the
+        piece has no columns of the buffer. The gradient of the background is added to `totals`."""
         width = gradient.shape[self.across]
         left = 0 if self.left is None else self.left.width
         if self.left is not None:
@@ -868,15 +891,11 @@ class CanvasSchedule(Schedule):
 
     def all_strips(self) -> list[Strip]:
         "The strips, each worked out by itself: tissue lies elsewhere in each."
-        count = len(self.cuts) - 1
-        buffers = [self.buffers(k) for k in range(count)]
-        strips = []
-        for k in range(count):
-            following = [NO_COLUMNS] * len(self.program.operations)
-            if k + 1 < count:
-                following = [buffer.columns for buffer in buffers[k + 1]]
-            strips.append(self.canvas_strip(buffers[k], following))
-        return strips
+        n_strips = len(self.cuts) - 1
+        buffers = [self.buffers(k) for k in range(n_strips)]
+        columns = [[buffer.columns for buffer in strip_buffers] for strip_buffers in buffers]
+        columns.append([NO_COLUMNS] * len(self.program.operations))  # nothing follows the last
+        return [self.canvas_strip(buffers[k], columns[k + 1]) for k in range(n_strips)]
 
     def buffers(self, k: int) -> list[CanvasBuffer]:
         "The buffer of each operation between cut `k` and the next, with its columns."
@@ -892,14 +911,16 @@ class CanvasSchedule(Schedule):
         "The columns of a map that see tissue in its rows `first` to `stop`, widened to the grid."
         field = self.background.fields[number]
         top, last = field.along.image_rows(first, stop)
-        seen = [rect for rect in self.extents if rect.top <= last and top < rect.bottom]
-        if not seen:
+        rects = [rect for rect in self.extents if rect.top <= last and top < rect.bottom]
+        if not rects:
             return NO_COLUMNS
-        left, right = min(rect.left for rect in seen), max(rect.right for rect in seen)
+        left = min(rect.left for rect in rects)
+        right = max(rect.right for rect in rects)
         begin, end = field.across.map_rows(left, right)
+        # widened to the grid, but not beyond the map
         grid = max(1, int(GRID / field.across.stride))  # in columns of the map
-        begin, end = begin // grid * grid, -(-end // grid) * grid
-        begin, end = max(begin, 0), min(end, self.sizes.widths[number])
+        begin = max(begin // grid * grid, 0)
+        end = min(-(-end // grid) * grid, self.sizes.widths[number])
         return (begin, end) if begin < end else NO_COLUMNS
 
     def canvas_strip(self, buffers: list[CanvasBuffer], following: list[Range]) -> Strip:
@@ -914,8 +935,10 @@ class CanvasSchedule(Schedule):
     def canvas_step(
         self, operation: Operation, buffers: list[CanvasBuffer], following: Range
     ) -> Step | None:
-        "What an operation does in a strip, of whose rows the next one has the columns `following`."
-        number, buffer = operation.number, buffers[operation.number]
+        """What an operation does in a strip; None if it has no rows there. `following` are the
+        columns of its map that the next strip computes."""
+        number = operation.number
+        buffer = buffers[number]
         if operation.reduces:
             return self.canvas_total(operation, buffers)
         if buffer.first == buffer.stop:
@@ -932,10 +955,11 @@ class CanvasSchedule(Schedule):
         return step if empty else self.reading(operation, step, buffers)
 
     def canvas_total(self, operation: Operation, buffers: list[CanvasBuffer]) -> Step | None:
-        "A reduction takes in all columns of the new rows."
-        step, buffer = total_step(operation, buffers, self.sizes), buffers[operation.number]
+        "The step of a reduction, which takes in all columns of the new rows."
+        step = total_step(operation, buffers, self.sizes)
         if step is None or not step.makes:
             return step
+        buffer = buffers[operation.number]
         rows = buffer.start, buffer.stop
         reads = tuple(
             self.piece(read, buffers[read], rows, self.all_columns(read))
@@ -956,8 +980,9 @@ class CanvasSchedule(Schedule):
     def reading(self, operation: Operation, step: Step, buffers: list[CanvasBuffer]) -> Step:
         "A step with the pieces that it reads."
         rows_read, along = rows_to_read(operation, buffers, self.sizes)
+        columns = buffers[operation.number].columns
         reads: list[Piece | None] = []
-        across, columns = None, buffers[operation.number].columns
+        across = None
         for read, rows in zip(operation.inputs, rows_read):
             first, stop, across = self.columns_read(operation, read, *columns)
             reads.append(self.piece(read, buffers[read], rows, (first, stop)))
@@ -966,9 +991,10 @@ class CanvasSchedule(Schedule):
     def columns_read(
         self, operation: Operation, read: int, first: int, stop: int
     ) -> tuple[int, int, Side]:
-        """The columns of map `read` that columns `first` to `stop` of an operation read, and the
-        `Side`."""
-        window, width = operation.across_window, self.sizes.widths[read]
+        """The columns (first, stop) of map `read` that columns `first` to `stop` of an operation
+        read, and the `Side` with their padding."""
+        window = operation.across_window
+        width = self.sizes.widths[read]
         dim = self.program.operations[read].rows.columns
         if (first, stop) == self.all_columns(operation.number):
             return 0, width, whole_side(window, stop, width, dim)
@@ -984,21 +1010,23 @@ class CanvasSchedule(Schedule):
         return Fill(self.background, number, along.canonical(*rows), across.canonical(*columns))
 
     def piece(self, number: int, buffer: CanvasBuffer, rows: Range, columns: Range) -> Piece | None:
-        """`rows` and `columns` of a map out of its buffer, and background beside it; None: all of
-        the buffer and no more."""
-        if (rows, columns) == ((buffer.first, buffer.stop), buffer.columns):
+        """`rows` and `columns` of a map: what its buffer has of them, and background beside that.
+        None if they are exactly the buffer."""
+        buffer_rows = buffer.first, buffer.stop
+        if rows == buffer_rows and columns == buffer.columns:
             return None
         operation = self.program.operations[number]
         across = operation.rows.columns
-        begin, end = buffer.columns
-        low, high = max(columns[0], begin), min(columns[1], end)
-        if low >= high:
-            return Piece((), across, None, self.fill(number, rows, columns))
+        first, stop = columns
+        begin = max(first, buffer.columns[0])  # of the columns that the buffer has
+        end = min(stop, buffer.columns[1])
+        if begin >= end:
+            return Piece((), across, columns=None, left=self.fill(number, rows, columns))
         narrows = []
-        if rows != (buffer.first, buffer.stop):
+        if rows != buffer_rows:
             narrows.append((operation.axis, rows[0] - buffer.first, rows[1] - rows[0]))
-        if (low, high) != (begin, end):
-            narrows.append((across, low - begin, high - low))
-        left = self.fill(number, rows, (columns[0], low)) if columns[0] < low else None
-        right = self.fill(number, rows, (high, columns[1])) if high < columns[1] else None
-        return Piece(tuple(narrows), across, high - low, left, right)
+        if (begin, end) != buffer.columns:
+            narrows.append((across, begin - buffer.columns[0], end - begin))
+        left = self.fill(number, rows, (first, begin)) if first < begin else None
+        right = self.fill(number, rows, (end, stop)) if end < stop else None
+        return Piece(tuple(narrows), across, columns=end - begin, left=left, right=right)

@@ -21,11 +21,13 @@ from .windows import StreamingError
 
 # %% ../../nbs/engine/15_exactness.ipynb #8b3c9c93
 def difference(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
-    """The largest difference of two tensors, relative to the largest finite number `expected`; None is
-    zero. Infinite where only one has a NaN, or another infinity."""
+    """The largest difference of two tensors, relative to the largest finite number of `expected`.
+
+    None counts as zeros. The difference is infinite where shapes or types differ, where numbers
+    that are not floats differ, and where NaNs or infinities do not stand in the same positions."""
     if found is None or expected is None:
-        given = expected if found is None else found
-        return 0.0 if given is None or not given.any() else math.inf
+        tensor = expected if found is None else found
+        return 0.0 if tensor is None or not tensor.any() else math.inf
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return math.inf
     if not expected.is_floating_point():
@@ -35,10 +37,11 @@ def difference(found: torch.Tensor | None, expected: torch.Tensor | None) -> flo
     if not (same[~finite].all() and found[finite].isfinite().all()):
         return math.inf
     found, expected = found[finite], expected[finite]
-    apart = (found - expected).abs()
-    if not apart.any():
+    errors = (found - expected).abs()
+    if not errors.any():
         return 0.0
-    return (apart.max() / expected.abs().max().clamp(min=torch.finfo(apart.dtype).tiny)).item()
+    largest_expected = expected.abs().max().clamp(min=torch.finfo(errors.dtype).tiny)
+    return (errors.max() / largest_expected).item()
 
 # %% ../../nbs/engine/15_exactness.ipynb #2fe42846
 def outputs_and_gradients(
@@ -47,8 +50,9 @@ def outputs_and_gradients(
     leaves: Sequence[torch.Tensor],
     seed: int = 0,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """The output tensors of `network(image)`, and the gradients of `leaves` from a random sum of them.
-    Raises `StreamingError` if there is no tensor in the output."""
+    """The output tensors of `network(image)`, detached, and the gradients of `leaves` from a random
+    weighted sum of them; None for a leaf that has none. Raises `StreamingError` if there is no
+    tensor in the output."""
     outputs = [y for y in trees.tree_leaves(network(image)) if isinstance(y, torch.Tensor)]
     if not outputs:
         raise StreamingError(
@@ -96,11 +100,12 @@ def check_exact(
     canvas: bool = True,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Hold `module` in strips against the plain one, in float64, on random images of `shape`
-    (N, C, H, W): by rows and by columns in strips of each height, and on a canvas. Gives the largest
-    differences by direction. Raises `AssertionError` where one is beyond `limit`, and
-    `StreamingError` where the module cannot be streamed. Nothing may be drawn at random: call
-    `.eval()` on dropout."""
+    """Compare `module` in strips with the plain one, in float64, on random images of `shape`
+    (N, C, H, W): in strips of rows and of columns of each height, and on a canvas. Returns the
+    largest `difference` of an output or a gradient for each: 'rows', 'columns', 'canvas'.
+
+    Raises `AssertionError` if one is above `limit`, and `StreamingError` if the module cannot be
+    streamed. The module may draw no random numbers: call `.eval()` on dropout."""
     module = copy.deepcopy(module).double()
     torch.manual_seed(seed)
     image = torch.randn(shape, dtype=torch.double, requires_grad=True)
@@ -110,14 +115,14 @@ def check_exact(
         ways.append(('canvas', canvas_like(image), 'rows'))
     worst = {}
     for name, x, direction in ways:
-        found = {strip: largest_difference(module, x, strip, direction, seed) for strip in strips}
-        worst[name] = max(found.values())
-        bad = {strip: error for strip, error in found.items() if not error <= limit}
-        if bad:
+        errors = {strip: largest_difference(module, x, strip, direction, seed) for strip in strips}
+        worst[name] = max(errors.values())
+        large_errors = {strip: error for strip, error in errors.items() if not error <= limit}
+        if large_errors:
             raise AssertionError(
                 f'{type(module).__name__} on {name} differs from the plain network by '
-                f'{max(bad.values()):.2g} of the largest number in strips of '
-                f'{", ".join(map(str, bad))} rows: one of its rules is wrong.'
+                f'{max(large_errors.values()):.2g} of the largest number in strips of '
+                f'{", ".join(map(str, large_errors))} rows: one of its rules is wrong.'
             )
     return worst
 

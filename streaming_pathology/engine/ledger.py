@@ -87,13 +87,13 @@ class Ledger(TorchDispatchMode):
         weakref.finalize(storage, self.free, key)
 
     def note_all(self, *groups: Iterable[torch.Tensor | None]) -> None:
-        "Count tensors that are there already; None is none."
+        "Count tensors that are there already, each memory once; None among them is skipped."
         for tensor in (tensor for group in groups for tensor in group):
             if tensor is not None:
                 self.note(tensor)
 
     def free(self, key: int) -> None:
-        "Memory was given back."
+        "Count a piece of memory no longer, as it was given back."
         self.now -= self.alive.pop(key, 0)
 
     @property
@@ -136,7 +136,8 @@ class StandIn(TorchFunctionMode):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.device, self.recorder = device, Recorder(device, math.inf)
+        self.device = device
+        self.recorder = Recorder(device, math.inf)
 
     def __torch_function__(
         self,
@@ -145,18 +146,20 @@ class StandIn(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        name, kwargs = raw_name(function), kwargs or {}
+        name = raw_name(function)
+        kwargs = kwargs or {}
         if name in answers and len(args) == 1 and not kwargs:
             return answers[name](args[0], self.device)
-        moves = name == 'to' or 'device' in kwargs
-        if moves or autocast_type(self.device):
+        may_move = name == 'to' or 'device' in kwargs
+        if may_move or autocast_type(self.device):
             return self.recorder.run(function, args, kwargs)
         return function(*args, **kwargs)
 
 
 @contextmanager
 def as_if(device: torch.device, autocast: torch.dtype | None, train: bool) -> Iterator[None]:
-    "What runs on the meta device inside is as on `device`, under autocast to a type or None."
+    """Context in which the meta device stands for `device`: new tensors are made on it, operations
+    are as under autocast to a type (None: without), with gradients for `train`."""
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(train),
@@ -183,14 +186,18 @@ def measure(
     train: bool = True,  # with the backward pass
     needs_grad: bool = False,  # whether the image wants its gradient
 ) -> Usage:
-    """What a step of the plain network takes, found by running it on the meta device.
+    """The bytes at the peak and the work of one step of the plain network, found by running it on
+    the meta device.
 
-    All is counted: parameters and the gradients that they have from an image before, the image,
-    outputs and their gradients, and what is alive in between.
+    All bytes count: of parameters and the gradients that they have from an image before, of the
+    image, of outputs and their gradients, and of all that is alive in between. Raises
+    `StreamingError` if the network cannot be trained.
     """
     if isinstance(module, Streamed):
         module = module.module
-    device, module, ledger = device_of(module), on_meta(module), Ledger()
+    device = device_of(module)
+    module = on_meta(module)
+    ledger = Ledger()
     x = torch.empty(shape, dtype=dtype, device='meta', requires_grad=needs_grad and train)
     note_network(ledger, module, train)
     ledger.note(x)
@@ -212,7 +219,7 @@ def note_network(ledger: Ledger, module: nn.Module, train: bool) -> None:
 
 
 def backward_plain(outputs: list[torch.Tensor]) -> None:
-    "The backward pass of the plain network."
+    "Run the backward pass of the plain network. Raises `StreamingError` if that fails."
     try:
         torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
     except RuntimeError as e:
@@ -234,14 +241,14 @@ class Speed:
     overlaps: bool = False  # launches and copies go on while kernels run
 
     def seconds(self, work: np.ndarray, copied: float = 0.0, states: str = 'device') -> float:
-        "The time of some `work`, and of states of `copied` bytes that wait elsewhere."
+        """Seconds of some `work` (an array: operations, bytes moved, launches), and of taking
+        `copied` bytes of states to where they wait ('device', 'host' or 'disk') and back."""
         operations, moved, launches = work
-        parts = (
-            operations * self.operation + moved * self.byte,
-            launches * self.launch,
-            copied * getattr(self, states),
-        )
-        return max(parts) if self.overlaps else sum(parts)
+        computing = operations * self.operation + moved * self.byte
+        launching = launches * self.launch
+        copying = copied * getattr(self, states)
+        seconds = computing, launching, copying
+        return max(seconds) if self.overlaps else sum(seconds)
 
     def __str__(self) -> str:
         text = (
@@ -274,10 +281,11 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
 def fastest(function: Callable[[], object], device: torch.device) -> float:
     "Seconds of the fastest of several calls, after one that does not count."
     seconds_of(function, device)
-    began, found = time.perf_counter(), []
-    while not found or time.perf_counter() - began < PATIENCE:
-        found.append(seconds_of(function, device))
-    return min(found)
+    start = time.perf_counter()
+    seconds = []
+    while not seconds or time.perf_counter() - start < PATIENCE:
+        seconds.append(seconds_of(function, device))
+    return min(seconds)
 
 
 def time_of_operation(device: torch.device, dtype: torch.dtype, channels: int = 64) -> float:
@@ -294,7 +302,9 @@ def time_of_operation(device: torch.device, dtype: torch.dtype, channels: int = 
 
         seconds_of(run, device)  # the first call does not count
         if seconds_of(run, device) >= ENOUGH or x.nbytes >= LARGE:
-            return fastest(run, device) / (3 * 2 * weight.numel() * side**2)
+            # a product and a sum for each weight and position; the two gradients take as many each
+            n_operations = 3 * 2 * weight.numel() * side**2
+            return fastest(run, device) / n_operations
 
 
 def time_of_byte(device: torch.device) -> float:
@@ -304,8 +314,9 @@ def time_of_byte(device: torch.device) -> float:
 
 
 def time_of_launch(device: torch.device) -> float:
-    "Seconds to launch a kernel: of the engine, with a network that is hardly any work."
-    net, x = tiny_network(device), torch.ones(1, 4, 256, 8, device=device)
+    "Seconds to launch a kernel from the engine, with a network that is hardly any work."
+    net = tiny_network(device)
+    x = torch.ones(1, 4, 256, 8, device=device)
 
     def run() -> None:
         y = net(x)
@@ -336,14 +347,14 @@ def time_of_state(device: torch.device, states: str) -> float:
 
 # %% ../../nbs/engine/11_ledger.ipynb #3cf56ce5
 def measured_speed(device: torch.device, dtype: torch.dtype) -> Speed:
-    "The `Speed` of a device that computes in `dtype`."
+    "Measure the `Speed` of a device that computes in `dtype`, in a second or two."
     with torch.inference_mode(False), torch.enable_grad(), autocast_to(device, None):
         return Speed(
-            time_of_operation(device, dtype),
-            time_of_byte(device),
-            time_of_launch(device),
-            time_of_state(device, 'host'),
-            time_of_state(device, 'disk'),
+            operation=time_of_operation(device, dtype),
+            byte=time_of_byte(device),
+            launch=time_of_launch(device),
+            host=time_of_state(device, 'host'),
+            disk=time_of_state(device, 'disk'),
             overlaps=device.type == 'cuda',
         )
 
@@ -365,38 +376,39 @@ def speed_of(device: torch.device, dtype: torch.dtype = torch.float32) -> Speed:
 
 # %% ../../nbs/engine/11_ledger.ipynb #e0bcfedb
 def device_name(device: torch.device) -> str:
-    "The name of a device, and how many threads it computes with."
+    "The name of a device; of a CPU also with how many threads PyTorch computes."
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     try:
-        found = re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())
+        model_name = re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())
     except OSError:
-        found = None
-    if found:
-        name = found[1]
+        model_name = None
+    if model_name:
+        name = model_name[1]
     return f'{name}, {torch.get_num_threads()} threads'
 
 
 def speed_file() -> Path:
-    "Where speeds are kept."
+    "The path of the file of speeds, in the user's cache folder."
     folder = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     return Path(folder) / 'streaming_pathology' / 'speed.json'
 
 
-def known_speeds() -> dict[str, dict[str, Any]]:
-    "What the file says; nothing if there is none, or a broken one."
+def stored_speeds() -> dict[str, dict[str, Any]]:
+    """The content of the file of speeds: key -> fields of a `Speed`. Empty if there is no valid
+    file."""
     try:
-        known = json.loads(speed_file().read_text())
+        speeds_by_key = json.loads(speed_file().read_text())
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return speeds_by_key if isinstance(speeds_by_key, dict) else {}
 
 
 def read_speed(key: str) -> Speed | None:
-    "The speed in the file, if it is there and makes sense."
+    "The speed under a key of the file; None if it is missing or out of range."
     try:
-        speed = Speed(**known_speeds()[key])
+        speed = Speed(**stored_speeds()[key])
         measured = speed.operation, speed.byte, speed.launch, speed.host, speed.disk
         return speed if all(0 < seconds < 1 for seconds in measured) else None
     except (KeyError, TypeError):
@@ -409,7 +421,7 @@ def write_speed(key: str, speed: Speed) -> None:
     temporary = file.with_name(f'{file.name}.{os.getpid()}')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({**known_speeds(), key: asdict(speed)}, indent=1))
+        temporary.write_text(json.dumps({**stored_speeds(), key: asdict(speed)}, indent=1))
         os.replace(temporary, file)
     except OSError:
         pass

@@ -70,21 +70,27 @@ class EmptyImage(TensorSource):
     "An image on the meta device, in the place of a real one; `axes` are those of `Source`."
 
     def __init__(self, image: ImageSpec, axes: tuple[int, ...] = (2, 3)) -> None:
-        self.shape, self.dtype, self.device = torch.Size(image.shape), image.dtype, image.device
-        self.needs_grad, self.channels_last, self.axes = image.needs_grad, image.channels_last, axes
+        self.shape = torch.Size(image.shape)
+        self.dtype = image.dtype
+        self.device = image.device
+        self.needs_grad = image.needs_grad
+        self.channels_last = image.channels_last
+        self.axes = axes
         self.tensors = [image.empty().detach()]
         self.gradients = [torch.empty_like(self.tensors[0]) if self.needs_grad else None]
+        # bytes that are there all the time, and for each row of a strip
         self.held: tuple[int, int] = (self.tensors[0].nbytes * (1 + self.needs_grad), 0)
 
 # %% ../../nbs/engine/12_plan.ipynb #19441540
 def empty_source(source: Source, image: ImageSpec) -> Source:
-    "A source as `source`, on the meta device."
+    "A source like `source`, of a canvas or an `image`, without pixels: on the meta device."
     if not is_canvas(source):
         empty = EmptyImage(image, source.axes)
         empty.held = source.held
         return empty
     empty = copy.copy(source)
-    empty.canvas, empty.blank = None, source.blank.to('meta')
+    empty.canvas = None
+    empty.blank = source.blank.to('meta')
     empty.tensors = [torch.empty_like(t, device='meta') for t in source.tensors]
     empty.gradients = [torch.empty_like(t) if t.requires_grad else None for t in empty.tensors]
     return empty
@@ -149,13 +155,16 @@ def cost_forward(image_pass: Pass, k: int) -> StripCost:
     "What it takes to compute strip `k` without its gradient."
     with Ledger() as ledger:
         ledger.note_all(image_pass.source.tensors, image_pass.operands)
-        before = ledger.now
+        bytes_around = ledger.now
         state = empty_state(image_pass, k)
         ledger.note_all(state.values())
         outputs, _ = image_pass.strip_without_tape(k, state)
-        twice = counted_twice(image_pass, outputs)
+        bytes_twice = counted_twice(image_pass, outputs)
     return StripCost(
-        peak=ledger.peak - before - twice, saved=0.0, forward=ledger.work, backward=np.zeros(3)
+        peak=ledger.peak - bytes_around - bytes_twice,
+        saved=0.0,
+        forward=ledger.work,
+        backward=np.zeros(3),
     )
 
 
@@ -167,36 +176,39 @@ def cost_backward(
     source = image_pass.source
     with Ledger() as ledger:
         ledger.note_all(source.tensors, source.gradients, image_pass.operands, gradients.values())
-        before = ledger.now
+        bytes_around = ledger.now
         below, totals = from_below(image_pass, k)
         ledger.note_all((below or {}).values(), totals.sums.values())
-        with_below = ledger.now
+        bytes_with_below = ledger.now
         state = empty_state(image_pass, k)
         ledger.note_all(state.values())
         is_last = k == len(image_pass.strips) - 1
         record = image_pass.strip_with_tape(k, state, ahead=k, again=not is_last)
         del state  # what is needed of it, the record has
-        saved, forward = ledger.now - with_below, ledger.work
+        saved = ledger.now - bytes_with_below
+        forward = ledger.work
         outputs = record.outputs if len(image_pass.strips) == 1 else {}
-        twice = counted_twice(image_pass, outputs)
+        bytes_twice = counted_twice(image_pass, outputs)
         if with_gradient:
             image_pass.strip_backward(k, record, below, gradients, totals)
     return StripCost(
-        peak=ledger.peak - before - twice,
-        saved=saved - twice,
+        peak=ledger.peak - bytes_around - bytes_twice,
+        saved=saved - bytes_twice,
         forward=forward,
         backward=ledger.work - forward,
     )
 
 
 def counted_twice(image_pass: Pass, outputs: State) -> int:
-    "Bytes of the outputs of a lone strip: they are the network's, which are counted apart."
+    """Bytes of the `outputs` of a strip that `Loads` counts as well: of a pass with one strip,
+    whose outputs are those of the network; else 0."""
     return sum(y.nbytes for y in outputs.values()) if len(image_pass.strips) == 1 else 0
 
 
 def from_below(image_pass: Pass, k: int) -> tuple[State | None, GradientTotals]:
-    """What the strip below has left: gradients of the state that it got, None if there is no strip
-    below, and the totals of the gradients of the operands."""
+    """Where the backward pass stands before strip `k`, on the meta device: the gradients of the
+    state that the strip below got (None: there is no strip below), and the totals of the gradients
+    of the operands so far."""
     totals = GradientTotals(image_pass.grad_operands)
     if k == len(image_pass.strips) - 1:
         return None, totals
@@ -205,7 +217,8 @@ def from_below(image_pass: Pass, k: int) -> tuple[State | None, GradientTotals]:
         wide = torch.promote_types(operand.dtype, torch.float32)
         totals.sums[number] = torch.empty_like(operand, dtype=wide)
     state = empty_state(image_pass, k + 1)
-    return {number: t for number, t in state.items() if number in image_pass.needs_grad}, totals
+    below = {number: t for number, t in state.items() if number in image_pass.needs_grad}
+    return below, totals
 
 # %% ../../nbs/engine/12_plan.ipynb #2bf48ce8
 class Sizes(NamedTuple):
@@ -218,15 +231,17 @@ class Sizes(NamedTuple):
     steps: int = 0  # operations that are run
 
     def share_of(self, other: 'Sizes') -> np.ndarray:
-        "The part of the work of a strip of the sizes `other`: operations, bytes moved, launches."
-        mine, others = ((s.products, s.rows + s.weights, s.steps) for s in (self, other))
-        return np.array([a / b if b else 0.0 for a, b in zip(mine, others)])
+        """The work of a strip of these sizes as a part of the work of one of the sizes `other`, an
+        array: of its operations, bytes moved, launches."""
+        own_work = self.products, self.rows + self.weights, self.steps
+        other_work = other.products, other.rows + other.weights, other.steps
+        return np.array([own / whole if whole else 0.0 for own, whole in zip(own_work, other_work)])
 
 # %% ../../nbs/engine/12_plan.ipynb #4129a280
 def sizes_of(program: Program, kind: StripKind) -> Sizes:
-    "The `Sizes` of a kind."
-    of_steps = [step_sizes(operation, kind, program) for operation in program.computed]
-    return Sizes(*(sum(numbers) for numbers in zip(Sizes(), *of_steps)))
+    "The `Sizes` of strips of a `kind`: the sums of those of its operations."
+    sizes = [step_sizes(operation, kind, program) for operation in program.computed]
+    return Sizes(*(sum(numbers) for numbers in zip(Sizes(), *sizes)))
 
 
 def is_run(step: Step | None) -> bool:
@@ -243,15 +258,16 @@ def step_sizes(operation: Operation, kind: StripKind, program: Program) -> Sizes
         return Sizes(weights=weights, steps=1) if is_run(step) else Sizes()
     if step is None or step.empty:
         return Sizes()
-    shape, itemsize = operation.value.shape, operation.value.dtype.itemsize
-    row = math.prod(rows_shape(operation, 1, kind))  # elements
-    saved = row * saved_rows(operation, kind) * itemsize
+    shape = operation.value.shape
+    itemsize = operation.value.dtype.itemsize
+    row_elements = math.prod(rows_shape(operation, 1, kind))
+    saved = row_elements * saved_rows(operation, kind) * itemsize
     if not step.makes:
         return Sizes(saved=saved)
     channels = shape[1] if len(shape) > 1 else 1
-    positions = row * step.makes // channels
+    positions = row_elements * step.makes // channels
     return Sizes(
-        rows=row * (step.old + step.makes) * itemsize,
+        rows=row_elements * (step.old + step.makes) * itemsize,
         saved=saved,
         weights=weights,
         products=positions * sum(math.prod(value.shape) for value in operands),
@@ -292,48 +308,59 @@ SAMPLES = 5
 def strip_costs(
     program: Program, schedule: Schedule, cost: Callable[[int, bool], StripCost]
 ) -> list[StripCost]:
-    """What each strip takes. `cost(k, with_gradient)` runs strip `k`; without its gradient, only
-    `saved` is right."""
+    """What each strip takes, in their order. `cost(k, with_gradient)` runs strip `k`; without its
+    gradient, only `saved` is right."""
     strips = schedule.strips
-    first_of = {strip.kind: k for k, strip in reversed([*enumerate(strips)])}
-    last = strips[-1].kind
-    measured = {last: cost(len(strips) - 1, True)}
-    sizes = {kind: sizes_of(program, kind) for kind in first_of if kind != last}
+    first_strip = {strip.kind: k for k, strip in reversed([*enumerate(strips)])}
+
+    def saved_bytes(kind: StripKind) -> float:
+        with_gradient = False
+        return cost(first_strip[kind], with_gradient).saved
+
+    # two kinds are measured with their gradients: the last, and the largest of the others
+    with_gradient = True
+    last_kind = strips[-1].kind
+    costs = {last_kind: cost(len(strips) - 1, with_gradient)}
+    sizes = {kind: sizes_of(program, kind) for kind in first_strip if kind != last_kind}
     if not sizes:
-        return [measured[last]] * len(strips)
-    largest = max(sizes, key=sizes.__getitem__)
-    measured[largest] = cost(first_of[largest], True)
-    typical = typical_kinds(schedule.counts(), sizes)
-    saved = {kind: cost(first_of[kind], False).saved for kind in typical}
-    saved[largest] = measured[largest].saved
+        return [costs[last_kind]] * len(strips)
+    largest_kind = max(sizes, key=sizes.__getitem__)
+    largest = cost(first_strip[largest_kind], with_gradient)
+    costs[largest_kind] = largest
+
+    saved = {kind: saved_bytes(kind) for kind in typical_kinds(schedule.counts(), sizes)}
+    saved[largest_kind] = largest.saved
     saved = interpolated(saved, sizes)
-    if strips[0].kind in sizes:
-        saved[strips[0].kind] = cost(0, False).saved  # padded above
-    estimates = {
-        kind: estimated(measured[largest], sizes[largest], sizes[kind], saved[kind])
-        for kind in sizes
-    }
-    costs = {**estimates, **measured}
+    first_kind = strips[0].kind
+    if first_kind in sizes:  # it is padded above, so its size says less
+        saved[first_kind] = saved_bytes(first_kind)
+
+    for kind in sizes:
+        if kind != largest_kind:
+            costs[kind] = estimated(largest, sizes[largest_kind], sizes[kind], saved[kind])
     return [costs[strip.kind] for strip in strips]
 
 
 def typical_kinds(counts: Counter[StripKind], sizes: dict[StripKind, Sizes]) -> list[StripKind]:
-    """Some kinds of all sizes that occur, from small to large: of those that are not rare, where
-    these are most of the strips, as of a dense image. On a canvas each strip may be of its own
-    kind."""
-    often = max(counts[kind] for kind in sizes)
-    common = [kind for kind in sizes if 2 * counts[kind] >= often]
-    if 2 * sum(counts[kind] for kind in common) < sum(counts[kind] for kind in sizes):
-        common = [*sizes]
-    common.sort(key=lambda kind: sizes[kind].saved)
-    numbers = np.linspace(0, len(common) - 1, min(SAMPLES, len(common))).round().astype(int)
-    return [common[i] for i in numbers]
+    """Up to `SAMPLES` kinds, from small to large, at equal distances among the kinds sorted by
+    size.
+
+    Rare kinds are left out where the frequent ones make up most of the strips, as in a dense image.
+    On a canvas each strip may be of its own kind."""
+    highest_count = max(counts[kind] for kind in sizes)
+    kinds = [kind for kind in sizes if 2 * counts[kind] >= highest_count]
+    if 2 * sum(counts[kind] for kind in kinds) < sum(counts[kind] for kind in sizes):
+        kinds = [*sizes]
+    kinds.sort(key=lambda kind: sizes[kind].saved)
+    indices = np.linspace(0, len(kinds) - 1, min(SAMPLES, len(kinds))).round().astype(int)
+    return [kinds[i] for i in indices]
 
 
 def interpolated(
     saved: dict[StripKind, float], sizes: dict[StripKind, Sizes]
 ) -> dict[StripKind, float]:
-    "The bytes that all kinds save: those that were measured as they are, others by their sizes."
+    """The bytes that strips of each kind in `sizes` save: as measured if the kind is in `saved`,
+    else interpolated between the measured kinds by size."""
     points = sorted((sizes[kind].saved, n_bytes) for kind, n_bytes in saved.items())
     by_size, measured = zip(*points)
     return {
@@ -343,7 +370,8 @@ def interpolated(
 
 
 def estimated(largest: StripCost, sizes_of_largest: Sizes, sizes: Sizes, saved: float) -> StripCost:
-    "The cost of a strip of some `sizes` that saves so many bytes, from that of the largest strip."
+    """The cost of a strip of some `sizes` that saves so many bytes, in proportion to the cost of
+    the `largest` strip."""
     share = sizes.share_of(sizes_of_largest)
     share_of_rows = min(1.0, sizes.rows / max(1, sizes_of_largest.rows))
     return StripCost(
@@ -356,12 +384,12 @@ def estimated(largest: StripCost, sizes_of_largest: Sizes, sizes: Sizes, saved: 
 
 def state_bytes(image_pass: Pass) -> list[int]:
     "Bytes of the state before each strip."
-    of_kind = {}
+    bytes_by_kind = {}
     for k, strip in enumerate(image_pass.strips):
-        if strip.kind not in of_kind:
+        if strip.kind not in bytes_by_kind:
             state = empty_state(image_pass, k)
-            of_kind[strip.kind] = sum(tensor.nbytes for tensor in state.values())
-    return [of_kind[strip.kind] for strip in image_pass.strips]
+            bytes_by_kind[strip.kind] = sum(tensor.nbytes for tensor in state.values())
+    return [bytes_by_kind[strip.kind] for strip in image_pass.strips]
 
 
 def before_each(sizes: np.ndarray) -> np.ndarray:
@@ -389,33 +417,34 @@ class Load:
         return Keeping(count, keep if self.train else count, every)
 
     def waiting(self, keep: int = 1, every: int = 1, states: str = 'device') -> np.ndarray:
-        "Bytes of states that wait while each strip is at work in the backward pass."
-        number, keeping = np.arange(len(self.peaks)), self.keeping(keep, every)
-        again = self.states[
-            : keeping.first_tape
-        ]  # the states before strips that are computed again
+        """Bytes of states that wait on the device while each strip is at work in the backward pass:
+        an array with an entry for each strip."""
+        keeping = self.keeping(keep, every)
+        strips = np.arange(len(self.peaks))
+        # the states before strips that are computed again
+        states_again = self.states[: keeping.first_tape]
         if states != 'device':  # only the one that is fetched is on the device
-            return np.full(len(number), max(again, default=0))
+            return np.full(len(strips), max(states_again, default=0))
         stored = np.zeros_like(self.states)
         stored[keeping.stored] = self.states[keeping.stored]
         waiting = before_each(stored)
         if every == 1:
             return waiting
-        # in the group of the strip at work, unless it is the last one, the states behind the first
-        # have been made again, as the strips of a group are gone through from its last one
-        made_again = before_each(np.pad(again, (0, len(number) - len(again))))
-        second = np.minimum(number // every * every + 1, number)
-        in_group = made_again - made_again[second]
-        return waiting + np.where(number < keeping.last_group, in_group, 0)
+        # in the group of the strip at work, unless it is the last group, the states behind the
+        # first have been made again, as the strips of a group are gone through from its last one
+        sum_before = before_each(np.pad(states_again, (0, len(strips) - len(states_again))))
+        second_of_group = np.minimum(strips // every * every + 1, strips)
+        in_group = sum_before - sum_before[second_of_group]
+        return waiting + np.where(strips < keeping.last_group, in_group, 0)
 
     def peak(self, keep: int = 1, every: int = 1, states: str = 'device') -> int:
         "Bytes alive at once at most, if the last `keep` strips keep what their gradient needs."
         first_tape = self.keeping(keep).first_tape
-        kept = np.where(np.arange(len(self.peaks)) >= first_tape, self.saved, 0)
+        tapes = np.where(np.arange(len(self.peaks)) >= first_tape, self.saved, 0)
         waiting = self.waiting(keep, every, states)
-        strips = max(self.peaks + before_each(kept) + waiting)
-        tail = self.tail.peak + kept.sum() + waiting[-1]
-        return int(self.resident + max(strips, tail))
+        strips_peak = max(self.peaks + before_each(tapes) + waiting)
+        tail_peak = self.tail.peak + tapes.sum() + waiting[-1]
+        return int(self.resident + max(strips_peak, tail_peak))
 
     def most_kept(self, byte_budget: int, every: int = 1, states: str = 'device') -> int:
         "How many strips may keep what their gradient needs within a budget; one if none fits."
@@ -439,7 +468,8 @@ class Load:
         return forward + self.backward.sum(0) + self.tail.work
 
     def seconds(self, speed: Speed, keep: int, every: int, states: str) -> float:
-        "The time of all strips; `copied` states go to a store and come back."
+        """Seconds of all strips and of what follows them, with the copies of states to a store and
+        back."""
         copied = self.states[: self.keeping(keep).first_tape].sum()
         return speed.seconds(self.work(keep, every), copied, states)
 
@@ -462,21 +492,23 @@ class Loads:
         self.axis, traced = streamed.traced_for(source)
         self.program = traced.programs[self.axis]
         self.length = image.shape[self.axis]
-        self.of_height: dict[int, Load] = {}  # of images that are no canvas, without the image
+        # height -> load, of images that are no canvas and without their memory
+        self.loads_by_height: dict[int, Load] = {}
         self.train = torch.is_grad_enabled()
         with self.as_if():
-            # bytes of the network, of what is computed before the strips, and of their outputs
             module = on_meta(streamed.module)
+            # the network with its gradients, and what is computed before the strips
             with Ledger() as ledger:
                 note_network(ledger, module, self.train)
-                self.parameters = ledger.now
+                self.network_bytes = ledger.now
                 known = run_calls(self.program.before, module, {})
-                self.before = ledger.now - self.parameters
+                self.precomputed_bytes = ledger.now - self.network_bytes
             self.operands = self.operands_of(module, known)
             needs_grad = source.needs_grad or any(t.requires_grad for t in self.operands)
             self.train = self.train and needs_grad
+            # the outputs of the strips, and what follows them
             outputs = self.empty_outputs()
-            self.outputs = sum(tensor.nbytes for tensor in outputs.values())
+            self.output_bytes = sum(tensor.nbytes for tensor in outputs.values())
             known.update(outputs)
             self.tail = self.tail_of(module, known, source)
 
@@ -506,7 +538,8 @@ class Loads:
         return outputs
 
     def tail_of(self, module: nn.Module, known: dict[Value, torch.Tensor], source: Source) -> Usage:
-        "What follows the strips: the rest of the network, and its backward pass."
+        """Bytes and work of what follows the strips: of the rest of the network, and of its
+        backward pass. The `known` values are completed with those that it computes."""
         if not self.program.after:
             return Usage(0, np.zeros(3))
         known[self.program.graph.image] = source.tensors[0]
@@ -528,9 +561,9 @@ class Loads:
         if is_canvas(source):
             load = self.load_without_image(height, source)
         else:
-            if height not in self.of_height:
-                self.of_height[height] = self.load_without_image(height, source)
-            load = self.of_height[height]
+            if height not in self.loads_by_height:
+                self.loads_by_height[height] = self.load_without_image(height, source)
+            load = self.loads_by_height[height]
         always, each_row = source.held
         return replace(load, resident=load.resident + always + height * each_row)
 
@@ -547,9 +580,10 @@ class Loads:
 
             costs = strip_costs(self.program, image_pass.schedule, cost)
             states = state_bytes(image_pass)
-        of_outputs = self.outputs + sum(g.nbytes for g in gradients.values())
+        gradient_bytes = sum(gradient.nbytes for gradient in gradients.values())
+        around_strips = self.network_bytes + self.precomputed_bytes + self.output_bytes
         return Load(
-            resident=self.parameters + self.before + background + of_outputs,
+            resident=around_strips + background + gradient_bytes,
             peaks=np.array([each.peak for each in costs]),
             saved=np.array([each.saved for each in costs]),
             states=np.array(states),
@@ -582,12 +616,13 @@ class Loads:
         return {o.number: empty_rows(o, o.value.shape) for o in ends if o.number in needed}
 
     def heights(self) -> list[int]:
-        "Heights of strips to try, the highest first."
+        """Heights of strips to try, the highest first: the whole image, then powers of two times
+        the lowest height, which is a multiple of the network's stride."""
         strides = [stride for *_, stride in receptive_fields(self.program)]
         stride = math.ceil(max(strides, default=1))
         lowest = stride * -(-self.min_rows // stride)
-        doubled = [lowest * 2**i for i in range(30) if lowest * 2**i < self.length]
-        return [self.length, *reversed(doubled)]
+        heights = [lowest * 2**i for i in range(30) if lowest * 2**i < self.length]
+        return [self.length, *reversed(heights)]
 
 # %% ../../nbs/engine/12_plan.ipynb #df8f3af5
 units = {
@@ -612,8 +647,8 @@ def budget(memory: str | float, device: torch.device = torch.device('cpu')) -> i
     if isinstance(memory, str):
         match = re.fullmatch(r'\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?i?B)\s*', memory, re.I)
         n_bytes = float(match[1]) * units[match[2].upper()] if match else math.nan
-    no_number = isinstance(n_bytes, bool) or not isinstance(n_bytes, (int, float))
-    if no_number or not 0 < n_bytes < math.inf:
+    is_number = isinstance(n_bytes, (int, float)) and not isinstance(n_bytes, bool)
+    if not is_number or not 0 < n_bytes < math.inf:
         raise InputError(
             f'memory={memory!r} is no amount of memory: give bytes, text such as '
             "'8GB', 'auto' or 'least'."
@@ -639,8 +674,9 @@ def free_on_host() -> int:
             free = int(available[1]) * 1024
     group = Path('/sys/fs/cgroup')
     try:
-        most, current = ((group / f'memory.{name}').read_text() for name in ('max', 'current'))
-        return min(free, int(most) - int(current))
+        limit = (group / 'memory.max').read_text()
+        used = (group / 'memory.current').read_text()
+        return min(free, int(limit) - int(used))
     except (OSError, ValueError):  # no such group, or one without a limit
         return free
 
@@ -843,8 +879,8 @@ class Ways:
         self.plain_seconds = max(self.speed.seconds(self.plain.work), self.speed.launch)
 
     def candidates(self, byte_budget: int, load_of_height: LoadOfHeight) -> list[int]:
-        """Heights of strips that may fit, the highest first. Memory grows in proportion to the
-        height, so two heights tell roughly how far it goes."""
+        """Heights of strips that may fit into the budget, the highest first. Memory grows in
+        proportion to the height, so the highest that fits is extrapolated from two low ones."""
         heights = self.loads.heights()
         if len(heights) < 4:
             return heights
@@ -864,44 +900,62 @@ class Ways:
         self, heights: list[int], byte_budget: int, load_of_height: LoadOfHeight
     ) -> list[Way]:
         "The best way for each height, from the highest on until lower strips take longer."
-        best: list[Way] = []
-        shortest = math.inf
+        best_of_heights: list[Way] = []
+        shortest_time = math.inf
         for height in heights:
             ways = self.ways(height, load_of_height(height), byte_budget)
-            fitting = [way for way in ways if way.peak <= byte_budget]
-            if not fitting:
-                best.append(smallest(ways))
+            fitting_ways = [way for way in ways if way.peak <= byte_budget]
+            if not fitting_ways:
+                best_of_heights.append(smallest(ways))
                 continue
-            best.append(fastest(fitting))
-            if best[-1].time > shortest:
+            way = fastest(fitting_ways)
+            best_of_heights.append(way)
+            if way.time > shortest_time:
                 break
-            shortest = best[-1].time
-        return best
+            shortest_time = way.time
+        return best_of_heights
 
     def chosen_way(self, ways: list[Way], byte_budget: int, plain_peak: float) -> Way | None:
         "The plain network if it fits, else the fastest way that does; None if none does."
         if plain_peak <= byte_budget:
-            return Way(self.loads.length, 1, 1, 'device', peak=self.plain.peak, time=1.0)
+            return Way(
+                strip=self.loads.length,
+                keep=1,
+                every=1,
+                states='device',
+                peak=self.plain.peak,
+                time=1.0,
+            )
         fitting = [way for way in ways if way.peak <= byte_budget]
         return fastest(fitting) if fitting else None
 
     def ways(self, height: int, load: Load, byte_budget: int) -> list[Way]:
         "The ways to run strips of `height`, each with as many strips kept as fit."
-        count, ways = len(load.peaks), []
-        for states, every in self.stores(count):
+        n_strips = len(load.peaks)
+        ways = []
+        for states, every in self.stores(n_strips):
             keep = load.most_kept(byte_budget, every, states) if self.train else 0
-            if keep == count:  # no states are stored
+            if keep == n_strips:  # no states are stored
                 states, every = 'device', 1
             seconds = load.seconds(self.speed, keep, every, states)
-            peak = load.peak(keep, every, states)
-            ways.append(Way(height, keep, every, states, peak, seconds / self.plain_seconds))
+            way = Way(
+                strip=height,
+                keep=keep,
+                every=every,
+                states=states,
+                peak=load.peak(keep, every, states),
+                time=seconds / self.plain_seconds,
+            )
+            ways.append(way)
         return ways
 
     def stores(self, count: int) -> list[tuple[str, int]]:
-        "Where states of `count` strips may wait, and before how many strips one is stored."
+        """Where the states of `count` strips may wait, each with `every`: a state is stored before
+        each `every`-th strip."""
         if not self.train:
             return [('device', 1)]
-        stores = [('device', 1), ('device', max(2, round(math.sqrt(count)))), ('disk', 1)]
+        group = max(2, round(math.sqrt(count)))  # the fewest states wait with groups of this size
+        stores = [('device', 1), ('device', group), ('disk', 1)]
         if self.image.device.type == 'cuda':
             stores.append(('host', 1))
         return stores
@@ -922,10 +976,11 @@ class Costs(Ways):
     def plan(
         self, memory: str | float, strip: int | None = None, source: Source | None = None
     ) -> Plan:
-        """The plan for `memory`, with strips of any height or of `strip`, for what `source` reads,
-        or for an image in memory. Raises `InputError` if there is none."""
+        """The plan for `memory` and the image that `source` reads (None: an image in memory), with
+        strips of height `strip` (None: of the best height). Raises `InputError` if nothing fits."""
         source = EmptyImage(self.image) if source is None else source
-        shape, resident = tuple(source.shape), self.resident_bytes(source)
+        shape = tuple(source.shape)
+        resident = self.resident_bytes(source)
         plain_peak = math.inf if strip else self.plain_peak(source)
         source = empty_source(source, self.image)  # so that a plan holds no image
         load_of_height = cache(lambda height: self.loads.of(height, source))
@@ -937,10 +992,12 @@ class Costs(Ways):
             raise InputError(self.too_little(memory, byte_budget, shape, ways, plain_peak))
         streamed = plain_peak > byte_budget
         load = load_of_height(way.strip)
-        work, pixels = self.plain.work, 1.0
         if streamed:
             work = load.work(way.keep, way.every)
             pixels = float(load.times_computed(way.keep, way.every).mean())
+        else:
+            work = self.plain.work
+            pixels = 1.0
         operations, _bytes_moved, _launches = work
         return Plan(
             shape=shape,
@@ -964,7 +1021,8 @@ class Costs(Ways):
     def byte_budget(
         self, memory: str | float, plain_peak: float, resident: int, load_of_height: LoadOfHeight
     ) -> int:
-        "How many bytes a plan may use, with the `resident` ones; 'least': a tenth above the least."
+        """How many bytes a plan may use, those that are `resident` included. For 'least' a tenth
+        more than the least that streaming or the plain network takes."""
         if str(memory).lower() != 'least':
             return self.bytes_of(memory, resident)
         lowest = self.loads.heights()[-2:]
@@ -972,7 +1030,8 @@ class Costs(Ways):
         return int(LEAST * min(least, plain_peak))
 
     def bytes_of(self, memory: str | float, resident: int) -> int:
-        "Bytes of a number or a text; 'auto': what is free beside the `resident` ones, and these."
+        """Bytes of `memory` as a number or a text; of 'auto' nine tenths of what is free, and the
+        `resident` bytes, which are not free any more."""
         if memory != 'auto':
             return budget(memory)
         self.free = self.free or budget('auto', self.image.device)
@@ -984,7 +1043,8 @@ class Costs(Ways):
         return sum(t.nbytes for t in tensors if t.device == self.image.device)
 
     def plain_peak(self, source: Source) -> float:
-        "What the plain network takes, if it can take this image: a tensor."
+        """Bytes at the peak of the plain network; infinite if it cannot take the image, which is no
+        tensor."""
         return self.plain.peak if isinstance(source, TensorSource) else math.inf
 
     def too_little(
@@ -995,11 +1055,13 @@ class Costs(Ways):
         ways: list[Way],
         plain_peak: float,
     ) -> str:
-        "Why there is no plan, in words."
+        "The message of the error that there is no plan, with the least memory that would do."
         way = smallest(ways)
-        least, how = way.peak, f'with strips of {way.strip} and states on the {way.states}'
+        least = way.peak
+        how = f'with strips of {way.strip} and states on the {way.states}'
         if plain_peak < least:
-            least, how = plain_peak, 'of the plain network'
+            least = plain_peak
+            how = 'of the plain network'
         step = 'a training step on' if self.train else 'a prediction for'
         return (
             f'memory={memory!r} ({size(byte_budget)}) is too little for {step} an image of '
@@ -1013,7 +1075,7 @@ class Costs(Ways):
         "What the peak is made of: name -> bytes."
         always, each_row = source.held
         parts = {
-            'parameters and gradients': self.loads.parameters,
+            'parameters and gradients': self.loads.network_bytes,
             'image': always + way.strip * each_row,
         }
         if streamed:
@@ -1022,11 +1084,15 @@ class Costs(Ways):
         return parts
 
     def why(self, shape: tuple[int, ...], load: Load) -> str:
-        "Why strips are cut in this direction, in words."
-        length, across = shape[self.loads.axis], shape[5 - self.loads.axis]
+        """Why strips are cut in this direction, as the end of a sentence; empty if it does not
+        matter."""
+        rows, columns = 2, 3  # dimensions of an image
+        length = shape[self.loads.axis]
+        across = shape[columns if self.loads.axis == rows else rows]
         if len(load.states) < 2 or length == across:
             return ''
-        side, state = 'longer' if length > across else 'shorter', max(load.states)
+        side = 'longer' if length > across else 'shorter'
+        state = max(load.states)
         return (
             f'; cut along its {side} side, where a state takes {size(state)}, the other way '
             f'{size(state * length / across)}'
@@ -1035,9 +1101,12 @@ class Costs(Ways):
     # ---- for `Streamed`
 
     def options(self, memory: str | float, source: Source) -> dict[str, Any] | None:
-        """The options for what `source` reads, found once for images that take the same memory (and
-        canvases with the same boxes); None: the plain network fits. How high strips are is found
-        for the first canvas, how many are kept for each."""
+        """The options for what `source` reads; None: the plain network fits. Raises `InputError` if
+        nothing fits.
+
+        They are the same for images that take the same memory, and for canvases with the same
+        boxes. The height of strips is planned for the first canvas, and how many keep their tapes
+        for each."""
         boxes = getattr(source, 'boxes', None)
         key = str(memory), source.held, boxes, isinstance(source, TensorSource)
         if key not in self.found:
@@ -1059,7 +1128,8 @@ class Costs(Ways):
         return chosen.options if chosen.streamed else None
 
     def plan_of_canvas(self, memory: str | float, source: Source) -> Plan:
-        "The plan for a canvas, with strips as high as for the one before if that fits."
+        """The plan for a canvas, with strips as high as for the canvas before if that fits. Raises
+        `InputError` if nothing fits."""
         strip = self.canvas_strip.get(str(memory))
         try:
             chosen = self.plan(memory, strip, source)
@@ -1136,8 +1206,8 @@ def check_plan(module: object, shape: object, strip: object, autocast: object) -
     "Raise `InputError` or `StreamingError` for arguments of `plan` that make no sense."
     if not isinstance(module, nn.Module):
         raise StreamingError(f'plan takes an nn.Module, not {type(module).__name__}.')
-    whole = isinstance(strip, int) and not isinstance(strip, bool) and strip >= 1
-    if strip is not None and not whole:
+    is_height = isinstance(strip, int) and not isinstance(strip, bool) and strip >= 1
+    if strip is not None and not is_height:
         raise InputError(
             f'strip={strip!r} is not a number of rows: give an integer from 1 on, or '
             'None to have it planned.'
@@ -1180,20 +1250,22 @@ def plan(
 
 # %% ../../nbs/engine/12_plan.ipynb #9f2b96a9
 def lean_memory(threshold: int = 2**23) -> bool:
-    """Let the C library give blocks of 8 MB and more back at once, smaller ones when the kept strips
-    are done, and PyTorch take them in huge pages, so that a streamed step on a CPU takes little more
-    than its plan says.
+    """Have the C library give blocks of `threshold` bytes (8 MB) and more back at once, smaller
+    ones when the kept strips are done, and PyTorch take them in huge pages, so that a streamed step
+    on a CPU takes little more than its plan says.
 
-    For the whole process, and before the first tensor is made: the commands do it. False where it
-    cannot be had: without glibc, or where Linux has no huge pages to give."""
+    It changes the whole process, and has to be called before the first tensor is made, as the
+    commands do. Returns whether it could be done: not without glibc, and not where Linux has no
+    huge pages to give."""
     pages = Path('/sys/kernel/mm/transparent_hugepage/enabled')
     if not pages.exists() or '[never]' in pages.read_text():
         return False
     os.environ['THP_MEM_ALLOC_ENABLE'] = '1'  # read by PyTorch at its first allocation
     try:
         library = ctypes.CDLL(None)
-        # M_MMAP_THRESHOLD is -3: blocks of this size and more are given back at once
-        host_memory.is_lean = library.mallopt(-3, threshold) == 1 and bool(library.malloc_trim)
+        mmap_threshold = -3  # M_MMAP_THRESHOLD: blocks of this size and more are given back at once
+        is_set = library.mallopt(mmap_threshold, threshold) == 1
+        host_memory.is_lean = is_set and bool(library.malloc_trim)
     except (AttributeError, OSError):
         return False
     return host_memory.is_lean

@@ -245,16 +245,19 @@ class Tape:
         return out.detach()
 
     def backward(self, each: Instruction, gradient: torch.Tensor) -> Sequence[torch.Tensor | None]:
-        "The gradients of the tensors that an operation was given; None where none is needed."
-        saved, needs_grad = self.saved.pop(each.number), self.needs_grad[each.number]
+        """The gradients of the tensors that an operation was given, from that of its new rows; None
+        for a tensor that needs none. What the tape saved for the operation is gone afterwards."""
+        saved = self.saved.pop(each.number)
+        needs_grad = self.needs_grad[each.number]
         if each.operation.adjoint is not None:
             return each.operation.adjoint.backward(gradient, saved, needs_grad)
         leaves, out = saved
-        inputs = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        inputs = {i: t for i, t in enumerate(leaves) if t is not None and t.requires_grad}
         if not inputs or not out.requires_grad:
             return [None] * len(leaves)
-        found = iter(torch.autograd.grad(out, inputs, gradient, allow_unused=True))
-        return [next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
+        gradients = torch.autograd.grad(out, [*inputs.values()], gradient, allow_unused=True)
+        by_input = dict(zip(inputs, gradients))
+        return [by_input.get(i) for i in range(len(leaves))]
 
 # %% ../../nbs/engine/09_streaming.ipynb #01f633b7
 Narrows = tuple[tuple[int, int, int], ...]  # (dimension, first, number) each
@@ -284,11 +287,13 @@ class GradientSum:
             self.owned = True
 
     def total(self) -> torch.Tensor:
-        "The sum of all parts so far."
+        "The gradient of all of the buffer: the sum of what was added so far."
         if self.whole is None:
-            self.whole, self.owned = self.zeros(), True
+            self.whole = self.zeros()
+            self.owned = True
         elif self.parts and not self.owned:
-            self.whole, self.owned = self.whole.clone(), True
+            self.whole = self.whole.clone()
+            self.owned = True
         for gradient, narrows in self.parts:
             target = self.whole
             for narrow in narrows:
@@ -298,21 +303,24 @@ class GradientSum:
         return self.whole
 
     def zeros(self) -> torch.Tensor:
-        "Zeros for all of the buffer, laid out in memory as the parts are."
-        like, sizes = self.parts[0][0], self.sizes()
-        shape = [sizes.get(d, size) for d, size in enumerate(like.shape)]
+        "Zeros for all of the buffer, with the type and the layout in memory of the first part."
+        part, _ = self.parts[0]
+        sizes = self.sizes()
+        shape = [sizes.get(d, size) for d, size in enumerate(part.shape)]
         layout = torch.contiguous_format
-        if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        if part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last):
             layout = torch.channels_last
-        return torch.empty(
-            shape, dtype=like.dtype, device=like.device, memory_format=layout
-        ).zero_()
+        zeros = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
+        return zeros.zero_()
 
 # %% ../../nbs/engine/09_streaming.ipynb #e053137d
 class StripGradient:
-    """The gradient of one strip: from those of what it gave (`below`: of the state that it handed
-    down, `outputs`: of its rows of the outputs) those of its rows of the image (`image`) and of its
-    state (`above`); those of the operands are added to `totals`. All dicts are by number."""
+    """The gradient of one strip, which is computed when this object is made.
+
+    It takes the gradients of what the strip gave: `below` of the state that it handed down,
+    `outputs` of its rows of the outputs. It has the gradients of what the strip read: `image` of
+    its rows of the image (None if there is none) and `above` of its state. Those of the operands
+    are added to `totals`. Dicts are by the number of the map."""
 
     def __init__(
         self,
@@ -338,7 +346,9 @@ class StripGradient:
 
     def through_operation(self, each: Instruction) -> None:
         "Pass the gradient of all rows of an operation, old and new, on to what they were made of."
-        number, step, axis = each.number, each.step, each.operation.axis
+        number = each.number
+        step = each.step
+        axis = each.operation.axis
         # 1. the readers in this strip have given theirs; now come the user and the strip below
         if number in self.outputs:
             self.add_output(each)
@@ -407,9 +417,11 @@ class StripGradient:
 # %% ../../nbs/engine/09_streaming.ipynb #433975f3
 @dataclass(frozen=True)
 class Keeping:
-    """What of `count` strips is kept for the backward pass: the tapes of the last `keep` ones, and
-    of the others the state before each `every`-th, as well as all states of the last group of
-    `every`."""
+    """Which of `count` strips keep their tape for the backward pass, and before which of the others
+    a state is stored.
+
+    The last `keep` strips keep their tapes. The others form groups of `every` strips: a state is
+    stored before the first strip of each group, and before every strip of the last group."""
 
     count: int
     keep: int = 0
@@ -530,17 +542,22 @@ class Outputs:
         """Add new rows: number of an output -> rows. `first_rows` says where those of each output
         begin; `with_tape`: a tape may have them, too."""
         for i, operation in enumerate(self.program.outputs):
-            if operation.number not in rows:
-                continue
-            new = rows[operation.number].detach()
-            if i not in self.whole:
-                if tuple(new.shape) == operation.value.shape and not self.is_image(new):
-                    # whoever gets the output may write into it
-                    self.whole[i] = new.clone() if with_tape else new
-                    continue
-                self.whole[i] = empty_output(new, operation.value.shape)
-            axis = operation.axis
-            self.whole[i].narrow(axis, first_rows[i], new.shape[axis]).copy_(new)
+            if operation.number in rows:
+                new = rows[operation.number].detach()
+                self.add_rows(i, new, first_rows[i], with_tape)
+
+    def add_rows(self, i: int, new: torch.Tensor, first: int, with_tape: bool) -> None:
+        "Add `new` rows, from row `first` on, of the `i`-th output."
+        operation = self.program.outputs[i]
+        shape = operation.value.shape
+        axis = operation.axis
+        if i not in self.whole:
+            if tuple(new.shape) == shape and not self.is_image(new):
+                # all rows at once; a copy from a tape, as whoever gets the output may write into it
+                self.whole[i] = new.clone() if with_tape else new
+                return
+            self.whole[i] = empty_output(new, shape)
+        self.whole[i].narrow(axis, first, new.shape[axis]).copy_(new)
 
     def is_image(self, rows: torch.Tensor) -> bool:
         "Whether `rows` are memory of the image."
@@ -602,8 +619,9 @@ class Strips:
         return autocast_to(self.source.device, self.autocast, cache_enabled=False)
 
     def function(self, k: int) -> StripFunction:
-        "The function of strip `k`."
-        kind, functions = self.strips[k].kind, self.schedule.functions
+        "The function of strip `k`, which is made once for all strips of its kind."
+        kind = self.strips[k].kind
+        functions = self.schedule.functions
         if kind not in functions:
             functions[kind] = StripFunction(self.program, kind)
         return functions[kind]
@@ -653,8 +671,11 @@ class Strips:
         gradients: State,
         totals: GradientTotals,
     ) -> State:
-        """The gradients of the state before strip `k` from those of the state that it handed down
-        (`below`; None: it is the last); those of its rows of the image go to the source."""
+        """The gradients of the state before strip `k`, from those of the state that it handed down
+        (`below`; None for the last strip) and from the `gradients` of the outputs and reductions.
+
+        Those of its rows of the image go to the source, those of the operands to `totals`. What
+        the `record` holds is gone afterwards."""
         if below is None:
             below = self.reduction_gradients(record, gradients)
         record.outputs = record.handed = {}
@@ -666,37 +687,39 @@ class Strips:
 
     def reduction_gradients(self, record: Record, gradients: State) -> State:
         "The gradients of the totals that the last strip handed on, from those of the results."
-        of_totals: State = {}
+        total_gradients: State = {}
         for operation in self.program.reductions:
             number = operation.number
             if number in gradients and number in self.needs_grad:
                 total = record.handed[number].detach().requires_grad_()
                 with torch.enable_grad():
                     result = self.finished(operation, total)
-                (of_totals[number],) = torch.autograd.grad(result, total, gradients[number])
-        return of_totals
+                (total_gradients[number],) = torch.autograd.grad(result, total, gradients[number])
+        return total_gradients
 
     def output_gradients(self, k: int, gradients: State) -> State:
-        "The gradients of the rows of the outputs that strip `k` makes."
-        of_rows: State = {}
+        """The gradients of the rows of the outputs that strip `k` makes: views of the `gradients`
+        of the whole outputs."""
+        row_gradients: State = {}
         strip = self.strips[k]
         for operation, first in zip(self.program.outputs, strip.outputs):
-            number, step = operation.number, strip.kind.step_of(operation)
+            number = operation.number
             if number not in gradients or number not in self.needs_grad:
                 continue
+            step = strip.kind.step_of(operation)
             if step is not None and step.makes:
-                of_rows[number] = gradients[number].narrow(operation.axis, first, step.makes)
-        return of_rows
+                row_gradients[number] = gradients[number].narrow(operation.axis, first, step.makes)
+        return row_gradients
 
     def image_gradient_to_source(self, k: int, gradient: torch.Tensor | None) -> None:
-        "Hand the gradient of the rows of strip `k` to the source of the image."
+        "Hand the gradient of the rows of strip `k` to the source of the image; None is zero."
         strip = self.strips[k]
         if strip.kind.columns is not None:
             if gradient is not None:
-                source = cast(PartSource, self.source)
-                source.add_part(self.axis, strip.image, strip.kind.columns[0], gradient)
+                canvas = cast(PartSource, self.source)
+                canvas.add_part(self.axis, strip.image, strip.kind.columns[0], gradient)
             return
-        if gradient is None:
+        if gradient is None:  # the source has to be told that these rows are done
             shape = list(self.source.shape)
             shape[self.axis] = strip.image[1] - strip.image[0]
             gradient = torch.zeros(shape, dtype=self.source.dtype, device=self.source.device)
@@ -729,8 +752,10 @@ class Pass(Strips):
     def forward(
         self, training: bool = False, keep: int = 0, states: str = 'device', every: int = 1
     ) -> list[torch.Tensor]:
-        """The outputs and the results of reductions; with `training` also what `backward` needs:
-        see `Keeping`. `states` says where states wait."""
+        """The outputs, then the results of the reductions.
+
+        With `training`, what `backward` needs is kept: `keep` and `every` as in `Keeping`, the
+        states in the store called `states`."""
         stored: set[int] = set()
         if training:
             self.prepare()
@@ -778,16 +803,19 @@ class Pass(Strips):
     # ---- up
 
     def backward(self, gradients: Sequence[torch.Tensor | None]) -> State:
-        """The gradients of the operands, by number, from those of the outputs and reductions; the
-        image's go to its source."""
+        """The gradients of the operands by their numbers, in the types of the operands, from those
+        of the outputs and then of the reductions (None: there is none). The gradient of the image
+        goes to its source."""
         operations = [*self.program.outputs, *self.program.reductions]
-        given = {o.number: g for o, g in zip(operations, gradients) if g is not None}
-        totals, below, self.spent = GradientTotals(self.grad_operands), None, True
+        by_number = {o.number: g for o, g in zip(operations, gradients) if g is not None}
+        totals = GradientTotals(self.grad_operands)
+        below: State | None = None  # there is no strip below the last
+        self.spent = True
         first_tape = self.keeping.first_tape
         for k in reversed(range(len(self.strips))):
             if k == first_tape - 1:
                 host_memory.give_back()  # what the kept strips took
-            below = self.strip_backward(k, self.record_of(k), below, given, totals)
+            below = self.strip_backward(k, self.record_of(k), below, by_number, totals)
         if first_tape:
             host_memory.give_back()
         return {n: total.to(self.operands[n].dtype) for n, total in totals.sums.items()}
@@ -899,18 +927,22 @@ wait_positions, wait_strips = 1500, 16
 
 
 def waiting(program: Program, strip: int) -> dict[int, int]:
-    """For how many rows the maps behind strides wait, as a call has a cost that does not depend on
-    how few rows it computes: number of a map -> rows of it."""
+    """How many rows of a map behind a stride are computed at once: number of the map -> rows of it.
+    Maps that are not in the dict wait for no more rows than a strip gives.
+
+    They wait because a call has a cost of its own, however few rows it computes."""
     wait = {}
     for number, stride in program.strided.items():
         operation = program.operations[number]
         across = operation.rows.across
         width = 1 if across is None else operation.value.shape[across]
-        rows, strips = strip / stride, 1
-        while strips < wait_strips and rows * strips * width < wait_positions:
-            strips *= 2
-        if int(rows * strips) > rows:
-            wait[number] = max(1, int(rows * strips))
+        rows_per_strip = strip / stride
+        n_strips = 1
+        while n_strips < wait_strips and rows_per_strip * n_strips * width < wait_positions:
+            n_strips *= 2
+        n_rows = int(rows_per_strip * n_strips)
+        if n_rows > rows_per_strip:
+            wait[number] = max(1, n_rows)
     return wait
 
 # %% ../../nbs/engine/09_streaming.ipynb #f71ca2ae
@@ -933,7 +965,7 @@ def check_options(
 
 
 def check_module(module: object) -> None:
-    "Refuse what is no network, and what is streamed already."
+    "Raise `StreamingError` for what is no network, and for a network with a `Streamed` layer."
     if not isinstance(module, nn.Module):
         raise StreamingError(f'stream takes an nn.Module, not {type(module).__name__}.')
     check_network(module)
@@ -946,7 +978,8 @@ def check_module(module: object) -> None:
 
 
 def check_number(name: str, value: object, lowest: int, unit: str, also: str = '') -> None:
-    "Refuse what is not an integer from `lowest` on; `also`: what else the message names."
+    """Raise `StreamingError` unless `value` is an integer from `lowest` on. `also` is appended to
+    what the message advises."""
     if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
         raise StreamingError(
             f'{name}={value!r} is not a number of {unit}: give an integer from {lowest} on{also}.'
@@ -954,7 +987,7 @@ def check_number(name: str, value: object, lowest: int, unit: str, also: str = '
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    "Refuse what is not one of the choices."
+    "Raise `StreamingError` unless `value` is one of the `choices`."
     if value not in choices:
         raise StreamingError(
             f'{name}={value!r} is not known: use one of {", ".join(map(repr, choices))}.'
@@ -1046,7 +1079,7 @@ class Streamed(nn.Module):
         return None if options is None else self.with_options(**options)
 
     def run(self, x: Any, source: Source) -> Any:
-        "What the network gives for the image `x`, whose strips `source` reads."
+        "The output of the network for the image `x`, whose rows `source` reads."
         image_pass, known, traced = self.strips(source)
         program = image_pass.program
         self.know_image(program, known, x)
@@ -1074,7 +1107,8 @@ class Streamed(nn.Module):
         return known[value]
 
     def know_image(self, program: Program, known: dict[Value, torch.Tensor], x: Any) -> None:
-        "Have the image itself where it is needed behind the strips."
+        """Add the image itself, as a tensor, to the `known` values if it is needed behind the
+        strips. Raises `StreamingError` if `x` is no tensor and has no `dense()`."""
         image = program.graph.image
         needed = values_in(program.graph.output)
         needed += [value for call in program.after for value in call.inputs]
@@ -1093,7 +1127,8 @@ class Streamed(nn.Module):
     # ---- strips
 
     def strips(self, source: Source) -> tuple[Pass, dict[Value, torch.Tensor], Traced]:
-        "The pass over an image, ready to run; values that depend on parameters only; the trace."
+        """The pass over an image, ready to run; the values that depend on parameters only,
+        computed; the trace. Raises `StreamingError` if the network cannot be streamed."""
         axis, traced = self.traced_for(source)
         program = traced.programs[axis]
         known = run_calls(program.before, self.module, {})
@@ -1135,7 +1170,10 @@ class Streamed(nn.Module):
     # ---- traces
 
     def traced_for(self, source: Source) -> tuple[int, Traced]:
-        "The axis that strips cut, the longer one where that can be, and the trace."
+        """The axis that strips cut (2: rows, 3: columns), and the trace with the program for it.
+
+        With direction='auto' that is the longer axis, if the network can be cut along it. Raises
+        `StreamingError` if it can be cut along none that `direction` allows."""
         if self.direction == 'columns' and 3 not in source.axes:
             raise StreamingError(
                 "direction='columns' needs an image whose columns can be read, and "
@@ -1159,10 +1197,12 @@ class Streamed(nn.Module):
             source.needs_grad,
             source.channels_last,
         )
-        key, network = (image, precision_modes(), self.folding()), fingerprint(self.module)
+        key = image, precision_modes(), self.folding()
+        network_now = fingerprint(self.module)
         traced = self._traced.get(key)
-        if traced is None or traced.made_for != network:
-            traced = self._traced[key] = Traced(network, self.graph_or_reason(image))
+        if traced is None or traced.made_for != network_now:
+            traced = Traced(network_now, self.graph_or_reason(image))
+            self._traced[key] = traced
             while len(self._traced) > KEPT_TRACES:
                 self._traced.popitem(last=False)
         self.add_program(traced, axis, image.device)
@@ -1178,22 +1218,23 @@ class Streamed(nn.Module):
             return str(e)
 
     def add_program(self, traced: Traced, axis: int, device: torch.device) -> None:
-        "Make the program for strips along `axis`, or say again why there is none."
-        # a new error each time: one that is kept would keep its frames
+        """Make the program for strips along `axis`, if there is none. Raises `StreamingError` if it
+        cannot be made."""
+        # texts of errors are kept, as an error itself would keep its frames
         if isinstance(traced.graph, str):
             raise StreamingError(traced.graph)
         if axis in traced.programs:
             return
-        asked = axis, rules_now()
-        if asked not in traced.refusals:
+        axis_and_rules = axis, rules_now()
+        if axis_and_rules not in traced.refusals:
             try:
                 traced.programs[axis] = Program(
                     traced.graph, device, self.folding(), axis, self.reduce
                 )
             except StreamingError as e:
-                traced.refusals[asked] = str(e)
-        if asked in traced.refusals:
-            raise StreamingError(traced.refusals[asked])
+                traced.refusals[axis_and_rules] = str(e)
+        if axis_and_rules in traced.refusals:
+            raise StreamingError(traced.refusals[axis_and_rules])
 
     def folding(self) -> str | bool:
         "How BatchNorms are folded: True, 'apart' where sums are rounded to few bits, or False."

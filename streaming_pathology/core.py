@@ -13,7 +13,7 @@ class InputError(ValueError):
 
 
 class SlidesChanged(InputError):
-    "Slides that were done have changed since, or what was written of them has."
+    "Slides have changed since they were processed, or their output has."
 
     def __init__(self, slide_ids: list[str]) -> None:
         self.slide_ids = slide_ids
@@ -29,15 +29,16 @@ class Halted(Exception):
 
 # %% ../nbs/00_core.ipynb #5f2b6c0d
 def at_least_one(**values: float) -> None:
-    "Refuse what is no whole number above 0, by its name."
+    "Raises `InputError` with the name of the first value that is no whole number above 0."
     for name, value in values.items():
         if not (value >= 1 and value == int(value)):
             raise InputError(f'{name} is {value}; it has to be a whole number, at least 1')
 
 
 def counted(number: int, one: str, more: str | None = None) -> str:
-    "A number with its noun: '1 slide', '2 slides'."
-    return f'{number} {one if number == 1 else more or one + "s"}'
+    "A number with its noun: '1 slide', '2 slides'; `more` is an irregular plural."
+    plural = more or f'{one}s'
+    return f'{number} {one if number == 1 else plural}'
 
 
 def message_lines(e: BaseException) -> list[str]:

@@ -26,6 +26,11 @@ from typing import Any, BinaryIO, NamedTuple
 from .core import InputError
 
 # %% ../nbs/01_io.ipynb #5d55d76c
+def _temporary_path(path: Path) -> Path:
+    "A new name beside a file, for the one that will take its place."
+    return path.with_name(f'.{path.name[:40]}.{uuid.uuid4().hex[:8]}.partial')
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """A new binary file that takes the place of `path` when the block ends.
@@ -33,7 +38,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     If anything goes wrong, what was there before stays. Folders on the way are made. Raises
     `InputError` if the file cannot be written."""
     path = Path(path)
-    temporary = path.with_name(f'.{path.name[:40]}.{uuid.uuid4().hex[:8]}.partial')
+    temporary = _temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as file:
@@ -62,23 +67,24 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
 
 
 def write_once(path: str | Path, content: str) -> Path:
-    """Write a file unless it is there. Of several processes that call this at once, one writes it.
-    Returns its path.
+    """Write a file unless it is there. Returns its path.
 
-    A hard link is made at once or not at all, and never replaces a file."""
+    Of several processes that call this at once, one writes it: a hard link is made at once or not
+    at all, and never replaces a file. Raises `InputError` if the file cannot be written."""
     path = Path(path)
-    if not path.exists():
-        mine = path.with_name(f'.{path.name[:40]}.{uuid.uuid4().hex[:8]}.partial')
-        try:
-            write_whole(mine, content)
-            os.link(mine, path)
-        except FileExistsError:
-            pass  # another process was first
-        except OSError:  # a file system without links
-            write_whole(path, content)
-        finally:
-            with suppress(OSError):
-                mine.unlink(missing_ok=True)
+    if path.exists():
+        return path
+    temporary = _temporary_path(path)
+    try:
+        write_whole(temporary, content)
+        os.link(temporary, path)
+    except FileExistsError:
+        pass  # another process was first
+    except OSError:  # a file system without links
+        write_whole(path, content)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -100,7 +106,8 @@ def write_csv(
 
 # %% ../nbs/01_io.ipynb #1af97b0e
 def as_cell(value: Any) -> Any:
-    "A whole number without its decimal point, if it is one that floats have exactly."
+    "A float as an int, if it is a whole number; any other value as it is."
+    # from 2**53 on, not every whole number is a float
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
     return value
@@ -150,10 +157,10 @@ class Sheet(NamedTuple):
 
 def separator_of(
     header: str,  # the first line
-    separators: str,  # that may be
-    column: str | None,  # a column that there should be
+    separators: str,  # characters that may be the separator
+    column: str | None,  # a column that the table should have
 ) -> str:
-    """The character between the names of columns: the first by which `column` is one of them,
+    """The character between the names of columns: the first one that makes `column` one of them,
     otherwise the most frequent one."""
     for separator in separators:
         for names in csv.reader([header], delimiter=separator):
@@ -162,26 +169,22 @@ def separator_of(
     return max(separators, key=header.count)
 
 
-def read_rows(
-    path: str | Path,
-    way_out: str = 'give the path of an existing file',  # what to do where there is none
-    separators: str = ',',  # characters that may stand between values
-    column: str | None = None,  # a column by which they are told apart
-) -> Sheet:
-    "A CSV file. Raises `InputError` for what is none."
-    path = Path(path)
+def _csv_text(path: Path, way_out: str) -> str:
+    "The text of a CSV file. Raises `InputError` if there is none, or it is not UTF-8."
     if not path.exists():
         raise InputError(f'{path} does not exist; {way_out}')
     if path.is_dir():
         raise InputError(f'{path} is a folder; {way_out}')
     try:
-        text = path.read_text(encoding='utf-8-sig')
+        return path.read_text(encoding='utf-8-sig')
     except OSError as e:
         raise InputError(f'{path} cannot be read ({e.strerror})') from None
     except UnicodeDecodeError:
         raise InputError(f'{path} is not UTF-8 text; save the table as CSV (UTF-8)') from None
-    first_line = text.partition('\n')[0]
-    separator = separator_of(first_line, separators, column)
+
+
+def _csv_rows(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]]:
+    "(line number, values) of each row that is not empty. Raises `InputError` if the CSV is invalid."
     reader = csv.reader(io.StringIO(text, newline=''), strict=True, delimiter=separator)
     rows = []
     try:
@@ -191,34 +194,58 @@ def read_rows(
                 rows.append((reader.line_num, values))
     except csv.Error as e:
         raise InputError(f'{path}, line {reader.line_num}: not a CSV table ({e})') from None
+    return rows
+
+
+def read_rows(
+    path: str | Path,
+    way_out: str = 'give the path of an existing file',  # what to do where there is none
+    separators: str = ',',  # characters that may stand between values
+    column: str | None = None,  # a column by which they are told apart
+) -> Sheet:
+    """Read a CSV file strictly.
+
+    Raises `InputError` if it cannot be read, is not UTF-8, is no CSV table, or is empty."""
+    path = Path(path)
+    text = _csv_text(path, way_out)
+    first_line = text.partition('\n')[0]
+    separator = separator_of(first_line, separators, column)
+    rows = _csv_rows(path, text, separator)
     if not rows:
         raise InputError(f'{path} is empty; its first line has to name the columns')
     _, header = rows[0]
     return Sheet(header, rows[1:], separator)
 
 # %% ../nbs/01_io.ipynb #cddf0180
+def check_separator(path: str | Path, name: str) -> None:
+    "Raises `InputError` if the name of the only column holds another separator than the comma."
+    for separator in (';', '\t', '|'):
+        if separator in name:
+            raise InputError(
+                f'{path}: its columns are separated by {separator!r}; separate them by commas'
+            )
+
+
 def check_header(
     path: str | Path, header: list[str], needed: Collection[str], known: Collection[str]
 ) -> None:
-    """Refuse a header that lacks a needed column, has one twice, or has one that looks like a known
-    column misspelt: that would be left out without a word."""
+    """Check the names of the columns of a table.
+
+    Raises `InputError` if a needed column is missing, if a column is there twice, and if a name
+    looks like a known column misspelt: that column would be left out without a word."""
     if len(header) == 1:
-        for separator in (';', '\t', '|'):
-            if separator in header[0]:
-                raise InputError(
-                    f'{path}: its columns are separated by {separator!r}; separate them by commas'
-                )
-    twice = [name for name, count in Counter(header).items() if count > 1]
-    if twice:
-        raise InputError(f'{path}: the column {twice[0]!r} is there twice; remove one')
+        check_separator(path, header[0])
+    repeated_names = [name for name, count in Counter(header).items() if count > 1]
+    if repeated_names:
+        raise InputError(f'{path}: the column {repeated_names[0]!r} is there twice; remove one')
     for column in known:
         if column in header:
             continue
-        near = misspelt(column, header, known)
-        if near:
+        similar = similar_name(column, header, known)
+        if similar:
             raise InputError(
-                f'{path} has no column {column!r} but {near!r}; rename it to {column!r}, or, if it '
-                'is another column, to a name that is not so similar'
+                f'{path} has no column {column!r} but {similar!r}; rename it to {column!r}, or, if '
+                'it is another column, to a name that is not so similar'
             )
         if column in needed:
             raise InputError(
@@ -226,11 +253,13 @@ def check_header(
             )
 
 
-def misspelt(column: str, header: list[str], known: Collection[str]) -> str | None:
-    "The first name in the header that looks like `column` and is none of the known ones."
+def similar_name(column: str, header: list[str], known: Collection[str]) -> str | None:
+    "The first name in the header that looks like `column`, and is no known column; None if none."
     for name in header:
-        spelt = name.lower().replace(' ', '_')
-        if name not in known and difflib.get_close_matches(column, [spelt], cutoff=0.75):
+        if name in known:
+            continue
+        normalized = name.lower().replace(' ', '_')
+        if difflib.get_close_matches(column, [normalized], cutoff=0.75):
             return name
     return None
 
@@ -242,20 +271,27 @@ def with_point(text: str) -> str:
     return text
 
 
+def has_decimal_comma(values: list[str]) -> bool:
+    "Whether two neighbours may be one number, split at its decimal comma."
+    return any(
+        re.fullmatch(r'[+-]?\d+', whole) and decimals.isdigit()
+        for whole, decimals in pairwise(values)
+    )
+
+
 def wrong_number(
     values: list[str],  # of a row
     header: list[str],  # with another number of columns
     separator: str,  # between values
 ) -> str:
-    "What to say of a row that has more or fewer values than there are columns."
+    "What is wrong with a row that has more or fewer values than there are columns, for a message."
     text = f'{len(values)} values for {len(header)} columns'
     if len(values) < len(header):
         return f'{text}; a value that is not known is left empty between its separators'
     if separator != ',':
         return text
-    for whole, decimals in pairwise(values):
-        if re.fullmatch(r'[+-]?\d+', whole) and decimals.isdigit():
-            return f'{text}; decimals are written with a point'
+    if has_decimal_comma(values):
+        return f'{text}; decimals are written with a point'
     return f'{text}; a value with a comma in it is put into quotation marks'
 
 
@@ -279,8 +315,9 @@ def read_table(
     """The rows of a table with a header.
 
     Raises `InputError` with the file, the line and what is wrong with it."""
-    header, rows, separator = read_rows(path, way_out, separators, next(iter(needed), None))
-    check_header(path, header, needed, (*needed, *optional))
+    first_needed = next(iter(needed), None)
+    header, rows, separator = read_rows(path, way_out, separators, column=first_needed)
+    check_header(path, header, needed, known=(*needed, *optional))
     for line, values in rows:
         if len(values) != len(header):
             raise InputError(f'{path}, line {line}: {wrong_number(values, header, separator)}')
@@ -292,7 +329,7 @@ def read_table(
 
 # %% ../nbs/01_io.ipynb #93b79785
 def finite_number(text: str, what: str) -> float:
-    "The number that a text says; `ValueError` with the name of `what` it is, if there is none."
+    "Parse a finite number. Raises `ValueError` otherwise, with `what` for the name of the number."
     try:
         number = float(text) if '_' not in text else math.nan  # Python takes 1_0 for 10
     except ValueError:
@@ -303,8 +340,8 @@ def finite_number(text: str, what: str) -> float:
 
 
 def several(start: str, problems: Iterable[str], most: int = 8) -> str:
-    "One sentence from many problems: the first few in full, the rest counted."
+    "One sentence from many problems: the first `most` in full, the others counted."
     problems = list(problems)
     text = f'{start}: {"; ".join(problems[:most])}'
-    more = len(problems) - most
-    return f'{text}; and {more} more' if more > 0 else text
+    n_others = len(problems) - most
+    return f'{text}; and {n_others} more' if n_others > 0 else text

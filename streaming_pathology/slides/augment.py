@@ -192,25 +192,28 @@ DENSITY_STEPS = 8192  # per unit of optical density
 # %% ../../nbs/slides/10_augment.ipynb #3953cb79
 def color_matrix(record: dict) -> np.ndarray:
     "Hue, saturation and brightness as one matrix (3, 3) on (red, green, blue)."
-    angle, one = math.radians(record['hue']), np.eye(3)
+    one = np.eye(3)
+    # the turn of the hue, about the grey axis: Rodrigues' formula
+    angle = math.radians(record['hue'])
     axis = np.ones(3) / math.sqrt(3)
     cross = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
     along = np.outer(axis, axis)
     turn = math.cos(angle) * one + math.sin(angle) * cross + (1 - math.cos(angle)) * along
-    grey = np.outer(np.ones(3), GREY)
-    return record['brightness'] * (grey + record['saturation'] * (one - grey) @ turn)
+    to_grey = np.outer(np.ones(3), GREY)
+    return record['brightness'] * (to_grey + record['saturation'] * (one - to_grey) @ turn)
 
 # %% ../../nbs/slides/10_augment.ipynb #f1e65817
 def change_stains(image: pyvips.Image, changes: list[float]) -> pyvips.Image:
     "The image with haematoxylin, eosin and the rest changed by these shares, lazily."
     mix = np.linalg.inv(HED) @ np.diag(1 + np.array(changes)) @ HED
-    density = -np.log10(np.maximum(np.arange(256), 1) / 255)
-    to_density = pyvips.Image.new_from_array(density[None].astype(np.float32))
-    light = 255 * 10 ** (-np.arange(2**16) / DENSITY_STEPS)
-    light = np.minimum(light + 0.5, 255).astype(np.uint8)
-    to_light = pyvips.Image.new_from_array(light[None])
-    changed = image.maplut(to_density).recomb((mix.T * DENSITY_STEPS).tolist())
-    return changed.cast('ushort').maplut(to_light)
+    # tables: from light 0 to 255 to its density, and from density in steps to light
+    densities = -np.log10(np.maximum(np.arange(256), 1) / 255)
+    to_density = pyvips.Image.new_from_array(densities[None].astype(np.float32))
+    lights = 255 * 10 ** (-np.arange(2**16) / DENSITY_STEPS)
+    lights = np.minimum(lights + 0.5, 255).astype(np.uint8)
+    to_light = pyvips.Image.new_from_array(lights[None])
+    density_steps = image.maplut(to_density).recomb((mix.T * DENSITY_STEPS).tolist())
+    return density_steps.cast('ushort').maplut(to_light)
 
 
 def change_colors(image: pyvips.Image, record: dict) -> pyvips.Image:
@@ -254,35 +257,42 @@ def check_record(record: dict) -> None:
         raise InputError(f'{record!r} is no record of Augmentation.draw: it lacks {missing[0]!r}')
 
 
-def mapped(
+TILE = 256  # pixels a side
+
+
+def map_pixels(
     image: pyvips.Image, record: dict, new_size: tuple[int, int], color: tuple[int, int, int]
 ) -> pyvips.Image:
-    "The image with its pixels where the record moves them, by bilinear interpolation."
+    "The image with its pixels where the record moves them, by bilinear interpolation, lazily."
     height, width = new_size
     bilinear = pyvips.Interpolate.new('bilinear')
-    points = origins(record, (image.height, image.width), new_size)
-    columns_rows = np.ascontiguousarray(points[..., ::-1], np.float32)  # libvips has x first
-    points = pyvips.Image.new_from_array(columns_rows).affine(
+    coarse_points = origins(record, (image.height, image.width), new_size)
+    x_and_y = np.ascontiguousarray(coarse_points[..., ::-1], np.float32)  # libvips has x first
+    points = pyvips.Image.new_from_array(x_and_y).affine(
         [STEP, 0, 0, STEP], interpolate=bilinear, oarea=[0, 0, width, height], extend='copy'
     )
-    # four times the tiles that a turned row of tiles of the new image touches
-    tiles = 2 * (math.ceil(width / 256) + math.ceil(height / 256))
-    cached = image.tilecache(tile_width=256, tile_height=256, max_tiles=4 * tiles, access='random')
-    return cached.mapim(points, interpolate=bilinear, background=list(color), extend='background')
+    # so many tiles a turned row of tiles of the new image touches; four times as many are kept
+    tiles_of_row = 2 * (math.ceil(width / TILE) + math.ceil(height / TILE))
+    source = image.tilecache(
+        tile_width=TILE, tile_height=TILE, max_tiles=4 * tiles_of_row, access='random'
+    )
+    return source.mapim(points, interpolate=bilinear, background=list(color), extend='background')
 
 
-def mirrored(
+def mirror(
     image: pyvips.Image, record: dict, new_size: tuple[int, int], color: tuple[int, int, int]
 ) -> pyvips.Image:
-    "The image mirrored as the record says, and cut or padded about its middle."
-    (height, width), (new_height, new_width) = (image.height, image.width), new_size
+    "The image mirrored as the record says, and cropped or padded about its middle, lazily."
+    height, width = image.height, image.width
+    new_height, new_width = new_size
     if record['mirror_rows']:
         image = image.flipver()
     if record['mirror_columns']:
         image = image.fliphor()
     if new_size == (height, width):
         return image
-    left, top = (new_width - width) // 2, (new_height - height) // 2
+    left = (new_width - width) // 2
+    top = (new_height - height) // 2
     return image.embed(
         left, top, new_width, new_height, extend='background', background=list(color)
     )
@@ -307,10 +317,11 @@ def augment(
     else:
         new_size = checked_size(size)
     color = checked_color(color)
-    if record['angle'] or record['elastic'] or record['scale'] != 1:
-        image = mapped(image, record, new_size, color)
+    is_only_mirrored = not (record['angle'] or record['elastic'] or record['scale'] != 1)
+    if is_only_mirrored:
+        image = mirror(image, record, new_size, color)
     else:
-        image = mirrored(image, record, new_size, color)
+        image = map_pixels(image, record, new_size, color)
     return change_colors(image, record)
 
 # %% ../../nbs/slides/10_augment.ipynb #e4e9985a

@@ -30,7 +30,7 @@ from .tissue import FoundTissue, find_tissue
 from .trim import each_apart
 
 # %% ../../nbs/slides/14_check.ipynb #1d1bcd9d
-METHODS = COMPRESSIONS | {
+TIFF_METHODS = COMPRESSIONS | {
     1: 'none',
     2: 'fax',
     3: 'fax',
@@ -41,20 +41,21 @@ METHODS = COMPRESSIONS | {
     32773: 'PackBits',
     32946: 'deflate',
 }  # of a TIFF, by the number of its tag
-# of other formats, by their word; of those of Hamamatsu only JPEG can be read
-OTHERS = dict(jpeg='JPEG', png='deflate', webp='WebP', hamamatsu='JPEG')
+# of formats that have one method only; of those of Hamamatsu only JPEG can be read
+METHOD_OF_FORMAT = dict(jpeg='JPEG', png='deflate', webp='WebP', hamamatsu='JPEG')
 
 
 def compression_of(reader: Reader) -> str:
-    "How the pixels of a slide are compressed; empty where that is not known."
-    if reader.format in OTHERS:
-        return OTHERS[reader.format]
+    "How the pixels of a slide are compressed, such as 'JPEG'; empty where the file does not say."
+    if reader.format in METHOD_OF_FORMAT:
+        return METHOD_OF_FORMAT[reader.format]
     if reader.format == 'dicom':
         return dicom_header(reader.path).compression
     images = tiff_images(reader.path)
     if images:
-        largest = max(images, key=lambda image: image.height * image.width)
-        return METHODS.get(largest.compression, f'method {largest.compression}')
+        largest_image = max(images, key=lambda image: image.height * image.width)
+        method = largest_image.compression
+        return TIFF_METHODS.get(method, f'method {method}')
     for name, value in reader.properties.items():
         if name.startswith('mirax.') and name.endswith('.IMAGE_FORMAT'):
             return value
@@ -115,9 +116,10 @@ class SlideCheck:
 
 # %% ../../nbs/slides/14_check.ipynb #d31e544d
 def spacing_source(spacings: Mapping[str, tuple[float, float]], given: float | None) -> str:
-    "Who says the spacing of a slide: the first source that gives one that can be, or the user."
-    for source, size in spacings.items():
-        if is_believable(size):
+    """Who says the spacing of a slide: the first source in the file with a believable one, or 'the
+    user', if one is given; '' if nobody does."""
+    for source, pixel_size in spacings.items():
+        if is_believable(pixel_size):
             return source
     return '' if given is None else 'the user'
 
@@ -153,27 +155,27 @@ def check_slide(
     # microns per pixel of a slide of which neither its case nor its file says them
     slide_spacing: float | None = None,
 ) -> SlideCheck:
-    """What is found of one slide, whose file is opened once.
+    """Check one slide, whose file is opened once. Returns what is known of it.
 
-    What is wrong with it is the `problem`; nothing is raised for it."""
-    found = SlideCheck(case.slide_id, case.path)
+    A slide that cannot be used raises nothing: the `problem` of its `SlideCheck` says why."""
+    check = SlideCheck(case.slide_id, case.path)
     try:
         reader = open_reader(case.path)
         if slide_spacing is not None:
             case = with_default_spacing(case, slide_spacing)
-        given = settled(case, says_spacing(reader.spacings)).spacing
-        found = replace(found, **facts_of_file(case.path, reader, given))
-        with Slide(case.path, given, warn=False, reader=reader) as slide:
+        spacing = settled(case, says_spacing(reader.spacings)).spacing
+        check = replace(check, **facts_of_file(case.path, reader, spacing))
+        with Slide(case.path, spacing, warn=False, reader=reader) as slide:
             notes = *slide.contradictions, *slide.notes
-            found = replace(found, spacing=slide.spacing, notes=notes)
+            check = replace(check, spacing=slide.spacing, notes=notes)
             if tissue:
-                searched = find_tissue(slide, pen=pen, source=case.mask, stain=stain)
-                found = replace(found, **facts_of_tissue(slide, searched))
+                tissue_found = find_tissue(slide, pen=pen, source=case.mask, stain=stain)
+                check = replace(check, **facts_of_tissue(slide, tissue_found))
     except InputError as e:
-        return replace(found, problem=one_line(e))
+        return replace(check, problem=one_line(e))
     except OSError as e:
-        return replace(found, problem=f'{case.path} cannot be read ({e.strerror or e})')
-    return found
+        return replace(check, problem=f'{case.path} cannot be read ({e.strerror or e})')
+    return check
 
 # %% ../../nbs/slides/14_check.ipynb #474a3dd8
 @dataclass(frozen=True)
@@ -196,13 +198,16 @@ def do_task(task: CheckTask) -> SlideCheck:
 
 
 def in_order(outcomes: Iterator[tuple[int, SlideCheck]]) -> Iterator[SlideCheck]:
-    "Results by their numbers 0, 1, 2, ...; each as soon as those before it are there."
-    waiting, position = {}, 0
-    for number, found in outcomes:
-        waiting[number] = found
-        while position in waiting:
-            yield waiting.pop(position)
-            position += 1
+    """Yield results by their numbers 0, 1, 2, ..., each as soon as all before it have come.
+
+    `outcomes` are (number, result) in any order."""
+    waiting = {}
+    next_number = 0
+    for number, check in outcomes:
+        waiting[number] = check
+        while next_number in waiting:
+            yield waiting.pop(next_number)
+            next_number += 1
 
 # %% ../../nbs/slides/14_check.ipynb #5b88e0cf
 def check_slides(
@@ -214,18 +219,18 @@ def check_slides(
     after_each: Callable[[], object] = lambda: None,  # called after each slide, for a progress bar
     slide_spacing: float | None = None,  # as in `check_slide`
 ) -> Iterator[SlideCheck]:
-    "Check slides; yields what was found of each, in the order of the cases."
+    "Check slides. Yields a `SlideCheck` for each, in the order of the cases, as by `check_slide`."
     tasks = [
         CheckTask(number, case, tissue, pen, stain, slide_spacing)
         for number, case in enumerate(cases)
     ]
 
     def outcomes() -> Iterator[tuple[int, SlideCheck]]:
-        for task, found, error in each_apart(do_task, tasks, workers):
+        for task, check, error in each_apart(do_task, tasks, workers):
             if error is not None:
-                text = f'{task.case.path}: {one_line(error)}'
-                found = SlideCheck(task.case.slide_id, task.case.path, problem=text)
+                problem = f'{task.case.path}: {one_line(error)}'
+                check = SlideCheck(task.case.slide_id, task.case.path, problem=problem)
             after_each()
-            yield task.number, found
+            yield task.number, check
 
     yield from in_order(outcomes())

@@ -130,20 +130,21 @@ def find_slide(slide_id: str, folder: Path) -> Path:
     """The one file in a folder, or in `slides` in it, that is named after an id.
 
     Raises `ValueError` if there is none, or more than one."""
-    found = []
-    for place in (folder, folder / 'slides'):
-        if place.is_dir():
-            found += [path for path in sorted(place.iterdir()) if is_slide_of(path, slide_id)]
-    if len(found) != 1:
-        count = len(found) or 'no'
+    files = []
+    for parent in (folder, folder / 'slides'):
+        if parent.is_dir():
+            files += [path for path in sorted(parent.iterdir()) if is_slide_of(path, slide_id)]
+    if len(files) != 1:
+        count = len(files) or 'no'
         raise ValueError(
             f'slide {slide_id!r} has no path, and {count} files in {folder} are named after it'
         )
-    return found[0]
+    return files[0]
 
 # %% ../../nbs/slides/11_cohorts.ipynb #351aeb8f
 def label_name(text: str) -> str:
-    "A label as it is compared: without capitals and doubled blanks; of a number its shortest form."
+    """A label in the form in which labels are compared: in small letters, with single blanks; a
+    number in its shortest form."""
     try:
         return f'{finite_number(text, ""):g}'
     except ValueError:
@@ -180,6 +181,15 @@ def label_by_name(text: str, column: str, positive: Collection[str]) -> float:
     return 0.0
 
 
+def label_value(text: str | None, column: str, positive: Collection[str]) -> float | None:
+    "The value of one cell with a label, None if it is empty. Raises `ValueError`."
+    if not text:
+        return None
+    if positive:
+        return label_by_name(text, column, positive)
+    return finite_number(text, column)
+
+
 def read_label(
     row: dict,  # column -> text
     columns: Sequence[str],  # that hold the label
@@ -187,21 +197,15 @@ def read_label(
     # labels by name, as by `label_name`, that are 1 while all others are 0; empty: they are numbers
     positive: Collection[str] = (),
 ) -> float | tuple[float, ...] | None:
-    """The label of a row: a number or, of several columns, a tuple in which nan is what is unknown;
-    None if nothing is known. Raises `ValueError`."""
-    values = []
-    for column in columns:
-        text = row.get(column)
-        if not text:
-            values.append(None)
-        elif positive:
-            values.append(label_by_name(text, column, positive))
-        else:
-            values.append(finite_number(text, column))
+    """The label of a row: a number or, where several columns hold it, a tuple with nan for empty
+    cells; None if all cells are empty.
+
+    Raises `ValueError` for a cell that is no label, or none of those allowed."""
+    values = [label_value(row.get(column), column, positive) for column in columns]
     for column, value in zip(columns, values, strict=True):
         if allowed is not None and value is not None and value not in allowed:
-            known = ', '.join(f'{label:g}' for label in allowed)
-            raise ValueError(f'{column} {row[column]!r} is none of {known}')
+            allowed_text = ', '.join(f'{label:g}' for label in allowed)
+            raise ValueError(f'{column} {row[column]!r} is none of {allowed_text}')
     if all(value is None for value in values):
         return None
     if len(columns) == 1:
@@ -337,7 +341,7 @@ def problems_between(cases: list[tuple[int, Case]]) -> list[tuple[int, str]]:
 
 
 def check_ids(cases: Iterable[Case]) -> None:
-    "Refuse cases of which two have one id; upper and lower case count as the same."
+    "Raise `InputError` if two cases have one id; upper and lower case count as the same."
     by_id = {}
     for case in cases:
         by_id.setdefault(case.slide_id.casefold(), []).append(str(case.path))
@@ -349,7 +353,7 @@ def check_ids(cases: Iterable[Case]) -> None:
 
 
 def check_files(cases: Iterable[Case]) -> None:
-    "Refuse cases of which two are one slide, be it by links or as files of one DICOM series."
+    "Raise `InputError` if two cases are one slide, by links or as files of one DICOM series."
     first_cases = {}
     for case in cases:
         first = first_cases.setdefault(slide_key(case.path), case)
@@ -372,9 +376,9 @@ def check_classes(
     where: str | Path,  # what the cases are of, for the message
     split: str | None = None,  # look at this split only
 ) -> None:
-    "Refuse a cohort, or one split of it, without two classes to tell apart."
-    chosen = [case for case in cases if split is None or case.split == split]
-    labels = sorted({case.label for case in chosen if case.label is not None})
+    "Raise `InputError` for a cohort, or one split of it, without two classes to tell apart."
+    split_cases = [case for case in cases if split is None or case.split == split]
+    labels = sorted({case.label for case in split_cases if case.label is not None})
     name = f'{where}, split {split!r}' if split else f'{where}'
     if not labels:
         raise InputError(
@@ -426,19 +430,21 @@ def positive_names(
     names = {label_name(name) for name in positive} - {''}
     if not names:
         raise InputError(f'--positive {positive!r} names no label; give one of those in {column!r}')
+    names_text = ' or '.join(sorted(names))
     ones = Counter({label: n for label, n in labels.items() if label_name(label) in names})
     zeros = labels - ones
-    asked = ' or '.join(sorted(names))
-    if not ones and not any(is_name(label) for label in labels):
+    are_numbers = not ones and not any(is_name(label) for label in labels)
+    if are_numbers:
         if labels:
             warnings.warn(
-                f'{path}: the labels in {column!r} are numbers, so --positive {asked} is not used'
+                f'{path}: the labels in {column!r} are numbers, so --positive {names_text} is not '
+                'used'
             )
         return set()
     if not ones and need_label:
         raise InputError(
-            f'{path}: no label in {column!r} is {asked}; there are {counted_labels(labels)}: give '
-            'one of these names as --positive'
+            f'{path}: no label in {column!r} is {names_text}; there are {counted_labels(labels)}: '
+            'give one of these names as --positive'
         )
     parts = []
     if ones:
@@ -476,7 +482,7 @@ SPREADSHEETS = ('.xlsx', '.xlsm', '.xls', '.ods', '.numbers')
 
 
 def refuse_spreadsheet(path: str | Path) -> None:
-    "Refuse a file that is a spreadsheet, by its ending."
+    "Raise `InputError` for a file that is a spreadsheet, by its ending."
     path = Path(path)
     if path.suffix.lower() in SPREADSHEETS and path.is_file():
         raise InputError(
@@ -491,24 +497,28 @@ def check_columns(
     need_label: bool,  # these columns must be there
     annotation: str | None,  # the column with masks of classes
 ) -> None:
-    "Refuse a header without the columns that a manifest needs, or columns that are named twice."
-    needed = ['slide_id']
-    known = [*columns, 'slide_id', 'path', 'patient_id', 'split', 'spacing']
+    """Raise `InputError` for a header without the columns that a manifest needs, and for a column
+    that is named for two purposes."""
+    needed_columns = ['slide_id']
     if need_label:
-        needed += columns
-    if 'grade' not in columns:  # it may be the label itself
-        known.append('grade')
-    known.append('mask')
+        needed_columns += columns
     if annotation:
-        needed.append(annotation)
-        known.append(annotation)
-    twice = [name for name, count in Counter(known).items() if count > 1]
-    if twice:
+        needed_columns.append(annotation)
+
+    all_columns = [*columns, 'slide_id', 'path', 'patient_id', 'split', 'spacing']
+    if 'grade' not in columns:  # it may be the label itself
+        all_columns.append('grade')
+    all_columns.append('mask')
+    if annotation:
+        all_columns.append(annotation)
+
+    repeated_columns = [name for name, count in Counter(all_columns).items() if count > 1]
+    if repeated_columns:
         raise InputError(
-            f'{path}: {twice[0]!r} is named as a label and is something else, or is named twice; '
-            'name the columns that hold a label, once each'
+            f'{path}: {repeated_columns[0]!r} is named as a label and is something else, or is '
+            'named twice; name the columns that hold a label, once each'
         )
-    check_header(path, header, needed, known)
+    check_header(path, header, needed_columns, all_columns)
 
 
 def refuse_manifest(
@@ -579,22 +589,29 @@ def manifest_rows(
     """The rows of a manifest, with the arguments of `read_manifest`. Raises `InputError` for what
     is wrong with all of them."""
     refuse_spreadsheet(path)
-    way_out = 'give the path of a CSV manifest'
-    header, lines, separator = read_rows(path, way_out, SEPARATORS, 'slide_id')
+    header, lines, separator = read_rows(
+        path, 'give the path of a CSV manifest', separators=SEPARATORS, column='slide_id'
+    )
     check_columns(path, header, columns, need_label, annotation)
     if not lines:
         raise InputError(f'{path} has a header but no rows; add one row a slide')
     problems = []  # (line, sentence)
-    rows = full_rows(header, lines, separator, problems)
-    just_rows = [row for _, row in rows]
-    numbers = [*columns, 'spacing'] if separator != ',' else []
-    tell_separator(path, separator, just_rows, numbers)
-    names, hint = names_and_hint(path, just_rows, columns, positive, need_label)
-    if not folder:
-        folder = Path(path).parent
-    reader = CaseReader(Path(folder), columns, labels, need_label, annotation, names, numbers)
+    numbered_rows = full_rows(header, lines, separator, problems)
+    rows = [row for _, row in numbered_rows]
+    number_columns = [*columns, 'spacing'] if separator != ',' else []
+    tell_separator(path, separator, rows, number_columns)
+    names, hint = names_and_hint(path, rows, columns, positive, need_label)
+    reader = CaseReader(
+        folder=Path(folder or Path(path).parent),
+        columns=columns,
+        allowed=labels,
+        need_label=need_label,
+        annotation=annotation,
+        positive=names,
+        numbers=number_columns,
+    )
     cases = []
-    for line, row in rows:
+    for line, row in numbered_rows:
         case, sentences = reader.case(row)
         problems += [(line, sentence) for sentence in sentences]
         if case is not None:
@@ -668,10 +685,11 @@ def tiny_cohort(
     folder = Path(folder)
     (folder / 'slides').mkdir(parents=True)
     lines = ['slide_id,label,path,patient_id,split']
-    in_turn = ('train', 'train', 'tuning', 'test')  # a pair of slides, 0 and 1, each
+    split_of_pair = ('train', 'train', 'tuning', 'test')  # of two slides, with label 0 and 1
     for i in range(n):
         label = i % 2
-        split = in_turn[i // 2 % 4] if splits else ''
+        pair = i // 2
+        split = split_of_pair[pair % 4] if splits else ''
         path = f'slides/s{i:02}.tiff'
         tiny_slide(folder / path, seed=i, size=size, spacing=spacing, dark=label == 1)
         lines.append(f's{i:02},{label},{path},p{i:02},{split}')
@@ -701,15 +719,17 @@ def interleaved(
     n: int,
     fractions: Sequence[float],
 ) -> list[int]:
-    """The numbers of the parts, each as often as `apportion` gives it, as evenly mixed as they can
-    be: at each step the part comes that is farthest behind its share."""
-    parts = apportion(n, fractions)
-    given = np.zeros(len(parts), int)
+    """An order of `n` items by the part that each goes to, as evenly mixed as can be.
+
+    Returns `n` indices of fractions, each as often as `apportion` says. The part that is farthest
+    behind its share is always the next."""
+    sizes = apportion(n, fractions)
+    counts = np.zeros(len(sizes), int)  # items so far
     order = []
     for i in range(1, n + 1):
-        behind = np.where(given < parts, parts * i / n - given, -np.inf)
-        part = int(np.argmax(behind))
-        given[part] += 1
+        lag = np.where(counts < sizes, sizes * i / n - counts, -np.inf)
+        part = int(np.argmax(lag))
+        counts[part] += 1
         order.append(part)
     return order
 
@@ -744,13 +764,13 @@ def patient_traits(cases: Sequence[Case], by: str) -> dict[str, Traits]:
 
 
 def checked_fractions(fractions: Sequence[float]) -> list[float]:
-    "Three fractions. Raises `InputError`."
+    "The fractions for train, tuning and test as numbers. Raises `InputError` for others."
     try:
         shares = [float(fraction) for fraction in fractions]
     except (TypeError, ValueError):
         shares = []
-    are_valid = len(shares) == 3 and all(math.isfinite(share) and share >= 0 for share in shares)
-    if not are_valid or shares[0] == 0:
+    are_shares = all(math.isfinite(share) and share >= 0 for share in shares)
+    if len(shares) != 3 or not are_shares or shares[0] == 0:
         raise InputError(
             f'fractions {fractions}: give three for train, tuning and test, the first above 0'
         )
@@ -780,30 +800,34 @@ def split_cohort(
     labels = sorted({label for label, _ in traits.values()})
     are_classes = len(labels) <= MOST_CLASSES and 2 * len(labels) <= len(traits)
     strata = [[label] for label in labels] if are_classes else [labels]
-    splits = {}
+    split_of_patient = {}
     for stratum in strata:
         rng = keyed_rng(seed, label_text(stratum[0]))
         patients = sorted(patient for patient in traits if traits[patient].label in stratum)
-        drawn = [patients[i] for i in rng.permutation(len(patients))]
-        drawn.sort(key=traits.__getitem__)  # by label and grade, and among equal ones by chance
-        for patient, part in zip(drawn, interleaved(len(drawn), shares), strict=True):
-            splits[patient] = SPLITS[part]
+        # by label and grade, and by chance among patients with the same
+        shuffled = [patients[i] for i in rng.permutation(len(patients))]
+        patients = sorted(shuffled, key=traits.__getitem__)
+        parts = interleaved(len(patients), shares)
+        for patient, part in zip(patients, parts, strict=True):
+            split_of_patient[patient] = SPLITS[part]
     return [
-        replace(case, split='' if case.label is None else splits[case.patient_id]) for case in cases
+        replace(case, split='' if case.label is None else split_of_patient[case.patient_id])
+        for case in cases
     ]
 
 # %% ../../nbs/slides/11_cohorts.ipynb #e01ee027
 def leaks(cases: Iterable[Case]) -> list[str]:
     "A sentence on each patient that is in two splits."
-    by_patient = {}
+    slides_of_patient = {}  # patient_id -> split -> its first slide
     for case in cases:
         if case.split:
-            by_patient.setdefault(case.patient_id, {}).setdefault(case.split, case.slide_id)
+            slide_of_split = slides_of_patient.setdefault(case.patient_id, {})
+            slide_of_split.setdefault(case.split, case.slide_id)
     sentences = []
-    for patient, slides in by_patient.items():
-        if len(slides) > 1:
-            places = ' and in '.join(f'{split} ({slide_id})' for split, slide_id in slides.items())
-            sentences.append(f'patient {patient!r} is in {places}')
+    for patient, slide_of_split in slides_of_patient.items():
+        if len(slide_of_split) > 1:
+            splits = [f'{split} ({slide_id})' for split, slide_id in slide_of_split.items()]
+            sentences.append(f'patient {patient!r} is in {" and in ".join(splits)}')
     return sentences
 
 # %% ../../nbs/slides/11_cohorts.ipynb #04cb10fa
@@ -818,20 +842,21 @@ def with_tuning(
     seed: int,
     where: str | Path,  # what the cases are of, for the message
 ) -> list[Case]:
-    "The same cases, some of those of train in tuning; warns of it."
+    """The cases in their order, with a part of the split train moved to tuning. Warns of how many
+    slides these are."""
     train = [case for case in cases if case.split == 'train']
-    drawn = split_cohort(train, (*fractions[:2], 0), seed)
-    splits = {case.slide_id: case.split for case in drawn}
-    taken = sum(split == 'tuning' for split in splits.values())
+    train_and_tuning = split_cohort(train, (*fractions[:2], 0), seed)
+    new_splits = {case.slide_id: case.split for case in train_and_tuning}
+    n_tuning = sum(split == 'tuning' for split in new_splits.values())
     warnings.warn(
-        f"{where} has no split 'tuning': {taken} of the {len(splits)} slides of train are taken "
-        'for it'
+        f"{where} has no split 'tuning': {n_tuning} of the {len(new_splits)} slides of train are "
+        'taken for it'
     )
-    return [replace(case, split=splits.get(case.slide_id, case.split)) for case in cases]
+    return [replace(case, split=new_splits.get(case.slide_id, case.split)) for case in cases]
 
 
 def check_split_names(cases: Iterable[Case], where: str | Path) -> None:
-    "Refuse splits that are none of `SPLITS`."
+    "Raise `InputError` for a split that is none of `SPLITS`; `where` is what the cases are of."
     for case in cases:
         if case.split and case.split not in SPLITS:
             raise InputError(
@@ -840,7 +865,8 @@ def check_split_names(cases: Iterable[Case], where: str | Path) -> None:
 
 
 def check_splits(cases: Sequence[Case], where: str | Path) -> None:
-    "Refuse splits by which no network can be trained and chosen, or with patients in two of them."
+    """Raise `InputError` for splits by which no network can be trained and validated, or with a
+    patient in two of them. `where` is what the cases are of, for the message."""
     for split in ('train', 'tuning'):
         if not has_split(cases, split):
             raise InputError(
@@ -873,13 +899,13 @@ def resolve_splits(
             'chosen; give it a share'
         )
     labelled = [case for case in cases if case.label is not None]
-    without = [case.slide_id for case in labelled if not case.split]
-    if len(without) == len(labelled):
+    ids_without_split = [case.slide_id for case in labelled if not case.split]
+    if len(ids_without_split) == len(labelled):
         cases = split_cohort(cases, fractions, seed)
-    elif without:
+    elif ids_without_split:
         raise InputError(
-            f'{where}: {len(without)} labelled slides have no split ({without[0]!r} is the first); '
-            'give one to all or to none'
+            f'{where}: {len(ids_without_split)} labelled slides have no split '
+            f'({ids_without_split[0]!r} is the first); give one to all or to none'
         )
     elif has_split(cases, 'train') and not has_split(cases, 'tuning'):
         cases = with_tuning(cases, fractions, seed, where)
@@ -912,20 +938,23 @@ def checked_count(n: int, available: int, split: str) -> int:
 
 
 def checked_share(value: float, name: str) -> float:
-    "A share, once checked. Raises `InputError` unless it is a number from 0 to 1."
+    "A share as a number. Raises `InputError`, which calls it `name`, if it is not from 0 to 1."
     if not (isinstance(value, numbers.Real) and 0 <= value <= 1):
         raise InputError(f'{name} {value!r} must be a share, from 0 to 1')
     return float(value)
 
 
 def spread_over_grades(cases: Sequence[Case], n: int) -> list[Case]:
-    "The first `n` cases of all grades, as many of each as far as it has them."
-    by_grade = {grade: [] for grade in sorted({case.grade for case in cases})}
+    """`n` cases, by grade: the first ones of each, and of all grades the same number as far as they
+    have it."""
+    cases_of_grade = {grade: [] for grade in sorted({case.grade for case in cases})}
     for case in cases:
-        by_grade[case.grade].append(case)
-    sizes = {grade: len(same) for grade, same in by_grade.items()}
-    parts = equal_parts(n, sizes)
-    return [case for grade, part in parts.items() for case in by_grade[grade][:part]]
+        cases_of_grade[case.grade].append(case)
+    limits = {grade: len(members) for grade, members in cases_of_grade.items()}
+    chosen = []
+    for grade, n_of_grade in equal_parts(n, limits).items():
+        chosen += cases_of_grade[grade][:n_of_grade]
+    return chosen
 
 # %% ../../nbs/slides/11_cohorts.ipynb #1e1f0e88
 def subset(
@@ -953,8 +982,8 @@ def subset(
             f'{split!r} has {len(negatives)} negatives and {len(positives)} positives'
         )
     chosen = negatives[:n_negative] + spread_over_grades(positives, n_positive)
-    kept = {case.slide_id for case in chosen}
-    return [case for case in cases if case.split != split or case.slide_id in kept]
+    chosen_ids = {case.slide_id for case in chosen}
+    return [case for case in cases if case.split != split or case.slide_id in chosen_ids]
 
 # %% ../../nbs/slides/11_cohorts.ipynb #861827d3
 def with_default_spacing(case: Case, spacing: float) -> Case:
@@ -969,7 +998,8 @@ def settled(
     case: Case,
     file_says: bool,  # whether the file says its spacing
 ) -> Case:
-    "A case without a default spacing: it is that of the slide, or none if the file says its own."
+    """A case whose spacing is no longer a default one: the default has become its own, or None if
+    the file says a spacing."""
     if not case.spacing_is_default:
         return case
     spacing = None if file_says else case.spacing
@@ -977,35 +1007,38 @@ def settled(
 
 
 def open_slide(case: Case, override: bool = False) -> Slide:
-    """The slide of a case; with `override` the spacing of the case, even a default, counts more
-    than that of the file. Its file is opened once. Raises `InputError` as `Slide` does."""
+    """The slide of a case, whose file is opened once. Raises `InputError` as `Slide` does.
+
+    With `override`, the spacing of the case, even a default, counts more than that of the file."""
     reader = open_reader(case.path)
     if override:
-        return Slide(case.path, case.spacing, case.spacing is not None, False, reader)
+        has_spacing = case.spacing is not None
+        return Slide(case.path, case.spacing, override=has_spacing, warn=False, reader=reader)
     spacing = settled(case, says_spacing(reader.spacings)).spacing
     return Slide(case.path, spacing, warn=False, reader=reader)
 
 # %% ../../nbs/slides/11_cohorts.ipynb #21b05eb1
 def slides_below(folder: Path, suffixes: Sequence[str] = ('.tif', '.tiff')) -> dict[str, Path]:
-    """Slides in a folder and those in it, by their name without suffix. Raises `InputError` if two
-    have one name."""
-    found = {}
+    """The files of slides in a folder and all folders in it: name without suffix -> path. Raises
+    `InputError` if two have one name."""
+    files = {}
     for path in sorted(folder.rglob('*')):
         if path.suffix.lower() not in suffixes or path.name.startswith('.') or not path.is_file():
             continue
-        first = found.setdefault(path.stem, path)
-        if first != path:
-            raise InputError(f'{folder} has two files named {path.stem}: {first} and {path}')
-    return found
+        first_path = files.setdefault(path.stem, path)
+        if first_path != path:
+            raise InputError(f'{folder} has two files named {path.stem}: {first_path} and {path}')
+    return files
 
 
 def check_complete(where: Path, slide_ids: Sequence[str], files: dict[str, Path]) -> None:
-    "Refuse slides that have no file."
-    without = [slide_id for slide_id in slide_ids if slide_id not in files]
-    if without:
+    "Raise `InputError` if a slide has no file; `files` are slide -> path."
+    missing_ids = [slide_id for slide_id in slide_ids if slide_id not in files]
+    if missing_ids:
         raise InputError(
-            f'{where}: {len(without)} of {len(slide_ids)} slides have no file, {without[0]!r} is '
-            'the first; download the rest, or pass missing=True to leave them out'
+            f'{where}: {len(missing_ids)} of {len(slide_ids)} slides have no file, '
+            f'{missing_ids[0]!r} is the first; download the rest, or pass missing=True to leave '
+            'them out'
         )
 
 # %% ../../nbs/slides/11_cohorts.ipynb #b4def76a
@@ -1136,10 +1169,15 @@ class Camelyon16Files(NamedTuple):
         return {name: path for name, (_, path) in self.train.items()} | self.test
 
     def case(self, name: str, label: float, stage: str, split: str) -> Case:
-        "A slide that is there."
-        annotation = self.masks.get(f'{name}_mask')
-        path = self.images()[name]
-        return Case(name, label, path, split=split, grade=stage, annotation=annotation)
+        "The `Case` of a slide that has a file."
+        return Case(
+            slide_id=name,
+            label=label,
+            path=self.images()[name],
+            split=split,
+            grade=stage,
+            annotation=self.masks.get(f'{name}_mask'),
+        )
 
 
 def camelyon16_in_one_folder(folder: Path) -> Camelyon16Files:
@@ -1161,7 +1199,8 @@ def camelyon16_in_one_folder(folder: Path) -> Camelyon16Files:
 
 def camelyon16_by_split(folder: Path) -> Camelyon16Files:
     "The files as the challenge had them."
-    train, masks = {}, slides_below(folder / 'masks')
+    train = {}
+    masks = slides_below(folder / 'masks')
     for kind in ('normal', 'tumor'):
         for name, path in slides_below(folder / 'training' / kind).items():
             if name.endswith('_mask'):
@@ -1173,16 +1212,17 @@ def camelyon16_by_split(folder: Path) -> Camelyon16Files:
 
 
 def camelyon16_row(cells: Sequence[str]) -> tuple[float, str] | None:
-    """The label of a row, and its stage or ''; None if it has neither. Raises `ValueError` for a
-    row that contradicts itself."""
+    """The (label, stage) of a row of CAMELYON16's table, '' for no stage; None if the row has no
+    label. Raises `ValueError` for a row that contradicts itself."""
     words = [cell.lower() for cell in cells[1:] if cell.lower() in CAMELYON16_WORDS]
     labels = {CAMELYON16_WORDS[word] for word in words}
-    if len(labels) > 1:
-        raise ValueError(f'{" and ".join(words)} contradict each other')
     if not labels:
         return None
+    if len(labels) > 1:
+        raise ValueError(f'{" and ".join(words)} contradict each other')
     stages = [word for word in words if word in CAMELYON16_STAGES]
-    return float(labels.pop()), ''.join(stages[:1])
+    first_stage = stages[0] if stages else ''
+    return float(labels.pop()), first_stage
 
 
 def is_header(name: str, images: dict[str, Path]) -> bool:
@@ -1191,35 +1231,37 @@ def is_header(name: str, images: dict[str, Path]) -> bool:
 
 
 def camelyon16_reference(table: Path, images: dict[str, Path]) -> dict[str, tuple[float, str]]:
-    "The label and the stage of each slide in CAMELYON16's table. Raises `InputError` with the line."
+    """CAMELYON16's table as slide -> (label, stage); the stage is '' where there is none. Raises
+    `InputError`, with the line, for a row without a label and for a slide that has two."""
     header, rows, _ = read_rows(table, 'give the path of a CSV manifest')
-    found = {}
+    reference = {}
     for line, cells in [(1, header), *rows]:  # the challenge's file has no header
         name = re.sub(r'\.tif$', '', cells[0], flags=re.I)
         try:
-            said = camelyon16_row(cells)
-            if said is None and line == 1 and is_header(name, images):
-                continue
-            if said is None:
+            label_and_stage = camelyon16_row(cells)
+            if label_and_stage is None:
+                if line == 1 and is_header(name, images):
+                    continue
                 raise ValueError('the slide is neither Tumor nor Normal')
-            if name in found:
+            if name in reference:
                 raise ValueError(f'{name!r} was given before')
         except ValueError as e:
             raise InputError(f'{table}, line {line}: {e}') from None
-        found[name] = said
-    return found
+        reference[name] = label_and_stage
+    return reference
 
 
 def warn_of_unlabelled(
     folder: Path, files: Camelyon16Files, reference: dict[str, tuple[float, str]]
 ) -> None:
     "Warn of test slides without a label."
-    without = [name for name in files.test if name not in reference]
-    if without:
+    unlabelled_slides = [name for name in files.test if name not in reference]
+    if unlabelled_slides:
+        table = files.table.relative_to(folder)
         reason = 'does not name them' if reference else 'is not there'
         warnings.warn(
-            f'{folder}: {len(without)} of {len(files.test)} slides are left out, as '
-            f'{files.table.relative_to(folder)} {reason}; {without[0]!r} is the first'
+            f'{folder}: {len(unlabelled_slides)} of {len(files.test)} slides are left out, as '
+            f'{table} {reason}; {unlabelled_slides[0]!r} is the first'
         )
 
 # %% ../../nbs/slides/11_cohorts.ipynb #9f2218fc
@@ -1251,15 +1293,15 @@ def read_camelyon16(
             check_complete(files.table, list(reference), files.images())
     cases = []
     for name, (label, path) in files.train.items():
-        said, stage = reference.get(name, (label, ''))
-        if said != label:
+        label_in_table, stage = reference.get(name, (label, ''))
+        if label_in_table != label:
             raise InputError(
                 f'{files.table} contradicts {path}: give one of the two its right name'
             )
-        cases.append(files.case(name, label, stage, 'train'))
+        cases.append(files.case(name, label, stage, split='train'))
     for name, (label, stage) in reference.items():
         if name in files.test:
-            cases.append(files.case(name, label, stage, 'test'))
+            cases.append(files.case(name, label, stage, split='test'))
     warn_of_unlabelled(folder, files, reference)
     check_ids(cases)
     return cases

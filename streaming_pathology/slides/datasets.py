@@ -67,14 +67,13 @@ def rounded_up(
     return height, width
 
 
-def centred(old: int, new: int) -> tuple[slice, slice]:
-    """How one side of an image of `old` pixels is laid on one of `new` pixels, both centred.
-
-    Returns the part of the old side that is kept, and where it comes to lie on the new one."""
-    kept = min(old, new)
-    first = (old - kept) // 2
-    start = (new - kept) // 2
-    return slice(first, first + kept), slice(start, start + kept)
+def centre_slices(old: int, new: int) -> tuple[slice, slice]:
+    """How one side of an image, of `old` pixels, is padded or cropped to `new` pixels around its
+    centre. Returns the pixels of the old side that are shown, and their place on the new side."""
+    shared = min(old, new)
+    old_start = (old - shared) // 2
+    new_start = (new - shared) // 2
+    return slice(old_start, old_start + shared), slice(new_start, new_start + shared)
 
 # %% ../../nbs/slides/12_datasets.ipynb #8485c094
 def fit_canvas(
@@ -95,9 +94,9 @@ def fit_canvas(
         new_size = checked_size(size)
     canvas = np.empty((*new_size, 3), np.uint8)
     canvas[:] = checked_color(color)
-    kept_rows, new_rows = centred(height, new_size[0])
-    kept_columns, new_columns = centred(width, new_size[1])
-    canvas[new_rows, new_columns] = image[kept_rows, kept_columns]
+    old_rows, new_rows = centre_slices(height, new_size[0])
+    old_columns, new_columns = centre_slices(width, new_size[1])
+    canvas[new_rows, new_columns] = image[old_rows, old_columns]
     return canvas
 
 # %% ../../nbs/slides/12_datasets.ipynb #0b6e5eb2
@@ -168,7 +167,8 @@ def pixels_around(
     clean: float | None,
     color: Sequence[int],
 ) -> tuple[np.ndarray, TissueMap]:
-    "As `tissue_pixels`, where the tissue has been found."
+    """The box around tissue that `find_tissue` has found, uint8 (height, width, 3), and which of
+    its pixels are tissue; arguments as those of `tissue_pixels`."""
     box = tissue_box(slide, spacing, mask=found)
     top, left, height, width = box
     rgb = slide.read(spacing, box)
@@ -206,6 +206,7 @@ class ImageCache:
         self.lock = threading.Lock()
 
     def get(self, slide_id: str) -> tuple[np.ndarray, TissueMap] | None:
+        "The image of a slide and its tissue map; None if they are not in memory."
         return self.images.get(slide_id)
 
     def add(self, slide_id: str, rgb: np.ndarray, tissue: TissueMap) -> None:
@@ -227,7 +228,7 @@ CANVAS_MARGIN = 50.0  # microns of glass that a canvas keeps around tissue
 
 
 def check_augment(augment: object, canvas: bool) -> None:
-    "Refuse what is no augmentation, or cannot be one of a canvas."
+    "Raise `InputError` for what is no augmentation, or cannot augment a canvas."
     if augment is None or isinstance(augment, Augmentation):
         return
     if canvas:
@@ -319,7 +320,8 @@ class SlideDataset(Dataset):
         return self.item(self.cases[index], epoch, *self.seen(index))
 
     def look(self, index: int) -> tuple[np.ndarray, TissueMap]:
-        "The box around the tissue of a case, read from its file: see `tissue_pixels`."
+        """The box around the tissue of a case and its tissue map, read from its file: see
+        `tissue_pixels`. Raises `InputError`, with the name of the slide, if it cannot be read."""
         case = self.cases[index]
         try:
             with open_slide(case) as slide:
@@ -339,14 +341,17 @@ class SlideDataset(Dataset):
             ) from e
 
     def seen(self, index: int) -> tuple[np.ndarray, TissueMap]:
-        "As `look`, from memory if it is kept there; not to be changed."
+        """The box around the tissue of a case and its tissue map, as by `look`, from the cache if
+        they are in it. They are not to be changed."""
         slide_id = self.cases[index].slide_id
-        seen = self.kept.get(slide_id)
-        if seen is None:
-            seen = self.look(index)
-            self.kept.add(slide_id, *seen)
-        self.boxes[slide_id] = seen[0].shape[:2]
-        return seen
+        cached = self.kept.get(slide_id)
+        if cached is not None:
+            rgb, tissue = cached
+        else:
+            rgb, tissue = self.look(index)
+            self.kept.add(slide_id, rgb, tissue)
+        self.boxes[slide_id] = rgb.shape[:2]
+        return rgb, tissue
 
     def read(self, index: int) -> np.ndarray:
         """The box around the tissue of a case, uint8 (height, width, 3), neither augmented nor
@@ -361,8 +366,8 @@ class SlideDataset(Dataset):
         self,
         image: torch.Tensor,  # (3, H, W), of `image`
     ) -> torch.Tensor | Canvas:
-        """An image as networks are given it: a `Canvas`, if this dataset has such. Where it holds no
-        tissue, as between two pieces that are cropped away, it stays an image."""
+        """An image as networks take it: a `Canvas`, if the items of this dataset have one. An image
+        without tissue, as between two pieces that are cropped away, is returned as it is."""
         if not self.canvas:
             return image
         canvas = sparse_canvas(image, self.color)
@@ -374,7 +379,7 @@ class SlideDataset(Dataset):
         return torch.from_numpy(canvas).permute(2, 0, 1).contiguous()
 
     def augmented(self, rgb: np.ndarray, record: dict) -> torch.Tensor:
-        "Pixels (height, width, 3) with done to them what the record says: uint8 (3, H, W)."
+        "Pixels (height, width, 3) augmented as the record says: uint8 (3, H, W)."
         size = self.size
         if size is None:
             size = rounded_up(augmented_size(record, rgb.shape[:2]))
@@ -416,7 +421,8 @@ class SlideDataset(Dataset):
         return part
 
     def settle_spacings(self) -> None:
-        "Of cases that were read, let a default spacing be theirs, or none if their file says one."
+        """Settle the default spacings of cases that were read: it becomes that of the case, or None
+        if the file says a spacing. Other cases are left as they are."""
         cases = []
         for case in self.cases:
             if case.slide_id in self.says_spacing:
@@ -459,17 +465,17 @@ def cropped(data: SlideDataset) -> str | None:
     if data.size is None:
         return None
     boxes = boxes_read(data)
-    lost = {slide_id: lost_share(box, data.size) for slide_id, box in boxes.items()}
-    losses = [share for share in lost.values() if share > 0]
+    loss_by_slide = {slide_id: lost_share(box, data.size) for slide_id, box in boxes.items()}
+    losses = [loss for loss in loss_by_slide.values() if loss > 0]
     if not losses:
         return None
-    worst = max(lost, key=lost.__getitem__)
-    height, width = boxes[worst]
+    worst_slide = max(loss_by_slide, key=loss_by_slide.__getitem__)
+    height, width = boxes[worst_slide]
     canvas = canvas_text(data.size, data.spacing)
     return (
-        f'{len(losses)} of {len(lost)} slides are larger than {canvas} and lose '
-        f"{np.mean(losses):.0%} of their tissue's box on average, at most {lost[worst]:.0%} "
-        f'({worst!r}, {height} x {width})'
+        f'{len(losses)} of {len(boxes)} slides are larger than {canvas} and lose '
+        f"{np.mean(losses):.0%} of their tissue's box on average, at most "
+        f'{loss_by_slide[worst_slide]:.0%} ({worst_slide!r}, {height} x {width})'
     )
 
 
@@ -479,16 +485,16 @@ def turned_out(data: SlideDataset, augment: Augment | None) -> str | None:
     if data.size is None or not isinstance(augment, Augmentation):
         return None
     boxes = boxes_read(data)
-    reach = [augment.reach(box) for box in boxes.values() if is_within(box, data.size)]
-    beyond = [size for size in reach if not is_within(size, data.size)]
-    if not beyond:
+    largest_sizes = [augment.reach(box) for box in boxes.values() if is_within(box, data.size)]
+    n_beyond = sum(not is_within(size, data.size) for size in largest_sizes)
+    if not n_beyond:
         return None
-    height = max(height for height, _ in reach)
-    width = max(width for _, width in reach)
     canvas = canvas_text(data.size, data.spacing)
+    needed_height = max(height for height, _ in largest_sizes)
+    needed_width = max(width for _, width in largest_sizes)
     return (
-        f'the augmentation may turn or scale {len(beyond)} of {len(boxes)} slides beyond '
-        f'{canvas}, which then lose some of their tissue; one of {height} x {width} '
+        f'the augmentation may turn or scale {n_beyond} of {len(boxes)} slides beyond '
+        f'{canvas}, which then lose some of their tissue; one of {needed_height} x {needed_width} '
         'holds them'
     )
 
@@ -518,6 +524,13 @@ def unreadable(data: SlideDataset, workers: int, progress: bool) -> dict[str, st
     }
 
 # %% ../../nbs/slides/12_datasets.ipynb #c5f52401
+def _warn_by_slide(sentences: dict[str, list[str]], n_slides: int, fault: str) -> None:
+    "Warn of the slides that have sentences on a fault, slide_id -> sentences, if any has."
+    if sentences:
+        start = f'{len(sentences)} of {n_slides} slides {fault}'
+        warnings.warn(several(start, [text for texts in sentences.values() for text in texts]))
+
+
 def check_cohort(
     cases: Iterable[Case] | SlideDataset,  # the cache of a dataset is filled on the way
     spacing: float | None = None,  # microns per pixel; not for a dataset, which has its own
@@ -551,14 +564,8 @@ def check_cohort(
     for sentence in (cropped(data), turned_out(data, data.augment)):
         if sentence is not None:
             warnings.warn(sentence)
-    if data.contradictions:
-        start = f'{len(data.contradictions)} of {len(data)} slides have two spacings'
-        sentences = [text for texts in data.contradictions.values() for text in texts]
-        warnings.warn(several(start, sentences))
-    if data.mask_notes:
-        start = f'{len(data.mask_notes)} of {len(data)} slides have a mask that looks inverted'
-        sentences = [text for texts in data.mask_notes.values() for text in texts]
-        warnings.warn(several(start, sentences))
+    _warn_by_slide(data.contradictions, len(data), 'have two spacings')
+    _warn_by_slide(data.mask_notes, len(data), 'have a mask that looks inverted')
     return data
 
 # %% ../../nbs/slides/12_datasets.ipynb #3cc674af
@@ -572,14 +579,15 @@ def class_labels(labels: Sequence[float | None]) -> np.ndarray:
 
 
 def check_known(labels: np.ndarray) -> None:
-    "Refuse labels of which one is nan."
+    "Raise `InputError` if a label is nan."
     unknown = np.isnan(labels)
     if unknown.any():
         raise InputError(f'slide {int(unknown.argmax())} has no label; leave out those without')
 
 
 def oversampled_labels(labels: np.ndarray, oversample: Oversample) -> set[float]:
-    "The labels whose slides are drawn as often as those of the largest class."
+    """The labels whose slides are drawn as often as those of the largest class. Raises `InputError`
+    for a setting that is no label, and for a label that no slide has."""
     if oversample is True:
         return set(labels.tolist())
     if oversample is False or oversample is None:
@@ -615,23 +623,24 @@ class EpochSampler(Sampler):
     ) -> None:
         try:
             values = class_labels(labels)
-            rank, ranks = operator.index(rank), operator.index(ranks)
+            rank = operator.index(rank)
+            ranks = operator.index(ranks)
         except (TypeError, ValueError):
             raise InputError(
                 'a sampler takes one number a slide as its labels, and whole numbers as rank and '
                 'ranks'
             ) from None
         check_known(values)
-        chosen = oversampled_labels(values, oversample)
+        labels_to_oversample = oversampled_labels(values, oversample)
         if not 0 <= rank < ranks:
             raise InputError(f'rank {rank} is none of {ranks} ranks')
         keyed_rng(seed)  # refuses what is no seed
-        members = {label: np.flatnonzero(values == label) for label in np.unique(values)}
-        largest = max(map(len, members.values()), default=0)
+        slides_of_class = {label: np.flatnonzero(values == label) for label in np.unique(values)}
+        largest_class = max(map(len, slides_of_class.values()), default=0)
         # (indices, draws in an epoch) of each class
         self.groups: list[tuple[np.ndarray, int]] = []
-        for label, indices in members.items():
-            draws = largest if label in chosen else len(indices)
+        for label, indices in slides_of_class.items():
+            draws = largest_class if label in labels_to_oversample else len(indices)
             self.groups.append((indices, draws))
         self.seed = seed
         self.shuffle = shuffle
@@ -651,25 +660,26 @@ class EpochSampler(Sampler):
         self.start = start
 
     def __len__(self) -> int:
-        of_all_ranks = sum(draws for _, draws in self.groups)
-        of_this_rank = len(range(self.rank, of_all_ranks, self.ranks))
-        return max(0, of_this_rank - self.start)
+        n_of_all_ranks = sum(draws for _, draws in self.groups)
+        n_of_this_rank = len(range(self.rank, n_of_all_ranks, self.ranks))
+        return max(0, n_of_this_rank - self.start)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        of_this_rank = self.order()[self.rank :: self.ranks]
-        return iter([(int(index), self.epoch) for index in of_this_rank[self.start :]])
+        indices = self.order()[self.rank :: self.ranks]
+        return iter([(int(index), self.epoch) for index in indices[self.start :]])
 
     def order(self) -> np.ndarray:
         "The indices of all ranks in the order of this epoch: int (n,)."
         rng = keyed_rng(self.seed, self.epoch)
-        drawn = [self.drawn(indices, draws, rng) for indices, draws in self.groups]
-        order = np.concatenate([np.zeros(0, int), *drawn])
+        by_class = [self.drawn(indices, draws, rng) for indices, draws in self.groups]
+        order = np.concatenate([np.zeros(0, int), *by_class])
         if self.shuffle:
             return rng.permutation(order)
         return np.sort(order, kind='stable')
 
     def drawn(self, indices: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-        "So many draws of a class: all of its slides again and again, the last time some of them."
+        """Draw so many slides of a class: int (draws,). All of its indices come again and again, and
+        some of them once more."""
         rounds = math.ceil(draws / len(indices))
         if self.shuffle:
             repeated = np.concatenate([rng.permutation(indices) for _ in range(rounds)])
@@ -718,16 +728,18 @@ def as_it_is(item: Any) -> Any:
 
 
 def sampler_labels(cases: Sequence[Case], oversample: Oversample) -> Sequence[float]:
-    "The labels by which the slides to train on are drawn. Raises `InputError` if there are none."
-    without = [case.slide_id for case in cases if case.label is None]
-    if without:
-        raise InputError(
-            several(f'{len(without)} slides to train on have no label; leave them out', without)
-        )
+    """A number for each case, by which an `EpochSampler` tells its class.
+
+    Raises `InputError` for a case without a label, and for labels of several numbers if classes are
+    to be oversampled."""
+    unlabelled_ids = [case.slide_id for case in cases if case.label is None]
+    if unlabelled_ids:
+        start = f'{len(unlabelled_ids)} slides to train on have no label; leave them out'
+        raise InputError(several(start, unlabelled_ids))
     labels = [case.label for case in cases if case.label is not None]
-    single = [label for label in labels if not isinstance(label, tuple)]
-    if len(single) == len(cases):
-        return single
+    single_numbers = [label for label in labels if not isinstance(label, tuple)]
+    if len(single_numbers) == len(cases):
+        return single_numbers
     if oversample:
         raise InputError(
             'labels of several numbers are no classes to draw equally often; give oversample=False'
@@ -817,9 +829,9 @@ def value_counts(data: SlideDataset, tissue: bool, progress: bool) -> np.ndarray
         rgb, tissue_map = data.look(index)
         for top in range(0, len(rgb), BAND):
             band = rgb[top : top + BAND]
-            chosen = band[tissue_map.band(top)] if tissue else band.reshape(-1, 3)
+            colors = band[tissue_map.band(top)] if tissue else band.reshape(-1, 3)
             for channel in range(3):
-                counts[channel] += np.bincount(chosen[:, channel], minlength=256)
+                counts[channel] += np.bincount(colors[:, channel], minlength=256)
     return counts
 
 
@@ -843,6 +855,6 @@ def channel_statistics(
     counts = value_counts(data, tissue, progress)
     if not counts.any():
         raise InputError('there are no pixels to take statistics of')
-    of_channels = [mean_and_std(channel) for channel in counts.tolist()]
-    means, stds = zip(*of_channels, strict=True)
+    means_and_stds = [mean_and_std(channel_counts) for channel_counts in counts.tolist()]
+    means, stds = zip(*means_and_stds, strict=True)
     return means, stds

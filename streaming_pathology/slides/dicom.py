@@ -19,12 +19,16 @@ from pydicom.uid import UID
 from ..core import InputError
 
 # %% ../../nbs/slides/01_dicom.ipynb #07c0363f
+PREAMBLE_BYTES = 128  # of any content, at the beginning of a DICOM file
+MAGIC = b'DICM'  # what follows them
+
+
 def is_dicom(path: Path) -> bool:
-    "Whether a file is DICOM: it says so after its first 128 bytes."
+    "Whether a file is DICOM, by the letters after its preamble."
     if not path.is_file():
         return False
     with open(path, 'rb') as file:
-        return file.read(132)[128:] == b'DICM'
+        return file.read(PREAMBLE_BYTES + len(MAGIC))[PREAMBLE_BYTES:] == MAGIC
 
 
 def dicom_files(folder: str | Path) -> list[Path]:
@@ -36,6 +40,10 @@ def dicom_files(folder: str | Path) -> list[Path]:
 WHOLE_SLIDE_IMAGE = '1.2.840.10008.5.1.4.1.1.77.1.6'  # VL Whole Slide Microscopy Image Storage
 PIXEL_DATA = bytes.fromhex('E07F 1000')  # the tag (7FE0,0010)
 UNDEFINED_LENGTH = 0xFFFFFFFF
+TAG_BYTES = 4
+LENGTH_BYTES = 4
+ELEMENT_HEADER_BYTES = 12  # before a value: tag, type (with two bytes that are reserved), length
+FRAGMENT_HEADER_BYTES = 8  # before the data of a fragment: tag, length
 LENGTH_OF_END = 8  # bytes of the element that ends a sequence of fragments
 TEXT_TAGS = ['SOPClassUID', 'SeriesInstanceUID', 'PhotometricInterpretation', 'ImageType']
 NUMBER_TAGS = ['BitsStored', 'TotalPixelMatrixFocalPlanes']
@@ -72,14 +80,14 @@ def as_text(value: object) -> str:
 
 
 def as_number(value: object) -> int:
-    "The value of an element that is a whole number; 0 where it has none."
+    "The value of an element as a whole number; 0 if it has none."
     if isinstance(value, bytes):
         return int.from_bytes(value[:4], 'little')
     return int(str(value or 0))
 
 
 def parsed_header(file: BinaryIO) -> DicomHeader:
-    "The header of an open DICOM file, which is then at its pixels."
+    "Parse the header of a DICOM file, which is read up to its pixels."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of values that break rules of DICOM
         dataset = dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS))
@@ -87,63 +95,85 @@ def parsed_header(file: BinaryIO) -> DicomHeader:
         for tag in TAGS:
             element = dataset.get_item(tag)
             values[tag] = None if element is None else element.value
-    kind_of_file = dataset.file_meta.get('MediaStorageSOPClassUID', '')
-    kind = UID(as_text(values['SOPClassUID']) or str(kind_of_file))
+    file_meta = dataset.file_meta
+    storage_class = file_meta.get('MediaStorageSOPClassUID', '')
+    sop_class = UID(as_text(values['SOPClassUID']) or str(storage_class))
     return DicomHeader(
         series=as_text(values['SeriesInstanceUID']),
-        kind=kind.name,
-        is_slide=str(kind) == WHOLE_SLIDE_IMAGE,
+        kind=sop_class.name,
+        is_slide=str(sop_class) == WHOLE_SLIDE_IMAGE,
         bits=as_number(values['BitsStored']),
         planes=as_number(values['TotalPixelMatrixFocalPlanes']),
         is_grey=as_text(values['PhotometricInterpretation']).startswith('MONOCHROME'),
         image_type=as_text(values['ImageType']),
-        compression=UID(str(dataset.file_meta.get('TransferSyntaxUID', ''))).name,
+        compression=UID(str(file_meta.get('TransferSyntaxUID', ''))).name,
     )
 
 
 def has_all_pixels(file: BinaryIO, size: int) -> bool:
-    "Whether the pixel data that begin where a DICOM file is end before byte `size`."
+    "Whether the pixel data end within a file of `size` bytes; the file is at their beginning."
     start = file.tell()
-    head = file.read(12)
-    if len(head) < 12 or head[:4] != PIXEL_DATA:
+    header = file.read(ELEMENT_HEADER_BYTES)
+    if len(header) < ELEMENT_HEADER_BYTES or header[:TAG_BYTES] != PIXEL_DATA:
         return False
-    length = int.from_bytes(head[8:], 'little')
-    if length != UNDEFINED_LENGTH:
-        return start + 12 + length <= size
-    _, fragments = parse_fragments(file)
-    if not fragments:
+    length = int.from_bytes(header[-LENGTH_BYTES:], 'little')
+    if length != UNDEFINED_LENGTH:  # pixels without compression
+        return start + ELEMENT_HEADER_BYTES + length <= size
+    _, fragment_starts = parse_fragments(file)
+    if not fragment_starts:
         return False
-    file.seek(fragments[-1] + 4)
-    last = int.from_bytes(file.read(4), 'little')
-    return fragments[-1] + 8 + last + LENGTH_OF_END <= size
+    last_start = fragment_starts[-1]
+    file.seek(last_start + TAG_BYTES)
+    last_length = int.from_bytes(file.read(LENGTH_BYTES), 'little')
+    return last_start + FRAGMENT_HEADER_BYTES + last_length + LENGTH_OF_END <= size
+
+
+def truncated_dicom(path: Path, size: int, series: str | None = None) -> IncompleteDicom:
+    "The exception for a file that ends early."
+    return IncompleteDicom(
+        f'{path} is truncated: it has {size:,} bytes and goes on; copy it again', series
+    )
+
+
+def checked_header(path: Path, file: BinaryIO, size: int) -> DicomHeader:
+    "The header of a DICOM file. Raises `IncompleteDicom` if it is cut short or cannot be read."
+    try:
+        header = parsed_header(file)
+    except EOFError:
+        raise truncated_dicom(path, size) from None
+    except Exception as e:  # pydicom raises many kinds for a header that is damaged
+        raise IncompleteDicom(
+            f'{path} is damaged: its DICOM header cannot be read ({type(e).__name__}: {e}); '
+            'copy it again, or export it anew'
+        ) from None
+    if not header.kind:
+        raise truncated_dicom(path, size)
+    return header
+
+
+def check_pixels(path: Path, file: BinaryIO, size: int, header: DicomHeader) -> None:
+    "Raises `IncompleteDicom` if pixels of a slide are missing; `file` is where they begin."
+    series = header.series or None
+    try:
+        is_whole = not header.is_slide or has_all_pixels(file, size)
+    except Exception as e:  # of pydicom, for tiles of which the lengths are damaged
+        raise IncompleteDicom(
+            f'{path} is damaged: its tiles cannot be found ({e}); copy it again, or export it anew',
+            series,
+        ) from None
+    if not is_whole:
+        raise truncated_dicom(path, size, series)
 
 
 @functools.lru_cache(4096)
 def header_of_state(path: Path, size: int, changed: int) -> DicomHeader:
-    "The header of a file of `size` bytes; `changed` (when) has it read again if the file changes."
-    cut = f'{path} is truncated: it has {size:,} bytes and goes on; copy it again'
+    """The header of a DICOM file of `size` bytes. It is read again if `changed`, the time of the
+    last change, is another.
+
+    Raises `IncompleteDicom` if the file is cut short or damaged."""
     with open(path, 'rb') as file:
-        try:
-            header = parsed_header(file)
-        except EOFError:
-            raise IncompleteDicom(cut) from None
-        except Exception as e:  # pydicom raises many kinds for a header that is damaged
-            raise IncompleteDicom(
-                f'{path} is damaged: its DICOM header cannot be read ({type(e).__name__}: {e}); '
-                'copy it again, or export it anew'
-            ) from None
-        if not header.kind:
-            raise IncompleteDicom(cut)
-        try:
-            is_whole = not header.is_slide or has_all_pixels(file, size)
-        except Exception as e:  # of pydicom, for tiles of which the lengths are damaged
-            raise IncompleteDicom(
-                f'{path} is damaged: its tiles cannot be found ({e}); copy it again, or export it '
-                'anew',
-                header.series or None,
-            ) from None
-        if not is_whole:
-            raise IncompleteDicom(cut, header.series or None)
+        header = checked_header(path, file, size)
+        check_pixels(path, file, size, header)
     return header
 
 # %% ../../nbs/slides/01_dicom.ipynb #ae9c8d34
@@ -157,12 +187,13 @@ def dicom_header(path: Path) -> DicomHeader:
 
 # %% ../../nbs/slides/01_dicom.ipynb #9246d95b
 def slide_key(path: str | Path) -> tuple[Path, str | None]:
-    """What all paths of one slide have in common, to compare.
+    """A key that is the same for all paths of one slide.
 
     The files of a DICOM series are one slide, and so is the folder they are in: its key is the
     folder and the series. Of any other path it is the file that links lead to, and None."""
     path = Path(path).resolve()
-    for file in dicom_files(path) if path.is_dir() else [path]:
+    files = dicom_files(path) if path.is_dir() else [path]
+    for file in files:
         with suppress(InputError, OSError):
             if is_dicom(file):
                 series = dicom_header(file).series
@@ -177,22 +208,23 @@ def files_by_slide(
     changed: int,  # when; has the folder read again if it changes
 ) -> dict[tuple[Path, str | None], list[Path]]:
     "The DICOM files in a folder by the `slide_key` of their slide."
-    found: dict[tuple[Path, str | None], list[Path]] = {}
+    files: dict[tuple[Path, str | None], list[Path]] = {}
     for path in dicom_files(folder):
-        found.setdefault(slide_key(path), []).append(path)
-    return found
+        files.setdefault(slide_key(path), []).append(path)
+    return files
 
 
 def files_of_series(path: Path) -> list[Path]:
     "The DICOM files of the slide that a DICOM file belongs to; none if it is no DICOM file."
     key = slide_key(path)
-    if key[1] is None:
+    _, series = key
+    if series is None:
         return []
     return files_by_slide(path.parent, path.parent.stat().st_mtime_ns)[key]
 
 # %% ../../nbs/slides/01_dicom.ipynb #0efd97e7
 def check_volume(path: Path, header: DicomHeader) -> None:
-    "Refuse pixels of a slide that are grey, or a stack."
+    "Raises `InputError` if the pixels of a slide are grey, or a stack of focal planes."
     if header.is_grey:
         raise InputError(
             f'{path} is grey, as a fluorescence channel is: only slides in red, green and blue are '
@@ -203,9 +235,11 @@ def check_volume(path: Path, header: DicomHeader) -> None:
 
 
 def series_notes(path: Path) -> list[str]:
-    "A sentence if all levels of a slide are resampled: then the file of the finest one is missing."
-    levels = [dicom_header(file).image_type for file in files_of_series(path)]
-    levels = [words for words in levels if 'VOLUME' in words]
+    """One sentence if all levels of a slide are resampled, otherwise none.
+
+    The file of the full resolution, whose pixels are never resampled, may then be missing."""
+    image_types = [dicom_header(file).image_type for file in files_of_series(path)]
+    levels = [words for words in image_types if 'VOLUME' in words]
     if levels and all('RESAMPLED' in words for words in levels):
         return [
             f'{path}: all of its levels are resampled, so the file of the full resolution may be '
@@ -228,40 +262,47 @@ def check_series(path: Path) -> DicomHeader:
         raise InputError(f'{path} has {header.bits} bits a channel: export the slide as 8-bit RGB')
     for file in dicom_files(path.parent):
         try:
-            found = dicom_header(file)
+            file_header = dicom_header(file)
         except IncompleteDicom as e:
             if e.series in (None, header.series):
                 raise
-            continue
-        if found.series == header.series and 'VOLUME' in found.image_type:
-            check_volume(file, found)
+            continue  # a file of another slide
+        if file_header.series == header.series and 'VOLUME' in file_header.image_type:
+            check_volume(file, file_header)
     return header
 
 
-def slide_in_folder(folder: Path) -> Path:
-    "A file of the one slide that a folder of DICOM files holds; `InputError` if it is not one."
-    files = dicom_files(folder)
-    by_series: dict[str, Path] = {}
-    kinds = set()
+def whole_files(folder: Path) -> tuple[dict[Path, DicomHeader], int]:
+    "The headers of the DICOM files in a folder that are whole, and the number of the others."
+    headers: dict[Path, DicomHeader] = {}
     n_cut = 0
-    for path in files:
+    for path in dicom_files(folder):
         try:
-            header = dicom_header(path)
+            headers[path] = dicom_header(path)
         except InputError:
             n_cut += 1
-            continue
+    return headers, n_cut
+
+
+def slide_in_folder(folder: Path) -> Path:
+    """The first file of the one slide that a folder of DICOM files holds.
+
+    Raises `InputError` if there is no slide in it, or more than one."""
+    headers, n_cut = whole_files(folder)
+    first_files: dict[str, Path] = {}  # by the series of slides
+    for path, header in headers.items():
         if header.is_slide:
-            by_series.setdefault(header.series, path)
-        else:
-            kinds.add(header.kind)
-    if not by_series and n_cut:
+            first_files.setdefault(header.series, path)
+    if not first_files and n_cut:
         raise InputError(f'{folder} holds DICOM files that are all cut short: copy them again')
-    if not by_series:
-        others = f' ({", ".join(sorted(kinds))})' if kinds else ''
+    if not first_files:
+        kinds = sorted({header.kind for header in headers.values()})
+        others = f' ({", ".join(kinds)})' if kinds else ''
         raise InputError(f'{folder} is a folder without DICOM files of a slide{others}')
-    if len(by_series) > 1:
+    if len(first_files) > 1:
         raise InputError(
-            f'{folder} holds {len(by_series)} slides: give one folder to each, or the path of one '
+            f'{folder} holds {len(first_files)} slides: give one folder to each, or the path of one '
             'of its files'
         )
-    return next(iter(by_series.values()))
+    (path,) = first_files.values()
+    return path

@@ -32,6 +32,7 @@ PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
 # data of the chunk IHDR: width, height, bits, colour type, compression, filter and interlacing
 PNG_HEADER = struct.Struct('>IIBBBBB')
 IN_MEMORY = 2**29  # bytes
+MAX_SPACING = 500  # microns that a pixel of a mask may measure
 
 # %% ../../nbs/slides/06_masks.ipynb #4c85c8f8
 def png_chunk(kind: bytes, data: bytes) -> bytes:
@@ -85,25 +86,27 @@ def opened(
 
 
 def unscaled(image: pyvips.Image, bits: int) -> pyvips.Image:
-    "Numbers of fewer than 8 bits, which libvips spreads over 0 to 255, as they are stored."
+    "Numbers of fewer than 8 bits as they are stored, of an image in which they span 0 to 255."
     if bits >= 8:
         return image
-    return (image / (255 // (2**bits - 1))).rint().cast('uchar')
+    largest = 2**bits - 1
+    return (image / (255 // largest)).rint().cast('uchar')
 
 
 def without_gaps(image: pyvips.Image, stored: TiffImage) -> pyvips.Image:
-    "A mask in tiles with 0 where tiles are left out."
+    "A mask in tiles, decoded, with 0 where tiles are left out."
     assert stored.tile is not None
-    rows, columns = stored.tile
-    shape = (image.height, image.width, image.bands)
-    numbers = zeros(shape, np.uint16 if image.format == 'ushort' else np.uint8)
+    tile_height, tile_width = stored.tile
+    dtype = np.uint16 if image.format == 'ushort' else np.uint8
+    values = zeros((image.height, image.width, image.bands), dtype)
     region = pyvips.Region.new(image)
     for row, column in np.argwhere(~stored.left_out).tolist():
-        top, left = row * rows, column * columns
-        height, width = min(rows, shape[0] - top), min(columns, shape[1] - left)
-        data = np.frombuffer(region.fetch(left, top, width, height), numbers.dtype)
-        numbers[top : top + height, left : left + width] = data.reshape(height, width, -1)
-    return pyvips.Image.new_from_array(numbers)
+        top, left = row * tile_height, column * tile_width
+        height = min(tile_height, image.height - top)
+        width = min(tile_width, image.width - left)
+        data = np.frombuffer(region.fetch(left, top, width, height), values.dtype)
+        values[top : top + height, left : left + width] = data.reshape(height, width, -1)
+    return pyvips.Image.new_from_array(values)
 
 
 def zeros(shape: tuple[int, ...], kind: type[np.integer]) -> np.ndarray:
@@ -113,16 +116,17 @@ def zeros(shape: tuple[int, ...], kind: type[np.integer]) -> np.ndarray:
     return in_temporary_file(shape, kind)
 
 # %% ../../nbs/slides/06_masks.ipynb #7b59e044
-def check_upright(path: Path, number: int) -> None:
-    "Refuse a mask that is stored turned."
-    if 2 <= number <= 8:
+def check_upright(path: Path, orientation: int) -> None:
+    "Raises `InputError` if a mask is stored turned or mirrored."
+    if 2 <= orientation <= 8:
         raise InputError(
-            f'{path} is stored turned or mirrored (orientation {number}): save the mask upright'
+            f'{path} is stored turned or mirrored (orientation {orientation}): save the mask '
+            'upright'
         )
 
 
 def tiff_mask(path: Path, stored: TiffImage) -> pyvips.Image:
-    "The numbers of a mask in a TIFF."
+    "The numbers of a mask in a TIFF. Raises `InputError` if it is turned, or has white as 0."
     check_upright(path, stored.orientation)
     if stored.photometric == WHITE_IS_ZERO and stored.bits > 1:
         raise InputError(
@@ -133,8 +137,10 @@ def tiff_mask(path: Path, stored: TiffImage) -> pyvips.Image:
     source = None
     if is_palette:
         source = spliced(path, header_of_pixels(path, stored, BLACK_IS_ZERO))
-    if stored.tile is not None and stored.bits in (8, 16) and stored.left_out.any():
-        image = without_gaps(opened(path, source, 'random', 'warning'), stored)
+    has_gaps = stored.tile is not None and stored.bits in (8, 16) and stored.left_out.any()
+    if has_gaps:
+        image = opened(path, source, access='random', fail_on='warning')
+        image = without_gaps(image, stored)
     else:
         image = opened(path, source)
     return unscaled(image, stored.bits) if is_palette else image
@@ -164,7 +170,7 @@ def mask_image(path: str | Path) -> pyvips.Image:
 
 # %% ../../nbs/slides/06_masks.ipynb #8d52e67b
 def open_mask(path: str | Path) -> pyvips.Image:
-    "The image in a file of a mask, to be read once; `InputError` if there is none."
+    "The image in a file of a mask, to be read once. Raises `InputError` if there is none."
     try:
         return mask_image(path)
     except pyvips.Error as e:
@@ -181,6 +187,28 @@ def is_jpeg(image: pyvips.Image) -> bool:
     if image.get_typeof('vips-loader') == 0:  # it was put together from tiles
         return False
     return bool(image.get('vips-loader') == 'jpegload')
+
+
+def check_mask_size(
+    path: str | Path,
+    image: pyvips.Image,
+    spacing: float,  # microns per pixel of `shape`
+    shape: tuple[int, int],  # (height, width) of the slide
+) -> None:
+    "Raises `InputError` if a mask is too coarse, or has another shape than the whole slide."
+    height, width = shape
+    if height * spacing / image.height > MAX_SPACING:
+        raise InputError(
+            f'{path}: a mask of {image.height} x {image.width} pixels is too coarse for a slide of '
+            f'{height * spacing / 1000:.3g} x {width * spacing / 1000:.3g} mm: its pixels may '
+            f'measure {MAX_SPACING} microns at most'
+        )
+    tolerance = 0.01 + 1 / min(image.height, image.width, height, width)
+    if abs(image.height * width / (image.width * height) - 1) > tolerance:
+        raise InputError(
+            f'{path}: a mask of {image.height} x {image.width} pixels does not fit a slide of '
+            f'{height} x {width} at {spacing:g} microns: it must show the whole slide'
+        )
 
 
 def mask_values(
@@ -202,26 +230,15 @@ def mask_values(
         raise no_mask(path, e) from None
     finally:
         forget_operations()
-    if height * spacing / image.height > 500:
-        raise InputError(
-            f'{path}: a mask of {image.height} x {image.width} pixels is too coarse for a slide of '
-            f'{height * spacing / 1000:.3g} x {width * spacing / 1000:.3g} mm: its pixels may '
-            'measure 500 microns at most'
-        )
-    tolerance = 0.01 + 1 / min(image.height, image.width, height, width)
-    if abs(image.height * width / (image.width * height) - 1) > tolerance:
-        raise InputError(
-            f'{path}: a mask of {image.height} x {image.width} pixels does not fit a slide of '
-            f'{height} x {width} at {spacing:g} microns: it must show the whole slide'
-        )
+    check_mask_size(path, image, spacing, shape)
     return np.frombuffer(data, np.float32).reshape(thinned.height, thinned.width, thinned.bands)
 
 
 def nearest(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    "Values (h, w) at another size, each that of the nearest pixel."
+    "Values (h, w) at another size (height, width), each that of the nearest pixel."
     rows, columns = (
-        ((np.arange(wanted) + 0.5) * given / wanted).astype(int)
-        for wanted, given in zip(shape, values.shape)
+        ((np.arange(new_side) + 0.5) * side / new_side).astype(int)
+        for new_side, side in zip(shape, values.shape)
     )
     return values[rows[:, None], columns]
 
@@ -238,7 +255,7 @@ def background_level(path: str | Path, values: np.ndarray, lossy: bool) -> float
 
     0 where values are numbers of classes or objects. Where they are shades, which are more than
     `MAX_CLASSES` and go up to white, half of white; in a JPEG, whose values are not exact, a
-    quarter of the largest one."""
+    quarter of the largest one. Raises `InputError` for a JPEG of numbers of classes."""
     largest = values.max(initial=0)
     if lossy:
         if 0 < largest < MIN_JPEG_WHITE:
@@ -263,8 +280,10 @@ def tissue_from_file(
     spacing: float,  # microns per pixel of `shape`
     shape: tuple[int, int],  # (height, width) of the slide
 ) -> np.ndarray:
-    """What a mask marks as tissue, bool (h, w) of the size in the file: what is above the
-    `background_level` in any channel, and not transparent."""
+    """The pixels that a mask marks as tissue, bool (h, w), of the size that `mask_values` has: those
+    above the `background_level` in any channel that are not transparent.
+
+    Raises `InputError` if the mask cannot be read, does not fit the slide, or is ambiguous."""
     image = open_mask(path)
     values = mask_values(path, image, spacing, shape)
     is_opaque = True
@@ -316,7 +335,7 @@ def check_classes(
     image: pyvips.Image,
     others_empty: bool = True,  # whether all channels but the first are 0
 ) -> None:
-    "Refuse an image that cannot keep numbers of classes exactly: `InputError`."
+    "Raises `InputError` if an image cannot keep numbers of classes exactly."
     problem = None
     if image.bands not in (1, 3):
         problem = f'has {image.bands} channels'
@@ -339,10 +358,14 @@ def check_classes(
 def numbers_in(
     source: str | Path,  # the path of a mask
 ) -> list[int]:
-    "The numbers of classes in all of a mask, in order."
+    """The numbers of classes that occur in a mask, in order.
+
+    Raises `InputError` if it cannot be read, or cannot keep numbers of classes exactly."""
     image = open_mask(source)
     try:
-        others_empty = image.bands == 1 or image.extract_band(1, n=image.bands - 1).max() == 0
+        others_empty = True
+        if image.bands > 1:
+            others_empty = image.extract_band(1, n=image.bands - 1).max() == 0
         check_classes(source, image, others_empty)
         histogram = image.extract_band(0).hist_find().cast('double').write_to_memory()
     except pyvips.Error as e:
@@ -357,8 +380,11 @@ def class_numbers(
     spacing: float,  # microns per pixel of the result
     shape: tuple[int, int],  # (height, width) of the slide at that spacing
 ) -> np.ndarray:
-    "The number of the class of each pixel of a slide, float32 of `shape`, as a mask says."
+    """The number of the class of each pixel of a slide, as a mask says, float32 of `shape`.
+
+    Raises `InputError` if the mask cannot be read, does not fit the slide, or cannot keep numbers
+    of classes exactly."""
     image = open_mask(source)
     values = mask_values(source, image, spacing, shape)
-    check_classes(source, image, not values[..., 1:].any())
+    check_classes(source, image, others_empty=not values[..., 1:].any())
     return nearest(values[..., 0], shape)

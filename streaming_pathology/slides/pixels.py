@@ -118,14 +118,15 @@ def opened(
     subifd: int | None = None,  # number of a sub-image of this page
 ) -> pyvips.Image:
     "The image in a file, not decoded yet. Raises `InputError` for a kind that no slide has."
-    settings: dict[str, Any] = dict(access=access, fail_on='warning')
-    for name, number in (('page', page), ('subifd', subifd)):
-        if number is not None:
-            settings[name] = number
+    options: dict[str, Any] = dict(access=access, fail_on='warning')
+    if page is not None:
+        options['page'] = page
+    if subifd is not None:
+        options['subifd'] = subifd
     if source is None:
-        image = pyvips.Image.new_from_file(str(path), revalidate=True, **settings)
+        image = pyvips.Image.new_from_file(str(path), revalidate=True, **options)
     else:
-        image = pyvips.Image.new_from_source(source, '', **settings)
+        image = pyvips.Image.new_from_source(source, '', **options)
     if loader_of(image) not in LOADERS:
         kind = loader_of(image).removesuffix('load')
         raise InputError(
@@ -150,7 +151,7 @@ def from_ycbcr(
     coefficients: tuple[float, ...],  # shares of red, green and blue in Y
     reference: tuple[float, ...],  # black and white of Y, Cb and Cr
 ) -> pyvips.Image:
-    "Y, Cb and Cr as red, green and blue (TIFF 6.0, section 21)."
+    "Convert Y, Cb and Cr to red, green and blue of 8 bits (TIFF 6.0, section 21)."
     red, green, blue = coefficients
     black, white = reference[0::2], reference[1::2]
     ranges = (255.0, 127.0, 127.0)
@@ -170,23 +171,35 @@ SPACES = ('b-w', 'srgb', 'rgb', 'rgb16', 'grey16', 'cmyk', 'multiband')
 
 
 def in_8_bits(image: pyvips.Image, bits: int) -> pyvips.Image:
-    "The upper 8 of the bits that samples of 16 bits use."
+    "An image of 16 bits, of which samples use the lower `bits`, as 8 bits: the upper ones of these."
     space = 'srgb' if image.bands >= 3 else 'b-w'
     return (image >> max(bits - 8, 0)).cast('uchar').copy(interpretation=space)
 
 # %% ../../nbs/slides/04_pixels.ipynb #1f580287
+def without_alpha(image: pyvips.Image, colors: Colors) -> pyvips.Image:
+    "An image on white where it is transparent; a further channel of another kind is left out."
+    if not image.hasalpha():
+        return image
+    if colors.is_transparent:
+        bits = 8 if image.format == 'uchar' else colors.bits or 16
+        white = 2**bits - 1
+        return image.flatten(background=[white])
+    if image.bands > 2:
+        return image.extract_band(0, n=image.bands - 1)
+    return image
+
+
 def as_rgb(path: Path, image: pyvips.Image, colors: Colors) -> pyvips.Image:
-    "An image in red, green and blue of 8 bits; `InputError` for what cannot be made such."
+    """An image in red, green and blue of 8 bits, not decoded yet.
+
+    Raises `InputError` for another type of pixels, colour space or number of channels than can be
+    converted."""
     if image.interpretation not in SPACES or image.format not in ('uchar', 'ushort'):
         raise InputError(
             f'{path} has {image.format} pixels in the colour space {image.interpretation}: save it '
             'as 8-bit RGB'
         )
-    if image.hasalpha() and image.bands > 2 and not colors.is_transparent:
-        image = image.extract_band(0, n=image.bands - 1)
-    elif image.hasalpha() and colors.is_transparent:
-        bits = 8 if image.format == 'uchar' else colors.bits or 16
-        image = image.flatten(background=[2**bits - 1])  # transparent is white
+    image = without_alpha(image, colors)
     if colors.coefficients is not None and image.bands == 3:
         image = from_ycbcr(image, colors.coefficients, colors.reference)
     if image.format == 'ushort' and colors.bits is not None:
@@ -202,7 +215,9 @@ BRIGHTEST_IF_EMPTY = 63  # of 255: the two upper bits are 0
 
 # %% ../../nbs/slides/04_pixels.ipynb #58f0cb25
 def check_depth(path: Path, pixels: np.ndarray, bits: int | None) -> None:
-    "Refuse uint8 pixels of an image of 16 bits of which the upper bits are empty."
+    """Raises `InputError` if the upper bits of an image of 16 bits are empty, by its uint8 pixels.
+
+    `bits` is how many are in use by its header, if that says so."""
     if pixels.max(initial=0) > BRIGHTEST_IF_EMPTY:
         return
     note = '' if bits is None else f' ({bits} of them in use, by its header)'
@@ -218,16 +233,20 @@ NOTICEABLE = 8.0  # of 255, mean over all colours
 
 @functools.lru_cache(64)
 def change_by_profile(profile: bytes) -> float:
-    "How far an ICC profile is from sRGB: the mean difference over all colours, of 255."
+    """How far an ICC profile is from sRGB: the mean difference over all colours, of 255.
+
+    0 for a profile of grey or of CMYK, and for a damaged one."""
     levels = np.linspace(0, 255, 9).astype(np.uint8)
     colors = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3)
     try:
-        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        transform = ImageCms.buildTransform(given, ImageCms.createProfile('sRGB'), 'RGB', 'RGB')
-        changed = ImageCms.applyTransform(Image.fromarray(colors), transform)
+        file_profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(
+            file_profile, ImageCms.createProfile('sRGB'), 'RGB', 'RGB'
+        )
+        converted = ImageCms.applyTransform(Image.fromarray(colors), transform)
     except (ImageCms.PyCMSError, OSError, ValueError):
-        return 0.0  # of grey, of CMYK, or damaged
-    return float(np.abs(np.asarray(changed).astype(int) - colors).mean())
+        return 0.0
+    return float(np.abs(np.asarray(converted).astype(int) - colors).mean())
 
 # %% ../../nbs/slides/04_pixels.ipynb #eed30cbd
 def color_notes(path: Path, profile: bytes | None, is_cmyk: bool) -> list[str]:
@@ -269,7 +288,7 @@ class Orientation:
         return self.number in (2, 3, 6, 7)
 
     def turned_pair(self, pair: tuple[T, T]) -> tuple[T, T]:
-        "A pair (of rows, of columns) of the stored image, such as its size, of the upright one."
+        "A pair such as (height, width) of the stored image, in the order of the upright one."
         return (pair[1], pair[0]) if self.swaps else pair
 
     def stored_region(
@@ -301,7 +320,9 @@ def orientation_of(number: int) -> Orientation:
     return Orientation(number if 1 <= number <= 8 else 1)
 
 # %% ../../nbs/slides/04_pixels.ipynb #b7cf5fd6
-JPEG, YCBCR = 7, 6  # compression and photometric interpretation of a TIFF
+JPEG = 7  # compression of a TIFF
+YCBCR = 6  # photometric interpretation of a TIFF
+START_OF_IMAGE = b'\xff\xd8'
 START_OF_SCAN = 0xDA
 WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}  # markers without a segment
 
@@ -314,32 +335,41 @@ class JpegHeader(NamedTuple):
     n_junk: int  # bytes that mean nothing
 
 
-def jpeg_header(file: BinaryIO) -> JpegHeader | None:
-    "The header of a JPEG; None if it is none."
-    if file.read(2) != b'\xff\xd8':
-        return None
-    head, n_junk = b'\xff\xd8', 0
-    while True:
+def next_marker(file: BinaryIO) -> tuple[int | None, int]:
+    "The next marker of a JPEG, None where the file ends, and the number of bytes before it."
+    n_skipped = 0
+    byte = file.read(1)
+    while byte and byte != b'\xff':
+        n_skipped += 1
         byte = file.read(1)
-        while byte and byte != b'\xff':
-            n_junk += 1
-            byte = file.read(1)
-        while byte == b'\xff':
-            byte = file.read(1)
-        if not byte:
+    while byte == b'\xff':  # there may be several
+        byte = file.read(1)
+    return byte[0] if byte else None, n_skipped
+
+
+def jpeg_header(file: BinaryIO) -> JpegHeader | None:
+    "The header of a JPEG; None if it is no JPEG, or ends before its scan."
+    if file.read(2) != START_OF_IMAGE:
+        return None
+    data = START_OF_IMAGE
+    n_junk = 0
+    while True:
+        marker, n_skipped = next_marker(file)
+        n_junk += n_skipped
+        if marker is None:
             return None
-        marker = byte[0]
-        if marker == 0:
+        if marker == 0:  # with the byte before it, no marker
             n_junk += 2
         elif marker == START_OF_SCAN:
-            return JpegHeader(head, file.tell() - 2, n_junk)
+            return JpegHeader(data, file.tell() - 2, n_junk)
         elif marker in WITHOUT_LENGTH:
-            head += b'\xff' + byte
+            data += bytes([0xFF, marker])
         else:
-            length = file.read(2)
-            if len(length) < 2:
+            packed_length = file.read(2)
+            if len(packed_length) < 2:
                 return None
-            head += b'\xff' + byte + length + file.read(struct.unpack('>H', length)[0] - 2)
+            (length,) = struct.unpack('>H', packed_length)  # its own two bytes are counted
+            data += bytes([0xFF, marker]) + packed_length + file.read(length - 2)
 
 
 def clean_jpeg_header(file: BinaryIO) -> tuple[bytes, int] | None:
@@ -352,14 +382,17 @@ def clean_jpeg_header(file: BinaryIO) -> tuple[bytes, int] | None:
     return header.data, header.start
 
 
-def jpeg_problem(data: bytes, tables: bytes | None) -> str | None:
-    "What is wrong with a JPEG, which may share tables with others; None if nothing is."
+def jpeg_problem(
+    data: bytes,
+    tables: bytes | None,  # that it shares with others
+) -> str | None:
+    "What is wrong with a JPEG, in the words of libvips; None if nothing is."
     if tables:
         data = tables[:-2] + data[2:]  # without the end of the one and the start of the other
-    cleaned = clean_jpeg_header(io.BytesIO(data))
-    if cleaned is not None:
-        head, start = cleaned
-        data = head + data[start:]
+    clean_header = clean_jpeg_header(io.BytesIO(data))
+    if clean_header is not None:
+        header, start = clean_header
+        data = header + data[start:]
     try:
         image = pyvips.Image.jpegload_buffer(data, access='sequential', fail_on='warning')
         pyvips.Region.new(image).fetch(0, 0, image.width, image.height)
@@ -369,7 +402,7 @@ def jpeg_problem(data: bytes, tables: bytes | None) -> str | None:
 
 # %% ../../nbs/slides/04_pixels.ipynb #009e622b
 START_OF_FRAME = (0xC0, 0xC1)  # of a JPEG whose pixels are in one pass
-ADOBE = b'Adobe'
+ADOBE = b'Adobe'  # begins a segment, whose byte 11 is 1 for Y, Cb and Cr
 SAMPLINGS = ((1, 1), (2, 1), (2, 2))
 
 
@@ -384,15 +417,29 @@ class JpegFrame(NamedTuple):
 
 def segments(header: bytes) -> Iterator[tuple[int, bytes]]:
     "(marker, content) of each part of the header of a JPEG."
-    at = 2
-    while at + 4 <= len(header):
-        marker = header[at + 1]
+    start = len(START_OF_IMAGE)
+    while start + 4 <= len(header):
+        marker = header[start + 1]
         if marker in WITHOUT_LENGTH:
-            at += 2
+            start += 2
             continue
-        (length,) = struct.unpack_from('>H', header, at + 2)
-        yield marker, header[at + 4 : at + 2 + length]
-        at += 2 + length
+        (length,) = struct.unpack_from('>H', header, start + 2)
+        end = start + 2 + length
+        yield marker, header[start + 4 : end]
+        start = end
+
+
+def parsed_frame(content: bytes) -> JpegFrame | None:
+    "The image that a segment of a frame describes; None if it is not of the plain kind."
+    bits, height, width, n_colors = struct.unpack_from('>BHHB', content)
+    # of each colour: its name, how often it is sampled across and down, the number of its table
+    factors = content[7::3]
+    sampling = (factors[0] >> 4, factors[0] & 15)
+    is_grey = n_colors == 1 and sampling == (1, 1)
+    is_ycbcr = n_colors == 3 and sampling in SAMPLINGS and factors[1:3] == b'\x11\x11'
+    if bits != 8 or not height or not (is_grey or is_ycbcr):
+        return None
+    return JpegFrame(height, width, n_colors, sampling)
 
 
 def plain_frame(header: bytes) -> JpegFrame | None:
@@ -404,14 +451,9 @@ def plain_frame(header: bytes) -> JpegFrame | None:
         if content.startswith(ADOBE) and content[11:12] != b'\1':
             return None
         if marker in START_OF_FRAME and len(content) >= 9:
-            bits, height, width, n_colors = struct.unpack_from('>BHHB', content)
-            factors = content[7::3]
-            first = (factors[0] >> 4, factors[0] & 15)
-            is_grey = n_colors == 1 and first == (1, 1)
-            is_known = n_colors == 3 and first in SAMPLINGS and factors[1:3] == b'\x11\x11'
-            if bits != 8 or not height or not (is_grey or is_known):
+            frame = parsed_frame(content)
+            if frame is None:
                 return None
-            frame = JpegFrame(height, width, n_colors, first)
     return frame
 
 
@@ -421,30 +463,30 @@ def jpeg_as_tiff(path: Path) -> pyvips.Source | None:
         header = jpeg_header(file)
         if header is None:
             return None
-        file.seek(header.start + 4)
+        file.seek(header.start + 4)  # behind the marker and the length of the scan
         n_in_scan = file.read(1)
     frame = plain_frame(header.data)
     if frame is None or n_in_scan != bytes([frame.n_colors]):
         return None
-    tags = PixelTags('<', {})
     length = len(header.data) + path.stat().st_size - header.start
     values = {
-        256: (FOUR_BYTES, [frame.width]),
-        257: (FOUR_BYTES, [frame.height]),
-        258: (TWO_BYTES, [8] * frame.n_colors),
-        259: (TWO_BYTES, [JPEG]),
-        262: (TWO_BYTES, [YCBCR if frame.n_colors == 3 else 1]),
-        273: (EIGHT_BYTES, [0]),
-        277: (TWO_BYTES, [frame.n_colors]),
-        278: (FOUR_BYTES, [frame.height]),
-        279: (EIGHT_BYTES, [length]),
+        256: (FOUR_BYTES, [frame.width]),  # ImageWidth
+        257: (FOUR_BYTES, [frame.height]),  # ImageLength
+        258: (TWO_BYTES, [8] * frame.n_colors),  # BitsPerSample
+        259: (TWO_BYTES, [JPEG]),  # Compression
+        262: (TWO_BYTES, [YCBCR if frame.n_colors == 3 else 1]),  # PhotometricInterpretation
+        273: (EIGHT_BYTES, [0]),  # StripOffsets
+        277: (TWO_BYTES, [frame.n_colors]),  # SamplesPerPixel
+        278: (FOUR_BYTES, [frame.height]),  # RowsPerStrip
+        279: (EIGHT_BYTES, [length]),  # StripByteCounts
     }
     if frame.n_colors == 3:
-        values[530] = (TWO_BYTES, list(frame.sampling))
-    for number, (kind, numbers) in values.items():
-        tags.tags[number] = tags.numbers(kind, numbers)
-    head = packed_header(tags, np.zeros(1, np.int64))
-    return spliced(path, head + header.data, header.start)
+        values[530] = (TWO_BYTES, list(frame.sampling))  # YCbCrSubSampling
+    image_tags = PixelTags('<', {})
+    for code, (kind, numbers) in values.items():
+        image_tags.tags[code] = image_tags.numbers(kind, numbers)
+    tiff_header = packed_header(image_tags, offsets=np.zeros(1, np.int64))
+    return spliced(path, tiff_header + header.data, header.start)
 
 
 def decoded_jpeg(path: Path, image: pyvips.Image) -> np.ndarray:
@@ -462,7 +504,7 @@ def decoded_jpeg(path: Path, image: pyvips.Image) -> np.ndarray:
             raise InputError(
                 f'{path} is truncated or damaged: its JPEG data do not end where the image does'
             ) from None
-        return pixels
+        return pixels  # libtiff cannot decode it at all, so it says nothing about its end
 
 
 def can_be_decoded(source: pyvips.Source | None) -> bool:
@@ -490,24 +532,28 @@ def in_temporary_file(shape: tuple[int, ...], kind: type[np.integer]) -> np.ndar
 
 # %% ../../nbs/slides/04_pixels.ipynb #b823e11d
 def decoded(path: Path, image: pyvips.Image, in_memory: int = IN_MEMORY) -> np.ndarray:
-    "All pixels of a flat file, uint8 (h, w, 3); beyond 512 MB they lie in a temporary file."
-    shape = (image.height, image.width, 3)
-    n_bytes = math.prod(shape)
-    if n_bytes > max(in_memory, shutil.disk_usage(tempfile.gettempdir()).free):
+    """All pixels of a flat file, uint8 (h, w, 3); of more than `in_memory` bytes they lie in a
+    temporary file.
+
+    Raises `InputError` if there is no room for them, and `pyvips.Error` if they are damaged."""
+    height, width = image.height, image.width
+    shape = (height, width, 3)
+    size = math.prod(shape)
+    if size > max(in_memory, shutil.disk_usage(tempfile.gettempdir()).free):
         raise InputError(
-            f'{path} is not tiled and too large to decode ({shape[0]} x {shape[1]} pixels): '
+            f'{path} is not tiled and too large to decode ({height} x {width} pixels): '
             'convert it to a tiled TIFF'
         )
-    if n_bytes <= in_memory:
+    if size <= in_memory:
         pixels = np.empty(shape, np.uint8)
     else:
         pixels = in_temporary_file(shape, np.uint8)
     region = pyvips.Region.new(image)
-    rows = max(1, STEP // (3 * shape[1]))
-    for top in range(0, shape[0], rows):
-        n = min(rows, shape[0] - top)
-        data = region.fetch(0, top, shape[1], n)
-        pixels[top : top + n] = np.frombuffer(data, np.uint8).reshape(n, -1, 3)
+    band = max(1, STEP // (3 * width))
+    for top in range(0, height, band):
+        rows = min(band, height - top)
+        data = region.fetch(0, top, width, rows)
+        pixels[top : top + rows] = np.frombuffer(data, np.uint8).reshape(rows, -1, 3)
     return pixels
 
 # %% ../../nbs/slides/04_pixels.ipynb #8e3d655a
@@ -540,12 +586,25 @@ ALWAYS_SUPPORTED = (1, 2, 3, 4, 5, JPEG, 8, 32773, 32946)  # none, fax, LZW, JPE
 # %% ../../nbs/slides/04_pixels.ipynb #45cb12b5
 def is_plain(image: TiffImage) -> bool:
     "Whether an image is of a kind that libvips always reads, so that it need not be tried."
-    is_usual = (image.photometric, image.samples) in PLAIN and image.bits == 8
-    is_usual = is_usual and image.sample_format == 1
-    if not is_usual or image.compression not in ALWAYS_SUPPORTED:
+    has_plain_colors = (image.photometric, image.samples) in PLAIN
+    has_plain_samples = image.bits == 8 and image.sample_format == 1
+    if not (has_plain_colors and has_plain_samples):
+        return False
+    if image.compression not in ALWAYS_SUPPORTED:
         return False
     sides = image.tile or (16, 16)
     return all(side % 16 == 0 and 16 <= side <= 1024 for side in sides)
+
+
+class TilePart(NamedTuple):
+    "The part of a region that lies in one tile."
+
+    row: int  # of the tile
+    column: int  # of the tile
+    top: int  # pixels of the image
+    left: int
+    height: int
+    width: int
 
 # %% ../../nbs/slides/04_pixels.ipynb #0347735b
 class TiffPixels:
@@ -578,20 +637,20 @@ class TiffPixels:
     def image(self) -> pyvips.Image:
         "The image in RGB, not decoded yet."
         access = 'sequential' if self.tile is None else 'random'
-        images = [
+        planes = [
             opened(self.path, access=access, page=plane.page, subifd=plane.child)
             for plane in self.planes
         ]
-        return self.joined(images)
+        return self.join_planes(planes)
 
     def image_from(self, headers: list[bytes]) -> pyvips.Image:
-        "The image in RGB, of which each plane is read through another header."
+        "The image in RGB, not decoded yet; each plane is read through another header."
         sources = [spliced(self.path, header) for header in headers]
-        return self.joined([opened(self.path, source) for source in sources])
+        return self.join_planes([opened(self.path, source) for source in sources])
 
-    def joined(self, images: list[pyvips.Image]) -> pyvips.Image:
-        "The planes of an image as one, in RGB."
-        image, *others = images
+    def join_planes(self, planes: list[pyvips.Image]) -> pyvips.Image:
+        "The planes of an image as one image in RGB, not decoded yet."
+        image, *others = planes
         for other in others:
             image = image.bandjoin(other)
         if others:
@@ -615,23 +674,30 @@ class TiffPixels:
         return self.fetch_tiles(top, left, height, width)
 
     def all_pixels(self) -> np.ndarray:
-        "All pixels of an image in strips."
+        "All pixels of an image in strips, uint8 (height, width, 3)."
         try:
             return decoded(self.path, self.image())
-        except pyvips.Error as first:
-            headers = [header_of_pixels(self.path, plane) for plane in self.planes]
-            try:
-                pixels = decoded(self.path, self.image_from(headers))
-            except pyvips.Error as e:
-                says = reason(e)
-                if 'unable to' in says:
-                    says = reason(first)
-                raise self.damaged(0, 0, says) from None
+        except pyvips.Error as e:
+            problem = reason(e)
+        pixels = self.pixels_by_plain_header(problem)
         self.notes.append(
             f'{self.path}: libtiff warns of its tags, which have a harmless flaw; its pixels are '
             'whole'
         )
         return pixels
+
+    def pixels_by_plain_header(self, problem: str) -> np.ndarray:
+        """All pixels, read through a header of no other tags than pixels need.
+
+        Raises `InputError` if that fails too; `problem` is why the header of the file failed."""
+        headers = [header_of_pixels(self.path, plane) for plane in self.planes]
+        try:
+            return decoded(self.path, self.image_from(headers))
+        except pyvips.Error as e:
+            new_problem = reason(e)
+            if 'unable to' not in new_problem:
+                problem = new_problem
+            raise self.damaged(0, 0, problem) from None
 
     def has_gap_in(self, top: int, left: int, height: int, width: int) -> bool:
         "Whether a tile of a region is left out."
@@ -641,32 +707,34 @@ class TiffPixels:
     def tiles_of(self, top: int, left: int, height: int, width: int) -> tuple[range, range]:
         "Rows and columns of the tiles that a region touches."
         assert self.tile is not None
-        rows = range(top // self.tile[0], (top + height - 1) // self.tile[0] + 1)
-        columns = range(left // self.tile[1], (left + width - 1) // self.tile[1] + 1)
+        tile_height, tile_width = self.tile
+        rows = range(top // tile_height, (top + height - 1) // tile_height + 1)
+        columns = range(left // tile_width, (left + width - 1) // tile_width + 1)
         return rows, columns
 
-    def parts_of(
-        self, top: int, left: int, height: int, width: int
-    ) -> Iterator[tuple[int, int, tuple[int, int, int, int]]]:
-        "Row and column of each tile that a region touches, and what of the region is in it."
+    def parts_of(self, top: int, left: int, height: int, width: int) -> Iterator[TilePart]:
+        "The parts of a region, one for each tile that it touches, row by row."
         assert self.tile is not None
+        tile_height, tile_width = self.tile
         rows, columns = self.tiles_of(top, left, height, width)
         for row in rows:
-            first_row = max(top, row * self.tile[0])
-            last_row = min(top + height, (row + 1) * self.tile[0])
+            part_top = max(top, row * tile_height)
+            part_bottom = min(top + height, (row + 1) * tile_height)
             for column in columns:
-                first_column = max(left, column * self.tile[1])
-                last_column = min(left + width, (column + 1) * self.tile[1])
-                size = (last_row - first_row, last_column - first_column)
-                yield row, column, (first_row, first_column, *size)
+                part_left = max(left, column * tile_width)
+                part_right = min(left + width, (column + 1) * tile_width)
+                size = (part_bottom - part_top, part_right - part_left)
+                yield TilePart(row, column, part_top, part_left, *size)
 
     def fetch_around_gaps(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        "Pixels of a region, white where a tile is left out."
+        "Pixels of a region, white where a tile is left out, uint8 (height, width, 3)."
         out = np.full((height, width, 3), 255, np.uint8)
-        for row, column, part in self.parts_of(top, left, height, width):
-            if not self.left_out[row, column]:
-                y, x = part[0] - top, part[1] - left
-                out[y : y + part[2], x : x + part[3]] = self.fetch_tiles(*part)
+        for part in self.parts_of(top, left, height, width):
+            if self.left_out[part.row, part.column]:
+                continue
+            pixels = self.fetch_tiles(part.top, part.left, part.height, part.width)
+            y, x = part.top - top, part.left - left
+            out[y : y + part.height, x : x + part.width] = pixels
         return out
 
     def fetch_tiles(self, top: int, left: int, height: int, width: int) -> np.ndarray:
@@ -680,15 +748,16 @@ class TiffPixels:
             raise self.damage_in((top, left, height, width), reason(e)) from None
         return np.frombuffer(data, np.uint8).reshape(height, width, 3)
 
-    def damage_in(self, region: tuple[int, int, int, int], says: str) -> InputError:
-        "The exception for a region that cannot be read: it names the first tile that fails."
-        for row, column, part in self.parts_of(*region):
+    def damage_in(self, region: tuple[int, int, int, int], problem: str) -> InputError:
+        """The exception for a region that cannot be read. It names the first tile that fails, or,
+        if none does alone, the first one, with the `problem` of the region."""
+        for part in self.parts_of(*region):
             try:
-                pyvips.Region.new(self.image()).fetch(part[1], part[0], part[3], part[2])
+                pyvips.Region.new(self.image()).fetch(part.left, part.top, part.width, part.height)
             except pyvips.Error as e:
-                return self.damaged(row, column, reason(e))
+                return self.damaged(part.row, part.column, reason(e))
         rows, columns = self.tiles_of(*region)
-        return self.damaged(rows.start, columns.start, says)
+        return self.damaged(rows.start, columns.start, problem)
 
     def raw_tile(self, plane: TiffImage, row: int, column: int) -> bytes:
         "The bytes of a tile in the file."
@@ -697,13 +766,13 @@ class TiffPixels:
             file.seek(int(plane.offsets[number]))
             return file.read(int(plane.lengths[number]))
 
-    def damaged(self, row: int, column: int, says: str) -> InputError:
-        "The exception for a tile."
+    def damaged(self, row: int, column: int, problem: str) -> InputError:
+        "The exception for a tile; for row 0 and column 0 of an image in strips."
         height, width = self.tile or (0, 0)
-        which = '' if self.tile is None else f' (tile {row}, {column})'
+        tile = '' if self.tile is None else f' (tile {row}, {column})'
         return InputError(
             f'{self.path} is truncated or damaged: the pixels at row {row * height}, column '
-            f'{column * width}{which} of level {self.level} cannot be read ({says})'
+            f'{column * width}{tile} of level {self.level} cannot be read ({problem})'
         )
 
     def close(self) -> None:
@@ -717,32 +786,35 @@ class DecodedTiles(TiffPixels):
 
     def __init__(self, path: Path, planes: list[TiffImage], colors: Colors, level: int = 0) -> None:
         super().__init__(path, planes, colors, level)
-        self.kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self.max_tiles = 2 * (1 + planes[0].grid[1])
+        self.cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        _, n_columns = planes[0].grid
+        self.max_tiles = 2 * (1 + n_columns)
 
     def fetch_tiles(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        "Pixels of a region of which all tiles are in the file."
+        "Pixels of a region of which all tiles are in the file, uint8 (height, width, 3)."
         assert self.tile is not None
         tile_height, tile_width = self.tile
         out = np.empty((height, width, 3), np.uint8)
         parts = list(self.parts_of(top, left, height, width))
-        tiles = self.tiles_at([(row, column) for row, column, _ in parts])
-        for (row, column, part), tile in zip(parts, tiles, strict=True):
-            first_row, first_column, n_rows, n_columns = part
-            y, x = first_row - row * tile_height, first_column - column * tile_width
-            inside = tile[y : y + n_rows, x : x + n_columns]
-            y, x = first_row - top, first_column - left
-            out[y : y + n_rows, x : x + n_columns] = inside
+        tiles = self.tiles_at([(part.row, part.column) for part in parts])
+        for part, tile in zip(parts, tiles, strict=True):
+            # in the tile
+            y, x = part.top - part.row * tile_height, part.left - part.column * tile_width
+            pixels = tile[y : y + part.height, x : x + part.width]
+            # in the region
+            y, x = part.top - top, part.left - left
+            out[y : y + part.height, x : x + part.width] = pixels
         return out
 
     def tiles_at(self, positions: list[tuple[int, int]]) -> Iterator[np.ndarray]:
-        "Tiles at (row, column) in this order: those that are kept, and others newly decoded."
-        kept = dict(self.kept)  # as `keep` lets go of some in the meantime
-        decoded = self.decoded_tiles([each for each in positions if each not in kept])
+        "Tiles at (row, column) in this order: those in the cache, and others newly decoded."
+        cache = dict(self.cache)  # as `keep` drops some in the meantime
+        missing = [position for position in positions if position not in cache]
+        new_tiles = self.decoded_tiles(missing)
         for position in positions:
-            tile = kept.get(position)
+            tile = cache.get(position)
             if tile is None:
-                tile = next(decoded)
+                tile = next(new_tiles)
                 self.keep(position, tile)
             yield tile
 
@@ -751,15 +823,15 @@ class DecodedTiles(TiffPixels):
         raise NotImplementedError
 
     def keep(self, position: tuple[int, int], tile: np.ndarray) -> None:
-        "Keep a tile, and let go of the one that was read first."
-        self.kept[position] = tile
-        if len(self.kept) > self.max_tiles:
-            self.kept.popitem(last=False)
+        "Put a tile into the cache, and drop the one that was read first if the cache is full."
+        self.cache[position] = tile
+        if len(self.cache) > self.max_tiles:
+            self.cache.popitem(last=False)
 
     def close(self) -> None:
         "Let go of the file and of what is decoded."
         super().close()
-        self.kept.clear()
+        self.cache.clear()
 
 # %% ../../nbs/slides/04_pixels.ipynb #e3135a2d
 class JpegTiles(DecodedTiles):
@@ -775,7 +847,8 @@ class JpegTiles(DecodedTiles):
             return
         assert self.tile is not None
         height, width = self.tile
-        numbers = [row * self.planes[0].grid[1] + column for row, column in positions]
+        _, n_columns = self.planes[0].grid
+        numbers = [row * n_columns + column for row, column in positions]
         if not self.tags:
             self.tags = [pixel_tags(self.path, plane) for plane in self.planes]
         headers = [
@@ -794,9 +867,9 @@ class JpegTiles(DecodedTiles):
     def jpeg_reason(self, position: tuple[int, int]) -> str:
         "What is wrong with the tile at (row, column)."
         for plane in self.planes:
-            says = jpeg_problem(self.raw_tile(plane, *position), plane.tables)
-            if says is not None:
-                return says
+            problem = jpeg_problem(self.raw_tile(plane, *position), plane.tables)
+            if problem is not None:
+                return problem
         return 'its JPEG data do not end where the image does'
 
 # %% ../../nbs/slides/04_pixels.ipynb #67f1b08d
@@ -805,37 +878,40 @@ DEFLATE = (8, 32946)
 
 def inflated(
     data: bytes,
-    least: int,  # bytes that are needed
-    most: int | None,  # bytes that there may be
+    min_bytes: int,  # that are needed
+    max_bytes: int | None,  # that there may be; None if that is not known
 ) -> tuple[bytes, str | None]:
-    "Deflated data as they were, and what is wrong with them; None if nothing is."
+    "Inflate deflated data. Returns them, and what is wrong with them, None if nothing is."
     inflater = zlib.decompressobj()
-    limit = least if most is None else most
+    limit = min_bytes if max_bytes is None else max_bytes
     try:
-        found = inflater.decompress(data, limit + 1)
+        content = inflater.decompress(data, limit + 1)  # one more shows whether there are more
     except zlib.error as e:
         return b'', reason(e)
-    n = len(found)
-    if n < least:
-        return found, f'{n:,} of {least:,} bytes are in its data'
-    if most is not None and n > most:
-        return found, f'more than {most:,} bytes are in its data'
-    if most is not None and not inflater.eof:
-        return found, 'its data have no end'
-    return found, None
+    n = len(content)
+    if n < min_bytes:
+        return content, f'{n:,} of {min_bytes:,} bytes are in its data'
+    if max_bytes is not None and n > max_bytes:
+        return content, f'more than {max_bytes:,} bytes are in its data'
+    if max_bytes is not None and not inflater.eof:
+        return content, 'its data have no end'
+    return content, None
 
 
-def n_bytes(plane: TiffImage, row: int) -> tuple[int, int | None]:
+def byte_limits(plane: TiffImage, row: int) -> tuple[int, int | None]:
     "How many bytes a tile or strip has, at least and at most; (0, None) if it is not known."
     if plane.photometric == YCBCR and plane.subsampling != (1, 1):
         return 0, None
     samples = plane.samples if plane.planar == 1 else 1
     height, width = plane.tile or (min(plane.rows_per_strip, plane.height), plane.width)
     bytes_per_row = math.ceil(width * samples * plane.bits / 8)
-    left = height
+    needed_rows = height
     if plane.tile is None:
-        left = min(height, plane.height - row % plane.grid[0] * height)
-    return left * bytes_per_row, height * bytes_per_row  # the last strip may be filled up
+        n_strips, _ = plane.grid
+        strip = row % n_strips  # strips of further channels follow those of the first
+        needed_rows = min(height, plane.height - strip * height)
+    # the last strip may be filled up
+    return needed_rows * bytes_per_row, height * bytes_per_row
 
 
 class DeflatedPixels(TiffPixels):
@@ -846,30 +922,33 @@ class DeflatedPixels(TiffPixels):
         self.checked: set[tuple[int, int]] = set()
 
     def fetch_tiles(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        "Pixels of a region of which all tiles are in the file."
-        for row, column, _ in self.parts_of(top, left, height, width):
-            if (row, column) not in self.checked:
-                says = self.problem(row, column)
-                if says is not None:
-                    raise self.damaged(row, column, says)
-                self.checked.add((row, column))
+        "Pixels of a region of which all tiles are in the file, uint8 (height, width, 3)."
+        for part in self.parts_of(top, left, height, width):
+            position = (part.row, part.column)
+            if position in self.checked:
+                continue
+            problem = self.problem(*position)
+            if problem is not None:
+                raise self.damaged(*position, problem)
+            self.checked.add(position)
         return super().fetch_tiles(top, left, height, width)
 
     def all_pixels(self) -> np.ndarray:
-        "All pixels of an image in strips."
+        "All pixels of an image in strips, uint8 (height, width, 3)."
         for number in range(len(self.planes[0].offsets)):
-            says = self.problem(number, 0)
-            if says is not None:
-                raise self.damaged(0, 0, f'strip {number}: {says}')
+            problem = self.problem(number, 0)
+            if problem is not None:
+                raise self.damaged(0, 0, f'strip {number}: {problem}')
         return super().all_pixels()
 
     def problem(self, row: int, column: int) -> str | None:
-        "What is wrong with a tile or strip."
+        "What is wrong with a tile or strip; None if nothing is."
         for plane in self.planes:
-            least, most = n_bytes(plane, row)
-            _, says = inflated(self.raw_tile(plane, row, column), least, most)
-            if says is not None:
-                return says
+            min_bytes, max_bytes = byte_limits(plane, row)
+            data = self.raw_tile(plane, row, column)
+            _, problem = inflated(data, min_bytes, max_bytes)
+            if problem is not None:
+                return problem
         return None
 
 # %% ../../nbs/slides/04_pixels.ipynb #a6c94012
@@ -878,10 +957,11 @@ DIFFERENCES = 2  # predictor
 
 def is_of_bytes(plane: TiffImage) -> bool:
     "Whether inflated tiles are red, green and blue, a byte each, as they are or as differences."
+    if plane.tile is None or not is_plain(plane):
+        return False
     is_rgb = (plane.photometric, plane.samples, plane.bits, plane.planar) == (2, 3, 8, 1)
-    is_usual = (plane.fill_order, plane.sample_format, plane.extra) == (1, 1, ())
-    is_known = plane.predictor in (1, DIFFERENCES)
-    return plane.tile is not None and is_rgb and is_usual and is_known and is_plain(plane)
+    has_plain_bytes = plane.fill_order == 1 and plane.sample_format == 1 and not plane.extra
+    return is_rgb and has_plain_bytes and plane.predictor in (1, DIFFERENCES)
 
 
 class DeflatedTiles(DecodedTiles):
@@ -892,9 +972,9 @@ class DeflatedTiles(DecodedTiles):
         plane = self.planes[0]
         assert plane.tile is not None
         for row, column in positions:
-            data, says = inflated(self.raw_tile(plane, row, column), *n_bytes(plane, row))
-            if says is not None:
-                raise self.damaged(row, column, says)
+            data, problem = inflated(self.raw_tile(plane, row, column), *byte_limits(plane, row))
+            if problem is not None:
+                raise self.damaged(row, column, problem)
             tile = np.frombuffer(data, np.uint8).reshape(*plane.tile, 3)
             if plane.predictor == DIFFERENCES:
                 tile = tile.cumsum(axis=1, dtype=np.uint8)
@@ -906,18 +986,18 @@ def has_imagecodecs() -> bool:
     return importlib.util.find_spec('imagecodecs') is not None
 
 
-def is_not_supported(says: str) -> bool:
+def is_not_supported(problem: str) -> bool:
     "Whether libvips says that it cannot decode a compression at all."
-    return any(words in says.lower() for words in NOT_SUPPORTED)
+    return any(words in problem.lower() for words in NOT_SUPPORTED)
 
 
 def problem_with_first_tile(pixels: TiffPixels) -> str | None:
-    "What libvips says of the first tile or strip in the file, if it cannot be read."
-    row, column = np.argwhere(~pixels.left_out)[0]
+    "What libvips says of the first tile or strip in the file; None if it can be read."
+    row, column = np.argwhere(~pixels.left_out)[0].tolist()
     height, width = pixels.tile or (0, 0)
     try:
         image = pixels.image()
-        pyvips.Region.new(image).fetch(int(column) * width, int(row) * height, 1, 1)
+        pyvips.Region.new(image).fetch(column * width, row * height, 1, 1)
     except pyvips.Error as e:
         return ' '.join(str(e).split())
     return None
@@ -936,14 +1016,16 @@ class DecodedByTifffile(DecodedTiles):
         plane = self.planes[0]
         number = row * plane.grid[1] + column
         try:
-            found, *_ = self.decoder(self.raw_tile(plane, row, column), number)
-            tile = found[0]
+            # (depth, height, width, samples), depth 1; its place and shape are known
+            pixels, *_ = self.decoder(self.raw_tile(plane, row, column), number)
+            tile = pixels[0]
         except Exception as e:  # each codec has exceptions of its own
             raise self.damaged(row, column, reason(e)) from None
         if tile.dtype == np.uint16:
             tile = tile >> max((self.colors.bits or 16) - 8, 0)
-        colors = tile[..., :3] if tile.shape[-1] >= 3 else tile[..., :1].repeat(3, axis=-1)
-        return colors.astype(np.uint8)
+        is_grey = tile.shape[-1] < 3
+        rgb = tile[..., :1].repeat(3, axis=-1) if is_grey else tile[..., :3]
+        return rgb.astype(np.uint8)
 
     @functools.cached_property
     def decoder(self) -> Callable[..., Any]:
@@ -966,15 +1048,17 @@ def tiff_pixels(path: Path, planes: list[TiffImage], colors: Colors, level: int 
     pixels = TiffPixels(path, planes, colors, level)
     if plane.compression in ALWAYS_SUPPORTED:
         return pixels
-    says = problem_with_first_tile(pixels)
-    if says is None or not is_not_supported(says):
+    problem = problem_with_first_tile(pixels)
+    if problem is None or not is_not_supported(problem):
         return pixels
+
     name = COMPRESSIONS.get(plane.compression, f'the method {plane.compression}')
-    is_plain = pixels.tile is not None and len(planes) == 1 and plane.photometric in (1, 2)
-    if is_plain and has_imagecodecs():
+    is_grey_or_rgb = plane.photometric in (1, 2)
+    suits_tifffile = plane.tile is not None and len(planes) == 1 and is_grey_or_rgb
+    if suits_tifffile and has_imagecodecs():
         return DecodedByTifffile(path, planes, colors, level)
     way_out = 'save it with JPEG or deflate'
-    if is_plain:
+    if suits_tifffile:
         way_out = f'install the package imagecodecs, or {way_out}'
     raise InputError(
         f'{path} is compressed with {name}, which the libvips that is installed was built '

@@ -35,7 +35,9 @@ DATASETS = ('panda', 'camelyon16', 'camelyon17')
 
 
 def without_excluded(cases: list[Case], exclude: Collection[str], where: str | Path) -> list[Case]:
-    "Cases without those of some ids. Raises `InputError` for an id that is not there."
+    """The cases but for those with an id to exclude, in their order.
+
+    Raises `InputError` for an id that no case has; `where` is the folder that it names."""
     ids = {case.slide_id for case in cases}
     for slide_id in exclude:
         if slide_id not in ids:
@@ -64,25 +66,31 @@ def published_cohort(
     if dataset not in DATASETS:
         raise InputError(f'{dataset!r} is no data set that is known; use {" or ".join(DATASETS)}')
     if dataset == 'panda':
-        providers = providers or PANDA_PROVIDERS
-        cases = read_panda(folder, label, providers, missing)
+        cases = read_panda(folder, label, providers or PANDA_PROVIDERS, missing)
         if not tissue_masks:
             cases = [replace(case, mask=None) for case in cases]
-        return split_cohort(without_excluded(cases, exclude, folder), fractions, seed, by='grade')
-    if label != 'binary' or providers or tissue_masks:
+        cases = without_excluded(cases, exclude, folder)
+        return split_cohort(cases, fractions, seed, by='grade')
+
+    has_panda_settings = label != 'binary' or providers or tissue_masks
+    if has_panda_settings:
         raise InputError(
             f'label, providers and tissue_masks are for panda, and not for {dataset}: leave them out'
         )
-    read = read_camelyon16 if dataset == 'camelyon16' else read_camelyon17
-    cases = without_excluded(read(folder, missing), exclude, folder)
-    return resolve_splits(cases, fractions, seed, folder)
+    if dataset == 'camelyon16':
+        cases = read_camelyon16(folder, missing)
+    else:
+        cases = read_camelyon17(folder, missing)
+    cases = without_excluded(cases, exclude, folder)
+    return resolve_splits(cases, fractions, seed, where=folder)
 
 # %% ../../nbs/slides/16_published.ipynb #a5da102e
 LEVELS, FACTOR = 3, 4
 
 
 def levels_of(pixels: np.ndarray, by_mean: bool) -> list[np.ndarray]:
-    "An image (height, width, 3) at each level: means of the pixels, or one of them."
+    """An image, uint8 (height, width, 3), at each of the `LEVELS`, the finest first. A pixel of a
+    coarser level is the mean of those of the finer one, or their upper left one."""
     levels = [pixels]
     for _ in range(LEVELS - 1):
         finer = levels[-1]
@@ -145,15 +153,18 @@ BLANK = 245  # the grey of a slide without tissue
 
 
 def panda_numbers(mask: np.ndarray, provider: str, score: str) -> np.ndarray:
-    "The numbers of PANDA's classes for those of a painted mask (height, width)."
+    """A painted mask with the numbers that a provider's masks have: uint8 (height, width).
+
+    A `score` such as '4+3' says the Gleason patterns of the two patterns of the tumour."""
     if provider == 'karolinska':
-        values = [0, 1, 1, 2, 2]
+        # background; benign tissue, be it stroma or glands; cancer of either pattern
+        numbers = [0, 1, 1, 2, 2]
     else:
         primary, secondary = 3, 3
         if '+' in score:
             primary, secondary = (max(3, int(pattern)) for pattern in score.split('+'))
-        values = [0, STROMA, BENIGN, primary, secondary]
-    return np.array(values, np.uint8)[mask]
+        numbers = [0, STROMA, BENIGN, primary, secondary]
+    return np.array(numbers, np.uint8)[mask]
 
 # %% ../../nbs/slides/16_published.ipynb #be5c9a1d
 def paint_panda(
@@ -169,22 +180,26 @@ def paint_panda(
     The first slide of each provider has no mask, and the second-last is blank. Raises `InputError`
     for a folder that is there."""
     folder = new_folder(folder)
-    images, masks = folder / 'train_images', folder / 'train_label_masks'
+    images = folder / 'train_images'
+    masks = folder / 'train_label_masks'
     images.mkdir()
     masks.mkdir()
     rows = []
     for provider in providers:
         for i in range(n):
-            grade = GRADES[i // 2 % len(GRADES)] if i % 2 else BENIGN_GRADES[provider]
-            number = seed * 1000 + len(rows)
-            image_id = f'{number:032x}'
-            biopsy = paint_biopsy(size, spacing, 0.5 * (i % 2), seed=number, look='matched')
-            pixels, marked = biopsy.image, biopsy.mask
-            if i == n - 2:
-                pixels, marked = np.full_like(pixels, BLANK), np.zeros_like(marked)
+            has_cancer = i % 2 == 1
+            is_blank = i == n - 2
+            has_mask = i > 0
+            grade = GRADES[i // 2 % len(GRADES)] if has_cancer else BENIGN_GRADES[provider]
+            slide_seed = seed * 1000 + len(rows)
+            image_id = f'{slide_seed:032x}'
+            share = 0.5 if has_cancer else 0.0
+            biopsy = paint_biopsy(size, spacing, share, seed=slide_seed, look='matched')
+            pixels = np.full_like(biopsy.image, BLANK) if is_blank else biopsy.image
             write_levels(images / f'{image_id}.tiff', pixels, spacing, by_mean=True)
-            if i:
-                numbers = panda_numbers(marked, provider, grade.score)
+            if has_mask:
+                mask = np.zeros_like(biopsy.mask) if is_blank else biopsy.mask
+                numbers = panda_numbers(mask, provider, grade.score)
                 write_numbers(masks / f'{image_id}_mask.tiff', numbers, spacing)
             rows.append(
                 dict(
@@ -222,19 +237,16 @@ def paint_camelyon16(
         (folder / name).mkdir()
     rows = []
     for i in range(n_train + n_test):
-        has_tumour = i % 2
+        pair = i // 2  # of a slide without tumour and one with
+        has_tumour = i % 2 == 1
         kind = 'tumor' if has_tumour else 'normal'
-        name = f'{kind}_{i // 2 + 1:03}' if i < n_train else f'test_{i - n_train + 1:03}'
-        stage = 'negative'
-        share = 0.0
-        if has_tumour:
-            stage = ('macro', 'micro')[i // 2 % 2]
-            share = dict(macro=0.5, micro=0.2)[stage]
+        stage = ('macro', 'micro')[pair % 2] if has_tumour else 'negative'
+        name = f'{kind}_{pair + 1:03}' if i < n_train else f'test_{i - n_train + 1:03}'
+        share = dict(negative=0.0, micro=0.2, macro=0.5)[stage]
         biopsy = paint_biopsy(size, spacing, share, seed=seed * 1000 + i, look='matched')
         write_tiff(biopsy.image, folder / f'images/{name}.tif', spacing, 'jpeg')
         tumour = (biopsy.mask >= TUMOUR) * np.uint8(1)
         write_tiff(tumour, folder / f'masks/{name}_mask.tif', spacing, nearest=True)
-        center = i // 2 % 2
-        rows.append({'image': f'{name}.tif', 'type': kind, 'class': stage, 'center': center})
+        rows.append({'image': f'{name}.tif', 'type': kind, 'class': stage, 'center': pair % 2})
     write_csv(folder / 'evaluation/reference.csv', rows)
     return folder

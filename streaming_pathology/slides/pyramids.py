@@ -21,16 +21,17 @@ def agreeing_ratio(
     size: tuple[int, int],  # (height, width) of the slide
     level: tuple[int, int],  # (height, width) of a smaller version
 ) -> int | None:
-    """The whole number that both axes of a level are smaller by, but for a rounding of the size.
+    """The whole ratio by which both axes of a level are smaller, up to rounding of its size.
 
-    None where there is none."""
+    None if there is none."""
     ratio = round(math.sqrt(size[0] * size[1] / (level[0] * level[1])))
     fits = all(abs(full - ratio * small) < ratio for full, small in zip(size, level, strict=True))
     return ratio if ratio >= 1 and fits else None
 
 
 def is_version(level: tuple[int, int], size: tuple[int, int]) -> bool:
-    "Whether a size can be that of a smaller version of an image, by its shape."
+    """Whether an image of one (height, width) can be a smaller version of another, by its shape: the
+    axes agree on a whole ratio, or on another one to within 2 pixels."""
     if min(level) < 1 or level[0] >= size[0]:
         return False
     if agreeing_ratio(size, level) is not None:
@@ -40,7 +41,8 @@ def is_version(level: tuple[int, int], size: tuple[int, int]) -> bool:
 
 
 def ratio_by_size(size: tuple[int, int], level: tuple[int, int]) -> float:
-    "How many pixels of a slide go into one of a level, as far as their sizes tell."
+    """How many pixels of a slide go into one of a level along an axis, by their sizes (height,
+    width): a whole number if the axes agree on one, otherwise the geometric mean of both."""
     whole = agreeing_ratio(size, level)
     if whole is not None:
         return float(whole)
@@ -52,17 +54,20 @@ def possible_ratios(size: tuple[int, int], level: tuple[int, int]) -> list[Ratio
     the level was padded, the next whole numbers and the next power of two.
 
     The most likely one is first."""
-    by_size = (size[0] / level[0], size[1] / level[1])
-    mean = math.sqrt(by_size[0] * by_size[1])
+    down, across = size[0] / level[0], size[1] / level[1]
+    mean = math.sqrt(down * across)
+    ratios: list[Ratio] = []
     whole = agreeing_ratio(size, level)
-    found: list[Ratio] = [] if whole is None else [(float(whole), float(whole))]
-    if abs(by_size[0] / by_size[1] - 1) <= 2 / min(level):
-        found.append(by_size)
-    padded = {round(mean), math.ceil(mean), 2 ** math.ceil(math.log2(max(mean, 1)) - 1e-9)}
-    for ratio in sorted(padded):
-        if ratio > 1 and ratio >= max(by_size) - 1e-9:
-            found.append((float(ratio), float(ratio)))
-    return list(dict.fromkeys(found))
+    if whole is not None:
+        ratios.append((float(whole), float(whole)))
+    if abs(down / across - 1) <= 2 / min(level):
+        ratios.append((down, across))
+    # by its size, a padded level has too small a ratio
+    power_of_two = 2 ** math.ceil(math.log2(max(mean, 1)) - 1e-9)
+    for ratio in sorted({round(mean), math.ceil(mean), power_of_two}):
+        if ratio > 1 and ratio >= max(down, across) - 1e-9:
+            ratios.append((float(ratio), float(ratio)))
+    return list(dict.fromkeys(ratios))
 
 # %% ../../nbs/slides/02_pyramids.ipynb #8a095554
 class Picture(NamedTuple):
@@ -82,7 +87,7 @@ FITS_ELSEWHERE = 0.6  # share of the error that remains at a better place
 
 
 class Window(NamedTuple):
-    "A part of a level."
+    "A square part of a level."
 
     top: int
     left: int
@@ -95,93 +100,126 @@ def grey(pixels: np.ndarray) -> np.ndarray:
 
 
 def starts(length: int, n: int) -> list[int]:
-    "Where windows along an axis begin, from one end to the other."
+    "Where up to five windows of `n` pixels begin along an axis, from one end to the other."
     last = max(0, length - n)
     return sorted({round(last * share) for share in (0, 0.25, 0.5, 0.75, 1)})
 
 
 def windows_of(level: Picture) -> list[Window]:
-    "Windows spread over a level."
+    "Up to 5 x 5 windows spread over a level, square and of one size."
     height, width = level.size
-    n = min(WINDOW, height, width)
-    whole = level.fetch(0, 0, height, width) if height * width <= READ_WHOLE else None
-    found = []
-    for top in starts(height, n):
-        for left in starts(width, n):
-            if whole is not None:
-                pixels = whole[top : top + n, left : left + n]
+    side = min(WINDOW, height, width)
+    all_pixels = None
+    if height * width <= READ_WHOLE:
+        all_pixels = level.fetch(0, 0, height, width)
+    windows = []
+    for top in starts(height, side):
+        for left in starts(width, side):
+            if all_pixels is not None:
+                pixels = all_pixels[top : top + side, left : left + side]
             else:
-                pixels = level.fetch(top, left, n, n)
-            found.append(Window(top, left, grey(pixels)))
-    return found
+                pixels = level.fetch(top, left, side, side)
+            windows.append(Window(top, left, grey(pixels)))
+    return windows
 
 
-def telling_windows(level: Picture) -> list[Window]:
-    "Of each quarter of a level the window with the most to see in it, if there is any."
+def windows_with_contrast(level: Picture) -> list[Window]:
+    "The window with the most to see in it of each quarter of a level; none of an empty quarter."
+    height, width = level.size
     best: dict[tuple[bool, bool], Window] = {}
     for window in windows_of(level):
-        n = len(window.pixels)
-        quarter = (2 * window.top + n > level.size[0], 2 * window.left + n > level.size[1])
-        seen = window.pixels.std()
-        if seen > FLAT and (quarter not in best or seen > best[quarter].pixels.std()):
+        side = len(window.pixels)
+        is_lower = 2 * window.top + side > height
+        is_right = 2 * window.left + side > width
+        quarter = (is_lower, is_right)
+        contrast = window.pixels.std()
+        if contrast <= FLAT:
+            continue
+        if quarter not in best or contrast > best[quarter].pixels.std():
             best[quarter] = window
     return list(best.values())
 
 
+def fetch_padded(
+    picture: Picture, top: int, left: int, height: int, width: int
+) -> np.ndarray | None:
+    "A region in grey, float32, nan outside of the picture; None if all of it lies outside."
+    first_row, last_row = max(top, 0), min(top + height, picture.size[0])
+    first_column, last_column = max(left, 0), min(left + width, picture.size[1])
+    rows, columns = last_row - first_row, last_column - first_column
+    if rows <= 0 or columns <= 0:
+        return None
+    region = np.full((height, width), np.nan, np.float32)
+    pixels = grey(picture.fetch(first_row, first_column, rows, columns))
+    region[first_row - top : last_row - top, first_column - left : last_column - left] = pixels
+    return region
+
+
 def shrunk(finer: Picture, ratio: Ratio, window: Window) -> np.ndarray | None:
-    """What a window with a margin would show by a ratio: means of the finer image, float32.
+    """What a window with a margin would show by a ratio: means of the finer image, float32, nan
+    outside of it.
 
     None where the window would lie outside of the finer image."""
-    n = len(window.pixels) + 2 * MARGIN
-    top, left = ((window.top - MARGIN) * ratio[0], (window.left - MARGIN) * ratio[1])
+    side = len(window.pixels) + 2 * MARGIN
+    down, across = ratio
+    # the window with its margin, in fractions of pixels of the finer image
+    top = (window.top - MARGIN) * down
+    left = (window.left - MARGIN) * across
+    # all pixels that it touches
     first_row, first_column = math.floor(top), math.floor(left)
-    rows = math.ceil(top + n * ratio[0]) - first_row
-    columns = math.ceil(left + n * ratio[1]) - first_column
-    height, width = finer.size
-    last_row, last_column = min(first_row + rows, height), min(first_column + columns, width)
-    above, before = max(first_row, 0), max(first_column, 0)
-    if last_row <= above or last_column <= before:
+    rows = math.ceil(top + side * down) - first_row
+    columns = math.ceil(left + side * across) - first_column
+    pixels = fetch_padded(finer, first_row, first_column, rows, columns)
+    if pixels is None:
         return None
-    pixels = np.full((rows, columns), np.nan, np.float32)
-    inside = grey(finer.fetch(above, before, last_row - above, last_column - before))
-    pixels[above - first_row :, before - first_column :][: len(inside), : inside.shape[1]] = inside
-    box = (left - first_column, top - first_row)
-    corners = (*box, min(box[0] + n * ratio[1], columns), min(box[1] + n * ratio[0], rows))
-    image = Image.fromarray(pixels).resize((n, n), Image.Resampling.BOX, box=corners)
+    box_left, box_top = left - first_column, top - first_row
+    box_right = min(box_left + side * across, columns)
+    box_bottom = min(box_top + side * down, rows)
+    image = Image.fromarray(pixels).resize(
+        (side, side), Image.Resampling.BOX, box=(box_left, box_top, box_right, box_bottom)
+    )
     return np.asarray(image)
 
 
-def error_of(window: np.ndarray, shown: np.ndarray) -> float:
-    "The mean squared difference where there are pixels in both; infinite where they are few."
-    difference = (window - shown) ** 2
-    known = np.isfinite(difference)
-    return float(difference[known].mean()) if 2 * known.sum() > known.size else math.inf
+def without_margin(pixels: np.ndarray) -> np.ndarray:
+    "What the window itself shows, of pixels that `shrunk` gives for the window with its margin."
+    return pixels[MARGIN:-MARGIN, MARGIN:-MARGIN]
 
 
-def fits_elsewhere(window: Window, shown: np.ndarray) -> bool:
-    "Whether a window fits clearly better two or more pixels away from where it should."
-    n = len(window.pixels)
-    here = error_of(window.pixels, shown[MARGIN : MARGIN + n, MARGIN : MARGIN + n])
-    if here < 1:
+def error_of(window: np.ndarray, pixels: np.ndarray) -> float:
+    "The mean squared difference, without pixels that are nan; infinite if these are half or more."
+    squares = (window - pixels) ** 2
+    is_finite = np.isfinite(squares)
+    if 2 * is_finite.sum() <= is_finite.size:
+        return math.inf
+    return float(squares[is_finite].mean())
+
+
+def fits_elsewhere(window: Window, pixels: np.ndarray) -> bool:
+    """Whether a window fits clearly better two or more pixels away from where it should.
+
+    `pixels` are those of the finer image that `shrunk` gives for the window with its margin."""
+    side = len(window.pixels)
+    error_in_place = error_of(window.pixels, without_margin(pixels))
+    if error_in_place < 1:
         return False
     errors = {
-        (down, across): error_of(window.pixels, shown[down : down + n, across : across + n])
+        (down, across): error_of(window.pixels, pixels[down : down + side, across : across + side])
         for down in range(2 * MARGIN + 1)
         for across in range(2 * MARGIN + 1)
     }
     best = min(errors, key=lambda shift: errors[shift])
     is_away = max(abs(best[0] - MARGIN), abs(best[1] - MARGIN)) >= 2
-    return is_away and errors[best] < FITS_ELSEWHERE * here
+    return is_away and errors[best] < FITS_ELSEWHERE * error_in_place
 
 # %% ../../nbs/slides/02_pyramids.ipynb #6fedeea2
 def is_as_empty(finer: Picture, level: Picture, ratio: Ratio) -> bool:
-    "Whether a finer image has the colour of a level that shows nothing, wherever it is looked at."
+    "Whether a finer image has the colour of a level that shows nothing, in all of its windows."
     for window in windows_of(level):
         pixels = shrunk(finer, ratio, window)
         if pixels is None:
             continue
-        n = len(window.pixels)
-        error = error_of(window.pixels, pixels[MARGIN : MARGIN + n, MARGIN : MARGIN + n])
+        error = error_of(window.pixels, without_margin(pixels))
         if math.isfinite(error) and error > EMPTY_ERROR:
             return False
     return True
@@ -197,27 +235,26 @@ def ratio_of_level(
     Where nothing is to be seen in either, on glass alone, it is the most likely one."""
     if not ratios:
         return None
-    windows = telling_windows(level)
+    windows = windows_with_contrast(level)
     if not windows:
         return ratios[0] if is_as_empty(finer, level, ratios[0]) else None
-    seen = sum(float(window.pixels.var()) for window in windows)
-    shown_by = {ratio: [shrunk(finer, ratio, window) for window in windows] for ratio in ratios}
-    errors = {ratio: error_of_all(windows, shown) for ratio, shown in shown_by.items()}
+    variance = sum(float(window.pixels.var()) for window in windows)
+    pixels_at = {ratio: [shrunk(finer, ratio, window) for window in windows] for ratio in ratios}
+    errors = {ratio: total_error(windows, pixels) for ratio, pixels in pixels_at.items()}
     best = min(ratios, key=lambda ratio: errors[ratio])
-    if errors[best] > LARGEST_ERROR * seen:
+    if errors[best] > LARGEST_ERROR * variance:
         return None
-    for window, pixels in zip(windows, shown_by[best], strict=True):
+    for window, pixels in zip(windows, pixels_at[best], strict=True):
         if pixels is not None and fits_elsewhere(window, pixels):
             return None
     return best
 
 
-def error_of_all(windows: Sequence[Window], shown: Sequence[np.ndarray | None]) -> float:
-    "The errors of what a finer image shows in each window, summed; infinite where it shows nothing."
+def total_error(windows: Sequence[Window], shrunk_pixels: Sequence[np.ndarray | None]) -> float:
+    "The sum of the errors of all windows; infinite if one lies outside of the finer image."
     total = 0.0
-    for window, pixels in zip(windows, shown, strict=True):
+    for window, pixels in zip(windows, shrunk_pixels, strict=True):
         if pixels is None:
             return math.inf
-        n = len(window.pixels)
-        total += error_of(window.pixels, pixels[MARGIN : MARGIN + n, MARGIN : MARGIN + n])
+        total += error_of(window.pixels, without_margin(pixels))
     return total

@@ -82,7 +82,7 @@ SAMPLE_SHA256 = 'ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a
 def sample_slide() -> Path:
     """Path of the real H&E slide that ships with the package: Aperio, 0.499 microns a pixel, CC0.
 
-    Its sha256 is checked; `InputError` if it is missing or damaged."""
+    Raises `InputError` if it is missing, or damaged by its sha256."""
     path = Path(streaming_pathology.__file__).parent / 'data' / 'CMU-1-Small-Region.svs'
     if not path.is_file():
         raise InputError(f'{path} is missing: install the package again')
@@ -164,10 +164,10 @@ MAKERS = {
 
 
 def sentence(path: Path, error: Exception) -> str:
-    "What is wrong with a file that cannot be opened."
+    "What is wrong with a file that cannot be opened, by what a library raised, for a message."
     if isinstance(error, openslide.OpenSlideError):
-        word = openslide.OpenSlide.detect_format(path)
-        kind = f'a slide of {MAKERS.get(word, word)}' if word else 'a slide'
+        vendor_name = openslide.OpenSlide.detect_format(path)
+        kind = f'a slide of {MAKERS.get(vendor_name, vendor_name)}' if vendor_name else 'a slide'
         return (
             f'{path} looks like {kind}, but cannot be opened ({reason(error)}): it is damaged, a '
             'file that belongs to it is missing, or it is of a kind that OpenSlide does not read'
@@ -184,7 +184,7 @@ def sentence(path: Path, error: Exception) -> str:
 # %% ../../nbs/slides/05_readers.ipynb #2ed48c68
 @contextmanager
 def opening(path: Path) -> Iterator[None]:
-    "Make what libraries raise while a file is opened into an `InputError`."
+    "Raises `InputError` for whatever libraries raise while a file is opened."
     try:
         yield
     except InputError:
@@ -195,7 +195,7 @@ def opening(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
-    "Make what libraries raise while pixels are read into an `InputError`; `what`: which pixels."
+    "Raises `InputError` for whatever libraries raise while pixels, called `what`, are read."
     try:
         yield
     except InputError:
@@ -222,16 +222,19 @@ def hint_of_unit(spacing: float) -> str:
     if 0.01 <= spacing <= 100:
         return ''
     for unit, microns in UNITS.items():
-        if FINEST <= spacing * microns <= COARSEST:
-            return f'if it is in {unit}, write {spacing * microns:g}'
+        converted = spacing * microns
+        if FINEST <= converted <= COARSEST:
+            return f'if it is in {unit}, write {converted:g}'
     return ''
 
 
 def checked_spacing(path: str | Path, given: object, override: bool) -> float | None:
-    "The spacing that a user gave, if it is one; `InputError` otherwise."
+    """The spacing that a user gave, as a float; None if none was given.
+
+    Raises `InputError` if it is no positive number of microns, or is missing with `override`."""
+    if given is None and override:
+        raise InputError(f'{path}: there is no spacing to override with; {GIVE_SPACING}')
     if given is None:
-        if override:
-            raise InputError(f'{path}: there is no spacing to override with; {GIVE_SPACING}')
         return None
     try:
         spacing = float(given)  # type: ignore[arg-type]
@@ -246,12 +249,12 @@ def checked_spacing(path: str | Path, given: object, override: bool) -> float | 
 
 
 def is_believable(size: tuple[float, float]) -> bool:
-    "Whether (height, width) of a pixel in microns can be that of a microscope slide."
+    "Whether a pixel of (height, width) in microns can be that of a microscope slide."
     return all(math.isfinite(side) and FINEST <= side <= COARSEST for side in size)
 
 
 def says_spacing(spacings: Mapping[str, tuple[float, float]]) -> bool:
-    "Whether a file says a spacing that can be; `spacings` is as that of a `Reader`."
+    "Whether a file gives a believable spacing; `spacings` is as that of a `Reader`."
     return any(is_believable(size) for size in spacings.values())
 
 
@@ -278,17 +281,18 @@ def resolve_spacing(
     given: float | None = None,  # microns per pixel by the user; used where no source says any
     override: bool = False,  # use `given` whatever the file says
 ) -> tuple[float, list[str]]:
-    """Microns per pixel, never guessed, and sentences on what contradicts it.
+    """Microns per pixel, never guessed, and a sentence on each source that contradicts it by more
+    than 2%.
 
-    Raises `InputError` if nobody says, or if pixels are not square."""
+    Raises `InputError` if no source says, for an invalid `given`, and if pixels are not square."""
     spacing = checked_spacing(path, given, override)
-    known = {source: size for source, size in spacings.items() if is_believable(size)}
+    believable = {source: size for source, size in spacings.items() if is_believable(size)}
     if spacing is not None:
         by_user = {'given spacing': (spacing, spacing)}
-        known = {**by_user, **known} if override else {**known, **by_user}
-    if not known:
+        believable = {**by_user, **believable} if override else {**believable, **by_user}
+    if not believable:
         raise no_spacing(path, spacings)
-    source, (height, width) = next(iter(known.items()))
+    source, (height, width) = next(iter(believable.items()))
     if max(height, width) > 1.05 * min(height, width):
         raise InputError(
             f'{path} has pixels that are not square ({height:.4g} x {width:.4g} microns by its '
@@ -296,7 +300,7 @@ def resolve_spacing(
             '--override-spacing of sp_trim (in Python spacing= and override=True)'
         )
     used = (height + width) / 2
-    means = {other: sum(size) / 2 for other, size in known.items()}
+    means = {other: sum(size) / 2 for other, size in believable.items()}
     contradictions = [
         f'{path}: {used:.4g} microns per pixel by its {source}, but {mean:.4g} by its {other}; '
         f'{used:.4g} is used'
@@ -312,7 +316,7 @@ RGB = 2  # photometric interpretation
 
 @functools.lru_cache(16)
 def vendor_of_state(path: Path, size: int, changed: int) -> str | None:
-    "OpenSlide's word for the format of a file of `size` bytes that was changed at a time."
+    "As `vendor`, once for each state of a file: its `size` in bytes, and when it was `changed`."
     return openslide.OpenSlide.detect_format(path)
 
 
@@ -347,23 +351,23 @@ class OpenSlideReader:
         if self.format != 'hamamatsu':  # NDPI keeps offsets in a way of its own
             images = tiff_images(path)
         self.file = openslide.OpenSlide(path)
-        sizes = [(height, width) for width, height in self.file.level_dimensions]
+        all_sizes = [(height, width) for width, height in self.file.level_dimensions]
         # halves of a small map of Hamamatsu end at nothing, and are the last levels
-        self.sizes = list(takewhile(lambda size: min(size) > 0, sizes))
+        self.sizes = list(takewhile(lambda size: min(size) > 0, all_sizes))
         if not self.sizes:
-            raise InputError(
-                f'{path} is damaged: it says that it has {sizes[0][0]} x {sizes[0][1]} pixels'
-            )
+            height, width = all_sizes[0]
+            raise InputError(f'{path} is damaged: it says that it has {height} x {width} pixels')
         self.properties: Mapping[str, str] = dict(self.file.properties)
         self.spacings = {'properties of the scanner': spacing_by_openslide(self.properties)}
         if images and images[0].size == self.sizes[0]:  # the first may be a macro photograph
             self.spacings['resolution tags'] = images[0].spacing
-        found = self.file.associated_images
-        self.associated: Sequence[str] = [name for name in found if name in HARMLESS]
+        all_names = self.file.associated_images
+        self.associated: Sequence[str] = [name for name in all_names if name in HARMLESS]
         self.notes: list[str] = []
 
     def ratio(self, level: int) -> Ratio | None:
-        "How many pixels of level 0 go into one of a level: as sizes agree on, or OpenSlide says."
+        """How many pixels of level 0 go into one of a level: the whole number on which the sizes
+        agree, otherwise what OpenSlide says."""
         ratio = ratio_by_size(self.sizes[0], self.sizes[level])
         if not ratio.is_integer():
             ratio = self.file.level_downsamples[level]
@@ -371,8 +375,9 @@ class OpenSlideReader:
 
     def fetch(self, level: int, top: int, left: int, height: int, width: int) -> np.ndarray:
         "Pixels of a level, uint8 (height, width, 3)."
-        at = [round(place * self.file.level_downsamples[level]) for place in (left, top)]
-        return on_white(self.file.read_region((at[0], at[1]), level, (width, height)))
+        downsample = self.file.level_downsamples[level]
+        corner = (round(left * downsample), round(top * downsample))  # OpenSlide's, of level 0
+        return on_white(self.file.read_region(corner, level, (width, height)))
 
     def associated_image(self, name: str) -> np.ndarray:
         "One of the `associated` images, uint8 (height, width, 3)."
@@ -384,16 +389,18 @@ class OpenSlideReader:
 
 # %% ../../nbs/slides/05_readers.ipynb #e2ce1f68
 def jpeg_level(images: list[TiffImage], size: tuple[int, int]) -> TiffImage | None:
-    "The image of a size, if there is one and all of it is in JPEG tiles of red, green and blue."
-    found = [image for image in images if image.size == size and image.tile is not None]
-    if len(found) != 1:
+    """The image of a (height, width), if all of it is in JPEG tiles of red, green and blue; None
+    otherwise, also if there are several."""
+    candidates = [image for image in images if image.size == size and image.tile is not None]
+    if len(candidates) != 1:
         return None
-    image = found[0]
-    kind = (image.compression, image.samples, image.bits, image.planar, image.orientation)
+    (image,) = candidates
     rows, columns = image.grid
-    is_whole = len(image.lengths) == rows * columns and bool(image.lengths.all())
-    is_known = kind == (JPEG, 3, 8, 1, 1) and image.photometric in (RGB, YCBCR)
-    return image if is_known and is_whole else None
+    has_all_tiles = len(image.lengths) == rows * columns and bool(image.lengths.all())
+    is_8_bit_jpeg = image.compression == JPEG and image.samples == 3 and image.bits == 8
+    is_color = image.photometric in (RGB, YCBCR) and image.planar == 1
+    is_upright = image.orientation == 1
+    return image if has_all_tiles and is_8_bit_jpeg and is_color and is_upright else None
 
 
 class AperioReader(OpenSlideReader):
@@ -435,12 +442,13 @@ class DicomReader(OpenSlideReader):
 
 # %% ../../nbs/slides/05_readers.ipynb #bb5ed2e2
 PHOTOMETRIC = (0, 1, 2, 3, 5, 6)  # grey either way, RGB, palette, CMYK, YCbCr
-CMYK, SEPARATE_PLANES = 5, 2
+CMYK = 5
+SEPARATE_PLANES = 2  # PlanarConfiguration
 JPEGS = (6, 7)  # compressions whose YCbCr libvips converts
 
 
 def check_kind(path: Path, image: TiffImage) -> None:
-    "Refuse colours that are not known, and tiles of one colour each."
+    "Raises `InputError` for colours that are not known, and for tiles of one colour each."
     if image.photometric not in PHOTOMETRIC:
         raise InputError(
             f'{path} has colours of a kind (photometric interpretation {image.photometric}) that '
@@ -457,10 +465,10 @@ def colors_of(slide: TiffSlide) -> Colors:
     image = slide.planes[0]
     is_transparent = any(kind in (1, 2) for kind in image.extra)
     bits = slide.bits if image.bits == 16 else None
-    is_raw = image.photometric == YCBCR and image.compression not in JPEGS
-    if is_raw and image.subsampling == (1, 1):
+    is_raw_ycbcr = image.photometric == YCBCR and image.compression not in JPEGS
+    if is_raw_ycbcr and image.subsampling == (1, 1):
         return Colors(is_transparent, bits, image.coefficients, image.reference)
-    return Colors(is_transparent, bits)
+    return Colors(is_transparent, bits)  # nothing to convert, or libvips converts it
 
 
 def is_alike(level: TiffImage, slide: TiffImage) -> bool:
@@ -472,35 +480,40 @@ def is_alike(level: TiffImage, slide: TiffImage) -> bool:
 
 
 def levels_of(path: Path, slide: TiffSlide) -> list[list[TiffImage]]:
-    "The slide and what may be its smaller versions, as planes each, the finest first."
-    first = slide.planes[0]
+    """The slide and what may be its smaller versions, as planes each, the finest first; the slide
+    alone if it is not in tiles.
+
+    Raises `InputError` if tiles of a smaller version are missing."""
     levels = [slide.planes]
-    if first.tile is None:
+    full_size = slide.planes[0]
+    if full_size.tile is None:
         return levels
-    smaller = [planes for planes in slide.levels if is_alike(planes[0], first)]
+    smaller = [planes for planes in slide.levels if is_alike(planes[0], full_size)]
     for planes in sorted(smaller, key=lambda planes: -planes[0].height):
-        if planes[0].height < levels[-1][0].height:
-            for plane in planes:
-                check_pieces(path, plane)
-            levels.append(planes)
+        finer = levels[-1]
+        if planes[0].height >= finer[0].height:
+            continue
+        for plane in planes:
+            check_pieces(path, plane)
+        levels.append(planes)
     return levels
 
 
 @functools.lru_cache(1024)
 def known_ratios(path: Path, size: int, changed: int) -> dict[int, Ratio | None]:
-    """The ratios of the levels of a file of `size` bytes that was changed at a time, as far as they
-    are known: its readers share them, and add to them."""
+    """The ratios of levels of a file that are known so far, which all readers of the file share and
+    add to. `size` (bytes) and `changed` (when) are its state: another state begins anew."""
     return {0: (1.0, 1.0)}
 
 
 def gap_notes(path: Path, pixels: TiffPixels) -> list[str]:
-    "A sentence on tiles that the scanner left out."
+    "One sentence if the scanner left out tiles, otherwise none."
     if not pixels.has_gaps:
         return []
-    n = int(pixels.left_out.sum())
+    n_left_out = int(pixels.left_out.sum())
     return [
-        f'{path}: {n} of its {counted(pixels.left_out.size, "tile")} are not in the file, as '
-        'scanners leave out tiles of glass; they are read as white'
+        f'{path}: {n_left_out} of its {counted(pixels.left_out.size, "tile")} are not in the file, '
+        'as scanners leave out tiles of glass; they are read as white'
     ]
 
 # %% ../../nbs/slides/05_readers.ipynb #1fabaec1
@@ -516,12 +529,14 @@ class TiffReader:
         for plane in slide.planes:
             check_kind(path, plane)
             check_pieces(path, plane)
-        first = slide.planes[0]
+        first_plane = slide.planes[0]
         colors = colors_of(slide)
-        levels = levels_of(path, slide)
-        self.levels = [tiff_pixels(path, planes, colors, n) for n, planes in enumerate(levels)]
+        self.levels = [
+            tiff_pixels(path, planes, colors, level)
+            for level, planes in enumerate(levels_of(path, slide))
+        ]
         self.levels[0].check_opens()
-        self.orientation: Orientation = orientation_of(first.orientation)
+        self.orientation: Orientation = orientation_of(first_plane.orientation)
         self.sizes = [self.orientation.turned_pair(level.size) for level in self.levels]
         self.spacings = {
             source: self.orientation.turned_pair(size) for source, size in slide.spacings.items()
@@ -532,12 +547,12 @@ class TiffReader:
         self.format = 'OME-TIFF' if slide.is_ome else 'tiff'
         self.notes = [
             *slide.notes,
-            *color_notes(path, first.profile, first.photometric == CMYK),
+            *color_notes(path, first_plane.profile, is_cmyk=first_plane.photometric == CMYK),
             *gap_notes(path, self.levels[0]),
         ]
         for level in self.levels:
             level.notes = self.notes  # to which reading may add
-        if first.bits == 16:
+        if first_plane.bits == 16:
             check_depth(path, some_pixels(self.levels[-1]), slide.bits)
 
     def ratio(self, level: int) -> Ratio | None:
@@ -546,22 +561,27 @@ class TiffReader:
         return None if ratio is None else self.orientation.turned_pair(ratio)
 
     def stored_ratio(self, level: int) -> Ratio | None:
-        "The ratio of a level as it is stored; it is compared with the next finer level in use."
+        "The ratio of a level as it is stored; None if it is not used. Each is looked for once."
         if level not in self.ratios:
-            finer = next(n for n in range(level - 1, -1, -1) if self.stored_ratio(n) is not None)
-            base = self.ratios[finer]
-            assert base is not None
-            pixels, finer_pixels = self.levels[level], self.levels[finer]
-            possible = possible_ratios(self.levels[0].size, pixels.size)
-            found = ratio_of_level(
-                Picture(finer_pixels.size, finer_pixels.fetch),
-                Picture(pixels.size, pixels.fetch),
-                [(down / base[0], across / base[1]) for down, across in possible],
-            )
-            self.ratios[level] = None
-            if found is not None:
-                self.ratios[level] = (found[0] * base[0], found[1] * base[1])
+            self.ratios[level] = self.ratio_by_pixels(level)
         return self.ratios[level]
+
+    def ratio_by_pixels(self, level: int) -> Ratio | None:
+        "The ratio of a level, by comparing its pixels with the next finer level in use."
+        finer = next(n for n in range(level - 1, -1, -1) if self.stored_ratio(n) is not None)
+        finer_ratio = self.ratios[finer]
+        assert finer_ratio is not None
+        finer_pixels = self.levels[finer]
+        pixels = self.levels[level]
+        possible = possible_ratios(self.levels[0].size, pixels.size)
+        ratio_to_finer = ratio_of_level(
+            Picture(finer_pixels.size, finer_pixels.fetch),
+            Picture(pixels.size, pixels.fetch),
+            [(down / finer_ratio[0], across / finer_ratio[1]) for down, across in possible],
+        )
+        if ratio_to_finer is None:
+            return None
+        return ratio_to_finer[0] * finer_ratio[0], ratio_to_finer[1] * finer_ratio[1]
 
     def fetch(self, level: int, top: int, left: int, height: int, width: int) -> np.ndarray:
         "Pixels of a level, upright, uint8 (height, width, 3)."
@@ -583,16 +603,17 @@ SAMPLED = 512  # pixels of the side of a region
 
 
 def some_pixels(pixels: TiffPixels) -> np.ndarray:
-    "Pixels of an image: all of a flat or small one, else of nine places."
+    """Pixels of an image, uint8: all of a flat or small one, (height, width, 3), else regions at nine
+    places, (9, rows, columns, 3)."""
     height, width = pixels.size
     if pixels.tile is None or height * width <= (3 * SAMPLED) ** 2:
         return pixels.fetch(0, 0, height, width)
-    n_rows, n_columns = min(SAMPLED, height), min(SAMPLED, width)
-    parts = []
-    for top in np.linspace(0, height - n_rows, 3).astype(int).tolist():
-        for left in np.linspace(0, width - n_columns, 3).astype(int).tolist():
-            parts.append(pixels.fetch(top, left, n_rows, n_columns))
-    return np.stack(parts)
+    rows, columns = min(SAMPLED, height), min(SAMPLED, width)
+    regions = []
+    for top in np.linspace(0, height - rows, 3).astype(int).tolist():
+        for left in np.linspace(0, width - columns, 3).astype(int).tolist():
+            regions.append(pixels.fetch(top, left, rows, columns))
+    return np.stack(regions)
 
 # %% ../../nbs/slides/05_readers.ipynb #eb59827e
 BEGINNINGS = {
@@ -616,7 +637,7 @@ def beginning(path: Path, n: int) -> bytes:
 
 
 def check_beginning(path: Path) -> None:
-    "Refuse what is no image, by what it is."
+    "Raises `InputError` for a file of another kind, as its first bytes show, and names the kind."
     begins = beginning(path, 64)
     if begins.strip().lower().startswith(WEB_PAGES):
         raise InputError(f'{path} is a web page and no image: download the slide again')
@@ -630,15 +651,15 @@ def check_beginning(path: Path) -> None:
 def is_animated_png(path: Path) -> bool:
     "Whether a PNG says before its pixels that it has several frames."
     with open(path, 'rb') as file:
-        if file.read(8) != PNG_BEGINS:
+        if file.read(len(PNG_BEGINS)) != PNG_BEGINS:
             return False
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack('>I4s', head)
+        while len(chunk := file.read(8)) == 8:
+            length, kind = struct.unpack('>I4s', chunk)
             if kind in (b'IDAT', b'IEND'):
                 return False
-            if kind == b'acTL':
+            if kind == b'acTL':  # animation control
                 return True
-            file.seek(length + 4, os.SEEK_CUR)
+            file.seek(length + 4, os.SEEK_CUR)  # data and checksum
     return False
 
 
@@ -668,13 +689,14 @@ class PictureReader:
         self.spacings: dict[str, tuple[float, float]] = {}
         self.properties: Mapping[str, str] = {}
         self.format = loader_of(image).removesuffix('load')
-        profile = value_of(image, 'icc-profile-data', None)
-        self.notes += color_notes(path, profile, image.interpretation == 'cmyk')
+        profile = value_of(image, 'icc-profile-data', default=None)
+        self.notes += color_notes(path, profile, is_cmyk=image.interpretation == 'cmyk')
         if image.format == 'ushort':
-            check_depth(path, self.all_pixels(), None)
+            check_depth(path, self.all_pixels(), bits=None)
 
     def clean_head(self) -> tuple[bytes, int] | None:
-        "The header of a JPEG without bytes that mean nothing, if it has any, and where it ends."
+        """The header of a JPEG without bytes that mean nothing, and where it ends in the file; None
+        if there are no such bytes."""
         with open(self.path, 'rb') as file:
             head = clean_jpeg_header(file)
         if head is not None:
@@ -690,11 +712,12 @@ class PictureReader:
         return opened(self.path, source)
 
     def all_pixels(self) -> np.ndarray:
-        "All pixels, as stored."
-        if self.pixels is None and self.format == 'jpeg':
-            self.pixels = decoded_jpeg(self.path, self.opened())
-        elif self.pixels is None:
-            self.pixels = decoded(self.path, as_rgb(self.path, self.opened(), Colors()))
+        "All pixels, as stored, uint8 (height, width, 3); they are decoded once."
+        if self.pixels is None:
+            if self.format == 'jpeg':
+                self.pixels = decoded_jpeg(self.path, self.opened())
+            else:
+                self.pixels = decoded(self.path, as_rgb(self.path, self.opened(), Colors()))
         return self.pixels
 
     def ratio(self, level: int) -> Ratio | None:
@@ -705,8 +728,8 @@ class PictureReader:
         "Pixels, upright, uint8 (height, width, 3)."
         region = self.orientation.stored_region(self.sizes[0], (top, left, height, width))
         row, column, rows, columns = region
-        part = self.all_pixels()[row : row + rows, column : column + columns]
-        return self.orientation.upright(part)
+        pixels = self.all_pixels()[row : row + rows, column : column + columns]
+        return self.orientation.upright(pixels)
 
     def associated_image(self, name: str) -> np.ndarray:
         "There are none."
@@ -743,7 +766,9 @@ READERS: list[tuple[Callable[[Path], bool], Callable[[Path], Reader]]] = [
 
 
 def open_reader(path: str | Path) -> Reader:
-    "The reader that fits a file; `InputError` says in one sentence why there is none."
+    """The reader of a slide, by the first entry of `READERS` that recognises the file.
+
+    Raises `InputError` if there is no such file, it may not be read, or it is no slide."""
     path = Path(path)
     if not path.exists():
         raise InputError(f'{path} does not exist')
@@ -756,8 +781,8 @@ def open_reader(path: str | Path) -> Reader:
     if path.stat().st_size == 0:
         raise InputError(f'{path} is empty (0 bytes): copy it again')
     with opening(path):
-        make = next(make for recognises, make in READERS if recognises(path))
-        return make(path)
+        reader_class = next(reader for recognises, reader in READERS if recognises(path))
+        return reader_class(path)
 
 # %% ../../nbs/slides/05_readers.ipynb #db665eba
 SUFFIXES = set(  # of slide files
@@ -768,9 +793,10 @@ NAMES_OTHERS = ('.vms', '.vmu')  # texts of Hamamatsu that name the images besid
 
 # %% ../../nbs/slides/05_readers.ipynb #24921cc4
 def files_named_in(path: Path) -> list[Path]:
-    "The files beside a text of lines such as 'ImageFile=slide.jpg' that it names."
+    "The files beside a text that are named in its lines, such as 'ImageFile=slide.jpg'."
     text = beginning(path, 2**20).decode(errors='replace')
-    names = {line.partition('=')[2].strip() for line in text.splitlines()}
+    pairs = [line.partition('=') for line in text.splitlines()]
+    names = {value.strip() for _, _, value in pairs}
     return [file for file in path.parent.iterdir() if file.name in names and file.is_file()]
 
 # %% ../../nbs/slides/05_readers.ipynb #e4aad516
@@ -794,13 +820,15 @@ def slide_files(path: str | Path) -> list[Path]:
 
 # %% ../../nbs/slides/05_readers.ipynb #0378a935
 def file_stamp(path: str | Path) -> list[list]:
-    "What tells one state of a slide's files from another, to compare, without reading them."
+    """The name, the bytes and the time of the last change of each file of a slide.
+
+    Two are compared to see whether a slide has changed; no file is read."""
     states = [(file.name, file.stat()) for file in slide_files(path)]
     return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
 
 # %% ../../nbs/slides/05_readers.ipynb #b255ea7d
 def image_to_write(path: str | Path, pixels: Any) -> pyvips.Image:
-    "Pixels as an image; `InputError` if they are not uint8 in one channel or three."
+    "Pixels as an image. Raises `InputError` if they are not uint8 in one channel or three."
     if isinstance(pixels, pyvips.Image):
         return pixels
     pixels = np.ascontiguousarray(pixels)
@@ -824,9 +852,9 @@ def write_tiff(
     nearest: bool = False,  # for masks: coarser levels take one of the pixels, not their mean
     quality: int = 90,  # of JPEG
 ) -> None:
-    """A tiled pyramidal TIFF with its resolution in the tags, written whole or not at all.
+    """Write a tiled pyramidal TIFF with its resolution in the tags, whole or not at all.
 
-    Raises `InputError` for pixels of another kind, a spacing that no slide has, and where the file
+    Raises `InputError` for pixels of another kind, a spacing that no slide has, and if the file
     cannot be written."""
     if not FINEST <= spacing <= COARSEST:
         raise InputError(

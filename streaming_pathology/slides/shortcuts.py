@@ -34,8 +34,10 @@ def tissue_places(
     side: int = 32,  # of a place, in pixels
     least_tissue: float = 0.5,  # share of a place
 ) -> Places:
-    """The places of a slide; what is left over at the right and lower edge is none of them. Raises
-    `InputError` for an image smaller than a place, and for a mask of another size."""
+    """The places of a slide with enough tissue. Pixels at the right and lower edge that do not fill
+    a place are left out.
+
+    Raises `InputError` for an image smaller than a place, and for a mask of another size."""
     at_least_one(side=side)
     if rgb.shape[:2] != mask.shape or min(mask.shape) < side:
         raise InputError(
@@ -51,14 +53,14 @@ def tissue_places(
 
     tissue = mask > 0
     area = sums(tissue)
-    enough = area >= max(1, least_tissue * side**2)
+    has_enough = area >= max(1, least_tissue * side**2)
 
     def means(values: np.ndarray) -> np.ndarray:
-        "The mean over the tissue of each place that has enough."
-        return sums(values * tissue)[enough] / area[enough]
+        "The mean over the tissue of each place that has enough: (n,)."
+        return sums(values * tissue)[has_enough] / area[has_enough]
 
     return Places(
-        position=np.argwhere(enough) * side,
+        position=np.argwhere(has_enough) * side,
         density=means(optical_density(rgb).mean(-1)),
         color=np.stack([means(rgb[..., channel]) for channel in range(3)], 1),
         tumour=means(mask >= TUMOUR),

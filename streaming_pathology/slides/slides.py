@@ -92,25 +92,25 @@ def checked_number(
     high: float = math.inf,
     open: bool = False,  # above `low` instead of from `low` on
 ) -> float:
-    "The value, if it is a finite number from `low` to `high`; `InputError` otherwise."
+    "The value itself. Raises `InputError` unless it is a finite number from `low` to `high`."
     if is_number(value) and is_within(value, low, high, open):
         return value
     limits = f'above {low:g}' if open else f'at least {low:g}'
     if high < math.inf:
         limits += f' and at most {high:g}'
-    shown = str(value)[:20] if isinstance(value, int) else repr(value)
-    raise InputError(f'{what} is {shown}; it must be a number {limits}')
+    value_text = str(value)[:20] if isinstance(value, int) else repr(value)
+    raise InputError(f'{what} is {value_text}; it must be a number {limits}')
 
 
 def checked_flag(value: bool, what: str) -> bool:
-    "True or False, and nothing that only counts as such; `InputError` otherwise."
+    "The value as a bool. Raises `InputError` unless it is True or False, also for 0 and 1."
     if not isinstance(value, (bool, np.bool_)):
         raise InputError(f'{what} is {value!r}; it must be True or False')
     return bool(value)
 
 
 def checked_pixels(rgb: np.ndarray) -> np.ndarray:
-    "The same pixels, if they are uint8 (height, width, 3); `InputError` otherwise."
+    "The pixels themselves. Raises `InputError` unless they are uint8 (height, width, 3)."
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or not rgb.size:
         raise InputError(
             f'pixels must be uint8 (height, width, 3), not {rgb.dtype} {rgb.shape}: scale them to '
@@ -125,34 +125,39 @@ def exact_integers(values: Iterable[Any], n: int) -> tuple[int, ...] | None:
         return None
     try:
         values = list(values)
-        found = tuple(int(value) for value in values)
+        integers = tuple(int(value) for value in values)
     except (TypeError, ValueError, OverflowError):
         return None
-    if len(found) != n or any(a != b for a, b in zip(found, values)):
+    if len(integers) != n:
         return None
-    return found
+    has_fractions = any(integer != value for integer, value in zip(integers, values))
+    return None if has_fractions else integers
 
 
 def checked_color(color: Iterable[int]) -> tuple[int, int, int]:
-    "A colour (red, green, blue), if it is three whole numbers from 0 to 255; else `InputError`."
-    found = exact_integers(color, 3)
-    if found is None or min(found) < 0 or max(found) > 255:
+    """A colour (red, green, blue) as ints.
+
+    Raises `InputError` unless it is three whole numbers from 0 to 255."""
+    integers = exact_integers(color, 3)
+    if integers is None or min(integers) < 0 or max(integers) > 255:
         raise InputError(
             f'{color!r} is no colour: give (red, green, blue), whole numbers from 0 to 255'
         )
-    red, green, blue = found
+    red, green, blue = integers
     return red, green, blue
 
 
 def checked_size(size: Iterable[int]) -> tuple[int, int]:
-    "A size (height, width) in pixels, if it is two whole numbers above 0; `InputError` otherwise."
+    """A size (height, width) in pixels as ints.
+
+    Raises `InputError` unless it is two whole numbers from 1 to 10 million."""
     try:
-        found = tuple(operator.index(pixels) for pixels in size)
+        sides = tuple(operator.index(side) for side in size)
     except TypeError:
-        found = ()
-    if len(found) != 2 or not all(0 < pixels <= 10**7 for pixels in found):
+        sides = ()
+    if len(sides) != 2 or not all(0 < side <= 10**7 for side in sides):
         raise InputError(f'{size!r} is no size: give (height, width) in whole pixels, at least 1')
-    height, width = found
+    height, width = sides
     return height, width
 
 # %% ../../nbs/slides/07_slides.ipynb #08e90efc
@@ -172,14 +177,15 @@ def glass_color(
 def read_ahead(
     pixels: Callable[[int, int], np.ndarray], height: int, band: int
 ) -> Iterator[np.ndarray]:
-    "Bands of rows from the top down. A thread reads the next one while one is used."
+    """Bands of `band` rows, from the top down, as `pixels(top, bottom)` gives them. A thread reads
+    the next band while one is used."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(pixels, 0, min(band, height))
+        next_band = pool.submit(pixels, 0, min(band, height))
         for top in range(0, height, band):
-            current = coming.result()
+            current = next_band.result()
             bottom = top + band
             if bottom < height:
-                coming = pool.submit(pixels, bottom, min(bottom + band, height))
+                next_band = pool.submit(pixels, bottom, min(bottom + band, height))
             yield current
 
 # %% ../../nbs/slides/07_slides.ipynb #3b9423d4
@@ -191,7 +197,8 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_parts(bands: Iterable[np.ndarray], height: int, width: int) -> Iterator[bytes]:
-    "The bytes of a PNG without compression, part by part, from bands of uint8 (rows, width, 3)."
+    "Yields the bytes of a PNG without compression, from bands of uint8 (rows, width, 3)."
+    # bits, colour type RGB, and the only compression, the usual filters, no interlacing
     rgb_of_8_bits = (8, 2, 0, 0, 0)
     header = struct.pack('>IIBBBBB', width, height, *rgb_of_8_bits)
     uncompressed = zlib.compressobj(0)
@@ -268,10 +275,11 @@ class Slide:
 
     `size` is (height, width) at full resolution, upright, `spacing` the native one, of the file at
     full resolution, and `levels` a list of `Level`. `says_spacing` is whether the file says its
-    spacing itself. `contradictions` says in sentences where the
-    file gives more than one spacing, and `notes` what else is unusual about it, such as tiles that
-    are left out. The spacing that a method such as `read` takes is another one, the target, at
-    which pixels are wanted."""
+    spacing itself. `contradictions` are sentences on sources that give another spacing, and `notes`
+    sentences on what else is unusual about the file, such as tiles that are left out.
+
+    The spacing that a method such as `read` takes is another one, the target: microns per pixel of
+    the result."""
 
     def __init__(
         self,
@@ -371,7 +379,7 @@ class Slide:
             ) from None
 
     def _checked_spacing(self, spacing: float) -> float:
-        "A spacing that the slide can be read at; `InputError` otherwise."
+        "The spacing as a float. Raises `InputError` if the slide cannot be read at it."
         if not is_number(spacing) or spacing <= 0:
             raise InputError(
                 f'{self.path}: cannot read at spacing {str(spacing)[:20]!r}: give microns per '
@@ -394,35 +402,36 @@ class Slide:
     def _checked_region(
         self, spacing: float, region: tuple[int, int, int, int] | None
     ) -> tuple[int, int, int, int]:
-        "A region as four ints, the whole slide for None; `InputError` if it is none."
+        """A region as four ints; the whole slide for None.
+
+        Raises `InputError` unless it is four whole numbers in a range that a slide can have."""
         if region is None:
             return 0, 0, *self.size_at(spacing)
-        found = exact_integers(region, 4)
-        if found is None or min(found[2:]) < 1:
+        integers = exact_integers(region, 4)
+        if integers is None or min(integers[2:]) < 1:
             raise InputError(
                 f'{self.path}: region {region} must be four whole numbers (top, left, height, '
                 'width), the last two at least 1'
             )
-        if max(abs(number) for number in found) > 10**8:
+        if max(abs(number) for number in integers) > 10**8:
             raise InputError(
                 f'{self.path}: region {region} is out of range: no slide has more than 100 million '
                 'rows or columns'
             )
-        top, left, height, width = found
+        top, left, height, width = integers
         return top, left, height, width
 
     def _level_for(self, spacing: float) -> tuple[int, Ratio]:
         """The number of the coarsest level that is fine enough for a spacing, and how many pixels
         of the slide go into one of it."""
-        fine_enough = [
-            number for number, level in enumerate(self.levels) if level.spacing <= spacing * 1.001
-        ]
+        limit = spacing * 1.001
+        # by their sizes; the ratio that the reader finds may be another
+        candidates = [number for number, level in enumerate(self.levels) if level.spacing <= limit]
         reader = self._open()
-        for number in sorted(fine_enough, key=lambda number: -self.levels[number].spacing):
+        for number in sorted(candidates, key=lambda number: -self.levels[number].spacing):
             with self._closing_on_error(), reading(self.path, f'level {number}'):
                 ratio = reader.ratio(number)
-            is_fine = ratio is not None and self.spacing * max(ratio) <= spacing * 1.001
-            if ratio is not None and is_fine:
+            if ratio is not None and self.spacing * max(ratio) <= limit:
                 return number, ratio
         return 0, (1.0, 1.0)
 
@@ -447,7 +456,7 @@ class Slide:
     def _fetch(
         self, number: int, ratio: Ratio, top: int, left: int, height: int, width: int
     ) -> np.ndarray:
-        "Pixels of a level, white outside the slide."
+        "Pixels of a level, white outside the slide, uint8 (height, width, 3)."
         out = np.full((height, width, 3), 255, np.uint8)
         level = self.levels[number]
         # a level may be padded beyond the slide
@@ -458,12 +467,13 @@ class Slide:
         rows, columns = last_row - first_row, last_column - first_column
         if rows <= 0 or columns <= 0:
             return out
-        place = f'the pixels at row {first_row}, column {first_column} of level {number}'
-        with self._closing_on_error(), reading(self.path, place):
+        what = f'the pixels at row {first_row}, column {first_column} of level {number}'
+        with self._closing_on_error(), reading(self.path, what):
             reader = self._open()
             pixels = reader.fetch(number, first_row, first_column, rows, columns)
         self._tell(reader)
-        out[first_row - top : last_row - top, first_column - left : last_column - left] = pixels
+        y, x = first_row - top, first_column - left
+        out[y : y + rows, x : x + columns] = pixels
         return out
 
     def _averaged(
@@ -476,20 +486,21 @@ class Slide:
         height: int,
         width: int,
     ) -> np.ndarray:
-        "A region as means over pixels of a level, read in bands of some rows."
+        "A region as means over pixels of a level, which are read in bands of some rows."
         down, across = factors
-        first_column = math.floor(left * across + 1e-6)
-        columns = math.ceil((left + width) * across - 1e-6) - first_column
-        band = max(1, int(2**25 / (3 * down * columns)))
+        level_left = math.floor(left * across + 1e-6)
+        level_width = math.ceil((left + width) * across - 1e-6) - level_left
+        band = max(1, int(2**25 / (3 * down * level_width)))  # rows of 32 MB in the level
         out = np.empty((height, width, 3), np.uint8)
-        for done in range(0, height, band):
-            row, count = top + done, min(band, height - done)
-            first_row = math.floor(row * down + 1e-6)
-            rows = math.ceil((row + count) * down - 1e-6) - first_row
-            pixels = self._fetch(number, ratio, first_row, first_column, rows, columns)
-            means = area_average(pixels, row * down - first_row, down, count)
-            means = area_average(means, left * across - first_column, across, width, axis=1)
-            out[done : done + count] = means + 0.5
+        for start in range(0, height, band):
+            rows = min(band, height - start)
+            row = top + start
+            level_top = math.floor(row * down + 1e-6)
+            level_height = math.ceil((row + rows) * down - 1e-6) - level_top
+            pixels = self._fetch(number, ratio, level_top, level_left, level_height, level_width)
+            means = area_average(pixels, row * down - level_top, down, rows)
+            means = area_average(means, left * across - level_left, across, width, axis=1)
+            out[start : start + rows] = means + 0.5
         return out
 
     def rows(
@@ -497,10 +508,13 @@ class Slide:
         spacing: float,  # microns per pixel of the result
         region: tuple[int, int, int, int] | None = None,  # as in `read`
     ) -> PixelRows:
-        "A region at a spacing, read as its rows are asked for."
+        """A region at a spacing, read as its rows are asked for.
+
+        Raises `InputError` for an invalid spacing or region."""
         spacing = self._checked_spacing(spacing)
-        found = self._checked_region(spacing, region)
-        return PixelRows(functools.partial(rows_of_region, self, spacing, found), found[2:])
+        top, left, height, width = self._checked_region(spacing, region)
+        read_rows = functools.partial(rows_of_region, self, spacing, (top, left, height, width))
+        return PixelRows(read_rows, (height, width))
 
     def image(
         self,
@@ -514,9 +528,13 @@ class Slide:
         self,
         max_side: int = 1024,  # pixels of the longer side
     ) -> np.ndarray:
-        "The whole slide as a small picture, uint8 (height, width, 3)."
-        checked_number(max_side, 'the side of a thumbnail', 1)
-        return self.read(max(self.spacing, max(self.size) * self.spacing / max_side))
+        """The whole slide as a small picture, uint8 (height, width, 3); a slide that is smaller than
+        `max_side` is not enlarged.
+
+        Raises `InputError` if `max_side` is below 1, or pixels are damaged."""
+        checked_number(max_side, 'the side of a thumbnail', low=1)
+        spacing = max(self.size) * self.spacing / max_side
+        return self.read(max(self.spacing, spacing))
 
     def associated(self) -> dict[str, np.ndarray]:
         """The images that the scanner added to the slide: name -> uint8 (height, width, 3).
@@ -584,9 +602,10 @@ class Slide:
 def rows_of_region(
     slide: Slide, spacing: float, region: tuple[int, int, int, int], top: int, bottom: int
 ) -> np.ndarray:
-    "Rows `top` to `bottom` of a region; a function of the module, so that it can be pickled."
-    first, left, _, width = region
-    return slide.read(spacing, (first + top, left, bottom - top, width))
+    """Rows `top` to `bottom` of a region, uint8 (bottom-top, width, 3); a function of the module, so
+    that it can be pickled."""
+    region_top, left, _, width = region
+    return slide.read(spacing, (region_top + top, left, bottom - top, width))
 
 # %% ../../nbs/slides/07_slides.ipynb #99386b8a
 def read_in_worker(

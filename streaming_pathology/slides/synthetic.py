@@ -125,29 +125,41 @@ def pixel_centres(size: tuple[int, int], spacing: float) -> list[np.ndarray]:
     return [y[:, None], x[None]]
 
 
+def _half_length(height: float, width: float, angle: float, half_width: float) -> float:
+    "Half the length of the longest core at this angle in an image; lengths are microns."
+    cosine, sine = abs(math.cos(angle)), abs(math.sin(angle))
+    return min(
+        (width / 2 - half_width * sine) / max(cosine, 1e-3),
+        (height / 2 - half_width * cosine) / max(sine, 1e-3),
+    )
+
+
 def paint_core(rng: np.random.Generator, size: tuple[int, int], spacing: float) -> Core:
-    "The outline of a random core in an image of `size` (height, width)."
+    """The outline of a random core in an image of `size` (height, width) pixels.
+
+    `spacing` is in microns per pixel."""
     height, width = (n * spacing for n in size)
     short, long = min(height, width), max(height, width)
-    upright = height > width * rng.uniform(0.9, 1.1)
+    is_upright = height > width * rng.uniform(0.9, 1.1)
     half_width = min(short * rng.uniform(0.2, 0.3), rng.uniform(300, 500))
     angle = rng.uniform(-1, 1) * math.atan2(short - 2.6 * half_width, long)
-    if upright:
+    if is_upright:
         angle += math.pi / 2
-    cosine, sine = math.cos(angle), math.sin(angle)
-    half_length = min(
-        (width / 2 - half_width * abs(sine)) / max(abs(cosine), 1e-3),
-        (height / 2 - half_width * abs(cosine)) / max(abs(sine), 1e-3),
-    )
+    half_length = _half_length(height, width, angle, half_width)
+
     y, x = pixel_centres(size, spacing)
-    y, x = y - height / 2, x - width / 2
+    y = y - height / 2
+    x = x - width / 2
+    cosine, sine = math.cos(angle), math.sin(angle)
     along = cosine * x + sine * y
     across = cosine * y - sine * x
+    # the axis is bent: a sine wave
     bend = rng.uniform(0, 0.25) * half_width
     period = rng.uniform(1.2, 2.5) * half_length
     phase = rng.uniform(0, 2 * math.pi)
     across = across - bend * np.sin(along * (2 * math.pi / period) + phase)
-    frayed = (
+
+    fraying = (
         (0.11 * half_width) * smooth_noise(rng, size, 120 / spacing)
         + 6 * smooth_noise(rng, size, 30 / spacing)
         + 3 * smooth_noise(rng, size, 9 / spacing)
@@ -155,7 +167,7 @@ def paint_core(rng: np.random.Generator, size: tuple[int, int], spacing: float) 
     roundness = rng.uniform(0.3, 0.8)  # of both ends
     from_side = half_width * 0.92 - abs(across)
     from_end = 0.93 * half_length - abs(along) - roundness * half_width * (across / half_width) ** 2
-    depth = np.minimum(from_side, from_end) + frayed
+    depth = np.minimum(from_side, from_end) + fraying
     return Core(depth, along, across, angle)
 
 # %% ../../nbs/slides/09_synthetic.ipynb #1940a94a
@@ -239,42 +251,47 @@ class Glands:
 
 # %% ../../nbs/slides/09_synthetic.ipynb #5fc1cdd8
 def spaced_discs(centres: np.ndarray, radii: np.ndarray, gap: float, target: float) -> np.ndarray:
-    """Of discs, one after the other, those that keep a gap to all before them, until their area
-    reaches `target`. Returns float (n, 3): y, x and radius."""
-    kept = np.empty((len(centres), 3))
-    count, area = 0, 0.0
+    """Place discs one after the other, except where one is closer than `gap` to a disc that is
+    there, until their area exceeds `target`. Returns float (n, 3): y, x and radius of each."""
+    discs = np.empty((len(centres), 3))
+    n_discs = 0
+    area = 0.0
     for (y, x), radius in zip(centres, radii):
-        distance_squared = (kept[:count, 0] - y) ** 2 + (kept[:count, 1] - x) ** 2
-        needed = np.maximum(kept[:count, 2] + radius + gap, 1)
-        if (distance_squared < needed**2).any():
+        other_y, other_x, other_radius = discs[:n_discs].T
+        distance_squared = (other_y - y) ** 2 + (other_x - x) ** 2
+        min_distance = np.maximum(other_radius + radius + gap, 1)
+        if (distance_squared < min_distance**2).any():
             continue
-        kept[count] = y, x, radius
-        count += 1
+        discs[n_discs] = y, x, radius
+        n_discs += 1
         area += math.pi * radius * radius
         if area > target:
             break
-    return kept[:count]
+    return discs[:n_discs]
 
 
 def gland_discs(
     rng: np.random.Generator, zone: np.ndarray, spacing: float, pattern: Pattern, share: float
 ) -> np.ndarray:
-    "Discs in a zone (bool) until they cover a share of it or no more fits: (n, 3), y, x, radius."
+    """Discs at random in a zone (bool), about the largest first, until they cover a share of it or
+    all were tried. Returns float (n, 3): y, x and radius in microns."""
     step = max(1, int(6 / spacing))  # distances are measured every 6 microns
-    coarse = np.pad(zone[::step, ::step], 1)
-    distance = distance_to(~coarse)[1:-1, 1:-1] * step * spacing
-    low, high = pattern.radius
-    tries = int(pattern.tries * zone.sum() * spacing**2 / (math.pi * low**2))
-    radii = np.sort(rng.uniform(low, high, tries))[::-1] * rng.uniform(0.7, 1.0, tries)
-    inside = np.argwhere(distance > 0.35 * low)
-    if not len(inside):
+    coarse_zone = np.pad(zone[::step, ::step], 1)
+    edge_distance = distance_to(~coarse_zone)[1:-1, 1:-1] * step * spacing
+    zone_area = zone.sum()  # pixels
+    min_radius, max_radius = pattern.radius
+    n = int(pattern.tries * zone_area * spacing**2 / (math.pi * min_radius**2))
+    radii = np.sort(rng.uniform(min_radius, max_radius, n))[::-1] * rng.uniform(0.7, 1.0, n)
+    cells = np.argwhere(edge_distance > 0.35 * min_radius)
+    if not len(cells):
         return np.empty((0, 3))
-    picked = inside[rng.integers(len(inside), size=tries)]
-    centres = (picked + rng.random((tries, 2))) * step * spacing
-    radii = np.minimum(radii, distance[tuple(picked.T)] * 1.6)
-    large = radii > 0.65 * low
-    target = share * zone.sum() * spacing**2
-    return spaced_discs(centres[large], radii[large], pattern.gap, target)
+    centre_cells = cells[rng.integers(len(cells), size=n)]
+    centres = (centre_cells + rng.random((n, 2))) * step * spacing
+    # a gland reaches beyond its zone by little
+    radii = np.minimum(radii, edge_distance[tuple(centre_cells.T)] * 1.6)
+    is_large = radii > 0.65 * min_radius
+    target = share * zone_area * spacing**2
+    return spaced_discs(centres[is_large], radii[is_large], pattern.gap, target)
 
 
 def waves(rng: np.random.Generator, n: int, size: float, orders: tuple[int, ...]) -> np.ndarray:
@@ -294,21 +311,22 @@ def place_glands(
     share: float | None = None,  # of the zone's area; None: as the pattern has it
 ) -> Glands:
     "Glands of a pattern at random in a zone, until they cover a share of it or no more fits."
-    wanted = pattern.max_share if share is None else share
-    assert wanted is not None  # a pattern without a share of its own is told one
-    discs = gland_discs(rng, zone, spacing, pattern, wanted)
+    if share is None:
+        share = pattern.max_share
+    assert share is not None  # a pattern without a share of its own is told one
+    discs = gland_discs(rng, zone, spacing, pattern, share)
     n = len(discs)
-    outline = discs[:, 2:] * waves(rng, n, pattern.waviness, (2, 3, 4, 5))
-    wall = pattern.wall * waves(rng, n, pattern.folding, (3, 5, 7, 9, 11))
+    outline = discs[:, 2:] * waves(rng, n, pattern.waviness, orders=(2, 3, 4, 5))
+    wall = pattern.wall * waves(rng, n, pattern.folding, orders=(3, 5, 7, 9, 11))
     turn = rng.uniform(0, math.pi, n)
     squash = np.sqrt(rng.uniform(0.65, 1.0, n))
     return Glands(
-        discs[:, 0],
-        discs[:, 1],
-        turn,
-        squash,
-        outline.astype(np.float32),
-        wall.astype(np.float32),
+        y=discs[:, 0],
+        x=discs[:, 1],
+        turn=turn,
+        squash=squash,
+        outline=outline.astype(np.float32),
+        wall=wall.astype(np.float32),
     )
 
 # %% ../../nbs/slides/09_synthetic.ipynb #79d06b50
@@ -604,16 +622,23 @@ def punch_holes(
     rng: np.random.Generator, depth: np.ndarray, lumen: np.ndarray, spacing: float
 ) -> None:
     "Write round holes of cribriform sheets into `lumen`."
-    inside = np.argwhere(depth[::4, ::4] > 16)
-    if not len(inside):
+    step = 4  # pixels; centres are looked for on a coarser grid
+    cells = np.argwhere(depth[::step, ::step] > 16)
+    if not len(cells):
         return
-    count = int(len(inside) * 16 * spacing**2 / 500)
-    picked = inside[rng.integers(len(inside), size=count)]
-    centres = (picked + rng.random((count, 2))) * 4 * spacing
-    y, x, radius = spaced_discs(centres, rng.uniform(6, 15, count), gap=9, target=np.inf).T
+    n_tries = int(len(cells) * step**2 * spacing**2 / 500)  # one for each 500 square microns
+    centre_cells = cells[rng.integers(len(cells), size=n_tries)]
+    centres = (centre_cells + rng.random((n_tries, 2))) * step * spacing
+    y, x, radius = spaced_discs(centres, rng.uniform(6, 15, n_tries), gap=9, target=np.inf).T
     outline = np.repeat(radius[:, None], ANGLES, 1).astype(np.float32)
-    squash = np.sqrt(rng.uniform(0.7, 1, len(y)))
-    holes = Glands(y, x, np.zeros(len(y)), squash, outline, np.zeros_like(outline))
+    holes = Glands(
+        y=y,
+        x=x,
+        turn=np.zeros(len(y)),
+        squash=np.sqrt(rng.uniform(0.7, 1, len(y))),
+        outline=outline,
+        wall=np.zeros_like(outline),
+    )
     draw_glands(holes, no_glands(depth.shape), lumen, spacing)
 
 
@@ -621,7 +646,9 @@ def tumour_zones(
     rng: np.random.Generator, core: Core, spacing: float, fraction: float, growth: Growth
 ) -> tuple[np.ndarray, np.ndarray]:
     """The zone of a tumour with this share of the tissue, and the part of it that the first pattern
-    grows in: both bool (height, width)."""
+    grows in: both bool (height, width).
+
+    The second is empty where the patterns lie side by side, which `first_part` divides."""
     inside = core.depth > 0
     if growth.ends is not None:
         return zones_at_ends(rng, inside, core.along, spacing, fraction, growth.ends)
@@ -637,17 +664,19 @@ def zones_at_ends(
     fraction: float,  # share of the tissue, one half of it at either end
     ends: tuple[int, int],  # the pattern, 0 or 1, at either end
 ) -> tuple[np.ndarray, np.ndarray]:
-    "As `tumour_zones`, of a tumour that lies at both ends of a core."
-    tumour, first = np.zeros_like(tissue), np.zeros_like(tissue)
+    """The zone of a tumour that lies at both ends of a core, and the part of it that the first
+    pattern grows in: both bool (height, width)."""
+    tumour = np.zeros_like(tissue)
+    first_pattern = np.zeros_like(tissue)
     low, high = np.quantile(along[tissue], [END, 1 - END])
-    for part, pattern in zip((along <= low, along >= high), ends):
-        end = tissue & part
+    for is_beyond, pattern in zip((along <= low, along >= high), ends):
+        end = tissue & is_beyond
         share_of_end = fraction / 2 * np.count_nonzero(tissue) / max(1, np.count_nonzero(end))
         zone = choose_zone(rng, end, along, spacing, min(1.0, share_of_end))
         tumour |= zone
         if pattern == 0:
-            first |= zone
-    return tumour, first
+            first_pattern |= zone
+    return tumour, first_pattern
 
 
 def first_part(
@@ -657,10 +686,12 @@ def first_part(
     field = smooth_noise(rng, tumour.shape, 200 / spacing)
     if second_share is None:
         return field > rng.uniform(-0.6, 0.6)
-    inside = np.flatnonzero(tumour)
-    by_value = np.argsort(field.ravel()[inside], kind='stable')
+    tumour_pixels = np.flatnonzero(tumour)
+    lowest_first = np.argsort(field.ravel()[tumour_pixels], kind='stable')
+    n_second = round(second_share * len(tumour_pixels))
+    first_pixels = tumour_pixels[lowest_first[n_second:]]
     first = np.zeros(tumour.size, bool)
-    first[inside[by_value[round(second_share * len(inside)) :]]] = True
+    first[first_pixels] = True
     return first.reshape(tumour.shape)
 
 
@@ -672,22 +703,32 @@ def add_glands(
     crowded_fraction: float,
     growth: Growth = ANY_GROWTH,
 ) -> Tissue:
-    "Zones of a core, and their glands and nuclei."
-    inside, size = core.depth > 0, core.depth.shape
+    """A core filled with glands and nuclei: benign ones, crowded ones and tumour, each in a zone.
+
+    Fractions are shares of the tissue's area."""
+    inside = core.depth > 0
+    size = core.depth.shape
     tumour, first = tumour_zones(rng, core, spacing, tumour_fraction, growth)
     crowded = choose_zone(rng, inside & ~tumour, core.along, spacing, crowded_fraction)
     benign_share = rng.uniform(0.2, 0.6)
-    patterns, second = growth.patterns, np.zeros_like(inside)
+    patterns = growth.patterns
     if patterns is None:
         patterns = rng.choice(TUMOUR_PATTERNS, 2, replace=False)
     if growth.ends is None:
         first = first_part(rng, tumour, spacing, growth.second_share)
-    if growth.patterns is not None:
-        second = tumour & ~first
-    nowhere = np.zeros_like(inside)
-    tissue = Tissue(core, tumour, second, nowhere, no_glands(size), no_glands(size), [])
+    are_named = growth.patterns is not None
+    tissue = Tissue(
+        core=core,
+        tumour=tumour,
+        second=tumour & ~first if are_named else np.zeros_like(inside),
+        benign=np.zeros_like(inside),  # until benign glands are drawn
+        depth=no_glands(size),
+        lumen=no_glands(size),
+        nuclei=[],
+    )
     add_benign(rng, tissue, crowded, spacing, 'crowded')
     add_benign(rng, tissue, inside & ~tumour & ~crowded, spacing, 'benign', benign_share)
+    # benign glands end where the tumour begins
     tissue.depth[tumour] = OUTSIDE
     tissue.lumen[tumour] = OUTSIDE
     tissue.benign = tissue.depth > 0
@@ -735,22 +776,23 @@ def soft_edge(depth: np.ndarray, width: float) -> np.ndarray:
 def paint_cytoplasm(
     tissue: Tissue, texture: Texture, spacing: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Amounts of haematoxylin and eosin in stroma and glands, without nuclei."
-    depth, lumen, fine = tissue.depth, tissue.lumen, texture.fine
+    """Amounts of haematoxylin and eosin in stroma and glands, without nuclei: each (height,
+    width)."""
+    fine = texture.fine
     fibres = 1 - 0.9 * texture.cleft
     eosin = (0.33 + 0.06 * texture.bundle + 0.09 * fine + 0.02 * texture.tilt) * fibres
-    blue = (0.05 + 0.012 * texture.sway + 0.03 * fine) * fibres
+    haematoxylin = (0.05 + 0.012 * texture.sway + 0.03 * fine) * fibres
     # the stroma shrinks away from glands
-    gap = np.clip(1 - abs(depth + 2.5) / 2.5, 0, 1) * np.clip(texture.sway + 0.3, 0, 1)
+    gap = np.clip(1 - abs(tissue.depth + 2.5) / 2.5, 0, 1) * np.clip(texture.sway + 0.3, 0, 1)
     eosin = eosin * (1 - 0.7 * gap)
-    blue = blue * (1 - 0.7 * gap)
-    gland = soft_edge(depth, spacing)
-    apical = np.clip((lumen + 12) / 12, 0, 1)  # 0 to 1: towards the lumen
+    haematoxylin = haematoxylin * (1 - 0.7 * gap)
+    # glands replace the stroma, and are paler towards the lumen
+    gland = soft_edge(tissue.depth, spacing)
+    apical = np.clip((tissue.lumen + 12) / 12, 0, 1)
     eosin += gland * (0.25 + 0.04 * texture.grain + 0.02 * fine - 0.05 * apical - eosin)
-    blue += gland * (
-        0.15 + 0.03 * texture.grain + tissue.tint * tissue.tumour - 0.05 * apical - blue
-    )
-    return blue, eosin
+    tint = tissue.tint * tissue.tumour
+    haematoxylin += gland * (0.15 + 0.03 * texture.grain + tint - 0.05 * apical - haematoxylin)
+    return haematoxylin, eosin
 
 
 def stroma_nuclei(
@@ -771,19 +813,24 @@ def stroma_nuclei(
 
 def stain_amounts(rng: np.random.Generator, tissue: Tissue, spacing: float) -> np.ndarray:
     "Amounts of haematoxylin and eosin: float32 (2, height, width)."
-    edge, lumen, size = tissue.core.depth, tissue.lumen, tissue.depth.shape
+    core_depth = tissue.core.depth
+    lumen = tissue.lumen
+    size = tissue.depth.shape
     texture = paint_texture(rng, tissue.core, spacing)
-    blue, eosin = paint_cytoplasm(tissue, texture, spacing)
+    haematoxylin, eosin = paint_cytoplasm(tissue, texture, spacing)
+
     nuclei = np.concatenate([*tissue.nuclei, *stroma_nuclei(rng, tissue, texture, spacing)])
-    at = pixels_of(nuclei[:, 0], nuclei[:, 1], size, spacing)
-    nuclei = nuclei[(edge[at] > 2) & (lumen[at] < -2)]
-    spots = stamp_nuclei(nuclei, size, spacing) * (1 + 0.22 * texture.grain)
+    y, x = nuclei[:, 0], nuclei[:, 1]
+    centres = pixels_of(y, x, size, spacing)
+    is_in_tissue = (core_depth[centres] > 2) & (lumen[centres] < -2)
+    spots = stamp_nuclei(nuclei[is_in_tissue], size, spacing) * (1 + 0.22 * texture.grain)
+
     secretion = np.clip(smooth_noise(rng, size, 70 / spacing) - 0.8, 0, 1)
     secretion = secretion * np.clip((lumen - 6) / 8, 0, 1)
-    filled = 1 - soft_edge(lumen, spacing)
-    blue = np.maximum(blue * filled, spots)
-    eosin = eosin * filled + 0.22 * secretion * (1 + 0.1 * texture.fine) + 0.1 * (spots > 0)
-    return np.stack([blue, eosin]) * soft_edge(edge, max(3, spacing))
+    not_lumen = 1 - soft_edge(lumen, spacing)
+    haematoxylin = np.maximum(haematoxylin * not_lumen, spots)
+    eosin = eosin * not_lumen + 0.22 * secretion * (1 + 0.1 * texture.fine) + 0.1 * (spots > 0)
+    return np.stack([haematoxylin, eosin]) * soft_edge(core_depth, max(3, spacing))
 
 # %% ../../nbs/slides/09_synthetic.ipynb #8c6fd9b9
 LOOKS = ('natural', 'matched')
@@ -812,6 +859,16 @@ def spread_evenly(
     return even
 
 
+def _box_around(mask: np.ndarray) -> tuple[slice, slice]:
+    "The rows and columns of a bool mask that hold what is True, and 4 pixels around it."
+    rows = np.flatnonzero(mask.any(axis=1))
+    columns = np.flatnonzero(mask.any(axis=0))
+    return (
+        slice(max(0, rows[0] - 4), rows[-1] + 5),
+        slice(max(0, columns[0] - 4), columns[-1] + 5),
+    )
+
+
 def paint_tissue(
     rng: np.random.Generator,
     size: tuple[int, int],  # (height, width)
@@ -823,26 +880,30 @@ def paint_tissue(
 ) -> tuple[np.ndarray, np.ndarray]:
     "Amounts of haematoxylin and eosin, float32 (2, height, width), and the mask, uint8."
     core = paint_core(rng, size, spacing)
-    rows = np.flatnonzero((core.depth > 0).any(1))
-    columns = np.flatnonzero((core.depth > 0).any(0))
-    # only the tissue is painted, not the background around it
-    box = (
-        slice(max(0, rows[0] - 4), rows[-1] + 5),
-        slice(max(0, columns[0] - 4), columns[-1] + 5),
-    )
+    box = _box_around(core.depth > 0)  # only the tissue is painted, not the background around it
     tissue = add_glands(rng, core.crop(box), spacing, tumour_fraction, crowded_fraction, growth)
     if look == 'matched':
         tissue.tint = 0.0
     mask = np.zeros(size, np.uint8)
     mask[box] = tissue.mask
-    stained = stain_amounts(rng, tissue, spacing)
+    amounts_in_box = stain_amounts(rng, tissue, spacing)
     if look == 'matched':
-        stained = spread_evenly(rng, stained, tissue.core.depth > 0, spacing)
+        amounts_in_box = spread_evenly(rng, amounts_in_box, tissue.core.depth > 0, spacing)
     amounts = np.zeros((2, *size), np.float32)
-    amounts[:, *box] = stained
+    amounts[:, *box] = amounts_in_box
     return amounts, mask
 
 # %% ../../nbs/slides/09_synthetic.ipynb #828f59e2
+def slide_stains(rng: np.random.Generator, stains: np.ndarray | None) -> np.ndarray:
+    """The stain vectors of one slide, of unit length, (2, 3): these or, for None, a random mixture
+    of the sample's and the published ones, with noise."""
+    mix = rng.uniform(0.5, 1)  # drawn in either case, so that what is drawn later is the same
+    vectors: Any = stains
+    if stains is None:
+        vectors = SAMPLE_STAINS * mix + RUIFROK_JOHNSTON * (1 - mix) + rng.normal(0, 0.02, (2, 3))
+    return np.clip(vectors, 0, None) / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
 def stain_image(
     rng: np.random.Generator,
     amounts: np.ndarray,  # of haematoxylin and eosin, (2, height, width)
@@ -852,25 +913,23 @@ def stain_image(
     """A slide with these amounts of stain, uint8 (height, width, 3).
 
     Strength of the stains, blur and background are drawn."""
-    mix = rng.uniform(0.5, 1)
-    vectors: Any = stains
-    if stains is None:
-        vectors = SAMPLE_STAINS * mix + RUIFROK_JOHNSTON * (1 - mix) + rng.normal(0, 0.02, (2, 3))
-    vectors = np.clip(vectors, 0, None) / np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = slide_stains(rng, stains)
     tissue = amounts.sum(0) > 0.01
     mean_amounts = np.array([0.17, 0.26]) * np.exp(rng.normal(0, 0.22, 2))
     strengths = mean_amounts / np.maximum(amounts[:, tissue].mean(1), 1e-6)
     blur = rng.uniform(0.25, 0.65) / spacing
-    smoothed: Any = ndimage.gaussian_filter  # scipy has no types
-    blue, eosin = (
-        smoothed(np.maximum(amount, 0), blur, truncate=3) * np.float32(strength)
+    smooth: Any = ndimage.gaussian_filter  # scipy has no types
+    haematoxylin, eosin = (
+        smooth(np.maximum(amount, 0), blur, truncate=3) * np.float32(strength)
         for amount, strength in zip(amounts, strengths)
     )
     white = rng.uniform(238, 250) + rng.normal(0, 1.5, 3)
-    image = np.empty((*blue.shape, 3), np.uint8)
+    image = np.empty((*eosin.shape, 3), np.uint8)
     for channel in range(3):
-        blue_stain, eosin_stain = vectors[:, channel].astype(np.float32)
-        light = np.exp(np.float32(-math.log(10)) * (blue * blue_stain + eosin * eosin_stain))
+        # Beer and Lambert: light is white * 10**-density
+        h, e = vectors[:, channel].astype(np.float32)
+        density = haematoxylin * h + eosin * e
+        light = np.exp(np.float32(-math.log(10)) * density)
         light = light * np.float32(white[channel])
         noise = rng.standard_normal(light.shape, np.float32)
         image[..., channel] = np.clip(light + noise * 1.5 + 0.5, 0, 255)
@@ -929,6 +988,13 @@ def reduced(image: np.ndarray, factor: int) -> np.ndarray:
     return (squares.mean((1, 3), dtype=np.float32) + 0.5).astype(np.uint8)
 
 
+def _crowded_fraction(rng: np.random.Generator, look: str, has_tumour: bool) -> float:
+    "The share of tissue with crowded glands, where none is given: see `paint_biopsy`."
+    if look == 'matched':
+        return 1.0
+    return 0.0 if has_tumour else rng.uniform(0, 0.6)
+
+
 def paint_biopsy(
     size: tuple[int, int] = (512, 1024),  # (height, width) in pixels
     spacing: float = 2.0,  # microns per pixel
@@ -951,22 +1017,25 @@ def paint_biopsy(
         raise InputError(f'look {look!r} must be {" or ".join(LOOKS)}')
     growth.check(tumour_fraction)
     factor = reduction(spacing, painted_at)
+    fine_spacing = spacing / factor
     height, width = (factor * int(side) for side in size)
-    check_painting((height, width), spacing / factor)
+    check_painting((height, width), fine_spacing)
     rng = np.random.default_rng([abs(int(seed)), int(seed < 0)])
-    if crowded_fraction is None and look == 'matched':
-        crowded_fraction = 1.0
-    elif crowded_fraction is None:
-        crowded_fraction = 0.0 if tumour_fraction else rng.uniform(0, 0.6)
-    fine = spacing / factor
+    if crowded_fraction is None:
+        crowded_fraction = _crowded_fraction(rng, look, has_tumour=bool(tumour_fraction))
     amounts, mask = paint_tissue(
-        rng, (height, width), fine, tumour_fraction, crowded_fraction, growth, look
+        rng, (height, width), fine_spacing, tumour_fraction, crowded_fraction, growth, look
     )
-    image = reduced(stain_image(rng, amounts, fine), factor)
+    image = reduced(stain_image(rng, amounts, fine_spacing), factor)
     mask = np.ascontiguousarray(mask[factor // 2 :: factor, factor // 2 :: factor])
-    tumour_share = np.count_nonzero(mask >= TUMOUR) / np.count_nonzero(mask)
-    label = int(tumour_fraction > 0)
-    return PaintedBiopsy(image, mask, label, float(spacing), tumour_share, seed)
+    return PaintedBiopsy(
+        image=image,
+        mask=mask,
+        label=int(tumour_fraction > 0),
+        spacing=float(spacing),
+        tumour_fraction=np.count_nonzero(mask >= TUMOUR) / np.count_nonzero(mask),
+        seed=seed,
+    )
 
 # %% ../../nbs/slides/09_synthetic.ipynb #6d501323
 SPLITS = dict(train=0.6, tuning=0.15, test=0.25)
@@ -1001,15 +1070,15 @@ def plan_cohort(
         slide_seed = int(rng.integers(2**31))
         row = dict(slide_id=f'synthetic_{i:04d}', label=int(label), area=area, seed=slide_seed)
         rows.append(row)
-    patients = 0
+    n_patients = 0
     for label in (0, 1):
         same_label = [row for row in rows if row['label'] == label]
-        patients = assign_patients(rng, same_label, splits, patients)
-    alike: Counter[tuple] = Counter()  # slides so far, by label and split
+        n_patients = assign_patients(rng, same_label, splits, first=n_patients)
+    n_slides: Counter[tuple] = Counter()  # so far, by label and split
     for row in rows:
         group = row['label'], row['split']
-        row.update(tumour_of(label_means, row, alike[group], tumour_fractions, threshold))
-        alike[group] += 1
+        row.update(tumour_of(label_means, row, n_slides[group], tumour_fractions, threshold))
+        n_slides[group] += 1
     return rows
 
 
@@ -1020,21 +1089,28 @@ def tumour_of(
     tumour_fractions: tuple[float, float],
     threshold: float,
 ) -> dict:
-    "What a row of a plan says of the tumour."
-    label, area = row['label'], row['area']
+    """The values of a row that describe its tumour: `tumour_fraction` and, as far as the meaning of
+    the label needs them, `area`, `growth` and `second_share`: see `plan_cohort`."""
+    label = row['label']
+    area = row['area']
     rng = np.random.default_rng([row['seed'], 1])  # the slide itself is painted by [seed, 0]
     if label_means == 'two-patterns':
-        first = number % 2  # of the first end; in turn, so that each split has as much of both
-        ends = (first, 1 - first) if label else (first, first)
-        growth = Growth(NAMED_PATTERNS, ends=ends)
-        return dict(tumour_fraction=area, growth=growth, second_share=sum(ends) / 2)
+        # the first end has either pattern in turn, so that each split has as much of both
+        first_end = number % 2
+        second_end = 1 - first_end if label else first_end
+        growth = Growth(NAMED_PATTERNS, ends=(first_end, second_end))
+        second_share = (first_end + second_end) / 2
+        return dict(tumour_fraction=area, growth=growth, second_share=second_share)
     if label_means == 'primary':
-        share = round(float(rng.uniform(*SECOND_SHARES[label])), 4)
-        growth = Growth(NAMED_PATTERNS, second_share=share)
-        return dict(tumour_fraction=area, growth=growth, second_share=share)
+        second_share = round(float(rng.uniform(*SECOND_SHARES[label])), 4)
+        growth = Growth(NAMED_PATTERNS, second_share=second_share)
+        return dict(tumour_fraction=area, growth=growth, second_share=second_share)
     if label_means == 'share':
         low, high = tumour_fractions
-        low, high = (threshold * MARGIN, high) if label else (low, threshold / MARGIN)
+        if label:
+            low = threshold * MARGIN
+        else:
+            high = threshold / MARGIN
         area = float(np.exp(rng.uniform(*np.log([low, high]))))
         return dict(area=area, tumour_fraction=area)
     return dict(tumour_fraction=area * label)
@@ -1048,16 +1124,17 @@ def assign_patients(
     Patients are counted from `first`; returns the number after the last. The next patient goes into
     the split that lacks most slides for its share."""
     limits = np.round(np.cumsum([0, *splits.values()]) * len(rows)).astype(int)
-    missing = dict(zip(splits, np.diff(limits)))
-    patient, position = first, 0
+    n_missing = dict(zip(splits, np.diff(limits)))  # slides that a split lacks
+    patient = first
+    position = 0
     while position < len(rows):
-        split = max(splits, key=lambda name: missing[name] / max(splits[name], 1e-9))
-        count = min(int(rng.integers(1, 3)), max(1, missing[split]))
-        slides = rows[position : position + count]
+        split = max(splits, key=lambda name: n_missing[name] / max(splits[name], 1e-9))
+        n_slides = min(int(rng.integers(1, 3)), max(1, n_missing[split]))
+        slides = rows[position : position + n_slides]
         for row in slides:
             row.update(patient_id=f'patient_{patient:04d}', split=split)
-        missing[split] -= len(slides)
-        position += count
+        n_missing[split] -= len(slides)
+        position += n_slides
         patient += 1
     return patient
 
@@ -1193,14 +1270,16 @@ FORMERLY = dict(look='natural', painted_at=None, label_means='tumour', threshold
 
 
 def prepare_cohort_folder(folder: Path, settings: dict) -> None:
-    "Make the folder of a cohort; `InputError` if it cannot be written or holds something else."
+    """Make the folder of a cohort, with its settings, or take one with the same settings.
+
+    Raises `InputError` if it cannot be written or holds something else."""
     note = folder / 'cohort.json'
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        former = json.loads(note.read_text()) if note.exists() else None
-        if former is None and any(folder.iterdir()):
+        settings_there = json.loads(note.read_text()) if note.exists() else None
+        if settings_there is None and any(folder.iterdir()):
             raise InputError(f'{folder} is not empty: choose another folder')
-        if former is not None and FORMERLY | former != settings:
+        if settings_there is not None and FORMERLY | settings_there != settings:
             raise InputError(
                 f'{folder} holds a cohort with other settings ({note.name}): choose another folder'
             )
@@ -1257,11 +1336,21 @@ def write_cohort(
     Returns the path of the manifest. Raises `InputError` for settings that cannot be painted, and
     for a folder that holds anything but a cohort with the same settings."""
     height, width = size
-    size, spacing = (height, width), float(spacing)
-    seed, n = operator.index(seed), operator.index(n)
+    size = (height, width)
+    spacing = float(spacing)
+    seed = operator.index(seed)
+    n = operator.index(n)
     common = CohortLook(size, spacing, look, painted_at)
-    areas, meaning = tumour_fractions, (label_means, threshold)
-    check_cohort_settings(n, common, positive, areas, splits, compression, *meaning)
+    check_cohort_settings(
+        n,
+        common,
+        positive=positive,
+        tumour_fractions=tumour_fractions,
+        splits=splits,
+        compression=compression,
+        label_means=label_means,
+        threshold=threshold,
+    )
     if workers < 0 or seed < 0:
         raise InputError(f'workers {workers} and seed {seed} must not be below 0')
     folder = Path(folder)
@@ -1280,7 +1369,7 @@ def write_cohort(
         threshold=float(threshold),
     )
     prepare_cohort_folder(folder, settings)
-    rows = plan_cohort(n, positive, tumour_fractions, splits, seed, *meaning)
+    rows = plan_cohort(n, positive, tumour_fractions, splits, seed, label_means, threshold)
     tasks = painting_tasks(folder, rows, common, compression)
     run_tasks(tasks, folder, workers, progress)
     return write_cohort_manifest(folder, rows, spacing)

@@ -16,8 +16,9 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -94,12 +95,75 @@ class TiffImage:
 # %% ../../nbs/slides/03_tiff.ipynb #56bddf0f
 MAGIC = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # of TIFF and BigTIFF, in either byte order
 MICRONS_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # inch, centimetre
-NEEDED_TAGS = {*range(254, 260), 262, 270, 273, *range(277, 280), *range(282, 285), 296} | {
-    *range(322, 326),
-    330,
-    338,
+
+
+class TagCode(IntEnum):
+    "The numbers of the tags that are read or written here."
+
+    NEW_SUBFILE_TYPE = 254
+    SUBFILE_TYPE = 255
+    IMAGE_WIDTH = 256
+    IMAGE_LENGTH = 257
+    BITS_PER_SAMPLE = 258
+    COMPRESSION = 259
+    PHOTOMETRIC_INTERPRETATION = 262
+    FILL_ORDER = 266
+    IMAGE_DESCRIPTION = 270
+    STRIP_OFFSETS = 273
+    ORIENTATION = 274
+    SAMPLES_PER_PIXEL = 277
+    ROWS_PER_STRIP = 278
+    STRIP_BYTE_COUNTS = 279
+    MAX_SAMPLE_VALUE = 281
+    X_RESOLUTION = 282
+    Y_RESOLUTION = 283
+    PLANAR_CONFIGURATION = 284
+    T4_OPTIONS = 292
+    T6_OPTIONS = 293
+    RESOLUTION_UNIT = 296
+    PREDICTOR = 317
+    COLOR_MAP = 320
+    TILE_WIDTH = 322
+    TILE_LENGTH = 323
+    TILE_OFFSETS = 324
+    TILE_BYTE_COUNTS = 325
+    SUB_IFDS = 330
+    EXTRA_SAMPLES = 338
+    SAMPLE_FORMAT = 339
+    JPEG_TABLES = 347
+    YCBCR_COEFFICIENTS = 529
+    YCBCR_SUBSAMPLING = 530
+    YCBCR_POSITIONING = 531
+    REFERENCE_BLACK_WHITE = 532
+    ICC_PROFILE = 34675
+
+
+NEEDED_TAGS = {  # without the values of which the slide cannot be found or read
+    TagCode.NEW_SUBFILE_TYPE,
+    TagCode.SUBFILE_TYPE,
+    TagCode.IMAGE_WIDTH,
+    TagCode.IMAGE_LENGTH,
+    TagCode.BITS_PER_SAMPLE,
+    TagCode.COMPRESSION,
+    TagCode.PHOTOMETRIC_INTERPRETATION,
+    TagCode.IMAGE_DESCRIPTION,
+    TagCode.STRIP_OFFSETS,
+    TagCode.SAMPLES_PER_PIXEL,
+    TagCode.ROWS_PER_STRIP,
+    TagCode.STRIP_BYTE_COUNTS,
+    TagCode.X_RESOLUTION,
+    TagCode.Y_RESOLUTION,
+    TagCode.PLANAR_CONFIGURATION,
+    TagCode.RESOLUTION_UNIT,
+    TagCode.TILE_WIDTH,
+    TagCode.TILE_LENGTH,
+    TagCode.TILE_OFFSETS,
+    TagCode.TILE_BYTE_COUNTS,
+    TagCode.SUB_IFDS,
+    TagCode.EXTRA_SAMPLES,
 }
 REDUCED_KINDS = {2: 1, 3: 2}  # SubfileType, an old tag, as NewSubfileType
+INCH = 2  # of ResolutionUnit, and what it is where the file does not say
 Y_C_B_C_R = (0.299, 0.587, 0.114)
 FULL_RANGE = (0.0, 255.0, 128.0, 255.0, 128.0, 255.0)
 
@@ -121,22 +185,26 @@ def values_of(page: TiffPage, tag: int) -> tuple:
 
 
 def number_of(page: TiffPage, tag: int, default: int) -> int:
-    "The first value of a tag."
+    "The first value of a tag as an int; `default` where the page has no such tag."
     values = values_of(page, tag)
     return int(values[0]) if values else default
 
 
 def fractions_of(page: TiffPage, tag: int, default: tuple[float, ...]) -> tuple[float, ...]:
-    "The values of a tag that are fractions, each as two numbers."
-    values = [float(value) for value in values_of(page, tag)]
-    if len(values) != 2 * len(default):
+    """The values of a tag of fractions, which the file has as numerator and denominator.
+
+    nan for a denominator of 0; `default` if there are not as many fractions as in it."""
+    numbers = [float(value) for value in values_of(page, tag)]
+    if len(numbers) != 2 * len(default):
         return default
-    pairs = zip(values[::2], values[1::2], strict=True)
-    return tuple(above / below if below else math.nan for above, below in pairs)
+    fractions = zip(numbers[::2], numbers[1::2], strict=True)
+    return tuple(
+        numerator / denominator if denominator else math.nan for numerator, denominator in fractions
+    )
 
 
 def bytes_of(page: TiffPage, tag: int) -> bytes | None:
-    "The value of a tag that is bytes."
+    "The value of a tag; None where the page has no such tag, or its value is not bytes."
     value = page.tags.valueof(tag)
     return value if isinstance(value, bytes) else None
 
@@ -170,56 +238,70 @@ def imagej_values(description: str) -> dict[str, str]:
 def spacing_of(page: TiffPage) -> tuple[float, float]:
     """(height, width) of a pixel in microns by the resolution tags; nan if they do not say. ImageJ
     keeps their unit in its description."""
-    unit = MICRONS_PER_UNIT.get(number_of(page, 296, 2), math.nan)
-    if math.isnan(unit):
-        said = imagej_values(page.description).get('unit', '')
-        unit = MICRONS_OF_IMAGEJ.get(said, math.nan)
-    down, across = (fractions_of(page, tag, (0.0,))[0] for tag in (283, 282))
-    return unit / down if down else math.nan, unit / across if across else math.nan
+    microns = MICRONS_PER_UNIT.get(number_of(page, TagCode.RESOLUTION_UNIT, INCH), math.nan)
+    if math.isnan(microns):
+        unit = imagej_values(page.description).get('unit', '')
+        microns = MICRONS_OF_IMAGEJ.get(unit, math.nan)
+    # pixels per unit
+    (down,) = fractions_of(page, TagCode.Y_RESOLUTION, (0.0,))
+    (across,) = fractions_of(page, TagCode.X_RESOLUTION, (0.0,))
+    return microns / down if down else math.nan, microns / across if across else math.nan
+
+
+def tile_of(page: TiffPage) -> tuple[int, int] | None:
+    "(height, width) of a tile; None for a page in strips."
+    if TagCode.TILE_WIDTH not in page.tags:
+        return None
+    return number_of(page, TagCode.TILE_LENGTH, 0), number_of(page, TagCode.TILE_WIDTH, 0)
 
 
 def image_of(page: TiffPage, number: int, child: int | None = None) -> TiffImage:
-    "What the tags of a page say."
+    "A page, or a sub-image of a page, as its tags describe it."
     tags = page.tags
-    pieces = next((tags[tag].count for tag in (324, 273) if tag in tags), 0)
-    kind = number_of(page, 254, 0) or REDUCED_KINDS.get(number_of(page, 255, 0), 0)
-    is_tiled = 322 in tags
-    subsampling = values_of(page, 530)
+    offset_tags = [
+        tags[code] for code in (TagCode.TILE_OFFSETS, TagCode.STRIP_OFFSETS) if code in tags
+    ]
+    kind = number_of(page, TagCode.NEW_SUBFILE_TYPE, 0)
+    if not kind:
+        kind = REDUCED_KINDS.get(number_of(page, TagCode.SUBFILE_TYPE, 0), 0)
+    factors = values_of(page, TagCode.YCBCR_SUBSAMPLING)
     return TiffImage(
         page=number,
         child=child,
-        height=number_of(page, 257, 0),
-        width=number_of(page, 256, 0),
-        samples=number_of(page, 277, 1),
-        bits=number_of(page, 258, 1),
-        photometric=number_of(page, 262, 2),
-        planar=number_of(page, 284, 1),
-        compression=number_of(page, 259, 1),
-        predictor=number_of(page, 317, 1),
-        fill_order=number_of(page, 266, 1),
-        sample_format=number_of(page, 339, 1),
-        tile=(number_of(page, 323, 0), number_of(page, 322, 0)) if is_tiled else None,
-        rows_per_strip=number_of(page, 278, 2**32 - 1),
+        height=number_of(page, TagCode.IMAGE_LENGTH, 0),
+        width=number_of(page, TagCode.IMAGE_WIDTH, 0),
+        samples=number_of(page, TagCode.SAMPLES_PER_PIXEL, 1),
+        bits=number_of(page, TagCode.BITS_PER_SAMPLE, 1),
+        photometric=number_of(page, TagCode.PHOTOMETRIC_INTERPRETATION, 2),
+        planar=number_of(page, TagCode.PLANAR_CONFIGURATION, 1),
+        compression=number_of(page, TagCode.COMPRESSION, 1),
+        predictor=number_of(page, TagCode.PREDICTOR, 1),
+        fill_order=number_of(page, TagCode.FILL_ORDER, 1),
+        sample_format=number_of(page, TagCode.SAMPLE_FORMAT, 1),
+        tile=tile_of(page),
+        rows_per_strip=number_of(page, TagCode.ROWS_PER_STRIP, 2**32 - 1),
         offsets=np.asarray(page.dataoffsets, dtype=np.int64),
         lengths=np.asarray(page.databytecounts, dtype=np.int64),
-        n_named=pieces,
+        n_named=offset_tags[0].count if offset_tags else 0,
         kind=kind,
         description=page.description,
-        orientation=number_of(page, 274, 1),
-        extra=tuple(int(value) for value in values_of(page, 338)),
-        subsampling=(int(subsampling[0]), int(subsampling[1])) if len(subsampling) == 2 else (2, 2),
-        coefficients=fractions_of(page, 529, Y_C_B_C_R),
-        reference=fractions_of(page, 532, FULL_RANGE),
-        largest=max((int(value) for value in values_of(page, 281)), default=None),
+        orientation=number_of(page, TagCode.ORIENTATION, 1),
+        extra=tuple(int(value) for value in values_of(page, TagCode.EXTRA_SAMPLES)),
+        subsampling=(int(factors[0]), int(factors[1])) if len(factors) == 2 else (2, 2),
+        coefficients=fractions_of(page, TagCode.YCBCR_COEFFICIENTS, Y_C_B_C_R),
+        reference=fractions_of(page, TagCode.REFERENCE_BLACK_WHITE, FULL_RANGE),
+        largest=max(
+            (int(value) for value in values_of(page, TagCode.MAX_SAMPLE_VALUE)), default=None
+        ),
         spacing=spacing_of(page),
-        profile=bytes_of(page, 34675),
-        tables=bytes_of(page, 347),
+        profile=bytes_of(page, TagCode.ICC_PROFILE),
+        tables=bytes_of(page, TagCode.JPEG_TABLES),
     )
 
 # %% ../../nbs/slides/03_tiff.ipynb #8a987120
 @contextmanager
 def without_log() -> Iterator[list[str]]:
-    "Keep tifffile's log of what this thread reads from the screen; gives the lines of the log."
+    "Hide what tifffile logs in this thread. Yields the list to which the lines are added."
     thread = threading.get_ident()
     lines = []
 
@@ -258,108 +340,122 @@ def page_of(tiff: TiffFile, image: TiffImage) -> TiffPage:
 
 # %% ../../nbs/slides/03_tiff.ipynb #592a7ab9
 def check_chain(path: Path, tiff: TiffFile) -> None:
-    "Refuse a chain of pages that does not end: its last pages are not in the file."
-    at = tiff.pages.next_page_offset
-    if at is None:
+    "Raises `InputError` if the chain of pages goes on behind the end of the file."
+    pointer_offset = tiff.pages.next_page_offset
+    if pointer_offset is None:
         return
-    size = tiff.tiff.offsetsize
-    tiff.filehandle.seek(at)
-    pointer = tiff.filehandle.read(size)
-    if len(pointer) < size or any(pointer):
+    n_bytes = tiff.tiff.offsetsize
+    tiff.filehandle.seek(pointer_offset)
+    pointer = tiff.filehandle.read(n_bytes)
+    is_last = len(pointer) == n_bytes and not any(pointer)
+    if not is_last:
         raise truncated(path, tiff.filehandle.size, 'its chain of pages goes on')
 
 
 def check_first_page(path: Path, size: int) -> None:
-    "Refuse a file whose first page lies behind its end."
+    "Raises `InputError` if the first page lies behind the end of a file of `size` bytes."
     with open(path, 'rb') as file:
-        head = file.read(16).ljust(16, b'\0')
-    order = '<' if head[:2] == b'II' else '>'
-    is_big = head[2:4] in (b'+\0', b'\0+')
-    (at,) = struct.unpack_from(order + ('Q' if is_big else 'I'), head, 8 if is_big else 4)
-    if at >= size:
-        raise truncated(path, size, f'its first page begins at byte {at:,}')
+        header = file.read(16).ljust(16, b'\0')
+    order = '<' if header[:2] == b'II' else '>'
+    is_big = header[2:4] in (b'+\0', b'\0+')
+    if is_big:
+        (offset,) = struct.unpack_from(order + 'Q', header, 8)
+    else:
+        (offset,) = struct.unpack_from(order + 'I', header, 4)
+    if offset >= size:
+        raise truncated(path, size, f'its first page begins at byte {offset:,}')
 
 
 def check_values(path: Path, log: list[str], size: int) -> None:
-    "Refuse a file in which the value of a tag that is needed lies behind the end."
+    """Raises `InputError` if the value of a tag that is needed lies behind the end of a file of
+    `size` bytes, as a line of tifffile's log says."""
     for line in log:
-        found = re.search(r'TiffTag (\d+) .*invalid value offset', line)
-        if found and int(found[1]) in NEEDED_TAGS:
+        match = re.search(r'TiffTag (\d+) .*invalid value offset', line)
+        if match and int(match[1]) in NEEDED_TAGS:
             raise truncated(path, size, 'a part of its header lies behind its end')
 
 
 def truncated(path: Path, size: int, what: str) -> InputError:
-    "The exception for a file that ends early."
+    "The exception for a file that ends early, with `what` lies behind its end."
     return InputError(f'{path} is truncated: it has {size:,} bytes and {what}; copy it again')
 
 
 def check_within(path: Path, image: TiffImage, size: int) -> None:
-    "Refuse an image that goes on behind the end of the file."
+    "Raises `InputError` if an image goes on behind the end of a file of `size` bytes."
     if len(image.offsets) != len(image.lengths):
         return  # `check_pieces` says so, if it is the slide
-    last = int((image.offsets + image.lengths).max(initial=0))
-    if last > size:
-        raise truncated(path, size, f'its image goes on to byte {last:,}')
+    end = int((image.offsets + image.lengths).max(initial=0))
+    if end > size:
+        raise truncated(path, size, f'its image goes on to byte {end:,}')
 
 
-def children_of(path: Path, page: TiffPage, number: int, seen: set[int]) -> list[TiffImage]:
-    "The sub-images of a page."
-    offsets = [int(offset) for offset in values_of(page, 330) if offset]
+def children_of(
+    path: Path,
+    page: TiffPage,
+    number: int,  # of the page
+    page_offsets: set[int],  # of all pages so far; those of the sub-images are added
+) -> list[TiffImage]:
+    """The sub-images of a page.
+
+    Raises `InputError` if one lies behind the end of the file, or was met before."""
+    offsets = [int(offset) for offset in values_of(page, TagCode.SUB_IFDS) if offset]
     size = page.parent.filehandle.size
     if any(offset >= size for offset in offsets):
         raise truncated(path, size, 'a sub-image lies behind its end')
     if not offsets or page.pages is None:
         return []
     children = []
-    for i, found in enumerate(page.pages):
-        child = with_tags(found)
-        note_page(path, child, seen)
-        children.append(image_of(child, number, i))
+    for child_number, child_page in enumerate(page.pages):
+        child = with_tags(child_page)
+        note_page(path, child, page_offsets)
+        children.append(image_of(child, number, child_number))
     return children
 
 
-def note_page(path: Path, page: TiffPage, seen: set[int]) -> None:
-    "Refuse a page that was met before."
-    if page.offset in seen:
+def note_page(path: Path, page: TiffPage, page_offsets: set[int]) -> None:
+    "Add the offset of a page to a set. Raises `InputError` if it is there already."
+    if page.offset in page_offsets:
         raise InputError(f'{path} is damaged: its TIFF directories form a loop')
-    seen.add(page.offset)
+    page_offsets.add(page.offset)
 
 # %% ../../nbs/slides/03_tiff.ipynb #e8c33b3e
-class Kept:
-    "What was read of files, the latest of them."
+class ImageCache:
+    "The images of the TIFF files that were read last."
 
-    def __init__(self, most: int) -> None:
-        self.most = most  # bytes
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
         self.n_bytes = 0
         self.images: OrderedDict[tuple, list[TiffImage]] = OrderedDict()
         self.lock = threading.Lock()
 
     def put(self, state: tuple, images: list[TiffImage]) -> None:
-        "Keep the images of a file, and let go of those that were read first."
+        "Add the images of a file, and drop the oldest while all take more than `max_bytes`."
         with self.lock:
             if state not in self.images:
                 self.images[state] = images
                 self.n_bytes += size_of(images)
-            while self.n_bytes > self.most:
-                _, former = self.images.popitem(last=False)
-                self.n_bytes -= size_of(former)
+            while self.n_bytes > self.max_bytes:
+                _, oldest = self.images.popitem(last=False)
+                self.n_bytes -= size_of(oldest)
 
 
 def size_of(images: list[TiffImage]) -> int:
     "About how many bytes the description of images takes."
     total = 0
     for image in images:
-        total += 2_000 + 4 * len(image.description) + 16 * len(image.offsets)
+        total += 2_000  # fields
+        total += 4 * len(image.description)
+        total += 16 * len(image.offsets)  # offsets and lengths, 8 bytes each
         total += size_of(image.children)
     return total
 
 
-KEPT = Kept(2**24)
+CACHE = ImageCache(max_bytes=2**24)
 
 
 def renew_lock() -> None:
-    "A lock of its own for a forked process: a thread that it does not have may hold the former."
-    KEPT.lock = threading.Lock()
+    "Give a forked process a lock of its own: a thread that it does not have may hold the old one."
+    CACHE.lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=renew_lock)
@@ -373,28 +469,31 @@ def tiff_images(path: str | Path) -> list[TiffImage]:
     path = Path(path)
     state = path.stat()
     key = (path.absolute(), state.st_size, state.st_mtime_ns)
-    images = KEPT.images.get(key)
+    images = CACHE.images.get(key)
     if images is None:
         images = read_images(path, state.st_size) if is_tiff(path) else []
-        KEPT.put(key, images)
+        CACHE.put(key, images)
     return images
 
 
 def read_images(path: Path, size: int) -> list[TiffImage]:
-    "The images of a TIFF of `size` bytes."
+    """The images of a TIFF of `size` bytes, one for each page, with their sub-images.
+
+    Raises `InputError` if the file is cut short, or its header cannot be read."""
     images = []
-    seen: set[int] = set()
+    page_offsets: set[int] = set()
     check_first_page(path, size)
     try:
         with without_log() as log, open_tiff(path) as tiff:
-            for number, found in enumerate(tiff.pages):
-                page = with_tags(found)
-                note_page(path, page, seen)
+            for number, any_page in enumerate(tiff.pages):
+                page = with_tags(any_page)
+                note_page(path, page, page_offsets)
                 image = image_of(page, number)
-                image.children.extend(children_of(path, page, number, seen))
+                image.children.extend(children_of(path, page, number, page_offsets))
                 check_values(path, log, size)
-                for each in (image, *image.children):
-                    check_within(path, each, size)
+                check_within(path, image, size)
+                for child in image.children:
+                    check_within(path, child, size)
                 images.append(image)
             check_chain(path, tiff)
     except TiffFileError as e:
@@ -405,28 +504,29 @@ def read_images(path: Path, size: int) -> list[TiffImage]:
 
 # %% ../../nbs/slides/03_tiff.ipynb #ea5c83a3
 def check_pieces(path: Path, image: TiffImage) -> None:
-    "Refuse an image of which tiles or strips are missing, other than those that are left out."
-    what = 'strips' if image.tile is None else 'tiles'
+    "Raises `InputError` if tiles or strips are missing, other than those that are left out."
+    pieces = 'strips' if image.tile is None else 'tiles'
     if image.height < 1 or image.width < 1 or (image.tile is not None and min(image.tile) < 1):
         raise InputError(f'{path} is damaged: its header gives no size of the image or its tiles')
     rows, columns = image.grid
-    needed = rows * columns
+    n_needed = rows * columns
     if image.planar == 2:
-        needed *= image.samples
-    named = image.n_named
-    if not named == len(image.offsets) == len(image.lengths) == needed:
+        n_needed *= image.samples
+    n_named = image.n_named
+    if not n_named == len(image.offsets) == len(image.lengths) == n_needed:
         raise InputError(
-            f'{path} is damaged: an image of {image.height} x {image.width} pixels needs {needed} '
-            f'{what}, and it names {named}; copy it again, or export it anew'
+            f'{path} is damaged: an image of {image.height} x {image.width} pixels needs {n_needed} '
+            f'{pieces}, and it names {n_named}; copy it again, or export it anew'
         )
-    is_half = (image.offsets == 0) != (image.lengths == 0)
-    if is_half.any():
+    has_one_of_both = (image.offsets == 0) != (image.lengths == 0)
+    if has_one_of_both.any():
+        number = int(np.argmax(has_one_of_both))
         raise InputError(
-            f'{path} is damaged: {what[:-1]} {int(np.argmax(is_half))} has no place or no length; '
+            f'{path} is damaged: {pieces[:-1]} {number} has no place or no length; '
             'copy it again, or export it anew'
         )
     if not image.lengths.any():
-        raise InputError(f'{path} holds no pixels: all of its {what} are left out')
+        raise InputError(f'{path} holds no pixels: all of its {pieces} are left out')
     if image.tile is None and not image.lengths.all():
         raise InputError(f'{path} is damaged: some of its strips are empty; copy it again')
 
@@ -467,15 +567,15 @@ def ome_spacing(pixels: ElementTree.Element) -> tuple[float, float]:
 
 
 def ome_pages(pixels: ElementTree.Element, channels: int, samples: int) -> list[int]:
-    "The page of each channel, or the one of all channels."
+    "The numbers of the pages of an image: one for each channel, or a single one for all channels."
     blocks = pixels.findall('{*}TiffData')
-    first = {int(block.get('FirstC', 0)): int(block.get('IFD', 0)) for block in blocks}
-    start = min(first.values(), default=0)
+    page_of_channel = {int(block.get('FirstC', 0)): int(block.get('IFD', 0)) for block in blocks}
+    first_page = min(page_of_channel.values(), default=0)
     if samples > 1:
-        return [start]
-    if len(first) == channels:
-        return [first.get(channel, start + channel) for channel in range(channels)]
-    return [start + channel for channel in range(channels)]
+        return [first_page]
+    if len(page_of_channel) == channels:
+        return [page_of_channel.get(channel, first_page + channel) for channel in range(channels)]
+    return [first_page + channel for channel in range(channels)]
 
 
 FLUORESCENT = ('Fluor', 'EmissionWavelength', 'ExcitationWavelength')
@@ -494,46 +594,49 @@ def is_fluorescent(channel: ElementTree.Element) -> bool:
 
 
 def ome_image(element: ElementTree.Element, images: list[TiffImage]) -> OmeImage | None:
-    "What an Image element says; None if it has no pixels."
+    "The image that an Image element describes; None if it has no pixels."
     pixels = element.find('{*}Pixels')
     if pixels is None:
         return None
-    channels = int(pixels.get('SizeC', '1'))
-    start = ome_pages(pixels, 1, 2)[0]
-    samples = images[start].samples if start < len(images) else 1
+    n_channels = int(pixels.get('SizeC', '1'))
+    # samples of the first page; which page that is does not depend on the number of channels
+    (first_page,) = ome_pages(pixels, channels=1, samples=2)
+    samples = images[first_page].samples if first_page < len(images) else 1
+    channels = pixels.findall('{*}Channel')
     bits = pixels.get('SignificantBits')
     return OmeImage(
         name=element.get('Name') or '',
-        pages=ome_pages(pixels, channels, samples),
+        pages=ome_pages(pixels, n_channels, samples),
         size=(int(pixels.get('SizeY', '0')), int(pixels.get('SizeX', '0'))),
         spacing=ome_spacing(pixels),
         planes=(int(pixels.get('SizeZ', '1')), int(pixels.get('SizeT', '1'))),
-        channels=channels,
-        names=[each.get('Name') or '' for each in pixels.findall('{*}Channel')],
-        is_fluorescence=any(is_fluorescent(each) for each in pixels.findall('{*}Channel')),
+        channels=n_channels,
+        names=[channel.get('Name') or '' for channel in channels],
+        is_fluorescence=any(is_fluorescent(channel) for channel in channels),
         bits=int(bits) if bits else None,
     )
 
 # %% ../../nbs/slides/03_tiff.ipynb #20ffa04b
 def ome_images(path: Path, images: list[TiffImage]) -> tuple[list[OmeImage], str | None]:
-    """The images that OME metadata name, and a sentence if the metadata cannot be read.
+    """The images that OME metadata describe, none without such metadata, and a sentence if the
+    metadata cannot be read, otherwise None.
 
-    None for a file without OME metadata."""
+    Raises `InputError` if the metadata describe no image."""
     text = images[0].description if images else ''
     if '<OME' not in text[:4000]:
         return [], None
     try:
         root = parsed_xml(text)
-        found = [ome_image(element, images) for element in root.findall('{*}Image')]
+        all_images = [ome_image(element, images) for element in root.findall('{*}Image')]
     except (ElementTree.ParseError, ValueError) as e:
         return [], f'{path}: its OME metadata cannot be read ({e}) and are passed over'
-    named = [image for image in found if image is not None]
-    if not named:
+    with_pixels = [image for image in all_images if image is not None]
+    if not with_pixels:
         raise InputError(
             f'{path} has OME metadata without an image (it may be kept in another file of a set): '
             'save it as one OME-TIFF'
         )
-    return named, None
+    return with_pixels, None
 
 # %% ../../nbs/slides/03_tiff.ipynb #a820ee94
 def qpi_words(image: TiffImage) -> tuple[str, str]:
@@ -569,13 +672,22 @@ def names_a_photograph(text: str) -> bool:
 
 def is_photograph(image: TiffImage) -> bool:
     "Whether a page says that it is a label, macro photograph or thumbnail."
-    if image.kind == KIND_OF_MACRO or qpi_words(image)[0] in QPI_OTHERS:
+    qpi_kind, _ = qpi_words(image)
+    if image.kind == KIND_OF_MACRO or qpi_kind in QPI_OTHERS:
         return True
-    lines = image.description.splitlines() if len(image.description) < 400 else []
-    begins = [line.strip().split(' ')[0] for line in lines if line.strip()]
-    return any(names_a_photograph(word) for word in begins)
+    if len(image.description) >= 400:
+        return False
+    lines = [line.strip() for line in image.description.splitlines()]
+    first_words = [line.split(' ')[0] for line in lines if line]
+    return any(names_a_photograph(word) for word in first_words)
 
 # %% ../../nbs/slides/03_tiff.ipynb #323303f0
+def piece_bytes(file: BinaryIO, image: TiffImage, number: int) -> bytes:
+    "The bytes of a tile or strip in the file."
+    file.seek(int(image.offsets[number]))
+    return file.read(int(image.lengths[number]))
+
+
 def same_bytes(path: Path, one: TiffImage, other: TiffImage, n: int = 16) -> bool:
     """Whether two images are the same, by `n` of their tiles or strips that show something.
 
@@ -583,31 +695,31 @@ def same_bytes(path: Path, one: TiffImage, other: TiffImage, n: int = 16) -> boo
     n_pieces = len(one.lengths)
     if n_pieces != len(other.lengths) or (one.lengths != other.lengths).any():
         return False
-    first = np.unique(np.linspace(0, n_pieces - 1, n).astype(int))
-    rest = np.setdiff1d(np.arange(n_pieces), first)
-    n_shown = 0
+    # pieces spread over the image, and then all others, until enough of them show something
+    spread = np.unique(np.linspace(0, n_pieces - 1, n).astype(int))
+    others = np.setdiff1d(np.arange(n_pieces), spread)
+    n_with_content = 0
     with open(path, 'rb') as file:
-        for number in (*first, *rest):
-            found = []
-            for image in (one, other):
-                file.seek(int(image.offsets[number]))
-                found.append(file.read(int(image.lengths[number])))
-            if found[0] != found[1]:
+        for number in (*spread, *others):
+            piece = piece_bytes(file, one, number)
+            if piece != piece_bytes(file, other, number):
                 return False
-            n_shown += len(set(found[0])) > 1
-            if n_shown == n:
+            has_content = len(set(piece)) > 1
+            n_with_content += has_content
+            if n_with_content == n:
                 break
     return True
 
 
 def is_alike(one: TiffImage, other: TiffImage) -> bool:
-    "Whether the pixels of two images are of one kind."
-    kinds = [(each.photometric, each.samples, each.bits) for each in (one, other)]
-    return kinds[0] == kinds[1]
+    "Whether two images have pixels of one kind: as many samples and bits, and the same colours."
+    one_kind = (one.photometric, one.samples, one.bits)
+    other_kind = (other.photometric, other.samples, other.bits)
+    return one_kind == other_kind
 
 
 def area(size: tuple[int, int]) -> int:
-    "Pixels of an image."
+    "The number of pixels of an image of (height, width)."
     return size[0] * size[1]
 
 
@@ -634,7 +746,7 @@ def only_photographs(path: Path) -> InputError:
 
 
 def stack(path: Path, n: int, of: str) -> InputError:
-    "The exception for a stack."
+    "The exception for a file that is `of` (a stack of some kind) of `n` images."
     return InputError(f'{path} is {of} of {counted(n, "image")}: save one of them as a TIFF')
 
 # %% ../../nbs/slides/03_tiff.ipynb #fdb2c1a0
@@ -643,23 +755,30 @@ def is_copy(path: Path, one: TiffImage, other: TiffImage) -> bool:
     return qpi_words(one) == qpi_words(other) and same_bytes(path, one, other)
 
 
-def check_stack(path: Path, slide: TiffImage, others: list[TiffImage]) -> None:
-    "Refuse fluorescence channels, focal planes or times that are pages of a file."
+def check_imagej_stack(path: Path, slide: TiffImage) -> None:
+    "Raises `InputError` if ImageJ has counted several images in the file."
     counts = imagej_counts(slide)
-    if counts.get('images', 1) > 1:
-        axes = [counted(counts[axis], axis[:-1]) for axis in counts if axis != 'images']
-        of = f'a stack of ImageJ ({", ".join(axes)})' if axes else 'a stack of ImageJ'
-        raise stack(path, counts['images'], of)
-    same = [each for each in others if each.size == slide.size and is_alike(each, slide)]
-    copies = [each for each in same if is_copy(path, slide, each)]
+    n = counts.get('images', 1)
+    if n <= 1:
+        return
+    axes = [counted(counts[axis], axis[:-1]) for axis in counts if axis != 'images']
+    description = f'a stack of ImageJ ({", ".join(axes)})' if axes else 'a stack of ImageJ'
+    raise stack(path, n, description)
+
+
+def check_stack(path: Path, slide: TiffImage, others: list[TiffImage]) -> None:
+    "Raises `InputError` if fluorescence channels, focal planes or times are pages of the file."
+    check_imagej_stack(path, slide)
+    same = [page for page in others if page.size == slide.size and is_alike(page, slide)]
+    copies = [page for page in same if is_copy(path, slide, page)]
     n = 1 + len(same) - len(copies)
     if n == 1:
         return
-    names = [qpi_words(each)[1] for each in (slide, *same)]
-    if any(names):
+    channel_names = [qpi_words(page)[1] for page in (slide, *same)]
+    if any(channel_names):
         raise InputError(
-            f'{path} holds {n} fluorescence channels ({", ".join(names)}), each an image of its '
-            'own: only slides in red, green and blue are read'
+            f'{path} holds {n} fluorescence channels ({", ".join(channel_names)}), each an image of '
+            'its own: only slides in red, green and blue are read'
         )
     size = f'{slide.height} x {slide.width} pixels (channels, focal planes or times)'
     raise InputError(
@@ -668,22 +787,24 @@ def check_stack(path: Path, slide: TiffImage, others: list[TiffImage]) -> None:
 
 
 def slide_page(path: Path, images: list[TiffImage]) -> TiffImage:
-    "The page that is the slide, in a file that does not describe its images."
-    pages = [each for each in images if not is_photograph(each) and not each.is_mask]
-    whole = [each for each in pages if not each.is_reduced]
-    if not whole:
-        if not pages:
-            raise only_photographs(path)
+    """The page that is the slide, in a file that does not describe its images.
+
+    Raises `InputError` for stacks, for photographs alone, and where it is ambiguous."""
+    pages = [page for page in images if not is_photograph(page) and not page.is_mask]
+    full_size = [page for page in pages if not page.is_reduced]
+    if not pages:
+        raise only_photographs(path)
+    if not full_size:
         if len(images) == 1:
             return pages[0]
-        raise ambiguous(path, [each.size for each in pages])
-    slide = max(whole, key=lambda each: area(each.size))
-    others = [each for each in whole if each is not slide]
+        raise ambiguous(path, [page.size for page in pages])
+    slide = max(full_size, key=lambda page: area(page.size))
+    others = [page for page in full_size if page is not slide]
     check_stack(path, slide, others)
-    rivals = [each for each in pages if each.is_reduced and area(each.size) > area(slide.size)]
-    rivals += [each for each in others if is_rival(each, slide)]
+    rivals = [page for page in pages if page.is_reduced and area(page.size) > area(slide.size)]
+    rivals += [page for page in others if is_rival(page, slide)]
     if rivals:
-        raise ambiguous(path, [slide.size, *(each.size for each in rivals)])
+        raise ambiguous(path, [slide.size, *(page.size for page in rivals)])
     return slide
 
 
@@ -698,24 +819,26 @@ def is_rival(page: TiffImage, slide: TiffImage) -> bool:
     return is_other or is_finer or is_pyramid
 
 
-def slide_image(path: Path, named: list[OmeImage]) -> OmeImage:
-    "The OME image that is the slide."
-    images = [each for each in named if not names_a_photograph(each.name)]
-    if not images:
+def is_rival_image(image: OmeImage, slide: OmeImage) -> bool:
+    "Whether an image could be the slide as well as the largest one, and is not a level of it."
+    if is_coarser(slide.spacing, image.spacing):
+        return True
+    is_large = 4 * area(image.size) >= area(slide.size)
+    is_another_scan = math.isclose(image.spacing[0], slide.spacing[0], rel_tol=0.1)
+    return not is_version(image.size, slide.size) and (is_large or is_another_scan)
+
+
+def slide_image(path: Path, images: list[OmeImage]) -> OmeImage:
+    """The image that is the slide, of those that OME metadata describe.
+
+    Raises `InputError` for photographs alone, and where it is ambiguous."""
+    candidates = [image for image in images if not names_a_photograph(image.name)]
+    if not candidates:
         raise only_photographs(path)
-    slide = max(images, key=lambda each: area(each.size))
-    rivals = []
-    for each in images:
-        if each is slide:
-            continue
-        is_finer = is_coarser(slide.spacing, each.spacing)
-        is_large = 4 * area(each.size) >= area(slide.size)
-        is_another_scan = math.isclose(each.spacing[0], slide.spacing[0], rel_tol=0.1)
-        is_other = not is_version(each.size, slide.size) and (is_large or is_another_scan)
-        if is_finer or is_other:
-            rivals.append(each)
+    slide = max(candidates, key=lambda image: area(image.size))
+    rivals = [image for image in candidates if image is not slide and is_rival_image(image, slide)]
     if rivals:
-        raise ambiguous(path, [slide.size, *(each.size for each in rivals)])
+        raise ambiguous(path, [slide.size, *(image.size for image in rivals)])
     return slide
 
 # %% ../../nbs/slides/03_tiff.ipynb #f21c272f
@@ -740,16 +863,24 @@ def has_no_names(ome: OmeImage) -> bool:
     return all(NO_NAME.fullmatch(name) for name in ome.names)
 
 
+def are_colors(names: list[str]) -> bool:
+    "Whether three channels are named red, green and blue, or r, g and b, in this order."
+    if len(names) != len(COLORS):
+        return False
+    for name, color in zip(names, COLORS, strict=True):
+        words = re.findall('[a-z]+', name.casefold())
+        if len(words) != 1 or words[0] not in color:
+            return False
+    return True
+
+
 def check_channels(path: Path, ome: OmeImage) -> None:
-    "Refuse channels of one sample each that are something else than red, green and blue."
-    words = [re.findall('[a-z]+', name.casefold()) for name in ome.names]
-    are_colors = len(words) == len(COLORS) and all(
-        len(word) == 1 and word[0] in color for word, color in zip(words, COLORS, strict=True)
-    )
-    if are_colors or (has_no_names(ome) and not ome.is_fluorescence):
+    """Raises `InputError` if the channels of an image, of one sample each, are something else than
+    red, green and blue, or grey."""
+    if are_colors(ome.names):
         return
-    if len(ome.pages) == 1 and not ome.is_fluorescence:
-        return  # grey, whatever it is called
+    if not ome.is_fluorescence and (has_no_names(ome) or len(ome.pages) == 1):
+        return  # a single channel is grey, whatever it is called
     kind = 'fluorescence channel' if ome.is_fluorescence else 'channel'
     names = ', '.join(name if name else 'without a name' for name in ome.names)
     raise InputError(
@@ -759,21 +890,24 @@ def check_channels(path: Path, ome: OmeImage) -> None:
 
 
 def check_ome(path: Path, ome: OmeImage, images: list[TiffImage]) -> None:
-    "Refuse stacks, other channels than red, green and blue, and images kept in other files."
+    """Raises `InputError` for stacks, for other channels than red, green and blue, and for an image
+    that is kept in other files."""
     if ome.planes != (1, 1):
         raise InputError(
             f'{path} has {ome.planes[0]} focal planes at {ome.planes[1]} times: save one of them'
         )
-    n = len(ome.pages)
+    n_pages = len(ome.pages)
     if max(ome.pages) >= len(images):
         raise InputError(
-            f'{path} is truncated or part of a set: its channels are in {counted(n, "image")} and '
-            f'it has {len(images)}'
+            f'{path} is truncated or part of a set: its channels are in '
+            f'{counted(n_pages, "image")} and it has {len(images)}'
         )
     samples = images[ome.pages[0]].samples
-    channels = ome.channels if n > 1 or samples == 1 else ome.channels // samples
-    if n not in (1, 3) or (samples > 1 and channels > 1):
-        raise InputError(f'{path} has {channels} channels: save red, green and blue as RGB')
+    n_channels = ome.channels
+    if n_pages == 1 and samples != 1:  # OME counts each sample
+        n_channels //= samples
+    if n_pages not in (1, 3) or (samples > 1 and n_channels > 1):
+        raise InputError(f'{path} has {n_channels} channels: save red, green and blue as RGB')
     if samples == 1:
         check_channels(path, ome)
 
@@ -789,7 +923,7 @@ def bits_in_use(slide: TiffImage, ome: OmeImage | None) -> int | None:
 
 
 def check_children(path: Path, slide: TiffImage, images: list[TiffImage]) -> None:
-    "Refuse a file with a sub-image that is larger than the slide, as raw photographs have."
+    "Raises `InputError` if a sub-image is larger than the slide, as in raw photographs."
     children = [child for image in images for child in image.children]
     larger = [child.size for child in children if area(child.size) > area(slide.size)]
     if larger:
@@ -797,13 +931,14 @@ def check_children(path: Path, slide: TiffImage, images: list[TiffImage]) -> Non
 
 
 def levels_in(images: list[TiffImage], planes: list[TiffImage]) -> list[list[TiffImage]]:
-    "Images that may be smaller versions: sub-images; of a slide in one page, other pages."
-    n = min(len(plane.children) for plane in planes)
-    levels = [[plane.children[i] for plane in planes] for i in range(n)]
+    """Images that may be smaller versions of a slide, each as planes like the slide: sub-images of
+    its pages, and, if it is one page, other pages."""
+    n_children = min(len(plane.children) for plane in planes)
+    levels = [[plane.children[number] for plane in planes] for number in range(n_children)]
     if len(planes) == 1:
         slide = planes[0]
-        others = [each for each in images if each is not slide and not each.is_mask]
-        levels += [[each] for each in others if not is_photograph(each)]
+        other_pages = [page for page in images if page is not slide and not page.is_mask]
+        levels += [[page] for page in other_pages if not is_photograph(page)]
     return [level for level in levels if level[0].size != planes[0].size]
 
 # %% ../../nbs/slides/03_tiff.ipynb #d88e5bdd
@@ -814,13 +949,13 @@ def tiff_slide(path: Path, images: list[TiffImage]) -> TiffSlide:
     labels and photographs, and where it is ambiguous."""
     if not images:
         raise InputError(f'{path} is damaged: it is a TIFF without images; copy it again')
-    named, note = ome_images(path, images)
-    if named:
-        ome = slide_image(path, named)
+    described_images, note = ome_images(path, images)
+    if described_images:
+        ome = slide_image(path, described_images)
         check_ome(path, ome, images)
         planes = [images[number] for number in ome.pages]
-        named_pages = {number for each in named for number in each.pages}
-        others = [each for each in images if each.page not in named_pages and each.is_reduced]
+        described_pages = {number for image in described_images for number in image.pages}
+        others = [page for page in images if page.page not in described_pages and page.is_reduced]
         spacings = {'resolution tags': planes[0].spacing, 'OME metadata': ome.spacing}
     else:
         ome = None
@@ -842,35 +977,45 @@ def tiff_slide(path: Path, images: list[TiffImage]) -> TiffSlide:
 
 # %% ../../nbs/slides/03_tiff.ipynb #3c74c9a9
 TAGS_OF_PIXELS = (
-    256,  # ImageWidth
-    257,  # ImageLength
-    258,  # BitsPerSample
-    259,  # Compression
-    262,  # PhotometricInterpretation
-    266,  # FillOrder
-    273,  # StripOffsets
-    277,  # SamplesPerPixel
-    278,  # RowsPerStrip
-    279,  # StripByteCounts
-    284,  # PlanarConfiguration
-    292,  # T4Options
-    293,  # T6Options
-    317,  # Predictor
-    320,  # ColorMap
-    322,  # TileWidth
-    323,  # TileLength
-    324,  # TileOffsets
-    325,  # TileByteCounts
-    338,  # ExtraSamples
-    339,  # SampleFormat
-    347,  # JPEGTables
-    529,  # YCbCrCoefficients
-    530,  # YCbCrSubSampling
-    531,  # YCbCrPositioning
-    532,  # ReferenceBlackWhite
+    TagCode.IMAGE_WIDTH,
+    TagCode.IMAGE_LENGTH,
+    TagCode.BITS_PER_SAMPLE,
+    TagCode.COMPRESSION,
+    TagCode.PHOTOMETRIC_INTERPRETATION,
+    TagCode.FILL_ORDER,
+    TagCode.STRIP_OFFSETS,
+    TagCode.SAMPLES_PER_PIXEL,
+    TagCode.ROWS_PER_STRIP,
+    TagCode.STRIP_BYTE_COUNTS,
+    TagCode.PLANAR_CONFIGURATION,
+    TagCode.T4_OPTIONS,
+    TagCode.T6_OPTIONS,
+    TagCode.PREDICTOR,
+    TagCode.COLOR_MAP,
+    TagCode.TILE_WIDTH,
+    TagCode.TILE_LENGTH,
+    TagCode.TILE_OFFSETS,
+    TagCode.TILE_BYTE_COUNTS,
+    TagCode.EXTRA_SAMPLES,
+    TagCode.SAMPLE_FORMAT,
+    TagCode.JPEG_TABLES,
+    TagCode.YCBCR_COEFFICIENTS,
+    TagCode.YCBCR_SUBSAMPLING,
+    TagCode.YCBCR_POSITIONING,
+    TagCode.REFERENCE_BLACK_WHITE,
 )
-STRIP_OFFSETS, TILE_OFFSETS, STRIP_LENGTHS = 273, 324, 279
-TILE_TAGS = (322, 323, 324, 325)
+TILE_TAGS = (
+    TagCode.TILE_WIDTH,
+    TagCode.TILE_LENGTH,
+    TagCode.TILE_OFFSETS,
+    TagCode.TILE_BYTE_COUNTS,
+)
+# parts of a BigTIFF, in bytes
+HEADER_BYTES = 16
+ENTRY_BYTES = 20  # of a tag: its number, its type, the count of its values, and 8 for these
+INLINE_BYTES = 8  # values of up to as many are in the entry itself, others behind all entries
+OFFSET_BYTES = 8
+BIG_TIFF = 43  # its mark in the header
 TWO_BYTES, FOUR_BYTES, EIGHT_BYTES = 3, 4, 16  # types of whole numbers
 FORMATS = {TWO_BYTES: 'u2', FOUR_BYTES: 'u4', EIGHT_BYTES: 'u8'}
 
@@ -890,7 +1035,7 @@ class PixelTags(NamedTuple):
     tags: dict[int, Tag]
 
     def numbers(self, kind: int, values: Sequence[int] | np.ndarray) -> Tag:
-        "A tag of whole numbers."
+        "A tag of whole numbers of a type, such as `TWO_BYTES`, in the order of bytes of the image."
         packed = np.asarray(values).astype(self.order + FORMATS[kind])
         return Tag(kind, packed.size, packed.tobytes())
 
@@ -909,28 +1054,35 @@ def pixel_tags(path: Path, image: TiffImage) -> PixelTags:
         return PixelTags(tiff.byteorder, tags)
 
 # %% ../../nbs/slides/03_tiff.ipynb #29854374
-def packed_header(found: PixelTags, offsets: np.ndarray) -> bytes:
+def packed_header(image_tags: PixelTags, offsets: np.ndarray) -> bytes:
     """A header of BigTIFF with one image, whose tiles or strips begin at `offsets` of the file that
     follows the header."""
-    order, tags = found
-    places = TILE_OFFSETS if TILE_OFFSETS in tags else STRIP_OFFSETS
-    start = 16
-    values_at = start + 8 + 20 * len(tags) + 8
-    n_bytes = [8 * len(offsets) if number == places else len(tags[number].value) for number in tags]
-    size = values_at + sum(rounded_up(n) for n in n_bytes if n > 8)
-    moved = found.numbers(EIGHT_BYTES, offsets + size)
+    order, tags = image_tags
+    is_tiled = TagCode.TILE_OFFSETS in tags
+    offsets_tag = TagCode.TILE_OFFSETS if is_tiled else TagCode.STRIP_OFFSETS
+    # header; number of entries, entries, and an offset of 0, as no image follows; long values
+    directory_start = HEADER_BYTES
+    values_start = directory_start + 8 + ENTRY_BYTES * len(tags) + OFFSET_BYTES
+    value_bytes = [
+        OFFSET_BYTES * len(offsets) if number == offsets_tag else len(tag.value)
+        for number, tag in tags.items()
+    ]
+    size = values_start + sum(rounded_up(n) for n in value_bytes if n > INLINE_BYTES)
+    shifted_offsets = image_tags.numbers(EIGHT_BYTES, offsets + size)
+
     entries, values = b'', b''
     for number in sorted(tags):
-        kind, count, value = moved if number == places else tags[number]
-        entries += struct.pack(order + 'HHQ', number, kind, count)
-        if len(value) <= 8:
-            entries += value.ljust(8, b'\0')
+        tag = shifted_offsets if number == offsets_tag else tags[number]
+        entries += struct.pack(order + 'HHQ', number, tag.kind, tag.count)
+        if len(tag.value) <= INLINE_BYTES:
+            entries += tag.value.ljust(INLINE_BYTES, b'\0')
         else:
-            entries += struct.pack(order + 'Q', values_at + len(values))
-            values += value.ljust(rounded_up(len(value)), b'\0')
+            entries += struct.pack(order + 'Q', values_start + len(values))
+            values += tag.value.ljust(rounded_up(len(tag.value)), b'\0')
     mark = b'II' if order == '<' else b'MM'
-    head = mark + struct.pack(order + 'HHHQ', 43, 8, 0, start)
-    return head + struct.pack(order + 'Q', len(tags)) + entries + bytes(8) + values
+    header = mark + struct.pack(order + 'HHHQ', BIG_TIFF, OFFSET_BYTES, 0, directory_start)
+    n_entries = struct.pack(order + 'Q', len(tags))
+    return header + n_entries + entries + bytes(OFFSET_BYTES) + values
 
 
 def rounded_up(n: int) -> int:
@@ -946,24 +1098,29 @@ def header_of_pixels(
     """The header of a BigTIFF with one image, which has only the tags that pixels need.
 
     Put before the whole of the file at `path`, it makes a TIFF of the image alone."""
-    found = pixel_tags(path, image)
+    image_tags = pixel_tags(path, image)
     if photometric is not None:
-        found.tags[262] = found.numbers(TWO_BYTES, [photometric])
-    return packed_header(found, image.offsets)
+        tag = image_tags.numbers(TWO_BYTES, [photometric])
+        image_tags.tags[TagCode.PHOTOMETRIC_INTERPRETATION] = tag
+    return packed_header(image_tags, image.offsets)
 
 
 def header_of_tiles(
-    found: PixelTags,
+    image_tags: PixelTags,
     image: TiffImage,
-    chosen: Sequence[int],  # numbers of tiles
+    tile_numbers: Sequence[int],
 ) -> bytes:
-    "The header of a BigTIFF in which chosen tiles of an image lie below each other, as strips."
+    "The header of a BigTIFF in which some tiles of an image lie below each other, as strips."
     assert image.tile is not None
     height, width = image.tile
-    tags = {number: tag for number, tag in found.tags.items() if number not in TILE_TAGS}
-    tags[256] = found.numbers(FOUR_BYTES, [width])
-    tags[257] = found.numbers(FOUR_BYTES, [height * len(chosen)])
-    tags[278] = found.numbers(FOUR_BYTES, [height])
-    tags[STRIP_OFFSETS] = found.numbers(EIGHT_BYTES, np.zeros(len(chosen)))
-    tags[STRIP_LENGTHS] = found.numbers(EIGHT_BYTES, image.lengths[list(chosen)])
-    return packed_header(PixelTags(found.order, tags), image.offsets[list(chosen)])
+    n_tiles = len(tile_numbers)
+    lengths = image.lengths[list(tile_numbers)]
+    offsets = image.offsets[list(tile_numbers)]
+    tags = {number: tag for number, tag in image_tags.tags.items() if number not in TILE_TAGS}
+    tags[TagCode.IMAGE_WIDTH] = image_tags.numbers(FOUR_BYTES, [width])
+    tags[TagCode.IMAGE_LENGTH] = image_tags.numbers(FOUR_BYTES, [height * n_tiles])
+    tags[TagCode.ROWS_PER_STRIP] = image_tags.numbers(FOUR_BYTES, [height])
+    # a place for the offsets, which `packed_header` fills in
+    tags[TagCode.STRIP_OFFSETS] = image_tags.numbers(EIGHT_BYTES, np.zeros(n_tiles))
+    tags[TagCode.STRIP_BYTE_COUNTS] = image_tags.numbers(EIGHT_BYTES, lengths)
+    return packed_header(PixelTags(image_tags.order, tags), offsets)

@@ -47,8 +47,10 @@ def not_scanned(rgb: np.ndarray) -> np.ndarray:
 
 
 def color_of(density: np.ndarray, black: np.ndarray) -> np.ndarray:
-    """Of the densities of three channels (height, width, 3), the largest less the smallest; 0 where
-    `black`, as what was not scanned has no colour."""
+    """How coloured each pixel is, (height, width): the largest density of its three channels less
+    the smallest. 0 where `black`, as what was not scanned has no colour.
+
+    `density` is (height, width, 3)."""
     color = density.max(axis=2) - density.min(axis=2)
     return np.where(black, 0, color)
 
@@ -65,14 +67,17 @@ def otsu(values: np.ndarray, bins: int = 256) -> float:
     """The threshold that separates two groups of numbers with the least variance within them.
 
     Otsu, A threshold selection method from gray-level histograms (1979)."""
-    count, edges = np.histogram(values, bins)
-    middle = (edges[1:] + edges[:-1]) / 2
-    below, total = np.cumsum(count), np.cumsum(count * middle)
+    counts, edges = np.histogram(values, bins)
+    centres = (edges[1:] + edges[:-1]) / 2
+    counts_below = np.cumsum(counts)
+    sums_below = np.cumsum(counts * centres)
+    n = counts_below[-1]
+    # least variance within the groups is most variance between them
     with np.errstate(divide='ignore', invalid='ignore'):
-        difference = total[-1] * below / below[-1] - total
-        between = difference**2 / (below * (below[-1] - below))
-    between[~np.isfinite(between)] = -1
-    return float(middle[between.argmax()])
+        difference = sums_below[-1] * counts_below / n - sums_below
+        variance_between = difference**2 / (counts_below * (n - counts_below))
+    variance_between[~np.isfinite(variance_between)] = -1
+    return float(centres[variance_between.argmax()])
 
 # %% ../../nbs/slides/08_tissue.ipynb #c9df3cba
 @dataclass(frozen=True)
@@ -142,6 +147,10 @@ def remove_small(mask: np.ndarray, area: float) -> np.ndarray:
     return is_large[objects] & mask
 
 # %% ../../nbs/slides/08_tissue.ipynb #f9b1be34
+INK_BLUR = 24  # microns: sigma by which density is averaged, over more than a nucleus
+INK_EDGE = 48  # microns around ink, which is blurred
+
+
 def ink_in(
     density: np.ndarray,  # optical density, (height, width, 3)
     black: np.ndarray,  # what was not scanned, bool (height, width)
@@ -149,24 +158,25 @@ def ink_in(
     width: float,  # microns, as in `pen_marks`
     stain: Stain,
 ) -> np.ndarray:
-    "As `pen_marks`."
-    sigma = 24 / spacing
+    "Ink of felt pens with its blurred edge, bool (height, width): see `pen_marks`."
+    sigma = INK_BLUR / spacing
     red, green, blue = (
         ndimage.gaussian_filter(density[..., channel], sigma) for channel in range(3)
     )
     total = red + green + blue
-    is_foreign = np.zeros(black.shape, bool)
-    for of_red, of_green, of_blue in stain.ink:
-        is_foreign |= of_red * red + of_green * green + of_blue * blue > 0
+    has_hue_of_ink = np.zeros(black.shape, bool)
+    for red_weight, green_weight, blue_weight in stain.ink:
+        has_hue_of_ink |= red_weight * red + green_weight * green + blue_weight * blue > 0
     if stain.black_ink:
-        least = np.minimum(np.minimum(red, green), blue)
-        most = np.maximum(np.maximum(red, green), blue)
-        is_foreign |= (total > 1.8) & (least > 0.85 * most)
-    is_colored = (total > 0.25) & ~black
-    ink = remove_small(is_colored & is_foreign, (width / spacing) ** 2)
+        smallest = np.minimum(np.minimum(red, green), blue)
+        largest = np.maximum(np.maximum(red, green), blue)
+        is_grey = smallest > 0.85 * largest
+        has_hue_of_ink |= (total > 1.8) & is_grey
+    is_stained = (total > 0.25) & ~black
+    ink = remove_small(is_stained & has_hue_of_ink, area=(width / spacing) ** 2)
     if not ink.any():
         return ink
-    return distance_to(ink) * spacing < 48
+    return distance_to(ink) * spacing < INK_EDGE
 
 # %% ../../nbs/slides/08_tissue.ipynb #c300a764
 def pen_marks(
@@ -285,29 +295,37 @@ class FoundTissue:
         return TissueAreas(whole, area(self.mask), area(self.filled), **removed)
 
     def shares(self) -> dict[str, str]:
-        "What was left out, most first: 'pen' -> '39% was taken for pen marks'. Of the whole slide."
+        """The share of the slide that each step left out, in words, the largest share first.
+
+        A dict, such as {'pen': '39% was taken for pen marks'}, of the steps that left out any."""
         areas = self.areas
-        parts = {name: getattr(areas, name) / areas.slide for name in REMOVED}
+        share_by_step = {step: getattr(areas, step) / areas.slide for step in REMOVED}
+        largest_first = sorted(share_by_step.items(), key=lambda step_and_share: -step_and_share[1])
         smallest = f'{self.smallest / 1e6:g}'
         return {
-            name: f'{percent(share)} {REMOVED[name].format(smallest=smallest)}'
-            for name, share in sorted(parts.items(), key=lambda part: -part[1])
+            step: f'{percent(share)} {REMOVED[step].format(smallest=smallest)}'
+            for step, share in largest_first
             if share > 0
         }
 
     def why_empty(self) -> str:
-        "Why there is no tissue, or so little: what each step left out, and what helps."
-        shares = self.shares()
-        if self.by != 'its colour':
-            if not shares:
-                return f'{self.by} marks nothing'
+        "Why there is no tissue, or so little: what each step left out, and which option helps."
+        if self.by == 'its colour':
+            return self._why_no_color()
+        if self.shares():
             return f'{self.by} marks only pieces below {self.smallest / 1e6:g} square mm'
+        return f'{self.by} marks nothing'
+
+    def _why_no_color(self) -> str:
+        "As `why_empty`, where tissue was looked for by its colour."
+        shares = self.shares()
         if not shares:
             return 'nothing on it is darker than glass'
         areas = self.areas
         text = f'{percent(areas.dark / areas.slide)} of it is darker than glass, but '
         text += ', '.join(shares.values())
-        advice = ADVICE.get((self.stain, next(iter(shares))))
+        main_step = next(iter(shares))
+        advice = ADVICE.get((self.stain, main_step))
         return text if advice is None else f'{text} ({advice})'
 
 
@@ -316,6 +334,17 @@ def percent(share: float) -> str:
     return f'{share:.0%}' if share >= 0.01 else 'less than 1%'
 
 # %% ../../nbs/slides/08_tissue.ipynb #eaa94bf6
+def colored_regions(
+    signal: np.ndarray,  # how coloured each pixel is, (height, width)
+    threshold: float,  # of all pixels of a region
+    certain: float,  # so many times the threshold, of one pixel of it at least
+) -> np.ndarray:
+    "The connected regions that are coloured, by hysteresis: bool (height, width)."
+    regions, _ = connected(signal > threshold)
+    certain_regions = np.unique(regions[signal > certain * threshold])
+    return np.isin(regions, certain_regions) & (regions > 0)
+
+
 def tissue_by_color(
     rgb: np.ndarray,  # uint8 (height, width, 3)
     spacing: float,  # microns per pixel
@@ -323,8 +352,8 @@ def tissue_by_color(
     pen: bool,  # leave out ink
     stain: Stain,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Where stained tissue is, bool (height, width), with small objects and holes; and what is
-    darker than glass and none: see `FoundTissue`."""
+    """Where stained tissue is, bool (height, width), before small objects are removed and holes
+    filled; and masks of what is darker than glass and no tissue: see `FoundTissue.removed`."""
     density = optical_density(rgb, glass_color(rgb))
     black = not_scanned(rgb)
     averaged = density
@@ -334,19 +363,19 @@ def tissue_by_color(
     signal = ndimage.gaussian_filter(color_of(averaged, black), 8 / spacing)
     ink = np.zeros(black.shape, bool)
     if pen:
-        ink = ink_in(density, black, spacing, 100.0, stain)
+        ink = ink_in(density, black, spacing, width=100.0, stain=stain)
         signal[ink] = 0
-    smallest: Any = threshold
+    min_color: Any = threshold
     if threshold is None:
-        smallest = np.clip(otsu(signal) / 2, stain.min_threshold, stain.max_threshold)
-    regions, _ = connected(signal > smallest)
-    certain = np.unique(regions[signal > stain.certain * smallest])
-    tissue = np.isin(regions, certain) & (regions > 0)
+        min_color = np.clip(otsu(signal) / 2, stain.min_threshold, stain.max_threshold)
+    tissue = colored_regions(signal, min_color, stain.certain)
 
-    is_left = (density.mean(axis=2) > DARK) & ~tissue
-    removed = dict(black=black & is_left)
-    removed['pen'] = ink & is_left & ~black
-    removed['colorless'] = is_left & ~ink & ~black
+    is_dark_rest = (density.mean(axis=2) > DARK) & ~tissue
+    removed = dict(
+        black=is_dark_rest & black,
+        pen=is_dark_rest & ink & ~black,
+        colorless=is_dark_rest & ~ink & ~black,
+    )
     return tissue, removed
 
 
@@ -415,19 +444,30 @@ def find_tissue(
     else:
         slide = checked_pixels(np.asarray(slide))
         shape = slide.shape[:2]
-    by, notes, removed = 'its colour', [], {}
-    if source is not None:
-        by = 'the network' if callable(source) else 'its mask'
-        mask, notes = tissue_from_source(slide, source, spacing, shape)
-    else:
+    notes: list[str] = []
+    removed: dict[str, np.ndarray] = {}
+    if source is None:
+        by = 'its colour'
         rgb = slide.read(spacing) if isinstance(slide, Slide) else slide
         mask, removed = tissue_by_color(rgb, spacing, threshold, pen, stain)
-    whole = ~remove_small(~mask, largest_hole / spacing**2)
-    tissue = remove_small(whole, smallest / spacing**2)
-    removed['small'] = whole & ~tissue
+    else:
+        by = 'the network' if callable(source) else 'its mask'
+        mask, notes = tissue_from_source(slide, source, spacing, shape)
+    without_holes = ~remove_small(~mask, largest_hole / spacing**2)
+    tissue = remove_small(without_holes, smallest / spacing**2)
+    removed['small'] = without_holes & ~tissue
     for name in removed.keys() - {'small'}:  # a dark hole is filled like any other
-        removed[name] &= ~whole
-    return FoundTissue(tissue, spacing, removed, whole & ~mask, smallest, stain.name, by, notes)
+        removed[name] &= ~without_holes
+    return FoundTissue(
+        mask=tissue,
+        spacing=spacing,
+        removed=removed,
+        filled=without_holes & ~mask,
+        smallest=smallest,
+        stain=stain.name,
+        by=by,
+        notes=notes,
+    )
 
 
 def tissue_mask(
@@ -442,7 +482,7 @@ def tissue_mask(
 ) -> tuple[np.ndarray, float]:
     """Where the tissue is: a mask, bool (height, width), and its spacing in microns per pixel.
 
-    As `find_tissue`, whose notes are warned of."""
+    Warns of the notes of `find_tissue`, and raises what it raises."""
     found = find_tissue(slide, spacing, threshold, smallest, largest_hole, pen, source, stain)
     for note in found.notes:
         warnings.warn(note, stacklevel=2)
@@ -450,10 +490,23 @@ def tissue_mask(
 
 # %% ../../nbs/slides/08_tissue.ipynb #5338e6ee
 def mask_and_spacing(found: FoundTissue | tuple[np.ndarray, float]) -> tuple[np.ndarray, float]:
-    "The mask of tissue, bool (height, width), and its spacing, of what either function found."
+    "The mask, bool (height, width), and its spacing, as `find_tissue` or `tissue_mask` gave them."
     if isinstance(found, FoundTissue):
         return found.mask, found.spacing
     return found
+
+
+def span_around(
+    is_inside: np.ndarray,  # bool, for each row (or column) of a mask; True somewhere
+    mask_spacing: float,  # microns per pixel of the mask
+    spacing: float,  # microns per pixel that the span is given in
+    margin: float,  # microns on both sides
+) -> tuple[int, int]:
+    "The first pixel of the smallest span around all that is True, and the one after its last."
+    (inside,) = np.nonzero(is_inside)
+    start = math.floor((inside[0] * mask_spacing - margin) / spacing)
+    stop = math.ceil(((inside[-1] + 1) * mask_spacing + margin) / spacing)
+    return start, stop
 
 
 def box_around(
@@ -463,12 +516,8 @@ def box_around(
     margin: float = 0.0,  # microns around what is True
 ) -> tuple[int, int, int, int]:
     "The smallest box around all that is True, in whole pixels: (top, left, bottom, right)."
-    first, stop = [], []
-    for axis in (1, 0):
-        (inside,) = np.nonzero(mask.any(axis))
-        first.append(math.floor((inside[0] * mask_spacing - margin) / spacing))
-        stop.append(math.ceil(((inside[-1] + 1) * mask_spacing + margin) / spacing))
-    (top, left), (bottom, right) = first, stop
+    top, bottom = span_around(mask.any(axis=1), mask_spacing, spacing, margin)
+    left, right = span_around(mask.any(axis=0), mask_spacing, spacing, margin)
     return top, left, bottom, right
 
 # %% ../../nbs/slides/08_tissue.ipynb #c0e1fecb
@@ -559,8 +608,8 @@ def pieces_of(mask: np.ndarray, labels: np.ndarray, spacing: float) -> list[Piec
 
 # %% ../../nbs/slides/08_tissue.ipynb #15fdd436
 def long_axis(points: np.ndarray) -> tuple[np.ndarray, float]:
-    """Of points (n, 2), the direction in which they extend farthest, of unit length, and how many
-    times longer than wide they are."""
+    """The direction (2,) in which points (n, 2) extend farthest, of unit length, and their
+    elongation: how many times longer than wide they are."""
     if len(points) < 3:
         return np.array([1.0, 0.0]), 1.0
     covariance = np.cov((points - points.mean(0)).T) + 1e-9 * np.eye(2)
@@ -576,8 +625,8 @@ def belong_together(
 ) -> bool:
     """Whether two pieces are of one biopsy: close, and in line with the larger of them.
 
-    Where that is not long, or the distance is a tenth of `gap`, no direction can be told: then only
-    pieces within a quarter of `gap` belong together."""
+    The gap has no direction if the larger piece is not long, or if the distance is at most a tenth
+    of `gap`: then only pieces within a quarter of `gap` belong together."""
     larger, smaller = a, b
     if len(b.points) > len(a.points):
         larger, smaller = b, a
@@ -589,10 +638,12 @@ def belong_together(
     if distance > gap:
         return False
     direction, elongation = long_axis(larger.points)
-    if elongation < 1.5 or distance <= 0.1 * gap:
+    has_no_direction = elongation < 1.5 or distance <= 0.1 * gap
+    if has_no_direction:
         return distance <= gap / 4
     step = smaller.rim.data[closest] - larger.rim.data[neighbours[closest]]
-    return abs(step @ direction) / distance >= math.cos(math.radians(turn))
+    cosine = abs(step @ direction) / distance
+    return cosine >= math.cos(math.radians(turn))
 
 
 def box_distance(a: KDTree, b: KDTree) -> float:
@@ -602,7 +653,8 @@ def box_distance(a: KDTree, b: KDTree) -> float:
 
 
 def groups_of(pieces: list[Piece], gap: float, turn: float) -> np.ndarray:
-    "For each piece the number of its group: those that belong together, directly or by others."
+    """The number of the group of each piece, from 0 on: int (n,). A group are pieces that belong
+    together, directly or by way of others."""
     n = len(pieces)
     pairs = [
         (i, j)
@@ -629,13 +681,16 @@ def reading_axes(places: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     if abs(doubled) > 0.2 * sum(len(points) for points in places):
         angle = np.angle(doubled) / 2
         along = np.array([math.cos(angle), math.sin(angle)])
-    along = pointing(along, 0)
-    return along, pointing(np.array([-along[1], along[0]]), 1)
+    along = point_along(along, axis=0)
+    across = point_along(np.array([-along[1], along[0]]), axis=1)
+    return along, across
 
 
-def pointing(direction: np.ndarray, axis: int) -> np.ndarray:
-    "A direction or its opposite: the one that points along an axis, or along the other if flat."
-    ahead, aside = direction[axis], direction[1 - axis]
+def point_along(direction: np.ndarray, axis: int) -> np.ndarray:
+    """A direction (down, right) or its opposite: the one that points along `axis`, 0 for down and 1
+    for right, or, if it is more than 60 degrees off, along the other axis."""
+    ahead = direction[axis]
+    aside = direction[1 - axis]
     is_flat = abs(ahead) < 0.5
     if ahead < -1e-9 or (is_flat and aside < 0):
         return -direction
@@ -649,27 +704,34 @@ def are_level(a: tuple[float, float], b: tuple[float, float]) -> bool:
     return shared > 0.4 * shorter
 
 
-def rows_of(spans: list[tuple[float, float]]) -> list[list[int]]:
-    "The spans (low, high) in rows, from low to high: the numbers of those that are level."
+def rows_of_spans(spans: list[tuple[float, float]]) -> list[list[int]]:
+    """Sort spans (low, high) into rows of those that are level, from low to high. Returns the
+    indices of the spans in each row."""
+    by_middle = sorted(range(len(spans)), key=lambda index: sum(spans[index]))
     rows = []
-    for number in sorted(range(len(spans)), key=lambda number: sum(spans[number])):
+    for index in by_middle:
         for row in rows:
-            if any(are_level(spans[number], spans[other]) for other in row):
-                row.append(number)
+            if any(are_level(spans[index], spans[other]) for other in row):
+                row.append(index)
                 break
         else:
-            rows.append([number])
+            rows.append([index])
     return rows
 
 # %% ../../nbs/slides/08_tissue.ipynb #515fa225
 def reading_order(places: list[np.ndarray]) -> list[int]:
-    "The order of groups of points (down, right): in rows along, and across within a row."
+    """The indices of groups of points in the order in which they are read: one row after the other
+    along their common direction, and across it within a row.
+
+    A group is an array (n, 2) of points (down, right)."""
     along, across = reading_axes(places)
-    positions = [points @ along for points in places]
-    spans = [(float(position.min()), float(position.max())) for position in positions]
+    spans = []
+    for points in places:
+        positions = points @ along
+        spans.append((float(positions.min()), float(positions.max())))
     order = []
-    for row in rows_of(spans):
-        order += sorted(row, key=lambda number: (places[number] @ across).mean())
+    for row in rows_of_spans(spans):
+        order += sorted(row, key=lambda index: (places[index] @ across).mean())
     return order
 
 # %% ../../nbs/slides/08_tissue.ipynb #4bbcac89
@@ -707,31 +769,32 @@ def biopsies(
     # for `find_tissue`
     **kwargs: Any,
 ) -> list[Biopsy]:
-    "The biopsies on a slide, in reading order."
+    "The biopsies on a slide, in reading order. Raises `InputError` for values out of range."
     for name, value in dict(gap=gap, turn=turn, min_area_mm2=min_area_mm2).items():
         checked_number(value, f'{name} of biopsies')
     if mask is None:
         mask = find_tissue(slide, **kwargs)
     tissue, spacing = mask_and_spacing(mask)
-    labels, count = connected(tissue, np.ones((3, 3)))
-    if count == 0:
+    labels, n_pieces = connected(tissue, np.ones((3, 3)))
+    if n_pieces == 0:
         return []
     pieces = pieces_of(tissue, labels, spacing)
-    group = groups_of(pieces, gap, turn)
-    area = np.bincount(group, [len(piece.points) * spacing**2 / 1e6 for piece in pieces])
-    large = np.flatnonzero(area >= min_area_mm2)
-    members = [np.flatnonzero(group == number) for number in large]
-    if not members:
+    areas_mm2 = [len(piece.points) * spacing**2 / 1e6 for piece in pieces]
+    group_of_piece = groups_of(pieces, gap, turn)
+    is_large = np.bincount(group_of_piece, areas_mm2) >= min_area_mm2
+    groups = [np.flatnonzero(group_of_piece == group) for group in np.flatnonzero(is_large)]
+    if not groups:
         return []
-    places = [np.concatenate([pieces[i].points for i in each]) for each in members]
-    numbers = np.zeros(count, np.int32)  # of the biopsy that each piece belongs to
-    for number, position in enumerate(reading_order(places), 1):
-        numbers[members[position]] = number
-    add_crumbs(numbers, pieces, gap)
-    labels = np.append(np.int32(0), numbers)[labels]
+    points = [np.concatenate([pieces[piece].points for piece in group]) for group in groups]
+    number_of_piece = np.zeros(n_pieces, np.int32)  # of its biopsy; 0: of none
+    for number, group in enumerate(reading_order(points), 1):
+        number_of_piece[groups[group]] = number
+    add_crumbs(number_of_piece, pieces, gap)
+    # from numbers of pieces to numbers of biopsies
+    labels = np.append(np.int32(0), number_of_piece)[labels]
     return [
         Biopsy(number, labels, spacing, angle_from_upright(labels == number))
-        for number in range(1, len(members) + 1)
+        for number in range(1, len(groups) + 1)
     ]
 
 # %% ../../nbs/slides/08_tissue.ipynb #s0000014
@@ -774,8 +837,8 @@ def tinted(picture: np.ndarray, removed: dict[str, np.ndarray]) -> np.ndarray:
     "A picture, uint8 (height, width, 3), with masks of the whole slide in their `TINTS`."
     picture = picture.copy()
     for name, mask in removed.items():
-        shown = nearest(mask, picture.shape[:2])
-        picture[shown] = (picture[shown].astype(int) + TINTS[name]) // 2
+        is_removed = nearest(mask, picture.shape[:2])
+        picture[is_removed] = (picture[is_removed].astype(int) + TINTS[name]) // 2
     return picture
 
 
@@ -803,5 +866,6 @@ def draw_outline(ax: 'Axes', mask: np.ndarray, shape: tuple[int, int], name: str
     )
     ax.contour(x, y, np.pad(mask, 1), [0.5], colors='black', linewidths=0.8)
     if name:
-        corner = x[1:-1][mask.any(0)][0], y[1:-1][mask.any(1)][0]
-        ax.annotate(name, corner, color='white', backgroundcolor='black', fontsize=8)
+        left = x[1:-1][mask.any(axis=0)][0]
+        top = y[1:-1][mask.any(axis=1)][0]
+        ax.annotate(name, (left, top), color='white', backgroundcolor='black', fontsize=8)

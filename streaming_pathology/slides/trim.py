@@ -107,7 +107,8 @@ def frame_around(biopsy: Biopsy, spacing: float, margin: float, upright: bool = 
         origin, size = turned_box(biopsy, axes, spacing, margin)
     else:
         top, left, height, width = biopsy.region(spacing, margin)
-        origin, size = np.array([top, left]) * spacing, (height, width)
+        origin = np.array([top, left]) * spacing
+        size = (height, width)
     return Frame(origin, axes, size, spacing)
 
 # %% ../../nbs/slides/13_trim.ipynb #affc82d5
@@ -148,20 +149,23 @@ def read_turned(
 ) -> np.ndarray:
     "A tile of a turned frame, by bicubic interpolation: uint8 (height, width, 3)."
     # positions on the slide are in its pixels at this spacing, and whole at centres of pixels
-    first_pixel = frame.axes @ np.full(2, 0.5) + frame.origin / frame.spacing - 0.5
+    frame_start = frame.axes @ np.full(2, 0.5) + frame.origin / frame.spacing - 0.5
     bottom, right = top + height - 1, left + width - 1
     corners = np.array([(top, left), (top, right), (bottom, left), (bottom, right)])
-    on_slide = corners @ frame.axes.T + first_pixel
-    low = np.floor(on_slide.min(0)).astype(int) - 3  # and the pixels that interpolation needs
-    high = np.ceil(on_slide.max(0)).astype(int) + 4
-    source = slide.read(frame.spacing, (*low.tolist(), *(high - low).tolist()))
+    corners_on_slide = corners @ frame.axes.T + frame_start
+    # the upright rectangle around them, and the pixels that interpolation needs
+    start = np.floor(corners_on_slide.min(0)).astype(int) - 3
+    stop = np.ceil(corners_on_slide.max(0)).astype(int) + 4
+    source = slide.read(frame.spacing, (*start.tolist(), *(stop - start).tolist()))
 
-    back = frame.axes.T  # from the slide to the frame
-    down, right = back @ (low - first_pixel) - (top, left)  # of the first source pixel in the tile
+    to_frame = frame.axes.T  # directions on the slide as directions in the frame
+    # where in the tile the first pixel of the rectangle lies
+    start_down, start_right = to_frame @ (start - frame_start) - (top, left)
+    (down_down, down_right), (right_down, right_right) = to_frame.tolist()
     turned = pyvips.Image.new_from_array(source).affine(
-        [back[1, 1], back[1, 0], back[0, 1], back[0, 0]],  # for (right, down), as libvips counts
-        odx=right,
-        ody=down,
+        [right_right, right_down, down_right, down_down],  # libvips has (right, down)
+        odx=start_right,
+        ody=start_down,
         oarea=[0, 0, width, height],
         interpolate=pyvips.Interpolate.new('bicubic'),
         extend='background',
@@ -216,19 +220,19 @@ def mask_indices(
     return rows, columns
 
 
-def shown_lines(
-    is_needed: np.ndarray,  # bool, for each row (or column) of the mask: it has tissue or margin
-    mask_lines: np.ndarray,  # for each row of the frame: the row of the mask
-    squeeze: bool,  # leave out those that are not needed
+def lines_of_cut(
+    has_tissue: np.ndarray,  # bool, whether each row (or column) of the mask has tissue or margin
+    mask_lines: np.ndarray,  # the row (or column) of the mask for each one of the frame
+    squeeze: bool,  # leave out those without tissue or margin
 ) -> np.ndarray:
     "The rows (or columns) of a frame that a cut shows: int (count,)."
     if squeeze:
-        return np.flatnonzero(is_needed[mask_lines])
+        return np.flatnonzero(has_tissue[mask_lines])
     return np.arange(len(mask_lines))
 
 
-def evenly(values: np.ndarray, count: int) -> np.ndarray:
-    "`count` of the values, evenly spread."
+def pick_evenly(values: np.ndarray, count: int) -> np.ndarray:
+    "Pick `count` of the values at even distances: (count,)."
     index = (np.arange(count) + 0.5) * len(values) / count
     return values[index.astype(int)]
 
@@ -263,8 +267,8 @@ class CutPixels:
             self.color = np.array(background, np.uint8)
         self.mask_rows, self.mask_columns = mask_indices(frame, labels.shape, biopsy.spacing)
         # of the frame, those that are shown
-        self.rows = shown_lines(near.any(axis=1), self.mask_rows, squeeze)
-        self.columns = shown_lines(near.any(axis=0), self.mask_columns, squeeze)
+        self.rows = lines_of_cut(near.any(axis=1), self.mask_rows, squeeze)
+        self.columns = lines_of_cut(near.any(axis=0), self.mask_columns, squeeze)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -290,11 +294,12 @@ class CutPixels:
 
     def mask(self) -> np.ndarray:
         "Where the tissue is in the cut: bool, at about the spacing at which it was found."
-        lines = []
-        for shown in (self.rows, self.columns):
-            count = max(1, round(len(shown) * self.frame.spacing / self.mask_spacing))
-            lines.append(evenly(shown, count))
-        return self.look_up(self.tissue, *lines)
+        spacing = self.frame.spacing
+        n_rows = max(1, round(len(self.rows) * spacing / self.mask_spacing))
+        n_columns = max(1, round(len(self.columns) * spacing / self.mask_spacing))
+        rows = pick_evenly(self.rows, n_rows)
+        columns = pick_evenly(self.columns, n_columns)
+        return self.look_up(self.tissue, rows, columns)
 
 # %% ../../nbs/slides/13_trim.ipynb #ea275cf2
 def cut(
@@ -400,10 +405,12 @@ class TrimTask:
         return f'failed/{self.slide_id}.jpg'
 
     def stamp(self) -> list[Any] | None:
-        "The state of all that is read, to compare it later, as JSON has it. None without a slide."
+        """The state of slide, mask and network, to be compared with a later one: a list that JSON
+        holds as it is. None if there is no file of the slide."""
         if not self.path.exists():
             return None
-        mask_path, mask_stamp = None, None
+        mask_path = None
+        mask_stamp = None
         if self.mask is not None:
             mask_path = str(self.mask)
             if self.mask.exists():
@@ -418,13 +425,13 @@ class TrimTask:
         ]
 
 
-def written(out: Path, path: str) -> dict:
-    "What a note says of a file at `path` in the folder `out`."
+def file_entry(out: Path, path: str) -> dict:
+    "The entry in a note for a file at `path` in the folder `out`."
     return dict(path=path, bytes=(out / path).stat().st_size)
 
 
 def files_of(note: dict) -> list[dict]:
-    "All files that a note names, each as by `written`."
+    "The entries of all files that a note names, each as by `file_entry`."
     files = [note['overview'], *note['files']]
     for file in note['files']:
         if 'mask' in file:  # notes of early versions have none
@@ -433,17 +440,21 @@ def files_of(note: dict) -> list[dict]:
 
 
 def finished_note(task: TrimTask) -> dict | None:
-    """The note on a slide that is finished, with None as `seconds`. None if it is to be trimmed: it
-    has no note, is in another state than then, or a file is missing or of another length."""
+    """The note on a slide that is finished, with None as `seconds`; None if the slide is to be
+    trimmed.
+
+    That is so if it has no note, if the slide, its mask or the network has changed since, or if a
+    file that was written is missing or of another length."""
     stamp = task.stamp()
     if stamp is None:
         return None
     try:
         note = json.loads(task.note_path.read_text())
-        if note['stamp'] != stamp or any('mask' not in file for file in note['files']):
+        has_masks = all('mask' in file for file in note['files'])  # early versions wrote none
+        if note['stamp'] != stamp or not has_masks:
             return None
         for file in files_of(note):
-            if written(task.out, file['path'])['bytes'] != file['bytes']:
+            if file_entry(task.out, file['path'])['bytes'] != file['bytes']:
                 return None
     except (OSError, ValueError, KeyError, TypeError):  # no note, a damaged one, or a missing file
         return None
@@ -457,15 +468,15 @@ def trim_slide(task: TrimTask) -> dict:
     Raises `InputError` if the slide cannot be read at the spacing of the settings, if it has no
     biopsy, or if a file cannot be written."""
     start = time.perf_counter()
-    former = finished_note(task)
-    if former is not None:
-        return former
+    note = finished_note(task)
+    if note is not None:
+        return note
     stamp = task.stamp()  # before anything is read
     (task.out / task.failed_picture).unlink(missing_ok=True)  # of a former run
     case = Case(
         task.slide_id,
-        None,
-        task.path,
+        label=None,
+        path=task.path,
         spacing=task.spacing,
         spacing_is_default=task.spacing_is_default,
     )
@@ -473,14 +484,14 @@ def trim_slide(task: TrimTask) -> dict:
         # refuses a spacing that the slide does not have, before anything is written
         slide.read(task.settings.spacing, (0, 0, 1, 1))
         tissue = tissue_of(slide, task)
-        found = find_biopsies(slide, tissue, task)
+        slide_biopsies = find_biopsies(slide, tissue, task)
         overview = f'overview/{task.slide_id}.jpg'
-        write_picture(slide, found, task.out / overview)
-        files = [write_biopsy(slide, biopsy, task) for biopsy in found]
+        write_picture(slide, slide_biopsies, task.out / overview)
+        files = [write_biopsy(slide, biopsy, task) for biopsy in slide_biopsies]
     note = dict(
         slide_id=task.slide_id,
         stamp=stamp,
-        overview=written(task.out, overview),
+        overview=file_entry(task.out, overview),
         files=files,
         areas=dataclasses.asdict(tissue.areas),  # square millimetres
         warnings=[*slide.contradictions, *tissue.notes],
@@ -498,19 +509,20 @@ def tissue_of(slide: Slide, task: TrimTask) -> FoundTissue:
 
 def find_biopsies(slide: Slide, tissue: FoundTissue, task: TrimTask) -> list[Biopsy]:
     """The biopsies of a slide. Where it has none, writes a thumbnail of what was left out, and
-    raises `InputError` that says why."""
-    settings = task.settings
-    found = biopsies(slide, gap=settings.gap, min_area_mm2=settings.min_area_mm2, mask=tissue)
-    if found:
-        return found
+    raises an `InputError` that says why there is none."""
+    gap = task.settings.gap
+    min_area_mm2 = task.settings.min_area_mm2
+    slide_biopsies = biopsies(slide, gap=gap, min_area_mm2=min_area_mm2, mask=tissue)
+    if slide_biopsies:
+        return slide_biopsies
     write_picture(slide, tissue, task.out / task.failed_picture)
-    area = tissue.areas.tissue
-    why = tissue.why_empty()
-    if area:
-        why = f'its tissue, {area:.2g} square mm in all, is in smaller pieces (--min-area-mm2)'
+    area_mm2 = tissue.areas.tissue
+    if area_mm2:
+        why = f'its tissue, {area_mm2:.2g} square mm in all, is in smaller pieces (--min-area-mm2)'
+    else:
+        why = tissue.why_empty()
     raise InputError(
-        f'{task.path} has no biopsy of at least {settings.min_area_mm2:g} square mm that could be '
-        'found: '
+        f'{task.path} has no biopsy of at least {min_area_mm2:g} square mm that could be found: '
         f'{why}; look at {task.failed_picture}, and leave the slide out if it is blank'
     )
 
@@ -528,18 +540,20 @@ def write_picture(slide: Slide, found: list[Biopsy] | FoundTissue, path: Path) -
 
 
 def write_biopsy(slide: Slide, biopsy: Biopsy, task: TrimTask) -> dict:
-    "Write the image of a biopsy and the mask of its tissue. Returns what the note says of them."
-    settings, name = task.settings, f'{task.slide_id}_{biopsy.number}'
+    "Write the image of a biopsy and the mask of its tissue. Returns their entry in the note."
+    settings = task.settings
     rows = cut(
         slide,
         biopsy,
-        settings.spacing,
-        settings.margin,
-        settings.upright,
-        settings.squeeze,
-        settings.background,
+        spacing=settings.spacing,
+        margin=settings.margin,
+        upright=settings.upright,
+        squeeze=settings.squeeze,
+        background=settings.background,
     )
-    image_path, mask_path = f'biopsies/{name}.tiff', f'masks/{name}.tiff'
+    name = f'{task.slide_id}_{biopsy.number}'
+    image_path = f'biopsies/{name}.tiff'
+    mask_path = f'masks/{name}.tiff'
     write_image(rows, task.out / image_path, settings, task.path)
     assert isinstance(rows.pixels, CutPixels)
     mask = rows.pixels.mask() * np.uint8(255)
@@ -549,8 +563,8 @@ def write_biopsy(slide: Slide, biopsy: Biopsy, task: TrimTask) -> dict:
     _, _, height, width = rows.shape
     top, left, source_height, source_width = biopsy.region(slide.spacing, settings.margin)
     return dict(
-        written(task.out, image_path),
-        mask=written(task.out, mask_path),
+        file_entry(task.out, image_path),
+        mask=file_entry(task.out, mask_path),
         source_id=task.slide_id,
         biopsy=biopsy.number,
         height=height,
@@ -749,8 +763,22 @@ def claimed(
             remove_partial(out)
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that a folder was trimmed with, by their present names. Raises `InputError` for
+    a damaged file."""
+    try:
+        settings = dict(json.loads(path.read_text()))
+        settings.setdefault('stain', 'he')  # former versions had no such setting
+        if 'least' in settings:
+            settings['min_area_mm2'] = settings.pop('least')  # as they called it
+    except (OSError, ValueError, TypeError):
+        raise InputError(f'{path} is damaged: choose another folder') from None
+    return settings
+
+
 def check_settings(out: Path, settings: Trim) -> None:
-    "Write the settings into a new folder; refuse one that holds others, or what is no trimming."
+    """Write the settings into a new folder. Raises `InputError` for a folder that was trimmed with
+    other settings, or holds something else."""
     path = out / 'trim.json'
     current = json.loads(json.dumps(dataclasses.asdict(settings)))
     # looked at before the settings, which another process that fills the folder now writes first
@@ -761,17 +789,12 @@ def check_settings(out: Path, settings: Trim) -> None:
                 f'{out} is not empty and no folder of trimmed biopsies: choose another folder'
             )
         write_once(path, json.dumps(current))
-    try:
-        former = dict(json.loads(path.read_text()))
-        former.setdefault('stain', 'he')  # former versions had no such setting
-        if 'least' in former:
-            former['min_area_mm2'] = former.pop('least')  # as they called it
-    except (OSError, ValueError, TypeError):
-        raise InputError(f'{path} is damaged: choose another folder') from None
+    settings_there = read_settings(path)
     for name, value in current.items():
-        if former.get(name) != value:
+        value_there = settings_there.get(name)
+        if value_there != value:
             raise InputError(
-                f'{out} was trimmed with other settings ({name} was {former.get(name)!r}, now '
+                f'{out} was trimmed with other settings ({name} was {value_there!r}, now '
                 f'{value!r}): choose another folder, or the settings of before'
             )
 
@@ -796,7 +819,7 @@ def former_rows(path: Path, columns: list[str]) -> list[Row]:
 
 
 def check_names(cases: list[Case]) -> None:
-    "Refuse slides whose ids leave no room for the number of a biopsy."
+    "Raise `InputError` for a slide whose id leaves no room for the number of a biopsy."
     for case in cases:
         try:
             safe_id(f'{case.slide_id}_9999')
@@ -804,27 +827,38 @@ def check_names(cases: list[Case]) -> None:
             raise InputError(f'the biopsies of {case.slide_id!r} could not be named: {e}') from None
 
 
-def check_together(cases: list[Case], others: list[Row], out: Path) -> None:
-    "Refuse slides that do not go together with others, of which a former run wrote these rows."
-    by_name = {case.slide_id.casefold(): case for case in cases}
-    by_file = {slide_key(case.path): case for case in cases}
-    former_cases = []
-    for row in others:
-        former = Case(row['source_id'], None, Path(row['source']), row['patient_id'], row['split'])
-        former_cases.append(former)
-        case = by_name.get(former.slide_id.casefold())
+def check_together(
+    cases: list[Case],
+    other_biopsies: list[Row],  # rows of the manifest, of other slides that former runs trimmed
+    out: Path,  # the folder that holds them
+) -> None:
+    """Raise `InputError` if slides do not go together with those trimmed before: if two differ by
+    capitals in their ids only, are one file, or are of one patient in two splits."""
+    case_by_id = {case.slide_id.casefold(): case for case in cases}
+    case_by_file = {slide_key(case.path): case for case in cases}
+    other_cases = []
+    for row in other_biopsies:
+        other = Case(
+            slide_id=row['source_id'],
+            label=None,
+            path=Path(row['source']),
+            patient_id=row['patient_id'],
+            split=row['split'],
+        )
+        other_cases.append(other)
+        case = case_by_id.get(other.slide_id.casefold())
         if case is not None:
             raise InputError(
-                f'{out} has a slide {former.slide_id!r}, and {case.slide_id!r} differs from it by '
+                f'{out} has a slide {other.slide_id!r}, and {case.slide_id!r} differs from it by '
                 'its capitals only: give it another id'
             )
-        case = by_file.get(slide_key(former.path))
+        case = case_by_file.get(slide_key(other.path))
         if case is not None:
             raise InputError(
-                f'{case.path} is in {out} already, as {former.slide_id!r}: give it that id, or '
+                f'{case.path} is in {out} already, as {other.slide_id!r}: give it that id, or '
                 'choose another folder'
             )
-    problems = leaks([*cases, *former_cases])
+    problems = leaks([*cases, *other_cases])
     if problems:
         start = (
             f'{len(problems)} patients would be in more than one split of {out}; give each one '
@@ -875,7 +909,8 @@ def trim_slides(
     `warnings`, a list of sentences. Raises `InputError` if the slides, the settings or the folder
     cannot be used."""
     settings = Trim() if settings is None else settings
-    cases, out = checked_cases(cases, settings, workers), Path(out)
+    cases = checked_cases(cases, settings, workers)
+    out = Path(out)
     with claimed(out, settings):
         cohort = TrimCohort(cases, out, settings, network)
         notes, failed = run_tasks(cohort.tasks, workers, progress)
@@ -891,9 +926,12 @@ def trim_part(
     workers: int = 0,
     progress: bool = True,
 ) -> dict:
-    """As `trim_slides`, but some of the slides, while other processes trim others into the folder.
-    failed.csv and manifest.csv are not written: see `write_trimmed`."""
-    cases, out = checked_cases(cases, settings, workers), Path(out)
+    """Trim some slides of a cohort, while other processes trim others into the same folder.
+
+    Returns and raises what `trim_slides` does, but writes no failed.csv and no manifest.csv: see
+    `write_trimmed`."""
+    cases = checked_cases(cases, settings, workers)
+    out = Path(out)
     with claimed(out, settings, shared=True):
         cohort = TrimCohort(cases, out, settings)
         tasks = {name: task for name, task in cohort.tasks.items() if name in slide_ids}
@@ -908,9 +946,13 @@ def write_trimmed(
     failed: dict[str, str],  # slide id -> reason
     without_id: Sequence[str] = (),
 ) -> dict:
-    """The tables of `trim_slides`, after all slides but those that failed were trimmed by
-    `trim_part`. Returns what it returns. Raises `SlidesChanged` if a slide is not finished."""
-    cases, out = checked_cases(cases, settings), Path(out)
+    """Write the tables of `trim_slides`, after all slides but those that failed were trimmed by
+    `trim_part`.
+
+    Returns the dict that `trim_slides` returns. Raises `SlidesChanged` if a slide is not finished,
+    and `InputError` as `trim_slides` does."""
+    cases = checked_cases(cases, settings)
+    out = Path(out)
     with claimed(out, settings):
         cohort = TrimCohort(cases, out, settings)
         notes = finished_notes(cohort.tasks, failed)
@@ -925,7 +967,9 @@ class TrimCohort:
     def __init__(
         self, cases: list[Case], out: Path, settings: Trim, network: 'Module | None' = None
     ) -> None:
-        self.cases, self.out, self.settings = cases, out, settings
+        self.cases = cases
+        self.out = out
+        self.settings = settings
         self.tasks = tasks_of(cases, out, settings, network)
         self.other_biopsies, self.other_failed = other_rows(out, self.tasks)
         check_together(cases, self.other_biopsies, out)
@@ -976,50 +1020,50 @@ def tasks_of(
     checksum = weights_checksum(network)
     tasks = {}
     for case in cases:
-        task = TrimTask(
+        has_mask = case.mask is not None
+        tasks[case.slide_id] = TrimTask(
             slide_id=case.slide_id,
             path=case.path.absolute(),
             spacing=case.spacing,
             spacing_is_default=case.spacing_is_default,
-            mask=None,
-            network=network,
-            weights=checksum,
+            mask=None if case.mask is None else case.mask.absolute(),
+            network=None if has_mask else network,
+            weights=None if has_mask else checksum,
             out=out,
             settings=settings,
         )
-        if case.mask is not None:
-            mask = case.mask.absolute()
-            task = dataclasses.replace(task, mask=mask, network=None, weights=None)
-        tasks[case.slide_id] = task
     return tasks
 
 
 def other_rows(out: Path, tasks: dict[str, TrimTask]) -> tuple[list[Row], list[Row]]:
-    """Rows of the manifest and of failed.csv that former runs wrote of other slides than these;
-    not of slides without an id, which may have one by now."""
+    """The rows of manifest.csv, and those of failed.csv, that former runs wrote for slides that are
+    not among these tasks.
+
+    Rows of failed.csv without an id are left out: their slides may have one by now."""
     manifest = former_rows(out / 'manifest.csv', ['source_id', 'source', 'patient_id', 'split'])
     failed = former_rows(out / 'failed.csv', ['slide_id', 'reason'])
-    names = {'', *(slide_id.casefold() for slide_id in tasks)}
-    return (
-        [row for row in manifest if row['source_id'] not in tasks],
-        [row for row in failed if row['slide_id'].casefold() not in names],
-    )
+    other_biopsies = [row for row in manifest if row['source_id'] not in tasks]
+    ids_to_leave_out = {'', *(slide_id.casefold() for slide_id in tasks)}
+    other_failed = [row for row in failed if row['slide_id'].casefold() not in ids_to_leave_out]
+    return other_biopsies, other_failed
 
 
 def run_tasks(tasks: dict[str, TrimTask], workers: int, progress: bool) -> tuple[dict, dict]:
     """Trim the slides that are not finished. Returns a dict of slide id -> note, and another of
     slide id -> why it failed."""
-    notes, failed, unfinished = {}, {}, []
+    notes = {}
+    failed = {}
+    unfinished_tasks = []
     for slide_id, task in tasks.items():
         note = finished_note(task)
         if note is None:
-            unfinished.append(task)
+            unfinished_tasks.append(task)
         else:
             notes[slide_id] = note
     with tqdm(
         total=len(tasks), initial=len(notes), desc='trimming slides', disable=not progress
     ) as bar:
-        for task, note, error in each_apart(trim_slide, unfinished, workers):
+        for task, note, error in each_apart(trim_slide, unfinished_tasks, workers):
             bar.update()
             if error is None:
                 notes[task.slide_id] = note
@@ -1030,22 +1074,23 @@ def run_tasks(tasks: dict[str, TrimTask], workers: int, progress: bool) -> tuple
 
 def finished_notes(tasks: dict[str, TrimTask], failed: Collection[str]) -> dict[str, dict]:
     "The notes on all slides but those that failed. Raises `SlidesChanged` if one has none."
-    notes, missing = {}, []
+    notes = {}
+    unfinished_ids = []
     for slide_id, task in tasks.items():
         if slide_id in failed:
             continue
         note = finished_note(task)
         if note is None:
-            missing.append(slide_id)
+            unfinished_ids.append(slide_id)
         else:
             notes[slide_id] = note
-    if missing:
-        raise SlidesChanged(missing)
+    if unfinished_ids:
+        raise SlidesChanged(unfinished_ids)
     return notes
 
 
 def why_failed(task: TrimTask, error: Exception) -> str:
-    "A sentence with the path of a slide."
+    "A sentence on what went wrong with a slide, which names its path."
     text = str(error) or type(error).__name__
     if str(task.path) in text:
         return text

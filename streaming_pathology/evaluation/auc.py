@@ -239,15 +239,16 @@ def class_weights(
     """Weight of the positive and of the negative slides at each distinct score, from the lowest up:
     two arrays (resamples, distinct scores)."""
     order = np.argsort(scores, kind='stable')
-    ordered = np.asarray(weights)[:, order]
-    of_positive = ordered * positive[order]
-    of_negative = ordered * ~positive[order]
+    sorted_weights = np.asarray(weights)[:, order]
+    positive_weights = sorted_weights * positive[order]
+    negative_weights = sorted_weights * ~positive[order]
     first_of_score = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
-    if len(first_of_score) == len(scores):  # no ties
-        return of_positive, of_negative
+    has_ties = len(first_of_score) < len(scores)
+    if not has_ties:
+        return positive_weights, negative_weights
     return (
-        np.add.reduceat(of_positive, first_of_score, axis=1),
-        np.add.reduceat(of_negative, first_of_score, axis=1),
+        np.add.reduceat(positive_weights, first_of_score, axis=1),
+        np.add.reduceat(negative_weights, first_of_score, axis=1),
     )
 
 
@@ -257,12 +258,15 @@ def weighted_auc(
     weights: np.ndarray,  # how often each slide counts, a row for each resample (resamples, n)
 ) -> np.ndarray:
     "AUC of every row of `weights` (resamples,); nan where a row has only one class."
-    of_positive, of_negative = class_weights(*check_scores(labels, scores), weights)
-    up_to = of_negative.cumsum(1)
-    twice_pairs = 2 * of_positive.sum(1) * up_to[:, -1]
-    twice_below = 2 * up_to - of_negative
+    positive_weights, negative_weights = class_weights(*check_scores(labels, scores), weights)
+    negatives_up_to = negative_weights.cumsum(1)  # at each distinct score or below it
+    n_positive = positive_weights.sum(1)
+    n_negative = negatives_up_to[:, -1]
+    twice_pairs = 2 * n_positive * n_negative
+    # twice the negative slides below each score, of which those with the same score count half
+    twice_below = 2 * negatives_up_to - negative_weights
     with np.errstate(invalid='ignore', divide='ignore'):
-        areas = np.einsum('ij,ij->i', of_positive, twice_below) / twice_pairs
+        areas = np.einsum('ij,ij->i', positive_weights, twice_below) / twice_pairs
     return np.where(twice_pairs > 0, areas, np.nan)
 
 # %% ../../nbs/evaluation/02_auc.ipynb #7de7fd2e
@@ -272,8 +276,9 @@ def draw_weights(
     rng: np.random.Generator,
 ) -> np.ndarray:
     "How often each slide was drawn (n_bootstrap, n_slides), each row one resample."
-    drawn = rng.integers(0, n_slides, (n_bootstrap, n_slides))
-    cells = drawn + n_slides * np.arange(n_bootstrap)[:, None]
+    slides = rng.integers(0, n_slides, (n_bootstrap, n_slides))
+    # the cell of each draw in the flattened result, so that one bincount counts all resamples
+    cells = slides + n_slides * np.arange(n_bootstrap)[:, None]
     counts = np.bincount(cells.ravel(), minlength=n_bootstrap * n_slides)
     return counts.reshape(n_bootstrap, n_slides)
 
@@ -283,10 +288,12 @@ def draw_in_strata(
     n_bootstrap: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    "Weights as those of `draw_weights`, with as many of each stratum in each resample as it has."
-    weights = np.empty((n_bootstrap, sum(map(len, strata))), int)
-    for members in strata:
-        weights[:, members] = draw_weights(len(members), n_bootstrap, rng)
+    """How often each patient was drawn (n_bootstrap, n_patients), each row one resample: from each
+    stratum as many as it has."""
+    n_patients = sum(len(stratum) for stratum in strata)
+    weights = np.empty((n_bootstrap, n_patients), int)
+    for stratum in strata:
+        weights[:, stratum] = draw_weights(len(stratum), n_bootstrap, rng)
     return weights
 
 
@@ -302,25 +309,28 @@ def resampled(
     no value and were drawn again.
 
     `statistic` is called with a batch of resamples, as weights: how often each slide counts, an
-    integer from 0 on. All slides of a patient have the same weight."""
+    integer from 0 on. All slides of a patient have the same weight. Raises `InputError` unless
+    `n_bootstrap` is at least 1."""
     if n_bootstrap < 1:
         raise InputError(f'{n_bootstrap} bootstrap resamples: n has to be at least 1')
     if strata is None:
         strata = [np.arange(patients.max() + 1)]
     rng = np.random.default_rng(seed)
-    at_once = max(1, 2**19 // len(patients))
+    max_batch = max(1, 2**19 // len(patients))  # resamples whose weights take about 4 MB
     slides_are_patients = (np.diff(patients) == 1).all()
-    parts, missing, redrawn = [], n_bootstrap, 0
-    while missing > 0:
-        weights = draw_in_strata(strata, min(at_once, missing), rng)
+    batches = []
+    n_missing = n_bootstrap
+    n_redrawn = 0
+    while n_missing > 0:
+        weights = draw_in_strata(strata, min(max_batch, n_missing), rng)
         if not slides_are_patients:
             weights = weights[:, patients]
         values = statistic(weights)
-        valid = values[~np.isnan(values)]
-        redrawn += len(values) - len(valid)
-        missing -= len(valid)
-        parts.append(valid)
-    return np.concatenate(parts), redrawn
+        valid_values = values[~np.isnan(values)]
+        n_redrawn += len(values) - len(valid_values)
+        n_missing -= len(valid_values)
+        batches.append(valid_values)
+    return np.concatenate(batches), n_redrawn
 
 
 def percentile_estimate(
@@ -369,7 +379,9 @@ def bootstrap_aucs(
     stratified: bool = False,  # draw as many of each class as there are
 ) -> tuple[np.ndarray, int]:
     """AUCs of the resamples (resampling.n,), and the number of one-class resamples that were drawn
-    again. The strata of patients with several slides: those with positive slides only, with
+    again.
+
+    Where patients have several slides, the strata are patients with positive slides only, with
     negative ones only, and with both."""
     positive, scores = check_scores(labels, scores)
     order = np.argsort(scores, kind='stable')
@@ -380,7 +392,7 @@ def bootstrap_aucs(
     strata = None
     if stratified:
         classes = classes_of_patients(positive, patients)
-        strata = [np.flatnonzero(classes == each) for each in np.unique(classes)]
+        strata = [np.flatnonzero(classes == number) for number in np.unique(classes)]
 
     def areas(weights):
         return weighted_auc(positive, scores, weights)
@@ -392,7 +404,8 @@ def classes_of_patients(
     positive: np.ndarray,  # bool (n,)
     patients: np.ndarray,  # number of each slide's patient (n,)
 ) -> np.ndarray:
-    "Of each patient: 1 with positive slides only, 2 with negative ones only, 3 with both."
+    """The class of each patient, int (n_patients,): 1 with positive slides only, 2 with negative
+    slides only, 3 with both."""
     has_positive = np.bincount(patients, positive) > 0
     has_negative = np.bincount(patients, ~positive) > 0
     return has_positive + 2 * has_negative
@@ -402,17 +415,20 @@ def placements(
     positive: np.ndarray,  # bool (n,)
     scores: np.ndarray,  # (n,)
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The share of slides of the other class on whose right side each slide is, ties counting half:
-    of the positive slides, and of the negative ones. The mean of either is the AUC.
+    """The placements of the positive slides (n_positive,) and of the negative ones (n_negative,):
+    the share of slides of the other class that each slide is ranked correctly against, ties
+    counting half. The mean of either is the AUC.
 
     By midranks, as Sun and Xu (2014), IEEE Signal Processing Letters 21."""
     from scipy.stats import rankdata  # slow to import, so only where it is used
 
-    of_positive, of_negative = scores[positive], scores[~positive]
+    positive_scores = scores[positive]
+    negative_scores = scores[~positive]
     ranks = rankdata(scores)
-    negatives_below = ranks[positive] - rankdata(of_positive)
-    positives_below = ranks[~positive] - rankdata(of_negative)
-    return negatives_below / len(of_negative), 1 - positives_below / len(of_positive)
+    # a slide's rank among all, less that in its class, is how many of the other class are below it
+    negatives_below = ranks[positive] - rankdata(positive_scores)
+    positives_below = ranks[~positive] - rankdata(negative_scores)
+    return negatives_below / len(negative_scores), 1 - positives_below / len(positive_scores)
 
 
 def auc_error(
@@ -425,13 +441,19 @@ def auc_error(
 
     DeLong et al. (1988), Biometrics 44; Obuchowski (1997), Biometrics 53, for patients with
     several slides. Each class has to have two patients."""
+    positive_patients = patients[positive]
+    negative_patients = patients[~positive]
     n_patients = patients.max() + 1
-    a = sums_of_patients(of_positive, patients[positive], n_patients)
-    b = sums_of_patients(of_negative, patients[~positive], n_patients)
-    correction_a = small_sample_correction(patients[positive])
-    correction_b = small_sample_correction(patients[~positive])
-    correction = small_sample_correction(patients)
-    variance = correction_a * (a @ a) + correction_b * (b @ b) + 2 * correction * (a @ b)
+    positive_sums = sums_of_patients(of_positive, positive_patients, n_patients)
+    negative_sums = sums_of_patients(of_negative, negative_patients, n_patients)
+    positive_factor = small_sample_correction(positive_patients)
+    negative_factor = small_sample_correction(negative_patients)
+    factor = small_sample_correction(patients)
+    variance = (
+        positive_factor * (positive_sums @ positive_sums)
+        + negative_factor * (negative_sums @ negative_sums)
+        + 2 * factor * (positive_sums @ negative_sums)  # of patients with slides of both classes
+    )
     error = np.sqrt(max(0, variance))
     if error <= 1e-12:  # rounding
         return 0.0
@@ -439,14 +461,15 @@ def auc_error(
 
 
 def sums_of_patients(values: np.ndarray, patients: np.ndarray, n_patients: int) -> np.ndarray:
-    "The deviations of some values from their mean, summed for each patient, by how many they are."
+    """The deviations of `values` (n,), one for each slide, from their mean, summed over the slides
+    of each patient and divided by n: (n_patients,)."""
     return np.bincount(patients, values - values.mean(), n_patients) / len(values)
 
 
 def small_sample_correction(patients: np.ndarray) -> float:
-    "The factor $k/(k-1)$ of a variance, of $k$ patients."
-    count = len(np.unique(patients))
-    return count / (count - 1)
+    "The factor $k/(k-1)$ that makes a variance over $k$ patients unbiased."
+    n_patients = len(np.unique(patients))
+    return n_patients / (n_patients - 1)
 
 # %% ../../nbs/evaluation/02_auc.ipynb #245b62e8
 INTERVALS = dict(
@@ -455,7 +478,7 @@ INTERVALS = dict(
     bootstrap='percentile bootstrap',
     stratified='stratified bootstrap',
     bca='BCa bootstrap',
-)  # what can be asked for
+)  # methods that can be chosen
 INTERVAL_NAMES = INTERVALS | dict(
     clustered_logit="Obuchowski's variance on the logit scale",
     clustered_delong="Obuchowski's variance",
@@ -463,15 +486,15 @@ INTERVAL_NAMES = INTERVALS | dict(
     clustered_newcombe="Newcombe's method 5 with the numbers of patients",
     wilson='Wilson',
     clustered_wilson='Wilson with the effective number of slides',
-)  # what an interval can be made by
+)  # methods that an `Estimate` can name
 
 
 def asked_interval(
     used: str,  # the method of an `Estimate` of an AUC
 ) -> str:
-    "Which of `INTERVALS` gives an interval by this method again."
-    asked = str(used).removeprefix('clustered_')
-    return 'logit' if asked == 'newcombe' else asked
+    "The one of `INTERVALS` to choose for an interval by this method again."
+    method = str(used).removeprefix('clustered_')
+    return 'logit' if method == 'newcombe' else method
 
 
 def auc_interval(
@@ -480,11 +503,11 @@ def auc_interval(
     method: str = 'logit',  # one of `INTERVALS`
     resampling: Resampling = RESAMPLING,
 ) -> Estimate:
-    """The AUC with a confidence interval; its `method` is the one that was used, one of
-    `INTERVAL_NAMES`.
+    """The AUC with a confidence interval. The `method` of the estimate is the one that was used,
+    one of `INTERVAL_NAMES`.
 
-    The AUC is of slides, whoever they are of. Where patients have several, the interval takes
-    slides of one patient as alike, and patients as independent.
+    The AUC is that of slides. Where patients have several slides, the interval takes patients as
+    independent, and the slides of one patient as correlated.
 
     Raises `InputError` for an unknown method, and by delong for a class of one patient."""
     if method not in INTERVALS:
@@ -494,11 +517,12 @@ def auc_interval(
     area = auc(positive, scores)
     if method in ('logit', 'delong'):
         interval = logit_interval if method == 'logit' else delong_interval
-        low, high, used = interval(positive, scores, patients, resampling.level)
+        low, high, method_used = interval(positive, scores, patients, resampling.level)
         if have_several_slides(patients):
-            used = f'clustered_{used}'
-        return Estimate(area, low, high, resampling.level, used, seed=resampling.seed)
-    aucs, redrawn = bootstrap_aucs(positive, scores, resampling, method == 'stratified')
+            method_used = f'clustered_{method_used}'
+        return Estimate(area, low, high, resampling.level, method_used, seed=resampling.seed)
+    is_stratified = method == 'stratified'
+    aucs, redrawn = bootstrap_aucs(positive, scores, resampling, is_stratified)
     quantiles = resampling.tails
     if method == 'bca':
         quantiles = bca_quantiles(aucs, positive, scores, patients, resampling.tails)
@@ -508,7 +532,7 @@ def auc_interval(
 def bootstrap_ci(
     labels: ArrayLike, scores: ArrayLike, resampling: Resampling = RESAMPLING
 ) -> Estimate:
-    "The paper's interval: see `auc_interval`."
+    "The AUC with the paper's interval, a percentile bootstrap: see `auc_interval`."
     return auc_interval(labels, scores, 'bootstrap', resampling)
 
 # %% ../../nbs/evaluation/02_auc.ipynb #77d2e7bc
@@ -546,23 +570,26 @@ def logit_interval(
     positive: np.ndarray,  # bool (n,)
     scores: np.ndarray,  # (n,)
     patients: np.ndarray,  # number of each slide's patient (n,)
-    level: float,
+    level: float,  # confidence level, such as 0.95
 ) -> tuple[float, float, str]:
-    """The interval of the AUC with DeLong's error on the logit scale, and its method.
+    """The confidence interval of the AUC, logit(AUC) ± z standard errors by DeLong on that scale,
+    transformed back: (low, high, 'logit').
 
-    Where there is no error, or a class has only one patient: `newcombe_interval`."""
+    Where the standard error is zero, or a class has only one patient, `newcombe_interval`: (low,
+    high, 'newcombe')."""
     from scipy.special import expit, logit  # slow to import, so only where it is used
 
-    n_positive, n_negative = patients_of_classes(positive, patients)
-    of_positive, of_negative = placements(positive, scores)
-    area = of_positive.mean()
+    n_positive_patients, n_negative_patients = patients_of_classes(positive, patients)
+    positive_placements, negative_placements = placements(positive, scores)
+    area = positive_placements.mean()  # the AUC is the mean placement of either class
     z = normal_quantile(level)
     error = 0.0
-    if min(n_positive, n_negative) > 1:
-        error = auc_error(of_positive, of_negative, positive, patients)
+    if min(n_positive_patients, n_negative_patients) > 1:
+        error = auc_error(positive_placements, negative_placements, positive, patients)
     if error == 0:
-        low, high = newcombe_interval(area, n_positive, n_negative, z)
+        low, high = newcombe_interval(area, n_positive_patients, n_negative_patients, z)
         return low, high, 'newcombe'
+    # the derivative of the logit, which scales the error, is 1 / (area * (1 - area))
     low, high = expit(logit(area) + np.array([-z, z]) * error / (area * (1 - area)))
     return float(low), float(high), 'logit'
 
@@ -573,7 +600,8 @@ def newcombe_interval(
     n_negative: int,  # patients with negative slides
     z: float,  # see `normal_quantile`
 ) -> tuple[float, float]:
-    """The areas from which the AUC is no farther than `z` of the errors that they would have.
+    """The confidence interval of the AUC, (low, high): all true AUCs from which `area` differs by
+    at most `z` of the standard errors that it would have if they were true.
 
     Method 5 of Newcombe (2006), Statistics in Medicine 25."""
     from scipy.optimize import root_scalar  # slow to import, so only where it is used
@@ -581,25 +609,26 @@ def newcombe_interval(
     mean_others = (n_positive + n_negative) / 2 - 1
 
     def excess(x):
+        "The squared difference of `area` from x less z squared times the variance: 0 at a limit."
         spread = 1 + mean_others * ((1 - x) / (2 - x) + x / (1 + x))
         return (area - x) ** 2 - z**2 * x * (1 - x) * spread / (n_positive * n_negative)
 
-    inside = np.clip(area, 1e-9, 1 - 1e-9)
+    inner_area = np.clip(area, 1e-9, 1 - 1e-9)
     low, high = 0.0, 1.0
     if area > 0:
-        low = root_scalar(excess, bracket=(0, inside), method='brentq').root
+        low = root_scalar(excess, bracket=(0, inner_area), method='brentq').root
     if area < 1:
-        high = root_scalar(excess, bracket=(inside, 1), method='brentq').root
+        high = root_scalar(excess, bracket=(inner_area, 1), method='brentq').root
     return float(low), float(high)
 
 
 def patients_of_classes(positive: np.ndarray, patients: np.ndarray) -> tuple[int, int]:
-    "How many patients have positive slides, and how many have negative ones."
+    "The number of patients with positive slides, and of those with negative ones; some have both."
     return len(np.unique(patients[positive])), len(np.unique(patients[~positive]))
 
 
 def normal_quantile(level: float) -> float:
-    "How many standard errors an interval of some level reaches to each side."
+    "The z of a confidence level, such as 1.96 of 0.95: standard errors to each side."
     from scipy.stats import norm  # slow to import, so only where it is used
 
     return float(norm.ppf((1 + level) / 2))
@@ -612,26 +641,30 @@ def bca_quantiles(
     patients: np.ndarray,  # number of each slide's patient (n,)
     tails: Sequence[float],  # quantiles of the plain percentile interval
 ) -> np.ndarray:
-    """The quantiles that an interval corrected for bias and acceleration takes.
+    """The quantiles of the resamples at which the BCa interval begins and ends, (2,): the `tails`,
+    corrected for bias and acceleration.
 
     Efron (1987), Journal of the American Statistical Association 82."""
     from scipy.stats import norm  # slow to import, so only where it is used
 
     area = placements(positive, scores)[0].mean()
-    ties = abs(aucs - area) <= 1e-12
-    below = (aucs < area - 1e-12).mean() + ties.mean() / 2
-    bias = norm.ppf(np.clip(below, 0.5 / len(aucs), 1 - 0.5 / len(aucs)))
+    is_equal = abs(aucs - area) <= 1e-12
+    share_below = (aucs < area - 1e-12).mean() + is_equal.mean() / 2
+    half_resample = 0.5 / len(aucs)  # so that the bias is finite
+    bias = norm.ppf(np.clip(share_below, half_resample, 1 - half_resample))
     z = bias + norm.ppf(tails)
     return norm.cdf(bias + z / (1 - acceleration(positive, scores, patients) * z))
 
 
 def acceleration(positive: np.ndarray, scores: np.ndarray, patients: np.ndarray) -> float:
-    "The skewness of the AUC when one patient after another is left out; 0 where nothing varies."
-    without = aucs_without_each(positive, scores, patients)
-    without = without[np.isfinite(without)]
-    if len(without) == 0:
+    """The acceleration of the BCa interval: a sixth of the skewness of the jackknife AUCs.
+
+    0 where these are all the same, or none is defined."""
+    jackknife_aucs = aucs_without_each(positive, scores, patients)
+    jackknife_aucs = jackknife_aucs[np.isfinite(jackknife_aucs)]
+    if len(jackknife_aucs) == 0:
         return 0.0
-    deviations = without.mean() - without
+    deviations = jackknife_aucs.mean() - jackknife_aucs
     if not deviations.any():
         return 0.0
     return (deviations**3).sum() / (6 * (deviations**2).sum() ** 1.5)
@@ -642,30 +675,39 @@ def aucs_without_each(
     scores: np.ndarray,  # (n,)
     patients: np.ndarray,  # number of each slide's patient (n,)
 ) -> np.ndarray:
-    "The AUC when a patient is left out (patients,); nan where that leaves one class."
+    """The jackknife by patient: the AUC of all slides but those of each patient, (n_patients,); nan
+    where one class is left.
+
+    An AUC is the number of concordant pairs, of a positive slide that scores above a negative one,
+    over the number of all such pairs. Ties count half."""
     n_patients = patients.max() + 1
-    n_positive, n_negative = positive.sum(), (~positive).sum()
-    of_positive, of_negative = placements(positive, scores)
-    won_of_positive = np.bincount(patients[positive], of_positive * n_negative, n_patients)
-    won_of_negative = np.bincount(patients[~positive], of_negative * n_positive, n_patients)
-    within = won_within_patients(positive, scores, patients)  # taken away twice
-    won = of_positive.sum() * n_negative - won_of_positive - won_of_negative + within
-    left_positive = n_positive - np.bincount(patients[positive], minlength=n_patients)
-    left_negative = n_negative - np.bincount(patients[~positive], minlength=n_patients)
-    pairs = left_positive * left_negative
-    return np.where(pairs > 0, won / np.maximum(pairs, 1), np.nan)
+    n_positive = positive.sum()
+    n_negative = (~positive).sum()
+    positive_placements, negative_placements = placements(positive, scores)
+    # of the concordant pairs, all, and for each patient those with a slide of the patient
+    total = positive_placements.sum() * n_negative
+    with_positive = np.bincount(patients[positive], positive_placements * n_negative, n_patients)
+    with_negative = np.bincount(patients[~positive], negative_placements * n_positive, n_patients)
+    with_both = concordant_within_patients(positive, scores, patients)  # else taken away twice
+    concordant = total - with_positive - with_negative + with_both
+    remaining_positive = n_positive - np.bincount(patients[positive], minlength=n_patients)
+    remaining_negative = n_negative - np.bincount(patients[~positive], minlength=n_patients)
+    pairs = remaining_positive * remaining_negative
+    return np.where(pairs > 0, concordant / np.maximum(pairs, 1), np.nan)
 
 
-def won_within_patients(
+def concordant_within_patients(
     positive: np.ndarray, scores: np.ndarray, patients: np.ndarray
 ) -> np.ndarray:
-    "How many pairs of two slides of one patient are in the right order, ties counting half."
-    won = np.zeros(patients.max() + 1)
+    """The number of concordant pairs of a positive and a negative slide of the same patient, ties
+    counting half: (n_patients,)."""
+    concordant = np.zeros(patients.max() + 1)
     for patient in np.intersect1d(patients[positive], patients[~positive]):
-        of_positive = scores[positive & (patients == patient)]
-        of_negative = scores[~positive & (patients == patient)]
-        won[patient] = np.sum((np.sign(of_positive[:, None] - of_negative) + 1) / 2)
-    return won
+        positive_scores = scores[positive & (patients == patient)]
+        negative_scores = scores[~positive & (patients == patient)]
+        signs = np.sign(positive_scores[:, None] - negative_scores)
+        concordant[patient] = np.sum((signs + 1) / 2)
+    return concordant
 
 # %% ../../nbs/evaluation/02_auc.ipynb #auc00019
 def share_interval(
@@ -673,8 +715,11 @@ def share_interval(
     level: float = 0.95,  # how often the interval should hold the truth
     patient_ids: Sequence | np.ndarray | None = None,  # of each slide; None: each has its own
 ) -> Estimate:
-    """A share of slides with its interval: Wilson (1927); where patients have several slides, of
-    the effective number of slides (Rao and Scott 1992, Biometrics 48)."""
+    """The share of slides that are right, with its confidence interval: Wilson (1927). Where
+    patients have several slides, with the effective number of slides (Rao and Scott 1992,
+    Biometrics 48).
+
+    Raises `InputError` for no slides, a level out of range, or another number of patients."""
     check_level(level)
     right = np.asarray(right, float)
     patients = patient_numbers(patient_ids, len(right))
@@ -682,25 +727,27 @@ def share_interval(
         raise InputError('no slides to take a share of: give at least one')
     share = right.mean()
     low, high = wilson_interval(share, effective_number(right, patients), level)
-    used = 'clustered_wilson' if have_several_slides(patients) else 'wilson'
-    return Estimate(float(share), low, high, level, used)
+    method = 'clustered_wilson' if have_several_slides(patients) else 'wilson'
+    return Estimate(float(share), low, high, level, method)
 
 # %% ../../nbs/evaluation/02_auc.ipynb #773f49c8
 def wilson_interval(share: float, n: float, level: float) -> tuple[float, float]:
-    "Wilson's interval of a share of `n` slides."
+    "Wilson's confidence interval of a share of `n` slides: (low, high)."
     z = normal_quantile(level)
-    middle = share + z**2 / (2 * n)
-    half = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    low = float((middle - half) / (1 + z**2 / n)) if share > 0 else 0.0
-    high = float((middle + half) / (1 + z**2 / n)) if share < 1 else 1.0
+    center = share + z**2 / (2 * n)
+    margin = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    low = float((center - margin) / (1 + z**2 / n)) if share > 0 else 0.0
+    high = float((center + margin) / (1 + z**2 / n)) if share < 1 else 1.0
     return low, high
 
 
 def effective_number(right: np.ndarray, patients: np.ndarray) -> float:
-    """How many independent slides would tell as much about the share as these slides do.
+    """The effective number of slides: as many independent slides would give the share of right ones
+    the same variance as these slides, which are correlated within patients.
 
     Where nothing varies, each patient counts as one slide."""
-    n_slides, n_patients = len(right), patients.max() + 1
+    n_slides = len(right)
+    n_patients = patients.max() + 1
     if n_patients == n_slides:
         return n_slides
     if n_patients == 1:
@@ -751,17 +798,17 @@ def delong_test(
     """Test for the difference of two AUCs on the same slides: DeLong et al. (1988), and Obuchowski
     (1997) for patients with several slides.
 
-    Raises `InputError` if a class has only one patient."""
+    Raises `InputError` if a class has only one patient, or for a level out of range."""
     from scipy.stats import norm  # slow to import, so only where it is used
 
     positive, scores_a, scores_b = check_pair(labels, scores_a, scores_b)
     patients = patient_numbers(patient_ids, len(positive))
-    n_positive, n_negative = patients_of_classes(positive, patients)
-    if min(n_positive, n_negative) < 2:
+    n_positive_patients, n_negative_patients = patients_of_classes(positive, patients)
+    if min(n_positive_patients, n_negative_patients) < 2:
         units = 'slides' if patient_ids is None else 'patients with slides'
         raise InputError(
-            f'{units} that are positive: {n_positive}, negative: {n_negative}; the test needs two '
-            'of each at least'
+            f'{units} that are positive: {n_positive_patients}, negative: {n_negative_patients}; '
+            'the test needs two of each at least'
         )
     check_level(level)
     positive_a, negative_a = placements(positive, scores_a)
@@ -770,16 +817,18 @@ def delong_test(
     error = auc_error(positive_a - positive_b, negative_a - negative_b, positive, patients)
     if error > 0:
         p = 2 * norm.sf(abs(difference) / error)
+    elif difference == 0:
+        p = 1.0
     else:
-        p = 1.0 if difference == 0 else np.nan
-    half = normal_quantile(level) * error
+        p = np.nan
+    margin = normal_quantile(level) * error
     return DeLong(
         a=float(positive_a.mean()),
         b=float(positive_b.mean()),
         difference=difference,
         error=error,
-        low=difference - half,
-        high=difference + half,
+        low=difference - margin,
+        high=difference + margin,
         p=float(p),
         level=level,
     )
@@ -796,8 +845,8 @@ def paired_bootstrap(
     positive, scores_a, scores_b = check_pair(labels, scores_a, scores_b)
 
     def differences(weights):
-        first = weighted_auc(positive, scores_a, weights)
-        return first - weighted_auc(positive, scores_b, weights)
+        aucs_a = weighted_auc(positive, scores_a, weights)
+        return aucs_a - weighted_auc(positive, scores_b, weights)
 
     difference = auc(positive, scores_a) - auc(positive, scores_b)
     return percentile_estimate(difference, differences, len(positive), resampling)
@@ -838,31 +887,35 @@ def permutation_test(
     """Two-sided p-value for the difference of two AUCs: how often it is as large when scores, as
     ranks, are swapped between the models at random.
 
-    It is never 0 (Phipson and Smyth 2010, Statistical Applications in Genetics 9)."""
+    It is never 0 (Phipson and Smyth 2010, Statistical Applications in Genetics 9). Raises
+    `InputError` unless `n_permutations` is at least 1."""
     from scipy.stats import rankdata  # slow to import, so only where it is used
 
     at_least_one(n_permutations=n_permutations)
     positive, scores_a, scores_b = check_pair(labels, scores_a, scores_b)
     ranks_a, ranks_b = rankdata(scores_a), rankdata(scores_b)
     patients = patient_numbers(patient_ids, len(positive))
+    n_patients = patients.max() + 1
     rng = np.random.default_rng(seed)
     observed = abs(rank_auc(ranks_a, positive) - rank_auc(ranks_b, positive))
-    at_once = max(1, 2**19 // len(positive))
-    as_large = 0
-    for start in range(0, n_permutations, at_once):
-        count = min(at_once, n_permutations - start)
-        swap = rng.integers(0, 2, (count, patients.max() + 1), dtype=bool)[:, patients]
-        first = rank_auc(np.where(swap, ranks_b, ranks_a), positive)
-        second = rank_auc(np.where(swap, ranks_a, ranks_b), positive)
-        as_large += int((abs(first - second) >= observed - 1e-12).sum())
-    return (1 + as_large) / (1 + n_permutations)
+    max_batch = max(1, 2**19 // len(positive))  # permutations whose ranks take about 4 MB
+    n_as_large = 0
+    for start in range(0, n_permutations, max_batch):
+        batch_size = min(max_batch, n_permutations - start)
+        swap = rng.integers(0, 2, (batch_size, n_patients), dtype=bool)[:, patients]
+        aucs_a = rank_auc(np.where(swap, ranks_b, ranks_a), positive)
+        aucs_b = rank_auc(np.where(swap, ranks_a, ranks_b), positive)
+        n_as_large += int((abs(aucs_a - aucs_b) >= observed - 1e-12).sum())
+    return (1 + n_as_large) / (1 + n_permutations)
 
 
 def rank_auc(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    "AUC of each row of scores (..., n), from the sum of the ranks of the positive slides."
+    """AUC of each row of scores (..., n), from the sum of the ranks of the positive slides, which
+    is Wilcoxon's statistic."""
     from scipy.stats import rankdata  # slow to import, so only where it is used
 
-    n_positive, n_negative = positive.sum(), (~positive).sum()
+    n_positive = positive.sum()
+    n_negative = (~positive).sum()
     rank_sum = rankdata(scores, axis=-1)[..., positive].sum(-1)
     return (rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
 
@@ -875,7 +928,9 @@ def accuracy_test(
     patient_ids: Sequence | np.ndarray | None = None,  # of each slide; None: each has its own
 ) -> float:
     """Two-sided p-value for the difference of two accuracies: McNemar's exact test (1947) or, with
-    `patient_ids`, by swapping the models patient by patient."""
+    `patient_ids`, a permutation test in which the models are swapped patient by patient.
+
+    Raises `InputError` for other shapes, or unless `n_permutations` is at least 1."""
     at_least_one(n_permutations=n_permutations)
     right_a, right_b = np.asarray(right_a, bool), np.asarray(right_b, bool)
     if right_a.shape != right_b.shape or right_a.ndim != 1:
@@ -887,19 +942,23 @@ def accuracy_test(
     if patient_ids is None:
         return mcnemar_test(advantage)
     patients = patient_numbers(patient_ids, len(advantage))
-    sums = np.bincount(patients, advantage).astype(int)
-    sums = sums[sums != 0]
+    patient_advantages = np.bincount(patients, advantage).astype(int)
+    patient_advantages = patient_advantages[patient_advantages != 0]  # of others a swap is nothing
     rng = np.random.default_rng(seed)
-    signs = rng.integers(0, 2, (n_permutations, len(sums)), dtype=np.int8) * 2 - 1
-    as_large = int((abs(signs @ sums) >= abs(sums.sum())).sum())
-    return (1 + as_large) / (1 + n_permutations)
+    shape = n_permutations, len(patient_advantages)
+    signs = rng.integers(0, 2, shape, dtype=np.int8) * 2 - 1
+    observed = abs(patient_advantages.sum())
+    n_as_large = int((abs(signs @ patient_advantages) >= observed).sum())
+    return (1 + n_as_large) / (1 + n_permutations)
 
 
 def mcnemar_test(advantage: np.ndarray) -> float:
-    "The exact p-value of slides that only the first model (1) or only the second (-1) has right."
+    """The two-sided p-value of McNemar's exact test, from the slides that only the first model has
+    right (1), only the second (-1), or both or neither (0); 1 if there is no discordant slide."""
     from scipy.stats import binomtest  # slow to import, so only where it is used
 
-    only_one = int(abs(advantage).sum())
-    if only_one == 0:
+    n_discordant = int(abs(advantage).sum())
+    if n_discordant == 0:
         return 1.0
-    return float(binomtest(int((advantage > 0).sum()), only_one).pvalue)
+    n_only_first = int((advantage > 0).sum())
+    return float(binomtest(n_only_first, n_discordant).pvalue)

@@ -55,7 +55,7 @@ def check_probabilities(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels as bool and probabilities as float64, each (n,).
 
-    Raises `InputError` as `check_scores` does, and for what is not from 0 to 1."""
+    Raises `InputError` as `check_scores` does, and for a probability that is not from 0 to 1."""
     positive, probabilities = check_scores(labels, probabilities)
     outside = (probabilities < 0) | (probabilities > 1)
     if outside.any():
@@ -73,24 +73,29 @@ def calibration(
     n_bins: int = 15,  # of equal width; Guo et al. take 15
     resampling: Resampling = RESAMPLING,
 ) -> Calibration:
-    "Brier's score, the expected calibration error, and the bins of a reliability diagram."
+    """Brier's score, the expected calibration error, and the bins of a reliability diagram.
+
+    Raises `InputError` as `check_scores` does, for a probability that is not from 0 to 1, and
+    unless `n_bins` is a whole number from 1 on."""
     from sklearn.metrics import brier_score_loss  # slow to import, so only where it is used
 
     positive, probabilities = check_probabilities(labels, probabilities)
     if n_bins < 1 or n_bins != int(n_bins):
         raise InputError(f'{n_bins} bins: it has to be a whole number, at least 1')
-    squares = (probabilities - positive) ** 2
+    squared_errors = (probabilities - positive) ** 2
 
-    def mean_squares(weights):
-        return (weights @ squares) / weights.sum(1)
+    def mean_squared_errors(weights):
+        return (weights @ squared_errors) / weights.sum(1)
 
+    n_slides = len(positive)
     brier = brier_score_loss(positive, probabilities)
+    prevalence = positive.mean()
     bins = reliability_bins(positive, probabilities, n_bins, resampling)
-    distances = [each['n'] * abs(each['predicted'] - each['observed']) for each in bins]
+    weighted_gaps = [each['n'] * abs(each['predicted'] - each['observed']) for each in bins]
     return Calibration(
-        brier=percentile_estimate(brier, mean_squares, len(positive), resampling),
-        reference=float(positive.mean() * (1 - positive.mean())),
-        ece=float(sum(distances) / len(positive)),
+        brier=percentile_estimate(brier, mean_squared_errors, n_slides, resampling),
+        reference=float(prevalence * (1 - prevalence)),
+        ece=float(sum(weighted_gaps) / n_slides),
         bins=bins,
     )
 
@@ -101,20 +106,20 @@ def reliability_bins(
     n_bins: int,
     resampling: Resampling,  # only level and patients matter
 ) -> list[dict]:
-    "The bins of equal width that have slides: see `Calibration`."
-    number = np.minimum((probabilities * n_bins).astype(int), n_bins - 1)
+    "The bins of equal width that have slides, in ascending order: see `Calibration`."
+    bin_of_slide = np.minimum((probabilities * n_bins).astype(int), n_bins - 1)
     bins = []
-    for each in np.unique(number):
-        inside = number == each
-        patient_ids = resampling.of_slides(inside).patient_ids
-        share = share_interval(positive[inside], resampling.level, patient_ids)
+    for number in np.unique(bin_of_slide):
+        is_inside = bin_of_slide == number
+        patient_ids = resampling.of_slides(is_inside).patient_ids
+        share = share_interval(positive[is_inside], resampling.level, patient_ids)
         bins.append(
             dict(
-                predicted=float(probabilities[inside].mean()),
+                predicted=float(probabilities[is_inside].mean()),
                 observed=share.value,
                 low=share.low,
                 high=share.high,
-                n=int(inside.sum()),
+                n=int(is_inside.sum()),
             )
         )
     return bins
@@ -157,26 +162,28 @@ def draw_counts(ax: 'Axes', probabilities: ArrayLike, n_bins: int, color: str) -
     ax.bar(edges[:-1], heights, 1 / n_bins, align='edge', color=color, alpha=0.25, lw=0)
 
 # %% ../../nbs/evaluation/04_calibration.ipynb #90f0c9bb
-SMALLEST = 1e-7  # what a probability is kept away from 0 and 1
+MIN_PROBABILITY = 1e-7  # probabilities closer to 0 or 1 are clipped, so that logits are finite
 
 
 def logits_of(probabilities: np.ndarray) -> np.ndarray:
-    "Logits of probabilities, all finite."
-    inside = np.clip(probabilities, SMALLEST, 1 - SMALLEST)
-    return np.log(inside) - np.log1p(-inside)
+    "The logits of probabilities, which are clipped to `MIN_PROBABILITY` from 0 and from 1."
+    clipped = np.clip(probabilities, MIN_PROBABILITY, 1 - MIN_PROBABILITY)
+    return np.log(clipped) - np.log1p(-clipped)
 
 # %% ../../nbs/evaluation/04_calibration.ipynb #305efb85
 def fit_temperature(
     labels: ArrayLike,  # 0 or 1 for each tuning slide (n,)
     probabilities: ArrayLike,  # of 1, for each (n,)
 ) -> float:
-    """The temperature of maximum likelihood on tuning slides: above 1 for an overconfident network.
+    """The maximum likelihood estimate of the temperature on tuning slides: above 1 for an
+    overconfident network.
 
-    Raises `InputError` where no temperature is the best: all slides are on the right side of one
-    half, or they are wrong more than right."""
+    Raises `InputError` where the likelihood has no maximum: all slides are on the right side of one
+    half, or the mean logit is on the wrong side."""
     from scipy.optimize import minimize_scalar  # slow to import, so only where it is used
 
     positive, probabilities = check_probabilities(labels, probabilities)
+    # logits whose sign says whether the slide is on the right side of one half
     margins = np.where(positive, 1, -1) * logits_of(probabilities)
     if (margins >= 0).all():
         raise InputError(
@@ -189,18 +196,22 @@ def fit_temperature(
             'right, so that no temperature is the best: are the labels the right way round?'
         )
 
-    def loss(log_temperature):
+    def negative_log_likelihood(log_temperature):
         return np.logaddexp(0, -margins * np.exp(-log_temperature)).mean()
 
-    best = minimize_scalar(loss, bounds=(-7, 7), method='bounded', options=dict(xatol=1e-6))
-    return float(np.exp(best.x))
+    minimum = minimize_scalar(
+        negative_log_likelihood, bounds=(-7, 7), method='bounded', options=dict(xatol=1e-6)
+    )
+    return float(np.exp(minimum.x))
 
 
 def scaled_probabilities(
     probabilities: ArrayLike,  # (n,)
     temperature: float,  # above 0
 ) -> np.ndarray:
-    "Probabilities (n,) whose logits are divided by a temperature."
+    """Probabilities (n,) after temperature scaling: their logits are divided by `temperature`.
+
+    Raises `InputError` unless it is above 0."""
     if not temperature > 0:
         raise InputError(f'temperature {temperature}: it has to be above 0')
     logits = logits_of(np.asarray(probabilities, float))

@@ -9,7 +9,7 @@ __all__ = ['plot_roc', 'average_precision', 'plot_pr', 'OperatingPoint', 'operat
 # %% ../../nbs/evaluation/03_evaluation.ipynb #8c7f937c
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,25 +53,30 @@ def curve_band(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The lower and the upper limit of resampled curves, each (m,): the middle `level` of them.
 
-    Resamples of one class only are drawn again."""
+    Resamples of one class only are drawn again. Raises `InputError` as `check_scores` does, and
+    unless there is at least one resample."""
     at_least_one(n=resampling.n)
     positive, scores = check_scores(labels, scores)
     patients = resampling.patients(len(positive))
+    n_patients = patients.max() + 1
     rng = np.random.default_rng(resampling.seed)
     curves = []
     while len(curves) < resampling.n:
-        at_once = min(100, resampling.n - len(curves))
-        weights = draw_weights(patients.max() + 1, at_once, rng)[:, patients]
-        of_positive, of_negative = class_weights(positive, scores, weights)
-        for above in zip(counts_above(of_positive), counts_above(of_negative)):
-            if above[0][-1] > 0 and above[1][-1] > 0:
-                curves.append(curve(*above))
+        batch_size = min(100, resampling.n - len(curves))
+        weights = draw_weights(n_patients, batch_size, rng)[:, patients]
+        counts = [counts_above(each) for each in class_weights(positive, scores, weights)]
+        for positive_above, negative_above in zip(*counts):
+            has_both_classes = positive_above[-1] > 0 and negative_above[-1] > 0
+            if has_both_classes:
+                curves.append(curve(positive_above, negative_above))
     low, high = np.quantile(curves, resampling.tails, axis=0)
     return low, high
 
 
 def counts_above(weights: np.ndarray) -> np.ndarray:
-    "Slides at or above each distinct score, from the highest down, beginning with none of them."
+    """The number of slides at or above each distinct score, from the highest score down, with 0 in
+    front: (resamples, distinct + 1), from weights (resamples, distinct) from the lowest score up.
+    """
     return np.pad(weights[:, ::-1].cumsum(1), ((0, 0), (1, 0)))
 
 
@@ -92,15 +97,18 @@ def roc_band(
 
 def rates_at(
     positive_above: np.ndarray,  # positive slides above each distinct score (distinct + 1,)
-    negative_above: np.ndarray,
+    negative_above: np.ndarray,  # negative slides above each (distinct + 1,)
     rates: np.ndarray,  # false positive rates (m,)
 ) -> np.ndarray:
-    "True positive rates (m,), interpolated; where the curve is vertical, the upper end."
+    """True positive rates of an ROC curve (m,), interpolated linearly; where the curve is vertical,
+    its upper end."""
     tpr, fpr = positive_above / positive_above[-1], negative_above / negative_above[-1]
-    left = np.searchsorted(fpr, rates, side='right') - 1
-    right = np.minimum(left + 1, len(fpr) - 1)
-    width = np.where(fpr[right] > fpr[left], fpr[right] - fpr[left], 1)
-    return tpr[left] + (rates - fpr[left]) / width * (tpr[right] - tpr[left])
+    point_before = np.searchsorted(fpr, rates, side='right') - 1
+    point_after = np.minimum(point_before + 1, len(fpr) - 1)
+    fpr_before, fpr_after = fpr[point_before], fpr[point_after]
+    tpr_before, tpr_after = tpr[point_before], tpr[point_after]
+    fpr_step = np.where(fpr_after > fpr_before, fpr_after - fpr_before, 1)
+    return tpr_before + (rates - fpr_before) / fpr_step * (tpr_after - tpr_before)
 
 
 def axis_or_new(ax: 'Axes | None' = None) -> 'Axes':
@@ -144,7 +152,7 @@ def plot_roc(
 
 # %% ../../nbs/evaluation/03_evaluation.ipynb #27f5873c
 def draw_band(ax: 'Axes', band: tuple[np.ndarray, np.ndarray, np.ndarray], color: str) -> None:
-    "The area between two curves: a grid, and the lower and upper limit at it."
+    "Draw a band, such as that of `roc_band`: the grid, and the lower and upper limit at it."
     grid, low, high = band
     ax.fill_between(grid, low, high, color=color, alpha=0.15, lw=0)
 
@@ -174,7 +182,8 @@ def average_precision(
     def areas(weights):
         return weighted_precision(positive, scores, weights)
 
-    area = areas(np.ones((1, len(positive)), int))[0]
+    each_slide_once = np.ones((1, len(positive)), int)
+    area = areas(each_slide_once)[0]
     return percentile_estimate(area, areas, len(positive), resampling)
 
 # %% ../../nbs/evaluation/03_evaluation.ipynb #c83c8611
@@ -184,13 +193,15 @@ def weighted_precision(
     weights: np.ndarray,  # how often each slide counts, a row for each resample (resamples, n)
 ) -> np.ndarray:
     "Average precision of every row of `weights` (resamples,); nan where a row has only one class."
-    of_positive, of_negative = class_weights(positive, scores, weights)
-    of_positive, of_negative = of_positive[:, ::-1], of_negative[:, ::-1]
-    true, false = of_positive.cumsum(1), of_negative.cumsum(1)
-    precision = true / np.maximum(true + false, 1)
+    positive_weights, negative_weights = class_weights(positive, scores, weights)
+    # a threshold goes from the highest score down
+    positive_weights, negative_weights = positive_weights[:, ::-1], negative_weights[:, ::-1]
+    true_positives, false_positives = positive_weights.cumsum(1), negative_weights.cumsum(1)
+    precision = true_positives / np.maximum(true_positives + false_positives, 1)
+    n_positive, n_negative = true_positives[:, -1], false_positives[:, -1]
     with np.errstate(invalid='ignore'):
-        areas = (of_positive * precision).sum(1) / true[:, -1]
-    return np.where(false[:, -1] > 0, areas, np.nan)
+        areas = (positive_weights * precision).sum(1) / n_positive
+    return np.where(n_negative > 0, areas, np.nan)
 
 
 def pr_band(
@@ -199,12 +210,14 @@ def pr_band(
     resampling: Resampling = CURVES,
     grid: ArrayLike | None = None,  # recalls above 0 (m,), None: 200 even steps
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "The bootstrap band of precision at each recall: see `roc_band`."
+    """Pointwise bootstrap band of precision at each recall: the grid, the lower and the upper
+    limit, each (m,)."""
     recalls = np.linspace(0, 1, 201)[1:] if grid is None else np.asarray(grid)
 
     def precision(positive_above, negative_above):
-        wanted = recalls * positive_above[-1] - 1e-9
-        first = np.maximum(np.searchsorted(positive_above, wanted), 1)
+        n_positive = positive_above[-1]
+        min_true_positives = recalls * n_positive - 1e-9  # less what rounding may add
+        first = np.maximum(np.searchsorted(positive_above, min_true_positives), 1)
         return positive_above[first] / (positive_above[first] + negative_above[first])
 
     return recalls, *curve_band(labels, scores, precision, resampling)
@@ -226,8 +239,8 @@ def plot_pr(
     positive, scores = check_scores(labels, scores)
     area = average_precision(positive, scores, resampling)
     if band:
-        of_band = Resampling(CURVES.n, resampling.seed, resampling.level, resampling.patient_ids)
-        draw_band(ax, pr_band(positive, scores, of_band), color)
+        band_resampling = replace(resampling, n=CURVES.n)
+        draw_band(ax, pr_band(positive, scores, band_resampling), color)
     ax.axhline(positive.mean(), color='.75', lw=0.8, ls=(0, (4, 4)))
     precision, recall, _ = precision_recall_curve(positive, scores)
     ax.step(
@@ -272,30 +285,32 @@ def operating_point(
         threshold = sensitive_threshold(positive, scores, min_sensitivity)
     elif threshold is None:
         threshold = most_accurate_threshold(positive, scores)
-    called = scores >= threshold
+    called_positive = scores >= threshold
     return OperatingPoint(
         threshold=float(threshold),
-        accuracy=float((called == positive).mean()),
-        sensitivity=float(called[positive].mean()),
-        specificity=float((~called[~positive]).mean()),
+        accuracy=float((called_positive == positive).mean()),
+        sensitivity=float(called_positive[positive].mean()),
+        specificity=float((~called_positive[~positive]).mean()),
     )
 
 # %% ../../nbs/evaluation/03_evaluation.ipynb #0fd85556
 def most_accurate_threshold(positive: np.ndarray, scores: np.ndarray) -> float:
-    """The threshold of maximum accuracy; of several the one with the highest sum of sensitivity and
-    specificity, and of these the lowest."""
+    """The threshold of maximum accuracy. Of several, the one with the highest sum of sensitivity
+    and specificity, and among equals the lowest."""
     fpr, tpr, thresholds = roc(positive, scores)
     thresholds[0] = np.nextafter(scores.max(), np.inf)  # finite, and above every slide
     n_right = tpr * positive.sum() + (1 - fpr) * (~positive).sum()
-    order = np.lexsort(((tpr - fpr).round(9), n_right.round(6)))
-    return float(thresholds[order[-1]])
+    # rounded, so that rounding errors decide no tie; thresholds descend, so the last is the lowest
+    ascending = np.lexsort(((tpr - fpr).round(9), n_right.round(6)))
+    return float(thresholds[ascending[-1]])
 
 
 def sensitive_threshold(positive: np.ndarray, scores: np.ndarray, min_sensitivity: float) -> float:
-    "The highest threshold that finds at least such a share of the positive slides."
-    n_found = max(1, int(np.ceil(min_sensitivity * positive.sum() - 1e-9)))
-    from_the_top = np.sort(scores[positive])[::-1]
-    return float(from_the_top[n_found - 1])
+    "The highest threshold at which the sensitivity is at least `min_sensitivity`."
+    n_positive = positive.sum()
+    min_true_positives = max(1, int(np.ceil(min_sensitivity * n_positive - 1e-9)))
+    descending = np.sort(scores[positive])[::-1]
+    return float(descending[min_true_positives - 1])
 
 # %% ../../nbs/evaluation/03_evaluation.ipynb #059bf574
 def point_intervals(
@@ -305,16 +320,18 @@ def point_intervals(
     level: float = 0.95,  # of the intervals
     patient_ids: Sequence | np.ndarray | None = None,  # of each slide; None: each has its own
 ) -> dict[str, Estimate]:
-    "Accuracy, sensitivity and specificity at a threshold, with the intervals of `share_interval`."
+    """{'accuracy': ..., 'sensitivity': ..., 'specificity': ...} at a threshold, with the intervals
+    of `share_interval`."""
     positive, scores = check_scores(labels, scores)
-    right = (scores >= threshold) == positive
+    is_right = (scores >= threshold) == positive
     resampling = Resampling(level=level, patient_ids=patient_ids)
 
     def share(chosen):
-        return share_interval(right[chosen], level, resampling.of_slides(chosen).patient_ids)
+        return share_interval(is_right[chosen], level, resampling.of_slides(chosen).patient_ids)
 
+    all_slides = np.ones(len(is_right), bool)
     return dict(
-        accuracy=share(np.ones(len(right), bool)),
+        accuracy=share(all_slides),
         sensitivity=share(positive),
         specificity=share(~positive),
     )
@@ -452,20 +469,25 @@ class Prediction:
 def read_predictions(
     path: str | Path,  # CSV with slide_id, label, split, probability and perhaps seconds
 ) -> list[Prediction]:
-    "All rows of a table, checked. Raises `InputError` with the file, the slide and the value."
+    """The rows of a table of predictions.
+
+    Raises `InputError`, with the file, the slide and the value, if the file is missing, has no rows
+    or a slide twice, or if a row is not valid."""
     way_out = 'run sp_predict first, or give the path of a predictions.csv'
     rows = read_table(path, NEEDED_COLUMNS, OPTIONAL_COLUMNS, way_out)
     if not rows:
         raise InputError(f'{path} has no rows: run sp_predict on at least one slide')
     counts = Counter(row['slide_id'] for row in rows)
-    twice = [slide_id for slide_id, count in counts.items() if count > 1]
-    if twice:
-        raise InputError(f'{path} has slide {twice[0]!r} more than once: keep one row a slide')
+    repeated_ids = [slide_id for slide_id, count in counts.items() if count > 1]
+    if repeated_ids:
+        raise InputError(
+            f'{path} has slide {repeated_ids[0]!r} more than once: keep one row a slide'
+        )
     return [read_prediction(path, row) for row in rows]
 
 # %% ../../nbs/evaluation/03_evaluation.ipynb #3856165d
 def read_prediction(path: str | Path, row: dict) -> Prediction:
-    "One row of a table of predictions, checked."
+    "One row of a table of predictions. Raises `InputError` if a value of it is not valid."
     slide_id = row['slide_id']
     where = f'{path}, slide {slide_id!r}'
     label = None
@@ -485,7 +507,9 @@ def read_prediction(path: str | Path, row: dict) -> Prediction:
 
 
 def number_in(row: dict, column: str, where: str) -> float:
-    "The number in a column of a row. Raises `InputError`, with `where` that is, if there is none."
+    """The finite number in a column of a row.
+
+    Raises `InputError` if there is none; the error begins with `where`."""
     try:
         return finite_number(row[column], column)
     except ValueError as e:
@@ -493,9 +517,10 @@ def number_in(row: dict, column: str, where: str) -> float:
 
 # %% ../../nbs/evaluation/03_evaluation.ipynb #73bf700d
 def column_of(path: str | Path, column: str, needed: bool = True) -> dict[str, str]:
-    """The values of a column, of slides that have one: {slide_id: text}.
+    """{slide_id: text} of a column, without slides for which it is empty.
 
-    A slide may have several rows if all say the same; otherwise `InputError` is raised."""
+    Raises `InputError` if two rows of a slide differ, or if the file or a column that is `needed`
+    is missing."""
     columns = ('slide_id', column) if needed else ('slide_id',)
     way_out = f'give a manifest with slide_id and {column}'
     values = {}
@@ -504,11 +529,11 @@ def column_of(path: str | Path, column: str, needed: bool = True) -> dict[str, s
         if not value:
             continue
         slide_id = row['slide_id']
-        before = values.setdefault(slide_id, value)
-        if before != value:
+        first_value = values.setdefault(slide_id, value)
+        if first_value != value:
             raise InputError(
                 f'{path}, line {row.line}: slide {slide_id!r} has the {column} {value!r} here and '
-                f'{before!r} before; keep one'
+                f'{first_value!r} before; keep one'
             )
     return values
 
@@ -526,8 +551,8 @@ def patients_of(
     slide_ids: Sequence[str],
     known: dict[str, str],  # as `read_patients` gives it
 ) -> list[str] | None:
-    """The patient of each slide; a slide whose patient is not known has its own. None where no
-    patient has several of these slides."""
+    """The patient of each slide, where a slide whose patient is not known counts as a patient of
+    its own. None if no patient has several of these slides."""
     patient_ids = [known.get(slide_id, f'slide {slide_id}') for slide_id in slide_ids]
     if len(set(patient_ids)) == len(patient_ids):
         return None

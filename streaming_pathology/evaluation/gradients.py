@@ -87,11 +87,12 @@ def image_std(
 ) -> float:
     "Standard deviation over all pixels and channels, in grey levels."
     height = image.shape[2]
-    sums = []
+    sums = []  # of the values and of their squares, for each group of rows
     for top in range(0, height, rows):
         pixels = rows_of(image, top, min(top + rows, height)).double()
         sums.append((pixels.sum().item(), pixels.square().sum().item()))
-    mean, mean_square = np.sum(sums, axis=0) / np.prod(image.shape)
+    n_values = np.prod(image.shape)
+    mean, mean_square = np.sum(sums, axis=0) / n_values
     variance = max(mean_square - mean**2, 0)
     return float(variance**0.5)
 
@@ -137,7 +138,8 @@ class ChangedRows:
 
 
 class GradientRows(ChangedRows):
-    "Such an image, the gradient of whose rows goes to `take(gradient, top)`, each row once."
+    """`ChangedRows` that hand the gradient of their rows to `take(gradient, top)`. Each row has its
+    gradient handed over once."""
 
     def __init__(
         self,
@@ -185,12 +187,13 @@ class Noise:
         return torch.randn(shape, generator=generator, dtype=self.dtype).mul_(self.std)
 
     def block(self, number: int) -> torch.Tensor:
-        "A block of noise, drawn or kept."
+        "A block of noise (1, 3, BLOCK, width): the one in `blocks`, or drawn and put there."
         block = self.blocks.get(number)
         if block is None:
             block = self.draw(number)
             latest = list(self.blocks.items())[1 - KEPT_BLOCKS :]
-            self.blocks = dict([*latest, (number, block)])  # replaced: another thread may read it
+            # a new dict, as another thread may read the old one
+            self.blocks = dict([*latest, (number, block)])
         return block
 
     def add(self, pixels: torch.Tensor, top: int, left: int = 0) -> torch.Tensor:
@@ -211,15 +214,15 @@ class Noise:
 # %% ../../nbs/evaluation/09_gradients.ipynb #grd00009
 @contextmanager
 def only_input_gradients(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model is in eval mode and none of its parameters wants a gradient; both are
+    """Inside, the model is in eval mode and none of its parameters requires a gradient; both are
     restored afterwards."""
-    wants_gradient = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with evaluating(model):
         try:
             yield model.requires_grad_(False)
         finally:
-            for parameter, wanted in wants_gradient:
-                parameter.requires_grad_(wanted)
+            for parameter, requires_grad in flags:
+                parameter.requires_grad_(requires_grad)
 
 
 def first_streamed(model: nn.Module) -> Streamed | None:
@@ -234,12 +237,13 @@ def first_streamed(model: nn.Module) -> Streamed | None:
 
 
 def reads_rows(model: nn.Module, image: torch.Tensor | RowReader) -> bool:
-    """Whether a network reads an image by rows: one that is streamed, unless the image is in memory
-    and is better cut by columns."""
+    """Whether a network is given an image to read by rows: if it is streamed, unless the image is
+    in memory and the network cuts it into strips of columns."""
     streamed = first_streamed(model)
     if streamed is None:
         return False
-    if not isinstance(image, torch.Tensor):
+    is_in_memory = isinstance(image, torch.Tensor)
+    if not is_in_memory:
         return True
     if streamed.direction == 'auto':
         height, width = image.shape[2:]
@@ -253,21 +257,27 @@ def device_of(model: nn.Module, rows: ChangedRows) -> torch.device:
     return rows.device if parameter is None else parameter.device
 
 
+def no_gradient_error(model: nn.Module) -> InputError:
+    "The error for an output without a gradient."
+    return InputError(
+        f'the output of {type(model).__name__} does not depend on its image: no gradient reaches it'
+    )
+
+
 def input_gradients(
     model: nn.Module,
     output: torch.Tensor,
-    pixels: Sequence[torch.Tensor],  # of the image, or of its parts; empty: it was read by rows
+    pixels: Sequence[torch.Tensor],  # the image, or its parts
 ) -> list[torch.Tensor]:
-    """The gradient of an output with respect to each part of the image. Raises `InputError` if it
-    depends on none."""
-    gradients: Sequence[torch.Tensor | None] = []
-    if output.requires_grad and pixels:
-        gradients = torch.autograd.grad(output, pixels, allow_unused=True)
+    """The gradient of an output with respect to each part of the image, of the shape of that part;
+    zeros for a part that the output does not depend on.
+
+    Raises `InputError` if it depends on none."""
+    if not output.requires_grad:
+        raise no_gradient_error(model)
+    gradients = torch.autograd.grad(output, pixels, allow_unused=True)
     if all(gradient is None for gradient in gradients):
-        raise InputError(
-            f'the output of {type(model).__name__} does not depend on its image: no gradient '
-            'reaches it'
-        )
+        raise no_gradient_error(model)
     return [
         torch.zeros_like(part) if gradient is None else gradient
         for part, gradient in zip(pixels, gradients, strict=True)
@@ -275,7 +285,10 @@ def input_gradients(
 
 
 def output_number(model: nn.Module, image: Any, target: int) -> torch.Tensor:
-    "One output of a model, a scalar. Raises `InputError` if there is no such output."
+    """Output number `target` of a model for an image, a scalar; negative numbers count from the
+    last one.
+
+    Raises `InputError` if there is no such output."""
     outputs = model(image)
     if outputs.ndim != 2 or not -outputs.shape[1] <= target < outputs.shape[1]:
         raise InputError(
@@ -297,15 +310,18 @@ def output_of(
     by_rows = reads_rows(model, rows.image)
     wants_gradient = isinstance(rows, GradientRows)
     with only_input_gradients(model), torch.set_grad_enabled(wants_gradient):
-        x = None
-        if not by_rows:
+        if by_rows:
+            output = output_number(model, rows, target)
+            if wants_gradient and not output.requires_grad:
+                raise no_gradient_error(model)
+            if wants_gradient:
+                output.backward()  # the streamed network calls `rows.write`
+        else:
             x = rows.whole(device_of(model, rows)).requires_grad_(wants_gradient)
-        output = output_number(model, rows if x is None else x, target)
-        if wants_gradient and by_rows and output.requires_grad:
-            output.backward()  # the streamed network calls `rows.write`
-        elif wants_gradient:
-            (gradient,) = input_gradients(model, output, [] if x is None else [x])
-            rows.write(0, rows.shape[2], gradient)
+            output = output_number(model, x, target)
+            if wants_gradient:
+                (gradient,) = input_gradients(model, output, [x])
+                rows.write(0, rows.shape[2], gradient)
     return output.item()
 
 # %% ../../nbs/evaluation/09_gradients.ipynb #3d2f79fd
@@ -327,13 +343,13 @@ def canvas_to_explain(
     # changes floats (1, 3, h, w) from a row and a column on, in place
     change: Callable[[torch.Tensor, int, int], torch.Tensor] | None,
 ) -> Canvas:
-    "A canvas whose patches are copies that are changed and want a gradient."
+    "A copy of a canvas. Its patches are floats, changed by `change`, and require a gradient."
     patches = []
     for top, left, pixels in canvas.patches:
-        copied = pixels.detach().to(dtype, copy=True)[None]
+        batch = pixels.detach().to(dtype, copy=True)[None]
         if change is not None:
-            copied = change(copied, top, left)
-        patches.append((top, left, copied[0].requires_grad_()))
+            batch = change(batch, top, left)
+        patches.append((top, left, batch[0].requires_grad_()))
     return Canvas(canvas.shape[2:], canvas.color, patches, dtype)
 
 
@@ -345,22 +361,23 @@ def explain_canvas(
     take: Callable[[torch.Tensor, int, int], None],
     target: int = 0,  # number of the output
 ) -> None:
-    """Give the gradient of one output with respect to each patch of a canvas to `take`. The model is
-    afterwards as it was before.
+    """Call `take(gradient, top, left)` for each patch of a canvas, with the gradient of one output
+    with respect to it. The model is afterwards as it was before.
 
     Raises `InputError` as `output_of` does, and for a canvas without patches."""
     if not canvas.patches:
         raise InputError(f'{canvas} has no patches: there is no tissue to explain')
     rows = ChangedRows(CanvasRows(canvas))
     rows.match_dtype(model)
-    changed = canvas_to_explain(canvas, rows.dtype, change)
-    patches = [pixels for *_, pixels in changed.patches]
+    changed_canvas = canvas_to_explain(canvas, rows.dtype, change)
+    patches = [pixels for *_, pixels in changed_canvas.patches]
     with only_input_gradients(model), torch.enable_grad():
-        image: Any = changed
+        image: Any = changed_canvas
         if first_streamed(model) is None:
-            image = changed.dense().to(device_of(model, rows))
-        gradients = input_gradients(model, output_number(model, image, target), patches)
-    for (top, left, _), gradient in zip(changed.patches, gradients, strict=True):
+            image = changed_canvas.dense().to(device_of(model, rows))
+        output = output_number(model, image, target)
+        gradients = input_gradients(model, output, patches)
+    for (top, left, _), gradient in zip(changed_canvas.patches, gradients, strict=True):
         take(gradient[None], top, left)
 
 # %% ../../nbs/evaluation/09_gradients.ipynb #685351c9
@@ -374,33 +391,35 @@ def grid_shape(size: tuple[int, int], cell: int) -> tuple[int, int]:
 
 
 def add_pixels(total: torch.Tensor, pixels: torch.Tensor, top: int, left: int, cell: int) -> None:
-    """Add pixels (..., h, w), from row `top` and column `left` on, to the cells
-    (..., rows, columns) that they lie in."""
+    """Add pixels (..., h, w), from row `top` and column `left` on, to the cells of a map that they
+    lie in: `total`, (..., rows, columns), in place."""
     height, width = pixels.shape[-2:]
     if cell == 1:
         total[..., top : top + height, left : left + width].add_(pixels)
         return
-    padded = nn.functional.pad(pixels, (left % cell, -(left + width) % cell))
-    columns = padded.unflatten(-1, (-1, cell)).sum(-1)
-    rows = torch.arange(top, top + height, device=total.device) // cell
-    total.narrow(-1, left // cell, columns.shape[-1]).index_add_(-2, rows, columns)
+    # first the sums within each row of pixels, then those of the rows of a cell
+    whole_cells = nn.functional.pad(pixels, (left % cell, -(left + width) % cell))
+    row_sums = whole_cells.unflatten(-1, (-1, cell)).sum(-1)
+    cell_of_row = torch.arange(top, top + height, device=total.device) // cell
+    n_columns = row_sums.shape[-1]
+    total.narrow(-1, left // cell, n_columns).index_add_(-2, cell_of_row, row_sums)
 
 
 def sides_of_cells(length: int, cell: int) -> torch.Tensor:
-    "Pixels along the side of each cell: the last one may be smaller."
+    "The side of each cell in pixels, (n_cells,): the last one may be smaller."
     starts = torch.arange(0, length, cell)
     return (length - starts).clamp(max=cell)
 
 
 class CopySum:
-    "The sum over noisy copies of what is averaged."
+    "The sum over noisy copies of the absolute, squared or signed gradient, for each cell of a map."
 
     def __init__(
         self,
         size: tuple[int, int],  # (H, W) of the image
-        cell: int,
-        average: str,
-        dtype: torch.dtype,
+        cell: int,  # pixels a side of a cell of the map
+        average: str,  # one of `AVERAGES`
+        dtype: torch.dtype,  # of the sum
     ) -> None:
         self.size = size
         self.cell = cell
@@ -478,8 +497,9 @@ def smoothgrad(
 
 # %% ../../nbs/evaluation/09_gradients.ipynb #018a2607
 def glass_of(glass: float | Sequence[float], rows: ChangedRows) -> torch.Tensor:
-    """A grey level, or three, as a pixel (1, 1 or 3, 1, 1) of an image. Raises `InputError` for
-    another number of levels."""
+    """A grey level, or red, green and blue, as a pixel of an image, (1, 1, 1, 1) or (1, 3, 1, 1).
+
+    Raises `InputError` for another number of levels."""
     pixel = torch.as_tensor(glass, dtype=rows.dtype).reshape(1, -1, 1, 1).to(rows.device)
     if pixel.shape[1] not in (1, 3):
         raise InputError(f'glass={glass}: give a grey level, or red, green and blue')
@@ -487,7 +507,8 @@ def glass_of(glass: float | Sequence[float], rows: ChangedRows) -> torch.Tensor:
 
 
 def blend(start: torch.Tensor, share: float, pixels: torch.Tensor, top: int) -> torch.Tensor:
-    "Rows at a `share` of the straight path from the pixel `start` to them, wherever they lie."
+    """A linear interpolation: `pixels` (1, 3, h, W) where `share` is 1, and the pixel `start` where
+    it is 0. Made for `ChangedRows`, whose first row, `top`, does not matter here."""
     return torch.lerp(start.to(pixels.dtype).expand_as(pixels), pixels, share)
 
 # %% ../../nbs/evaluation/09_gradients.ipynb #grd00014
@@ -507,20 +528,22 @@ def integrated_gradients(
     image, target or setting that is out of range."""
     x = as_image(image)
     at_least_one(steps=steps)
-    like = ChangedRows(x)
-    start = glass_of(glass, like)
-    total = torch.zeros(x.shape[2:], dtype=like.dtype)
+    unchanged = ChangedRows(x)
+    dtype, device = unchanged.dtype, unchanged.device
+    start = glass_of(glass, unchanged)
+    total = torch.zeros(x.shape[2:], dtype=dtype)
 
-    def take(gradient: torch.Tensor, top: int) -> None:
+    def add_to_total(gradient: torch.Tensor, top: int) -> None:
         bottom = top + gradient.shape[2]
         with rows.lock:
-            distance = rows_of(x, top, bottom).to(like.dtype) - start
-        added = gradient.to(like.device, like.dtype) * distance
-        total[top:bottom] += added[0].sum(0).to(total.device)
+            distance = rows_of(x, top, bottom).to(dtype) - start
+        contribution = gradient.to(device, dtype) * distance
+        total[top:bottom] += contribution[0].sum(0).to(total.device)
 
-    rows = GradientRows(x, None, take)
+    rows = GradientRows(x, change=None, take=add_to_total)
     for step in range(steps):
-        rows.change = partial(blend, start, (step + 0.5) / steps)
+        middle = (step + 0.5) / steps
+        rows.change = partial(blend, start, middle)
         output_of(model, rows, target)
     total.div_(steps)
     if not signed:

@@ -137,7 +137,7 @@ def cover_square(
     rows: torch.Tensor,  # (1, 3, h, W), which are changed in place
     first: int,  # number of the first of these rows
 ) -> torch.Tensor:
-    "Rows of an image with a square of glass on them, where it lies on them."
+    "The rows (1, 3, h, W), in which the pixels within the square are now glass."
     top, left = corner
     start = max(top - first, 0)
     stop = min(top + size - first, rows.shape[2])
@@ -147,7 +147,7 @@ def cover_square(
 
 
 def cells_between(start: int, stop: int, cell: int) -> slice:
-    "The cells of a map that pixels from `start` up to `stop` of one side touch."
+    "The cells of a map, along one side, that have pixels from `start` up to `stop`."
     return slice(start // cell, -(-stop // cell))
 
 # %% ../../nbs/evaluation/10_heatmaps.ipynb #hmp00005
@@ -198,7 +198,8 @@ def patch_heatmap(
     cell: int = 16,  # pixels a side, of a cell of the map
 ) -> np.ndarray:
     """The probabilities of the patches of a bag, or their attention weights, where they lie:
-    (ceil(H/cell), ceil(W/cell)) float32.
+    (ceil(H/cell), ceil(W/cell)) float32. A cell has the mean of the patches that cover it, and 0
+    where there are none.
 
     The paper, section IV-D. Raises `InputError` if `cell` is no whole number above 0."""
     if cell < 1 or cell != int(cell):
@@ -208,10 +209,10 @@ def patch_heatmap(
     cell = int(cell)
     sums = np.zeros(grid_shape(bag.shape, cell))
     counts = np.zeros_like(sums)
-    patches = bag.positions.tolist()
+    positions = bag.positions.tolist()
     network: Any = model  # whose methods are its own
     relevance = network.relevance(bag).tolist()
-    for (top, left, factor), value in zip(patches, relevance, strict=True):
+    for (top, left, factor), value in zip(positions, relevance, strict=True):
         side = bag.size * factor
         rows = cells_between(top, top + side, cell)
         columns = cells_between(left, left + side, cell)
@@ -242,8 +243,9 @@ class Grid:
 
         Raises `InputError` if so many cells reach beyond the image by a cell or more, or leave
         room for two more."""
-        for cells, side in zip(shape, image, strict=True):
-            if not -2 * step < cells * step - side < step:
+        for n_cells, side in zip(shape, image, strict=True):
+            beyond_image = n_cells * step - side
+            if not -2 * step < beyond_image < step:
                 raise InputError(
                     f'a map of {shape[0]} x {shape[1]} cells of {step:g} pixels does not lie on an '
                     f'image of {image[0]:g} x {image[1]:g} pixels; give the pixels from one cell '
@@ -272,19 +274,19 @@ class Grid:
 
     @property
     def cells_in_image(self) -> tuple[float, float]:
-        "How many rows and columns lie on the image, with the parts of the last ones."
+        "(rows, columns) of the map that cover the image just to its edge, as fractions."
         return self.image[0] / self.cell[0], self.image[1] / self.cell[1]
 
     def on(
         self,
         size: Sequence[float],  # (height, width) in pixels
     ) -> 'Grid':
-        "The same grid on the image in another size."
-        height, width = size[0] / self.image[0], size[1] / self.image[1]
+        "The same grid on the image after it was resized."
+        row_scale, column_scale = size[0] / self.image[0], size[1] / self.image[1]
         spacing = self.spacing
         if spacing is not None:
-            spacing = spacing / width
-        cell = self.cell[0] * height, self.cell[1] * width
+            spacing = spacing / column_scale
+        cell = self.cell[0] * row_scale, self.cell[1] * column_scale
         return replace(self, image=(size[0], size[1]), cell=cell, spacing=spacing)
 
     def at(
@@ -301,7 +303,10 @@ def check_map(
     heat: np.ndarray | Sequence[Sequence[float]],  # (h, w), finite and not negative
     name: str = 'heatmap',  # how to call it in an error
 ) -> np.ndarray:
-    "A map as a float32 array. Raises `InputError` if it is no grid of such numbers."
+    """A map as float32 (h, w).
+
+    Raises `InputError` if it has another shape, no cells, or values that are negative or not
+    finite."""
     heat = np.asarray(heat)
     if heat.dtype.kind not in 'fiub' or heat.ndim != 2 or not heat.size:
         raise InputError(
@@ -343,41 +348,41 @@ def fit_map(
     grid: Grid | None = None,  # how the map lies on the image; None: just over it
 ) -> np.ndarray:
     """Mean over equal parts of the image, with the image's proportions and a longest side of at
-    most `max_side`, float32. What reaches beyond the image is cut off. Raises `InputError` for what
-    is no map."""
+    most `max_side`, float32. What reaches beyond the image is cut off.
+
+    Raises `InputError` for what is no map."""
     heat = check_map(heat)
-    cells = heat.shape
-    if grid is not None:
-        cells = grid.cells_in_image
-    shrink = min(1, max_side / max(cells))
-    height, width = (max(1, round(side * shrink)) for side in cells)
+    n_rows, n_columns = heat.shape if grid is None else grid.cells_in_image
+    shrink = min(1, max_side / max(n_rows, n_columns))
+    height, width = max(1, round(n_rows * shrink)), max(1, round(n_columns * shrink))
     if grid is None:
         pooled = nn.functional.adaptive_avg_pool2d(
             torch.from_numpy(heat)[None, None], (height, width)
         )
         return pooled[0, 0].numpy()
-    heat = covering(heat, grid)
-    heat = area_average(heat, 0, cells[0] / height, height, axis=0)
-    return area_average(heat, 0, cells[1] / width, width, axis=1)
+    heat = pad_to_image(heat, grid)
+    heat = area_average(heat, start=0, factor=n_rows / height, n=height, axis=0)
+    return area_average(heat, start=0, factor=n_columns / width, n=width, axis=1)
 
 # %% ../../nbs/evaluation/10_heatmaps.ipynb #efac5764
-def covering(
+def pad_to_image(
     cells: np.ndarray,  # (h, w), or (h, w, channels)
     grid: Grid,
 ) -> np.ndarray:
-    "The cells of a map, with cells of zeros after them where they end before the image does."
-    missing = []
-    for n_cells, needed in zip(cells.shape, grid.cells_in_image):
-        missing.append((0, max(0, math.ceil(needed - 1e-9) - n_cells)))
-    missing += [(0, 0)] * (cells.ndim - 2)
-    return np.pad(cells, missing)
+    "The cells of a map, padded with zeros below and to the right where the image is larger."
+    padding = []
+    for n_cells, needed_cells in zip(cells.shape, grid.cells_in_image):
+        n_missing = max(0, math.ceil(needed_cells - 1e-9) - n_cells)
+        padding.append((0, n_missing))
+    padding += [(0, 0)] * (cells.ndim - 2)  # of the channels
+    return np.pad(cells, padding)
 
 # %% ../../nbs/evaluation/10_heatmaps.ipynb #b42c75ac
 def high_value(
     heat: np.ndarray,  # not negative
     on_tissue: bool = False,  # it was computed on tissue only, and what is 0 says nothing
 ) -> float:
-    "The value that has full colour: the 99.5th percentile."
+    "The value that has full colour: the 99.5th percentile; 0 if there are no values."
     values = heat[heat > 0] if on_tissue else heat
     return float(np.percentile(values, 99.5)) if values.size else 0.0
 
@@ -387,19 +392,20 @@ def color_map(
     vmax: float | None = None,  # value of full colour; None: the 99.5th percentile of this map
     cmap: str = 'viridis',  # of matplotlib
 ) -> np.ndarray:
-    """A map as colours that get opaque with it, uint8 (h, w, 4). Raises `InputError` for what is no
-    map."""
+    """A map as colours whose opacity grows with it, uint8 (h, w, 4).
+
+    Raises `InputError` for what is no map."""
     from matplotlib import colormaps  # slow to import, so only where it is used
 
     heat = check_map(heat)
     if vmax is None:
         vmax = high_value(heat)
-    if not vmax:
+    if not vmax:  # such as where fewer than one in 200 cells are above 0
         vmax = heat.max()
-    if not vmax:
+    if not vmax:  # the map is 0 everywhere
         vmax = 1
     level = np.clip(heat / vmax, 0, 1)
-    rgba = colormaps[cmap](0.25 + 0.75 * level)
+    rgba = colormaps[cmap](0.25 + 0.75 * level)  # without the darkest quarter of the colours
     rgba[..., 3] = level
     return (rgba * 255).round().astype(np.uint8)
 
@@ -412,8 +418,10 @@ def overlay(
     cmap: str = 'viridis',  # of matplotlib
     grid: Grid | None = None,  # how the map lies on the image, in any size; None: just over it
 ) -> np.ndarray:
-    """An image with the stretched heatmap over it, uint8 (H, W, 3). Raises `InputError` for another
-    image, what is no map, or an opacity that is out of range."""
+    """An image with the stretched heatmap over it, uint8 (H, W, 3).
+
+    Raises `InputError` if the image is not (H, W, 3) of uint8, for what is no map, or for an
+    opacity that is out of range."""
     rgb = np.asarray(rgb)
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
         raise InputError(
@@ -426,9 +434,10 @@ def overlay(
     if grid is None:
         grid = Grid.over((height, width), colors.shape[:2])
     rows, columns = grid.cells_in_image
-    layer = Image.fromarray(covering(colors, grid))
-    layer = layer.resize((width, height), Image.Resampling.BILINEAR, box=(0, 0, columns, rows))
-    layer.putalpha(layer.getchannel('A').point(lambda value: value * alpha))
+    layer = Image.fromarray(pad_to_image(colors, grid))
+    on_image = 0, 0, columns, rows  # left, top, right and bottom
+    layer = layer.resize((width, height), Image.Resampling.BILINEAR, box=on_image)
+    layer.putalpha(layer.getchannel('A').point(lambda opacity: opacity * alpha))
     image = Image.fromarray(rgb).convert('RGBA')
     return np.asarray(Image.alpha_composite(image, layer).convert('RGB'))
 

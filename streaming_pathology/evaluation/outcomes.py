@@ -118,7 +118,7 @@ def kappa(
 
 # %% ../../nbs/evaluation/06_outcomes.ipynb #483cfec2
 def disagreement_costs(weights: str, n_classes: int) -> np.ndarray:
-    "The cost of calling one class (a row) another (a column)."
+    "The cost of predicting a class (a column) for a true class (a row): (n_classes, n_classes)."
     classes = np.arange(n_classes)
     distance = abs(classes[:, None] - classes)
     if weights == 'none':
@@ -127,20 +127,27 @@ def disagreement_costs(weights: str, n_classes: int) -> np.ndarray:
 
 
 def weighted_confusion(pairs: np.ndarray, n_classes: int, weights: np.ndarray) -> np.ndarray:
-    "The confusion matrix of each resample: (resamples, n_classes, n_classes)."
-    cells = np.zeros((len(weights), n_classes**2))
+    """The confusion matrix of each resample: (resamples, n_classes, n_classes).
+
+    `pairs` (n,) are the cells of the flattened matrix that slides belong to, label * n_classes +
+    prediction, and `weights` (resamples, n) how often each slide counts."""
+    counts = np.zeros((len(weights), n_classes**2))
     for pair in np.unique(pairs):
-        cells[:, pair] = weights[:, pairs == pair].sum(1)
-    return cells.reshape(-1, n_classes, n_classes)
+        counts[:, pair] = weights[:, pairs == pair].sum(1)
+    return counts.reshape(-1, n_classes, n_classes)
 
 
 def kappa_of(confusion: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    "Kappa of each confusion matrix (resamples,); nan where chance alone cannot disagree."
-    of_rows, of_columns, total = confusion.sum(2), confusion.sum(1), confusion.sum((1, 2))
-    chance = np.einsum('di,dj,ij->d', of_rows, of_columns, costs) / total
+    """Kappa of each confusion matrix (resamples,): 1 less the observed disagreement over that
+    expected by chance. nan where no disagreement is expected."""
+    row_sums = confusion.sum(2)
+    column_sums = confusion.sum(1)
+    totals = confusion.sum((1, 2))
+    expected = np.einsum('di,dj,ij->d', row_sums, column_sums, costs) / totals
+    observed = (confusion * costs).sum((1, 2))
     with np.errstate(invalid='ignore', divide='ignore'):
-        kappas = 1 - (confusion * costs).sum((1, 2)) / chance
-    return np.where(chance > 0, kappas, np.nan)
+        kappas = 1 - observed / expected
+    return np.where(expected > 0, kappas, np.nan)
 
 # %% ../../nbs/evaluation/06_outcomes.ipynb #f9497209
 def plot_confusion(
@@ -175,10 +182,14 @@ def class_aucs(
     resampling: Resampling = RESAMPLING,
 ) -> list[Estimate | None]:
     """The AUC of each class against the rest with its interval; None for a class with no slides, or
-    with all of them."""
+    with all of them.
+
+    Raises `InputError` for other shapes, for a label that is no class, for probabilities that are
+    not finite, and as `auc_interval` does."""
     labels, probabilities = check_probabilities(labels, probabilities)
+    n_classes = probabilities.shape[1]
     estimates = []
-    for number in range(probabilities.shape[1]):
+    for number in range(n_classes):
         is_class = labels == number
         if is_class.all() or not is_class.any():
             estimates.append(None)
@@ -195,23 +206,24 @@ def macro_auc(
 ) -> Estimate:
     """The mean of the AUCs of each class against the rest, with its percentile bootstrap interval.
 
-    A class with no slides, or with all of them, has no AUC and does not count; nor does it in a
-    resample. Raises `InputError` if that is so of all classes."""
+    A class without slides has no AUC and is left out of the mean; in a resample too. Raises
+    `InputError` if all slides are of one class, and as `class_aucs` does."""
     labels, probabilities = check_probabilities(labels, probabilities)
-    present = np.unique(labels)
-    if len(present) == 1:
+    classes = np.unique(labels)
+    if len(classes) == 1:
         raise InputError(
-            f'all {len(labels)} slides are of class {present[0]}: an AUC needs two classes'
+            f'all {len(labels)} slides are of class {classes[0]}: an AUC needs two classes'
         )
 
-    def means(weights):
-        areas = [
-            weighted_auc(labels == number, probabilities[:, number], weights) for number in present
+    def mean_aucs(weights):
+        aucs = [
+            weighted_auc(labels == number, probabilities[:, number], weights) for number in classes
         ]
-        return mean_of_known(np.array(areas))
+        return mean_without_nan(np.array(aucs))
 
-    value = means(np.ones((1, len(labels)), int))[0]
-    return percentile_estimate(value, means, len(labels), resampling)
+    each_slide_once = np.ones((1, len(labels)), int)
+    value = mean_aucs(each_slide_once)[0]
+    return percentile_estimate(value, mean_aucs, len(labels), resampling)
 
 # %% ../../nbs/evaluation/06_outcomes.ipynb #c5b5c55d
 def check_probabilities(
@@ -235,10 +247,11 @@ def check_probabilities(
     return labels, probabilities
 
 
-def mean_of_known(values: np.ndarray) -> np.ndarray:
+def mean_without_nan(values: np.ndarray) -> np.ndarray:
     "The mean of each column (m,) of values (k, m), without those that are nan; nan where all are."
-    known = np.isfinite(values)
-    sums, counts = np.where(known, values, 0).sum(0), known.sum(0)
+    is_known = np.isfinite(values)
+    sums = np.where(is_known, values, 0).sum(0)
+    counts = is_known.sum(0)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 # %% ../../nbs/evaluation/06_outcomes.ipynb #c5b70da4
@@ -268,11 +281,11 @@ def check_survival(
     return times, events == 1, risks
 
 
-def check_each(name: str, values: np.ndarray, valid: np.ndarray, says: str) -> None:
-    "Raises `InputError` with the first value that is not valid."
-    if not valid.all():
-        first = valid.argmin()
-        raise InputError(f'{name} number {first} is {values[first]:g}: it {says}')
+def check_each(name: str, values: np.ndarray, is_valid: np.ndarray, requirement: str) -> None:
+    "Raises `InputError` with the first of the `values` (n,) that is not valid, if there is one."
+    if not is_valid.all():
+        first = is_valid.argmin()
+        raise InputError(f'{name} number {first} is {values[first]:g}: it {requirement}')
 
 # %% ../../nbs/evaluation/06_outcomes.ipynb #bd3d3344
 def concordance(
@@ -281,41 +294,44 @@ def concordance(
     risks: ArrayLike,  # higher means that it is expected earlier (n,)
     resampling: Resampling = RESAMPLING,
 ) -> Estimate:
-    """Harrell's concordance with its percentile bootstrap interval. Resamples without a pair that
-    can be judged are drawn again.
+    """Harrell's concordance with its percentile bootstrap interval. Resamples without a comparable
+    pair, of which it is known who had the event first, are drawn again.
 
-    It is of slides; where patients have several, its interval takes slides of one patient as alike.
-    Raises `InputError` if there is no such pair at all. Needs memory for n x n pairs."""
+    It is of slides; where patients have several, its interval takes patients as independent, and
+    slides of one patient as correlated. Raises `InputError` if no pair at all is comparable. Needs
+    memory for n x n pairs."""
     times, events, risks = check_survival(times, events, risks)
-    first = came_first(times, events).astype(np.float32)
-    if not first.any():
+    comparable = came_first(times, events).astype(np.float32)
+    if not comparable.any():
         raise InputError(
             'no pair of slides of which it is known who had the event first: give more of them, or '
             'longer times'
         )
-    higher, tied = risks[:, None] > risks, risks[:, None] == risks
-    right = first * higher + first * tied / 2
+    higher_risk, tied_risk = risks[:, None] > risks, risks[:, None] == risks
+    concordant = comparable * higher_risk + comparable * tied_risk / 2
 
     def concordances(weights):
         weights = weights.astype(np.float32)
-        n_pairs = weighted_pairs(first, weights)
+        n_comparable = weighted_pairs(comparable, weights)
         with np.errstate(invalid='ignore', divide='ignore'):
-            shares = weighted_pairs(right, weights) / n_pairs
-        return np.where(n_pairs > 0, shares, np.nan)
+            shares = weighted_pairs(concordant, weights) / n_comparable
+        return np.where(n_comparable > 0, shares, np.nan)
 
-    value = right.sum(dtype=float) / first.sum(dtype=float)
+    value = concordant.sum(dtype=float) / comparable.sum(dtype=float)
     return percentile_estimate(value, concordances, len(times), resampling)
 
 # %% ../../nbs/evaluation/06_outcomes.ipynb #a5100865
 def came_first(times: np.ndarray, events: np.ndarray) -> np.ndarray:
-    "Of each pair (n, n), whether the event of the first is known to have come before the second's."
+    """Whether the event of one slide (a row) is known to have come before that of another (a
+    column): bool (n, n). Someone censored at the time of an event had none until then."""
     earlier = times[:, None] < times
     same_time = times[:, None] == times
     return events[:, None] & (earlier | (same_time & ~events))
 
 
 def weighted_pairs(pairs: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    "The sum over pairs (n, n) of each resample (resamples,)."
+    """The sum of `pairs` (n, n) in each resample (resamples,), from `weights` (resamples, n): how
+    often each slide counts."""
     return np.einsum('di,di->d', weights @ pairs, weights, dtype=float)
 
 # %% ../../nbs/evaluation/06_outcomes.ipynb #4c5294f5
@@ -333,9 +349,10 @@ def riskiest_slides(
     longest time."""
     times, events, risks = check_survival(times, events, risks)
     patients = patient_numbers(patient_ids, len(times))
-    order = np.lexsort((events, times, risks))
-    _, first = np.unique(patients[order[::-1]], return_index=True)
-    return np.sort(order[::-1][first])
+    ascending = np.lexsort((events, times, risks))
+    descending = ascending[::-1]
+    _, first_of_patient = np.unique(patients[descending], return_index=True)
+    return np.sort(descending[first_of_patient])
 
 # %% ../../nbs/evaluation/06_outcomes.ipynb #dbd85a87
 def check_two_groups(
@@ -367,10 +384,10 @@ def logrank(
     times, events, high = check_two_groups(times, events, high)
     if high.all() or not high.any() or not events.any():
         return float('nan')
-    of_high = CensoredData.right_censored(times[high], ~events[high])
-    of_low = CensoredData.right_censored(times[~high], ~events[~high])
+    high_risk_group = CensoredData.right_censored(times[high], ~events[high])
+    low_risk_group = CensoredData.right_censored(times[~high], ~events[~high])
     with np.errstate(all='ignore'):
-        return float(scipy_logrank(of_high, of_low).pvalue)
+        return float(scipy_logrank(high_risk_group, low_risk_group).pvalue)
 
 
 def plot_survival(
@@ -431,7 +448,8 @@ def draw_survival(
 
 
 def survival_band(survival: Any, level: float) -> tuple[np.ndarray, np.ndarray]:
-    "The lower and the upper limit of a survival function of scipy, from time 0 on."
+    """The pointwise confidence limits, lower and upper, of a survival function of scipy: each
+    (steps + 1,), with 1 for time 0 in front."""
     with warnings.catch_warnings(), np.errstate(all='ignore'):
         warnings.simplefilter('ignore')  # of shares of 0 and 1, which have no interval
         band = survival.confidence_interval(level, method='log-log')

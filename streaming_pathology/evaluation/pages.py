@@ -39,9 +39,9 @@ def spent(seconds: float) -> str:
         return f'{seconds:.2g} s'
     if seconds < 60:
         return f'{seconds:.0f} s'
-    minutes, left = divmod(int(seconds), 60)
+    minutes, whole_seconds = divmod(int(seconds), 60)
     if minutes < 60:
-        return f'{minutes} min {left} s'
+        return f'{minutes} min {whole_seconds} s'
     hours, minutes = divmod(minutes, 60)
     return f'{hours} h {minutes} min'
 
@@ -50,7 +50,7 @@ def interval_beside(
     metric: dict,  # with low and high
     n_patients: int | None,
 ) -> str:
-    "The interval of a metric as text: see `interval_in_words`."
+    "The interval that stands beside a metric, as text: see `interval_in_words`."
     return interval_in_words(metric['low'], metric['high'], n_patients)
 
 

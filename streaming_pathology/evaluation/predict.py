@@ -60,27 +60,32 @@ from ..training.models import StreamingClassifier
 from ..training.tasks import Binary, Task, task_of
 
 # %% ../../nbs/evaluation/01_predict.ipynb #bb6b0d45
-SHOWN = ('model', 'spacing', 'size', 'canvas', 'pen', 'amp', 'task', 'labels')
+# entries of a card that change a prediction
+HASHED_SETTINGS = ('model', 'spacing', 'size', 'canvas', 'pen', 'amp', 'task', 'labels')
 
 
 def model_hash(
     weights: dict[str, torch.Tensor],  # a state dict
     card: dict,  # what `load_model` gives beside the network
 ) -> str:
-    """The checksum of weights and of all in their card that a prediction depends on: SHA-256 in
-    hex. How many rows or patches are computed at a time is no part of it."""
-    contents = {name: card.get(name) for name in SHOWN}
-    contents['model'] = without(card['model'], 'strip', 'memory')
+    """The name of a model: SHA-256 in hex of its weights and of all settings in its card that a
+    prediction depends on.
+
+    How many rows or patches are computed at a time is left out, as it changes no prediction."""
+    settings = {name: card.get(name) for name in HASHED_SETTINGS}
+    settings['model'] = without(card['model'], 'strip', 'memory')
     if card.get('bags'):
-        contents['bags'] = without(card['bags'], 'k', 'batch')
+        settings['bags'] = without(card['bags'], 'k', 'batch')
     if card.get('aggregator'):
-        contents['aggregator'] = card['aggregator']
-    if card.get('stain', 'he') != 'he':  # so that networks of former versions keep theirs
-        contents['stain'] = card['stain']
+        settings['aggregator'] = card['aggregator']
+    # the default stain is left out: models from before this setting keep their hash
+    if card.get('stain', 'he') != 'he':
+        settings['stain'] = card['stain']
     if card.get('features'):
-        contents['features'] = without_folder(card['features'])  # the backbone by its checksum
-        weights = {name: value for name, value in weights.items() if not is_of_encoder(name)}
-    return weights_hash(weights, contents)
+        # the card of the backbone has a checksum, which stands for its weights
+        settings['features'] = without_folder(card['features'])
+        weights = {name: value for name, value in weights.items() if not is_encoder_weight(name)}
+    return weights_hash(weights, settings)
 
 
 def without(values: dict, *names: str) -> dict:
@@ -89,36 +94,38 @@ def without(values: dict, *names: str) -> dict:
 
 
 def without_folder(features: dict) -> dict:
-    """What a card says of patch embeddings; of a backbone in the user's own code without the
-    folder, which is another one elsewhere."""
+    """The entry `features` of a card. Where the backbone is the user's own code, its file is named
+    without the folder, which may be another on each machine."""
     encoder = features['encoder']
     if 'code' not in encoder:
         return features
-    encoder = encoder | dict(backbone=Path(encoder['backbone']).name)
-    return features | dict(encoder=encoder)
+    file_name = Path(encoder['backbone']).name
+    return features | dict(encoder=encoder | dict(backbone=file_name))
 
 
-def is_of_encoder(name: str) -> bool:
-    "Whether a tensor of a `FeatureMIL` belongs to its backbone."
+def is_encoder_weight(name: str) -> bool:
+    "Whether a tensor in the state dict of a `FeatureMIL` belongs to its backbone."
     return name.startswith('encoder.')
 
 # %% ../../nbs/evaluation/01_predict.ipynb #231d96a0
 def described(
     card: dict,
-    **model: Any,  # instead of what the card says of the network
+    **model: Any,  # settings of the network that replace those of the card
 ) -> StreamingClassifier | InstanceMIL | SampledMIL | FeatureMIL:
-    """The network that a card describes, with random weights: one of whole images, or one of
-    patches if the card has `bags`. If it has an `aggregator` too, the two were trained together; if
-    it has `features`, the aggregator of those with its backbone."""
+    """The network that a card describes, with random weights.
+
+    With `features` in the card: an aggregator and the backbone of its features. With `aggregator`:
+    a network of patches that was trained together with one. With `bags` only: a network of patches.
+    With none of these: a network of whole images."""
     features = card.get('features')
     if features:
         aggregator = make_aggregator(**features['aggregator'])
         encoder = built(features['encoder'])
         return FeatureMIL(encoder, aggregator, card['bags']['batch'], whole=True)
     network = StreamingClassifier(**(card['model'] | model))
-    bags = card.get('bags')
     if card.get('aggregator'):
         return make_sampled(network, card['aggregator'], card['bags']['batch'])
+    bags = card.get('bags')
     if bags:
         return InstanceMIL(network, bags['k'], bags['batch'])
     return network
@@ -131,30 +138,39 @@ def dataset(
     views: int = 1,  # augmented views of a slide, of which embeddings are cached
     **kwargs: Any,  # for the dataset
 ) -> SlideDataset:
-    """Slides as the network of a card is shown them: a `SlideDataset`, a `BagDataset` if the card
-    has `bags`, or with a folder a `FeatureDataset`."""
+    """A dataset that shows slides as the network of a card expects them.
+
+    It is a `SlideDataset` of whole images; if the card has `bags`, a `BagDataset` of patches, or
+    with a `folder` a `FeatureDataset` of their embeddings."""
     size = card['size']
     if size is not None:
         size = tuple(size)
-    shown = dict(spacing=card['spacing'], size=size, pen=card['pen'], stain=card.get('stain', 'he'))
-    kwargs = dict(cases=cases, **shown, **kwargs)
+    stain = card.get('stain', 'he')
+    pixels = dict(spacing=card['spacing'], size=size, pen=card['pen'], stain=stain)
+    options: dict[str, Any] = dict(cases=cases, **pixels, **kwargs)
     bags = card.get('bags')
     if not bags:
-        return SlideDataset(canvas=card['canvas'], **kwargs)
-    grid = PatchGrid(bags['size'], bags['stride'], bags['tissue'], tuple(bags['factors']))
+        return SlideDataset(canvas=card['canvas'], **options)
+    grid = PatchGrid(
+        size=bags['size'],
+        stride=bags['stride'],
+        tissue=bags['tissue'],
+        factors=tuple(bags['factors']),
+    )
     if folder is None:
-        return BagDataset(grid=grid, **kwargs)
-    return FeatureDataset(grid=grid, folder=folder, amp=card['amp'], views=views, **kwargs)
+        return BagDataset(grid=grid, **options)
+    return FeatureDataset(grid=grid, folder=folder, amp=card['amp'], views=views, **options)
 
 # %% ../../nbs/evaluation/01_predict.ipynb #1cfc3cf7
 def checked_card(
     card: dict,
     path: str | Path,  # what an error calls the model
 ) -> dict:
-    """A card, completed by what former checkpoints took for granted, as JSON has it (lists for
-    tuples). Raises `InputError` if it does not say how its network is built and what it is shown.
-    """
-    usual = dict(
+    """A card with defaults for what checkpoints of older versions lack, as JSON has it (lists for
+    tuples).
+
+    Raises `InputError` if it does not say how its network is built and what it is shown."""
+    defaults = dict(
         canvas=False,
         pen=True,
         stain='he',
@@ -163,9 +179,9 @@ def checked_card(
         task=Binary().settings(),
     )
     try:
-        complete = json.loads(json.dumps(plain(usual | card)))
-        colors = dict(mean=list(imagenet_mean), std=list(imagenet_std))
-        complete['model'] = colors | complete['model']
+        complete = json.loads(json.dumps(plain(defaults | card)))
+        normalization = dict(mean=list(imagenet_mean), std=list(imagenet_std))
+        complete['model'] = normalization | complete['model']
     except (KeyError, TypeError):
         complete = {}
     if not {'spacing', 'size', 'amp'} <= complete.keys():
@@ -236,74 +252,90 @@ def encoder_of(
     weights: str | Path | None = None,  # see `make_encoder`
     sha256: str | None = None,  # checksum that the file of weights must have
 ) -> Encoder:
-    """The backbone that a user has named: of a trained network all but its last layer. Raises
-    `InputError` if there is none."""
+    """The backbone that a user names.
+
+    Raises `InputError` if there is none, if it is an aggregator, or for `weights` where the file
+    has its own."""
     path = best_checkpoint(backbone)
     if not path.is_file():
         return make_encoder(backbone, weights, sha256)
     if weights:
         raise InputError(f'{path} has weights of its own; leave out others')
-    if path.name == ENCODER:
-        card, state = read_sealed(path)
-        encoder = built(card)
-        load_weights(encoder, dict(model=state), path)
-        return encoder
+    if path.name != ENCODER:
+        return encoder_of_network(path)
+    card, state = read_sealed(path)
+    encoder = built(card)
+    load_weights(encoder, dict(model=state), path)
+    return encoder
+
+
+def encoder_of_network(path: Path) -> Encoder:
+    """The backbone in a trained network: all but its last layer.
+
+    Raises `InputError` for an aggregator of features, and as `load_model` does."""
     model, card = load_model(path)
     if isinstance(model, FeatureMIL):
         raise InputError(
             f'{path} is an aggregator of features, and no network of patches; give its backbone'
         )
-    about: dict = dict(model=without(card['model'], 'strip', 'memory'), spacing=card['spacing'])
+    network_settings = without(card['model'], 'strip', 'memory')
+    encoder_card: dict = dict(model=network_settings, spacing=card['spacing'])
     if 'arch_code' in card:
-        about['arch_code'] = card['arch_code']
+        encoder_card['arch_code'] = card['arch_code']
     if isinstance(model, SampledMIL):
-        return encoder_of_sampled(model, about)
+        return encoder_of_sampled(model, encoder_card)
     if isinstance(model, InstanceMIL):
         model = model.network
-    return Encoder(model, card=about | dict(classifies=True))
+    return Encoder(model, card=encoder_card | dict(classifies=True))
 
 
 def encoder_of_sampled(
     model: SampledMIL,
     card: dict,  # of the encoder
 ) -> Encoder:
-    """The encoder that was trained together with an aggregator. Its last layer was taken away, so
-    it gives no scores; zeros stand in its place."""
+    """The encoder that was trained together with an aggregator.
+
+    It was trained without a last layer. That layer gets zeros, as the encoder gives no scores."""
     network = StreamingClassifier(**card['model'])
-    last: Any = network.head.fc
-    weights = last.state_dict(prefix='head.fc.')
+    last_layer: Any = network.head.fc
+    weights = last_layer.state_dict(prefix='head.fc.')
     zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
     network.load_state_dict(model.network.state_dict() | zeros)
     return built(card, network)
 
 
 def backbone_known(backbone: str | Path) -> bool:
-    "Whether what a user has named as a backbone exists, as far as it is a file."
-    before, _, _ = str(backbone).rpartition(':')
-    if before in LIBRARIES:
+    """Whether the file of a backbone exists: a checkpoint, or the code of FILE.py:FUNCTION.
+
+    True for the name of a model in a library, which is looked up only when it is loaded."""
+    source, _, _ = str(backbone).rpartition(':')
+    if source in LIBRARIES:
         return True
-    if before.endswith('.py'):
-        return best_checkpoint(before).is_file()
+    if source.endswith('.py'):
+        return best_checkpoint(source).is_file()
     return best_checkpoint(backbone).is_file()
 
 
-def with_encoder(
-    card: dict,
+def add_encoder_weights(
     weights: dict[str, torch.Tensor],
+    card: dict,
     path: str | Path,  # of the checkpoint
 ) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint together with those of its backbone, which lies beside it. Raises
-    `InputError` if that is another one."""
-    if 'features' not in card or any(is_of_encoder(name) for name in weights):
+    """The weights of a checkpoint, and those of its backbone from the file beside it.
+
+    Weights that have their backbone already, or need none, are returned as they are. Raises
+    `InputError` if the file is missing or damaged, or has another backbone."""
+    if 'features' not in card or any(is_encoder_weight(name) for name in weights):
         return weights
-    encoder_path, encoder_card = Path(path).parent / ENCODER, card['features']['encoder']
-    _, encoder = read_sealed(encoder_path)
-    if encoder_hash(encoder, encoder_card) != encoder_card['sha256']:
+    encoder_path = Path(path).parent / ENCODER
+    encoder_card = card['features']['encoder']
+    _, encoder_weights = read_sealed(encoder_path)
+    if encoder_hash(encoder_weights, encoder_card) != encoder_card['sha256']:
         raise InputError(
             f'{encoder_path} is not the backbone whose features this network was trained on; put '
             'that one back'
         )
-    return weights | {f'encoder.{name}': value for name, value in encoder.items()}
+    return weights | {f'encoder.{name}': value for name, value in encoder_weights.items()}
 
 # %% ../../nbs/evaluation/01_predict.ipynb #289c562d
 def load_model(
@@ -311,47 +343,53 @@ def load_model(
     device: str | torch.device = 'cpu',
     strip: int | str | None = None,  # rows at a time, or 'auto'; None: as in training
 ) -> tuple[StreamingClassifier | InstanceMIL | SampledMIL | FeatureMIL, dict]:
-    """A trained network in evaluation mode, and its card with `sha256`, its name. Raises
-    `InputError` if it cannot be used."""
+    """A trained network in evaluation mode, and its card, in which `sha256` is its `model_hash`.
+
+    Raises `InputError` if the file is missing or damaged, has no card, or was written by a version
+    whose networks cannot be built any more."""
     path = best_checkpoint(path)
     if path.suffix.lower() == '.safetensors':
         card, weights = read_sealed(path)
     else:
-        state = load_of_model(path)
-        card, weights = state.get('settings', {}), state.get('model', {})
-    card = with_code_beside(checked_card(card, path), path)
+        checkpoint = load_model_checkpoint(path)
+        card = checkpoint.get('settings', {})
+        weights = checkpoint.get('model', {})
+    card = checked_card(card, path)
+    card = with_code_beside(card, path)
     check_code(card['model'].get('arch'), card.get('arch_code'), path)
-    changed = {}
+    replaced_settings = {}
     if strip:
-        changed['strip'] = strip
+        replaced_settings['strip'] = strip
     try:
-        model = described(card, **changed)
+        model = described(card, **replaced_settings)
     except (TypeError, KeyError) as e:
         raise InputError(
             f'{path} was written by another version of this package, and its network cannot be '
             f'built ({e})'
         ) from None
-    load_weights(model, dict(model=with_encoder(card, weights, path)), path)
+    load_weights(model, dict(model=add_encoder_weights(weights, card, path)), path)
     return model.to(device).eval(), card | dict(sha256=model_hash(weights, card))
 
 # %% ../../nbs/evaluation/01_predict.ipynb #f70c694c
 def with_code_beside(card: dict, path: Path) -> dict:
-    """A card whose backbone comes from the user's own code: where its file is not found, the one
-    beside the model is taken."""
+    """The card of the model at `path`. Where its backbone is the user's own code, and that file is
+    gone, the file of the same name beside the model takes its place."""
     features = card.get('features') or {}
     encoder = features.get('encoder', {})
     if 'code' not in encoder:
         return card
     file, _, function = encoder['backbone'].rpartition(':')
-    beside = path.parent / Path(file).name
-    if Path(file).is_file() or not beside.is_file():
+    file_beside = path.parent / Path(file).name
+    if Path(file).is_file() or not file_beside.is_file():
         return card
-    encoder = encoder | dict(backbone=f'{beside.resolve()}:{function}')
+    encoder = encoder | dict(backbone=f'{file_beside.resolve()}:{function}')
     return card | dict(features=features | dict(encoder=encoder))
 
 
-def load_of_model(path: str | Path) -> dict:
-    "A checkpoint, of which a warning says if it is not the best but one to resume from."
+def load_model_checkpoint(path: str | Path) -> dict:
+    """The contents of a checkpoint.
+
+    Warns if it is one to resume training from, whose weights are not the best."""
     state = load_checkpoint(path)
     if 'optimizer' in state:
         warnings.warn(
@@ -366,11 +404,14 @@ def export_model(
     out: str | Path,  # the .safetensors file to write
     **more: Any,  # for the card: metrics, environment, ...
 ) -> dict:
-    """Write a trained network with its card as one safetensors file; returns the card. Raises
-    `InputError` if the checkpoint cannot be used."""
-    state = load_of_model(checkpoint)
+    """Write a trained network with its card as one safetensors file; returns the card.
+
+    Raises `InputError` if the checkpoint is missing or damaged, if its weights do not fit its card,
+    or if the file cannot be written."""
+    state = load_model_checkpoint(checkpoint)
     card = checked_card(state.get('settings', {}), checkpoint)
-    state['model'] = weights = with_encoder(card, state['model'], checkpoint)
+    weights = add_encoder_weights(state['model'], card, checkpoint)
+    state['model'] = weights
     load_weights(described(card), state, checkpoint)  # refuses weights that do not fit
     card |= dict(
         format='streaming_pathology 1',
@@ -388,13 +429,18 @@ def export_model(
 
 # %% ../../nbs/evaluation/01_predict.ipynb #7117b898
 def validation_results(state: dict) -> dict[str, float]:
-    """Loss and AUC of a checkpoint on the validation (tuning) slides, without those that are nan.
-    Empty for an average of weights and for one to resume from: theirs were not evaluated."""
-    history, epoch = state.get('history'), state.get('epoch')
+    """The metrics of a checkpoint on the validation (tuning) slides that are not nan, by the names
+    in the training history: loss and AUC.
+
+    Empty for an average of weights, and for a checkpoint to resume from, as neither was evaluated.
+    """
+    history = state.get('history')
     if not history or 'optimizer' in state:
         return {}
+    epoch = state.get('epoch')
     row = history[epoch - 1] if epoch else history[-1]
-    if 'stage' in row:
+    is_average = 'stage' in row
+    if is_average:
         return {}
     return {
         name: value
@@ -404,25 +450,30 @@ def validation_results(state: dict) -> dict[str, float]:
 
 # %% ../../nbs/evaluation/01_predict.ipynb #8b5df5ff
 def chosen_checkpoint(state: dict, file: str) -> dict[str, Any]:
-    """Which checkpoint of a run this is, for its card: its `file`, its `epoch`, by what it was
-    chosen (`tuning_loss`, which is then its `value`; None: it was not), and `why`, in words."""
-    history, epoch = state.get('history') or [], state.get('epoch')
-    about: dict[str, Any] = dict(file=file, epoch=epoch, chosen_by=None)
+    """How the checkpoint in `file` was chosen among those of its run, for its card.
+
+    The entries are `file`, `epoch`, `chosen_by` ('tuning_loss', or None if it was not chosen by
+    that) and `why`, a text. Where the tuning loss of its epoch is known, it is `value`."""
+    history = state.get('history') or []
+    epoch = state.get('epoch')
+    choice: dict[str, Any] = dict(file=file, epoch=epoch, chosen_by=None)
     if 'optimizer' in state:
-        return about | dict(why='a checkpoint to resume from, with the weights of its last step')
+        return choice | dict(why='a checkpoint to resume from, with the weights of its last step')
     if not history:
-        return about | dict(why='the checkpoint does not say why it was chosen')
+        return choice | dict(why='the checkpoint does not say why it was chosen')
     if 'stage' in history[-1]:
         why = 'weights of the epochs with the lowest mean tuning loss of the last stage'
-        return about | dict(chosen_by='tuning_loss', why=why)
+        return choice | dict(chosen_by='tuning_loss', why=why)
+
     losses = [row.get('tuning_loss', math.nan) for row in history]
-    value = losses[epoch - 1 if epoch else -1]
-    if math.isnan(value):
-        return about | dict(why='the last epoch, as there was no tuning loss to choose by')
-    if any(loss < value for loss in losses[:epoch]):
+    loss = losses[epoch - 1 if epoch else -1]
+    if math.isnan(loss):
+        return choice | dict(why='the last epoch, as there was no tuning loss to choose by')
+    has_lower_loss_before = any(earlier_loss < loss for earlier_loss in losses[:epoch])
+    if has_lower_loss_before:
         why = 'the lowest since training was changed, or since the file of the best epoch was gone'
-        return about | dict(value=value, why=why)
-    return about | dict(chosen_by='tuning_loss', value=value, why='the lowest tuning loss')
+        return choice | dict(value=loss, why=why)
+    return choice | dict(chosen_by='tuning_loss', value=loss, why='the lowest tuning loss')
 
 
 def checkpoint_words(about: dict[str, Any]) -> str:
@@ -433,7 +484,8 @@ def checkpoint_words(about: dict[str, Any]) -> str:
     return f'{about["file"]}: {epoch}{about["why"]}{loss}'
 
 # %% ../../nbs/evaluation/01_predict.ipynb #9a076c0c
-MIRROR_ROWS, MIRROR_COLUMNS, TRANSPOSE = 1, 2, 4  # bits of a way to lay an image; 0 is as it is
+# bits of `way`, one of the eight symmetries of a square; 0 leaves an image as it is
+MIRROR_ROWS, MIRROR_COLUMNS, TRANSPOSE = 1, 2, 4
 
 # %% ../../nbs/evaluation/01_predict.ipynb #dd74b8cd
 TTA = dict(none=(0,), flips=(0, 1, 2, 3), all=tuple(range(8)))
@@ -443,7 +495,7 @@ def turned(
     x: torch.Tensor | Canvas | Bag,  # a tensor is (..., H, W)
     way: int,  # the sum of some of these bits; rows and columns change places last
 ) -> torch.Tensor | Canvas | Bag:
-    "An image in one of the eight ways to lay it."
+    "The image, flipped and transposed as the bits of `way` say."
     if not way:
         return x
     if isinstance(x, Bag):
@@ -454,7 +506,7 @@ def turned(
 
 
 def turned_tensor(x: torch.Tensor, way: int) -> torch.Tensor:
-    "A tensor (..., H, W) that is turned."
+    "The flipped or transposed tensor: (..., H, W), or (..., W, H) if transposed."
     if way & MIRROR_ROWS:
         x = x.flip(-2)
     if way & MIRROR_COLUMNS:
@@ -465,11 +517,11 @@ def turned_tensor(x: torch.Tensor, way: int) -> torch.Tensor:
 
 
 def turned_bag(bag: Bag, way: int) -> Bag:
-    "A bag of which image and positions of patches are turned."
+    "The bag with its image flipped or transposed, and its patches at the same tissue as before."
     top, left, factor = bag.positions.T
-    side = bag.size * factor
-    top, left = turned_corner((top, left), (side, side), bag.image.shape[1:], way)
-    positions = torch.stack([top, left, factor], 1)
+    side = bag.size * factor  # pixels of the image
+    new_top, new_left = turned_corner((top, left), (side, side), bag.image.shape[1:], way)
+    positions = torch.stack([new_top, new_left, factor], 1)
     return Bag(turned_tensor(bag.image, way), positions, bag.size, bag.slide_id)
 
 
@@ -493,8 +545,9 @@ def turned_corner(
     frame: Sequence[int],  # height and width of the image
     way: int,
 ) -> tuple:
-    "Top and left of a rectangle after its image was turned."
-    (top, left), (height, width) = corner, size
+    "Top and left of a rectangle after its image was flipped or transposed."
+    top, left = corner
+    height, width = size
     if way & MIRROR_ROWS:
         top = frame[0] - top - height
     if way & MIRROR_COLUMNS:
@@ -521,17 +574,19 @@ class Turned(nn.Module):
         return self.forward_with_details(x)[0]
 
     def forward_with_details(self, x: torch.Tensor | Canvas | Bag) -> tuple[torch.Tensor, dict]:
-        "The logits, and details of the image in the first way: see `with_details`."
-        found = [with_details(self.model, turned(x, way)) for way in self.ways]
-        _, details = found[0]
-        return torch.cat([logits for logits, _ in found]), details
+        "The logits (ways, n_out), and details of the image in the first way: see `with_details`."
+        outputs = [with_details(self.model, turned(x, way)) for way in self.ways]
+        logits = torch.cat([logits_of_way for logits_of_way, _ in outputs])
+        _, details = outputs[0]
+        return logits, details
 
 # %% ../../nbs/evaluation/01_predict.ipynb #i0000015
 class Journal:
     """Rows that are done, in a file of lines beside a table that is not finished yet.
 
-    A context manager, that one process at a time can enter. Raises `InputError` if the file cannot
-    be written, is being written, is something else, or has rows that were predicted otherwise."""
+    A context manager that only one process at a time can enter. Raises `InputError` if the file
+    cannot be written, is being written, is no journal, or has rows that depend on something else
+    than `of`."""
 
     def __init__(
         self,
@@ -545,12 +600,12 @@ class Journal:
     def __enter__(self) -> 'Journal':
         self.file = self.open_locked()
         try:
-            n_good = self.read_rows()
+            n_valid_bytes = self.read_rows()
         except InputError:
             self.file.close()
             raise
-        self.file.truncate(n_good)
-        if not n_good:
+        self.file.truncate(n_valid_bytes)
+        if not n_valid_bytes:
             try:
                 self.write_line(self.of)
             except InputError:
@@ -610,28 +665,31 @@ class Journal:
             ) from None
 
     def read_rows(self) -> int:
-        "Read the rows of before. Returns how many bytes of the file are good."
+        """Read the rows that were saved before an interruption into `rows`. Returns how many bytes
+        at the beginning of the file are valid; 0 if it has to be begun anew.
+
+        Raises `InputError` if the file is no journal, or if its rows depend on something else."""
         self.file.seek(0)
         text = self.file.read()
         *lines, _ = text.split(b'\n')  # what has no end was being written
         first = lines[0] if lines else b''
         header = self.read_header(first, text)
-        n_rows = len(lines[1:])
+        row_lines = lines[1:]
         if header != self.of:
-            if n_rows:
-                raise InputError(self.difference(header, n_rows))
+            if row_lines:
+                raise InputError(self.difference(header, len(row_lines)))
             return 0
         if not first:
             return 0
-        n_good = len(first) + 1
-        for line in lines[1:]:
+        n_valid_bytes = len(first) + 1
+        for line in row_lines:
             try:
                 key, row = json.loads(line)
                 self.rows[key] = row
             except (ValueError, TypeError, RecursionError):
                 break
-            n_good += len(line) + 1
-        return n_good
+            n_valid_bytes += len(line) + 1
+        return n_valid_bytes
 
     def read_header(
         self,
@@ -656,7 +714,7 @@ class Journal:
         return header
 
     def difference(self, former: dict, n_rows: int) -> str:
-        "A sentence on what is different now."
+        "A sentence on the first setting in which `of` differs from `former`, the file's header."
         name = next(name for name in former if former[name] != self.of[name])
         before, now = str(former[name])[:16], str(self.of[name])[:16]
         return (
@@ -665,7 +723,9 @@ class Journal:
         )
 
     def write_line(self, value: dict | list) -> None:
-        "Write a value as a line, to the disk."
+        """Write a value as a line of JSON; it is on the disk when this returns.
+
+        Raises `InputError` if it cannot be written."""
         try:
             self.file.write(json.dumps(value).encode() + b'\n')
             self.file.flush()
@@ -729,17 +789,18 @@ def as_list(value: float | list | tuple) -> list:
 
 # %% ../../nbs/evaluation/01_predict.ipynb #b5c128c2
 def case_key(case: Case) -> str:
-    "The identity of a slide, its files and their state: SHA-256 in hex."
-    mask = case.mask
-    if mask:
-        mask = str(mask), file_stamp(mask)
+    """The key of a slide in a journal: SHA-256 in hex of its name, its spacing, and the path, size
+    and time of its files."""
+    mask_key = case.mask
+    if case.mask:
+        mask_key = str(case.mask), file_stamp(case.mask)
     path = Path(case.path).absolute()
-    key = [case.slide_id, str(path), file_stamp(case.path), case.spacing, mask]
-    return hashlib.sha256(repr(key).encode()).hexdigest()
+    parts = [case.slide_id, str(path), file_stamp(case.path), case.spacing, mask_key]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-class KeptRows:
-    """The rows of the slides that are predicted, on each rank: those of a journal, and new ones.
+class RowStore:
+    """The rows of slides by their `case_key`, on each rank: those that a journal has, and new ones.
     The first rank adds new ones to the journal."""
 
     def __init__(self, journal: Journal, cases: Sequence[Case], ranks: Alone) -> None:
@@ -750,28 +811,30 @@ class KeptRows:
         self.rows = ranks.first(lambda: complete_rows(journal))  # by key
 
     def missing(self) -> list[int]:
-        "The positions of the slides that have no row."
+        "The positions in `cases` of the slides that have no row."
         return [i for i, key in enumerate(self.keys) if key not in self.rows]
 
-    def take(self, rows: Iterable[dict], positions: Sequence[int]) -> dict[str, str]:
-        """Keep the rows of the slides at these positions, each as soon as it is known. Rows of
-        slides that failed have an `error` instead; returns these: slide id -> sentence."""
-        failed = {}
+    def add_all(self, rows: Iterable[dict], positions: Sequence[int]) -> dict[str, str]:
+        """Add the rows of the slides at these positions, each as soon as it is computed.
+
+        The row of a slide that failed has an `error` instead, and is not added. Returns these
+        errors: {slide_id: sentence}."""
+        errors = {}
         for row, position in zip(rows, positions, strict=True):
             if 'error' in row:
-                failed[self.cases[position].slide_id] = row['error']
+                errors[self.cases[position].slide_id] = row['error']
             else:
                 self.add(self.keys[position], row)
-        return failed
+        return errors
 
     def add(self, key: str, row: dict) -> None:
-        "Keep the row of a slide."
+        "Add the row of a slide."
         self.rows[key] = row
         if self.is_first:
             self.journal.add(key, row)
 
-    def of_cases(self) -> list[dict]:
-        "The row of each slide that has one, with the label and the split of its case."
+    def in_order(self) -> list[dict]:
+        "The rows in the order of `cases`, each with the label and the split of its case."
         rows = []
         for case, key in zip(self.cases, self.keys):
             if key in self.rows:
@@ -780,11 +843,11 @@ class KeptRows:
 
 
 def complete_rows(journal: Journal) -> dict[str, dict]:
-    "The rows of a journal that have all that a table needs, by their key."
-    needed = {'probability', 'logits', 'box', 'seconds'}
+    "The rows of a journal that have all columns that a table needs, by their key."
+    needed_columns = {'probability', 'logits', 'box', 'seconds'}
     rows = {}
     for key, row in journal.rows.items():
-        if isinstance(row, dict) and needed <= row.keys():
+        if isinstance(row, dict) and needed_columns <= row.keys():
             rows[key] = row
     return rows
 
@@ -802,11 +865,12 @@ def predict_table(
     ranks: Alone = ONE_PROCESS,  # several processes share the slides
     progress: bool = True,
 ) -> tuple[list[dict], dict[str, str]]:
-    """Predict slides into a table. After an interruption the same call resumes.
+    """Predict slides, and write the table of their predictions. After an interruption the same call
+    resumes.
 
-    Returns, on all ranks, the rows, and of the slides that failed slide id -> sentence. If any
-    failed there is no table (unless `skip`), but rows are kept for the next call. Raises
-    `InputError` for another `tta`, and if table or journal cannot be written."""
+    Returns, on all ranks, the rows of the table, and the errors of slides that failed, {slide_id:
+    sentence}. If any failed, no table is written (unless `skip`), but rows are kept for the next
+    call. Raises `InputError` for another `tta`, and if table or journal cannot be written."""
     network = Turned(model, ways_of(tta))
     amp = amp_of(amp, card)
     task = task_of(card['task'])
@@ -814,33 +878,35 @@ def predict_table(
     journal = Journal(out, dict(model=card['sha256'], version=version, amp=amp, tta=tta))
     is_first = ranks.rank == 0
     with journal if is_first else nullcontext():
-        kept = KeptRows(journal, cases, ranks)
-        missing = kept.missing()
+        store = RowStore(journal, cases, ranks)
+        missing = store.missing()
         data = dataset(card, [cases[i] for i in missing])
         loader = slide_loader(data, workers=workers, rank=ranks.rank, ranks=ranks.size)
-        parts = predicted_rows(
+        row_groups = predicted_rows(
             network, loader, device, amp, progress, task=task, ranks=ranks, keep_errors=True
         )
-        failed = kept.take(chain.from_iterable(parts), missing)
-        rows = kept.of_cases()
-        if is_first and rows and (skip or not failed):
+        errors = store.add_all(chain.from_iterable(row_groups), missing)
+        rows = store.in_order()
+        if is_first and rows and (skip or not errors):
             columns = label_columns(task.name, card['labels'])
             write_predictions(out, rows, task, columns, card['sha256'])
             journal.delete()
     if is_first:
         warn_of_cropped(card, cases, rows)
-    return rows, failed
+    return rows, errors
 
 # %% ../../nbs/evaluation/01_predict.ipynb #d864f7ef
 def ways_of(tta: str) -> tuple[int, ...]:
-    "The ways to lay an image of a test-time augmentation. Raises `InputError` for another name."
+    """The flips and transpositions of a test-time augmentation, each as bits: see `TTA`.
+
+    Raises `InputError` for another name."""
     if tta not in TTA:
         raise InputError(f'tta is {tta!r}; use one of {", ".join(TTA)}')
     return TTA[tta]
 
 
 def amp_of(amp: str | None, card: dict) -> str | None:
-    "The precision that `predict_table` was asked for, as `autocast` takes it."
+    "The precision for `autocast`, from the argument of `predict_table`; None is float32."
     if amp is None:
         return card['amp']
     return None if amp == 'none' else amp

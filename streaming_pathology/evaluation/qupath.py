@@ -90,18 +90,25 @@ def field_of(
         mask = find_tissue(slide, source=case.mask, pen=data.pen, stain=data.stain)
         top, left, height, width = tissue_box(slide, data.spacing, mask=mask)
         part = shown_part(slide.properties, slide.size)
-        scale = data.spacing / slide.spacing
-        origin = (
-            first_pixel(top, height, round(grid.image[0])) * scale - part.corner[0],
-            first_pixel(left, width, round(grid.image[1])) * scale - part.corner[1],
+        scale = data.spacing / slide.spacing  # pixels of the slide for each of the image
+        image_height, image_width = round(grid.image[0]), round(grid.image[1])
+        first_row = first_pixel(top, height, image_height)
+        first_column = first_pixel(left, width, image_width)
+        part_top, part_left = part.corner
+        return Field(
+            size=part.size,
+            spacing=slide.spacing,
+            origin=(first_row * scale - part_top, first_column * scale - part_left),
+            cell=(grid.cell[0] * scale, grid.cell[1] * scale),
+            corner=part.corner,
         )
-        cell = grid.cell[0] * scale, grid.cell[1] * scale
-        return Field(part.size, slide.spacing, origin, cell, part.corner)
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #28fe342f
 def first_pixel(start: int, box: int, image: int) -> int:
-    """Where the image begins along one side, if the box around the tissue has `box` pixels from
-    `start` on and is cropped or padded to `image` pixels in its middle."""
+    """Where the image begins along one side, in pixels of the plane; may be negative.
+
+    The box around the tissue has `box` pixels from `start` on. The image is its middle if it has
+    fewer pixels, `image`; if it has more, the box is in the middle of the image."""
     cropped = max(0, box - image) // 2
     padded = (image - min(box, image)) // 2
     return start + cropped - padded
@@ -121,7 +128,7 @@ class Region:
 
     @functools.cached_property
     def polygons(self) -> list[list[list[list[float]]]]:
-        "What `rounded` gives of it."
+        "The region as valid polygons with rounded positions: see `rounded`."
         return rounded(self)
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #c56b6b0f
@@ -144,8 +151,10 @@ def outline(
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #d5d1c483
 def in_map(position: np.ndarray | float, first: int) -> np.ndarray | float:
-    """A row or column of a window that begins at cell `first` of a padded map, as one of the map,
-    whose first cell has its middle at 0.5."""
+    """Rows or columns of a window as those of the map, for `Field.at`.
+
+    The window begins at cell `first` of the padded map, and the middle of its first cell is 0. The
+    padding has one cell, and the middle of the first cell of the map is 0.5."""
     return position + first - 1 + 0.5
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #30a9d217
@@ -158,11 +167,11 @@ def regions(
     """The regions of a slide in which a map is above a threshold, the highest first.
 
     Raises `InputError` for what is no map, or a threshold that is not above 0."""
-    found = []
+    large_regions = []
     for region in all_regions(heat, field, threshold):
         if region is not None and region.area >= min_area_um2:
-            found.append(region)
-    return sorted(found, key=lambda region: -region.highest)
+            large_regions.append(region)
+    return sorted(large_regions, key=lambda region: -region.highest)
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #e3070fc0
 def all_regions(heat: np.ndarray, field: Field, threshold: float) -> Iterator[Region | None]:
@@ -173,11 +182,11 @@ def all_regions(heat: np.ndarray, field: Field, threshold: float) -> Iterator[Re
         raise InputError(f'threshold {threshold} of a map: it has to be above 0')
     padded = np.pad(heat, 1)  # so that regions at the border are closed
     labels, _ = connected(padded > threshold)
-    for number, cells in enumerate(ndimage.find_objects(labels), start=1):
-        rows, columns = map(with_margin, cells)
-        inside = labels[rows, columns] == number
+    for number, (row_range, column_range) in enumerate(ndimage.find_objects(labels), start=1):
+        rows, columns = with_margin(row_range), with_margin(column_range)
+        is_inside = labels[rows, columns] == number
         corner = rows.start, columns.start
-        yield region_in(padded[rows, columns], inside, corner, field, threshold)
+        yield region_in(padded[rows, columns], is_inside, corner, field, threshold)
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #2edd650b
 def with_margin(cells: slice) -> slice:
@@ -187,17 +196,19 @@ def with_margin(cells: slice) -> slice:
 
 def region_in(
     values: np.ndarray,  # (h, w), a window of the padded map
-    inside: np.ndarray,  # bool (h, w), the cells of the region
+    is_inside: np.ndarray,  # bool (h, w), the cells of the region
     corner: tuple[int, int],  # (row, column) of the window in the padded map
     field: Field,  # where the map lies
     threshold: float,
 ) -> Region | None:
     "One region; None if it is so near the threshold that it has no outline."
-    below = np.minimum(values, threshold * (1 - 1e-6))  # cells of other regions in the window
-    values = np.where(inside, values, below)
+    first_row, first_column = corner
+    # cells of other regions in the window are lowered to just below the threshold
+    below = np.minimum(values, threshold * (1 - 1e-6))
+    values = np.where(is_inside, values, below)
     rings = []
     for points, is_outer in outline(values, threshold):
-        x, y = field.at(in_map(points[:, 1], corner[0]), in_map(points[:, 0], corner[1]))
+        x, y = field.at(in_map(points[:, 1], first_row), in_map(points[:, 0], first_column))
         ring = np.stack([x, y], axis=1)
         turns_as_outer = signed_area(ring) > 0
         if turns_as_outer != is_outer:
@@ -205,12 +216,16 @@ def region_in(
         rings.append(ring)
     if not rings:
         return None
-    area = abs(sum(signed_area(ring) for ring in rings)) * field.spacing**2
-    own = np.where(inside, values, -1)
-    row, column = (int(i) for i in np.unravel_index(own.argmax(), own.shape))
-    x, y = field.at(in_map(row, corner[0]), in_map(column, corner[1]))
-    peak = float(x), float(y)
-    return Region(rings, area, float(values[inside].mean()), float(own.max()), peak)
+    region_values = np.where(is_inside, values, -1)
+    row, column = (int(i) for i in np.unravel_index(region_values.argmax(), values.shape))
+    x, y = field.at(in_map(row, first_row), in_map(column, first_column))
+    return Region(
+        rings=rings,
+        area=abs(sum(signed_area(ring) for ring in rings)) * field.spacing**2,  # without holes
+        mean=float(values[is_inside].mean()),
+        highest=float(region_values.max()),
+        peak=(float(x), float(y)),
+    )
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #a4f5841d
 PRECISION = 0.1  # pixels of the slide, of positions in GeoJSON
@@ -225,10 +240,13 @@ def rounded(region: Region) -> list[list[list[list[float]]]]:
         shape = shapely.make_valid(shape)
     polygons = []
     for part in parts_of(shapely.set_precision(shape, PRECISION)):
-        rings = [part.exterior, *part.interiors]
-        points = [[[round(x, 1), round(y, 1)] for x, y in ring.coords] for ring in rings]
-        if shapely.Polygon(points[0], points[1:]).is_valid:  # the numbers that are written
-            polygons.append(points)
+        rings = [
+            [[round(x, 1), round(y, 1)] for x, y in ring.coords]
+            for ring in (part.exterior, *part.interiors)
+        ]
+        outer_points, *hole_points = rings
+        if shapely.Polygon(outer_points, hole_points).is_valid:  # as they are written
+            polygons.append(rings)
     return polygons
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #af4d0923
@@ -261,7 +279,7 @@ def as_feature(
     color: Sequence[int],
     slide_id: str,
 ) -> dict:
-    "One region as a GeoJSON feature: a polygon, or several that are one annotation."
+    "One region as a GeoJSON feature, whose geometry is a Polygon or a MultiPolygon."
     geometry = dict(type='MultiPolygon', coordinates=region.polygons)
     if len(region.polygons) == 1:
         geometry = dict(type='Polygon', coordinates=region.polygons[0])
@@ -314,13 +332,16 @@ def whole_map(
     Each pixel has the value of the cell that its middle lies in, and zero where there is none.
     Raises `InputError` for what is no map."""
     heat = check_map(heat)
-    finest = min(*field.cell, COARSEST / field.spacing)
-    step = max(1, int(finest), -(-max(field.size) // max_side))  # pixels of the slide
-    to_rows, rows = cells_on(field.size[0], step, field.origin[0], field.cell[0], heat.shape[0])
-    to_columns, columns = cells_on(
-        field.size[1], step, field.origin[1], field.cell[1], heat.shape[1]
-    )
-    whole = np.zeros((-(-field.size[0] // step), -(-field.size[1] // step)), np.float32)
+    slide_height, slide_width = field.size
+    top, left = field.origin
+    cell_height, cell_width = field.cell
+    n_rows, n_columns = heat.shape
+    # pixels of the slide for each of the result
+    max_step = min(cell_height, cell_width, COARSEST / field.spacing)
+    step = max(1, int(max_step), -(-max(field.size) // max_side))
+    to_rows, rows = cells_on(slide_height, step, top, cell_height, n_rows)
+    to_columns, columns = cells_on(slide_width, step, left, cell_width, n_columns)
+    whole = np.zeros((-(-slide_height // step), -(-slide_width // step)), np.float32)
     whole[np.ix_(to_rows, to_columns)] = heat[np.ix_(rows, columns)]
     return whole, step * field.spacing
 
@@ -332,8 +353,10 @@ def cells_on(
     cell: float,  # pixels of the slide for each cell of the map
     n_cells: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Along one side: the pixels of the result that lie on the map, and the cell of each."
-    middles = (np.arange(-(-length // step)) + 0.5) * step
+    """Along one side of the slide: the pixels of the result that lie on the map, and the cell of
+    the map that each lies in, two int arrays of the same length."""
+    n_pixels = -(-length // step)
+    middles = (np.arange(n_pixels) + 0.5) * step  # of the pixels, on the slide
     cells = np.floor((middles - origin) / cell).astype(int)
     pixels = np.flatnonzero((cells >= 0) & (cells < n_cells))
     return pixels, cells[pixels]
@@ -352,16 +375,21 @@ def drawable_regions(
     threshold: float,
     min_area_um2: float = 0.0,  # square microns; smaller regions are left out
 ) -> tuple[list[Region], int]:
-    """The `regions` of which something is left when positions are rounded, and the number of all
-    others that are large enough."""
-    large = [
-        region
-        for region in all_regions(heat, field, threshold)
-        if min_area_um2 == 0 or (region is not None and region.area >= min_area_um2)
-    ]
-    drawable = [region for region in large if region is not None and region.polygons]
-    found = sorted(drawable, key=lambda region: -region.highest)
-    return found, len(large) - len(found)
+    """The `regions` of which something is left when positions are rounded, the highest first, and
+    how many others there are that are large enough.
+
+    Raises `InputError` as `regions` does."""
+    drawable = []
+    n_lost = 0
+    for region in all_regions(heat, field, threshold):
+        is_large = region is not None and region.area >= min_area_um2
+        if min_area_um2 != 0 and not is_large:
+            continue
+        if region is not None and region.polygons:
+            drawable.append(region)
+        else:
+            n_lost += 1
+    return sorted(drawable, key=lambda region: -region.highest), n_lost
 
 # %% ../../nbs/evaluation/12_qupath.ipynb #reg000012
 def write_exports(

@@ -77,13 +77,15 @@ class OutcomeTable:
     rows: list[dict]
 
     def of_split(self, split: str, patients: dict[str, str]) -> 'Outcomes':
-        """The slides of a split whose labels are all known; with several labels, those with none
-        known too. Raises `InputError` if there is no such slide."""
-        needed = [] if self.task == 'multilabel' else self.labels
+        """The labelled slides of a split: those whose labels are all known. Of a multilabel table
+        all slides, where any label may be missing.
+
+        Raises `InputError` if there is no such slide."""
+        needed_labels = [] if self.task == 'multilabel' else self.labels
         rows = [
             row
             for row in self.rows
-            if row['split'] == split and all(row[label] is not None for label in needed)
+            if row['split'] == split and all(row[label] is not None for label in needed_labels)
         ]
         if not rows:
             splits = ', '.join(sorted({repr(row['split']) for row in self.rows}))
@@ -93,10 +95,10 @@ class OutcomeTable:
             )
         slide_ids = [row['slide_id'] for row in rows]
         return Outcomes(
-            slide_ids,
-            columns_of(rows, self.labels),
-            columns_of(rows, self.predicted),
-            patients_of(slide_ids, patients),
+            slide_ids=slide_ids,
+            labels=columns_of(rows, self.labels),
+            predicted=columns_of(rows, self.predicted),
+            patient_ids=patients_of(slide_ids, patients),
         )
 
     def labels_of_split(self, split: str) -> set[float | None]:
@@ -127,20 +129,22 @@ def columns_of(rows: list[dict], names: list[str]) -> np.ndarray:
 def read_outcomes(path: str | Path) -> OutcomeTable:
     """A table of predictions of any task, which its columns tell.
 
-    Raises `InputError` for another table, and for what is no number, no probability, or there
-    twice."""
+    Raises `InputError` if the file is missing, has no rows, has other columns or a slide twice, or
+    if a value is no number, or a probability is not from 0 to 1."""
     way_out = 'run sp_predict first, or give the path of a predictions.csv'
     rows = read_table(path, ('slide_id', 'split'), (), way_out)
     if not rows:
         raise InputError(f'{path} has no rows: run sp_predict on at least one slide')
-    names = [*rows[0]]
-    if 'probability' in names:
+    columns = [*rows[0]]
+    if 'probability' in columns:
         predictions = [asdict(prediction) for prediction in read_predictions(path)]
         return OutcomeTable(Path(path), 'binary', ['label'], ['probability'], predictions)
-    before, after = names[: names.index('split')], names[names.index('split') + 1 :]
-    labels, predicted = before[1:], [name for name in after if is_prediction(name)]
+    # slide_id, labels, split, predictions and others
+    split_position = columns.index('split')
+    labels = columns[1:split_position]
+    predicted = [name for name in columns[split_position + 1 :] if is_prediction(name)]
     task = task_of(labels, predicted)
-    if names[0] != 'slide_id' or task is None:
+    if columns[0] != 'slide_id' or task is None:
         raise InputError(
             f'{path} is no table of predictions: give one that sp_predict wrote, with slide_id, '
             'the labels, split, and probability, or probability_0 and so on, log_risk, or '
@@ -148,7 +152,8 @@ def read_outcomes(path: str | Path) -> OutcomeTable:
         )
     rows = read_table(path, ('slide_id', *labels, 'split', *predicted))
     outcomes = [read_outcome(path, row, labels, predicted) for row in rows]
-    if len({row['slide_id'] for row in outcomes}) < len(outcomes):
+    slide_ids = {row['slide_id'] for row in outcomes}
+    if len(slide_ids) < len(outcomes):
         raise InputError(f'{path} has a slide more than once: keep one row a slide')
     return OutcomeTable(Path(path), task, labels, predicted, outcomes)
 
@@ -174,7 +179,7 @@ def task_of(labels: list[str], predicted: list[str]) -> str | None:
 
 
 def read_outcome(path: str | Path, row: dict, labels: list[str], predicted: list[str]) -> dict:
-    "One row of a table of predictions, checked: see `OutcomeTable`."
+    "One row of `OutcomeTable.rows`. Raises `InputError` if a value of it is not valid."
     where = f'{path}, slide {row["slide_id"]!r}'
     outcome = dict(slide_id=row['slide_id'], split=row['split'])
     for name in labels:
@@ -222,23 +227,24 @@ class Request:
 CLASS_TASKS = ('multiclass', 'ordinal')  # whose tables are alike
 
 
-def known_task(table: OutcomeTable, given: str | None) -> tuple[str, str]:
+def choose_task(table: OutcomeTable, task: str | None) -> tuple[str, str]:
     """The task of a table, and how it is known: see `Request`.
 
-    Raises `InputError` if another task is given than the table can be of."""
+    `task` is the one that the user gave, or None. Raises `InputError` if the table cannot be of it.
+    """
     possible = CLASS_TASKS if table.task in CLASS_TASKS else (table.task,)
-    if given is not None and given not in possible:
+    if task is not None and task not in possible:
         raise InputError(
-            f'{table.path} is a table of {" or ".join(possible)}, not of {given!r}; leave '
+            f'{table.path} is a table of {" or ".join(possible)}, not of {task!r}; leave '
             '--task (task) out, or give the table that it is of'
         )
-    if given is not None:
-        return given, 'given'
+    if task is not None:
+        return task, 'given'
     if table.task not in CLASS_TASKS:
         return table.task, 'table'
-    of_run = task_in_settings(table.path.parent / 'settings.toml')
-    if of_run in CLASS_TASKS:
-        return of_run, 'settings.toml'
+    task_of_run = task_in_settings(table.path.parent / 'settings.toml')
+    if task_of_run in CLASS_TASKS:
+        return task_of_run, 'settings.toml'
     return 'multiclass', 'assumed'
 
 
@@ -250,26 +256,26 @@ def task_in_settings(path: Path) -> str | None:
         return None
 
 
-def known_patients(
+def patients_by_slide(
     path: str | Path,  # a table of predictions
     manifest: str | Path | None = None,  # CSV with slide_id and patient_id; None: see below
     needed: bool = False,  # whether `manifest` has to name patients
 ) -> dict[str, str]:
-    """{slide_id: patient_id} of a manifest. Where there is none, or it names no patients, of the
-    cohort.csv of the run, beside the table, if it is there."""
-    of_run = Path(path).parent / 'cohort.csv'
+    """{slide_id: patient_id} of the manifest. If there is none, or it names no patients, of
+    cohort.csv beside the table, the cohort of its run; empty without that file."""
     patients = {}
     if manifest is not None:
         patients = read_patients(manifest, needed)
     if not patients:
-        patients = read_patients(of_run, needed=False)
+        cohort = Path(path).parent / 'cohort.csv'
+        patients = read_patients(cohort, needed=False)
     return patients
 
 # %% ../../nbs/evaluation/07_results.ipynb #cd51f2ad
 def without_width(
     intervals: dict[str, tuple[float, float]],  # by what they are of
 ) -> list[str]:
-    "A sentence on the intervals that have no width, if there are such."
+    "A list of one sentence that names the intervals without width; empty if there are none."
     names = [name for name, (low, high) in intervals.items() if has_no_width(low, high)]
     if not names:
         return []
@@ -285,7 +291,7 @@ FEW_PATIENTS = 20  # effective number in a class, below which intervals by patie
 def effective_patients(
     patients: np.ndarray,  # number of each slide's patient (n,)
 ) -> float:
-    "How many patients with equally many slides would be as unequal as these: Kish (1965)."
+    "Kish's effective number of patients (1965): as in the formula above, from 1 to their number."
     sizes = np.unique(patients, return_counts=True)[1]
     return float(sizes.sum() ** 2 / (sizes**2).sum())
 
@@ -294,24 +300,25 @@ def few_patients(
     patient_ids: Sequence | np.ndarray | None,  # of each slide; None: each has its own
     classes: dict[str, np.ndarray],  # bool (n,), by what their slides are called
 ) -> list[str]:
-    "A sentence on classes whose patients are few or very unequal, where they have several slides."
+    """A list of one sentence that names the classes with an effective number of patients below
+    `FEW_PATIENTS`; empty if there are none, or if each slide has its own patient."""
     if patient_ids is None:
         return []
-    texts = []
-    for name, members in classes.items():
-        patients = patient_numbers(patient_ids, len(members))[members]
+    descriptions = []
+    for name, is_member in classes.items():
+        patients = patient_numbers(patient_ids, len(is_member))[is_member]
         if len(patients) > 0 and effective_patients(patients) < FEW_PATIENTS:
             sizes = np.unique(patients, return_counts=True)[1]
-            largest = sizes.max() / len(patients)
-            texts.append(
+            largest_share = sizes.max() / len(patients)
+            descriptions.append(
                 f'patients of the {len(patients)} {name}: {len(sizes)}, one of whom has '
-                f'{largest:.0%} of them'
+                f'{largest_share:.0%} of them'
             )
-    if not texts:
+    if not descriptions:
         return []
     return [
         'Intervals may be too narrow, as patients are few or have very unequal numbers of slides: '
-        f'{"; ".join(texts)}.'
+        f'{"; ".join(descriptions)}.'
     ]
 
 # %% ../../nbs/evaluation/07_results.ipynb #c04e19fe
@@ -334,45 +341,48 @@ NO_TEMPERATURE = 'No temperature'  # how a note on calibration begins
 
 def binary_results(request: Request) -> dict:
     "The metrics of two classes."
-    tested = request.outcomes(request.split)
-    labels, probabilities = tested.labels[:, 0], tested.predicted[:, 0]
-    chosen_on, threshold = tested, None
+    test = request.outcomes(request.split)
+    labels, probabilities = test.labels[:, 0], test.predicted[:, 0]
+    # the slides that thresholds and the temperature are chosen on
+    tuning = test
+    threshold = None
     if request.threshold_split:
-        chosen_on = request.outcomes(request.threshold_split)
-        threshold = chosen_threshold(chosen_on, request.threshold_split)
-    resampling = request.resampling_of(tested)
+        tuning = request.outcomes(request.threshold_split)
+        threshold = chosen_threshold(tuning, request.threshold_split)
+    resampling = request.resampling_of(test)
     metrics = evaluate(
         labels,
         probabilities,
         resampling,
-        request.method,
-        request.split,
-        threshold,
-        request.threshold_split,
+        method=request.method,
+        split=request.split,
+        threshold=threshold,
+        threshold_from=request.threshold_split,
     )
     result = asdict(metrics)
     result['task'] = 'binary'
     for name, metric in REPORTED.items():
-        found = metric.estimate(labels, probabilities, resampling)
-        result[name] = dict(value=found.value, low=found.low, high=found.high)
+        estimate = metric.estimate(labels, probabilities, resampling)
+        result[name] = dict(value=estimate.value, low=estimate.low, high=estimate.high)
     result['calibration'] = calibration_results(labels, probabilities, resampling)
     notes = []
     if request.threshold_split is None:
         notes.append(optimistic_note(request.split))
     else:
         try:
-            result['temperature'] = temperature_results(request, tested, chosen_on)
+            result['temperature'] = temperature_results(request, test, tuning)
         except InputError as e:
             notes.append(f'{NO_TEMPERATURE}: {e}.')
     if request.target_sensitivity is not None:
-        result['at_sensitivity'] = sensitivity_results(request, tested, chosen_on)
+        result['at_sensitivity'] = sensitivity_results(request, test, tuning)
     if request.subgroups:
         result['groups'] = {
-            column: subgroup_results(request, tested, column, metrics.threshold)
+            column: subgroup_results(request, test, column, metrics.threshold)
             for column in request.subgroups
         }
-    notes += unknown_notes(request, tested)
-    result['notes'] = notes + interval_notes(metrics, result, labels, tested.patient_ids)
+    notes += empty_value_notes(request, test)
+    notes += interval_notes(metrics, result, labels, test.patient_ids)
+    result['notes'] = notes
     return result
 
 # %% ../../nbs/evaluation/07_results.ipynb #c4c10001
@@ -382,27 +392,28 @@ def interval_notes(
     labels: np.ndarray,  # 0 or 1 (n,)
     patient_ids: list[str] | None,
 ) -> list[str]:
-    "Sentences on intervals that say less than they seem to."
+    "Sentences on intervals without width, and on classes with few patients."
     intervals = auc_intervals(metrics)
     for name, metric in REPORTED.items():
         intervals[metric.words] = result[name]['low'], result[name]['high']
     intervals['Brier score'] = result['calibration']['low'], result['calibration']['high']
-    return without_width(intervals) + few_patients(patient_ids, by_class(labels))
+    return without_width(intervals) + few_patients(patient_ids, slides_by_class(labels))
 
 
 def auc_intervals(metrics: Metrics) -> dict[str, tuple[float, float]]:
-    "The two intervals of the AUC, by what they are of."
-    paper = "the AUC by the paper's bootstrap"
+    "(low, high) of the two intervals of the AUC, by what notes call them."
+    by_method = f'the AUC by {INTERVAL_NAMES[metrics.method]}'
+    by_bootstrap = "the AUC by the paper's bootstrap"
     if metrics.auc in (0, 1):
-        paper = f'{paper}, as the two classes do not overlap on these slides'
+        by_bootstrap += ', as the two classes do not overlap on these slides'
     return {
-        f'the AUC by {INTERVAL_NAMES[metrics.method]}': (metrics.low, metrics.high),
-        paper: (metrics.bootstrap_low, metrics.bootstrap_high),
+        by_method: (metrics.low, metrics.high),
+        by_bootstrap: (metrics.bootstrap_low, metrics.bootstrap_high),
     }
 
 
-def by_class(labels: np.ndarray) -> dict[str, np.ndarray]:
-    "The slides of two classes, by what they are called."
+def slides_by_class(labels: np.ndarray) -> dict[str, np.ndarray]:
+    "Which slides are of each of two classes, as `few_patients` takes them: bool (n,) by a name."
     return {'positive slides': labels == 1, 'negative slides': labels == 0}
 
 
@@ -416,7 +427,7 @@ def optimistic_note(split: str) -> str:
 
 
 def chosen_threshold(outcomes: Outcomes, split: str) -> float:
-    "The threshold of maximum accuracy on a split."
+    "The threshold of maximum accuracy on a split. Raises `InputError` as `operating_point` does."
     try:
         return operating_point(outcomes.labels[:, 0], outcomes.predicted[:, 0]).threshold
     except InputError as e:
@@ -427,39 +438,44 @@ def calibration_results(
     labels: np.ndarray, probabilities: np.ndarray, resampling: Resampling
 ) -> dict:
     "The results of `calibration`, for JSON."
-    measured = calibration(labels, probabilities, resampling=resampling)
+    result = calibration(labels, probabilities, resampling=resampling)
     return dict(
-        brier=measured.brier.value,
-        low=measured.brier.low,
-        high=measured.brier.high,
-        reference=measured.reference,
-        ece=measured.ece,
-        bins=measured.bins,
+        brier=result.brier.value,
+        low=result.brier.low,
+        high=result.brier.high,
+        reference=result.reference,
+        ece=result.ece,
+        bins=result.bins,
     )
 
 
-def temperature_results(request: Request, tested: Outcomes, chosen_on: Outcomes) -> dict:
-    "The temperature of the tuning slides, and the calibration that it gives."
-    temperature = fit_temperature(chosen_on.labels[:, 0], chosen_on.predicted[:, 0])
-    scaled = scaled_probabilities(tested.predicted[:, 0], temperature)
+def temperature_results(request: Request, test: Outcomes, tuning: Outcomes) -> dict:
+    """The temperature of the tuning slides, and the calibration of the test slides with it, for
+    JSON.
+
+    Raises `InputError` as `fit_temperature` does."""
+    temperature = fit_temperature(tuning.labels[:, 0], tuning.predicted[:, 0])
+    scaled = scaled_probabilities(test.predicted[:, 0], temperature)
+    resampling = request.resampling_of(test)
     return dict(
         value=temperature,
         chosen_on=request.threshold_split,
-        calibration=calibration_results(tested.labels[:, 0], scaled, request.resampling_of(tested)),
+        calibration=calibration_results(test.labels[:, 0], scaled, resampling),
     )
 
 
-def sensitivity_results(request: Request, tested: Outcomes, chosen_on: Outcomes) -> dict:
-    "The point of a wanted sensitivity, and what it gives."
-    wanted = operating_point(
-        chosen_on.labels[:, 0],
-        chosen_on.predicted[:, 0],
+def sensitivity_results(request: Request, test: Outcomes, tuning: Outcomes) -> dict:
+    """The threshold that reaches the target sensitivity on the tuning slides, and accuracy,
+    sensitivity and specificity of the test slides there, for JSON."""
+    tuning_point = operating_point(
+        tuning.labels[:, 0],
+        tuning.predicted[:, 0],
         min_sensitivity=request.target_sensitivity,
     )
-    labels, probabilities = tested.labels[:, 0], tested.predicted[:, 0]
-    point = operating_point(labels, probabilities, wanted.threshold)
+    labels, probabilities = test.labels[:, 0], test.predicted[:, 0]
+    point = operating_point(labels, probabilities, tuning_point.threshold)
     shares = point_intervals(
-        labels, probabilities, point.threshold, request.resampling.level, tested.patient_ids
+        labels, probabilities, point.threshold, request.resampling.level, test.patient_ids
     )
     return dict(
         wanted=request.target_sensitivity,
@@ -473,57 +489,56 @@ FIRST_SLIDE = re.compile(r" \((?:'.*'|\".*\") is the first\)")
 
 
 def without_slides(result: dict) -> dict:
-    "The same results, with notes that name no slide."
+    "The results without the names of slides, which are in notes."
     if 'notes' not in result:
         return result
     return result | dict(notes=[FIRST_SLIDE.sub('', note) for note in result['notes']])
 
 
-def unknown_notes(request: Request, tested: Outcomes) -> list[str]:
-    """A sentence on each column of subgroups that is empty for some slides: they are in none.
+def empty_value_notes(request: Request, test: Outcomes) -> list[str]:
+    """A sentence on each column of subgroups that is empty for some slides, which are in none.
 
-    Where it is empty for all negative slides, each subgroup is compared with all of these."""
+    A column that is empty for all negative slides is one that tumours have only: these slides are
+    compared with each subgroup, and no note is made of them."""
     notes = []
-    positive = tested.labels[:, 0] == 1
+    positive = test.labels[:, 0] == 1
     for column in request.subgroups:
         values = column_of(request.manifest, column)
-        unknown = np.array([is_missing(values.get(slide_id)) for slide_id in tested.slide_ids])
-        if unknown[~positive].all() and not unknown[positive].all():
-            unknown &= positive
-        if unknown.any():
-            first = tested.slide_ids[int(unknown.argmax())]
+        is_empty = np.array([is_missing(values.get(slide_id)) for slide_id in test.slide_ids])
+        if is_empty[~positive].all() and not is_empty[positive].all():
+            is_empty &= positive
+        if is_empty.any():
+            first = test.slide_ids[int(is_empty.argmax())]
             notes.append(
-                f'{int(unknown.sum())} of {len(unknown)} slides have nothing in {column!r} and are '
-                f'in none of its subgroups ({first!r} is the first).'
+                f'{int(is_empty.sum())} of {len(is_empty)} slides have nothing in {column!r} and '
+                f'are in none of its subgroups ({first!r} is the first).'
             )
     return notes
 
 
-def subgroup_results(
-    request: Request, tested: Outcomes, column: str, threshold: float
-) -> list[dict]:
+def subgroup_results(request: Request, test: Outcomes, column: str, threshold: float) -> list[dict]:
     """The subgroups of a column, for JSON.
 
-    Raises `InputError` if the column says nothing of any slide."""
-    values = column_of(request.manifest, column)
-    of_slides = [values.get(slide_id) for slide_id in tested.slide_ids]
-    if all(value is None for value in of_slides):
+    Raises `InputError` if the manifest has no value in this column for any of the slides."""
+    value_of_slide = column_of(request.manifest, column)
+    values = [value_of_slide.get(slide_id) for slide_id in test.slide_ids]
+    if all(value is None for value in values):
         raise InputError(
-            f'{request.manifest} says nothing in {column!r} of any of the {len(of_slides)} slides; '
+            f'{request.manifest} says nothing in {column!r} of any of the {len(values)} slides; '
             'give a column that does'
         )
     subgroups = by_group(
-        tested.labels[:, 0],
-        tested.predicted[:, 0],
-        of_slides,
+        test.labels[:, 0],
+        test.predicted[:, 0],
+        values,
         threshold,
-        request.resampling.level,
-        tested.patient_ids,
+        level=request.resampling.level,
+        patient_ids=test.patient_ids,
     )
     return [subgroup.as_json() for subgroup in subgroups]
 
 # %% ../../nbs/evaluation/07_results.ipynb #a39da821
-def resampled_as(request: Request) -> dict:
+def resampling_entries(request: Request) -> dict:
     "How intervals were made, and of which slides, for JSON."
     return dict(
         draws=request.resampling.n,
@@ -533,44 +548,46 @@ def resampled_as(request: Request) -> dict:
     )
 
 
-def limits(estimate: Estimate) -> dict:
+def interval_entries(estimate: Estimate) -> dict:
     "The bootstrap interval of the main metric, for JSON."
     return dict(low=estimate.low, high=estimate.high, redrawn=estimate.redrawn)
 
 # %% ../../nbs/evaluation/07_results.ipynb #c4c10011
 def class_results(request: Request) -> dict:
     "The metrics of several classes, with or without an order."
-    tested = request.outcomes(request.split)
-    labels, n_classes = tested.labels[:, 0], tested.predicted.shape[1]
-    called = tested.predicted.argmax(1)
-    resampling = request.resampling_of(tested)
+    test = request.outcomes(request.split)
+    labels = test.labels[:, 0]
+    n_classes = test.predicted.shape[1]
+    likeliest = test.predicted.argmax(1)
+    resampling = request.resampling_of(test)
     if request.task == 'ordinal':
-        main = ordinal_results(labels, called, n_classes, resampling)
+        main = ordinal_results(labels, likeliest, n_classes, resampling)
     else:
-        main = multiclass_results(labels, tested.predicted, resampling)
-    aucs = class_aucs(labels, tested.predicted, request.method, resampling)
+        main = multiclass_results(labels, test.predicted, resampling)
+    aucs = class_aucs(labels, test.predicted, request.method, resampling)
     return dict(
         task=request.task,
         task_from=request.task_from,
         **main,
-        accuracy=float((labels == called).mean()),
+        accuracy=float((labels == likeliest).mean()),
         n=len(labels),
-        patients=tested.n_patients,
-        **resampled_as(request),
-        confusion=confusion_matrix(labels, called, n_classes).tolist(),
+        patients=test.n_patients,
+        **resampling_entries(request),
+        confusion=confusion_matrix(labels, likeliest, n_classes).tolist(),
         classes=[class_result(area) for area in aucs],
-        notes=class_notes(request, tested, main),
+        notes=class_notes(request, test, main),
     )
 
 
 def ordinal_results(
-    labels: np.ndarray, called: np.ndarray, n_classes: int, resampling: Resampling
+    labels: np.ndarray, likeliest: np.ndarray, n_classes: int, resampling: Resampling
 ) -> dict:
-    "The main metric of classes with an order, whose interval is low and high."
-    agreement = kappa(labels, called, n_classes=n_classes, resampling=resampling)
+    """The main metric of classes with an order, for JSON: the quadratic kappa of the likeliest
+    class, whose interval is `low` and `high`."""
+    agreement = kappa(labels, likeliest, n_classes=n_classes, resampling=resampling)
     return dict(
         kappa=agreement.value,
-        **limits(agreement),
+        **interval_entries(agreement),
         weights='quadratic',
     )
 
@@ -578,14 +595,16 @@ def ordinal_results(
 def multiclass_results(
     labels: np.ndarray, probabilities: np.ndarray, resampling: Resampling
 ) -> dict:
-    """The main metric of classes without an order, whose interval is low and high, and the
-    agreement of the likeliest class, which does not depend on how classes are numbered."""
-    called, n_classes = probabilities.argmax(1), probabilities.shape[1]
-    agreement = kappa(labels, called, 'none', n_classes, resampling)
+    """The main metric of classes without an order, for JSON: the macro-averaged AUC, whose interval
+    is `low` and `high`; and the unweighted kappa of the likeliest class, which does not depend on
+    how classes are numbered."""
+    likeliest = probabilities.argmax(1)
+    n_classes = probabilities.shape[1]
+    agreement = kappa(labels, likeliest, 'none', n_classes, resampling)
     area = macro_auc(labels, probabilities, resampling)
     return dict(
         macro_auc=area.value,
-        **limits(area),
+        **interval_entries(area),
         kappa=agreement.value,
         kappa_low=agreement.low,
         kappa_high=agreement.high,
@@ -600,8 +619,8 @@ def class_result(area: Estimate | None) -> dict | None:
     return dict(auc=area.value, low=area.low, high=area.high, method=area.method)
 
 
-def class_notes(request: Request, tested: Outcomes, main: dict) -> list[str]:
-    "Notes on what was assumed of the classes, and on intervals that say less than they seem to."
+def class_notes(request: Request, test: Outcomes, main: dict) -> list[str]:
+    "Sentences on a task that was assumed, on intervals without width, and on few patients."
     notes = []
     if request.task_from == 'assumed':
         notes.append(
@@ -616,40 +635,45 @@ def class_notes(request: Request, tested: Outcomes, main: dict) -> list[str]:
         }
     else:
         intervals = {'kappa': (main['low'], main['high'])}
-    return notes + without_width(intervals) + few_patients(tested.patient_ids, all_slides(tested))
+    return notes + without_width(intervals) + few_patients(test.patient_ids, all_slides(test))
 
 
-def all_slides(tested: Outcomes) -> dict[str, np.ndarray]:
-    "All slides, as one class of `few_patients`."
-    return {'slides': np.ones(len(tested.slide_ids), bool)}
+def all_slides(outcomes: Outcomes) -> dict[str, np.ndarray]:
+    "All slides as one class, as `few_patients` takes it."
+    return {'slides': np.ones(len(outcomes.slide_ids), bool)}
 
 # %% ../../nbs/evaluation/07_results.ipynb #c4c10012
 def multilabel_results(request: Request) -> dict:
-    "The metrics of several labels, each of the slides of which it is known."
-    tested = request.outcomes(request.split)
-    resampling = request.resampling_of(tested)
-    of_labels, notes = {}, []
+    """The metrics of each of several labels, on the slides for which it is known.
+
+    A label that cannot be evaluated is left out, and a note says why. Raises `InputError` if that
+    is so of all."""
+    test = request.outcomes(request.split)
+    resampling = request.resampling_of(test)
+    metrics_of_label = {}
+    notes = []
     for number, label in enumerate(request.table.labels):
-        known = np.isfinite(tested.labels[:, number])
-        labels, of_known = tested.labels[known, number], resampling.of_slides(known)
+        is_known = np.isfinite(test.labels[:, number])
+        labels = test.labels[is_known, number]
+        label_resampling = resampling.of_slides(is_known)
         try:
             metrics = evaluate(
                 labels,
-                tested.predicted[known, number],
-                of_known,
-                request.method,
-                request.split,
+                test.predicted[is_known, number],
+                label_resampling,
+                method=request.method,
+                split=request.split,
             )
         except InputError as e:
             notes.append(f'{label}: {e}.')
             continue
-        of_labels[label] = asdict(metrics)
+        metrics_of_label[label] = asdict(metrics)
         remarks = without_width(auc_intervals(metrics))
-        remarks += few_patients(of_known.patient_ids, by_class(labels))
+        remarks += few_patients(label_resampling.patient_ids, slides_by_class(labels))
         notes += [f'{label}: {remark}' for remark in remarks]
-    if not of_labels:
+    if not metrics_of_label:
         raise InputError('; '.join(notes))
-    return dict(task='multilabel', labels=of_labels, notes=notes)
+    return dict(task='multilabel', labels=metrics_of_label, notes=notes)
 
 # %% ../../nbs/evaluation/07_results.ipynb #c4c10013
 def survival_of_patients(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -657,41 +681,43 @@ def survival_of_patients(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray, np
     highest log risk, see `riskiest_slides`."""
     times, events = outcomes.labels.T
     risks = outcomes.predicted[:, 0]
-    chosen = riskiest_slides(times, events, risks, outcomes.patient_ids)
-    return times[chosen], events[chosen], risks[chosen]
+    slides = riskiest_slides(times, events, risks, outcomes.patient_ids)
+    return times[slides], events[slides], risks[slides]
 
 
 def survival_results(request: Request) -> dict:
-    "The concordance of slides, and two groups of patients by their highest log risk."
-    tested = request.outcomes(request.split)
-    slide_times, slide_events = tested.labels.T
-    resampling = request.resampling_of(tested)
-    estimate = concordance(slide_times, slide_events, tested.predicted[:, 0], resampling)
-    _, _, chosen_on = survival_of_patients(request.outcomes(request.threshold_from))
-    threshold = float(np.median(chosen_on))
-    times, events, risks = survival_of_patients(tested)
-    high = risks > threshold
-    p = logrank(times, events, high)
+    """The concordance of slides, and two groups of patients: those whose highest log risk is above
+    the median of the patients of `threshold_from`, and all others."""
+    test = request.outcomes(request.split)
+    slide_times, slide_events = test.labels.T
+    resampling = request.resampling_of(test)
+    estimate = concordance(slide_times, slide_events, test.predicted[:, 0], resampling)
+    _, _, tuning_risks = survival_of_patients(request.outcomes(request.threshold_from))
+    threshold = float(np.median(tuning_risks))
+    times, events, risks = survival_of_patients(test)
+    is_high_risk = risks > threshold
+    p = logrank(times, events, is_high_risk)
     return dict(
         task='survival',
         concordance=estimate.value,
-        **limits(estimate),
-        n=len(tested.slide_ids),
-        patients=tested.n_patients,
+        **interval_entries(estimate),
+        n=len(test.slide_ids),
+        patients=test.n_patients,
         events=int(events.sum()),
-        **resampled_as(request),
+        **resampling_entries(request),
         threshold=threshold,
         threshold_from=request.threshold_from,
-        high_risk=int(high.sum()),
+        high_risk=int(is_high_risk.sum()),
         logrank_p=None if math.isnan(p) else p,
-        notes=survival_notes(tested, estimate),
+        notes=survival_notes(test, estimate),
     )
 
 
-def survival_notes(tested: Outcomes, estimate: Estimate) -> list[str]:
-    "Which slide counts for a patient and why, and on an interval that says less than it seems to."
+def survival_notes(test: Outcomes, estimate: Estimate) -> list[str]:
+    """Sentences on an interval without width and, where patients have several slides, on which
+    slide counts for a patient, and on few patients."""
     notes = without_width({'the concordance': (estimate.low, estimate.high)})
-    if tested.patient_ids is None:
+    if test.patient_ids is None:
         return notes
     notes.append(
         'The groups of risk, their curves and the log-rank test have one row a patient: the slide '
@@ -699,13 +725,13 @@ def survival_notes(tested: Outcomes, estimate: Estimate) -> list[str]:
         'ill as the worst of the slides. The concordance is of slides; its interval takes those of '
         'one patient as alike.'
     )
-    differing = patients_with_several_outcomes(tested.patient_ids, tested.labels)
-    if differing > 0:
+    n_differing = patients_with_several_outcomes(test.patient_ids, test.labels)
+    if n_differing > 0:
         notes.append(
-            f'Patients whose slides have different times or events: {differing}; those of the '
+            f'Patients whose slides have different times or events: {n_differing}; those of the '
             'slide with the highest log risk count.'
         )
-    return notes + few_patients(tested.patient_ids, all_slides(tested))
+    return notes + few_patients(test.patient_ids, all_slides(test))
 
 
 def patients_with_several_outcomes(
@@ -713,22 +739,23 @@ def patients_with_several_outcomes(
     labels: np.ndarray,  # times and events (n, 2)
 ) -> int:
     "How many patients have slides with different times or events."
-    outcomes = {}
-    for patient, outcome in zip(patient_ids, labels.tolist(), strict=True):
-        outcomes.setdefault(patient, set()).add(tuple(outcome))
-    return sum(len(different) > 1 for different in outcomes.values())
+    outcomes_of_patient = {}
+    for patient_id, outcome in zip(patient_ids, labels.tolist(), strict=True):
+        outcomes_of_patient.setdefault(patient_id, set()).add(tuple(outcome))
+    return sum(len(outcomes) > 1 for outcomes in outcomes_of_patient.values())
 
 
 def regression_results(request: Request) -> dict:
-    "The mean absolute error and Spearman's rank correlation; None where all values are equal."
+    """The mean absolute error, and Spearman's rank correlation, which is None where all labels or
+    all predictions are equal."""
     from scipy.stats import spearmanr  # slow to import, so only where it is used
 
-    tested = request.outcomes(request.split)
-    labels, predicted = tested.labels[:, 0], tested.predicted[:, 0]
+    test = request.outcomes(request.split)
+    labels, predicted = test.labels[:, 0], test.predicted[:, 0]
     correlation = None
     if len(np.unique(labels)) > 1 and len(np.unique(predicted)) > 1:
-        ranked: Any = spearmanr(labels, predicted)  # scipy has no types
-        correlation = float(ranked.statistic)
+        spearman: Any = spearmanr(labels, predicted)  # scipy has no types
+        correlation = float(spearman.statistic)
     return dict(
         task='regression',
         mean_absolute_error=float(abs(labels - predicted).mean()),
@@ -775,16 +802,16 @@ def results(
 
     Raises `InputError` with the file and what is wrong with it."""
     table = read_outcomes(path)
-    patients = known_patients(path, manifest, needed=not subgroups)
+    patients = patients_by_slide(path, manifest, needed=not subgroups)
     check_options(table, target_sensitivity, subgroups, threshold_split, method)
     check_slides_in_manifest(table, manifest)
     if manifest is None:
         manifest = Path(path).parent / 'cohort.csv'
     try:
-        known, task_from = known_task(table, task)
+        task, task_from = choose_task(table, task)
         request = Request(
             table=table,
-            task=known,
+            task=task,
             task_from=task_from,
             patients=patients,
             split=split,
@@ -808,18 +835,18 @@ TUNING = 'tuning'  # the split that the checkpoint is chosen on
 def threshold_split_of(
     table: OutcomeTable,
     split: str,  # slides to evaluate
-    given: str | None,  # slides to choose thresholds on, if they were named
+    named_split: str | None,  # slides to choose thresholds on, if the user named them
 ) -> str | None:
-    """The slides to choose thresholds on. Of two classes, if none are named, the tuning slides,
-    where these are of both classes.
+    """The split to choose thresholds on: the one that was named, else of two classes the tuning
+    slides, if both classes are among them.
 
-    None where they are the slides to evaluate: figures at such a threshold are optimistic."""
-    chosen = split
-    if given:
-        chosen = given
+    None where it is the split to evaluate: metrics at such a threshold are optimistic."""
+    threshold_split = split
+    if named_split:
+        threshold_split = named_split
     elif table.task == 'binary' and table.labels_of_split(TUNING) >= {0, 1}:
-        chosen = TUNING
-    return None if chosen == split else chosen
+        threshold_split = TUNING
+    return None if threshold_split == split else threshold_split
 
 
 def check_options(
@@ -832,15 +859,16 @@ def check_options(
     "Raises `InputError` for an option that does not apply to the task of a table."
     if table.task == 'binary':
         return
-    given = {
+    # options that the task does not have, by what an error calls them
+    unsupported_options = {
         '--target-sensitivity (target_sensitivity)': target_sensitivity,
         '--subgroups (subgroups)': subgroups,
     }
     if table.task != 'survival':
-        given['--threshold-split (threshold_split)'] = threshold_split
+        unsupported_options['--threshold-split (threshold_split)'] = threshold_split
     if table.task in ('survival', 'regression') and method != 'logit':
-        given['--interval (method)'] = method
-    for name, value in given.items():
+        unsupported_options['--interval (method)'] = method
+    for name, value in unsupported_options.items():
         if value:
             raise InputError(
                 f'{table.path} has predictions of the task {table.task}, to which {name} does not '
@@ -849,56 +877,37 @@ def check_options(
 
 
 def check_slides_in_manifest(table: OutcomeTable, manifest: str | Path | None) -> None:
-    "Raises `InputError` if a manifest is given that lacks slides of a table."
+    "Raises `InputError` if the manifest, where there is one, lacks slides of a table."
     if manifest is None:
         return
-    rows = read_table(manifest, ('slide_id',), separators=SEPARATORS)
-    known = {row['slide_id'] for row in rows}
-    missing = [row['slide_id'] for row in table.rows if row['slide_id'] not in known]
-    if missing:
+    manifest_rows = read_table(manifest, ('slide_id',), separators=SEPARATORS)
+    manifest_ids = {row['slide_id'] for row in manifest_rows}
+    missing_ids = [row['slide_id'] for row in table.rows if row['slide_id'] not in manifest_ids]
+    if missing_ids:
         raise InputError(
-            f'{manifest} has no row of {len(missing)} of the slides of {table.path}, the first is '
-            f'{missing[0]!r}; give the manifest that they are of'
+            f'{manifest} has no row of {len(missing_ids)} of the slides of {table.path}, the first '
+            f'is {missing_ids[0]!r}; give the manifest that they are of'
         )
 
 # %% ../../nbs/evaluation/07_results.ipynb #16c9a57c
 def sentences_of(metrics: dict) -> list[str]:
-    """The metrics of `results` in words, the most important first; also of a `metrics.json` that
-    calls the task by a former name."""
+    """The metrics of `results` in words, one sentence each, the most important first; also those of
+    a `metrics.json` of an older version, which calls some tasks by other names."""
     task: str = metrics['task']
-    return SENTENCES[FORMER_TASKS.get(task, task)](metrics)
+    return SENTENCES[OLD_TASK_NAMES.get(task, task)](metrics)
 
 # %% ../../nbs/evaluation/07_results.ipynb #4ecd6cce
 def binary_sentences(metrics: dict) -> list[str]:
     "The metrics of two classes in words."
-    of_patients = ''
-    if metrics['patients']:
-        of_patients = f' of {metrics["patients"]} patients'
     n_patients = metrics['patients']
-    low, high = metrics['bootstrap_low'], metrics['bootstrap_high']
-    bootstrap = interval_in_words(low, high, n_patients)
-    brier = metrics['calibration']
-    sentences = [
-        f"AUC {with_method(metrics, n_patients)}, by the paper's bootstrap {bootstrap}; "
-        f'{metrics["n"]} slides{of_patients}, {metrics["positives"]} positive',
-        point_sentence(metrics, n_patients),
-    ]
+    sentences = [auc_sentence(metrics, n_patients), point_sentence(metrics, n_patients)]
     for name, metric in REPORTED.items():
         if name in metrics:  # a file from before the metric was added has none
-            shown = with_interval(metrics[name], 'value', n_patients)
-            sentences.append(f'{metric.words} {shown}')
-    sentences.append(
-        f'Brier score {with_interval(brier, "brier", n_patients)}, {brier["reference"]:.3f} by the '
-        f'share of positives alone; expected calibration error {brier["ece"]:.3f}'
-    )
+            estimate = with_interval(metrics[name], 'value', n_patients)
+            sentences.append(f'{metric.words} {estimate}')
+    sentences.append(calibration_sentence(metrics['calibration'], n_patients))
     if 'temperature' in metrics:
-        temperature = metrics['temperature']
-        scaled = temperature['calibration']
-        sentences.append(
-            f'at a temperature of {temperature["value"]:.2f}, chosen on '
-            f'{temperature["chosen_on"]}: Brier score {scaled["brier"]:.3f}, expected calibration '
-            f'error {scaled["ece"]:.3f}'
-        )
+        sentences.append(temperature_sentence(metrics['temperature']))
     if 'at_sensitivity' in metrics:
         point = metrics['at_sensitivity']
         sentence = point_sentence(point, n_patients)
@@ -906,6 +915,36 @@ def binary_sentences(metrics: dict) -> list[str]:
     for column, subgroups in subgroups_in(metrics).items():
         sentences += [subgroup_sentence(column, subgroup) for subgroup in subgroups]
     return sentences
+
+
+def auc_sentence(metrics: dict, n_patients: int | None) -> str:
+    "The AUC with both intervals, and the numbers of slides and patients."
+    area = with_method(metrics, n_patients)
+    low, high = metrics['bootstrap_low'], metrics['bootstrap_high']
+    bootstrap = interval_in_words(low, high, n_patients)
+    of_patients = f' of {n_patients} patients' if n_patients else ''
+    return (
+        f"AUC {area}, by the paper's bootstrap {bootstrap}; "
+        f'{metrics["n"]} slides{of_patients}, {metrics["positives"]} positive'
+    )
+
+
+def calibration_sentence(entries: dict, n_patients: int | None) -> str:
+    "The Brier score and the calibration error, from the entries of `calibration_results`."
+    brier = with_interval(entries, 'brier', n_patients)
+    return (
+        f'Brier score {brier}, {entries["reference"]:.3f} by the share of positives alone; '
+        f'expected calibration error {entries["ece"]:.3f}'
+    )
+
+
+def temperature_sentence(entries: dict) -> str:
+    "The temperature and the calibration with it, from the entries of `temperature_results`."
+    scaled = entries['calibration']
+    return (
+        f'at a temperature of {entries["value"]:.2f}, chosen on {entries["chosen_on"]}: '
+        f'Brier score {scaled["brier"]:.3f}, expected calibration error {scaled["ece"]:.3f}'
+    )
 
 # %% ../../nbs/evaluation/07_results.ipynb #c4c10021
 def subgroups_in(
@@ -923,18 +962,18 @@ def with_interval(
     name: str,
     n_patients: int | None,  # see `interval_in_words`
 ) -> str:
-    "One of the metrics, with the interval that stands beside it."
+    "A metric as text, with the interval `low` to `high` of the same dict."
     interval = interval_in_words(metrics['low'], metrics['high'], n_patients)
     return f'{metrics[name]:.3f} ({interval})'
 
 
 def with_method(metrics: dict, n_patients: int | None) -> str:
-    "The AUC with its interval and the method that made that, if the file says it."
+    "The AUC as text, with its interval and, if the metrics have it, the method of the interval."
     interval = interval_in_words(metrics['low'], metrics['high'], n_patients)
-    by = ''
+    by_method = ''
     if metrics.get('method') in INTERVAL_NAMES:
-        by = f' by {INTERVAL_NAMES[metrics["method"]]}'
-    return f'{metrics["auc"]:.3f} ({interval}{by})'
+        by_method = f' by {INTERVAL_NAMES[metrics["method"]]}'
+    return f'{metrics["auc"]:.3f} ({interval}{by_method})'
 
 
 def point_sentence(point: dict, n_patients: int | None) -> str:
@@ -959,69 +998,72 @@ def subgroup_sentence(column: str, subgroup: Subgroup) -> str:
 
 # %% ../../nbs/evaluation/07_results.ipynb #c4c10022
 def class_sentences(metrics: dict) -> list[str]:
-    "The metrics of several classes in words; also of a former file, which has the kappa alone."
+    "The metrics of several classes in words; a file of an older version has the kappa alone."
     slides = f'{metrics["n"]} slides, accuracy {metrics["accuracy"]:.3f}'
-    n_patients = metrics.get('patients')  # a former file does not say it
+    n_patients = metrics.get('patients')  # a file of an older version does not say it
     if 'macro_auc' in metrics:
+        mean_area = with_interval(metrics, 'macro_auc', n_patients)
         agreement = dict(
             kappa=metrics['kappa'], low=metrics['kappa_low'], high=metrics['kappa_high']
         )
-        main = (
-            f'macro-averaged AUC {with_interval(metrics, "macro_auc", n_patients)}, unweighted '
-            f'kappa {with_interval(agreement, "kappa", n_patients)}, {slides}'
-        )
+        unweighted_kappa = with_interval(agreement, 'kappa', n_patients)
+        main = f'macro-averaged AUC {mean_area}, unweighted kappa {unweighted_kappa}, {slides}'
     else:
         main = f'quadratic kappa {with_interval(metrics, "kappa", n_patients)}, {slides}'
     if metrics.get('task_from') == 'assumed':
         main += '; it is assumed that the classes have no order, which the table does not tell'
     sentences = [main]
-    for number, area in enumerate(metrics['classes']):
-        if area is not None:
-            shown = with_method(area, n_patients)
-            sentences.append(f'class {number} against the rest: AUC {shown}')
+    for number, class_auc in enumerate(metrics['classes']):
+        if class_auc is not None:
+            area = with_method(class_auc, n_patients)
+            sentences.append(f'class {number} against the rest: AUC {area}')
     return sentences
 
 
 def multilabel_sentences(metrics: dict) -> list[str]:
     "The metrics of several labels in words."
-    return [
-        f'{label}: AUC {with_method(of_label, of_label["patients"])}, {of_label["n"]} slides, '
-        f'{of_label["positives"]} positive'
-        for label, of_label in metrics['labels'].items()
-    ]
+    sentences = []
+    for label, label_metrics in metrics['labels'].items():
+        area = with_method(label_metrics, label_metrics['patients'])
+        sentences.append(
+            f'{label}: AUC {area}, {label_metrics["n"]} slides, '
+            f'{label_metrics["positives"]} positive'
+        )
+    return sentences
 
 
 def survival_sentences(metrics: dict) -> list[str]:
-    "The metrics of survival in words; also of a former file, whose rows are slides."
-    shown = with_interval(metrics, 'concordance', metrics.get('patients'))
-    concordance = f'concordance {shown}, {metrics["n"]} slides'
+    "The metrics of survival in words; in a file of an older version, rows are slides."
+    n_patients = metrics.get('patients')
+    estimate = with_interval(metrics, 'concordance', n_patients)
+    first_clause = f'concordance {estimate}, {metrics["n"]} slides'
     p = ''
     if metrics['logrank_p'] is not None:
         p = f'; log-rank p {metrics["logrank_p"]:.3g}'
-    threshold, median_of = f'{metrics["threshold"]:.3g}', metrics['threshold_from']
-    n_high = metrics['high_risk']
-    if metrics.get('patients') is None:
-        slides = 'slide' if n_high == 1 else 'slides'
+    threshold = f'{metrics["threshold"]:.3g}'
+    threshold_split = metrics['threshold_from']
+    n_high_risk = metrics['high_risk']
+    if n_patients is None:
+        slides = 'slide' if n_high_risk == 1 else 'slides'
         return [
-            f'{concordance}, {metrics["events"]} events',
-            f'{n_high} {slides} of high risk, above {threshold}, the median of the split '
-            f'{median_of}{p}',
+            f'{first_clause}, {metrics["events"]} events',
+            f'{n_high_risk} {slides} of high risk, above {threshold}, the median of the split '
+            f'{threshold_split}{p}',
         ]
-    patients = 'patient' if n_high == 1 else 'patients'
+    patients = 'patient' if n_high_risk == 1 else 'patients'
     return [
-        f'{concordance} of {metrics["patients"]} patients, of whom {metrics["events"]} had the '
-        'event',
-        f'{n_high} {patients} of high risk, by the highest log risk of the slides of each: above '
-        f'{threshold}, the median of the patients of the split {median_of}{p}',
+        f'{first_clause} of {n_patients} patients, of whom {metrics["events"]} had the event',
+        f'{n_high_risk} {patients} of high risk, by the highest log risk of the slides of each: '
+        f'above {threshold}, the median of the patients of the split {threshold_split}{p}',
     ]
 
 
 def regression_sentences(metrics: dict) -> list[str]:
     "The metrics of regression in words."
+    error = f'{metrics["mean_absolute_error"]:.4g}'
     correlation = ''
     if metrics['rank_correlation'] is not None:
         correlation = f', rank correlation {metrics["rank_correlation"]:.3f}'
-    error = f'{metrics["mean_absolute_error"]:.4g}'
     return [f'mean absolute error {error}, {metrics["n"]} slides{correlation}']
 
 
@@ -1033,7 +1075,7 @@ SENTENCES = dict(
     survival=survival_sentences,
     regression=regression_sentences,
 )
-FORMER_TASKS = dict(classes='multiclass', measure='regression')
+OLD_TASK_NAMES = dict(classes='multiclass', measure='regression')
 
 # %% ../../nbs/evaluation/07_results.ipynb #res000012
 def figures_of(
@@ -1046,32 +1088,48 @@ def figures_of(
     table = read_outcomes(path)
     if table.task not in FIGURES:
         return {}
-    outcomes = table.of_split(metrics['split'], known_patients(path, manifest))
+    outcomes = table.of_split(metrics['split'], patients_by_slide(path, manifest))
     return FIGURES[table.task](metrics, outcomes, color)
 
 # %% ../../nbs/evaluation/07_results.ipynb #a367812f
 def binary_figures(metrics: dict, outcomes: Outcomes, color: str) -> dict[str, Callable]:
     "The figures of two classes."
-    pair = outcomes.labels[:, 0], outcomes.predicted[:, 0]
-    patient_ids, level = outcomes.patient_ids, metrics['level']
+    labels, probabilities = outcomes.labels[:, 0], outcomes.predicted[:, 0]
+    patient_ids = outcomes.patient_ids
+    level = metrics['level']
     resampling = Resampling(metrics['draws'], metrics['seed'], level, patient_ids)
     area = Estimate(
-        metrics['auc'],
-        metrics['low'],
-        metrics['high'],
-        level,
-        metrics['method'],
+        value=metrics['auc'],
+        low=metrics['low'],
+        high=metrics['high'],
+        level=level,
+        method=metrics['method'],
         seed=metrics['seed'],
     )
     figures = dict(
-        roc=partial(plot_roc, *pair, color=color, interval=area, patient_ids=patient_ids),
-        precision_recall=partial(plot_pr, *pair, color=color, resampling=resampling),
+        roc=partial(
+            plot_roc,
+            labels,
+            probabilities,
+            color=color,
+            interval=area,
+            patient_ids=patient_ids,
+        ),
+        precision_recall=partial(
+            plot_pr, labels, probabilities, color=color, resampling=resampling
+        ),
         reliability=partial(
-            plot_reliability, *pair, color=color, patient_ids=patient_ids, level=level
+            plot_reliability,
+            labels,
+            probabilities,
+            color=color,
+            patient_ids=patient_ids,
+            level=level,
         ),
     )
     for column, subgroups in subgroups_in(metrics).items():
-        if any(subgroup.auc is not None for subgroup in subgroups):
+        has_auc = any(subgroup.auc is not None for subgroup in subgroups)
+        if has_auc:
             draw = partial(plot_groups, subgroups, whole=metrics['auc'], color=color)
             figures[f'groups_{column}'] = draw
     return figures
@@ -1079,16 +1137,18 @@ def binary_figures(metrics: dict, outcomes: Outcomes, color: str) -> dict[str, C
 
 def class_figures(metrics: dict, outcomes: Outcomes, color: str) -> dict[str, Callable]:
     "The figure of several classes."
-    labels, called = outcomes.labels[:, 0].astype(int), outcomes.predicted.argmax(1)
+    labels = outcomes.labels[:, 0].astype(int)
+    likeliest = outcomes.predicted.argmax(1)
     n_classes = outcomes.predicted.shape[1]
-    return dict(confusion=partial(plot_confusion, labels, called, n_classes=n_classes))
+    return dict(confusion=partial(plot_confusion, labels, likeliest, n_classes=n_classes))
 
 
 def survival_figures(metrics: dict, outcomes: Outcomes, color: str) -> dict[str, Callable]:
     "The figure of survival: the curves of two groups of patients."
     times, events, risks = survival_of_patients(outcomes)
-    high = risks > metrics['threshold']
-    return dict(survival=partial(plot_survival, times, events, high, level=metrics['level']))
+    is_high_risk = risks > metrics['threshold']
+    level = metrics['level']
+    return dict(survival=partial(plot_survival, times, events, is_high_risk, level=level))
 
 
 FIGURES = dict(binary=binary_figures, multiclass=class_figures, survival=survival_figures)
@@ -1097,21 +1157,21 @@ FIGURES = dict(binary=binary_figures, multiclass=class_figures, survival=surviva
 def draw_results(
     found: dict, predictions: Path, folder: Path, manifest: Path | None = None
 ) -> list[str]:
-    """Draw the figures of `results` into a folder, as SVG; their names.
+    """Draw the figures of `results` into a folder, as SVG. Returns the names of the files.
 
-    Raises `InputError` if one of the files is there and is something else."""
+    Raises `InputError` if a file of such a name exists and is no figure; then none is drawn."""
     from matplotlib.figure import Figure  # slow to import, so only where it is used
 
-    figures = {}
+    draw_by_stem = {}
     for title, draw in figures_of(found, predictions, manifest).items():
-        name = re.sub(r'\W+', '_', title)
-        if name in figures:
-            name = f'{name}_{len(figures)}'
-        figures[name] = draw
-    names = [f'{name}.svg' for name in figures]
+        stem = re.sub(r'\W+', '_', title)
+        if stem in draw_by_stem:
+            stem = f'{stem}_{len(draw_by_stem)}'
+        draw_by_stem[stem] = draw
+    names = [f'{stem}.svg' for stem in draw_by_stem]
     for name in names:
         output_file(folder / name, '.svg', begins='(?s).*Matplotlib')
-    for name, draw in zip(names, figures.values(), strict=True):
+    for name, draw in zip(names, draw_by_stem.values(), strict=True):
         figure = Figure(figsize=(4.4, 4), layout='constrained')
         draw(figure.add_subplot())
         picture = BytesIO()

@@ -38,25 +38,31 @@ def errors_of(
     split: str = 'test',  # slides to look at
     threshold: float | None = None,  # None: that of maximum accuracy on these slides
 ) -> tuple[list[Wrong], float]:
-    """The false positives, then the false negatives, of a split, the largest error first; and the
-    threshold. As in section V of the paper."""
+    """The errors among the labelled slides of a split, and the threshold. As in section V of the
+    paper.
+
+    False positives come before false negatives, and in each the largest error is first. Raises
+    `InputError` as `read_predictions` does, and without a threshold as `operating_point` does."""
     if isinstance(predictions, (str, Path)):
         predictions = read_predictions(predictions)
-    known = [each for each in predictions if each.split == split and each.label is not None]
+    labelled_slides = [
+        slide for slide in predictions if slide.split == split and slide.label is not None
+    ]
     if threshold is None:
-        labels = [each.label for each in known if each.label is not None]
-        threshold = operating_point(labels, [each.probability for each in known]).threshold
-    wrong = []
-    for each in known:
-        called_positive = each.probability >= threshold
-        if called_positive != bool(each.label):
+        labels = [slide.label for slide in labelled_slides if slide.label is not None]
+        probabilities = [slide.probability for slide in labelled_slides]
+        threshold = operating_point(labels, probabilities).threshold
+    errors = []
+    for slide in labelled_slides:
+        called_positive = slide.probability >= threshold
+        if called_positive != bool(slide.label):
             kind = 'false positive' if called_positive else 'false negative'
-            wrong.append(Wrong(each.slide_id, kind, each.probability))
-    return sorted(wrong, key=error_order), threshold
+            errors.append(Wrong(slide.slide_id, kind, slide.probability))
+    return sorted(errors, key=error_order), threshold
 
 # %% ../../nbs/evaluation/08_review.ipynb #bd14b0ae
 def error_order(wrong: Wrong) -> tuple[int, float, str]:
-    "False positives first, and the largest error first."
+    "The sort key of `errors_of`."
     if wrong.kind == 'false positive':
         return 0, -wrong.probability, wrong.slide_id
     return 1, wrong.probability, wrong.slide_id
@@ -89,34 +95,38 @@ def read_categories(
     # as `numbered` gives them, where the report may have been one without names
     numbers: dict[str, int] | None = None,
 ) -> dict[str, str]:
-    """{slide_id: category}, as a reviewer gave them to errors.
+    """{slide_id: category} of the errors that a reviewer gave one.
 
-    Raises `InputError` where they are not of these errors."""
+    Raises `InputError` if a row is of a slide that is no error, or one of the other kind, or if a
+    slide has two rows."""
     kinds = {each.slide_id: each.kind for each in wrong}
     way_out = 'save it in the report of a run'
     categories = {}
     for row in read_table(path, CATEGORIES[1:], ('slide_id', 'number'), way_out, ',;'):
-        slide_id, shown = identified(path, row, numbers)
+        slide_id, name_in_table = identify_slide(path, row, numbers)
         if slide_id not in kinds:
             raise InputError(
-                f'{path}: slide {shown!r} is no error of this model at the threshold of its '
-                'report; give the categories of the same run'
+                f'{path}: slide {name_in_table!r} is no error of this model at the threshold of '
+                'its report; give the categories of the same run'
             )
         if row['error'] != kinds[slide_id]:
             raise InputError(
-                f'{path}: slide {shown!r} is a {kinds[slide_id]} of this model, and the table says '
-                f'{row["error"]!r}; give the categories of the same run'
+                f'{path}: slide {name_in_table!r} is a {kinds[slide_id]} of this model, and the '
+                f'table says {row["error"]!r}; give the categories of the same run'
             )
         if slide_id in categories:
-            raise InputError(f'{path} has slide {shown!r} twice; keep one row a slide')
+            raise InputError(f'{path} has slide {name_in_table!r} twice; keep one row a slide')
         # the report writes ' in front, so that spreadsheets do not take a category for a formula
         words = row['category'].removeprefix("'").split()
         categories[slide_id] = ' '.join(words)
     return {slide_id: category for slide_id, category in categories.items() if category}
 
 # %% ../../nbs/evaluation/08_review.ipynb #8792c640
-def identified(path: str | Path, row: dict, numbers: dict[str, int] | None) -> tuple[str, str]:
-    "The slide of a row, '' if it is not known, and what the row calls it: a name or a number."
+def identify_slide(path: str | Path, row: dict, numbers: dict[str, int] | None) -> tuple[str, str]:
+    """The slide of a row in a table of categories: its slide_id, '' if it is not known, and what
+    the row calls it, a slide_id or a number.
+
+    Raises `InputError` unless the table has one of the columns slide_id and number."""
     if ('slide_id' in row) == ('number' in row):
         raise InputError(
             f'{path} has to have one of the columns slide_id and number; save it in the report of '
@@ -135,10 +145,11 @@ def numbered(
     predictions: Iterable[Prediction],
     split: str = 'test',  # that of the metrics
 ) -> dict[str, int]:
-    """How reports number slides, {slide_id: number}, from 1 on: labelled ones of the split, the
-    largest error first, then unlabelled ones, then others."""
-    keyed = sorted((*number_order(each, split), each.slide_id) for each in predictions)
-    return {slide_id: number for number, (*_, slide_id) in enumerate(keyed, 1)}
+    """The numbers of slides in reports, {slide_id: number}, from 1 on: first the labelled slides of
+    the split, the largest error first, then unlabelled slides, then labelled ones of other splits.
+    """
+    sort_keys = sorted((*number_order(slide, split), slide.slide_id) for slide in predictions)
+    return {slide_id: number for number, (*_, slide_id) in enumerate(sort_keys, 1)}
 
 
 def number_order(prediction: Prediction, split: str) -> tuple[int, float]:
@@ -168,13 +179,16 @@ def category_table(
 ) -> list[KindOfError]:
     """The errors of one or several models by their categories, the most frequent first, as the
     paper's Table III. Upper and lower case are the same; errors without a category are last."""
+    # a category in lower case: as the first reviewer wrote it
     spellings = {'': 'not looked at yet'}
     for _, categories in models.values():
         for category in categories.values():
             spellings.setdefault(category.casefold(), category)
     table = []
     for kind in FALSE:
-        counts = [count_categories(*model, kind) for model in models.values()]
+        counts = [
+            count_categories(errors, categories, kind) for errors, categories in models.values()
+        ]
         totals = sum(counts, Counter())
         order = sorted(totals, key=lambda category: (category == '', -totals[category], category))
         rows = [(spellings[category], [count[category] for count in counts]) for category in order]

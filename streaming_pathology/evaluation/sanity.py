@@ -21,7 +21,9 @@ from ..slides.tissue import distance_to
 
 # %% ../../nbs/evaluation/13_sanity.ipynb #san0005
 def as_marked(truth: np.ndarray) -> np.ndarray:
-    "A mask as bool (h, w). Raises `InputError` if it is no mask of 0 and 1."
+    """A mask as bool (h, w), True where something is marked.
+
+    Raises `InputError` if it has another shape, no pixels, or numbers other than 0 and 1."""
     truth = np.asarray(truth)
     if truth.ndim != 2 or not truth.size:
         raise InputError(f'truth of shape {truth.shape}: give a mask (h, w)')
@@ -37,8 +39,8 @@ def pool_truth(
     cell: int,  # pixels a side, of a cell of the map
     share: float = 0.5,  # smallest share of the pixels of a cell that makes it marked; above 0
 ) -> np.ndarray:
-    """A mask at the resolution of a map, bool (ceil(H/cell), ceil(W/cell)). At the edges a cell
-    counts the pixels that it has.
+    """A mask at the resolution of a map, bool (ceil(H/cell), ceil(W/cell)). Of a cell that reaches
+    beyond the mask, only the pixels within the mask count.
 
     Raises `InputError` for what is no mask, or a setting that is out of range."""
     if not 0 < share <= 1:
@@ -104,31 +106,37 @@ def pixel_auprc(
 
 # %% ../../nbs/evaluation/13_sanity.ipynb #28390ba5
 def give_own_encoder(model: FeatureMIL) -> None:
-    """Give a copy of a `FeatureMIL`, which shares the encoder of the original, an encoder of its
-    own; where there is none, do nothing."""
-    shared = model.encoder
-    if shared is None:
+    """Give a copy of a `FeatureMIL`, which shares the encoder of the original, a copy of that
+    encoder too. If it has none, nothing is done."""
+    shared_encoder = model.encoder
+    if shared_encoder is None:
         return
-    network = copy.deepcopy(shared.network)
-    model.set_encoder(Encoder(network, shared.transform, shared.pil, shared.card))
+    network = copy.deepcopy(shared_encoder.network)
+    encoder = Encoder(network, shared_encoder.transform, shared_encoder.pil, shared_encoder.card)
+    model.set_encoder(encoder)
 
 
 def layers_with_weights(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model that have weights of their own, in order; of a `FeatureMIL` those of
-    the encoder come first."""
-    layers = list(model.modules())
+    """The layers of a model that have parameters of their own, each once, in order; of a
+    `FeatureMIL` those of the encoder come first."""
+    modules = list(model.modules())
     if isinstance(model, FeatureMIL) and model.encoder is not None:
-        layers = [*model.encoder.modules(), *layers]
-    once = dict.fromkeys(layers)
-    return [layer for layer in once if next(layer.parameters(recurse=False), None) is not None]
+        modules = [*model.encoder.modules(), *modules]
+    layers = []
+    for module in dict.fromkeys(modules):
+        has_parameters = next(module.parameters(recurse=False), None) is not None
+        if has_parameters:
+            layers.append(module)
+    return layers
 
 
 @torch.no_grad()
 def redraw(parameter: nn.Parameter, generator: torch.Generator) -> None:
-    "Draw a tensor from a normal distribution with its own mean and standard deviation."
-    old = parameter.detach().double().cpu()
-    new = torch.randn(old.shape, generator=generator, dtype=old.dtype)
-    parameter.copy_(new * old.std(correction=0) + old.mean())
+    """Replace the values of a parameter, in place, by normal ones with the mean and the standard
+    deviation that it has."""
+    values = parameter.detach().double().cpu()
+    noise = torch.randn(values.shape, generator=generator, dtype=values.dtype)
+    parameter.copy_(noise * values.std(correction=0) + values.mean())
 
 # %% ../../nbs/evaluation/13_sanity.ipynb #san0014
 def randomized(
@@ -143,18 +151,18 @@ def randomized(
     weights, or if `layers` is no whole number above 0."""
     if layers is not None:
         at_least_one(layers=layers)
-    drawn = copy.deepcopy(model)
-    if isinstance(drawn, FeatureMIL):
-        give_own_encoder(drawn)
-    found = layers_with_weights(drawn)
-    if not found:
+    random_model = copy.deepcopy(model)
+    if isinstance(random_model, FeatureMIL):
+        give_own_encoder(random_model)
+    all_layers = layers_with_weights(random_model)
+    if not all_layers:
         raise InputError(f'{type(model).__name__} has no weights that could be drawn again')
     generator = torch.Generator().manual_seed(seed)
-    from_output = found[::-1]
+    from_output = all_layers[::-1]
     for layer in from_output[:layers]:
         for parameter in layer.parameters(recurse=False):
             redraw(parameter, generator)
-    return drawn
+    return random_model
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -36,18 +36,22 @@ def as_groups(
     values: Sequence[str | float | None],
     max_values: int = 6,  # so many different numbers are subgroups each; more are cut into thirds
 ) -> tuple[list[str | None], list[str]]:
-    "Slides by the values of a column: the subgroup of each slide, and all subgroups in order."
-    known = [None if is_missing(value) else value for value in values]
-    if any(value is not None and is_name(value) for value in known):
-        of_slides = [None if value is None else str(value) for value in known]
-        return of_slides, sorted({name for name in of_slides if name is not None})
-    numbers = [None if value is None else float(value) for value in known]
+    """Sort slides into subgroups by the values of a column.
+
+    Returns the subgroup of each slide, None where its value is not known, and the names of all
+    subgroups in order."""
+    values = [None if is_missing(value) else value for value in values]
+    has_text = any(value is not None and is_name(value) for value in values)
+    if has_text:
+        group_of_slide = [None if value is None else str(value) for value in values]
+        return group_of_slide, sorted({name for name in group_of_slide if name is not None})
+    numbers = [None if value is None else float(value) for value in values]
     distinct = np.unique([number for number in numbers if number is not None])
     if len(distinct) <= max_values:
-        names = dict(zip(distinct, shortest_names(distinct, number_name)))
-        of_slides = [None if number is None else names[number] for number in numbers]
-        return of_slides, [*names.values()]
-    return in_thirds(numbers)
+        name_of_number = dict(zip(distinct, shortest_names(distinct, number_name)))
+        group_of_slide = [None if number is None else name_of_number[number] for number in numbers]
+        return group_of_slide, list(name_of_number.values())
+    return split_into_thirds(numbers)
 
 # %% ../../nbs/evaluation/05_subgroups.ipynb #c0483353
 def is_missing(value: object) -> bool:
@@ -56,56 +60,61 @@ def is_missing(value: object) -> bool:
 
 
 def is_name(value: Any) -> bool:
-    "Whether a value is no finite number, or is written as codes are, with a zero in front."
+    "Whether a value is text: no finite number, or a code, which is written with a zero in front."
     try:
         number = float(value)
     except (TypeError, ValueError):
         return True
-    return not math.isfinite(number) or re.match(r'[-+]?0\d', str(value)) is not None
+    is_code = re.match(r'[-+]?0\d', str(value)) is not None
+    return not math.isfinite(number) or is_code
 
 
-def in_thirds(numbers: list[float | None]) -> tuple[list[str | None], list[str]]:
-    "Slides in three subgroups of about the same size: see `as_groups`."
-    known = np.array([number for number in numbers if number is not None])
-    whole = (known == known.round()).all()
-    method = 'higher' if whole else 'linear'
-    edges = np.unique(np.quantile(known, [0, 1 / 3, 2 / 3, 1], method=method))
+def split_into_thirds(numbers: list[float | None]) -> tuple[list[str | None], list[str]]:
+    """Sort slides into three subgroups of about the same size by their numbers, fewer if many are
+    equal: see `as_groups`."""
+    known_numbers = np.array([number for number in numbers if number is not None])
+    are_whole = (known_numbers == known_numbers.round()).all()
+    method = 'higher' if are_whole else 'linear'
+    edges = np.unique(np.quantile(known_numbers, [0, 1 / 3, 2 / 3, 1], method=method))
     ranges = []
     for low, high in zip(edges, edges[1:]):
-        if whole and high < edges[-1]:
-            high = max(known[known < high])  # the last whole number below the next range
+        is_last = high == edges[-1]
+        if are_whole and not is_last:
+            high = max(known_numbers[known_numbers < high])  # the last number below the next range
         ranges.append((low, high))
     names = shortest_names(ranges, range_name)
-    of_slides = []
+    group_of_slide = []
     for number in numbers:
         if number is None:
-            of_slides.append(None)
-        else:
-            position = np.searchsorted(edges, number, 'right') - 1
-            of_slides.append(names[min(position, len(names) - 1)])
-    return of_slides, names
+            group_of_slide.append(None)
+            continue
+        position = np.searchsorted(edges, number, 'right') - 1
+        position = min(position, len(names) - 1)  # the last range has the largest number too
+        group_of_slide.append(names[position])
+    return group_of_slide, names
 
 
 def shortest_names(
     values: Sequence[Any] | np.ndarray, name: Callable[[Any, int], str]
 ) -> list[str]:
-    "Names of different values, by a function of a value and a number of digits, as few as suffice."
+    """A name for each of several different values: `name(value, digits)`, with the fewest digits
+    that make all names different, but at least 3."""
     for digits in range(3, 17):
         names = [name(value, digits) for value in values]
         if len(set(names)) == len(names):
             return names
-    return [name(value, 17) for value in values]  # which tell all floats apart
+    return [name(value, 17) for value in values]  # 17 digits tell all floats apart
 
 
 def number_name(number: float, digits: int) -> str:
-    "A number of so many digits; whole numbers have all."
+    "A number as text, to some significant digits; a whole number with all of its digits."
     if number == int(number):
         return f'{number:.0f}'
     return f'{number:.{digits}g}'
 
 
 def range_name(limits: tuple[float, float], digits: int) -> str:
-    "A range of numbers; see `number_name`."
+    "A range of numbers as text, 'LOW to HIGH'; one number if both are the same whole number."
     low, high = limits
     if low != int(low) or high != int(high):
         return f'{low:.{digits}g} to {high:.{digits}g}'
@@ -124,14 +133,15 @@ OWN_SLIDES = (
 
 
 def as_values(estimate: Estimate | None, names: tuple[str, str, str]) -> dict[str, float | None]:
-    "An estimate as it stands in metrics.json: three numbers by their names; None without one."
+    """The value and the limits of an estimate, by these names, as in metrics.json; all None if
+    there is no estimate."""
     if estimate is None:
         return dict.fromkeys(names)
     return dict(zip(names, (estimate.value, estimate.low, estimate.high)))
 
 
 def estimate_in(values: dict, names: tuple[str, str, str], level: float) -> Estimate | None:
-    "The opposite of `as_values`."
+    "The estimate in the entries that `as_values` made; None if there is none."
     value, low, high = [values[name] for name in names]
     if value is None:
         return None
@@ -190,29 +200,31 @@ def by_group(
 ) -> list[Subgroup]:
     """The metrics of each subgroup, in the order of `as_groups`.
 
-    Raises `InputError` if there is not a value and a patient for each slide."""
+    Raises `InputError` as `check_scores` does, and unless there is one value and one patient for
+    each slide."""
     positive, scores = check_scores(labels, scores)
     resampling = Resampling(level=level, patient_ids=patient_ids)
-    resampling.patients(len(positive))  # one for each slide
+    resampling.patients(len(positive))  # checks that there is one for each slide
     if len(values) != len(positive):
         raise InputError(f'{len(values)} values for {len(positive)} slides: give one for each')
-    of_slides, names = as_groups(values)
-    group_of_slide = np.array(of_slides, object)
-    known = np.array([name is not None for name in of_slides])
-    against_all = bool(known[positive].any() and not known[~positive].any())
-    right = (scores >= threshold) == positive
+    group_names, names = as_groups(values)
+    group_of_slide = np.array(group_names, object)
+    has_group = np.array([name is not None for name in group_names])
+    # what belongs to tumours, as a grade, is known of positive slides only
+    against_all = bool(has_group[positive].any() and not has_group[~positive].any())
+    is_right = (scores >= threshold) == positive
     subgroups = []
     for name in names:
-        inside = group_of_slide == name
-        compared = inside | ~positive if against_all else inside
+        is_inside = group_of_slide == name
+        is_compared = is_inside | ~positive if against_all else is_inside
         subgroup = Subgroup(
             name=name,
-            n=int(inside.sum()),
-            n_positive=int(positive[inside].sum()),
+            n=int(is_inside.sum()),
+            n_positive=int(positive[is_inside].sum()),
             against_all=against_all,
-            auc=group_auc(positive, scores, compared, resampling),
-            sensitivity=group_share(right, inside & positive, resampling),
-            specificity=group_share(right, inside & ~positive, resampling),
+            auc=group_auc(positive, scores, is_compared, resampling),
+            sensitivity=group_share(is_right, is_inside & positive, resampling),
+            specificity=group_share(is_right, is_inside & ~positive, resampling),
         )
         subgroups.append(subgroup)
     return subgroups
@@ -249,27 +261,31 @@ def plot_groups(
     whole: float | None = None,  # AUC of all slides
     color: str = '#2f6690',
 ) -> 'Axes':
-    "The AUC of each subgroup with its interval, the first at the top; returns the axis."
+    """A forest plot: the AUC of each subgroup that has one, with its interval, the first at the
+    top; returns the axis."""
     ax = axis_or_new(ax)
-    areas, names = [], []
+    estimates = []
+    labels = []
     for subgroup in subgroups:
         if subgroup.auc is not None:
-            areas.append(subgroup.auc)
-            names.append(subgroup_label(subgroup))
-    heights = -np.arange(len(areas))
+            estimates.append(subgroup.auc)
+            labels.append(subgroup_label(subgroup))
+    heights = -np.arange(len(estimates))
     if whole is not None:
         ax.axvline(whole, color='.6', lw=0.8, ls=(0, (4, 4)))
-    low, high = [area.low for area in areas], [area.high for area in areas]
+    low = [estimate.low for estimate in estimates]
+    high = [estimate.high for estimate in estimates]
     ax.hlines(heights, low, high, color=color, lw=2.5, alpha=0.45)
-    ax.plot([area.value for area in areas], heights, 'o', color=color, ms=5)
-    ax.set(yticks=heights, yticklabels=names, xlabel='AUC', ylim=(-len(areas) + 0.4, 0.6))
+    ax.plot([estimate.value for estimate in estimates], heights, 'o', color=color, ms=5)
+    ax.set(yticks=heights, yticklabels=labels, xlabel='AUC', ylim=(-len(estimates) + 0.4, 0.6))
     ax.spines[['top', 'right', 'left']].set_visible(False)
     ax.tick_params(axis='y', length=0)
     return ax
 
 # %% ../../nbs/evaluation/05_subgroups.ipynb #6b896859
 def subgroup_label(subgroup: Subgroup) -> str:
-    "A subgroup and its number of slides, and of positive ones where it has negative ones too."
+    """The name of a subgroup with its number of slides, or, where its positive slides are compared
+    with its own negative ones, with how many of them are positive."""
     if subgroup.against_all:
         return f'{subgroup.name} ({subgroup.n})'
     return f'{subgroup.name} ({subgroup.n_positive} of {subgroup.n})'

@@ -54,28 +54,32 @@ class Aggregator(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self._check_options(d, n_out, k, dropout)
+        self.d = d
+        self.n_out = n_out
+        if k is not None:
+            self.k = k
+        self.drop = nn.Dropout(dropout)
+
+    def _check_options(self, d: int, n_out: int, k: int | None, dropout: float) -> None:
+        "Raises `InputError` for options that are out of range, or that the method does not have."
         at_least_one(d=d, n_out=n_out)
         if k is not None:
             at_least_one(k=k)
         if not 0 <= dropout < 1:
             raise InputError(f'dropout is {dropout}; it is a share, from 0 to below 1')
         if n_out > 1 and not self.several:
-            others = ', '.join(name for name, kind in aggregators.items() if kind.several)
+            names = ', '.join(name for name, kind in aggregators.items() if kind.several)
             raise InputError(
                 f'the aggregator {self.name!r} is about two classes and gives one logit, not '
-                f'{n_out}; of more know {others}'
+                f'{n_out}; of more know {names}'
             )
         if k is not None and self.k is None:
-            others = ', '.join(name for name, kind in aggregators.items() if kind.k)
+            names = ', '.join(name for name, kind in aggregators.items() if kind.k)
             raise InputError(
                 f'the aggregator {self.name!r} chooses no patches, so k={k} means nothing to it; '
-                f'those that do are {others}'
+                f'those that do are {names}'
             )
-        self.d = d
-        self.n_out = n_out
-        if k is not None:
-            self.k = k
-        self.drop = nn.Dropout(dropout)
 
     def aggregate(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         "The logits of a slide, (1, n_out), from checked features and scores."
@@ -88,7 +92,9 @@ class Aggregator(nn.Module):
     def checked(
         self, x: torch.Tensor, scores: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        "The features in the precision of the weights, and the scores, if they are such of a slide."
+        """The features (n, d) in the precision of the weights, and the scores (n,) or None.
+
+        Raises `InputError` for other shapes, and for numbers that are not finite."""
         if x.ndim != 2 or x.shape[1] != self.d or not len(x):
             raise InputError(
                 f'features of shape {tuple(x.shape)}: give (n, {self.d}), those of the n patches '
@@ -102,11 +108,11 @@ class Aggregator(nn.Module):
         for what, values in dict(features=x, scores=scores).items():
             if values is None:
                 continue
-            finite = values.isfinite().reshape(len(x), -1).all(1)
-            if not finite.all():
-                first = int(finite.int().argmin())
+            is_finite = values.isfinite().reshape(len(x), -1).all(1)
+            if not is_finite.all():
+                patch = int(is_finite.int().argmin())
                 raise InputError(
-                    f'the {what} of patch {first} (of 0 to {len(x) - 1}) are not finite'
+                    f'the {what} of patch {patch} (of 0 to {len(x) - 1}) are not finite'
                 )
         return x.to(next(self.parameters()).dtype), scores
 
@@ -116,8 +122,8 @@ class Aggregator(nn.Module):
     def forward_with_details(
         self, x: torch.Tensor, scores: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict]:
-        """The logits, and keyword arguments for the aggregator's own `loss`: none, where it has
-        none."""
+        """The logits, and a dict of keyword arguments for the aggregator's own `loss`: empty, if it
+        has no loss of its own."""
         return self.aggregate(*self.checked(x, scores)), {}
 
     @torch.no_grad()
@@ -203,8 +209,9 @@ class TopK(Max):
 def noisy_or(z: torch.Tensor) -> torch.Tensor:
     """The logit of 1 - prod(1 - sigmoid(z)), a scalar, of logits z (n,). It is exact, and its
     gradient finite, however small or large they are."""
-    # Each formula is given values where it is good, and a little beyond, so that no gradient is
-    # 0 * inf or lost at a bound.
+    # Two formulas each for log(log(1 + exp(z))) and for the logit, of which `where` chooses one.
+    # Each is given values where it is good, and a little beyond, so that no gradient is 0 * inf or
+    # lost at a bound.
     low = z.clamp(max=-17.0)
     high = z.clamp(min=-19.0)
     total = -F.logsigmoid(-z).sum()  # S
@@ -212,9 +219,9 @@ def noisy_or(z: torch.Tensor) -> torch.Tensor:
     log_total = log_each.logsumexp(0)  # log S
     small = total.clamp(max=2e-4)
     large = total.clamp(min=5e-5)
-    of_small = log_total + small / 2 + small**2 / 24
-    of_large = large + (-torch.expm1(-large)).log()
-    return torch.where(total < 1e-4, of_small, of_large)
+    logit_if_small = log_total + small / 2 + small**2 / 24
+    logit_if_large = large + (-torch.expm1(-large)).log()
+    return torch.where(total < 1e-4, logit_if_small, logit_if_large)
 
 
 class NoisyOr(Max):
@@ -328,6 +335,10 @@ def smooth_svm(
     return -F.logsigmoid(2 * true - logits.sum(1) - 1).mean()
 
 
+_SLIDE_LOSS_WEIGHT = 0.7
+_PATCH_LOSS_WEIGHT = 0.3
+
+
 class CLAM(ABMIL):
     """CLAM-SB without subtyping, Lu et al. 2021 (Nature Biomedical Engineering 5): attention, and
     patches of highest and lowest attention as evidence for and against the slide's class."""
@@ -365,9 +376,10 @@ class CLAM(ABMIL):
         embedded, attention = self.attend(x)
         details = {}
         if self.training:
-            count = min(self.k, len(x) // 2)
+            n_patches = min(self.k, len(x) // 2)  # for the slide's class, and as many against it
             order = highest_first(attention)
-            highest, lowest = order[:count], order[len(x) - count :]
+            highest = order[:n_patches]
+            lowest = order[len(x) - n_patches :]
             details['evidence'] = (embedded[highest], embedded[lowest])
         return self.pool(embedded, attention), details
 
@@ -378,21 +390,22 @@ class CLAM(ABMIL):
         label: torch.Tensor,  # (1,): 0 or 1, of the slide
         evidence: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The loss of a slide, a scalar; outside training its first part alone. Raises `InputError`
-        for another task, and in training without evidence."""
+        """The loss of a slide, a scalar; outside training the task's loss alone. Raises
+        `InputError` for another task, and in training without evidence."""
         if getattr(task, 'classes', None) != 2:
             raise InputError(f"the aggregator 'clam' is about two classes, and {task} is not")
-        of_slide = task.loss(logits, label)
+        slide_loss = task.loss(logits, label)
         if not self.training:
-            return of_slide
+            return slide_loss
         if evidence is None:
             raise InputError(
                 "the loss of 'clam' in training needs the evidence of forward_with_details; give "
                 'loss(task, logits, label, **details)'
             )
-        if not len(evidence[0]):
-            return 0.7 * of_slide
-        return 0.7 * of_slide + 0.3 * self.loss_of_patches(evidence, int(label[0]))
+        if not len(evidence[0]):  # a slide of one patch
+            return _SLIDE_LOSS_WEIGHT * slide_loss
+        patch_loss = self.loss_of_patches(evidence, slide_class=int(label[0]))
+        return _SLIDE_LOSS_WEIGHT * slide_loss + _PATCH_LOSS_WEIGHT * patch_loss
 
     def loss_of_patches(
         self, evidence: tuple[torch.Tensor, torch.Tensor], slide_class: int
@@ -558,11 +571,13 @@ class DSMIL(Aggregator):
         the logits of all patches (n,), and their attention (n,)."""
         z = at_least_float32(self.instance(x)[:, 0])
         query = at_least_float32(self.query(x))
-        top = highest_first(z)[0]
-        attention = ((query * query[top]).sum(1) / math.sqrt(query.shape[1])).softmax(0)
-        weighed = (attention[:, None] * self.value(self.drop(x))).sum(0, keepdim=True)
-        of_sum = self.bag(weighed.to(x.dtype))
-        return torch.cat([z[top].view(1, 1), at_least_float32(of_sum)]), z, attention
+        most_suspicious = highest_first(z)[0]
+        similarity = (query * query[most_suspicious]).sum(1) / math.sqrt(query.shape[1])
+        attention = similarity.softmax(0)
+        weighed_sum = (attention[:, None] * self.value(self.drop(x))).sum(0, keepdim=True)
+        sum_logit = self.bag(weighed_sum.to(x.dtype))
+        patch_logit = z[most_suspicious].view(1, 1)
+        return torch.cat([patch_logit, at_least_float32(sum_logit)]), z, attention
 
     def aggregate(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         logits = self.streams(x)[0]

@@ -78,12 +78,12 @@ class PatchGrid:
         """Positions of the patches with enough tissue: int64 (n, 3), each (top, left, factor).
 
         If no patch has enough, the one with the most; (0, 3) if there is no tissue at all."""
-        found = np.concatenate([self._whole_grid(shape, factor) for factor in self.factors])
-        shares = self.share(found, tissue)
-        enough = shares >= max(self.tissue, 1e-9)
-        if enough.any() or not shares.any():
-            return found[enough]
-        return found[[shares.argmax()]]
+        grid = np.concatenate([self._whole_grid(shape, factor) for factor in self.factors])
+        shares = self.share(grid, tissue)
+        has_enough = shares >= max(self.tissue, 1e-9)
+        if has_enough.any() or not shares.any():
+            return grid[has_enough]
+        return grid[[shares.argmax()]]
 
     def _whole_grid(self, shape: Sequence[int], factor: int) -> np.ndarray:
         "Positions of all patches of one magnification, with or without tissue: int64 (n, 3)."
@@ -122,7 +122,7 @@ class Bag:
     positions: torch.Tensor  # int64 (n, 3): top, left and factor of each patch
     size: int  # pixels a side of a patch
     slide_id: str = ''
-    # patches known to be positive or negative: their places (k, 3) and labels (k,); None: unknown
+    # patches with labels of their own: positions (k, 3) and labels (k,); None: there are no labels
     learns: tuple[torch.Tensor, torch.Tensor] | None = None
     # (height, width) of the image before it was enlarged to hold a patch; (0, 0): it was not
     shape: tuple[int, int] = (0, 0)
@@ -138,7 +138,9 @@ class Bag:
         return len(self.positions)
 
     def patches(self, positions: torch.Tensor | list | None = None) -> torch.Tensor:
-        "The patches at some places (k, 3), by default at all, cut now: uint8 (k, 3, size, size)."
+        """The patches at positions (k, 3), by default all of the bag: uint8 (k, 3, size, size).
+
+        They are cut from the image anew at each call."""
         if positions is None:
             positions = self.positions
         positions = torch.as_tensor(positions).reshape(-1, 3).tolist()
@@ -192,8 +194,8 @@ def check_annotation(
     case: Case,
     classes: Iterable[int],  # numbers in annotations that mark what makes a slide positive
 ) -> None:
-    """Refuse an annotation that contradicts the label of its slide, or that is missing where the
-    slide is positive. Raises `InputError` with the way out."""
+    """Raises `InputError` for an annotation that contradicts the label of its slide, or that is
+    missing although the slide is positive."""
     if case.annotation is None and case.label != 0:
         raise InputError(
             f'slide {case.slide_id!r} has no annotation, and only that of a negative slide can be '
@@ -205,15 +207,15 @@ def check_annotation(
     is_marked = not set(numbers).isdisjoint(classes)
     if is_marked == bool(case.label):
         return
-    label, marked = 'negative', 'something'
+    contradiction = 'is negative, and something'
     if case.label:
-        label, marked = 'positive', 'nothing'
-    wanted = ', '.join(map(str, classes))
-    there = ', '.join(map(str, numbers[:12]))
+        contradiction = 'is positive, and nothing'
+    class_names = ', '.join(map(str, classes))
+    first_numbers = ', '.join(map(str, numbers[:12]))
     raise InputError(
-        f'slide {case.slide_id!r} is {label}, and {marked} in {case.annotation} is of {wanted} '
-        f'(it holds {there}); give the numbers that mark what makes a slide positive, mend its '
-        'label, or leave it out'
+        f'slide {case.slide_id!r} {contradiction} in {case.annotation} is of {class_names} '
+        f'(it holds {first_numbers}); give the numbers that mark what makes a slide positive, mend '
+        'its label, or leave it out'
     )
 
 # %% ../../nbs/mil/02_bags.ipynb #a6863a2e
@@ -257,12 +259,14 @@ class BagDataset(SlideDataset):
 
     def item(self, case: Case, epoch: int, rgb: np.ndarray, where: TissueMap) -> dict:
         """The item of a case in an epoch, from the pixels `rgb` (h, w, 3) of its slide and where
-        they are tissue, both as `tissue_pixels` gives them."""
+        they are tissue, both as `tissue_pixels` gives them.
+
+        Raises `InputError` if no patch has tissue, or the annotation contradicts the label."""
         item = super().item(case, epoch, rgb, where)
         shape = tuple(item['image'].shape[1:])
 
         def augmented(mask: np.ndarray) -> np.ndarray:
-            "A coarse mask of the slide as it lies in the augmented image."
+            "A coarse mask of the slide, as it lies in the augmented image."
             return tissue_after((mask, *where[1:]), rgb.shape[:2], shape, item.get('record'))
 
         image = enlarged(item['image'], self.grid.smallest_side, item['color'])
@@ -275,13 +279,13 @@ class BagDataset(SlideDataset):
             )
         learns = None
         if self.classes:
-            marked = augmented(self.marked(case, where)) & tissue
-            learns = self.drawn(case, epoch, positions, tissue, marked)
+            marked_tissue = augmented(self.marked(case, where)) & tissue
+            learns = self.drawn(case, epoch, positions, tissue, marked_tissue)
         bag = Bag(
-            image,
-            torch.from_numpy(positions),
-            self.grid.size,
-            case.slide_id,
+            image=image,
+            positions=torch.from_numpy(positions),
+            size=self.grid.size,
+            slide_id=case.slide_id,
             learns=learns,
             shape=shape,
             sample=self.sample(case, epoch, positions),
@@ -330,23 +334,24 @@ class BagDataset(SlideDataset):
         tissue: np.ndarray,  # bool (rows, columns), every `STEP` pixels of the augmented image
         marked: np.ndarray,  # the same: tissue that is marked as positive
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches to learn from in an epoch: their places (k, 3) and labels (k,), k at most
-        `draws`, half of them positive where there are as many.
+        """Patches to learn from in an epoch: their positions (k, 3) and labels (k,), k at most
+        `draws`, half of them positive if there are as many.
 
         A patch is positive if half of its tissue is marked, or, in a slide without such a patch, if
         no other has more of it marked; it is negative if nothing is marked in it or beside it."""
-        share = self.grid.share(positions, marked) / np.maximum(
-            self.grid.share(positions, tissue), 1e-9
-        )
-        near = self.grid.share(positions, ndimage.binary_dilation(marked, np.ones((3, 3))))
-        highest = share.max() or 1  # where nothing is marked no patch is positive
+        tissue_share = np.maximum(self.grid.share(positions, tissue), 1e-9)
+        marked_share = self.grid.share(positions, marked) / tissue_share  # of the tissue of a patch
+        marked_or_beside = ndimage.binary_dilation(marked, np.ones((3, 3)))
+        share_beside = self.grid.share(positions, marked_or_beside)
+        highest_share = marked_share.max() or 1  # where nothing is marked no patch is positive
         rng = keyed_rng(self.seed, epoch, case.slide_id, 'patches')
-        positive = rng.permutation(np.flatnonzero(share >= min(0.5, highest)))
-        negative = rng.permutation(np.flatnonzero(near == 0))
+        positive = rng.permutation(np.flatnonzero(marked_share >= min(0.5, highest_share)))
+        negative = rng.permutation(np.flatnonzero(share_beside == 0))
         half = (self.draws + 1) // 2
         n_positive = min(len(positive), max(half, self.draws - len(negative)))
-        chosen = np.concatenate([positive[:n_positive], negative[: self.draws - n_positive]])
-        return torch.from_numpy(positions[chosen]), torch.from_numpy(share[chosen] > 0).float()
+        indices = np.concatenate([positive[:n_positive], negative[: self.draws - n_positive]])
+        labels = torch.from_numpy(marked_share[indices] > 0).float()
+        return torch.from_numpy(positions[indices]), labels
 
 # %% ../../nbs/mil/02_bags.ipynb #4084a462
 def enlarged(image: torch.Tensor, side: int, color: Sequence[int]) -> torch.Tensor:

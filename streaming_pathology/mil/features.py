@@ -102,7 +102,9 @@ class Encoder(nn.Module):
         return images
 
     def _vectors(self, images: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        "What the network gives, if it is a vector for each patch."
+        """The output of the network for the images of patches, (n, d).
+
+        Raises `InputError` if the network cannot take them, or gives anything else."""
         name = self.card.get('backbone', type(self.network).__name__)
         try:
             vectors = self.network(images)
@@ -114,14 +116,12 @@ class Encoder(nn.Module):
                 f'the backbone {name} cannot take patches of {patches.shape[-1]} pixels '
                 f'({reason}); give them another size, or a transform that does'
             ) from None
-        if not isinstance(vectors, torch.Tensor):
-            given = type(vectors).__name__
-        elif vectors.ndim != 2 or len(vectors) != len(patches):
-            given = tuple(vectors.shape)
-        else:
+        is_tensor = isinstance(vectors, torch.Tensor)
+        if is_tensor and vectors.ndim == 2 and len(vectors) == len(patches):
             return vectors
+        output = tuple(vectors.shape) if is_tensor else type(vectors).__name__
         raise InputError(
-            f'the backbone {name} gives {given} for {len(patches)} patches; it has to give a '
+            f'the backbone {name} gives {output} for {len(patches)} patches; it has to give a '
             'vector each, (n, d)'
         )
 
@@ -213,13 +213,15 @@ def _from_torchvision(name: str, weights: str | Path | None, sha256: str | None)
         if hasattr(network, 'transform_input'):
             # torchvision's weights of GoogLeNet and Inception v3 expect values from -1 to 1
             mean, std = [0.5] * 3, [0.5] * 3
-    linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
+    linear_layers = [
+        path for path, module in network.named_modules() if isinstance(module, nn.Linear)
+    ]
+    if not linear_layers:
         raise InputError(
             f'torchvision:{name} has no linear layer at its end, before which features could be '
             'taken'
         )
-    set_layer(network, linear[-1], nn.Identity())
+    set_layer(network, linear_layers[-1], nn.Identity())
     return built(dict(backbone=f'torchvision:{name}', mean=mean, std=std), network)
 
 
@@ -231,25 +233,27 @@ def _from_timm(name: str, weights: str | Path | None, sha256: str | None) -> Enc
         raise InputError(f'timm:{name} cannot be had ({str(e).splitlines()[0]})') from None
     settings = timm.data.resolve_model_data_config(network)
     if weights:
-        named = 'DEFAULT' if str(weights).upper() == 'TRUE' else weights
-        _load(network, weights_of(TIMM + name, named, sha256), weights)
+        tag_or_path = 'DEFAULT' if str(weights).upper() == 'TRUE' else weights
+        _load(network, weights_of(TIMM + name, tag_or_path, sha256), weights)
     card = dict(backbone=f'timm:{name}', mean=settings['mean'], std=settings['std'])
     return built(card, network)
 
 
 def _load(network: nn.Module, state: dict[str, torch.Tensor], source: str | Path) -> None:
-    "Load a state dict; it may hold more than the network has, such as its last layer."
-    own = network.state_dict()
-    wrong = []
-    for name, tensor in own.items():
+    """Load a state dict, which may hold more than the network has, such as its last layer.
+
+    Raises `InputError` if it lacks a tensor of the network, or has it in another shape."""
+    expected = network.state_dict()
+    wrong_names = []
+    for name, tensor in expected.items():
         if name not in state or state[name].shape != tensor.shape:
-            wrong.append(name)
-    if wrong:
+            wrong_names.append(name)
+    if wrong_names:
         raise InputError(
-            f'{source}: the weights are of another network ({len(wrong)} tensors differ, the first '
-            f'is {wrong[0]})'
+            f'{source}: the weights are of another network ({len(wrong_names)} tensors differ, the '
+            f'first is {wrong_names[0]})'
         )
-    network.load_state_dict({name: state[name] for name in own})
+    network.load_state_dict({name: state[name] for name in expected})
 
 
 def _from_code(path: Path, function: str) -> Encoder:
@@ -279,6 +283,7 @@ def _from_code(path: Path, function: str) -> Encoder:
 
 
 def _from_same_code(card: dict) -> Encoder:
+    "The encoder of a card from the user's own code. Raises `InputError` if the code was changed."
     path, _, function = card['backbone'].rpartition(':')
     encoder = _from_code(Path(path), function)
     if encoder.card['code'] != card['code']:
@@ -346,10 +351,10 @@ def write_features(path: str | Path, features: Features, key: dict) -> None:
 
 
 def read_features(path: str | Path, key: dict) -> Features | None:
-    """The cached features of a slide; None if there are none of just this key.
+    """The cached features of a slide; None if there are none with this key.
 
-    A file that is damaged or of another key is warned of and not used. Raises `InputError` if the
-    file must not be read."""
+    Warns of a file that is damaged or has another key, and does not use it. Raises `InputError` if
+    there is no permission to read it."""
     path = Path(path)
     if not path.exists():
         return None
@@ -364,23 +369,28 @@ def read_features(path: str | Path, key: dict) -> Features | None:
     return None
 
 # %% ../../nbs/mil/03_features.ipynb #4e6bc74b
+DIGEST_LENGTH = 64  # of SHA-256 in hex
+
+
 def _checked_features(path: Path, key: dict) -> Features:
+    "The features in a file. Raises `ValueError` if they are damaged or have another key."
     with safetensors.safe_open(path, 'pt') as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    checksum, text = metadata['about'][:64], metadata['about'][64:]
+    checksum = metadata['about'][:DIGEST_LENGTH]
+    text = metadata['about'][DIGEST_LENGTH:]
     if weights_hash(tensors, text) != checksum:
         raise ValueError('its checksum is wrong')
     about = json.loads(text)
     if (about['format'], about['of']) != (FORMAT, key):
         raise ValueError('it is of something else')
     return Features(
-        tensors['x'],
-        tensors['places'],
-        tensors.get('scores'),
-        about['size'],
-        tuple(about['shape']),
-        about['slide_id'],
+        x=tensors['x'],
+        positions=tensors['places'],
+        scores=tensors.get('scores'),
+        size=about['size'],
+        shape=tuple(about['shape']),
+        slide_id=about['slide_id'],
     )
 
 # %% ../../nbs/mil/03_features.ipynb #c88d4aec
@@ -530,7 +540,9 @@ class FeatureMIL(nn.Module):
 
     @torch.no_grad()
     def encode(self, bag: Bag) -> Features:
-        "The features of all patches of a bag, on the CPU. Those of a `KeptBag` are cached."
+        """The features of all patches of a bag, on the CPU. Those of a `KeptBag` are cached.
+
+        Raises `InputError` without an encoder, and for features that are not finite."""
         if self.encoder is None:
             raise InputError(
                 f'slide {bag.slide_id!r}: there is no backbone to make features of its patches with'
@@ -539,13 +551,16 @@ class FeatureMIL(nn.Module):
         batches = [
             self.encoder(bag.patches(positions)) for positions in bag.positions.split(self.batch)
         ]
-        x = torch.cat([x for x, _ in batches]).cpu()
-        scores = [scores for _, scores in batches]
-        if scores[0] is None:
-            scores = None
-        else:
-            scores = torch.cat(scores).cpu()
-        features = Features(x, bag.positions, scores, bag.size, bag.shape, bag.slide_id)
+        batch_scores = [scores for _, scores in batches]
+        gives_scores = batch_scores[0] is not None
+        features = Features(
+            x=torch.cat([x for x, _ in batches]).cpu(),
+            positions=bag.positions,
+            scores=torch.cat(batch_scores).cpu() if gives_scores else None,
+            size=bag.size,
+            shape=bag.shape,
+            slide_id=bag.slide_id,
+        )
         check_finite(features)
         if isinstance(bag, KeptBag) and bag.path is not None and bag.key is not None:
             write_features(bag.path, features, bag.key)
@@ -566,7 +581,7 @@ class FeatureMIL(nn.Module):
         return self.forward_with_details(x)[0]
 
     def forward_with_details(self, x: Bag | Features) -> tuple[torch.Tensor, dict]:
-        "The logits, and what the aggregator tells of the slide besides: see `with_details`."
+        "The logits, and the aggregator's details of the slide: see `with_details`."
         return with_details(self.aggregator, *self._inputs(x))
 
     def loss(
@@ -598,15 +613,16 @@ class FeatureMIL(nn.Module):
 # %% ../../nbs/mil/03_features.ipynb #4d0a554d
 def check_finite(features: Features) -> None:
     "Raises `InputError` with the first patch whose features or score are not finite."
-    finite = features.x.isfinite().all(1)
+    is_finite = features.x.isfinite().all(1)
     if features.scores is not None:
-        finite = finite & features.scores.isfinite()
-    if finite.all():
+        is_finite = is_finite & features.scores.isfinite()
+    if is_finite.all():
         return
-    first = int((~finite).int().argmax())
-    position = tuple(features.positions[first, :2].tolist())
+    n_wrong = int((~is_finite).sum())
+    first_wrong = int((~is_finite).int().argmax())
+    top_left = tuple(features.positions[first_wrong, :2].tolist())
     raise InputError(
         f'slide {features.slide_id!r}: the backbone gives features that are not finite for '
-        f'{int((~finite).sum())} of {len(finite)} patches, the first at {position}; run it without '
+        f'{n_wrong} of {len(is_finite)} patches, the first at {top_left}; run it without '
         'amp, or look whether its weights are damaged'
     )

@@ -25,8 +25,8 @@ class InstanceMIL(nn.Module):
     (1, 1), or in training (k, 1), those of its `k` most suspicious patches. Campanella et al. 2019;
     the paper, section IV-B.
 
-    Before a training each slide needs patches to learn from: those that the bag says, or those that
-    `choose` was given."""
+    In training each slide needs patches to learn from: those of its bag that have labels, or those
+    that `choose` was given."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class InstanceMIL(nn.Module):
         self.network: Any = network  # to freeze or calibrate, it needs these methods
         self.k = k
         self.batch = batch
-        # slide_id -> places of the patches that learn its label
+        # slide_id -> positions of the patches that learn its label
         self.chosen: dict[str, list] = {}
 
     def classify(self, patches: torch.Tensor) -> torch.Tensor:
@@ -60,8 +60,8 @@ class InstanceMIL(nn.Module):
 
     def most_suspicious(self, bag: Bag) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits (k, 1) of the most suspicious patches of a bag, highest first, and their
-        places (k, 3); of a bag with fewer, all. Of equal logits the first is first, and a logit
-        that is not a number counts as the highest.
+        positions (k, 3). Of a bag with fewer than `k` patches all are returned. Equal logits stay
+        in the order of the bag, and a logit that is not a number counts as the highest.
 
         Raises `InputError` if the network gives a patch several logits."""
         scores = self.scores(bag)
@@ -76,7 +76,7 @@ class InstanceMIL(nn.Module):
         return scores[highest], bag.positions[highest.cpu()]
 
     def choose(self, positions: dict[str, list]) -> None:
-        "From now on the slides learn from these patches: slide_id -> places (k, 3)."
+        "From now on slides learn from the patches at these positions: slide_id -> (k, 3)."
         self.chosen = positions
 
     def freeze_until(self, stage: str | None) -> 'InstanceMIL':
@@ -93,9 +93,9 @@ class InstanceMIL(nn.Module):
         return self.forward_with_details(bag)[0]
 
     def forward_with_details(self, bag: Bag) -> tuple[torch.Tensor, dict]:
-        """The logits, and details of the slide: in evaluation `top`, the places of its most
-        suspicious patches as a list; in training `labels` (k,) of the patches, where they are
-        known.
+        """The logits, and details of the slide: in evaluation `top`, the positions (k, 3) of its
+        most suspicious patches as a list; in training `labels` (k,), if the patches have labels of
+        their own.
 
         Raises `InputError` for another input, and in training if no patch was chosen."""
         if not isinstance(bag, Bag):
@@ -145,9 +145,10 @@ class TwoPhases(Callback):
         self.rows: list[dict] = []
 
     def before_epoch(self, s: State) -> None:
-        "The first phase."
+        "The first phase: classify the patches of slides that are not in `rows`, then choose."
         if s.epoch != self.epoch:
-            self.epoch, self.rows = s.epoch, []
+            self.epoch = s.epoch
+            self.rows = []
         if self.loader is None:  # once, so that its processes stay
             self.loader = slide_loader(
                 self.data, workers=self.workers, rank=s.ranks.rank, ranks=s.ranks.size
@@ -155,9 +156,9 @@ class TwoPhases(Callback):
         parts = predicted_rows(
             s.model,
             self.loader,
-            s.device,
-            s.amp,
-            s.progress,
+            device=s.device,
+            amp=s.amp,
+            progress=s.progress,
             desc=f'epoch {s.epoch + 1}, all patches',
             task=s.task,
             ranks=s.ranks,
@@ -188,4 +189,5 @@ class TwoPhases(Callback):
 
     def load_state_dict(self, state: dict) -> None:
         "Resume from what `state_dict` gave."
-        self.epoch, self.rows = state['epoch'], [*state['rows']]
+        self.epoch = state['epoch']
+        self.rows = [*state['rows']]

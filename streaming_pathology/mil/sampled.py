@@ -90,7 +90,7 @@ class SampledMIL(nn.Module):
         return self.forward_with_details(bag)[0]
 
     def forward_with_details(self, bag: Bag) -> tuple[torch.Tensor, dict]:
-        "The logits, and what the aggregator tells of the slide besides: see `with_details`."
+        "The logits, and the aggregator's details of the slide: see `with_details`."
         if not isinstance(bag, Bag):
             raise InputError(
                 f'this network takes a Bag, as BagDataset gives it, not {type(bag).__name__}'
@@ -136,7 +136,9 @@ def make_sampled(
     batch: int = 64,  # patches whose activations are in memory at a time
 ) -> SampledMIL:
     "A network of patches and an aggregator with as many outputs, to be trained together."
-    last: Any = network.head.fc
+    last_layer: Any = network.head.fc
     network.head.fc = nn.Identity()
-    sizes = dict(d=last.in_features, n_out=last.out_features)
-    return SampledMIL(network, make_aggregator(**sizes, **aggregator), batch)
+    slide_aggregator = make_aggregator(
+        d=last_layer.in_features, n_out=last_layer.out_features, **aggregator
+    )
+    return SampledMIL(network, slide_aggregator, batch)

@@ -142,7 +142,8 @@ def find_source(
         return source_of_run(given, path, name, review)
     if path.suffix == '.toml':
         folder = out / name
-        return Source(name, given, folder / 'predictions.csv', folder, path, review)
+        table = folder / 'predictions.csv'
+        return Source(name, given, table, folder=folder, settings=path, review=review)
     if path.suffix == '.csv':
         return Source(name, given, path, review=review)
     raise InputError(
@@ -151,32 +152,33 @@ def find_source(
 
 
 def source_of_run(given: str | Path, folder: Path, name: str, review: str | None) -> Source:
-    "A run folder, whose run may have to be finished."
+    """The source of a run folder, whose run may have to be finished. Raises `InputError` for
+    another folder."""
     if not (folder / RUN.mark).exists():
         raise InputError(
             f'{given} is no run folder; give one that sp_train or sp_mil wrote, its '
             'settings.toml, or a predictions.csv'
         )
-    path = folder / 'predictions.csv'
+    table = folder / 'predictions.csv'
     if (folder / DONE).exists():
-        return Source(name, given, path, review=review)
-    return Source(name, given, path, folder, folder / 'settings.toml', review)
+        return Source(name, given, table, review=review)
+    settings = folder / 'settings.toml'
+    return Source(name, given, table, folder=folder, settings=settings, review=review)
 
 
 KINDS = {kind.command: kind for kind in (StreamingSettings, MILSettings)}
 
 
 def run_of(folder: Path, path: Path) -> Run:
-    """The run in `folder` by the settings file `path`. Raises `InputError` for settings that are
-    none."""
+    """The run in `folder` by the settings file `path`. Raises `InputError` for a file without a
+    command or a manifest, and for settings that are none."""
     values = read_toml(path)
     command = str(values.get('command', ''))
     kind = KINDS.get(command)
     if kind is None:
-        if not command:
-            command = 'no command'
         raise InputError(
-            f'{path} is of {command}; its first line has to say command = "sp_train" or "sp_mil"'
+            f'{path} is of {command or "no command"}; its first line has to say command = '
+            '"sp_train" or "sp_mil"'
         )
     manifest = values.pop('manifest', '')
     if not isinstance(manifest, str):
@@ -206,7 +208,9 @@ def two_names(given: Sequence[str | Path]) -> list[str]:
 
 
 def two_tables(error_review: str | None) -> list[str | None]:
-    "The tables of categories of both sides; None where there is none."
+    """The paths of the tables of categories of both sides; None for a side without.
+
+    Raises `InputError` unless there are two."""
     if not error_review:
         return [None, None]
     tables = [name.strip() for name in error_review.split(',')]
@@ -252,7 +256,15 @@ def compare_runs(
     if not is_first_process():
         return None
     sides = [read_side(source.name, source.table) for source in sources]
-    comparison = compare_sides(sides[0], sides[1], split, shared, n_bootstrap, seed, confidence)
+    comparison = compare_sides(
+        sides[0],
+        sides[1],
+        split=split,
+        shared=shared,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+        level=confidence,
+    )
     reviews = [source.review for source in sources]
     tables = [str(source.table) for source in sources]
     write_comparison(comparison, sides, folder, reviews, tables=tables, environment=environment())
@@ -272,7 +284,8 @@ def two_sources(
     out: str | Path,  # what the user calls it
     reviews: list[str | None],
 ) -> list[Source]:
-    "What the two sides are made of. Refuses a folder that is not for comparisons, and equal sides."
+    """The sources of the two sides. Raises `InputError` for a folder that is not for comparisons,
+    and for two sides that are one."""
     names = two_names(given)
     if folder.exists() and not folder.is_dir():
         raise InputError(f'{out} is a file; give the name of a folder')
@@ -287,17 +300,10 @@ def two_sources(
 
 
 def check_former(folder: Path, out: str | Path, sources: Sequence[Source], split: str) -> None:
-    "Refuse a folder that holds anything but the same comparison."
+    "Raises `InputError` for a folder that holds anything but the same comparison."
     if not folder.exists():
         return
-    new_runs = [source.folder for source in sources if source.folder is not None]
-    own_runs = [run.name for run in new_runs if run.parent == folder]
-    for path in folder.iterdir():
-        known = path.name in (*FILES, *own_runs, *SYSTEM) or path.name.endswith('.partial')
-        if not known and not (path / RUN.mark).exists():
-            raise InputError(
-                f'{out} holds {path.name}, which no comparison wrote; give the name of a new folder'
-            )
+    check_files(folder, out, sources)
     path = folder / 'comparison.json'
     if not path.exists():
         return
@@ -308,6 +314,19 @@ def check_former(folder: Path, out: str | Path, sources: Sequence[Source], split
             f'{out} holds the comparison of {" and ".join(former_tables)} on the split '
             f'{former_split!r}; give the name of another folder'
         )
+
+
+def check_files(folder: Path, out: str | Path, sources: Sequence[Source]) -> None:
+    "Raises `InputError` for a file in the folder that neither a comparison nor a run wrote."
+    run_folders = [source.folder for source in sources if source.folder is not None]
+    run_names = [path.name for path in run_folders if path.parent == folder]
+    own_names = (*FILES, *run_names, *SYSTEM)
+    for path in folder.iterdir():
+        is_own = path.name in own_names or path.name.endswith('.partial')
+        if not is_own and not (path / RUN.mark).exists():
+            raise InputError(
+                f'{out} holds {path.name}, which no comparison wrote; give the name of a new folder'
+            )
 
 
 def former_comparison(path: Path) -> tuple[list[str], str]:
@@ -322,7 +341,7 @@ def former_comparison(path: Path) -> tuple[list[str], str]:
 
 
 def check_reviews(sources: Sequence[Source]) -> None:
-    "Refuse categories of the errors of a run that is not finished."
+    "Raises `InputError` for categories of the errors of a run that is not finished."
     for source in sources:
         if source.review and source.run:
             raise InputError(

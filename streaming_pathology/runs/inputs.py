@@ -62,15 +62,17 @@ SEVERAL_FILES = ('.mrxs', '.vms', '.vmu')
 
 
 def parts_of(files: Iterable[Path]) -> set[Path]:
-    "Files and folders that belong to slides of several files, besides the ones that name them."
+    """Files and folders that belong to slides of several files, but for those files that name the
+    slides."""
     parts = set()
     for path in files:
-        if path.suffix.lower() not in SEVERAL_FILES:
+        suffix = path.suffix.lower()
+        if suffix not in SEVERAL_FILES:
             continue
         with suppress(OSError):  # it is told when the slide is read
             parts.update(slide_files(path))
         parts.discard(path)
-        if path.suffix.lower() == '.mrxs':
+        if suffix == '.mrxs':
             parts.add(path.with_suffix(''))
     return parts
 
@@ -134,12 +136,14 @@ class Search:
 
     def look_into(self, folder: Path, names: tuple[str, ...]) -> None:
         "Search a folder; `names` are those of the folders from the first one to it."
-        if folder.resolve() in self.searched:
+        real_folder = folder.resolve()
+        if real_folder in self.searched:
             self.leave_out(folder, LINK, 'is a link to a folder that is searched already')
             return
-        self.searched.add(folder.resolve())
+        self.searched.add(real_folder)
         try:
-            entries, hidden = visible(folder), hidden_in(folder)
+            entries = visible(folder)
+            hidden_entries = hidden_in(folder)
         except OSError as e:
             reason = f'cannot be read ({e.strerror}): change its permissions'
             self.unusable.append(LeftOut(folder, 'folder', reason))
@@ -148,20 +152,23 @@ class Search:
         if written is not None:
             self.pass_over(folder, written, names)
             return
-        for path in hidden:
+        for path in hidden_entries:
             self.leave_out_hidden(path)
-        # links last, so that what they point to is found at its own place
-        folders = sorted((path for path in entries if path.is_dir()), key=Path.is_symlink)
-        files = [path for path in entries if path.exists() and not path.is_dir()]
+        self._take_entries(entries, folder, names)
+
+    def _take_entries(self, entries: list[Path], folder: Path, names: tuple[str, ...]) -> None:
+        "Take the slides among the visible entries of a folder, then search the folders among them."
         for path in entries:
             if not path.exists():
                 reason = 'is a link to what is not there'
                 self.unusable.append(LeftOut(path, LINK, reason))
+        files = [path for path in entries if path.exists() and not path.is_dir()]
         parts = parts_of(files)
         self.take_files([path for path in files if path not in parts], folder, names)
-        for inner in folders:
-            if inner not in parts:
-                self.look_into(inner, (*names, inner.name))
+        folders = [path for path in entries if path.is_dir() and path not in parts]
+        # links last, so that what they point to is found at its own place
+        for inner in sorted(folders, key=Path.is_symlink):
+            self.look_into(inner, (*names, inner.name))
 
     def leave_out(self, path: Path, kind: str, reason: str) -> None:
         "Note something that is no slide."
@@ -180,7 +187,7 @@ class Search:
         self.leave_out(path, HIDDEN, reason)
 
     def pass_over(self, folder: Path, written: Written, names: tuple[str, ...]) -> None:
-        "Of a folder that a command wrote, search what has slides."
+        "Note a folder that a command wrote, and search the folder of slides in it, if it has one."
         what = f'what {written.command} wrote'
         if not written.slides:
             self.leave_out(folder, what, f'is {what}')
@@ -191,36 +198,38 @@ class Search:
 
     def take_files(self, files: list[Path], folder: Path, names: tuple[str, ...]) -> None:
         "Take the slides among the files of a folder."
-        dicom = [path for path in files if looks_like_dicom(path)]
-        others = [path for path in files if path not in dicom]
-        slides = [path for path in others if path.suffix.lower() in SUFFIXES]
-        series = self.first_files(dicom)
-        if len(series) == 1 and not slides:
-            own = names or (folder.resolve().name,)
-            self.slides.append(Named('_'.join(own), folder))
+        dicom_files = [path for path in files if looks_like_dicom(path)]
+        other_files = [path for path in files if path not in dicom_files]
+        other_slides = [path for path in other_files if path.suffix.lower() in SUFFIXES]
+        dicom_slides = self.first_files(dicom_files)
+        is_dicom_folder = len(dicom_slides) == 1 and not other_slides
+        if is_dicom_folder:
+            folder_names = names or (folder.resolve().name,)
+            self.slides.append(Named('_'.join(folder_names), folder))
         else:
-            slides = sorted([*slides, *series])
-            self.slides += [Named('_'.join([*names, name_of(path)]), path) for path in slides]
-        for path in others:
-            if path not in slides:
+            for path in sorted([*other_slides, *dicom_slides]):
+                self.slides.append(Named('_'.join([*names, name_of(path)]), path))
+        for path in other_files:
+            if path not in other_slides:
                 kind = path.suffix.lower() or 'no ending'
                 self.leave_out(path, kind, f'is no slide by its name ({kind})')
 
     def first_files(self, files: list[Path]) -> list[Path]:
-        "Of DICOM files, the first one of each slide; others are left out."
-        by_series: dict[str, Path] = {}
+        "The first file of each slide among DICOM files. Files that are no slides are left out."
+        file_of_series: dict[str, Path] = {}
         for path in files:
             try:
                 header = dicom_header(path)
             except IncompleteDicom as e:
-                by_series.setdefault(e.series or str(path), path)  # which fails when it is read
+                # it is taken for a slide, which fails when it is read
+                file_of_series.setdefault(e.series or str(path), path)
                 continue
             if header.is_slide:
-                by_series.setdefault(header.series or str(path), path)
+                file_of_series.setdefault(header.series or str(path), path)
             else:
                 reason = f'is a DICOM file, but no image of a slide: its kind is {header.kind!r}'
                 self.leave_out(path, header.kind, reason)
-        return list(by_series.values())
+        return list(file_of_series.values())
 
 
 PASSED_OVER = (*SYSTEM, 'desktop.ini')  # what operating systems put anywhere
@@ -245,20 +254,22 @@ def hidden_in(folder: Path) -> list[Path]:
 
 # %% ../../nbs/runs/05_inputs.ipynb #7e97ca44
 def without_links(slides: Iterable[Named]) -> tuple[list[Named], list[LeftOut]]:
-    "Slides of which none is there twice, by links or as files of one DICOM series; and the others."
-    keyed = [(slide, slide_key(slide.path)) for slide in slides]
-    first: dict[tuple, Named] = {}
-    for slide, key in sorted(keyed, key=lambda pair: pair[0].path.is_symlink()):
-        first.setdefault(key, slide)
-    kept, repeated = [], []
-    for slide, key in keyed:
-        other = first[key]
+    """The slides without those that are there twice, by links or as files of one DICOM series; and
+    the latter."""
+    slides_and_keys = [(slide, slide_key(slide.path)) for slide in slides]
+    files_first = sorted(slides_and_keys, key=lambda pair: pair[0].path.is_symlink())
+    slide_of_key: dict[tuple, Named] = {}
+    for slide, key in files_first:
+        slide_of_key.setdefault(key, slide)
+    unique_slides, repeated_slides = [], []
+    for slide, key in slides_and_keys:
+        other = slide_of_key[key]
         if other is slide:
-            kept.append(slide)
+            unique_slides.append(slide)
         else:
             reason = f'is the same slide as {other.slide_id!r} ({other.path})'
-            repeated.append(LeftOut(slide.path, LINK, reason))
-    return kept, repeated
+            repeated_slides.append(LeftOut(slide.path, LINK, reason))
+    return unique_slides, repeated_slides
 
 
 def usable_name(name: str) -> str:
@@ -267,42 +278,45 @@ def usable_name(name: str) -> str:
     return re.sub(r'^\W', '_', name).rstrip('. ')
 
 
-FLAT = '.png', '.jpg', '.jpeg', '.webp'
+PICTURES = '.png', '.jpg', '.jpeg', '.webp'  # endings of formats without levels
 
 
-def told_apart(slides: Sequence[Named]) -> list[Named]:
-    """Slides of which a picture beside a slide of the same name, such as its thumbnail, has its
-    ending in its name."""
-    formats = {each.slide_id.casefold() for each in slides if each.path.suffix.lower() not in FLAT}
-    apart = []
+def with_endings(slides: Sequence[Named]) -> list[Named]:
+    """The slides, with the ending in the name of each picture that lies beside a slide of the same
+    name, such as its thumbnail."""
+    names = {
+        slide.slide_id.casefold() for slide in slides if slide.path.suffix.lower() not in PICTURES
+    }
+    renamed_slides = []
     for slide in slides:
         ending = slide.path.suffix.lower()
-        if ending in FLAT and slide.slide_id.casefold() in formats:
+        if ending in PICTURES and slide.slide_id.casefold() in names:
             slide = slide._replace(slide_id=f'{slide.slide_id}_{ending.removeprefix(".")}')
-        apart.append(slide)
-    return apart
+        renamed_slides.append(slide)
+    return renamed_slides
 
 
 def with_ids(slides: Sequence[Named]) -> tuple[list[Named], list[LeftOut]]:
     "Slides with an id each, which is the name as far as it can be; and those that can have none."
-    slides = told_apart([each._replace(slide_id=usable_name(each.slide_id)) for each in slides])
+    slides = [slide._replace(slide_id=usable_name(slide.slide_id)) for slide in slides]
+    slides = with_endings(slides)
     count = Counter(slide.slide_id.casefold() for slide in slides)
-    good, wrong = [], []
+    slides_with_id, unusable = [], []
     for slide in slides:
-        n_alike = count[slide.slide_id.casefold()]
+        n_of_name = count[slide.slide_id.casefold()]
         problem = ''
         try:
             safe_id(slide.slide_id)
         except ValueError as e:
             problem = str(e)
-        if n_alike > 1:
-            problem = f'{n_alike} slides have the name {slide.slide_id!r}'
+        if n_of_name > 1:
+            problem = f'{n_of_name} slides have the name {slide.slide_id!r}'
         if problem:
             reason = f'has no name that can be its id: {problem}; rename it, or give a manifest'
-            wrong.append(LeftOut(slide.path, 'name', reason))
+            unusable.append(LeftOut(slide.path, 'name', reason))
         else:
-            good.append(slide)
-    return good, wrong
+            slides_with_id.append(slide)
+    return slides_with_id, unusable
 
 
 def mask_of_trimmed(path: Path) -> Path | None:
@@ -314,22 +328,49 @@ def mask_of_trimmed(path: Path) -> Path | None:
     return mask if is_trimmed else None
 
 # %% ../../nbs/runs/05_inputs.ipynb #3b1317bd
-def found_at(path: Path) -> FoundSlides:
-    "The slides of a folder, or the one in a file; `InputError` if a folder holds none."
+def slides_at(path: Path) -> FoundSlides:
+    "The slides of a folder, or the one in a file. Raises `InputError` if a folder holds none."
+    slides = [Named(name_of(path), path)]
+    unusable = []
+    left_out = []
     if path.is_dir():
         search = Search(path)
-        slides, unusable, left_out = search.slides, search.unusable, search.left_out
-    else:
-        slides, unusable, left_out = [Named(name_of(path), path)], [], []
-    slides, repeated = without_links(slides)
-    slides, wrong = with_ids(slides)
+        slides = search.slides
+        unusable = search.unusable
+        left_out = search.left_out
+    slides, repeated_slides = without_links(slides)
+    slides, slides_without_id = with_ids(slides)
     cases = [
         Case(slide.slide_id, None, slide.path, mask=mask_of_trimmed(slide.path)) for slide in slides
     ]
-    found = FoundSlides(cases, [*unusable, *wrong], [*left_out, *repeated])
+    found = FoundSlides(
+        cases,
+        unusable=[*unusable, *slides_without_id],
+        left_out=[*left_out, *repeated_slides],
+    )
     if not cases:
         raise no_slides(path, found)
     return found
+
+
+def slides_of_manifest(
+    path: Path,
+    labels: Sequence[float] | None,
+    columns: Sequence[str],
+    positive: str | None,
+    row_by_row: bool,
+) -> FoundSlides:
+    """The slides of a manifest; for the options see `find_slides`.
+
+    Raises `InputError` for wrong rows, unless `row_by_row` and there are others."""
+    rows = manifest_rows(path, need_label=False, labels=labels, columns=columns, positive=positive)
+    cases = rows.usable()
+    if rows.problems and not (row_by_row and cases):
+        refuse_manifest(path, rows.problems, rows.hint)
+    unusable = []
+    for line, sentence in rows.problems:
+        unusable.append(LeftOut(path, 'row', f'line {line}: {sentence}'))
+    return FoundSlides(cases, unusable)
 
 
 def no_slides(path: Path, found: FoundSlides) -> InputError:
@@ -352,14 +393,14 @@ def kinds_of(left_out: Sequence[LeftOut]) -> str:
 def sentences_of(left_out: Sequence[LeftOut]) -> list[str]:
     "Parts of a sentence on what is left out: as no slides, as links, and as hidden."
     links = [each for each in left_out if each.kind == LINK]
-    others = [each for each in left_out if each.kind not in (LINK, HIDDEN, HIDDEN_FOLDER)]
+    other_files = [each for each in left_out if each.kind not in (LINK, HIDDEN, HIDDEN_FOLDER)]
     sentences = []
-    if others:
-        sentences.append(f'{len(others)} left out as no slides ({kinds_of(others)})')
+    if other_files:
+        sentences.append(f'{len(other_files)} left out as no slides ({kinds_of(other_files)})')
     if links:
-        lead = 'it leads' if len(links) == 1 else 'they lead'
-        found = f'{counted(len(links), "link")} left out'
-        sentences.append(f'{found}, as {lead} to what is there already')
+        they_lead = 'it leads' if len(links) == 1 else 'they lead'
+        n_links = counted(len(links), 'link')
+        sentences.append(f'{n_links} left out, as {they_lead} to what is there already')
     for kind in (HIDDEN, HIDDEN_FOLDER):
         hidden = [each for each in left_out if each.kind == kind]
         if hidden:
@@ -368,17 +409,18 @@ def sentences_of(left_out: Sequence[LeftOut]) -> list[str]:
 
 
 def check_once(cases: Sequence[Case]) -> None:
-    "Refuse slides of different words of a command line that are one slide, or have one id."
-    by_key: dict[tuple, Case] = {}
-    by_id: dict[str, Case] = {}
+    """Raises `InputError` if two words of a command line name the same slide, or two slides with
+    one id."""
+    case_of_key: dict[tuple, Case] = {}
+    case_of_id: dict[str, Case] = {}
     for case in cases:
-        same = by_key.setdefault(slide_key(case.path), case)
-        if same is not case:
+        other = case_of_key.setdefault(slide_key(case.path), case)
+        if other is not case:
             raise InputError(
-                f'{case.slide_id!r} ({case.path}) is the same slide as {same.slide_id!r} '
-                f'({same.path}): leave out one of them'
+                f'{case.slide_id!r} ({case.path}) is the same slide as {other.slide_id!r} '
+                f'({other.path}): leave out one of them'
             )
-        other = by_id.setdefault(case.slide_id.casefold(), case)
+        other = case_of_id.setdefault(case.slide_id.casefold(), case)
         if other is not case:
             raise InputError(
                 f'{case.path} and {other.path} have one name, {case.slide_id!r}; rename one, or '
@@ -408,15 +450,11 @@ def find_slides(
         if not path.exists():
             raise InputError(f'{path}: there is no such manifest, folder or slide')
         refuse_spreadsheet(path)
-        if path.suffix.lower() in TABLES and path.is_file():
-            rows = manifest_rows(path, False, labels, columns=columns, positive=positive)
-            if rows.problems and not (row_by_row and rows.usable()):
-                refuse_manifest(path, rows.problems, rows.hint)
-            cases += rows.usable()
-            wrong = [f'line {line}: {sentence}' for line, sentence in rows.problems]
-            unusable += [LeftOut(path, 'row', sentence) for sentence in wrong]
-            continue
-        found = found_at(path)
+        is_manifest = path.suffix.lower() in TABLES and path.is_file()
+        if is_manifest:
+            found = slides_of_manifest(path, labels, columns, positive, row_by_row)
+        else:
+            found = slides_at(path)
         cases += found.cases
         unusable += found.unusable
         left_out += found.left_out

@@ -245,20 +245,19 @@ def map_of(
     the map that has full colour."""
     method = chosen_method(settings)
     if method.of_patches:
-        shown = data[index]['image']
-        height, width = shown.shape
-        image = shown.image[:, :height, :width]
+        network_input = data[index]['image']
+        height, width = network_input.shape
+        image = network_input.image[:, :height, :width]
     else:
-        shown = image = data.image(index)
-        if method.skips_background:
-            shown = data.as_input(image)
-    heat = method.draw(settings, model, shown)
+        image = data.image(index)
+        network_input = data.as_input(image) if method.skips_background else image
+    heat = method.draw(settings, model, network_input)
     if method.full_color is not None:
         return image, heat, method.full_color
-    full = high_value(heat, on_tissue=isinstance(shown, Canvas))
-    if not full:
-        full = float(heat.max())
-    return image, heat, full
+    full_color = high_value(heat, on_tissue=isinstance(network_input, Canvas))
+    if not full_color:
+        full_color = float(heat.max())
+    return image, heat, full_color
 
 # %% ../../nbs/runs/06_maps.ipynb #9e29f453
 class MapRun:
@@ -272,14 +271,18 @@ class MapRun:
         device = device_to_use(settings.device)
         self.model, self.card = load_model(settings.checkpoint, device, settings.strip)
         self.check_method()
-        self.found = find_slides(settings.slides, settings.slide_spacing, None, columns=())
+        self.found = find_slides(
+            settings.slides, spacing=settings.slide_spacing, labels=None, columns=()
+        )
         self.cases = self.found.cases
         self.failed: dict[str, str] = {}  # slide_id -> a sentence, after `draw`
         self.data = dataset(self.card, self.cases)
         self.check_unused()
         inputs = [settings.checkpoint, *(case.path for case in self.cases)]
         in_shards = settings.shard is not None
-        self.folder = claim(settings.out, True, MAPS, inputs, shared=in_shards)
+        self.folder = claim(
+            settings.out, overwrite=True, kind=MAPS, inputs=inputs, shared=in_shards
+        )
         tell_device(device, settings.device)
 
     def check_method(self) -> None:
@@ -299,14 +302,14 @@ class MapRun:
             raise InputError(f'--method {settings.method}: {problem}')
 
     def unused(self) -> set[str]:
-        "Settings that are of other methods only."
-        of_all = set()
+        "Names of the settings that only other methods use."
+        method_settings = set()
         for method in heatmap_methods.values():
-            of_all.update(method.uses)
-        return of_all - set(chosen_method(self.settings).uses)
+            method_settings.update(method.uses)
+        return method_settings - set(chosen_method(self.settings).uses)
 
     def check_unused(self) -> None:
-        "Refuse settings that are of other methods only."
+        "Raises `InputError` for a setting that was given and that only other methods use."
         for name in sorted(self.unused()):
             if self.settings.is_default(name):
                 continue
@@ -389,18 +392,19 @@ class MapRun:
         return len(rows)
 
     def check_former(self) -> None:
-        "Refuse a folder with other maps; note in a new one what these are."
+        "Raises `InputError` for a folder with other maps; notes in a new one what these are."
         path = self.folder / MAPS.mark
         text = json.dumps(self.about(), indent=1) + '\n'
-        former = json.loads(text)
+        about = json.loads(text)
+        former_about = about
         try:
             if path.exists():
-                former = json.loads(path.read_text())
+                former_about = json.loads(path.read_text())
         except (OSError, ValueError):
-            former = None
-        if isinstance(former, dict):
-            former = with_present_names(HeatmapSettings, former)
-        if former != json.loads(text):
+            former_about = None
+        if isinstance(former_about, dict):
+            former_about = with_present_names(HeatmapSettings, former_about)
+        if former_about != about:
             raise InputError(
                 f'{self.settings.out} holds maps of another network, or with other settings; give '
                 'the name of a new folder'
@@ -439,19 +443,21 @@ class MapRun:
             return None
         if not note or any(note.get(name) != value for name, value in stamp.items()):
             return None
-        files = [pattern.replace('*', path.stem) for pattern in OF_A_SLIDE]
-        return note if all((self.folder / file).exists() for file in files) else None
+        names = [pattern.replace('*', path.stem) for pattern in OF_A_SLIDE]
+        is_complete = all((self.folder / name).exists() for name in names)
+        return note if is_complete else None
 
     def new_map(self, index: int) -> dict:
         """Draw one slide. Returns what is noted of it: the size of the image in pixels (`seen`),
         the pixels from one cell of the map to the next (`step`), the value of full colour (`top`),
         where the map lies on the slide (`field`), how many regions were too small for a polygon
         (`lost`), and the rows of the table of regions."""
-        settings, slide_id = self.settings, self.cases[index].slide_id
-        image, heat, full = map_of(settings, self.model, self.data, index)
-        if not full:
+        settings = self.settings
+        slide_id = self.cases[index].slide_id
+        image, heat, full_color = map_of(settings, self.model, self.data, index)
+        if not full_color:
             warnings.warn(f'slide {slide_id!r}: the map is zero everywhere')
-            full = 1.0
+            full_color = 1.0
         height, width = image.shape[1:]
         step = chosen_method(settings).cell(settings, self.model, image)
         grid = Grid.of_cells((height, width), heat.shape, step, self.data.spacing)
@@ -462,14 +468,14 @@ class MapRun:
         regions, n_lost = write_exports(
             self.folder,
             slide_id,
-            np.asarray(picture),
-            heat,
-            field,
-            settings.region_threshold * full,
-            full,
-            settings.region_class,
-            settings.min_area_um2,
-            grid,
+            image=np.asarray(picture),
+            heat=heat,
+            field=field,
+            threshold=settings.region_threshold * full_color,
+            vmax=full_color,
+            name=settings.region_class,
+            min_area_um2=settings.min_area_um2,
+            grid=grid,
         )
         if n_lost:
             warnings.warn(
@@ -479,7 +485,7 @@ class MapRun:
         return dict(
             seen=[height, width],
             step=step,
-            top=full,
+            top=full_color,
             field=asdict(field),
             lost=n_lost,
             regions=regions,

@@ -105,12 +105,18 @@ class Method(Generic[Asked]):
             self.settle_stage()
         if settings.augment is None:
             raise InputError("--augment: augment is None; give 'none' for no augmentation")
+        self._settle_weights()
+
+    def _settle_weights(self) -> None:
+        "Give a file of weights its absolute path, and its checksum unless one was given."
+        settings = self.settings
         weights = settings.weights
-        if weights and Path(weights).is_file():
-            if not settings.weights_sha256:
-                with open(weights, 'rb') as file:
-                    settings.weights_sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-            settings.weights = str(absolute(weights))
+        if not weights or not Path(weights).is_file():
+            return
+        if not settings.weights_sha256:
+            with open(weights, 'rb') as file:
+                settings.weights_sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+        settings.weights = str(absolute(weights))
 
     def settle_stage(self) -> None:
         """Decide what was not given of a schedule without a recipe. Raises `InputError` for a
@@ -179,7 +185,8 @@ class Method(Generic[Asked]):
         return card
 
     def code(self) -> dict[str, str]:
-        "For the card: the checksum of the user's own code by which the network is built, if so."
+        """The part of the card on the user's own code: the checksum of its file; empty if the
+        network is not built by such code."""
         arch = self.settings.arch
         return dict(arch_code=code_of(arch)) if is_function(arch) else {}
 
@@ -218,7 +225,8 @@ class Method(Generic[Asked]):
         return []
 
     def check_cases(self, cases: Sequence[Case]) -> None:
-        "Refuse, or warn of, what does not go together with the slides, before they are read."
+        """Raises `InputError` for, or warns of, settings that do not go together with the slides,
+        before these are read."""
 
     def prepare_training_part(self, train: SlideDataset) -> None:
         "Set up the dataset of the slides to train on."
@@ -234,13 +242,13 @@ class Method(Generic[Asked]):
         ranks: Alone,
         device: str,
     ) -> dict | None:
-        """Settle of what patch embeddings are made, and return what the card says of that; None if
-        the network does not learn from them."""
+        """Settle by which encoder patch embeddings are made. Returns the part of the card on it;
+        None if the network does not learn from embeddings."""
         return None
 
     def callbacks(self, train: SlideDataset) -> tuple[list[Callback], list[Callback]]:
-        """Callbacks of this way, for the slides to train on: those that are called before all
-        others, and those that are called right after the log."""
+        """The callbacks of this method, for a dataset of training slides: a list of those that are
+        called before all others, and one of those that are called right after the log."""
         return [], []
 
     def heatmap(
@@ -266,9 +274,10 @@ class Streaming(Method[StreamingSettings]):
     recipes = dict(paper=paper_streaming)
 
     def settle(self) -> None:
-        if self.settings.memory not in ('auto', 'least'):
-            budget(self.settings.memory)  # refuses what is no amount of memory
-        strip, memory = self.settings.strip, self.settings.memory
+        strip = self.settings.strip
+        memory = self.settings.memory
+        if memory not in ('auto', 'least'):
+            budget(memory)  # refuses what is no amount of memory
         if memory != 'auto' and strip != 'auto':
             raise InputError(
                 f'--memory {memory} plans the strips, and --strip {strip} gives them: add --strip '
@@ -359,7 +368,7 @@ class PatchMethod(Method[MILSettings]):
         super().settle_stage()
 
     def check_task(self) -> None:
-        "Refuse a task that patches, or this aggregator, cannot learn."
+        "Raises `InputError` for a task that patches, or this aggregator, cannot learn."
         settings = self.settings
         for_any_task = [name for name, kind in aggregators.items() if kind.several]
         if settings.task == 'binary' or settings.aggregator in for_any_task:
@@ -373,7 +382,7 @@ class PatchMethod(Method[MILSettings]):
         )
 
     def refuse_others(self) -> None:
-        "Refuse settings that are of other ways only."
+        "Raises `InputError` for settings that only apply with other methods."
         if self.settings.annotation:
             names = ['aggregator'] if self.settings.top_k == 1 else ['aggregator', 'top_k']
             self.refuse(
@@ -432,22 +441,17 @@ class Patches(PatchMethod):
         settings = self.settings
         if not settings.annotation:
             return
-        wrong = []
+        problems = []
         train = [case for case in cases if case.split == 'train']
         for case in tqdm(train, desc='annotations', unit='slide', leave=False):
             try:
                 check_annotation(case, self.positive_classes())
             except InputError as e:
-                wrong.append(str(e))
-        if wrong:
-            annotations = 'annotation' if len(wrong) == 1 else 'annotations'
-            raise InputError(
-                several(
-                    f'{settings.manifest}: {len(wrong)} {annotations} in {settings.annotation!r} '
-                    'cannot be used',
-                    wrong,
-                )
-            )
+                problems.append(str(e))
+        if problems:
+            annotations = counted(len(problems), 'annotation')
+            start = f'{settings.manifest}: {annotations} in {settings.annotation!r} cannot be used'
+            raise InputError(several(start, problems))
 
     def prepare_training_part(self, train: SlideDataset) -> None:
         if self.settings.annotation:
@@ -525,13 +529,9 @@ class Embeddings(PatchMethod):
         """The embedding (1, d) of a patch of noise, and its score if the encoder gives one. Raises
         `InputError` if they are not finite."""
         settings = self.settings
-        noise = torch.randint(
-            0,
-            256,
-            (1, 3, settings.patch_size, settings.patch_size),
-            generator=torch.Generator().manual_seed(0),
-            dtype=torch.uint8,
-        )
+        shape = (1, 3, settings.patch_size, settings.patch_size)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         embedding, scores = encoder(noise)
         if not embedding.isfinite().all():
             raise InputError(
@@ -551,17 +551,18 @@ class Embeddings(PatchMethod):
             )
 
     def kept_encoder(self, folder: Path) -> Path | None:
-        backbone, path = self.settings.backbone, folder / 'checkpoints' / ENCODER
+        backbone = self.settings.backbone
         if not backbone or backbone_known(backbone):
             return None
+        path = folder / 'checkpoints' / ENCODER
         if not path.is_file() or not checkpoint_files(path.parent):
             return None
         try:
-            former = tomllib.loads((folder / 'settings.toml').read_text()).get('backbone')
+            former_settings = tomllib.loads((folder / 'settings.toml').read_text())
         except (OSError, ValueError):
             return None
         is_code = ':' in backbone  # of which there is no copy
-        if former != backbone or is_code:
+        if former_settings.get('backbone') != backbone or is_code:
             return None
         warnings.warn(f"--backbone {backbone} is gone; the run's own copy is used, {path}")
         return path
@@ -607,22 +608,22 @@ class Embeddings(PatchMethod):
         assert encoder is not None  # the method build gives it one
         assert isinstance(data, FeatureDataset)  # as there is a folder: see dataset_options
         path = folder / 'checkpoints' / ENCODER
-        former = None  # the card of the encoder that the run has begun with
+        former_card = None  # of the encoder that a run to be resumed has begun with
         if checkpoint is not None:
-            former = checkpoint['settings']['features']['encoder']
-            self.check_named_backbone(encoder, former, folder)
+            former_card = checkpoint['settings']['features']['encoder']
+            self.check_named_backbone(encoder, former_card, folder)
             if path.exists():
                 load_encoder(path, encoder)
         for _, value in sorted(encoder.to(device).state_dict().items()):
             ranks.same(value)
         card = encoder.sealed()
         data.encoder = card['sha256']
-        if former is not None and card['sha256'] != former['sha256']:
+        if former_card is not None and card['sha256'] != former_card['sha256']:
             raise InputError(
                 f'the backbone is not the one that {folder} started with; put back {path.name}, or '
                 'choose a new folder'
             )
-        if ranks.rank == 0 and former is None:
+        if ranks.rank == 0 and former_card is None:
             save_encoder(path, encoder)
         return dict(encoder=card, aggregator=model.made)
 
@@ -632,13 +633,14 @@ class Embeddings(PatchMethod):
         former: dict,  # card of the encoder that the run has begun with
         folder: Path,
     ) -> None:
-        "Refuse a backbone that was named by the user and is another one than before."
+        "Raises `InputError` for a backbone that the user has named, if it is not the former one."
         backbone = self.settings.backbone
         if not backbone:
             return
         # of a user's own code the code counts, as its weights may be random
-        now = encoder.card.get('code', encoder.sealed()['sha256'])
-        if now != former.get('code', former['sha256']):
+        checksum = encoder.card.get('code', encoder.sealed()['sha256'])
+        former_checksum = former.get('code', former['sha256'])
+        if checksum != former_checksum:
             raise InputError(
                 f'--backbone {backbone} is not the one that {folder} started with; give that one, or '
                 'choose a new folder'
@@ -659,28 +661,29 @@ def check_backbone(
     path: Path,  # of the backbone: a run folder, or a checkpoint in one
     cases: Sequence[Case],
 ) -> None:
-    """Refuse to test on slides that the run of a backbone was trained on, or that chose its best
-    epoch, and on other slides of their patients. Raises `InputError`."""
+    """Raises `InputError` for test slides that the run of a backbone was trained on, or that chose
+    its best epoch, and for other test slides of the same patients."""
     folder = path if path.is_dir() else path.parent.parent
     table = folder / 'cohort.csv'
-    if not (folder / RUN.mark).exists() or not table.exists():
+    is_run = (folder / RUN.mark).exists()
+    if not is_run or not table.exists():
         return
     rows = read_table(table, ('slide_id', 'split'), ('patient_id',))
-    trained_on = [row for row in rows if row['split'] in ('train', 'tuning')]
-    slides = {row['slide_id'] for row in trained_on}
-    patients = {row['patient_id'] for row in trained_on if row.get('patient_id')}
-    wrong = []
+    training_rows = [row for row in rows if row['split'] in ('train', 'tuning')]
+    training_slides = {row['slide_id'] for row in training_rows}
+    training_patients = {row['patient_id'] for row in training_rows if row.get('patient_id')}
+    leaks = []
     for case in cases:
-        is_known = case.slide_id in slides or case.patient_id in patients
-        if case.split == 'test' and is_known:
-            wrong.append(repr(case.slide_id))
-    if wrong:
+        is_of_training = case.slide_id in training_slides or case.patient_id in training_patients
+        if case.split == 'test' and is_of_training:
+            leaks.append(repr(case.slide_id))
+    if leaks:
         raise InputError(
             several(
-                f'data leakage: {counted(len(wrong), "test slide")}, or other slides of the same '
-                f"patients, were in the training or tuning split of the backbone's run {folder}; use "
-                'its splits in the manifest',
-                wrong,
+                f'data leakage: {counted(len(leaks), "test slide")}, or other slides of the same '
+                f"patients, were in the training or tuning split of the backbone's run {folder}; "
+                'use its splits in the manifest',
+                leaks,
             )
         )
 

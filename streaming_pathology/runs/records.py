@@ -192,55 +192,58 @@ def write_record(
     now = environment()
     if resumed:
         delete_results(folder)
-        now = with_former(folder / RUN.mark, now, resumed)
+        now = resumed_environment(folder / RUN.mark, now, resumed)
     write_whole(folder / RUN.mark, json.dumps(now, indent=1) + '\n')
     write_whole(folder / 'settings.toml', as_toml(settings.as_dict()))
     write_cases(
         folder / 'cohort.csv',
         cases,
-        label_columns(settings.task, label_names(settings)),
-        getattr(settings, 'annotation', None),
+        labels=label_columns(settings.task, label_names(settings)),
+        annotation=getattr(settings, 'annotation', None),
     )
 
 # %% ../../nbs/runs/03_records.ipynb #dcc9e232
 def delete_results(folder: Path) -> None:
     """Delete the report and all results of a run. Raises `InputError` if there is something else in
     the folder of the report."""
-    report = claim(folder / 'report', True, REPORT)
+    report = claim(folder / 'report', overwrite=True, kind=REPORT)
     shutil.rmtree(report, ignore_errors=True)
     for pattern in ('metrics.json', 'predictions.csv', 'images/*.jpg', 'heatmaps/*.npy'):
         for path in folder.glob(pattern):
             path.unlink()
 
 
-def with_former(
+def resumed_environment(
     path: Path,  # of the environment.json that is there
     now: dict,  # see `environment`
-    resumed: Sequence[str],
+    resumed: Sequence[str],  # from where, and what was changed
 ) -> dict:
     """The environment that a run began in, and a line for each time that it was resumed. Warns if
     versions have changed since."""
     try:
-        first = json.loads(path.read_text())
+        first_environment = json.loads(path.read_text())
     except (OSError, ValueError):
-        first = {}
-    if not isinstance(first, dict):
-        first = {}
-    if first.get('packages') not in (None, now['packages']):
+        first_environment = {}
+    if not isinstance(first_environment, dict):
+        first_environment = {}
+    if first_environment.get('packages') not in (None, now['packages']):
         warnings.warn(
             'the versions of the packages are not those that the training began with, so the '
             'resumed training may not be bit-identical'
         )
-    when = f'{now["date"]}, {now["git_commit"] or "no commit"}'
-    times = [*first.get('resumed', []), '; '.join([when, *resumed])]
-    return now | first | dict(resumed=times)
+    date_and_commit = f'{now["date"]}, {now["git_commit"] or "no commit"}'
+    line = '; '.join([date_and_commit, *resumed])
+    lines = [*first_environment.get('resumed', []), line]
+    return now | first_environment | dict(resumed=lines)
 
 # %% ../../nbs/runs/03_records.ipynb #e890ec96
 def resumable(rule: str) -> frozenset[str]:
     "The settings of all trainings with this rule for a run that is resumed: see `Option`."
     names = set()
     for kind in (StreamingSettings, MILSettings):
-        names |= {name for name, of_name in kind.on_resume().items() if of_name == rule}
+        for name, rule_of_name in kind.on_resume().items():
+            if rule_of_name == rule:
+                names.add(name)
     return frozenset(names)
 
 
@@ -260,29 +263,30 @@ def changes(
     """Settings that changed and affect training: name -> what it was. Another path of the same file
     of weights is no change."""
     sha256 = now['weights_sha256']
-    moved = sha256 and former.get('weights_sha256') == sha256
+    has_same_weights = sha256 and former.get('weights_sha256') == sha256
     former = ADDED | former
-    found = {}
+    former_values = {}
     for name, value in now.items():
-        if name in FREE or (name == 'weights' and moved):
+        if name in FREE or (name == 'weights' and has_same_weights):
             continue
-        if former.get(name) != value:
-            found[name] = former.get(name)
-    return found
+        former_value = former.get(name)
+        if former_value != value:
+            former_values[name] = former_value
+    return former_values
 
 # %% ../../nbs/runs/03_records.ipynb #2496a0ff
 def sentences(
     changed: dict,  # see `changes`
     now: dict,
 ) -> list[str]:
-    "What changed, a sentence each."
-    found = []
-    for name, former in changed.items():
+    "A sentence on each setting that changed."
+    texts = []
+    for name, former_value in changed.items():
         if name == 'cohort_sha256':
-            found.append('the cohort was another one: slides, labels, splits or files')
+            texts.append('the cohort was another one: slides, labels, splits or files')
         else:
-            found.append(f'{flag_of(name)} was {shown(former)} and is {shown(now[name])}')
-    return found
+            texts.append(f'{flag_of(name)} was {shown(former_value)} and is {shown(now[name])}')
+    return texts
 
 
 def flag_of(name: str) -> str:
@@ -323,38 +327,38 @@ class Record(Callback):
         return self.trained_on
 
     def load_state_dict(self, state: dict) -> None:
-        for split, mine in self.trained_on.items():
-            former = [tuple(row) for row in state[split]]
-            self.trained_on[split] = sorted({*mine, *former})
+        for split, identities in self.trained_on.items():
+            former_identities = [tuple(row) for row in state[split]]
+            self.trained_on[split] = sorted({*identities, *former_identities})
 
     def after_load(self, state: State) -> None:
         "Raises `InputError` if the training has ended and settings changed that it depends on."
-        more_epochs = state.epoch < state.first + state.epochs and not state.stop
+        has_more_epochs = state.epoch < state.first + state.epochs and not state.stop
+        has_more_stages = False
         stages = self.method.stages()
-        more_stages = False
         if stages is not None:
             assert state.stage is not None  # `run_recipe` says it
-            more_stages = state.stage < len(stages)
-        if more_epochs or more_stages:
+            has_more_stages = state.stage < len(stages)
+        if has_more_epochs or has_more_stages:
             return
-        late = sorted(self.late_changes(state))
-        if late:
-            epochs = 'epoch' if len(state.history) == 1 else 'epochs'
+        names = sorted(self.late_changes(state))
+        if names:
+            flags = ', '.join(map(flag_of, names))
             raise InputError(
-                f'{self.folder} has {len(state.history)} {epochs} and would learn nothing from '
-                f'what was changed ({", ".join(map(flag_of, late))}): give {self.way_out(state)}'
-                'another folder'
+                f'{self.folder} has {counted(len(state.history), "epoch")} and would learn nothing '
+                f'from what was changed ({flags}): give {self.way_out(state)}another folder'
             )
 
     def late_changes(self, state: State) -> set[str]:
-        "Settings that changed and affect training, though the training has ended."
-        late = set(self.changed) - COMPUTATION  # the predictions need those
+        "Names of settings that changed and affect training, though the training has ended."
+        names = set(self.changed) - COMPUTATION  # the predictions need those
         if len(state.history) == self.settings.epochs:
-            late.discard('epochs')
-        former, now = self.changed.get('patience'), self.settings.patience
-        if state.stop and patience_of(former) > patience_of(now):
-            late.discard('patience')  # with less patience too the training has ended
-        return late
+            names.discard('epochs')
+        if state.stop:
+            former_patience = patience_of(self.changed.get('patience'))
+            if former_patience > patience_of(self.settings.patience):
+                names.discard('patience')  # with less patience too the training has ended
+        return names
 
     def way_out(self, state: State) -> str:
         "What would help besides another folder."
@@ -380,30 +384,42 @@ def check_held_out(
     trained_on: dict[str, list],  # the state of `Record`
     cases: Sequence[Case],
 ) -> None:
-    """Refuse validation (tuning) and test slides that a run was trained on, and test slides that
-    have chosen its epochs. The same are slides of the same id, of the same patient, or of a file of
-    the same name and size. Raises `InputError`."""
-    known = {split: [set(values) for values in zip(*rows)] for split, rows in trained_on.items()}
-    wrong = []
+    """Raises `InputError` for validation (tuning) and test slides that a run was trained on, and
+    for test slides that have chosen its epochs. The same are slides of the same id, of the same
+    patient, or of a file of the same name and size."""
+    identities = {}
+    for split, rows in trained_on.items():
+        identities[split] = [set(values) for values in zip(*rows)]
+    leaks = []
     for case in cases:
-        is_wrong = False
-        if case.split in ('tuning', 'test'):
-            is_wrong = is_among(case, known['train'])
-        if case.split == 'test':
-            is_wrong = is_wrong or is_among(case, known['tuning'])
-        if is_wrong:
-            wrong.append(f'{case.slide_id!r} (now {case.split})')
-    if wrong:
+        if is_leak(case, identities):
+            leaks.append(f'{case.slide_id!r} (now {case.split})')
+    if leaks:
         raise InputError(
             several(
-                f'data leakage: {counted(len(wrong), "slide")} for tuning or testing, or others of the '
-                'same patients, were already used to train this run or to choose its epochs; set the '
-                'splits in the manifest, or choose a new folder',
-                wrong,
+                f'data leakage: {counted(len(leaks), "slide")} for tuning or testing, or others of '
+                'the same patients, were already used to train this run or to choose its epochs; '
+                'set the splits in the manifest, or choose a new folder',
+                leaks,
             )
         )
 
 
-def is_among(case: Case, known: list[set[str]]) -> bool:
-    "Whether the id of a case, its patient or its file is among those that are known."
-    return any(value in values for value, values in zip(identity(case), known))
+def is_leak(
+    case: Case,
+    identities: dict[str, list[set[str]]],  # split -> ids, patients and files of its slides
+) -> bool:
+    "Whether a case to validate or to test on was trained on, or one to test on has chosen epochs."
+    if case.split not in ('tuning', 'test'):
+        return False
+    if is_among(case, identities['train']):
+        return True
+    return case.split == 'test' and is_among(case, identities['tuning'])
+
+
+def is_among(
+    case: Case,
+    identities: list[set[str]],  # ids, patients and files
+) -> bool:
+    "Whether the id of a case, its patient or its file is among these."
+    return any(value in values for value, values in zip(identity(case), identities))

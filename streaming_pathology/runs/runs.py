@@ -96,18 +96,22 @@ from ..training.recipes import run_recipe
 from ..training.tasks import Binary, Task, make_task
 
 # %% ../../nbs/runs/04_runs.ipynb #49cd7e26
-def device_to_use(named: str | None) -> str:
-    """The device that is named or, if None is, the first that is there of cuda, mps and cpu.
+def device_to_use(name: str | None) -> str:
+    """The device of this name; without a name the first that is there of cuda, mps and cpu.
+
     Raises `InputError` for a device that is not there."""
-    if named is None:
+    if name is None:
         return first_device()
-    check_device(named)
-    return named
+    check_device(name)
+    return name
 
 
-def tell_device(device: str, named: str | None) -> None:
-    "Say on stderr which device was taken, if none was named. Told once, by the first rank."
-    if named is None and is_first_process():
+def tell_device(
+    device: str,
+    name: str | None,  # that the user gave
+) -> None:
+    "Say on stderr which device was taken, if the user named none. Said once, by the first rank."
+    if name is None and is_first_process():
         tqdm.write(f'computing on {device}', file=sys.stderr)
 
 
@@ -155,7 +159,9 @@ class Preparation:
     for what cannot be used."""
 
     def __init__(self, run: 'Run', resume: bool, accept_changes: bool, overwrite: bool) -> None:
-        self.run, self.settings, self.method = run, run.settings, run.method
+        self.run = run
+        self.settings = run.settings
+        self.method = run.method
         self.accept_changes = accept_changes
         self.may_replace = overwrite or resume
         self.finished = (run.folder / DONE).exists()
@@ -165,12 +171,14 @@ class Preparation:
 
     def go(self) -> Prepared | None:
         "Make all checks, and read all slides. None if the run is finished."
-        settings, run = self.settings, self.run
+        settings = self.settings
+        run = self.run
         claim(run.given, self.may_replace, others=self.resumes)
         cases = self.read_cases()
         task = self.task_of(cases)
         settings.cohort_sha256 = cohort_sha256(cases)
-        former = self.former = self.read_former()
+        self.former = self.read_former()
+        former = self.former
         if former.is_finished and not former.changed:
             return None
         self.check_former(cases)
@@ -210,29 +218,38 @@ class Preparation:
 
     def task_of(self, cases: list[Case]) -> Task:
         "The task of the settings, fitted to the training slides; refuses labels that do not fit."
-        settings, manifest = self.settings, self.settings.manifest
+        settings = self.settings
         # all of them have one, as `read_manifest` refuses others
         labels = [case.label for case in cases if case.split == 'train' and case.label is not None]
-        task = make_task(settings.task, labels, settings.balance == 'weights')
+        task = make_task(settings.task, labels, balanced=settings.balance == 'weights')
         if settings.task == 'survival':
             self.check_survival(cases)
-        columns = prediction_columns(task, label_columns(task.name, label_names(settings)))
-        twice = [name for name, count in Counter(columns).items() if count > 1]
-        if twice:
+        self.check_columns(task)
+        self.check_labels(task, cases)
+        return task
+
+    def check_columns(self, task: Task) -> None:
+        "Refuse a label whose column has the name of another column of predictions."
+        columns = prediction_columns(task, label_columns(task.name, label_names(self.settings)))
+        repeated = [name for name, count in Counter(columns).items() if count > 1]
+        if repeated:
             raise InputError(
-                f'--label {twice[0]} is the name of a column of predictions; rename it in the '
+                f'--label {repeated[0]} is the name of a column of predictions; rename it in the '
                 'manifest'
             )
-        wrong = []
+
+    def check_labels(self, task: Task, cases: list[Case]) -> None:
+        "Refuse labels of any split that do not fit the task."
+        problems = []
         for case in cases:
             if case.label is None:
                 continue
             problem = task.wrong(case.label)
             if problem:
-                wrong.append(f'slide {case.slide_id!r}: {problem}')
-        if wrong:
-            raise InputError(several(f'{manifest}: labels do not fit the task {task.name}', wrong))
-        return task
+                problems.append(f'slide {case.slide_id!r}: {problem}')
+        if problems:
+            start = f'{self.settings.manifest}: labels do not fit the task {task.name}'
+            raise InputError(several(start, problems))
 
     def check_survival(self, cases: list[Case]) -> None:
         "The loss of survival compares slides, and needs an event among them."
@@ -278,23 +295,25 @@ class Preparation:
     def note_left_out(self, cases: list[Case], data: SlideDataset) -> None:
         """Note which slides were left out, as they cannot be used. Refuses to resume a run that was
         trained without others."""
-        kept = {case.slide_id for case in data.cases}
-        left_out = [case.slide_id for case in cases if case.slide_id not in kept]
-        former = list(self.former.settings.get('left_out', []))
+        usable_ids = {case.slide_id for case in data.cases}
+        left_out = [case.slide_id for case in cases if case.slide_id not in usable_ids]
+        former_left_out = list(self.former.settings.get('left_out', []))
         resumes = self.former.checkpoint is not None
-        if resumes and left_out != former and not self.accept_changes:
+        if resumes and left_out != former_left_out and not self.accept_changes:
             raise InputError(
-                f'{self.run.given} was trained without {listed_ids(former)}, as they could not be '
-                f'used; now these are {listed_ids(left_out)}. Make the files as they were, accept '
-                'the change with --accept-changes, or choose a new folder'
+                f'{self.run.given} was trained without {listed_ids(former_left_out)}, as they '
+                f'could not be used; now these are {listed_ids(left_out)}. Make the files as they '
+                'were, accept the change with --accept-changes, or choose a new folder'
             )
         self.settings.left_out = tuple(left_out) if left_out else None
 
     def find_colors(self, data: SlideDataset) -> None:
-        "Mean and deviation of each channel: of the run that is resumed, or of the training slides."
-        settings, former = self.settings, self.former.settings
-        if 'mean' in former:
-            settings.mean, settings.std = former['mean'], former['std']
+        """Set mean and standard deviation of each channel: to those of the run that is resumed, or
+        else to those of the training slides."""
+        settings = self.settings
+        former_settings = self.former.settings
+        if 'mean' in former_settings:
+            settings.mean, settings.std = former_settings['mean'], former_settings['std']
         else:
             settings.mean, settings.std = channel_statistics(data.part('train'))
 
@@ -355,16 +374,18 @@ class Preparation:
                     sentences(former.changed, as_read(self.settings.as_dict())),
                 )
             )
-        fixed = list(FIXED)
+        fixed_names = set(FIXED)
         if self.settings.recipe:
-            fixed.append('epochs')
-        were = [
-            as_asked(name, former.settings.get(name)) for name in former.changed if name in fixed
+            fixed_names.add('epochs')
+        former_options = [
+            as_option(name, former.settings.get(name))
+            for name in former.changed
+            if name in fixed_names
         ]
-        if were:
+        if former_options:
             raise InputError(
-                f'{run.given} was trained with {", ".join(were)}, which cannot be changed on '
-                'resume; give that again, or choose a new folder'
+                f'{run.given} was trained with {", ".join(former_options)}, which cannot be '
+                'changed on resume; give that again, or choose a new folder'
             )
         if not former.checkpoint:
             raise InputError(
@@ -386,8 +407,8 @@ def has_event(label: float | tuple[float, ...] | None) -> bool:
     return isinstance(label, tuple) and bool(label[1])
 
 
-def as_asked(name: str, value: object) -> str:
-    "A setting in an error, as it was given on the command line."
+def as_option(name: str, value: object) -> str:
+    "A setting in an error, as an option of the command line."
     if name == 'command':
         return str(value)
     return f'{flag(name)} {shown(value)}'
@@ -397,17 +418,20 @@ def former_settings(folder: Path, checkpoint: dict | None) -> dict:
     """The settings of a former run, by its checkpoint. Its settings.toml may have been edited, and
     is read only if there is no checkpoint. Settings that a former version did not have get their
     defaults. Raises `InputError` if the file cannot be read."""
-    saved = None
+    saved_settings = None
     if checkpoint is not None:
-        saved = checkpoint['settings'].get('settings')
+        saved_settings = checkpoint['settings'].get('settings')
     path = folder / 'settings.toml'
     try:
-        former = as_read(saved) if saved else tomllib.loads(path.read_text())
+        if saved_settings:
+            settings = as_read(saved_settings)
+        else:
+            settings = tomllib.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise InputError(f'{path} cannot be read: {one_line(e)}; give another folder') from None
-    kind = MILSettings if former.get('command') == 'sp_mil' else StreamingSettings
-    usual = {name: each.default for name, each in kind.options().items() if name != 'manifest'}
-    return as_read(usual) | with_present_names(kind, former)
+    kind = MILSettings if settings.get('command') == 'sp_mil' else StreamingSettings
+    defaults = {name: each.default for name, each in kind.options().items() if name != 'manifest'}
+    return as_read(defaults) | with_present_names(kind, settings)
 
 
 def as_read(values: dict) -> dict:
@@ -506,7 +530,7 @@ def describe(model: torch.nn.Module) -> dict:
 
 
 class Common(TypedDict):
-    "What `fit` is asked for in one stage, and `run_recipe` in each of several."
+    "The arguments that `fit` and `run_recipe` have in common."
 
     callbacks: list[Callback]
     resume: dict | None
@@ -530,14 +554,21 @@ class Training:
         ranks: Alone,
         device: str,
     ) -> None:
-        self.run, self.data, self.task = run, data, task
-        self.settings, self.method, self.folder = run.settings, run.method, run.folder
-        self.ranks, self.device = ranks, device
+        self.run = run
+        self.settings = run.settings
+        self.method = run.method
+        self.folder = run.folder
+        self.data = data
+        self.task = task
+        self.ranks = ranks
+        self.device = device
 
     def go(self, model: torch.nn.Module, callbacks: Iterable[Callback] = ()) -> str | None:
-        """Do all of it, with these callbacks before Checkpoints. Returns a sentence on the test
-        split; None on all ranks but the first."""
-        settings, folder, task = self.settings, self.folder, self.task
+        """Train, choose, predict and evaluate, with these callbacks before Checkpoints. Returns a
+        sentence on the test split; None on all ranks but the first."""
+        settings = self.settings
+        folder = self.folder
+        task = self.task
         if self.ranks.rank == 0 and self.run.checkpoint is None:
             write_record(folder, self.data.cases, settings)
         features = self.method.prepare_features(
@@ -562,14 +593,15 @@ class Training:
 
     def card(self, model: torch.nn.Module, features: dict | None) -> dict:
         "The card of the network: see `load_model`."
-        settings, task = self.settings, self.task
-        described: dict[str, Any] = dict(model={})
+        settings = self.settings
+        # of a network of embeddings the card has `features` instead
+        network: dict[str, Any] = dict(model={})
         if not features:
-            described['model'] = self.method.network(task) | describe(model)
-            described.update(self.method.code())
+            network['model'] = self.method.network(self.task) | describe(model)
+            network.update(self.method.code())
         card = dict(
-            **described,
-            task=task.settings(),
+            **network,
+            task=self.task.settings(),
             labels=label_names(settings),
             positive=settings.positive,
             cohort_sha256=settings.cohort_sha256,
@@ -584,8 +616,9 @@ class Training:
 
     def fit(self, model: torch.nn.Module, card: dict, more_callbacks: Iterable[Callback]) -> None:
         "Train. Afterwards the network has the best weights, on all ranks."
-        settings, ranks = self.settings, self.ranks
-        best = self.folder / 'checkpoints/best.pt'
+        settings = self.settings
+        ranks = self.ranks
+        best_path = self.folder / 'checkpoints/best.pt'
         train, tuning = self.parts()
         loaders = self.loader(train, shuffled=True), self.loader(tuning, shuffled=False)
         common = Common(
@@ -603,7 +636,7 @@ class Training:
         if stages:
             history = run_recipe(model, *loaders, stages, self.folder / 'checkpoints', **common)
             if ranks.rank == 0:
-                save_weights(model, best, card, settings.seed, history)
+                save_weights(model, best_path, card, settings.seed, history)
             return
         stage = single_stage(settings)
         history = fit(
@@ -617,7 +650,7 @@ class Training:
             **common,
         )
         if ranks.rank == 0:
-            best_weights(model, best, card, settings.seed, history)
+            best_weights(model, best_path, card, settings.seed, history)
         for value in model.state_dict().values():
             ranks.same(value)
 
@@ -630,13 +663,12 @@ class Training:
     def loader(self, data: SlideDataset, shuffled: bool) -> DataLoader:
         "The slides of this rank; `shuffled`: in another order each epoch, and oversampled."
         settings = self.settings
-        oversample = self.task.exclusive and settings.balance == 'oversample'
         return slide_loader(
             data,
-            shuffled,
-            settings.seed,
-            settings.workers,
-            oversample,
+            train=shuffled,
+            seed=settings.seed,
+            workers=settings.workers,
+            oversample=self.task.exclusive and settings.balance == 'oversample',
             rank=self.ranks.rank,
             ranks=self.ranks.size,
         )
@@ -703,15 +735,14 @@ class Training:
 def chosen_slides(rows: list[dict], number: int) -> list[str]:
     """Ids of slides for heatmaps: those without a label first, then test slides, positive and
     negative in turn."""
-    ids = [row['slide_id'] for row in rows if row['label'] is None]
-    test = [row for row in rows if row['split'] == 'test']
-    positive = [row['slide_id'] for row in test if row['label'] == 1]
-    negative = [row['slide_id'] for row in test if row['label'] == 0]
-    for pair in zip(positive, negative):
-        ids += pair
-    both = min(len(positive), len(negative))
-    ids += positive[both:] + negative[both:]
-    return ids[:number]
+    unlabelled = [row['slide_id'] for row in rows if row['label'] is None]
+    test_rows = [row for row in rows if row['split'] == 'test']
+    positive = [row['slide_id'] for row in test_rows if row['label'] == 1]
+    negative = [row['slide_id'] for row in test_rows if row['label'] == 0]
+    pairs = list(zip(positive, negative))
+    in_turn = [slide_id for pair in pairs for slide_id in pair]
+    without_partner = positive[len(pairs) :] + negative[len(pairs) :]
+    return [*unlabelled, *in_turn, *without_partner][:number]
 
 
 def test_results(
@@ -721,21 +752,22 @@ def test_results(
 ) -> str:
     """Evaluate the test split, and write metrics.json if there is a figure. Returns a sentence on
     the test split."""
-    test = [row for row in rows if row['split'] == 'test' and row['label'] is not None]
-    binary = isinstance(task, Binary)
-    if not test:
+    test_rows = [row for row in rows if row['split'] == 'test' and row['label'] is not None]
+    if not test_rows:
         return 'no slides to test on'
-    if binary and not {row['label'] for row in test} >= {0, 1}:
+    is_binary = isinstance(task, Binary)
+    if is_binary and not {row['label'] for row in test_rows} >= {0, 1}:
         return 'no AUC: the test split does not have both classes'
     loss = ''
-    if not binary:
-        loss = f'test loss {summary(test, task)["loss"]:.3f}; '
+    if not is_binary:
+        loss = f'test loss {summary(test_rows, task)["loss"]:.3f}; '
     try:
-        found = results(folder / 'predictions.csv')
+        metrics = results(folder / 'predictions.csv')
     except InputError as e:
         return f'{loss}no figure: {e}'
-    write_whole(folder / 'metrics.json', json.dumps(found, indent=1) + '\n')
-    return f'test: {loss}{"; ".join(sentences_of(found)[:2])}'
+    write_whole(folder / 'metrics.json', json.dumps(metrics, indent=1) + '\n')
+    first_sentences = '; '.join(sentences_of(metrics)[:2])
+    return f'test: {loss}{first_sentences}'
 
 # %% ../../nbs/runs/04_runs.ipynb #5ed1a88f
 @dataclass

@@ -100,7 +100,7 @@ def optional_argument(help: str, **rules: Any) -> Any:
     return field(default=None, metadata=dict(option=Option(help, is_word=True, **rules)))
 
 # %% ../../nbs/runs/01_settings.ipynb #a4e9b57a
-def found(on_resume: str = 'ask') -> Any:
+def run_result(on_resume: str = 'ask') -> Any:
     "A field that a run finds out; it is None before, and cannot be given."
     return field(default=None, init=False, metadata=dict(found=True, on_resume=on_resume))
 
@@ -538,11 +538,11 @@ class TrainingSettings(Settings):
     )
 
     # ---- what a run finds out
-    cohort_sha256: str | None = found()  # see `cohort_sha256` in records
-    left_out: tuple[str, ...] | None = found(on_resume='free')  # ids, with --skip-failed
+    cohort_sha256: str | None = run_result()  # see `cohort_sha256` in records
+    left_out: tuple[str, ...] | None = run_result(on_resume='free')  # ids, with --skip-failed
     # mean and standard deviation of each channel, from 0 to 1, with --normalize training
-    mean: tuple[float, ...] | None = found(on_resume='free')
-    std: tuple[float, ...] | None = found(on_resume='free')
+    mean: tuple[float, ...] | None = run_result(on_resume='free')
+    std: tuple[float, ...] | None = run_result(on_resume='free')
 
 # %% ../../nbs/runs/01_settings.ipynb #b12dcb23
 @dataclass(kw_only=True)
@@ -876,31 +876,33 @@ def from_values(
 
     Raises `InputError` for a name that is no setting, for a setting that is there by two names, and
     for a value of the wrong type."""
-    options, accepted = kind.options(), {}
-    for former, name in kind.former_names().items():
-        if former in values and name in values:
+    options = kind.options()
+    for former_name, name in kind.former_names().items():
+        if former_name in values and name in values:
             raise InputError(
-                f'{where}: {former} is a former name of {name}; leave one of the two lines out'
+                f'{where}: {former_name} is a former name of {name}; leave one of the two lines out'
             )
+    has_recipe = bool(values.get('recipe'))
+    settings = {}
     for name, value in with_present_names(kind, values).items():
-        if name == 'command' or name in found_names(kind):
+        if name == 'command' or name in run_result_names(kind):
             continue
         if name not in options:
-            near = difflib.get_close_matches(name, options, 1)
-            hint = f'; did you mean {near[0]}?' if near else ''
+            similar_names = difflib.get_close_matches(name, options, 1)
+            hint = f'; did you mean {similar_names[0]}?' if similar_names else ''
             raise InputError(f'{where}: {name} is no setting of {kind.command}{hint}')
-        accepted[name] = from_toml(kind, name, value, where, bool(values.get('recipe')))
-    return kind(**(accepted | given))
+        settings[name] = from_toml(kind, name, value, where, by_recipe=has_recipe)
+    return kind(**(settings | given))
 
 # %% ../../nbs/runs/01_settings.ipynb #9b278dfe
 def with_present_names(kind: type[Settings], values: dict[str, Any]) -> dict[str, Any]:
     "Settings that a former version has written, by the names that they have now."
-    present = kind.former_names()
-    return {present.get(name, name): value for name, value in values.items()}
+    present_names = kind.former_names()
+    return {present_names.get(name, name): value for name, value in values.items()}
 
 
-def found_names(kind: type[Settings]) -> set[str]:
-    "The settings that a run finds out."
+def run_result_names(kind: type[Settings]) -> set[str]:
+    "The names of the settings that a run finds out."
     return {each.name for each in dataclasses.fields(kind) if each.metadata.get('found')}
 
 # %% ../../nbs/runs/01_settings.ipynb #2d9b1dcd
@@ -914,9 +916,10 @@ def from_toml(
     "One value of a settings file; an empty text is None. Raises `InputError` for a wrong type."
     each = kind.options()[name]
     is_switch = isinstance(each.default, bool)
-    if is_switch != isinstance(value, bool) or isinstance(value, dict):
-        wanted = 'true or false' if is_switch else 'a number or a text'
-        raise InputError(f'{where}: {name} is {value!r}; it has to be {wanted}')
+    has_type_of_switch = isinstance(value, bool)
+    if is_switch != has_type_of_switch or isinstance(value, dict):
+        expected = 'true or false' if is_switch else 'a number or a text'
+        raise InputError(f'{where}: {name} is {value!r}; it has to be {expected}')
     if value == '':
         if each.default is not None and not by_recipe:
             raise InputError(f'{where}: {name} is empty; give a value, or leave the line out')

@@ -66,8 +66,8 @@ class Shard:
         "The slides of this shard, in the order of the cases."
         cases = list(cases)
         slide_ids = sorted(case.slide_id for case in cases)
-        of_shard = set(slide_ids[self.number - 1 :: self.of])
-        return [case for case in cases if case.slide_id in of_shard]
+        shard_ids = set(slide_ids[self.number - 1 :: self.of])
+        return [case for case in cases if case.slide_id in shard_ids]
 
 
 def all_shards(of: int) -> list[Shard]:
@@ -76,9 +76,10 @@ def all_shards(of: int) -> list[Shard]:
 
 # %% ../../nbs/runs/08_shards.ipynb #f9cd38fd
 def case_stamp(case: Case) -> list:
-    "What a row of a table depends on, but for where files lie, as JSON has it."
-    files = [stamp_or_none(case.path), stamp_or_none(case.mask)]
-    return json.loads(json.dumps([case.label, case.split, case.spacing, *files]))
+    """The state of a slide, as JSON has it: its label, split and spacing, and the states of its
+    files, but not where they lie."""
+    file_stamps = [stamp_or_none(case.path), stamp_or_none(case.mask)]
+    return json.loads(json.dumps([case.label, case.split, case.spacing, *file_stamps]))
 
 
 def stamp_or_none(path: str | Path | None) -> Any:
@@ -97,10 +98,11 @@ def stamps_of(cases: Iterable[Case]) -> dict[str, list]:
 
 
 def listed(shards: Sequence[Shard]) -> str:
-    "Shards with commas between them; the number of those after the first twenty."
-    text = ', '.join(str(shard) for shard in shards[:20])
-    more = len(shards) - 20
-    return f'{text} and {more} more' if more > 0 else text
+    "The first twenty shards with commas between them, and how many more there are."
+    max_shards = 20
+    text = ', '.join(str(shard) for shard in shards[:max_shards])
+    n_more = len(shards) - max_shards
+    return f'{text} and {n_more} more' if n_more > 0 else text
 
 # %% ../../nbs/runs/08_shards.ipynb #45f3bbf3
 @dataclass(frozen=True)
@@ -141,27 +143,37 @@ class Shards:
             yield shard_folder
 
     def check_about(self, about: dict[str, Any]) -> None:
-        "Refuse a shard that has something else in common than those that are there."
+        """Raises `InputError` for a shard that differs from those that are there in what all have
+        in common. The first shard writes it down."""
         path = self.folder / 'about.json'
+        self._check_foreign_files(path)
+        write_once(path, json.dumps(about, indent=1) + '\n')
+        former_about = self.read(path)
+        about = json.loads(json.dumps(about))
+        if former_about != about:
+            raise self._difference(former_about, about)
+
+    def _check_foreign_files(self, path: Path) -> None:
+        "Raises `InputError` if the folder holds files, but not `path`, which shards write first."
         names = []
         if self.folder.exists():
             # before the file is looked for, which another process that is here now writes first
             names = [each.name for each in self.folder.iterdir() if not each.name.startswith('.')]
         if names and not path.exists():
             raise InputError(f'{self.folder} holds {names[0]}, which no shard wrote: move it away')
-        write_once(path, json.dumps(about, indent=1) + '\n')
-        former = self.read(path)
-        about = json.loads(json.dumps(about))
-        if former == about:
-            return
-        name = next(name for name in [*about, *former] if former.get(name) != about.get(name))
-        before, now = former.get(name), about.get(name)
-        what = f'{before} shards, not {now}'
-        if name != 'shards':
-            what = f'shards whose {name} is {before!r}, not {now!r}'
-        raise InputError(
-            f'{self.folder} holds {what}: give the same as before, write somewhere else, or delete '
-            'that folder to begin again'
+
+    def _difference(self, former_about: dict, about: dict) -> InputError:
+        "The exception for a shard that differs from former ones, by the first entry that does."
+        name = next(
+            name for name in [*about, *former_about] if former_about.get(name) != about.get(name)
+        )
+        former_value, value = former_about.get(name), about.get(name)
+        shards = f'shards whose {name} is {former_value!r}, not {value!r}'
+        if name == 'shards':
+            shards = f'{former_value} shards, not {value}'
+        return InputError(
+            f'{self.folder} holds {shards}: give the same as before, write somewhere else, or '
+            'delete that folder to begin again'
         )
 
     def done_file(self, shard: Shard) -> Path:
@@ -183,7 +195,8 @@ class Shards:
         write_whole(self.done_file(shard), text)
 
     def reasons(self, shard: Shard) -> dict[str, str]:
-        "Of each slide of a shard that is done why it failed, or '': slide id -> sentence."
+        """Why the slides of a shard that is done failed: slide id -> sentence, or '' for a slide
+        that did not fail."""
         return self.read(self.done_file(shard))['slides']
 
     def stamps(self, shard: Shard) -> dict[str, Any]:
@@ -194,16 +207,18 @@ class Shards:
         "The slides of a shard that are not done, have failed, or are in another state than then."
         if not self.is_done(shard):
             return list(cases)
-        reasons, former_stamps = self.reasons(shard), self.stamps(shard)
+        reasons = self.reasons(shard)
+        former_stamps = self.stamps(shard)
         remaining = []
         for case in cases:
-            is_good = reasons.get(case.slide_id) == ''
-            if not is_good or former_stamps.get(case.slide_id) != stamps[case.slide_id]:
+            has_succeeded = reasons.get(case.slide_id) == ''
+            has_changed = former_stamps.get(case.slide_id) != stamps[case.slide_id]
+            if not has_succeeded or has_changed:
                 remaining.append(case)
         return remaining
 
     def read(self, path: Path) -> dict:
-        "A file that shards have written."
+        "The dict in a file that shards have written. Raises `InputError` if the file is damaged."
         try:
             return dict(json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
@@ -219,8 +234,8 @@ class Shards:
         return self.read(path)['shards']
 
     def all_reasons(self, cases: Sequence[Case], check_state: bool = False) -> dict[str, str]:
-        """Of each slide of all shards why it failed, or '', in the order of the cases. Raises
-        `InputError` as check_done."""
+        """Why the slides of all shards failed, as the method reasons, in the order of the cases.
+        Raises `InputError` as check_done."""
         self.check_done(cases, check_state)
         reasons = {}
         for shard in all_shards(self.n_shards()):
@@ -263,15 +278,16 @@ class Shards:
 
     def has_changed(self, shard: Shard, cases: Sequence[Case], check_state: bool) -> bool:
         "Whether a shard that is done was about other slides than now, or another state of them."
-        of_shard = shard.take(cases)
-        slide_ids = {case.slide_id for case in of_shard}
+        shard_cases = shard.take(cases)
+        slide_ids = {case.slide_id for case in shard_cases}
         if self.reasons(shard).keys() != slide_ids:
             return True
-        return check_state and self.stamps(shard) != stamps_of(of_shard)
+        return check_state and self.stamps(shard) != stamps_of(shard_cases)
 
     @contextmanager
     def naming_shards(self, cases: Sequence[Case]) -> Iterator[None]:
-        "In its block, slides that changed after they were done are told with their shards."
+        """A context manager: `SlidesChanged` in its block becomes an `InputError` that names the
+        shards of these slides."""
         try:
             yield
         except SlidesChanged as e:
@@ -283,12 +299,12 @@ class Shards:
         for shard in all_shards(self.n_shards()):
             if any(case.slide_id in slide_ids for case in shard.take(cases)):
                 shards.append(shard)
-        what = 'a slide has changed, or what was written of it'
+        change = 'a slide has changed, or what was written of it'
         if len(slide_ids) > 1:
-            what = f'{len(slide_ids)} slides have changed, or what was written of them'
+            change = f'{len(slide_ids)} slides have changed, or what was written of them'
         noun = 'shard' if len(shards) == 1 else 'shards'
         start = (
-            f'{self.out} cannot be put together, as {what}: run {noun} {listed(shards)} again, '
+            f'{self.out} cannot be put together, as {change}: run {noun} {listed(shards)} again, '
             'and then --merge'
         )
         return InputError(several(start, map(repr, slide_ids)))
@@ -338,31 +354,38 @@ def merge_tables(
     left out. Rows of one slide keep their order; where two tables have rows of it, those of the
     last one count. Returns the number of rows. Raises `InputError` for tables with different
     columns."""
-    header, first = None, None
-    by_slide: dict[str, list[list[str]]] = {}
+    header = None
+    first_path = None
+    rows_of_slide: dict[str, list[list[str]]] = {}
     for path in tables:
         with open(path, newline='', encoding='utf-8') as file:
             columns, *rows = csv.reader(file)
         if header is None:
-            header, first = columns, path
+            header = columns
+            first_path = path
         elif header != columns:
             raise InputError(
-                f'{path} has other columns than {first}: its shard was run by another version of '
-                'this package; run both again'
+                f'{path} has other columns than {first_path}: its shard was run by another version '
+                'of this package; run both again'
             )
-        position = columns.index('slide_id')
-        own: dict[str, list[list[str]]] = {}
-        for row in rows:
-            own.setdefault(row[position], []).append(row)
-        by_slide.update(own)
-    merged = [row for slide_id in slide_ids for row in by_slide.get(slide_id, [])]
+        rows_of_slide.update(_rows_by_slide(columns, rows))
+    merged_rows = [row for slide_id in slide_ids for row in rows_of_slide.get(slide_id, [])]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     if header is not None:
         writer.writerow(header)
-    writer.writerows(merged)
+    writer.writerows(merged_rows)
     write_whole(out, text.getvalue())
-    return len(merged)
+    return len(merged_rows)
+
+
+def _rows_by_slide(columns: list[str], rows: list[list[str]]) -> dict[str, list[list[str]]]:
+    "The rows of a table: slide id -> rows, in their order."
+    position = columns.index('slide_id')
+    rows_of_slide: dict[str, list[list[str]]] = {}
+    for row in rows:
+        rows_of_slide.setdefault(row[position], []).append(row)
+    return rows_of_slide
 
 # %% ../../nbs/runs/08_shards.ipynb #8476b919
 class ShardResult(NamedTuple):
@@ -384,30 +407,32 @@ def predict_shard(
     ranks: Alone | None = None,  # several processes share the slides of the shard
     **options: Any,  # of `predict_table`: device, amp, workers, tta, progress
 ) -> ShardResult:
-    "As `predict_table`, of the slides of one shard, into a table of its own."
+    """Predict the slides of one shard that are not done, as `predict_table` does, into a table of
+    the shard. Raises `InputError` for shards that do not go together."""
     from streaming_pathology.evaluation.predict import predict_table
     from streaming_pathology.training.loop import ONE_PROCESS
 
     if ranks is None:
         ranks = ONE_PROCESS
     shards = Shards(Path(out))
-    of_shard = shard.take(cases)
+    shard_cases = shard.take(cases)
     failed = {}
     with ExitStack() as stack:
         shard_folder = ranks.first(lambda: stack.enter_context(shards.working(shard, about)))
-        stamps = ranks.first(lambda: stamps_of(of_shard))
-        remaining = ranks.first(lambda: shards.to_do(shard, of_shard, stamps))
-        new = shard_folder / 'new.csv'
+        stamps = ranks.first(lambda: stamps_of(shard_cases))
+        remaining = ranks.first(lambda: shards.to_do(shard, shard_cases, stamps))
+        new_table = shard_folder / 'new.csv'
         if remaining:
             _, failed = predict_table(
-                model, card, remaining, new, skip=skip, ranks=ranks, **options
+                model, card, remaining, new_table, skip=skip, ranks=ranks, **options
             )
         if ranks.rank == 0 and (skip or not failed):
-            slide_ids = [case.slide_id for case in of_shard]
-            add_predictions(new, shard_folder / TABLE, slide_ids)
+            slide_ids = [case.slide_id for case in shard_cases]
+            add_predictions(new_table, shard_folder / TABLE, slide_ids)
             shards.finish(shard, dict.fromkeys(slide_ids, '') | failed, stamps)
-            new.unlink(missing_ok=True)
-    return ShardResult(failed, len(of_shard), len(of_shard) - len(remaining))
+            new_table.unlink(missing_ok=True)
+    n_slides = len(shard_cases)
+    return ShardResult(failed, n_slides, n_before=n_slides - len(remaining))
 
 
 def merge_predictions(
@@ -461,8 +486,10 @@ class Lines:
 CHECKED = 'checked.jsonl'  # of a shard, in its folder
 
 
-def looked_for(tissue: bool, pen: bool, stain: str, slide_spacing: float | None) -> dict[str, Any]:
-    "What all shards of a check have in common."
+def shared_options(
+    tissue: bool, pen: bool, stain: str, slide_spacing: float | None
+) -> dict[str, Any]:
+    "The options that all shards of a check have in common, as `Shards.check_about` takes them."
     about: dict[str, Any] = dict(tissue=tissue, pen=pen, stain=stain)
     if slide_spacing is not None:
         about['slide_spacing'] = slide_spacing
@@ -480,13 +507,16 @@ def check_shard(
     tell: Callable[[SlideCheck], object] = lambda check: None,  # is told what is found of each
     slide_spacing: float | None = None,  # as in `check_slides`
 ) -> ShardResult:
-    "As `check_slides`, of the slides of one shard that were not checked before."
-    shards, of_shard, failed = Shards(Path(out)), shard.take(cases), {}
-    about = looked_for(tissue, pen, stain, slide_spacing)
+    """Check the slides of one shard that were not checked before, as `check_slides` does. Raises
+    `InputError` for shards that do not go together."""
+    shards = Shards(Path(out))
+    shard_cases = shard.take(cases)
+    failed = {}
+    about = shared_options(tissue, pen, stain, slide_spacing)
     with shards.working(shard, about) as shard_folder:
         lines = Lines(shard_folder / CHECKED)
-        stamps = stamps_of(of_shard)
-        remaining = not_checked(of_shard, stamps, lines.read())
+        stamps = stamps_of(shard_cases)
+        remaining = not_checked(shard_cases, stamps, lines.read())
         checks = check_slides(remaining, tissue, pen, stain, workers, slide_spacing=slide_spacing)
         for check in checks:
             if check.problem:
@@ -494,8 +524,9 @@ def check_shard(
             value = dict(stamp=stamps[check.slide_id], problem=check.problem, row=check.row())
             lines.add(check.slide_id, value)
             tell(check)
-        shards.finish(shard, {case.slide_id: '' for case in of_shard} | failed, stamps)
-    return ShardResult(failed, len(of_shard), len(of_shard) - len(remaining))
+        shards.finish(shard, {case.slide_id: '' for case in shard_cases} | failed, stamps)
+    n_slides = len(shard_cases)
+    return ShardResult(failed, n_slides, n_before=n_slides - len(remaining))
 
 
 def not_checked(
@@ -520,10 +551,11 @@ def merge_checks(
     stain: str = 'he',
     slide_spacing: float | None = None,
 ) -> tuple[dict[str, dict], dict[str, str]]:
-    """What all shards have found: slide id -> facts as by the method row of `SlideCheck`, and slide
-    id -> reason of those that failed. Raises `InputError` if shards are not done."""
+    """The checks of all shards: slide id -> the row that `SlideCheck.row` gives, in the order of
+    the cases; and slide id -> reason of those that failed. Raises `InputError` if shards are not
+    done."""
     shards = Shards(Path(out))
-    about = looked_for(tissue, pen, stain, slide_spacing)
+    about = shared_options(tissue, pen, stain, slide_spacing)
     shards.check_about(dict(shards=shards.n_shards()) | about)
     failed = shards.all_failed(cases, check_state=True)
     rows = {}
@@ -534,7 +566,7 @@ def merge_checks(
 
 # %% ../../nbs/runs/08_shards.ipynb #4b3ed032
 def draw_shard(run: MapRun, shard: Shard) -> ShardResult:
-    "Draw the maps of one shard: as the method draw, without the tables."
+    "Draw the maps of one shard, without the tables. Raises `InputError` as `MapRun.draw` does."
     shards = Shards(run.folder)
     slide_ids = [case.slide_id for case in shard.take(run.cases)]
     run.begin()

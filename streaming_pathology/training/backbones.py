@@ -51,24 +51,25 @@ NORMALIZATIONS = (
 )
 
 
-def parts_of(network: nn.Module) -> list[str]:
-    "The names of the modules that are stages, or belong to one, in the order of their definition."
-    parts = [name for name, _ in network.named_children()]
-    while sum(is_stage(network.get_submodule(name)) for name in parts) < ENOUGH_STAGES:
-        containers = [name for name in parts if is_container(network.get_submodule(name))]
+def module_names(network: nn.Module) -> list[str]:
+    """The names of the modules that are stages, or belong to one, in the order of their definition:
+    the children of the network, with the largest containers taken apart."""
+    names = [name for name, _ in network.named_children()]
+    while sum(is_stage(network.get_submodule(name)) for name in names) < ENOUGH_STAGES:
+        containers = [name for name in names if is_container(network.get_submodule(name))]
         if not containers:
             break
         largest = max(containers, key=lambda name: weight_count(network.get_submodule(name)))
-        position = parts.index(largest)
+        position = names.index(largest)
         children = network.get_submodule(largest).named_children()
-        parts[position : position + 1] = [f'{largest}.{name}' for name, _ in children]
-    return parts
+        names[position : position + 1] = [f'{largest}.{name}' for name, _ in children]
+    return names
 
 
 def is_stage(part: nn.Module) -> bool:
-    "Whether it has parameters, and is no normalization alone."
-    holders = [module for module in part.modules() if [*module.parameters(recurse=False)]]
-    return any(not isinstance(module, NORMALIZATIONS) for module in holders)
+    "Whether a module has parameters, and not in normalizations alone."
+    with_parameters = [module for module in part.modules() if [*module.parameters(recurse=False)]]
+    return any(not isinstance(module, NORMALIZATIONS) for module in with_parameters)
 
 
 def is_container(part: nn.Module) -> bool:
@@ -93,18 +94,19 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def noting_order(network: nn.Module, parts: list[str]) -> Iterator[list[str]]:
-    "While the block runs, the list that it gets takes in the `parts`, as they first compute."
+def record_order(network: nn.Module, names: list[str]) -> Iterator[list[str]]:
+    """A context manager that gives a list. While the block runs, the name of each of these modules
+    is appended to it when the module first computes."""
     order: list[str] = []
 
-    def note(part: str) -> None:
-        if part not in order:
-            order.append(part)
+    def record(name: str) -> None:
+        if name not in order:
+            order.append(name)
 
     hooks = []
-    for part in parts:
-        module = network.get_submodule(part)
-        hooks.append(module.register_forward_pre_hook(lambda *_, part=part: note(part)))
+    for name in names:
+        module = network.get_submodule(name)
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: record(name)))
     try:
         yield order
     finally:
@@ -114,15 +116,17 @@ def noting_order(network: nn.Module, parts: list[str]) -> Iterator[list[str]]:
 
 @torch.no_grad()
 def map_shape(network: nn.Module, name: str, in_chans: int, side: int) -> torch.Size:
-    """The shape of what a network makes of a square image. Raises `InputError` if that is no map
-    of features."""
+    """The shape (1, C, h, w) of the map of features that a network makes of an image of `side` by
+    `side` pixels. Nothing but shapes is computed.
+
+    Raises `InputError` if the network does not take that image, or gives no map of features."""
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
-    shapes = {path: tensor.to('meta') for path, tensor in tensors.items()}
+    meta_tensors = {path: tensor.to('meta') for path, tensor in tensors.items()}
     dtype = next((p.dtype for p in network.parameters()), torch.float32)
     try:
         with torch.device('meta'), evaluating(network):
             image = torch.empty(1, in_chans, side, side, dtype=dtype)
-            features = functional_call(network, shapes, (image,))
+            features = functional_call(network, meta_tensors, (image,))
     except Exception as e:
         reason = f'{type(e).__name__}: {e}'.splitlines()[0]
         raise InputError(
@@ -131,11 +135,11 @@ def map_shape(network: nn.Module, name: str, in_chans: int, side: int) -> torch.
         ) from e
     if isinstance(features, torch.Tensor) and features.ndim == 4:
         return features.shape
-    given = type(features).__name__
+    output = type(features).__name__
     if isinstance(features, torch.Tensor):
-        given = f'a tensor of shape {tuple(features.shape)}'
+        output = f'a tensor of shape {tuple(features.shape)}'
     raise InputError(
-        f'{name} gives {given} for one image; a backbone gives a map of features (N, C, h, w), '
+        f'{name} gives {output} for one image; a backbone gives a map of features (N, C, h, w), '
         'without pooling.'
     )
 
@@ -144,8 +148,10 @@ SMALLER, LARGER = 2048, 4096  # sides of images without pixels
 
 
 def stride_between(smaller: torch.Size, larger: torch.Size, name: str) -> float:
-    """Pixels from one position of a map to the next, by what comes of two images. Raises
-    `InputError` if they are not the same along rows and columns."""
+    """Pixels of the image from one position of the map to the next, from the shapes of the maps of
+    two images, `SMALLER` and `LARGER` pixels a side.
+
+    Raises `InputError` if the map does not grow with the image, or rows and columns differ."""
     more_rows, more_columns = larger[2] - smaller[2], larger[3] - smaller[3]
     if more_rows != more_columns or more_rows < 1:
         raise InputError(
@@ -160,17 +166,22 @@ def stride_between(smaller: torch.Size, larger: torch.Size, name: str) -> float:
     return stride
 
 
-def stages_of(network: nn.Module, order: list[str]) -> dict[str, list[str]]:
-    "The stages of a network, of its parts in the order in which they compute."
+def stages_of(
+    network: nn.Module,
+    order: list[str],  # names of modules, in the order in which they compute
+) -> dict[str, list[str]]:
+    """The stages of a network: name -> the names of the modules that belong to it. A module that is
+    no stage itself belongs to the one before it."""
     stages: dict[str, list[str]] = {}
-    for part in order:
-        module = network.get_submodule(part)
+    for name in order:
+        module = network.get_submodule(name)
         if not weight_count(module):
             continue
         if is_stage(module) or not stages:
-            stages[part] = [part]
+            stages[name] = [name]
         else:
-            stages[list(stages)[-1]].append(part)
+            last_stage = list(stages)[-1]
+            stages[last_stage].append(name)
     return stages
 
 # %% ../../nbs/training/02_backbones.ipynb #5916c41a
@@ -240,21 +251,24 @@ SIDE = 64  # pixels of the image by which a chain is tried
 
 
 def in_sequence(network: nn.Module, parts: Sequence[str]) -> nn.Sequential:
-    "Parts of a network by their names, one after the other; `blocks.3` is the part 3 of `blocks`."
-    inner: OrderedDict[str, list[str]] = OrderedDict()
+    """Modules of a network, one after the other. `parts` are their names; `blocks.3` is the module
+    3 of the child `blocks`."""
+    names_in_child: OrderedDict[str, list[str]] = OrderedDict()
     for part in parts:
-        first, _, rest = part.partition('.')
-        inner.setdefault(first, []).append(rest)
+        child, _, name_in_child = part.partition('.')
+        names_in_child.setdefault(child, []).append(name_in_child)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for name, rests in inner.items():
-        layer = network.get_submodule(name)
-        layers[name] = layer if rests == [''] else in_sequence(layer, rests)
+    for child, names in names_in_child.items():
+        layer = network.get_submodule(child)
+        is_whole_child = names == ['']
+        layers[child] = layer if is_whole_child else in_sequence(layer, names)
     return nn.Sequential(layers)
 
 
 @torch.no_grad()
 def computes_the_same(chain: nn.Module, network: nn.Module, in_chans: int) -> bool:
-    "Whether two networks of the same modules make the same of a random image, in both modes."
+    """Whether two networks of the same modules give the same for a random image, in training and in
+    evaluation mode."""
     image = torch.rand(1, in_chans, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     norms = [layer for layer in network.modules() if isinstance(layer, NORMALIZATIONS)]
     with evaluating(network), torch.random.fork_rng(devices=[]):
@@ -263,11 +277,11 @@ def computes_the_same(chain: nn.Module, network: nn.Module, in_chans: int) -> bo
             chain.training = mode
             for norm in norms:
                 norm.eval()
-            made = []
-            for each in (network, chain):
-                torch.manual_seed(0)  # of dropout
-                made.append(each(image))
-            if not torch.equal(*made):
+            outputs = []
+            for model in (network, chain):
+                torch.manual_seed(0)  # both draw the same dropout
+                outputs.append(model(image))
+            if not torch.equal(*outputs):
                 return False
     return True
 
@@ -341,13 +355,15 @@ def check_code(
 
 # %% ../../nbs/training/02_backbones.ipynb #b940a10d
 def take_channels(network: nn.Module, in_chans: int, name: str) -> None:
-    "Replace the first convolution by one that takes `in_chans` channels."
+    """Replace the first convolution by one that takes `in_chans` channels, with random weights.
+
+    Raises `InputError` if there is no convolution."""
     for path, layer in network.named_modules():
         if isinstance(layer, nn.Conv2d):
             break
     else:
         raise InputError(f'{name} has no convolution that could take in_chans={in_chans}.')
-    new = nn.Conv2d(
+    convolution = nn.Conv2d(
         in_chans,
         layer.out_channels,
         layer.kernel_size,  # pyright: ignore[reportArgumentType] (tuples of two)
@@ -355,8 +371,8 @@ def take_channels(network: nn.Module, in_chans: int, name: str) -> None:
         layer.padding,  # pyright: ignore[reportArgumentType]
         bias=layer.bias is not None,
     )
-    nn.init.kaiming_normal_(new.weight, mode='fan_out', nonlinearity='relu')
-    set_layer(network, path, new)
+    nn.init.kaiming_normal_(convolution.weight, mode='fan_out', nonlinearity='relu')
+    set_layer(network, path, convolution)
 
 
 def set_layer(network: nn.Module, path: str, layer: nn.Module) -> None:
@@ -366,6 +382,29 @@ def set_layer(network: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 EXPECTS_ONE = 'googlenet', 'inception_v3'  # their weights expect values from -1 to 1
+
+
+def make_network(
+    arch: str | nn.Module, weights: object, in_chans: int
+) -> tuple[str, nn.Module, Sequence[float], Sequence[float]]:
+    """The network that `arch` is or names, before `weights` are loaded: its name, the network, and
+    the mean and the standard deviation of the pixels that it expects.
+
+    Raises `InputError` for an unknown name."""
+    mean, std = imagenet_mean, imagenet_std
+    if isinstance(arch, nn.Module):
+        return type(arch).__name__, arch, mean, std
+    if is_function(arch):
+        return arch, from_function(arch), mean, std
+    if arch.startswith(TIMM):
+        network, mean, std = from_timm(arch.removeprefix(TIMM), in_chans)
+        return arch, network, mean, std
+    network = from_torchvision(arch, weights)
+    if in_chans != 3:
+        take_channels(network, in_chans, arch)
+    if weights is not None and arch in EXPECTS_ONE:
+        mean, std = (0.5,) * 3, (0.5,) * 3
+    return arch, network, mean, std
 
 # %% ../../nbs/training/02_backbones.ipynb #a3cf970c
 def make_backbone(
@@ -382,30 +421,20 @@ def make_backbone(
 
     Raises `InputError` for names that are not known, weights that do not fit, and networks that
     give no map of features."""
-    mean, std = imagenet_mean, imagenet_std
-    if isinstance(arch, nn.Module):
-        name, network = type(arch).__name__, arch
-    elif is_function(arch):
-        name, network = arch, from_function(arch)
-    elif arch.startswith(TIMM):
-        name = arch
-        network, mean, std = from_timm(arch.removeprefix(TIMM), in_chans)
-    else:
-        name, network = arch, from_torchvision(arch, weights)
-        if in_chans != 3:
-            take_channels(network, in_chans, name)
-        if weights is not None and name in EXPECTS_ONE:
-            mean, std = (0.5,) * 3, (0.5,) * 3
+    name, network, mean, std = make_network(arch, weights, in_chans)
     if weights is not None:
         load_backbone(network, name, weights, sha256)
-    if not any(True for _ in network.children()):
+    is_single_layer = not any(True for _ in network.children())
+    if is_single_layer:
         network = nn.Sequential(network)
-    smaller = map_shape(network, name, in_chans, SMALLER)
-    with noting_order(network, parts_of(network)) as order:
-        larger = map_shape(network, name, in_chans, LARGER)
-    stride, stages = stride_between(smaller, larger, name), stages_of(network, order)
+    smaller_shape = map_shape(network, name, in_chans, SMALLER)
+    with record_order(network, module_names(network)) as order:
+        larger_shape = map_shape(network, name, in_chans, LARGER)
+    stride = stride_between(smaller_shape, larger_shape, name)
+    stages = stages_of(network, order)
     if name.startswith(TIMM):
         network = chain_of(network, order, in_chans)
     if not stages:
         raise InputError(f'{name} has no layers with parameters, so there is nothing to train.')
-    return Backbone(network, stages, larger[1], stride, mean, std)
+    channels = larger_shape[1]
+    return Backbone(network, stages, channels, stride, mean, std)

@@ -197,16 +197,16 @@ class Cosine(Callback):
             group['lr'] = lr * factor
 
     def factor(self, epoch: int, epochs: int) -> float:
-        "By what the learning rate is multiplied in an epoch, counted from 0, of `epochs`."
-        fraction = max(0, epoch - self.warmup) / max(1, epochs - self.warmup)
-        rise = min(1, (epoch + 1) / (self.warmup + 1))
-        return rise * (1 + math.cos(math.pi * fraction)) / 2
+        "The factor of the learning rate in an epoch, counted from 0, of a training of `epochs`."
+        warmup_factor = min(1, (epoch + 1) / (self.warmup + 1))
+        fraction = max(0, epoch - self.warmup) / max(1, epochs - self.warmup)  # of the cosine
+        return warmup_factor * (1 + math.cos(math.pi * fraction)) / 2
 
     def after_load(self, state: State) -> None:
         self.before_epoch(state)
 
     def state_dict(self) -> dict:
-        "Empty, as all follows from the epoch; yet a checkpoint then says whether there was one."
+        "Empty, as the rate follows from the epoch; defined so that checkpoints name the class."
         return {}
 
 # %% ../../nbs/training/06_callbacks.ipynb #b8d9e7ec
@@ -221,7 +221,7 @@ class DryRun(Callback):
         self.item = item
 
     def before_fit(self, state: State) -> None:
-        before = rng_state()
+        rng_before = rng_state()
         state.model.train()
         try:
             state.backward(0, self.item, sum_of_squares)
@@ -232,7 +232,7 @@ class DryRun(Callback):
                 'memory; a smaller size or strip or a coarser spacing needs less'
             ) from None
         state.optimizer.zero_grad()
-        set_rng_state(before)
+        set_rng_state(rng_before)
 
 # %% ../../nbs/training/06_callbacks.ipynb #d5fecd1e
 def sum_of_squares(logits: torch.Tensor, label: torch.Tensor, details: dict) -> torch.Tensor:

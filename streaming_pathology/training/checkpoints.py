@@ -73,15 +73,16 @@ def tensors_in(value: object) -> list[torch.Tensor]:
         value = list(value.values())
     if not isinstance(value, (list, tuple)):
         return []
-    found = []
+    tensors = []
     for item in value:
-        found.extend(tensors_in(item))
-    return found
+        tensors.extend(tensors_in(item))
+    return tensors
 
 
 def contents_of(state: dict) -> dict:
-    "What a checkpoint contains, key by key; all at once where there are very many keys."
-    if len(state) >= 200:
+    "The `summary_of` each value of a checkpoint, by key; of all at once if there are very many."
+    max_keys = 200  # so that the note stays short
+    if len(state) >= max_keys:
         return summary_of(state)
     return {key: summary_of(value) for key, value in state.items() if key != 'versions'}
 
@@ -98,17 +99,20 @@ def summary_of(value: object) -> Any:
 # %% ../../nbs/training/07_checkpoints.ipynb #e34154af
 SEAL = b'streaming_pathology checkpoint, sha256 '
 DIGEST = 65  # bytes of a checksum and the space after it
-CHUNK = 2**20
+CHUNK = 2**20  # bytes that are read at a time
+COMMENT_LENGTH = struct.Struct('<H')  # the last field of a zip file, before its comment
+MAX_COMMENT = 2**16  # bytes; a comment is shorter
 
 
 def seal_file(file: BinaryIO, note: dict) -> None:
     "End a file that torch has written with a note and a checksum of all of it, as a zip comment."
     text = json.dumps(note).encode()
-    file.seek(-2, os.SEEK_END)  # a zip file without a comment ends with its length, 0
-    file.write(struct.pack('<H', len(SEAL) + DIGEST + len(text)))
+    # a zip file without a comment ends with its length, 0
+    file.seek(-COMMENT_LENGTH.size, os.SEEK_END)
+    file.write(COMMENT_LENGTH.pack(len(SEAL) + DIGEST + len(text)))
     file.flush()
-    with open(file.name, 'rb') as written:
-        digest = hashlib.file_digest(written, 'sha256')
+    with open(file.name, 'rb') as unsealed:
+        digest = hashlib.file_digest(unsealed, 'sha256')
     digest.update(text)
     file.write(SEAL + digest.hexdigest().encode() + b' ' + text)
 
@@ -118,15 +122,18 @@ def sealed_note(path: str | Path) -> dict | None:
     `InputError` if its checksum is wrong."""
     with open(path, 'rb') as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 2**16))  # a comment is shorter than that
+        file.seek(max(0, size - MAX_COMMENT))
         end = file.read()
-        start = end.rfind(SEAL)
-        if start < 0:
+        seal_start = end.rfind(SEAL)
+        if seal_start < 0:
             return None
-        checksum = end[start + len(SEAL) : start + len(SEAL) + DIGEST]
-        text = end[start + len(SEAL) + DIGEST :]
+        digest_start = seal_start + len(SEAL)
+        text_start = digest_start + DIGEST
+        checksum = end[digest_start:text_start]
+        text = end[text_start:]
         file.seek(0)
-        digest = digest_of_first(file, size - len(end) + start)
+        n_bytes_before_seal = size - len(end) + seal_start
+        digest = digest_of_first(file, n_bytes_before_seal)
     digest.update(text)
     if digest.hexdigest().encode() + b' ' != checksum:
         raise InputError(f'{path} is damaged: its checksum is wrong')
@@ -218,16 +225,19 @@ def load_weights(
 ) -> nn.Module:
     """Put the weights of a checkpoint into `model`, all of them or none; returns the model. Raises
     `InputError` if names or shapes differ."""
-    own, loaded = model.state_dict(), state.get('model', {})
-    differ = [name for name in own if name not in loaded]
-    differ += [name for name in loaded if name not in own]
-    differ += [name for name in own if name in loaded and own[name].shape != loaded[name].shape]
-    if differ:
+    weights = state.get('model', {})
+    expected = model.state_dict()
+    differences = [name for name in expected if name not in weights]
+    differences += [name for name in weights if name not in expected]
+    for name, tensor in expected.items():
+        if name in weights and tensor.shape != weights[name].shape:
+            differences.append(name)
+    if differences:
         raise InputError(
-            f'{path} does not fit this network: {len(differ)} of its tensors differ, '
-            f'{differ[0]!r} is the first'
+            f'{path} does not fit this network: {len(differences)} of its tensors differ, '
+            f'{differences[0]!r} is the first'
         )
-    model.load_state_dict(loaded)
+    model.load_state_dict(weights)
     return model
 
 # %% ../../nbs/training/07_checkpoints.ipynb #ac15737b
@@ -269,11 +279,11 @@ class Checkpoints(Callback):
             self.save(state)
 
     def save(self, state: State) -> None:
-        """Write a checkpoint to resume from. Of those before it the last `keep` less one stay;
-        later ones are of a training that took another course, and go."""
+        "Write a checkpoint to resume from, and delete others, so that the last `keep` are there."
         path = self.folder / f'point_{state.epoch:06}_{state.step:06}.pt'
         save_checkpoint(path, **state.state_dict(), settings=self.settings)
         earlier = [other for other in checkpoint_files(self.folder) if other < path]
+        # later ones were saved before the training resumed from an earlier one
         later = [other for other in checkpoint_files(self.folder) if other > path]
         n_surplus = max(0, len(earlier) - (self.keep - 1))
         for other in later + earlier[:n_surplus]:
@@ -305,8 +315,8 @@ class Checkpoints(Callback):
         )
 
     def after_load(self, state: State) -> None:
-        """Raises `InputError` if the best model is damaged; one of another course is not kept as
-        best."""
+        """Raises `InputError` if the best model is damaged. One that is not of an epoch in the
+        history is overwritten by the next epoch."""
         if not self.best_path.exists():
             return
         try:
@@ -317,7 +327,8 @@ class Checkpoints(Callback):
                 'epochs from here on takes its place'
             ) from None
         epoch = best.get('epoch', 0)
-        if same_row(best.get('history', [])[-1:], state.history[epoch - 1 : epoch]):
+        best_row = best.get('history', [])[-1:]
+        if same_row(best_row, state.history[epoch - 1 : epoch]):
             return
         # the process was killed after the best model was written, or it is of another run
         self.best = math.inf
@@ -369,12 +380,13 @@ def last_checkpoint(folder: str | Path) -> dict | None:
 
 # %% ../../nbs/training/07_checkpoints.ipynb #f8b5d020
 class HaltOnSignal(Callback):
-    """Callback and context manager: a signal to stop, while `fit` runs, halts it after the current slide.
-    A second one, or one at another time, does what it did before."""
+    """Callback and context manager: on a signal to stop `fit` halts after the current slide.
+
+    A second signal, or one while `fit` does not run, has its usual effect."""
 
     def __init__(self) -> None:
         self.training: State | None = None  # of a training that runs
-        self.former: dict[int, Any] = {}  # the handlers of before, by signal
+        self.saved_handlers: dict[int, Any] = {}  # by signal
 
     def before_fit(self, state: State) -> None:
         self.training = state
@@ -387,21 +399,21 @@ class HaltOnSignal(Callback):
     def __enter__(self) -> Self:
         self.training = None
         if threading.current_thread() is threading.main_thread():
-            self.former = {}
+            self.saved_handlers = {}
             for number in STOPS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    self.former[number] = signal.signal(number, self.hear)
+                    self.saved_handlers[number] = signal.signal(number, self.hear)
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self.former:
-            number, handler = self.former.popitem()
+        while self.saved_handlers:
+            number, handler = self.saved_handlers.popitem()
             if handler is None:  # it was not set from Python
                 handler = signal.SIG_DFL
             signal.signal(number, handler)
 
     def hear(self, number: int, frame: object) -> None:
-        "Handle a signal."
+        "Handle a signal: ask for a halt, or, the second time, raise it again without this handler."
         if self.training is None or self.training.halt_requested:
             self.__exit__()
             signal.raise_signal(number)

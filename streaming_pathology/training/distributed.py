@@ -62,27 +62,29 @@ class Ranks(Alone):
             ) from None
 
     def gather(self, x: T) -> list[T]:
-        found: list[Any] = [None] * self.size
-        self.call(dist.all_gather_object, found, x)
-        return found
+        values: list[Any] = [None] * self.size
+        self.call(dist.all_gather_object, values, x)
+        return values
 
     def add(self, params: list[nn.Parameter]) -> None:
-        kinds = dict.fromkeys((param.dtype, param.device) for param in params)
-        for kind in kinds:
-            self.add_alike([param for param in params if (param.dtype, param.device) == kind])
+        groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        for param in params:
+            groups.setdefault((param.dtype, param.device), []).append(param)
+        for group in groups.values():
+            self.add_alike(group)
 
     def add_alike(self, params: list[nn.Parameter]) -> None:
         "Add up the gradients of parameters of one type, on one device."
-        is_there = torch.tensor([param.grad is not None for param in params]).to(params[0])
+        has_gradient = torch.tensor([param.grad is not None for param in params]).to(params[0])
         gradients = []
         for param in params:
             gradient = torch.zeros_like(param) if param.grad is None else param.grad
             gradients.append(gradient.flatten())
-        message = torch.cat([*gradients, is_there])
+        message = torch.cat([*gradients, has_gradient])
         self.call(dist.all_reduce, message, dist.ReduceOp.SUM)
         *sums, counts = message.split([*(param.numel() for param in params), len(params)])
         for param, total, count in zip(params, sums, counts.tolist()):
-            if not count:
+            if not count:  # it stays without a gradient, as in one process
                 continue
             if param.grad is None:
                 param.grad = torch.empty_like(param)
@@ -95,7 +97,8 @@ class Ranks(Alone):
             tensor.copy_(values)
 
     def first(self, f: Callable[[], T]) -> T:
-        "As of `Alone`. Raises `InputError` on the other ranks if `f` raises on the first."
+        """Call `f` on the first rank; what it returns is returned on all ranks. If it raises there,
+        the other ranks raise `InputError`."""
         message: list[Any] = [None, True]  # what `f` returned, and whether it raised
         try:
             if self.rank == 0:
@@ -175,31 +178,39 @@ def is_first_process() -> bool:
 
 def check_environment(size: str) -> None:
     "Raises `InputError` if the environment is not what torchrun sets together with WORLD_SIZE."
-    numbers = ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_PORT')
-    wrong = [name for name in numbers if not os.environ.get(name, '').isdigit()]
-    if not wrong and 'MASTER_ADDR' not in os.environ:
-        wrong = ['MASTER_ADDR']
-    if not wrong and int(os.environ['RANK']) >= int(size):
-        wrong = ['RANK']
-    if wrong:
+    name = wrong_variable(size)
+    if name is not None:
         raise InputError(
             f'the environment says WORLD_SIZE={size} and '
-            f'{wrong[0]}={os.environ.get(wrong[0], "")}, which torchrun would set together: start '
+            f'{name}={os.environ.get(name, "")}, which torchrun would set together: start '
             'with torchrun, or take WORLD_SIZE out of the environment'
         )
+
+
+def wrong_variable(size: str) -> str | None:
+    "The first variable that is not as torchrun sets it; None if all are."
+    for name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_PORT'):
+        if not os.environ.get(name, '').isdigit():
+            return name
+    if 'MASTER_ADDR' not in os.environ:
+        return 'MASTER_ADDR'
+    if int(os.environ['RANK']) >= int(size):
+        return 'RANK'
+    return None
 
 
 def own_gpu() -> str:
     """The GPU of this rank, which becomes torch's current one. Raises `InputError` if it is not
     there."""
-    local, count = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
-    if local >= count:
+    local_rank = int(os.environ['LOCAL_RANK'])
+    n_gpus = torch.cuda.device_count()
+    if local_rank >= n_gpus:
         raise InputError(
-            f'rank {local} of this machine would train on cuda:{local}, and there are {count} '
-            f'GPUs: give torchrun --nproc-per-node={count}'
+            f'rank {local_rank} of this machine would train on cuda:{local_rank}, and there are '
+            f'{n_gpus} GPUs: give torchrun --nproc-per-node={n_gpus}'
         )
-    torch.cuda.set_device(f'cuda:{local}')
-    return f'cuda:{local}'
+    torch.cuda.set_device(f'cuda:{local_rank}')
+    return f'cuda:{local_rank}'
 
 # %% ../../nbs/training/09_distributed.ipynb #c2e65c91
 def init_group(backend: str) -> None:

@@ -45,24 +45,25 @@ def rng_state() -> dict:
     """The states of the generators of this process, as a checkpoint can hold them: those of Python,
     NumPy, torch, and torch on each GPU."""
     numpy_state: Any = np.random.get_state()  # a tuple, which NumPy's stubs say only half
-    kind, words, *position = numpy_state
-    gpus, mps = [], None
+    algorithm, words, *position = numpy_state
+    cuda_states = []
     if torch.cuda.is_available():
-        gpus = torch.cuda.get_rng_state_all()
+        cuda_states = torch.cuda.get_rng_state_all()
+    mps_state = None
     if torch.backends.mps.is_available():
-        mps = torch.mps.get_rng_state()
+        mps_state = torch.mps.get_rng_state()
     return dict(
         python=random.getstate(),
-        numpy=(kind, words.tolist(), *position),
+        numpy=(algorithm, words.tolist(), *position),
         torch=torch.get_rng_state(),
-        cuda=gpus,
-        mps=mps,
+        cuda=cuda_states,
+        mps=mps_state,
     )
 
 
 def set_rng_state(states: dict) -> None:
-    """Set the generators to what `rng_state` gave; states of GPUs that this machine lacks are left
-    out."""
+    """Set the generators to states that `rng_state` gave. States of GPUs that this machine lacks
+    are left out."""
     random.setstate(states['python'])
     np.random.set_state(states['numpy'])
     torch.set_rng_state(states['torch'])
@@ -83,21 +84,20 @@ class Alone:
     together = 1  # slides that are evaluated before ranks exchange their rows
 
     def positions(self, first: int, last: int) -> range:
-        """Of the positions from `first` up to, but without, `last`: those whose slides are this
-        rank's."""
+        "The positions of this rank's slides, from `first` up to, but without, `last`."
         return range(first + (self.rank - first) % self.size, last, self.size)
 
     def gather(self, x: T) -> list[T]:
-        "What each rank gives, in the order of the ranks."
+        "The `x` of every rank, in the order of the ranks."
         return [x]
 
     def merged(self, pairs: Iterable[tuple[int, T]]) -> list[T]:
         "The pairs (position, value) of all ranks, as values in the order of their positions."
-        found = []
+        all_pairs = []
         for pairs_of_rank in self.gather(list(pairs)):
-            found.extend(pairs_of_rank)
-        found.sort(key=itemgetter(0))
-        return [value for _, value in found]
+            all_pairs.extend(pairs_of_rank)
+        all_pairs.sort(key=itemgetter(0))
+        return [value for _, value in all_pairs]
 
     def add(self, params: list[nn.Parameter]) -> None:
         "Add up the gradients of all ranks."
@@ -153,9 +153,9 @@ def logits_and_details(
 
 
 def with_details(model: nn.Module, *inputs: Any) -> tuple[torch.Tensor, dict]:
-    """The logits that a network gives, and what else it tells of the slide: nothing, unless it has
-    a method `forward_with_details`, which returns both. In training details are keyword arguments
-    of the network's own `loss`; otherwise `top` is a column of the predictions."""
+    """The logits that a network gives, and a dict of details of the slide. It is empty, unless the
+    network has a method `forward_with_details`, which returns both. In training details are keyword
+    arguments of the network's own `loss`; otherwise `top` is a column of the predictions."""
     method = getattr(model, 'forward_with_details', None)
     if method is None:
         return model(*inputs), {}
@@ -197,8 +197,8 @@ def as_loader(
     ranks: Alone = ONE_PROCESS,
     oversample: bool = True,  # draw each class equally often, where `train`
 ) -> DataLoader | list[dict]:
-    """The slides of this rank: a dataset as a loader of single slides, a list as a part of it. A
-    loader stays as it is; raises `InputError` if it was made for another rank."""
+    """The slides of this rank: a dataset as a loader of single slides, a list as its part for this
+    rank, a loader as it is. Raises `InputError` for a loader that was made for another rank."""
     if isinstance(data, Dataset):
         cohort = cast(SlideDataset, data)  # or another dataset that has `cases`
         return slide_loader(
@@ -210,6 +210,15 @@ def as_loader(
         if ranks.size == 1:
             return items
         return items[ranks.rank :: ranks.size]
+    check_rank(sampler, ranks)
+    if isinstance(sampler, EpochSampler):
+        # from its first slide, also if it resumed in the middle before: its length is what is left
+        sampler.set_epoch(sampler.epoch)
+    return data
+
+
+def check_rank(sampler: object, ranks: Alone) -> None:
+    "Raises `InputError` if a loader's sampler gives the slides of another rank."
     rank, size = 0, 1
     if isinstance(sampler, EpochSampler):
         rank, size = sampler.rank, sampler.ranks
@@ -218,15 +227,11 @@ def as_loader(
             f'the loader gives the slides of rank {rank} of {size}, and this is rank {ranks.rank} '
             f'of {ranks.size}: give the dataset itself, or slide_loader(..., rank=, ranks=)'
         )
-    if isinstance(sampler, EpochSampler):
-        # from its first slide, also if it resumed in the middle before: its length is what is left
-        sampler.set_epoch(sampler.epoch)
-    return data
 
 
 def slides_of(loader: DataLoader | list[dict], epoch: int, n_done: int = 0) -> Iterator[dict]:
-    """The items of an epoch that are left when `n_done` of the loader's slides are done. A loader
-    whose sampler is not an `EpochSampler` has to read those once more."""
+    """The items of an epoch, without the first `n_done` of the loader. A loader whose sampler is
+    not an `EpochSampler` has to read those once more."""
     sampler = getattr(loader, 'sampler', None)
     if isinstance(sampler, EpochSampler):
         sampler.set_epoch(epoch, n_done)
@@ -267,8 +272,19 @@ def predict(
     and top (positions of the most suspicious patches of a bag, where the model says them).
 
     Raises `InputError` if a slide cannot be used."""
+    parts = predicted_rows(
+        model,
+        data,
+        device=device,
+        amp=amp,
+        progress=progress,
+        desc=desc,
+        task=task,
+        ranks=ranks,
+        epoch=epoch,
+    )
     rows = []
-    for new_rows in predicted_rows(model, data, device, amp, progress, desc, task, ranks, epoch):
+    for new_rows in parts:
         rows += new_rows
     return rows
 
@@ -312,7 +328,7 @@ def predicted_rows(
 
 # %% ../../nbs/training/05_loop.ipynb #556aed04
 def next_row_or_error(*args: Any) -> dict:
-    "As `next_row_of`; of a slide that cannot be used a row with its `error` alone."
+    "The row of the next slide; if the slide cannot be used, a row with its `error` alone."
     try:
         return next_row_of(*args)
     except InputError as e:
@@ -337,7 +353,7 @@ def next_row_of(
 
 
 def check_logits(logits: torch.Tensor, slide_id: str) -> None:
-    "Refuse logits of a slide that are not finite."
+    "Raises `InputError` for logits of a slide that are not finite."
     if not logits.isfinite().all():
         raise InputError(
             f"slide {slide_id!r}: the network's output is {logits[0].tolist()}; in training, begin "
@@ -504,7 +520,7 @@ ADVICE = (
 
 
 def check_finite(loss: float, slides: str, epoch: int) -> None:
-    "Refuse a loss that is not finite."
+    "Raises `InputError` for a loss that is not finite."
     if not math.isfinite(loss):
         raise InputError(f'slide {slides!r}: its loss is {loss} in epoch {epoch + 1}; {ADVICE}')
 
@@ -545,17 +561,24 @@ CHANGES_TUNING_LOSS = {'tuning slides', 'task'}
 
 
 def checked_changes(checkpoint: dict, settings: dict, accept_changes: bool) -> set[str]:
-    """The settings that differ from those of a checkpoint. Raises `InputError` if it is none of a
-    training, or if there are changes that were not accepted."""
-    missing = {'fit', 'optimizer', *KEPT} - checkpoint.keys()
-    if missing:
-        raise InputError(f'this is no checkpoint to resume from: it lacks {min(missing)!r}')
-    before = checkpoint['fit']
-    changed = [name for name in settings if before.get(name) != settings[name]]
-    if changed and not accept_changes:
-        sentences = [change_of(name, before.get(name), settings[name]) for name in changed]
+    """The names of the settings that differ from those of a checkpoint.
+
+    Raises `InputError` if it is no checkpoint of a training, or if there are changes that were not
+    accepted."""
+    missing_keys = {'fit', 'optimizer', *KEPT} - checkpoint.keys()
+    if missing_keys:
+        raise InputError(f'this is no checkpoint to resume from: it lacks {min(missing_keys)!r}')
+    saved_settings = checkpoint['fit']
+    changes = []
+    sentences = []
+    for name, value in settings.items():
+        saved_value = saved_settings.get(name)
+        if saved_value != value:
+            changes.append(name)
+            sentences.append(change_of(name, saved_value, value))
+    if changes and not accept_changes:
         raise InputError(several('the training to be resumed was another one', sentences))
-    return set(changed)
+    return set(changes)
 
 
 def change_of(name: str, before: object, now: object) -> str:
@@ -698,9 +721,11 @@ class State:
         )
 
     def load_state_dict(self, checkpoint: dict, accept_changes: bool = False) -> None:
-        """Resume from a checkpoint. Settings and slides that changed are named and refused, with
-        `InputError`; with `accept_changes` they count from here on, and the epoch begins again
-        where they concern the order of slides or what is trained."""
+        """Resume from a checkpoint.
+
+        Raises `InputError`, which names settings and slides that changed. With `accept_changes`
+        they count from here on, and the epoch begins again if they concern the order of slides or
+        what is trained."""
         changed = checked_changes(checkpoint, self.settings, accept_changes)
         checkpoint = copy.deepcopy(checkpoint)
         self.load_model(checkpoint)
@@ -711,7 +736,9 @@ class State:
         if accept_changes:
             self.stop = False  # what stopped it may decide otherwise now
         if RESTARTS_EPOCH & changed:
-            self.step, self.losses, self.rows = 0, [], []
+            self.step = 0
+            self.losses = []
+            self.rows = []
         elif self.ranks.rank == 0:
             self.load_gradients(checkpoint['gradients'])
         self.load_callbacks(checkpoint['callbacks'], changed)
@@ -751,13 +778,16 @@ class State:
     def load_callbacks(self, saved: list[tuple[str, dict]], changed: set[str]) -> None:
         "Give each callback its state: `saved` has pairs of a class's name and a state."
         for callback in self.callbacks:
-            if getattr(callback, 'uses_tuning_loss', False) and CHANGES_TUNING_LOSS & changed:
+            uses_tuning_loss = getattr(callback, 'uses_tuning_loss', False)
+            if uses_tuning_loss and CHANGES_TUNING_LOSS & changed:
                 continue  # losses of before cannot be compared with those to come
             if not has_state(callback):
                 continue
-            names = [name for name, _ in saved]
-            if type(callback).__name__ in names:
-                _, state = saved.pop(names.index(type(callback).__name__))
+            name = type(callback).__name__
+            saved_names = [saved_name for saved_name, _ in saved]
+            if name in saved_names:
+                # of several callbacks of one class each gets the next state
+                _, state = saved.pop(saved_names.index(name))
                 callback.load_state_dict(state)
 
 # %% ../../nbs/training/05_loop.ipynb #784e8247
@@ -767,26 +797,26 @@ def train_epoch(
 ) -> None:
     "One pass over the slides, from position `state.step` on."
     state.model.train()
+    needs_whole_batch = state.task.joint or state.ranks.size > 1
+    backward = joint_backward if state.task.joint else each_backward
     while state.step < state.length:
         batch = state.batch_positions()
-        end = state.step + 1
-        if state.task.joint or state.ranks.size > 1:
-            end = batch.stop
+        end = batch.stop if needs_whole_batch else state.step + 1
         items = next_items(state, slides, end)
-        if state.task.joint:
-            losses = joint_backward(state, items, len(batch))
-        else:
-            losses = each_backward(state, items, len(batch))
+        losses = backward(state, items, len(batch))
         state.losses += state.ranks.merged(losses)
         show_progress(state, end - state.step)
         state.step = end
         if end == batch.stop:
-            optimizer_step(state, [slide for slide, _ in state.losses[batch.start :]])
+            slide_ids = [slide_id for slide_id, _ in state.losses[batch.start :]]
+            optimizer_step(state, slide_ids)
         state.rest()
 
 # %% ../../nbs/training/05_loop.ipynb #52eb94e9
 def next_items(state: State, slides: Iterator[dict], end: int) -> Iterator[tuple[int, dict]]:
-    "This rank's slides up to position `end`: (position, item). Refuses a slide without a label."
+    """Yields (position, item) of this rank's slides up to position `end`.
+
+    Raises `InputError` for a slide without a label."""
     for position in state.ranks.positions(state.step, end):
         yield position, checked_label(next(slides))
 
@@ -811,13 +841,14 @@ def show_progress(state: State, n_slides: int) -> None:
 def each_backward(
     state: State, items: Iterable[tuple[int, dict]], size: int
 ) -> Iterator[tuple[int, tuple[str, float]]]:
-    "The gradient of a mean over `size` slides, slide by slide; yields (position, (slide, loss))."
+    """Add up the gradient of the mean loss of `size` slides, slide by slide. Yields (position,
+    (slide id, loss)) of each."""
 
-    def share(logits, label, details):
+    def share_of_mean(logits, label, details):
         return state.loss(logits, label, details) / size
 
     for position, item in items:
-        loss = state.backward(position, item, share) * size
+        loss = state.backward(position, item, share_of_mean) * size
         yield position, (item['slide_id'], loss)
 
 
@@ -830,22 +861,23 @@ WITHOUT_GRADIENT = (
 def joint_backward(
     state: State, items: Iterable[tuple[int, dict]], size: int
 ) -> Iterator[tuple[int, tuple[str, float]]]:
-    "The gradient of a loss that needs all slides of a mini-batch; yields as `each_backward`."
+    """Add up the gradient of a loss that needs all slides of a mini-batch, in two passes over them.
+    Yields as `each_backward`; the loss is that of the mini-batch."""
     items = list(items)
-    found = []
+    outputs = []
     with torch.no_grad():
         for position, item in items:
             logits = state.logits(position, item).cpu()
-            found.append((position, (item['slide_id'], logits, item['label'])))
-    slides, logits, labels = zip(*state.ranks.merged(found))
+            outputs.append((position, (item['slide_id'], logits, item['label'])))
+    slide_ids, logits, labels = zip(*state.ranks.merged(outputs))
     loss, gradients = joint_gradient(state.task, torch.cat(logits), torch.stack(labels))
-    check_finite(loss.item(), ', '.join(slides), state.epoch)
-    learns = bool(gradients.any())
-    if not learns:
+    check_finite(loss.item(), ', '.join(slide_ids), state.epoch)
+    has_gradient = bool(gradients.any())
+    if not has_gradient:
         warnings.warn(WITHOUT_GRADIENT)
     for position, item in items:
         gradient = gradients[position % state.batch].to(state.device)
-        if learns:
+        if has_gradient:
             state.backward(position, item, with_gradient(gradient))
         yield position, (item['slide_id'], loss.item())
 
@@ -861,9 +893,12 @@ def with_gradient(
     return loss
 
 # %% ../../nbs/training/05_loop.ipynb #f1b3dbb8
-def optimizer_step(state: State, slides: list[str]) -> None:
-    "One step on the gradient of a mini-batch of `slides`, cut to a norm of `state.clip` if given."
-    params, scaler = state.params(), state.scaler
+def optimizer_step(state: State, slide_ids: list[str]) -> None:
+    """One step on the gradient of a mini-batch of these slides, clipped to a norm of `state.clip`.
+
+    Raises `InputError` if the gradient is not finite."""
+    params = state.params()
+    scaler = state.scaler
     state.ranks.add(params)
     if all(param.grad is None for param in params):  # there was nothing to learn on any rank
         state.tell('after_step')
@@ -871,7 +906,7 @@ def optimizer_step(state: State, slides: list[str]) -> None:
     scaler.unscale_(state.optimizer)
     if not scaler.is_enabled() and not all_finite(params):
         raise InputError(
-            f'the sum of the gradients of slides {", ".join(slides)} is not finite in epoch '
+            f'the sum of the gradients of slides {", ".join(slide_ids)} is not finite in epoch '
             f'{state.epoch + 1}; {ADVICE}'
         )
     if state.clip:
@@ -879,9 +914,10 @@ def optimizer_step(state: State, slides: list[str]) -> None:
     scaler.step(state.optimizer)
     scaler.update()
     state.optimizer.zero_grad()
+    # the scale is halved at each overflow: below 1 it was not the scale that overflowed
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise InputError(
-            f'the gradient of slides {", ".join(slides)} is not finite in epoch '
+            f'the gradient of slides {", ".join(slide_ids)} is not finite in epoch '
             f'{state.epoch + 1}, however it is scaled; {ADVICE}'
         )
     state.tell('after_step')
@@ -948,8 +984,8 @@ def compared_settings(
     lr: float,
     momentum: float,
 ) -> dict[str, Any]:
-    """What a checkpoint says of the training that it is of: one that resumes from it is compared by
-    these settings, and named in their words and order where it differs."""
+    """The settings of a training that its checkpoints hold: name -> value. A training that resumes
+    compares its own with them, and tells differences by these names, in this order."""
     callbacks = [callback for callback in state.callbacks if has_state(callback)]
     return {
         'training slides': fingerprint(train),
@@ -972,19 +1008,24 @@ def compared_settings(
 def fingerprint(data: Slides | None) -> list[str]:
     """A list of one checksum: of the slides that a dataset, loader or list has, their labels, and
     how often those of each class are drawn."""
-    cases = getattr(getattr(data, 'dataset', data), 'cases', None)
-    if cases is not None:
-        slides = [(case.slide_id, case.label) for case in cases]
-    elif isinstance(data, list):
-        slides = [(item['slide_id'], item['label'].tolist()) for item in data]
-    elif data is None:
-        slides = None
-    else:
-        slides = len(data)
+    contents: Any = slides_and_labels(data)
     sampler = getattr(data, 'sampler', None)
     if isinstance(sampler, EpochSampler):
-        slides = slides, [count for _, count in sampler.groups]
-    return [hashlib.sha256(repr(slides).encode()).hexdigest()]
+        contents = contents, [count for _, count in sampler.groups]
+    return [hashlib.sha256(repr(contents).encode()).hexdigest()]
+
+
+def slides_and_labels(data: Slides | None) -> list[tuple[str, Any]] | int | None:
+    """(slide id, label) of each slide; of a loader without `cases` the number of slides; None
+    without slides."""
+    if data is None:
+        return None
+    cases = getattr(getattr(data, 'dataset', data), 'cases', None)
+    if cases is not None:
+        return [(case.slide_id, case.label) for case in cases]
+    if isinstance(data, list):
+        return [(item['slide_id'], item['label'].tolist()) for item in data]
+    return len(data)
 
 # %% ../../nbs/training/05_loop.ipynb #f8c3af09
 def begin_epoch(state: State, loader: DataLoader | list[dict]) -> Iterator[dict]:
@@ -1017,7 +1058,9 @@ def end_epoch(state: State, tuning: Slides | None) -> None:
     state.history.append(row)
     state.tell('after_epoch')
     state.epoch += 1
-    state.step, state.losses, state.rows = 0, [], []
+    state.step = 0
+    state.losses = []
+    state.rows = []
     state.began = time.perf_counter()
     state.rest()
     state.seconds = 0.0
@@ -1028,12 +1071,12 @@ def evaluate_epoch(state: State, tuning: Slides) -> dict[str, float]:
     parts = predicted_rows(
         state.evaluated,
         tuning,
-        state.device,
-        state.amp,
-        state.progress,
-        'tuning',
-        state.task,
-        state.ranks,
+        device=state.device,
+        amp=state.amp,
+        progress=state.progress,
+        desc='tuning',
+        task=state.task,
+        ranks=state.ranks,
         n_done=len(state.rows),
     )
     with closing(parts):  # also where the training halts
@@ -1103,7 +1146,7 @@ def fit(
         progress=progress,
     )
     state.settings = compared_settings(state, train, tuning, optimizer, lr, momentum)
-    loader = as_loader(train, True, seed, ranks, task.exclusive)
+    loader = as_loader(train, train=True, seed=seed, ranks=ranks, oversample=task.exclusive)
     start_training(state, loader)
     if resume is not None:
         resume_training(state, resume, accept_changes)
@@ -1113,7 +1156,9 @@ def fit(
 
 # %% ../../nbs/training/05_loop.ipynb #20e1254e
 def start_training(state: State, loader: DataLoader | list[dict]) -> None:
-    "All ranks have the weights of the first, and know how many slides there are."
+    """Give all ranks the weights of the first, and count the slides of an epoch.
+
+    Raises `InputError` if there are none."""
     for _, tensor in sorted(state.model.state_dict().items()):
         state.ranks.same(tensor)
     state.length = sum(state.ranks.gather(len(loader)))
@@ -1125,7 +1170,7 @@ def start_training(state: State, loader: DataLoader | list[dict]) -> None:
 
 
 def resume_training(state: State, checkpoint: dict, accept_changes: bool) -> None:
-    "Load a checkpoint. Raises `InputError` if it, or a callback, refuses."
+    "Load a checkpoint. Raises `InputError` if it is of another training, or a callback refuses it."
     state.load_state_dict(checkpoint, accept_changes)
     state.tell('after_load')
     state.tell('after_resume')
@@ -1134,11 +1179,12 @@ def resume_training(state: State, checkpoint: dict, accept_changes: bool) -> Non
 def run_epochs(state: State, loader: DataLoader | list[dict], tuning: Slides | None) -> None:
     """Train until all epochs are done or a callback stops it. Raises `Halted` where one asked for
     that."""
-    last = state.first + state.epochs
-    while state.epoch < last and not state.stop:
+    n_epochs = state.first + state.epochs
+    shows_bar = state.progress and state.ranks.rank == 0
+    while state.epoch < n_epochs and not state.stop:
         slides = begin_epoch(state, loader)
-        desc, shown = f'epoch {state.epoch + 1}/{last}', state.progress and state.ranks.rank == 0
-        with progress_bar(desc, state.length, state.step, shown) as state.bar:
+        desc = f'epoch {state.epoch + 1}/{n_epochs}'
+        with progress_bar(desc, state.length, state.step, shows_bar) as state.bar:
             train_epoch(state, slides)
         end_epoch(state, tuning)
     if any(state.ranks.gather(state.halt_requested)):  # while the last checkpoint was written

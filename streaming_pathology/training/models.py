@@ -173,7 +173,7 @@ def check_classifier(
     sha256: str | None,
     in_chans: int,
 ) -> None:
-    "Refuse options with which no `StreamingClassifier` can be made."
+    "Raises `InputError` for options with which no `StreamingClassifier` can be made."
     if not isinstance(arch, (str, nn.Module)):
         raise InputError(f'arch={arch!r} is neither the name of a network nor a network.')
     if not is_positive_int(n_out):
@@ -189,7 +189,7 @@ def check_classifier(
 
 
 def check_colors(mean: Sequence[float], std: Sequence[float], in_chans: int) -> None:
-    "Refuse a mean or a standard deviation of pixels that is not of `in_chans` channels."
+    "Raises `InputError` unless mean and standard deviation have `in_chans` numbers, std above 0."
     if np.shape(mean) != (in_chans,) or np.shape(std) != (in_chans,) or not min(std) > 0:
         count = 'three' if in_chans == 3 else f'in_chans={in_chans}'
         raise InputError(
@@ -204,15 +204,16 @@ def is_positive_int(number: object) -> bool:
 
 
 def named_layers(backbone: Backbone) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
-    """The layers of a backbone as children of a trunk, by name, and the parts of its stages as they
-    are named there. A network whose layers do not just follow each other is one child, `network`.
-    """
+    """The children of the trunk, name -> layer, and the stages, name -> modules by their names in
+    the trunk.
+
+    A network whose layers do not just follow each other is one child, `network`."""
     network = backbone.network
-    names = [name for name, _ in network.named_children()]
-    if type(network) is nn.Sequential and 'normalise' not in names:
-        return dict(network.named_children()), backbone.stages
+    layers = dict(network.named_children())
+    if type(network) is nn.Sequential and 'normalise' not in layers:
+        return layers, backbone.stages
     stages = {
-        name: [f'network.{part}' for part in parts] for name, parts in backbone.stages.items()
+        stage: [f'network.{name}' for name in names] for stage, names in backbone.stages.items()
     }
     return dict(network=network), stages
 
@@ -224,9 +225,9 @@ BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 def collecting_statistics(norms: Sequence[BatchNorm]) -> Iterator[None]:
     """While the block runs, BatchNorms average the statistics of all batches.
 
-    If it fails, they have those of before again."""
+    If it fails, they get the statistics back that they had before."""
     momenta = [norm.momentum for norm in norms]
-    former = [{name: x.clone() for name, x in norm.named_buffers()} for norm in norms]
+    saved_buffers = [{name: x.clone() for name, x in norm.named_buffers()} for norm in norms]
     try:
         for norm in norms:
             norm.reset_running_stats()
@@ -234,7 +235,7 @@ def collecting_statistics(norms: Sequence[BatchNorm]) -> Iterator[None]:
             norm.train()
         yield
     except BaseException:
-        for norm, buffers in zip(norms, former):
+        for norm, buffers in zip(norms, saved_buffers):
             norm.load_state_dict(buffers, strict=False)
         raise
     finally:
@@ -276,15 +277,16 @@ class StreamingClassifier(nn.Module):
         check_classifier(arch, n_out, weights, pool, sha256, in_chans)
         backbone = make_backbone(arch, weights, sha256, in_chans)
         self.arch = arch if isinstance(arch, str) else type(arch).__name__
-        self.in_chans, self.stride = in_chans, backbone.stride
+        self.in_chans = in_chans
+        self.stride = backbone.stride
         self.mean = backbone.mean if mean is None else mean
         self.std = backbone.std if std is None else std
         check_colors(self.mean, self.std, in_chans)
         self.train_affine = weights is None if train_affine is None else train_affine
         layers, self.stages = named_layers(backbone)
         trunk = nn.Sequential(OrderedDict(normalise=Normalize(self.mean, self.std), **layers))
-        planned_for = memory if strip == 'auto' else None
-        self.trunk = stream(trunk, strip, memory=planned_for)
+        memory_budget = memory if strip == 'auto' else None
+        self.trunk = stream(trunk, strip, memory=memory_budget)
         channels = backbone.channels
         self.head = nn.Sequential(
             OrderedDict(
@@ -317,7 +319,7 @@ class StreamingClassifier(nn.Module):
         return logits, flat(scores).softmax(2).view_as(scores)
 
     def check_images(self, x: Any) -> None:
-        "Refuse images with another number of channels, of booleans, or of complex numbers."
+        "Raises `InputError` for images of other channels, of booleans, or of complex numbers."
         if len(x.shape) != 4 or x.shape[1] != self.in_chans:
             raise InputError(f'images are (N, {self.in_chans}, H, W), not {tuple(x.shape)}.')
         dtype = getattr(x, 'dtype', None)  # an image that is read by rows has none
@@ -350,8 +352,8 @@ class StreamingClassifier(nn.Module):
         )
 
     def description(self) -> dict[str, Any]:
-        """What a trained network's card says of it, beside the options that it was made with: `mean`
-        and `std` where they are not ImageNet's."""
+        """Entries of a trained network's card besides the options that it was made with: `mean` and
+        `std`, unless they are ImageNet's."""
         colors = tuple(self.mean), tuple(self.std)
         if colors == (imagenet_mean, imagenet_std):
             return {}
@@ -382,9 +384,9 @@ class StreamingClassifier(nn.Module):
             raise InputError(
                 f'freeze_until({stage!r}): there is no such stage; use one of {", ".join(names)}.'
             )
-        first = 0 if stage is None else names.index(stage)
-        self.requires_grad_(first == 0)
-        for name in names[first:-1]:
+        first_trained = 0 if stage is None else names.index(stage)
+        self.requires_grad_(first_trained == 0)
+        for name in names[first_trained:-1]:
             for part in self.stages[name]:
                 self.trunk.module.get_submodule(part).requires_grad_(True)
         self.head.requires_grad_(True)
@@ -400,16 +402,7 @@ class StreamingClassifier(nn.Module):
 
         Raises `InputError` for patches of another shape, or whose features are not finite; the
         statistics are then those of before. A network without BatchNorm stays as it is."""
-        if patches.ndim != 4 or len(patches) * patches.shape[2] * patches.shape[3] < 2 * 32 * 32:
-            raise InputError(
-                f'update_batchnorm needs a batch (N, {self.in_chans}, h, w) of patches, not '
-                f'{tuple(patches.shape)}.'
-            )
-        if patches.shape[1] != self.in_chans:
-            raise InputError(
-                f'update_batchnorm needs patches of {self.in_chans} channels, not '
-                f'{patches.shape[1]}.'
-            )
+        self._check_patches(patches)
         norms = self.batch_norms()
         if not norms:
             return self
@@ -422,3 +415,18 @@ class StreamingClassifier(nn.Module):
                     'among their pixels.'
                 )
         return self
+
+    def _check_patches(self, patches: torch.Tensor) -> None:
+        "Raises `InputError` unless there are patches (N, in_chans, h, w), and pixels enough."
+        # a variance needs more than one position of the last feature map, of stride 32
+        min_pixels = 2 * 32 * 32
+        if patches.ndim != 4 or len(patches) * patches.shape[2] * patches.shape[3] < min_pixels:
+            raise InputError(
+                f'update_batchnorm needs a batch (N, {self.in_chans}, h, w) of patches, not '
+                f'{tuple(patches.shape)}.'
+            )
+        if patches.shape[1] != self.in_chans:
+            raise InputError(
+                f'update_batchnorm needs patches of {self.in_chans} channels, not '
+                f'{patches.shape[1]}.'
+            )

@@ -89,9 +89,9 @@ class WindowCheckpoints(Callback):
             epoch=row['epoch'],
             tuning_loss=row['tuning_loss'],
         )
-        first_of_next = max(0, len(self.epochs) - (self.width - 1))  # window to come
-        needed = {*self.window(), *self.epochs[first_of_next:]}
-        for epoch in set(self.epochs) - needed:
+        next_window_start = max(0, len(self.epochs) - (self.width - 1))
+        epochs_to_keep = {*self.window(), *self.epochs[next_window_start:]}
+        for epoch in set(self.epochs) - epochs_to_keep:
             self.path(epoch).unlink(missing_ok=True)
 
     def window(self) -> list[int]:
@@ -102,49 +102,53 @@ class WindowCheckpoints(Callback):
         return dict(epochs=self.epochs, losses=self.losses)
 
     def load_state_dict(self, state: dict) -> None:
-        self.epochs, self.losses = state['epochs'], state['losses']
+        self.epochs = state['epochs']
+        self.losses = state['losses']
 
     def after_load(self, state: State) -> None:
         if state.ranks.rank == 0 and self.losses:
             self.weights_of_window()  # which warns of those that are damaged
 
     def weights_of_window(self) -> dict[int, dict]:
-        "The weights of each epoch of the best window; warns of those that cannot be used."
-        found = {}
+        """The weights of the epochs of the best window: epoch -> state dict. Warns of epochs that
+        cannot be used, and leaves them out."""
+        weights = {}
         for epoch in self.window():
+            path = self.path(epoch)
             try:
-                saved = load_checkpoint(self.path(epoch))
+                checkpoint = load_checkpoint(path)
             except InputError as e:
                 warnings.warn(f'{e}; the other epochs of its window are used')
                 continue
             loss = self.losses[self.epochs.index(epoch)]
-            if (saved.get('epoch'), saved.get('tuning_loss')) == (epoch, loss):
-                found[epoch] = saved['model']
-            else:
+            if (checkpoint.get('epoch'), checkpoint.get('tuning_loss')) != (epoch, loss):
                 warnings.warn(
-                    f'{self.path(epoch)} is not of this training; the other epochs of its window '
-                    'are used'
+                    f'{path} is not of this training; the other epochs of its window are used'
                 )
-        return found
+                continue
+            weights[epoch] = checkpoint['model']
+        return weights
 
     def weights(self, which: str) -> dict:
-        """The weights of the best window: of its 'middle', or the 'average' of all. Raises
-        `InputError` if none of them is there."""
+        """A state dict from the best window: of its 'middle' epoch, or the 'average' of all.
+
+        Raises `InputError` if there is no epoch, or the weights of none can be used."""
         if not self.losses:
             raise InputError(
                 'no epoch of this stage was judged by these tuning slides; go on without the change'
             )
-        found, window = self.weights_of_window(), self.window()
-        if not found:
+        weights = self.weights_of_window()
+        window = self.window()
+        if not weights:
             raise InputError(
                 f'{self.folder} has none of the epochs {window[0]} to {window[-1]}, which the '
                 'stage hands on; train again, in another folder'
             )
         if which != 'middle':
-            return average_weights(found.values())
+            return average_weights(weights.values())
         middle = window[len(window) // 2]
-        nearest = min(found, key=lambda epoch: abs(epoch - middle))
-        return average_weights([found[nearest]])
+        nearest_epoch = min(weights, key=lambda epoch: abs(epoch - middle))
+        return average_weights([weights[nearest_epoch]])
 
 # %% ../../nbs/training/08_recipes.ipynb #24cfdd2b
 @dataclass(frozen=True)
@@ -168,8 +172,14 @@ class Stage:
             )
 
 
-paper_streaming = (Stage(25, 2e-4, 'last', 'middle'), Stage(50, 6e-5))  # paper, IV-A
-paper_mil = (Stage(100, 1e-5, None, 'middle'), Stage(100, 3e-6))  # paper, IV-B
+paper_streaming = (  # paper, IV-A
+    Stage(epochs=25, lr=2e-4, train_from='last', hands_on='middle'),
+    Stage(epochs=50, lr=6e-5),
+)
+paper_mil = (  # paper, IV-B
+    Stage(epochs=100, lr=1e-5, hands_on='middle'),
+    Stage(epochs=100, lr=3e-6),
+)
 
 
 def scaled(recipe: tuple[Stage, ...], epochs: int) -> tuple[Stage, ...]:
@@ -194,9 +204,11 @@ def run_recipe(
     # for `fit`: seed, device, amp, task, clip, accept_changes, progress
     **kwargs: Any,
 ) -> list[dict]:
-    """Train in stages; the model ends with the weights that the last one hands on. Returns one row
-    an epoch, with its stage. Epochs are counted through, so that none repeats the augmentations
-    of another. Raises `InputError` and `Halted` as `fit` does."""
+    """Train in stages; the model ends with the weights that the last stage hands on. Returns the
+    history, one row an epoch, with its stage. Epochs are numbered through all stages, so that none
+    repeats the augmentations of another.
+
+    Raises `InputError` and `Halted` as `fit` does."""
     first = first_stage(recipe, resume)
     callbacks = list(callbacks)
     history = []
@@ -228,7 +240,9 @@ def run_recipe(
 
 # %% ../../nbs/training/08_recipes.ipynb #c65113c9
 def first_stage(recipe: tuple[Stage, ...], resume: dict | None) -> int:
-    "The number of the stage with which a training begins, counted from 1: that of its checkpoint."
+    """The number of the stage with which a training begins, from 1: that of its checkpoint.
+
+    Raises `InputError` if the recipe has no such stage."""
     if resume is None:
         return 1
     number = resume.get('stage')

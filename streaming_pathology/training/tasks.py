@@ -79,15 +79,18 @@ class Task:
 
 # %% ../../nbs/training/04_tasks.ipynb #44bd6c37
 def checked_weights(weights: Sequence[float] | None, classes: int) -> tuple[float, ...] | None:
-    "Class weights, or None; raises `InputError` unless there is one number above 0 for each class."
+    """Class weights as a tuple, or None.
+
+    Raises `InputError` unless there is one number above 0 for each class."""
     if weights is None:
         return None
-    found = tuple(float(weight) for weight in weights)
-    if len(found) != classes or not all(math.isfinite(w) and w > 0 for w in found):
+    numbers = tuple(float(weight) for weight in weights)
+    are_positive = all(math.isfinite(number) and number > 0 for number in numbers)
+    if len(numbers) != classes or not are_positive:
         raise InputError(
-            f'class weights {found}: give one number above 0 for each of the {classes} classes'
+            f'class weights {numbers}: give one number above 0 for each of the {classes} classes'
         )
-    return found
+    return numbers
 
 
 def weighted(
@@ -181,14 +184,14 @@ class Multilabel(Task):
         self.weights = checked_weights(weights, classes)
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        known = ~labels.isnan()
+        has_label = ~labels.isnan()
         losses = F.binary_cross_entropy_with_logits(
             logits, labels.nan_to_num().to(logits.dtype), reduction='none'
         )
-        losses = losses * known
+        losses = losses * has_label
         if self.weights:
             losses = losses * logits.new_tensor(self.weights)
-        return losses.sum(1) / known.sum(1).clamp(min=1)
+        return losses.sum(1) / has_label.sum(1).clamp(min=1)
 
     def predicted(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.sigmoid()
@@ -268,9 +271,10 @@ class Survival(Task):
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         time, event = labels.to(logits.dtype).T
         risk = logits[:, 0]
-        at_risk = time[None] >= time[:, None]
-        pooled = risk[None].masked_fill(~at_risk, -math.inf).logsumexp(1)
-        return (event * (pooled - risk)).sum() / event.sum().clamp(min=1)
+        at_risk = time[None] >= time[:, None]  # row i: the slides at risk at the time of slide i
+        log_total_risk = risk[None].masked_fill(~at_risk, -math.inf).logsumexp(1)
+        n_events = event.sum().clamp(min=1)
+        return (event * (log_total_risk - risk)).sum() / n_events
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         "Raises `InputError`."
@@ -294,9 +298,9 @@ class Survival(Task):
 def joint_gradient(
     task: Task, logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a mini-batch, and its gradient by the logits of each slide, (N, n_out).
+    """The loss of a mini-batch, a scalar, and its gradient by the logits of each slide, (N, n_out).
 
-    With it the slides are gone through one after the other."""
+    From this gradient slides can be backpropagated one after the other."""
     logits = logits.detach().requires_grad_()
     with torch.enable_grad():
         loss = task.loss(logits, labels)
@@ -349,9 +353,10 @@ def make_task(
     if name not in TASKS:
         raise InputError(f'task is {name!r}; use one of {", ".join(TASKS)}')
     labels = np.asarray(labels, float)
-    several = name in ('multilabel', 'survival')
-    if not len(labels) or (labels.ndim == 2) != several:
-        numbers = 'several numbers' if several else 'one number'
+    needs_columns = name in ('multilabel', 'survival')
+    has_columns = labels.ndim == 2
+    if not len(labels) or has_columns != needs_columns:
+        numbers = 'several numbers' if needs_columns else 'one number'
         raise InputError(f'the task {name} takes {numbers} a slide as its label')
     task = new_task(name, labels)
     check_labels(task, labels)
@@ -364,7 +369,7 @@ def make_task(
 
 
 def task_of(settings: dict) -> Task:
-    "The task with these `settings`. Raises `InputError` if there is none."
+    "The task whose method settings gave this dict. Raises `InputError` if it describes none."
     try:
         arguments = {name: value for name, value in settings.items() if name != 'name'}
         return TASKS[settings['name']](**arguments)

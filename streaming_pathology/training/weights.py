@@ -60,9 +60,9 @@ def check_archive(path: Path) -> None:
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged:
-        raise ValueError(f'the checksum of {damaged} is wrong')
+        damaged_entry = archive.testzip()
+    if damaged_entry:
+        raise ValueError(f'the checksum of {damaged_entry} is wrong')
 
 
 def is_about_unsafe_content(error: Exception) -> bool:
@@ -129,7 +129,9 @@ def named_weights(arch: str, weights: str | WeightsEnum) -> dict[str, torch.Tens
 
 
 def torchvision_weights(arch: str, weights: str | WeightsEnum) -> dict[str, torch.Tensor]:
-    "The state dict of torchvision's weights for `arch`, by enum or name."
+    """The state dict of torchvision's weights for `arch`, by enum or name.
+
+    Raises `InputError` if `arch` has no such weights, or they cannot be downloaded."""
     enum = torchvision.models.get_model_weights(arch)
     if not isinstance(weights, WeightsEnum):
         name = weights.rpartition('.')[2]
@@ -153,7 +155,10 @@ def torchvision_weights(arch: str, weights: str | WeightsEnum) -> dict[str, torc
 
 
 def weights_in(path: str | Path, sha256: str | None = None) -> dict[str, torch.Tensor]:
-    "The state dict in a file: all that it holds, or its entry `state_dict` or `model`."
+    """The state dict in a file: all that it holds, or its entry `state_dict` or `model`.
+
+    Raises `InputError` if there is no such file, or it is damaged, has another checksum, or holds
+    no state dict."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f'{path}: there is no such file of weights.')
@@ -172,7 +177,7 @@ def weights_in(path: str | Path, sha256: str | None = None) -> dict[str, torch.T
 
 
 def check_sha256(path: Path, sha256: str) -> None:
-    "Refuse a file that has another checksum."
+    "Raises `InputError` if a file has another checksum."
     actual = hashlib.sha256(path.read_bytes()).hexdigest()
     if actual != sha256.lower():
         raise InputError(
@@ -200,20 +205,23 @@ def import_timm(arch: str) -> ModuleType:
 
 
 def timm_weights(arch: str, weights: str | WeightsEnum) -> dict[str, torch.Tensor]:
-    "The state dict of timm's weights for `arch`, by their tag; DEFAULT: those that timm takes."
+    """The state dict of timm's weights for `arch`, by their tag; DEFAULT: those that timm takes.
+
+    Raises `InputError` if `arch` has no such weights, or they cannot be downloaded."""
     if isinstance(weights, WeightsEnum):
         raise InputError(f"weights={weights} are torchvision's: give {TIMM}{arch} a tag of timm's.")
     timm = import_timm(arch)
     name = arch
     if weights.upper() != 'DEFAULT':
-        name = f'{arch.partition(".")[0]}.{weights}'
-    known = timm.list_pretrained(f'{arch.partition(".")[0]}.*')
-    if name not in known and weights.upper() != 'DEFAULT':
-        tags = [each.partition('.')[2] for each in known]
-        raise InputError(
-            f"weights={weights!r} is neither a file nor a tag of timm's for {arch}: "
-            f'{", ".join(tags) or "there are none"}.'
-        )
+        architecture = arch.partition('.')[0]  # without the tag, if `arch` has one
+        name = f'{architecture}.{weights}'
+        names = timm.list_pretrained(f'{architecture}.*')
+        if name not in names:
+            tags = [each.partition('.')[2] for each in names]
+            raise InputError(
+                f"weights={weights!r} is neither a file nor a tag of timm's for {arch}: "
+                f'{", ".join(tags) or "there are none"}.'
+            )
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as e:
@@ -252,13 +260,15 @@ PACKAGES = {
 
 
 def packaged_weights(arch: str) -> dict[str, torch.Tensor]:
-    "The state dict, by timm's names, of the weights that a package brings for `arch`."
+    """The state dict, by timm's names, of the weights that a package brings for `arch`.
+
+    Raises `InputError` if there is no such package, or it is not installed."""
     name = arch.removeprefix(TIMM)
     if name not in PACKAGES:
-        known = ', '.join(TIMM + each for each in PACKAGES)
+        archs = ', '.join(TIMM + each for each in PACKAGES)
         raise InputError(
             f'weights={PACKAGED!r}: no package is known with weights of {arch}; there are some for '
-            f'{known}.'
+            f'{archs}.'
         )
     package, file, sha256 = PACKAGES[name]
     spec = importlib.util.find_spec(package)
@@ -268,9 +278,9 @@ def packaged_weights(arch: str) -> dict[str, torch.Tensor]:
             "install 'streaming_pathology[weights]'."
         )
     path = Path(spec.submodule_search_locations[0]) / file
-    theirs = without_counters(weights_in(path, sha256))
+    package_state = without_counters(weights_in(path, sha256))
     network = import_timm(name).create_model(name)
-    return renamed(theirs, without_counters(network.state_dict()))
+    return with_timm_names(package_state, without_counters(network.state_dict()))
 
 
 def without_counters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -278,15 +288,20 @@ def without_counters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: tensor for k, tensor in state.items() if not k.endswith('num_batches_tracked')}
 
 
-def renamed(
-    theirs: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
+def with_timm_names(
+    package_state: dict[str, torch.Tensor],
+    timm_state: dict[str, torch.Tensor],  # of timm's network, in the same order
 ) -> dict[str, torch.Tensor]:
-    "The tensors of `theirs` by the names of those in `own`, which come in the same order."
+    """The tensors of `package_state` by the names of `timm_state`.
+
+    Raises `InputError` if two tensors at the same place differ in shape or in kind, such as weight
+    or bias."""
     state = {}
-    for (their_name, tensor), (name, expected) in zip(theirs.items(), own.items(), strict=True):
-        kind = name.rpartition('.')[2]
-        if their_name.rpartition('.')[2] != kind or tensor.shape != expected.shape:
-            raise InputError(f'{their_name} {tuple(tensor.shape)} is no {name}.')
+    pairs = zip(package_state.items(), timm_state.items(), strict=True)
+    for (package_name, tensor), (name, timm_tensor) in pairs:
+        same_kind = package_name.rpartition('.')[2] == name.rpartition('.')[2]
+        if not same_kind or tensor.shape != timm_tensor.shape:
+            raise InputError(f'{package_name} {tuple(tensor.shape)} is no {name}.')
         state[name] = tensor
     return state
 
@@ -297,21 +312,21 @@ def load_backbone(
     weights: str | Path | WeightsEnum,  # see `weights_of`
     sha256: str | None = None,  # checksum that the file must have
 ) -> None:
-    """Load `weights` into `network`. Those of classification layers are left out.
+    """Load `weights` into `network`, but for those of classification layers.
 
     Raises `InputError` if they do not fit the network, or are not finite."""
-    own = without_counters(network.state_dict())
-    first = first_convolution(own)
-    channels = 3 if first is None else own[first].shape[1]
+    network_state = without_counters(network.state_dict())
+    first_weight = first_convolution(network_state)
+    channels = 3 if first_weight is None else network_state[first_weight].shape[1]
     if are_named(weights, sha256) and channels != 3:
         raise InputError(
             f'weights={weights} are made for images of 3 channels, not {channels}: take '
             f'weights=None, or the file of a network with in_chans={channels}.'
         )
-    state = backbone_tensors(weights_of(arch, weights, sha256), own)
-    if first in state:
-        check_channels(state[first], channels, weights)
-    check_shapes(state, own, arch, weights)
+    state = backbone_tensors(weights_of(arch, weights, sha256), network_state)
+    if first_weight in state:
+        check_channels(state[first_weight], channels, weights)
+    check_shapes(state, network_state, arch, weights)
     check_values(state, weights)
     network.load_state_dict(state, strict=False)
 
@@ -322,59 +337,68 @@ OTHER_LAYERS = 'normalise', 'fc', 'head', 'heads', 'classifier', 'aux1', 'aux2',
 
 def backbone_tensors(
     state: dict[str, torch.Tensor],
-    own: dict[str, torch.Tensor],  # the backbone's
+    network_state: dict[str, torch.Tensor],  # of the backbone
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a backbone by its own names: without classification layers, counters of
-    batches, and the prefixes of `DataParallel` and `StreamingClassifier`."""
+    """The tensors of `state` that are of the backbone, by the backbone's names: without
+    classification layers, counters of batches, and the prefixes of `DataParallel` and
+    `StreamingClassifier`."""
     tensors = {}
     for key, tensor in without_counters(state).items():
         name = key.removeprefix('module.').removeprefix('trunk.')
-        if name not in own:
+        if name not in network_state:
             name = name.removeprefix('network.')
-        if name in own or name.partition('.')[0] not in OTHER_LAYERS:
+        is_other_layer = name.partition('.')[0] in OTHER_LAYERS
+        if name in network_state or not is_other_layer:
             tensors[name] = tensor
     return tensors
 
 
-def first_convolution(own: dict[str, torch.Tensor]) -> str | None:
-    "The name of the weight of a network's first convolution, which tells its channels."
-    for name, tensor in own.items():
+def first_convolution(state: dict[str, torch.Tensor]) -> str | None:
+    "The name of the weight of a network's first convolution, whose shape tells the channels."
+    for name, tensor in state.items():
         if tensor.ndim == 4:
             return name
     return None
 
 
 def check_channels(
-    first: torch.Tensor,  # the weight of the first convolution
+    first_weight: torch.Tensor,  # of the first convolution
     channels: int,
     weights: str | Path | WeightsEnum,
 ) -> None:
-    "Refuse weights for images with another number of channels."
-    if first.ndim == 4 and first.shape[1] != channels:
+    "Raises `InputError` for weights for images with another number of channels."
+    if first_weight.ndim != 4:
+        return
+    weight_channels = first_weight.shape[1]
+    if weight_channels != channels:
         raise InputError(
-            f'{weights}: the weights are made for images of {first.shape[1]} channels, not '
-            f'{channels}: give in_chans={first.shape[1]} or other weights.'
+            f'{weights}: the weights are made for images of {weight_channels} channels, not '
+            f'{channels}: give in_chans={weight_channels} or other weights.'
         )
 
 
 def check_shapes(
     state: dict[str, torch.Tensor],
-    own: dict[str, torch.Tensor],  # of the network
+    network_state: dict[str, torch.Tensor],
     arch: str,
     weights: str | Path | WeightsEnum,  # how the user named them
 ) -> None:
-    "Refuse weights with tensors that the network lacks, or that are missing or of another shape."
-    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
-    wrong += [name for name in state if name not in own]
-    if wrong:
+    """Raises `InputError` for tensors that the network lacks, or that are missing or of another
+    shape."""
+    wrong_names = []
+    for name, tensor in network_state.items():
+        if name not in state or state[name].shape != tensor.shape:
+            wrong_names.append(name)
+    wrong_names += [name for name in state if name not in network_state]
+    if wrong_names:
         raise InputError(
-            f"{weights}: the weights are not {arch}'s ({len(wrong)} tensors differ, the first is "
-            f'{wrong[0]}); give the file of a {arch} or another architecture.'
+            f"{weights}: the weights are not {arch}'s ({len(wrong_names)} tensors differ, the "
+            f'first is {wrong_names[0]}); give the file of a {arch} or another architecture.'
         )
 
 
 def check_values(state: dict[str, torch.Tensor], weights: str | Path | WeightsEnum) -> None:
-    "Refuse weights that are quantised or not finite."
+    "Raises `InputError` for weights that are quantised or not finite."
     for name, tensor in state.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise InputError(

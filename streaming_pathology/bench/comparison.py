@@ -49,6 +49,8 @@ def compare(ways: dict, case: dict, repeats: int = 5, log: Callable = print) -> 
         name: work(way, case['arch'], case['until'], case['size'])
         for name, way in completed.items()
     }
+    if 'plain' not in completed:
+        comparison.setdefault('error', f'plain: {memory["plain"]["error"]}')
     if 'error' in comparison:
         log(f'{title(case)}: {comparison["error"]}')
         return comparison
@@ -176,8 +178,9 @@ def pair_of(way: dict, case: dict, repeats: int, patience: float, log: Callable)
     peer = way['method']
     ways, memory = ways_of_pair(way, case, log)
     pair = {'case': case, 'ways': ways, 'memory': memory}
-    if 'error' in memory[peer]:
-        log(f'{title(case)}, {way}: {memory[peer]}')
+    failed = [name for name in ways if 'error' in memory[name]]
+    if failed:
+        log(f'{title(case)}, {way}: {failed[0]}: {memory[failed[0]]["error"]}')
         return pair
     if memory[peer]['seconds'] < patience:
         pair |= times(ways, case, repeats)

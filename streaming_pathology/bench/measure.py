@@ -377,7 +377,8 @@ def planned(case: dict, memory: int | str) -> tuple[dict, int]:
 
 def streaming_within(case: dict, above: int, log: Callable = print) -> tuple[dict, dict]:
     """The fastest way to stream a case whose measured peak is at most `above` bytes above start,
-    and its `peak_memory`, with the `planned` bytes; the way with least memory if none is."""
+    and its `peak_memory`, with the `planned` bytes; after five tries, or if none is planned to take
+    so little, the last one that was tried."""
     target = above
     for _ in range(5):
         try:

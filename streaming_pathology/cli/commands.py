@@ -106,7 +106,7 @@ def train_mil(settings: MILSettings, folder: RunFolder) -> None:
 
 
 def train_in(settings: StreamingSettings | MILSettings, folder: RunFolder) -> None:
-    "Train in a folder, and print what was written."
+    "Train in the folder of a run, and print what was written and which slides were left out."
     from streaming_pathology.runs.runs import Run
 
     run = Run(settings, folder.out)
@@ -116,8 +116,8 @@ def train_in(settings: StreamingSettings | MILSettings, folder: RunFolder) -> No
     elif run.was_finished:
         print(f'{run.given} is finished: {run.given / DONE}')
     if result and run.settings.left_out:
-        start = f'left out {counted(len(run.settings.left_out), "slide")} that cannot be used'
-        print(several(start, run.settings.left_out))
+        slides = counted(len(run.settings.left_out), 'slide')
+        print(several(f'left out {slides} that cannot be used', run.settings.left_out))
 
 
 sp_train = Command(
@@ -136,14 +136,15 @@ sp_mil = Command(
 
 # %% ../../nbs/cli/02_commands.ipynb #d093e756
 def status_table(path: str | Path) -> Path:
-    "Where to write what became of the slides. Refuses to replace a file that is anything else."
+    """The absolute path of the table of what became of the slides. Raises `InputError` if it cannot
+    be written, or if the file exists and is anything else."""
     return output_file(path, '.csv', begins='name,status,')
 
 
 def tell_outcome(outcome: Outcome, table: str | Path | None) -> None:
-    """Print what became of the slides, and where the `table` of that lies, if there is one.
+    """Print what became of the slides, and the path of the `table` that has it, if there is one.
 
-    Slides that failed are an error: `SomeFailed` where others are done."""
+    If slides have failed, raises `SomeFailed`, or `InputError` if none is done."""
     text = str(outcome)
     if table is not None:
         text = f'{text}; see {table}'
@@ -161,7 +162,9 @@ def tell_shard(
     found: FoundSlides,  # the slides of this one
     result: ShardResult,
 ) -> None:
-    "Print what became of the slides of a shard. Slides that failed are an error."
+    """Print what became of the slides of a shard, and write a table of it.
+
+    If slides have failed, raises `SomeFailed`, or `InputError` if none is done."""
     from streaming_pathology.runs.inputs import Outcome
     from streaming_pathology.runs.shards import Shards
 
@@ -173,11 +176,13 @@ def tell_shard(
     else:
         print(text)
     outcome = Outcome(found, result.failed)
-    tell_outcome(outcome, outcome.write(Shards(out).folder_of(shard) / 'slides.csv'))
+    table = outcome.write(Shards(out).folder_of(shard) / 'slides.csv')
+    tell_outcome(outcome, table)
 
 
 def named_model(path: str) -> str:
-    "The file of a network that a user has named; of a run folder it is told which."
+    """The path of a network's file, from that of the file or of a run folder. Which file is taken of
+    a folder is said on stderr."""
     from streaming_pathology.runs.inputs import model_file
     from streaming_pathology.training.distributed import is_first_process
 
@@ -226,7 +231,7 @@ def check(settings: CheckSettings) -> None:
     shard = chosen_shard(settings.shard, settings.merge)
     table = None
     if settings.csv is not None:
-        table = output_file(settings.csv, '.csv', settings.slides, 'name,status,')
+        table = output_file(settings.csv, '.csv', settings.slides, begins='name,status,')
     elif shard is not None or settings.merge:
         raise InputError('--shard and --merge need --csv, the table of all shards')
     found = find_slides(settings.slides, labels=None, columns=(), row_by_row=True)
@@ -256,20 +261,21 @@ def check_all(
     how: dict[str, Any],  # arguments of `check_slides`
     workers: int,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Check all slides, and tell what is found of each. Returns these facts, slide_id -> column ->
-    value, and slide_id -> a sentence of those that failed."""
+    """Check all slides, and print a line on each. Returns what is found, {slide_id: {column:
+    value}}, and a sentence on each slide that failed, {slide_id: problem}."""
     from streaming_pathology.slides.check import check_slides
 
-    facts, failed = {}, {}
+    facts = {}
+    failed = {}
     with tqdm(total=len(found.cases), desc='checking slides', unit='slide', leave=False) as bar:
         checks = check_slides(found.cases, **how, workers=workers, after_each=bar.update)
-        for each in checks:
-            facts[each.slide_id] = each.row()
-            if each.problem:
-                failed[each.slide_id] = each.problem
-            tell_check(each)
-    for each in found.unusable:
-        print(f'{each.path.name}: FAILED: {each.path} {each.reason}')
+        for slide_check in checks:
+            facts[slide_check.slide_id] = slide_check.row()
+            if slide_check.problem:
+                failed[slide_check.slide_id] = slide_check.problem
+            tell_check(slide_check)
+    for slide in found.unusable:
+        print(f'{slide.path.name}: FAILED: {slide.path} {slide.reason}')
     return facts, failed
 
 
@@ -283,9 +289,9 @@ def write_facts(
     from streaming_pathology.runs.inputs import STATUS_COLUMNS
     from streaming_pathology.slides.check import SlideCheck
 
-    of_path = {str(case.path): facts[case.slide_id] for case in found.cases}
-    no_facts = SlideCheck('', Path()).row()
-    rows = [row | of_path.get(row['path'], no_facts) for row in outcome.rows()]
+    facts_of_path = {str(case.path): facts[case.slide_id] for case in found.cases}
+    no_facts = SlideCheck(slide_id='', path=Path()).row()
+    rows = [row | facts_of_path.get(row['path'], no_facts) for row in outcome.rows()]
     write_csv(table, rows, [*STATUS_COLUMNS, *no_facts])
 
 
@@ -295,8 +301,8 @@ def tell_check(found: SlideCheck) -> None:
 
 
 def processes(workers: int | None) -> int:
-    """How many processes work on slides; where a user does not say it, one for each processor. At
-    least one, as libvips could swallow a Ctrl-C in this one."""
+    """The number of processes that work on slides: `workers`, or one for each processor if it is
+    None. It is one at least, as libvips could swallow a Ctrl-C in the main process."""
     if workers is None:
         workers = os.cpu_count() or 1  # the system may not say it
     return max(1, workers)
@@ -354,10 +360,13 @@ class PredictSettings(Settings):
 
 # %% ../../nbs/cli/02_commands.ipynb #c4b10001
 def slides_and_table(settings: PredictSettings) -> tuple[tuple[str, ...], str]:
-    "The slides and the table to write, which may be the last of the words."
-    slides, out = settings.slides, settings.out
-    if out is not None:
-        return slides, out
+    """The slides to predict, and the path of the table to write, which may be the last of the words
+    for slides.
+
+    Raises `InputError` if no table is named and predictions.csv exists."""
+    slides = settings.slides
+    if settings.out is not None:
+        return slides, settings.out
     if len(slides) > 1 and slides[-1].lower().endswith('.csv'):
         return slides[:-1], slides[-1]
     if Path('predictions.csv').exists():
@@ -377,11 +386,11 @@ def predict(settings: PredictSettings) -> None:
 
     shard = chosen_shard(settings.shard, settings.merge)
     device = device_to_use(settings.device)
-    table = r'slide_id,[^\n]*,seconds(,model,version)?\n'
+    header = r'slide_id,[^\n]*,seconds(,model,version)?\n'
     with joined(device) as (ranks, device):
-        slides, given = ranks.first(lambda: slides_and_table(settings))
+        slides, table = ranks.first(lambda: slides_and_table(settings))
         inputs = [settings.checkpoint, *slides]
-        out = ranks.first(lambda: output_file(given, '.csv', inputs, table))
+        out = ranks.first(lambda: output_file(table, '.csv', inputs, begins=header))
         statuses = ranks.first(lambda: status_table(out.with_suffix('.slides.csv')))
         model, card = load_model(named_model(settings.checkpoint), device, settings.strip)
         found = ranks.first(lambda: slides_to_predict(settings, slides, card))
@@ -419,7 +428,9 @@ def predict(settings: PredictSettings) -> None:
 def slides_to_predict(
     settings: PredictSettings, slides: Sequence[str], card: dict[str, Any]
 ) -> FoundSlides:
-    "The slides that are named; refuses those that cannot be used, unless they may be skipped."
+    """The slides of manifests, folders and paths.
+
+    Raises `InputError` for slides that cannot be used, unless they may be skipped."""
     from streaming_pathology.runs.inputs import Outcome, find_slides
 
     labels = (0, 1) if card['task']['name'] == 'binary' else None
@@ -435,16 +446,17 @@ def slides_to_predict(
 def not_predicted(outcome: Outcome) -> InputError:
     "The exception for slides that fail before any is predicted, as they have no id."
     unusable = outcome.found.unusable
-    what = 'cannot be used'
-    if all(each.kind == 'name' for each in unusable):
-        what = 'has no usable name' if len(unusable) == 1 else 'have no usable name'
-    start = f'{len(unusable)} of {outcome.n_slides} slides {what}; nothing was predicted'
+    predicate = 'cannot be used'
+    if all(slide.kind == 'name' for slide in unusable):
+        verb = 'has' if len(unusable) == 1 else 'have'
+        predicate = f'{verb} no usable name'
+    start = f'{len(unusable)} of {outcome.n_slides} slides {predicate}; nothing was predicted'
     problem = several(start, outcome.reasons())
     return InputError(f'{problem}; --skip-failed leaves them out of the table')
 
 # %% ../../nbs/cli/02_commands.ipynb #c4b10004
 def same_for_all(settings: PredictSettings, card: dict[str, Any]) -> dict[str, Any]:
-    "What all shards of a table have in common."
+    "What all shards of a table must have in common: model, version and options of the prediction."
     import streaming_pathology
 
     amp = card['amp'] if settings.amp is None else settings.amp
@@ -461,7 +473,9 @@ def predict_share(
     device: str,
     ranks: Any,
 ) -> None:
-    "Predict the slides of a shard into a table of its own, and tell what became of them."
+    """Predict the slides of a shard into a table of its own, and print what became of them.
+
+    Raises `InputError` if slides have failed, `SomeFailed` if they may be skipped."""
     from streaming_pathology.runs.inputs import Outcome
     from streaming_pathology.runs.shards import predict_shard, share
 
@@ -482,12 +496,12 @@ def predict_share(
     )
     if ranks.rank:
         return
-    of_shard = share(found, shard)
+    shard_slides = share(found, shard)
     if result.failed and not settings.skip_failed:
-        outcome = Outcome(of_shard, result.failed)
+        outcome = Outcome(shard_slides, result.failed)
         print(f'shard {shard} of {out}: {outcome}')
         raise not_skipped(outcome, kept=True)
-    tell_shard(shard, out, of_shard, result)
+    tell_shard(shard, out, shard_slides, result)
 
 
 def merge_predicted(
@@ -497,7 +511,9 @@ def merge_predicted(
     out: Path,
     statuses: Path,  # the table of what became of the slides
 ) -> None:
-    "Put the tables of all shards together, and tell what became of the slides."
+    """Put the tables of all shards together, and print what became of the slides.
+
+    If slides have failed, raises `SomeFailed`, or `InputError` if none is done."""
     from streaming_pathology.runs.inputs import Outcome
     from streaming_pathology.runs.shards import merge_predictions
 
@@ -514,10 +530,12 @@ def not_skipped(
     kept: bool,  # whether slides are done, and need not be done again
 ) -> InputError:
     "The exception for slides that failed, and may not be left out."
-    text = f'{outcome.problem()}; fix or remove them, or leave them out of the table with'
-    text = f'{text} --skip-failed'
+    text = (
+        f'{outcome.problem()}; fix or remove them, or leave them out of the table with '
+        '--skip-failed'
+    )
     if kept:
-        text = f'{text}. Finished slides are kept: the same command resumes'
+        text += '. Finished slides are kept: the same command resumes'
     return InputError(text)
 
 
@@ -525,7 +543,7 @@ FEW = 5  # slides, whose predictions are printed as well
 
 
 def print_predictions(rows: list[dict], card: dict[str, Any]) -> None:
-    "Print what is predicted, if it is of a few slides."
+    "Print a line on each slide, with what is predicted of it; nothing for more than `FEW` slides."
     from streaming_pathology.evaluation.predict import as_list, label_columns
     from streaming_pathology.training.tasks import task_of
 
@@ -535,8 +553,8 @@ def print_predictions(rows: list[dict], card: dict[str, Any]) -> None:
     names = task.named(label_columns(task.name, card['labels']))
     for row in rows:
         values = zip(names, as_list(row['probability']), strict=True)
-        predicted = ', '.join(f'{name} {value:.4g}' for name, value in values)
-        print(f'{row["slide_id"]}: {predicted}')
+        text = ', '.join(f'{name} {value:.4g}' for name, value in values)
+        print(f'{row["slide_id"]}: {text}')
 
 
 sp_predict = Command(
@@ -628,8 +646,10 @@ sp_export = Command(
 
 # %% ../../nbs/cli/02_commands.ipynb #c3a5e710
 def export_paths(settings: ExportSettings, checkpoint: Path) -> tuple[Path, Path]:
-    """Where to write a model and its card. Raises `InputError` if one cannot be written there, is
-    something else there, or lies in the folder of a run."""
+    """The absolute paths of the files to write, of the model and of its card.
+
+    Raises `InputError` if one cannot be written, exists and is something else, or lies in the
+    folder of a run."""
     from streaming_pathology.evaluation.cards import CARD_BEGINS
 
     assert settings.out is not None  # see `export`
@@ -648,7 +668,7 @@ def export_paths(settings: ExportSettings, checkpoint: Path) -> tuple[Path, Path
 
 
 def statements_of(settings: ExportSettings) -> Statements:
-    "What the user says of a model; what is not said, or empty, is as `Statements` has it."
+    "What the user says of a model. If use or changes are missing or empty, they are the defaults."
     from streaming_pathology.evaluation.cards import Statements
 
     statements = Statements(license=settings.license, data_license=settings.data_license)
@@ -707,7 +727,7 @@ sp_heatmap = Command(
 
 # %% ../../nbs/cli/02_commands.ipynb #2b12cd66
 def listed(text: str | None) -> list[str]:
-    "Names with commas between them; without a text none."
+    "The names in a text with commas between them; an empty list for None."
     if text is None:
         return []
     names = [name.strip() for name in text.split(',')]
@@ -798,12 +818,13 @@ def evaluate(settings: EvaluateSettings) -> None:
     from streaming_pathology.evaluation.results import results, sentences_of
 
     inputs = [path for path in (settings.predictions, settings.manifest) if path]
-    out, folder = None, None
+    out = None
     if settings.out is not None:
-        out = output_file(settings.out, '.json', inputs, r'\{\n "(auc|task)"')
+        out = output_file(settings.out, '.json', inputs, begins=r'\{\n "(auc|task)"')
+    folder = None
     if settings.figures is not None:
         folder = figures_folder(settings.figures)
-    found = results(
+    metrics = results(
         settings.predictions,
         settings.split,
         threshold_split=settings.threshold_split,
@@ -816,27 +837,33 @@ def evaluate(settings: EvaluateSettings) -> None:
         method=settings.interval,
         task=settings.task,
     )
-    for note in found['notes']:
+    for note in metrics['notes']:
         warnings.warn(note)
     if out is not None:
-        write_whole(out, json.dumps(found, indent=1) + '\n')
-    drawn = None
+        write_whole(out, json.dumps(metrics, indent=1) + '\n')
+    drawing_sentence = None
     if folder is not None:
-        from streaming_pathology.evaluation.results import draw_results
+        drawing_sentence = _draw_metrics(settings, metrics, folder)
+    print('\n'.join(sentences_of(metrics)))
+    if drawing_sentence is not None:
+        print(drawing_sentence)
 
-        manifest = None
-        if settings.manifest is not None:
-            manifest = Path(settings.manifest)
-        drawn = draw_results(found, Path(settings.predictions), folder, manifest)
-    print('\n'.join(sentences_of(found)))
-    if drawn:
-        print(f'drew {", ".join(drawn)} into {settings.figures}')
-    elif drawn is not None:
-        print('there is nothing to draw of such a table')
+
+def _draw_metrics(settings: EvaluateSettings, metrics: dict, folder: Path) -> str:
+    "Draw the figures of `results` into a folder. Returns a sentence on what was drawn."
+    from streaming_pathology.evaluation.results import draw_results
+
+    manifest = None
+    if settings.manifest is not None:
+        manifest = Path(settings.manifest)
+    names = draw_results(metrics, Path(settings.predictions), folder, manifest)
+    if not names:
+        return 'there is nothing to draw of such a table'
+    return f'drew {", ".join(names)} into {settings.figures}'
 
 
 def figures_folder(given: str) -> Path:
-    "The absolute path of a folder for figures. Refuses a file, and a folder in a run."
+    "The absolute path of a folder for figures. Raises `InputError` for a file or a folder in a run."
     folder = absolute(given)
     if folder.exists() and not folder.is_dir():
         raise InputError(f'{given} is a file; give the name of a folder')
@@ -1031,30 +1058,31 @@ def trim(settings: TrimSettings) -> None:
         pen=settings.exclude_pen,
         stain=settings.stain,
     )
-    statuses = status_table(Path(settings.out) / 'slides.csv')
+    out = Path(settings.out)
+    statuses = status_table(out / 'slides.csv')
     slides = find_slides(
         settings.slides,
         settings.slide_spacing,
         labels=None,
         positive=settings.positive,
     )
-    out, workers = Path(settings.out), processes(settings.workers)
+    workers = processes(settings.workers)
     without_id = Outcome(slides, {}).reasons()
     if settings.merge:
-        found = merge_trimmed(slides.cases, out, trimming, without_id)
+        summary = merge_trimmed(slides.cases, out, trimming, without_id)
     elif shard is None:
-        found = trim_slides(slides.cases, out, trimming, workers, without_id=without_id)
+        summary = trim_slides(slides.cases, out, trimming, workers, without_id=without_id)
     else:
-        found = trim_shard(slides.cases, out, trimming, shard, workers)
-    for warning in found['warnings']:
+        summary = trim_shard(slides.cases, out, trimming, shard, workers)
+    for warning in summary['warnings']:
         warnings.warn(warning)
     if shard is not None:
-        slides = share(slides, shard)
-        result = ShardResult(found['failed'], len(slides.cases), found['skipped'])
-        tell_shard(shard, out, slides, result)
+        shard_slides = share(slides, shard)
+        result = ShardResult(summary['failed'], len(shard_slides.cases), summary['skipped'])
+        tell_shard(shard, out, shard_slides, result)
         return
-    print_trimmed(found, out)
-    outcome = Outcome(slides, found['failed'])
+    print_trimmed(summary, out)
+    outcome = Outcome(slides, summary['failed'])
     tell_outcome(outcome, outcome.write(statuses))
 
 
@@ -1062,7 +1090,7 @@ def print_trimmed(
     found: dict,  # what `trim_slides` returned
     out: Path,
 ) -> None:
-    "Print what was cut."
+    "Print how many biopsies were cut out of how many slides, in one line."
     parts = [
         f'{counted(found["biopsies"], "biopsy", "biopsies")} of '
         f'{counted(found["slides"], "slide")} in {out / "manifest.csv"}'
@@ -1192,13 +1220,13 @@ PANDA_LABEL_NAMES = ('binary', 'isup', 'primary', 'secondary')
 def shares(text: str) -> tuple[float, ...]:
     "'0.7,0.15,0.15' as three numbers that add up to 1. Raises `ValueError` for another text."
     try:
-        found = tuple(map(float, text.split(',')))
+        fractions = tuple(map(float, text.split(',')))
     except ValueError:
-        found = ()
-    in_range = len(found) == 3 and all(0 <= share <= 1 for share in found)
-    if not in_range or abs(sum(found) - 1) > 1e-6:
+        fractions = ()
+    is_in_range = len(fractions) == 3 and all(0 <= fraction <= 1 for fraction in fractions)
+    if not is_in_range or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f'{text!r}: give three shares that add up to 1, e.g. 0.7,0.15,0.15')
-    return found
+    return fractions
 
 # %% ../../nbs/cli/02_commands.ipynb #71f1c1a7
 @dataclass(kw_only=True)
@@ -1386,11 +1414,13 @@ def bench(settings: BenchSettings) -> None:
     and write the results as JSON."""
     from streaming_pathology.bench.bench import bench as measure
 
-    given = {}
+    # what is None is left to the part
+    options = {}
     for name in ('device', 'repeats', 'sizes', 'memory', 'strip', 'dtype'):
-        if getattr(settings, name) is not None:
-            given[name] = getattr(settings, name)
-    measure(settings.out, part=settings.part, **given)
+        value = getattr(settings, name)
+        if value is not None:
+            options[name] = value
+    measure(settings.out, part=settings.part, **options)
 
 
 # each measurement decides for itself whether it runs with `lean_memory`

@@ -42,10 +42,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix('argument ')
         if message.startswith('unrecognized arguments: -'):
-            wrong = message.split(': ')[1].split()[0].split('=')[0]
-            near = difflib.get_close_matches(wrong, self.shown_options(), 1)
-            hint = f'; did you mean {near[0]}?' if near else ''
-            message = f'unknown option {wrong}{hint}'
+            first_argument = message.split(': ')[1].split()[0]
+            name = first_argument.split('=')[0]  # of --name=value
+            matches = difflib.get_close_matches(name, self.shown_options(), n=1)
+            hint = f'; did you mean {matches[0]}?' if matches else ''
+            message = f'unknown option {name}{hint}'
         raise InputError(f'{message} (see {self.prog} --help)')
 
     def shown_options(self) -> list[str]:
@@ -78,9 +79,9 @@ class OnOff(argparse.Action):
 
 # %% ../../nbs/cli/01_parser.ipynb #451f5c99
 def parser_of(kinds: tuple, program: str, description: str, example: str = '') -> Parser:
-    """A parser for the fields of some kinds of settings.
+    """A parser for the fields of several kinds of settings.
 
-    What is not given on the command line is not in what it gives back."""
+    What it returns has no defaults: only the settings that are on the command line."""
     parser = Parser(
         prog=program,
         description=description,
@@ -93,15 +94,14 @@ def parser_of(kinds: tuple, program: str, description: str, example: str = '') -
     groups = {'options': parser.add_argument_group('options')}
     groups['options'].add_argument('-h', '--help', action='help', help='show this and exit')
     groups['options'].add_argument('--settings', metavar='FILE', help=settings_help(program))
-    for kind in kinds:
-        for name, each in kind.options().items():
-            if each.default is dataclasses.MISSING or each.metadata['option'].is_word:
-                add_argument(parser, kind, name, each)
-                continue
-            title = each.metadata['option'].group
-            if title not in groups:
-                groups[title] = parser.add_argument_group(title)
-            add_option(groups[title], kind, name, each)
+    for name, (kind, field) in fields_of(kinds).items():
+        if is_unnamed(field):
+            add_argument(parser, kind, name, field)
+            continue
+        title = field.metadata['option'].group
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        add_option(groups[title], kind, name, field)
     return parser
 
 
@@ -125,13 +125,13 @@ PAPER = (
 
 
 def epilog_of(kinds: tuple, description: str, example: str) -> str:
-    "The end of a help: an example, and which paper it speaks of if it speaks of one."
+    "The end of a help text: an example, and a reference to the paper if the text names it."
     parts = []
     if example:
         parts.append(f'example:\n  {example}')
     texts = [description]
     for kind in kinds:
-        texts += [each.metadata['option'].help for each in kind.options().values()]
+        texts += [field.metadata['option'].help for field in kind.options().values()]
     if any('the paper' in text for text in texts):
         parts.append(PAPER)
     return '\n\n'.join(parts)
@@ -149,10 +149,10 @@ class Formatter(argparse.HelpFormatter):
         return '\n\n'.join(parts)
 
 
-def help_of(each: dataclasses.Field) -> str:
-    "The help text of a field, with its default."
-    text = each.metadata['option'].help
-    default = each.default
+def help_of(field: dataclasses.Field) -> str:
+    "The help text of a field, with its default, as argparse formats it."
+    text = field.metadata['option'].help
+    default = field.default
     if isinstance(default, tuple):
         default = ','.join(map(str, default))  # as it is typed
     if default is True:
@@ -163,7 +163,7 @@ def help_of(each: dataclasses.Field) -> str:
 
 
 def reader(kind: type, name: str) -> Callable:
-    "A function that reads the text of an option, with argparse's kind of error."
+    "A function that parses the text of an option. It raises the kind of error that argparse shows."
 
     def read(text):
         try:
@@ -174,49 +174,51 @@ def reader(kind: type, name: str) -> Callable:
     return read
 
 
-def add_argument(parser: Parser, kind: type, name: str, each: dataclasses.Field) -> None:
-    "One field as a word without the name of an option before it, or as several of them."
-    option = each.metadata['option']
+def add_argument(parser: Parser, kind: type, name: str, field: dataclasses.Field) -> None:
+    "Add a field as a positional argument, of one word or of several."
+    option = field.metadata['option']
     nargs = None
     if option.several:
         nargs = '+'
     elif option.is_word:  # it may be left out
         nargs = '?'
-    parser.add_argument(name, type=reader(kind, name), nargs=nargs, help=help_of(each))
+    parser.add_argument(name, type=reader(kind, name), nargs=nargs, help=help_of(field))
 
 
 def add_option(
-    group: argparse._ArgumentGroup, kind: type, name: str, each: dataclasses.Field
+    group: argparse._ArgumentGroup, kind: type, name: str, field: dataclasses.Field
 ) -> None:
-    "One field as an option. It is understood by its former names too, which the help leaves out."
-    if isinstance(each.default, bool):
-        add_switch(group, name, each)
+    "Add a field as an option. Its former names are understood too, but are not in the help."
+    if isinstance(field.default, bool):
+        add_switch(group, name, field)
         return
     read = reader(kind, name)
-    group.add_argument(flag(name), dest=name, type=read, metavar=name.upper(), help=help_of(each))
-    others = [flag(former) for former in each.metadata['option'].former_names]
+    group.add_argument(flag(name), dest=name, type=read, metavar=name.upper(), help=help_of(field))
+    aliases = [flag(former_name) for former_name in field.metadata['option'].former_names]
     if flag(name) != f'--{name}':  # --slide_spacing is understood as well
-        others.append(f'--{name}')
-    for other in others:
-        group.add_argument(other, dest=name, type=read, help=argparse.SUPPRESS)
+        aliases.append(f'--{name}')
+    for alias in aliases:
+        group.add_argument(alias, dest=name, type=read, help=argparse.SUPPRESS)
 
 
-def add_switch(group: argparse._ArgumentGroup, name: str, each: dataclasses.Field) -> None:
-    "A switch as an option; of one that is on, also its opposite."
-    rules = each.metadata['option']
-    if not each.default:
-        group.add_argument(flag(name), dest=name, action='store_true', help=help_of(each))
-        for former in rules.former_names:
-            group.add_argument(flag(former), dest=name, action='store_true', help=argparse.SUPPRESS)
-        return
-    opposite = rules.opposite if rules.opposite else f'no_{name}'
-    add_on_off(group, name, flag(name), flag(opposite), help_of(each))
-    for former in rules.former_names:
-        add_on_off(group, name, flag(former), flag(f'no_{former}'), argparse.SUPPRESS)
+def add_switch(group: argparse._ArgumentGroup, name: str, field: dataclasses.Field) -> None:
+    "Add a switch as an option; if it is on by default, also the opposite option."
+    rules = field.metadata['option']
+    if field.default:
+        opposite = rules.opposite if rules.opposite else f'no_{name}'
+        add_on_off(group, name, flag(name), flag(opposite), help_of(field))
+        for former_name in rules.former_names:
+            off = flag(f'no_{former_name}')
+            add_on_off(group, name, flag(former_name), off, argparse.SUPPRESS)
+    else:
+        group.add_argument(flag(name), dest=name, action='store_true', help=help_of(field))
+        for former_name in rules.former_names:
+            alias = flag(former_name)
+            group.add_argument(alias, dest=name, action='store_true', help=argparse.SUPPRESS)
 
 
 def add_on_off(group: argparse._ArgumentGroup, name: str, on: str, off: str, help: str) -> None:
-    "Two options that turn a setting on and off."
+    "Add the two options `on` and `off` for a setting `name`."
     group.add_argument(on, off, dest=name, action=OnOff, off=[off], help=help)
 
 # %% ../../nbs/cli/01_parser.ipynb #1e327eef
@@ -230,49 +232,65 @@ def parse(
 ) -> list:
     """The settings that a command line asks for, one object of each kind.
 
-    What is not given comes from the section of the command in the file of `--settings`. Where the
-    first word is a `.toml` file, it comes from there, and so does what should stand in its place:
-    so a run can be made again."""
+    Settings that are not on the command line come from the section of the command in the file of
+    `--settings`. If the first word is a `.toml` file, such as that of a run, they come from there,
+    and so does the word in whose place it stands: so a run can be repeated.
+
+    Raises `InputError` for invalid options and files."""
     if argv is None:
         argv = sys.argv[1:]
     words = list(argv)
     parser = parser_of(kinds, program, description, example)
-    sections = settings_file(words)
-    if sections is not None:
-        given = with_section(parser, kinds, program, words, sections)
+    sections_path = settings_file(words)
+    if sections_path is not None:
+        values = with_section(parser, kinds, program, words, sections_path)
     else:
-        given = words_of(parser, kinds, words)
+        values = words_of(parser, kinds, words)
     first_kind = kinds[0]
     leading = next(iter(first_kind.options()), '')  # the name of the first word
-    first_word = given.get(leading, '')
-    if isinstance(first_word, tuple):
-        first_word = first_word[0]
-    path = str(first_word)
+    run_path = toml_file(values.get(leading, '')) if files else None
     objects = []
     for kind in kinds:
-        of_kind = {name: value for name, value in given.items() if name in kind.options()}
-        if files and kind is first_kind and Path(path).suffix == '.toml':
-            objects.append(from_file(kind, program, path, leading, of_kind))
+        kind_values = {name: value for name, value in values.items() if name in kind.options()}
+        if kind is first_kind and run_path is not None:
+            objects.append(from_file(kind, program, run_path, leading, kind_values))
         else:
-            objects.append(kind(**of_kind))
+            objects.append(kind(**kind_values))
     return objects
 
 # %% ../../nbs/cli/01_parser.ipynb #5a8322fc
+def toml_file(first_word: object) -> str | None:
+    "The path of a `.toml` file that is the first word, or the first of several; None for others."
+    if isinstance(first_word, tuple):
+        first_word = first_word[0]
+    path = str(first_word)
+    return path if Path(path).suffix == '.toml' else None
+
+
 def words_of(parser: Parser, kinds: tuple, argv: Sequence[str]) -> dict[str, Any]:
-    "What a command line says: name -> value."
-    fields = [each for kind in kinds for each in kind.options().values()]
-    several = [each.name for each in fields if each.metadata['option'].several]
+    "The settings on a command line: name -> value."
+    fields = [field for kind in kinds for field in kind.options().values()]
+    several = [field.name for field in fields if field.metadata['option'].several]
     if several:
-        given = vars(parser.parse_intermixed_args(argv))  # options may stand between these words
-        given |= {name: tuple(given[name]) for name in several}
+        values = vars(parser.parse_intermixed_args(argv))  # options may stand between these words
+        values |= {name: tuple(values[name]) for name in several}
     else:
-        given = vars(parser.parse_args(argv))
-    given.pop('settings', None)
-    return given
+        values = vars(parser.parse_args(argv))
+    values.pop('settings', None)
+    return values
 
 
-def from_file(kind: type, program: str, path: str, leading: str, given: dict) -> Settings:
-    "Settings from a file, but for those that are given beside it."
+def from_file(
+    kind: type,
+    program: str,
+    path: str,
+    leading: str,  # name of the setting in whose place the file stands
+    typed: dict,  # settings on the command line: name -> value
+) -> Settings:
+    """The settings in a file, but for those that are typed beside it. The path that `leading` has
+    there is taken as relative to the folder of the file.
+
+    Raises `InputError` if the file is not of a single command, or has no such path."""
     values = read_toml(path)
     if isinstance(values.get(section_of(program)), dict):
         raise InputError(f'{path} has a section for each command; give it by --settings {path}')
@@ -280,30 +298,31 @@ def from_file(kind: type, program: str, path: str, leading: str, given: dict) ->
         raise InputError(f'{path} has no line {leading} = "..."')
     if not isinstance(values[leading], str):
         raise InputError(f'{path}: {leading} is {values[leading]!r}; it has to be a text')
-    place = str(Path(path).parent / values.pop(leading))
+    leading_path = str(Path(path).parent / values.pop(leading))
     several = kind.options()[leading].metadata['option'].several
-    word = (place,) if several else place
-    return from_values(kind, values, path, **(given | {leading: word}))
+    word = (leading_path,) if several else leading_path
+    return from_values(kind, values, path, **(typed | {leading: word}))
 
 # %% ../../nbs/cli/01_parser.ipynb #1cf7bd37
 COMMANDS: dict[str, 'Command'] = {}  # by name
 
 # %% ../../nbs/cli/01_parser.ipynb #f6051482
 def settings_file(words: Sequence[str]) -> str | None:
-    "The file that `--settings` names on a command line; None if it is not there."
+    "The file that `--settings` names on a command line; None without that option."
     finder = Parser(add_help=False, allow_abbrev=False)
     finder.add_argument('--settings', metavar='FILE')
-    return finder.parse_known_args(words)[0].settings
+    options, _ = finder.parse_known_args(words)
+    return options.settings
 
 
-def is_unnamed(each: dataclasses.Field) -> bool:
+def is_unnamed(field: dataclasses.Field) -> bool:
     "Whether a setting is a word of the command line without a name."
-    return each.default is dataclasses.MISSING or each.metadata['option'].is_word
+    return field.default is dataclasses.MISSING or field.metadata['option'].is_word
 
 
 def fields_of(kinds: tuple) -> dict[str, tuple[type, dataclasses.Field]]:
     "The settings of several kinds: name -> kind and field."
-    return {name: (kind, each) for kind in kinds for name, each in kind.options().items()}
+    return {name: (kind, field) for kind in kinds for name, field in kind.options().items()}
 
 
 def with_section(
@@ -313,15 +332,18 @@ def with_section(
     words: Sequence[str],
     path: str,  # the settings file
 ) -> dict[str, Any]:
-    "What a command line and the section of a command in a settings file say: name -> value."
+    """The settings on a command line and in the section of a command in a settings file, name ->
+    value; what is typed counts more.
+
+    Raises `InputError` as `read_section` does, and if a word is missing in both."""
     if {'-h', '--help'} & set(words):
         parser.parse_args(['--help'])
     section = read_section(kinds, program, path)
     named, unnamed = named_words(kinds, parser, program, words)
-    if unnamed:  # they stand for those of the section
+    if unnamed:  # they replace all those of the section
         return named_only(kinds, section) | words_of(parser, kinds, words)
-    for name, (_, each) in fields_of(kinds).items():
-        if each.default is dataclasses.MISSING and name not in section:
+    for name, (_, field) in fields_of(kinds).items():
+        if field.default is dataclasses.MISSING and name not in section:
             raise InputError(
                 f'{path}, section [{section_of(program)}], has no line {name} = "..."; add it, or '
                 f'give all words without a name on the command line (see {program} --help)'
@@ -337,86 +359,95 @@ def named_words(
         prog=program, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     options.add_argument('--settings')
-    for name, (kind, each) in fields_of(kinds).items():
-        if not is_unnamed(each):
-            add_option(options, kind, name, each)
+    for name, (kind, field) in fields_of(kinds).items():
+        if not is_unnamed(field):
+            add_option(options, kind, name, field)
     options.add_argument('words', nargs='*')
-    given = vars(options.parse_intermixed_args(words))
-    del given['settings']
-    unnamed = given.pop('words', [])
-    return given, unnamed
+    named = vars(options.parse_intermixed_args(words))
+    del named['settings']
+    unnamed = named.pop('words', [])
+    return named, unnamed
 
 
 def named_only(kinds: tuple, values: dict[str, Any]) -> dict[str, Any]:
     "Values without those of words without a name."
-    fields = fields_of(kinds)
-    return {name: value for name, value in values.items() if not is_unnamed(fields[name][1])}
+    unnamed = {name for name, (_, field) in fields_of(kinds).items() if is_unnamed(field)}
+    return {name: value for name, value in values.items() if name not in unnamed}
 
 
 def read_section(kinds: tuple, program: str, path: str) -> dict[str, Any]:
-    """The settings in the section of a command: name -> value. Raises `InputError` for a file with
-    anything but sections of commands, for a name that is no setting, and for a value that is none
-    of its setting."""
+    """The settings in the section of a command, name -> value, by the names of this version.
+
+    Raises `InputError` as `check_sections` does, for a name that is no setting or is there twice,
+    and for an invalid value."""
     sections = read_toml(path)
     check_sections(sections, program, path)
     section = section_of(program)
     where = f'{path}, section [{section}]'
-    present = {former: name for kind in kinds for former, name in kind.former_names().items()}
+    names = {former: name for kind in kinds for former, name in kind.former_names().items()}
     fields = fields_of(kinds)
     by_recipe = bool(sections[section].get('recipe'))
     values = {}
-    for given, value in sections[section].items():
-        name = present.get(given, given)
+    for key, value in sections[section].items():
+        name = names.get(key, key)
         if name not in fields:
-            near = difflib.get_close_matches(given, fields, 1)
-            hint = f'; did you mean {near[0]}?' if near else f' (see {program} --help)'
-            raise InputError(f'{where}: {given} is no setting of {program}{hint}')
+            matches = difflib.get_close_matches(key, fields, n=1)
+            hint = f'; did you mean {matches[0]}?' if matches else f' (see {program} --help)'
+            raise InputError(f'{where}: {key} is no setting of {program}{hint}')
         if name in values:
             raise InputError(f'{where}: {name} is there by two names; leave one of them out')
-        values[name] = section_value(*fields[name], value, where, by_recipe)
+        kind, field = fields[name]
+        values[name] = section_value(kind, field, value, where, by_recipe)
     return values
 
 
 def check_sections(sections: dict[str, Any], program: str, path: str) -> None:
-    "Refuse a settings file with anything but sections of commands, or without that of this one."
-    known = {*COMMANDS, section_of(program)}
+    """Check what a settings file consists of. Raises `InputError` if it holds anything but sections
+    of commands, or has none for this command."""
+    section_names = {*COMMANDS, section_of(program)}
     for name, values in sections.items():
         if not isinstance(values, dict):
             raise InputError(
                 f'{path}: the line {name} = ... is in no section; put it below one that is named '
                 f'after a command, such as [{section_of(program)}]'
             )
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f'did you mean [{near[0]}]?' if near else f'there are {", ".join(sorted(known))}'
+        if name not in section_names:
+            hint = f'there are {", ".join(sorted(section_names))}'
+            matches = difflib.get_close_matches(name, section_names, n=1)
+            if matches:
+                hint = f'did you mean [{matches[0]}]?'
             raise InputError(f'{path}: [{name}] is no command; {hint}')
     if section_of(program) not in sections:
-        there = ', '.join(f'[{name}]' for name in sections) or 'nothing'
+        contents = ', '.join(f'[{name}]' for name in sections) or 'nothing'
         raise InputError(
-            f'{path} has no section [{section_of(program)}] for {program}; it has {there}: add the '
-            'section, or leave --settings out'
+            f'{path} has no section [{section_of(program)}] for {program}; it has {contents}: add '
+            'the section, or leave --settings out'
         )
 
 
 def section_value(
-    kind: type, each: dataclasses.Field, value: Any, where: str, by_recipe: bool
+    kind: type,
+    field: dataclasses.Field,
+    value: Any,  # as it is in the file
+    where: str,  # file and section, for errors
+    by_recipe: bool,  # a recipe decides what is empty
 ) -> Any:
-    "The value of a setting in a section. Raises `InputError` if it is none."
-    option = each.metadata['option']
+    "The value of a setting as its type has it. Raises `InputError` for an invalid one."
+    option = field.metadata['option']
     if option.several:
         texts = value if isinstance(value, list) else [value]
         if not texts or not all(isinstance(text, str) and text for text in texts):
             raise InputError(
-                f'{where}: {each.name} is {value!r}; give a text, or several as ["...", "..."]'
+                f'{where}: {field.name} is {value!r}; give a text, or several as ["...", "..."]'
             )
         return tuple(texts)
-    read = from_toml(kind, each.name, value, where, by_recipe)
-    if read is None and each.default is dataclasses.MISSING:
-        raise InputError(f'{where}: {each.name} is empty; give a value')
-    problem = option.problem(read)
+    typed_value = from_toml(kind, field.name, value, where, by_recipe)
+    if typed_value is None and field.default is dataclasses.MISSING:
+        raise InputError(f'{where}: {field.name} is empty; give a value')
+    problem = option.problem(typed_value)
     if problem:
-        raise InputError(f'{where}: {each.name} {problem}')
-    return read
+        raise InputError(f'{where}: {field.name} {problem}')
+    return typed_value
 
 # %% ../../nbs/cli/01_parser.ipynb #fc5309f3
 class SomeFailed(InputError):
@@ -435,55 +466,68 @@ NO_MEMORY = (
 )
 
 
-def verdict(e: BaseException) -> tuple | None:
-    "What is told of an exception and the exit status; None for a fault of the program."
+# exit status
+FAILED = 2
+STOPPED = 75
+INTERRUPTED = 130
+
+
+def error_line(e: BaseException) -> tuple[str, int] | None:
+    "The line on stderr for an exception, and the exit status; None for a fault of the program."
     if isinstance(e, InputError):
         return one_line(e), e.status
     if isinstance(e, Halted):
-        return f'{e}; the same command with --resume continues', 75
+        return f'{e}; the same command with --resume continues', STOPPED
     if isinstance(e, KeyboardInterrupt):
-        return 'interrupted', 130
+        return 'interrupted', INTERRUPTED
     if isinstance(e, (ConnectionResetError, ConnectionRefusedError, EOFError)):
-        return WORKER_DIED, 2  # while it was handing something over
+        return WORKER_DIED, FAILED  # while it was handing something over
     if isinstance(e, OSError):
-        return f'{e.filename or "a file"}: {e.strerror or one_line(e)}', 2
+        return f'{e.filename or "a file"}: {e.strerror or one_line(e)}', FAILED
     # torch's own is known by its name, as torch is not loaded here
     if isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError':
-        return NO_MEMORY, 2
+        return NO_MEMORY, FAILED
     if isinstance(e, RuntimeError) and worker_died(e):
-        return WORKER_DIED, 2
+        return WORKER_DIED, FAILED
     return None
 
 # %% ../../nbs/cli/01_parser.ipynb #32ce330f
 def status_of(function: Callable, *args: object, **options: object) -> int:
-    "Call a function; 0 if all went well, otherwise one line on stderr and the exit status."
+    """Call a function and return the exit status: 0 if all went well. Otherwise one line on stderr
+    says what went wrong.
+
+    Raises the exception of the function if it is a fault of the program."""
     try:
         function(*args, **options)
         return 0
     except (Exception, KeyboardInterrupt) as e:
-        found = verdict(e)
-        if found is None:
+        text_and_status = error_line(e)
+        if text_and_status is None:
             raise
         free_frames(e)
-        text, status = found
-    if os.environ.get('WORLD_SIZE', '1') != '1' and 'RANK' in os.environ:
+        text, status = text_and_status
+    is_rank_of_several = os.environ.get('WORLD_SIZE', '1') != '1' and 'RANK' in os.environ
+    if is_rank_of_several:
         text = f'rank {os.environ["RANK"]}: {text}'
-    kind = 'stopped' if status == 75 else 'error'
-    # at once, as ranks share it
+    kind = 'stopped' if status == STOPPED else 'error'
+    # in a single write, as ranks share stderr
     sys.stderr.write(f'{kind}: {text.removeprefix("stopped in ")}\n')
     return status
 
 # %% ../../nbs/cli/01_parser.ipynb #4fb714ff
 def free_frames(e: BaseException | None) -> None:
-    """Free what an exception has left half-made. Nobody need know what that says when it goes: a
-    progress bar that was not finished, a loader that misses its worker."""
-    former, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    """Free the variables of the functions that an exception has ended.
+
+    Errors in their destructors are not shown: a progress bar that was not finished, or a loader
+    without its worker, has nothing to tell."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
     try:
         while e is not None:
             traceback.clear_frames(e.__traceback__)
             e = e.__context__
     finally:
-        sys.unraisablehook = former
+        sys.unraisablehook = hook
 
 # %% ../../nbs/cli/01_parser.ipynb #4583323f
 @contextmanager
@@ -542,34 +586,35 @@ class RepeatedStop:
 
 @contextmanager
 def stop_signals_to(handler: Callable[[int, object], None]) -> Iterator[None]:
-    "Signals to stop go to a handler, unless they are ignored."
-    former = {number: signal.getsignal(number) for number in STOPS}
-    for number, before in former.items():
-        if before is not signal.SIG_IGN:
+    "Have a handler called for signals to stop, in place of others, unless a signal is ignored."
+    other_handlers = {number: signal.getsignal(number) for number in STOPS}
+    for number, other_handler in other_handlers.items():
+        if other_handler is not signal.SIG_IGN:
             signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, before in former.items():
-            signal.signal(number, before or signal.SIG_DFL)
+        for number, other_handler in other_handlers.items():
+            # None: it was not set from Python
+            signal.signal(number, other_handler or signal.SIG_DFL)
 
 
 @contextmanager
 def without_lost_stops() -> Iterator[None]:
-    """Nothing is told of an interrupt that is lost, nor of a process that reads slides and may go
-    before it is sent away."""
-    tell = sys.unraisablehook
+    """Do not show an interrupt that Python cannot raise, as in a destructor, nor that a data-loading
+    worker has ended before it was told to."""
+    hook = sys.unraisablehook
 
-    def tell_others(e: Any) -> None:
-        is_lost_stop = issubclass(e.exc_type, KeyboardInterrupt) or worker_died(e.exc_value)
-        if not is_lost_stop:
-            tell(e)
+    def show_others(unraisable: Any) -> None:
+        is_stop = issubclass(unraisable.exc_type, KeyboardInterrupt)
+        if not is_stop and not worker_died(unraisable.exc_value):
+            hook(unraisable)
 
-    sys.unraisablehook = tell_others
+    sys.unraisablehook = show_others
     try:
         yield
     finally:
-        sys.unraisablehook = tell
+        sys.unraisablehook = hook
 
 
 def hide_main(program: str) -> None:
@@ -603,18 +648,23 @@ class Command:
         lean: bool = True,  # runs with `lean_memory`
         files: bool = True,  # a `.toml` file may stand in place of the first argument
     ) -> None:
-        self.name, self.kinds, self.run, self.example = name, kinds, run, example
-        self.lean, self.files = lean, files
-        self.__doc__, self.__name__ = run.__doc__, f'sp_{name}'
+        self.name = name
+        self.kinds = kinds
+        self.run = run
+        self.example = example
+        self.lean = lean
+        self.files = files
+        self.__doc__ = run.__doc__
+        self.__name__ = f'sp_{name}'
         self.description = ' '.join((run.__doc__ or '').split())  # in one line
         COMMANDS[name] = self
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
-        "The exit status."
+        "Run the command. Returns the exit status, with one line on stderr if it is not 0."
         return status_of(self.go, argv)
 
     def go(self, argv: Sequence[str] | None) -> None:
-        "Parse and run."
+        "Parse the arguments and run the command. Raises `InputError` for invalid ones."
         settings = parse(
             self.kinds, self.__name__, self.description, self.example, argv, self.files
         )
@@ -629,7 +679,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    "`train ...` runs `sp_train ...`, and so on for all commands. The exit status."
+    "Run a command by its name: `train ...` is `sp_train ...`. Returns the exit status."
     if argv is None:
         argv = sys.argv[1:]
     words = [str(word) for word in argv]
@@ -639,7 +689,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *arguments = words
     if name not in COMMANDS:
         print(f'error: {name} is no command; {hint_of_command(name)}', file=sys.stderr)
-        return 2
+        return FAILED
     return COMMANDS[name](arguments)
 
 # %% ../../nbs/cli/01_parser.ipynb #c3a5e711
@@ -651,8 +701,8 @@ def print_commands() -> None:
 
 
 def hint_of_command(name: str) -> str:
-    "What to write in place of a name that no command has: one that is like it, or any."
-    near = difflib.get_close_matches(name, COMMANDS, 1)
-    if near:
-        return f'did you mean {near[0]}?'
+    "Advice on a name that no command has: the command with the most similar name, or all names."
+    matches = difflib.get_close_matches(name, COMMANDS, n=1)
+    if matches:
+        return f'did you mean {matches[0]}?'
     return f'there are {", ".join(COMMANDS)}'

@@ -805,7 +805,7 @@ def delong_test(
     patients = patient_numbers(patient_ids, len(positive))
     n_positive_patients, n_negative_patients = patients_of_classes(positive, patients)
     if min(n_positive_patients, n_negative_patients) < 2:
-        units = 'slides' if patient_ids is None else 'patients with slides'
+        units = 'patients with slides' if have_several_slides(patients) else 'slides'
         raise InputError(
             f'{units} that are positive: {n_positive_patients}, negative: {n_negative_patients}; '
             'the test needs two of each at least'

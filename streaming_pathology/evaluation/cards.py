@@ -95,22 +95,26 @@ def without_folders(
     value: Any,  # of JSON: texts, numbers, lists and dicts of them
     folders: Iterable[str | Path] = (),  # that no text may name, besides those of the paths in it
 ) -> Any:
-    """The same value without the folders of anybody's machine: of a text that is an absolute path
-    the name of the file stays, and in sentences folders are left out before a file's name."""
-    known = {str(folder) for folder in folders} | folders_in(value)
-    known = {folder for folder in known if len(path_of(folder).parts) > 1}
-    return shortened(value, sorted(known, key=len, reverse=True))
+    """A copy of the value without the folders of anybody's machine. A text that is an absolute path
+    becomes the name of its file; in sentences the folders before the name of a file are left
+    out."""
+    names = {str(folder) for folder in folders} | folders_in(value)
+    names = {name for name in names if len(path_of(name).parts) > 1}  # a root names nobody
+    return remove_folders(value, sorted(names, key=len, reverse=True))
 
 # %% ../../nbs/evaluation/20_cards.ipynb #fd947691
 FOLDERS = re.compile(r'(?<![\w:/.])(?:/[^\s/]+)+/(?=[^\s/])')  # the folders of an absolute path
 
 
-def shortened(value: Any, folders: Sequence[str]) -> Any:
-    "A value whose texts have lost these folders, the longest of which come first."
+def remove_folders(
+    value: Any,  # of JSON
+    folders: Sequence[str],  # the longest first, as one may lie in another
+) -> Any:
+    "A copy of a value in whose texts no folder is named: see `without_folders`."
     if isinstance(value, dict):
-        return {name: shortened(item, folders) for name, item in value.items()}
+        return {name: remove_folders(item, folders) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [shortened(item, folders) for item in value]
+        return [remove_folders(item, folders) for item in value]
     if not isinstance(value, str):
         return value
     if is_path(value):
@@ -125,8 +129,8 @@ PATHS = ('manifest', 'weights', 'backbone')  # settings of a training that may b
 
 
 def public_settings(settings: dict) -> dict:
-    """The settings of a training with the names of files in place of their paths, and the number of
-    slides that were left out in place of their ids, which may name patients."""
+    """The settings of a training without what may name patients or folders: paths become the names
+    of files, and the ids of slides that were left out become their number."""
     public = dict(settings)
     for name in PATHS:
         value = settings.get(name)
@@ -142,27 +146,30 @@ MAX_LABELS = 20  # different values of a column that are counted one by one
 
 
 def summary_of_labels(values: list[str]) -> dict:
-    "How often each label occurs; of many different numbers their range and median."
-    known = [value for value in values if value]
-    counts = Counter(known)
+    """How often each label occurs, label -> count; of more than `MAX_LABELS` different ones, which
+    have to be numbers, `lowest`, `median` and `highest`. Empty texts do not count."""
+    labels = [value for value in values if value]
+    counts = Counter(labels)
     if len(counts) <= MAX_LABELS:
         return dict(sorted(counts.items()))
-    numbers = np.array([float(value) for value in known])
+    numbers = np.array([float(label) for label in labels])
     return dict(lowest=numbers.min(), median=float(np.median(numbers)), highest=numbers.max())
 
 
 def summary_of_cohort(rows: Sequence[dict], columns: Sequence[str]) -> dict:
-    "Slides, patients and labels of each split. A slide without a patient_id is a patient's own."
+    """The numbers of `slides` and `patients` of each split, and their `labels`, column -> summary.
+    A slide without a patient_id counts as a patient of its own."""
     splits = {}
     for split in ('train', 'tuning', 'test', ''):
-        mine = [row for row in rows if (row.get('split') or '') == split]
-        if not mine:
+        slides = [row for row in rows if (row.get('split') or '') == split]
+        if not slides:
             continue
-        patients = {row.get('patient_id') or row['slide_id'] for row in mine}
-        labels = {
-            column: summary_of_labels([row.get(column) or '' for row in mine]) for column in columns
-        }
-        splits[split or 'no split'] = dict(slides=len(mine), patients=len(patients), labels=labels)
+        patients = {row.get('patient_id') or row['slide_id'] for row in slides}
+        labels = {}
+        for column in columns:
+            labels[column] = summary_of_labels([row.get(column) or '' for row in slides])
+        summary = dict(slides=len(slides), patients=len(patients), labels=labels)
+        splits[split or 'no split'] = summary
     return splits
 
 # %% ../../nbs/evaluation/20_cards.ipynb #23ed3dda
@@ -175,18 +182,18 @@ def painted_outputs(
     model: torch.nn.Module,  # both as `load_model` gives them
     card: dict,
 ) -> dict:
-    """The logits of a network for a painted slide of its own size, computed in float32, and the
-    mean colour of that slide, which is the same wherever the same slide was painted."""
+    """The `logits` of a network for the painted slide, computed in float32, and the `mean_color` of
+    that slide, which is another one where another slide was painted."""
     painted = paint_biopsy(PAINTED_SIZE, PAINTED_SPACING, tumour_fraction=0.2, seed=0)
     is_tissue = 255 * (painted.mask > 0).astype(np.uint8)
     with tempfile.TemporaryDirectory() as folder:
-        slide, mask = Path(folder) / 'painted.tiff', Path(folder) / 'mask.tiff'
+        slide = Path(folder) / 'painted.tiff'
+        mask = Path(folder) / 'mask.tiff'
         write_tiff(painted.image, slide, PAINTED_SPACING)
         write_tiff(is_tissue, mask, PAINTED_SPACING, nearest=True)
-        data = dataset(
-            card | dict(size=None, spacing=PAINTED_SPACING),
-            [Case('painted', None, slide, mask=mask)],
-        )
+        case = Case('painted', label=None, path=slide, mask=mask)
+        # all of the slide, at its own spacing, whatever the network was trained on
+        data = dataset(card | dict(size=None, spacing=PAINTED_SPACING), [case])
         (row,) = predict(model, data, progress=False, task=task_of(card['task']))
     return dict(
         mean_color=painted.image.mean((0, 1)).tolist(),
@@ -212,17 +219,18 @@ class Statements:
 
 # %% ../../nbs/evaluation/20_cards.ipynb #1e9c1385
 def file_of_run(folder: Path, checkpoint: Path, name: str) -> dict:
-    """What a JSON file of a run says of its best checkpoint; empty if there is no such file.
+    """The contents of a JSON file of a run; empty if there is no such file, or if `checkpoint` is
+    not the best one of the run, as the file is about that.
 
-    Raises `InputError` if it cannot be read."""
+    Raises `InputError` if the file cannot be read."""
     path = folder / name
     if not is_best_of_run(folder, checkpoint) or not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text())
+        contents = json.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise InputError(f'{folder} holds a run that cannot be read: {one_line(e)}') from None
-    return found if isinstance(found, dict) else {}
+    return contents if isinstance(contents, dict) else {}
 
 
 def is_best_of_run(folder: Path, checkpoint: Path) -> bool:
@@ -231,7 +239,8 @@ def is_best_of_run(folder: Path, checkpoint: Path) -> bool:
 
 
 def training_data(folder: Path, checkpoint: Path, card: dict) -> dict:
-    "The summary of the slides of a run; empty where the checkpoint lies outside of its run."
+    """The summary of the slides of a run; empty if there is no cohort.csv, or if `checkpoint` is
+    not the best one of the run."""
     path = folder / 'cohort.csv'
     if not is_best_of_run(folder, checkpoint) or not path.exists():
         return {}
@@ -258,38 +267,37 @@ def export_with_card(
     text: str | Path | None = None,  # the .md file to write; None: none
     statements: Statements = Statements(),
 ) -> dict:
-    """Write a trained network with its card, and the card as text; returns the card.
+    """Write a trained network with its card, and the card as text. Returns the card.
 
-    Neither holds a folder of this machine. Raises `InputError` if the run or checkpoint cannot be
+    Neither names a folder of this machine. Raises `InputError` if the run or checkpoint cannot be
     used."""
     out = Path(out)
     checkpoint = absolute(best_checkpoint(run))
-    folder = checkpoint.parent.parent
+    run_folder = checkpoint.parent.parent
     model, card = load_model(checkpoint)
-    today = datetime.date.today().isoformat()
     change = dict(
-        date=today,
+        date=datetime.date.today().isoformat(),
         model=card['sha256'][:16],
         package=streaming_pathology.__version__,
         changes=statements.changes or 'exported',
     )
-    more = dict(
+    entries = dict(
         schema_version=SCHEMA_VERSION,
         intended_use=statements.intended_use,
         license=statements.license,
         data_license=statements.data_license,
-        training_data=training_data(folder, checkpoint, card),
-        metrics=without_slides(file_of_run(folder, checkpoint, 'metrics.json')),
-        environment=public_environment(file_of_run(folder, checkpoint, RUN.mark)),
+        training_data=training_data(run_folder, checkpoint, card),
+        metrics=without_slides(file_of_run(run_folder, checkpoint, 'metrics.json')),
+        environment=public_environment(file_of_run(run_folder, checkpoint, RUN.mark)),
         changelog=[*former_changes(out), change],
         check=painted_outputs(model, card),
     )
     if 'features' in card:
-        more['features'] = without_folder(card['features'])
+        entries['features'] = without_folder(card['features'])
     if 'settings' in card:
-        more['settings'] = public_settings(card['settings'])
-    folders = [folder, checkpoint.parent, Path.home(), Path.cwd()]
-    card = export_model(checkpoint, out, **without_folders(more, folders))
+        entries['settings'] = public_settings(card['settings'])
+    folders = [run_folder, checkpoint.parent, Path.home(), Path.cwd()]
+    card = export_model(checkpoint, out, **without_folders(entries, folders))
     if text is not None:
         write_whole(text, card_text(card, out.name))
     return card
@@ -317,24 +325,34 @@ class Headline:
 
 
 def headlines(metrics: dict) -> list[Headline]:
-    "The metrics of a metrics.json that a card names in its head."
-    found = []
+    "The metrics of a metrics.json that a card has in its head, in the order of `HUB_METRICS`."
+    lines = []
     for name, (kind, words) in HUB_METRICS.items():
-        value = metrics.get(name)
-        limits = metrics if name == 'auc' else {}  # its interval stands beside it
-        if isinstance(value, dict):
-            limits, value = value, value.get('value')
+        value, limits = value_and_limits(metrics, name)
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             continue
-        interval, low, high = '', limits.get('low'), limits.get('high')
+        interval = ''
+        low = limits.get('low')
+        high = limits.get('high')
         if low is not None and high is not None:
             interval = interval_in_words(low, high, metrics.get('patients'))
-        found.append(Headline(kind, words, value, interval))
-    return found
+        lines.append(Headline(kind, words, value, interval))
+    return lines
+
+
+def value_and_limits(metrics: dict, name: str) -> tuple[Any, dict]:
+    """The value of a metric in a metrics.json, None if it has none, and the dict in which its
+    interval is, as `low` and `high`; an empty one if it has none."""
+    entry = metrics.get(name)
+    if isinstance(entry, dict):
+        return entry.get('value'), entry
+    if name == 'auc':  # its interval stands beside it
+        return entry, metrics
+    return entry, {}
 
 
 def head_of(card: dict, name: str) -> dict:
-    "What the Hugging Face Hub reads of a card."
+    "The entries of a card that the Hugging Face Hub reads, by their names there."
     tags = ['pathology', 'histopathology', 'whole-slide-image', task_tag(card)]
     if 'features' in card or 'bags' in card:
         tags.append('multiple-instance-learning')
@@ -346,19 +364,24 @@ def head_of(card: dict, name: str) -> dict:
         task_type = 'image-classification'
         head['pipeline_tag'] = task_type
     metrics = headlines(card['metrics'])
-    if not metrics:
-        return head
-    head['metrics'] = list(dict.fromkeys(metric.kind for metric in metrics))
-    split = card['metrics'].get('split', 'test')
-    result = dict(
+    if metrics:
+        head['metrics'] = list(dict.fromkeys(metric.kind for metric in metrics))
+        split = card['metrics'].get('split', 'test')
+        result = hub_result(metrics, task_type, split)
+        head['model-index'] = [dict(name=name, results=[result])]
+    return head
+
+
+def hub_result(metrics: list[Headline], task_type: str, split: str) -> dict:
+    "The metrics on a split as a result in the `model-index` of the Hub."
+    hub_metrics = [
+        dict(type=metric.kind, name=metric.words, value=metric.value) for metric in metrics
+    ]
+    return dict(
         task=dict(type=task_type),
         dataset=dict(type='private', name='slides of the run', split=split),
-        metrics=[
-            dict(type=metric.kind, name=metric.words, value=metric.value) for metric in metrics
-        ],
+        metrics=hub_metrics,
     )
-    head['model-index'] = [dict(name=name, results=[result])]
-    return head
 
 
 def task_tag(card: dict) -> str:
@@ -459,44 +482,51 @@ def check_export(
     path: str | Path,  # what sp_export wrote
     device: str | torch.device = 'cpu',
 ) -> str:
-    """Run an exported model on the painted slide and compare it with its card. Returns a sentence
-    on what agrees.
+    """Run an exported model on the painted slide and compare its outputs with those on its card.
+    Returns a sentence on what agrees.
 
     Raises `Differs` if anything does not, and `InputError` for a file without a check."""
     card, _ = read_sealed(path)
-    noted = card.get('check')
-    if not noted:
+    expected = card.get('check')
+    if not expected:
         raise InputError(
             f'{path} was exported by a former version and says nothing to compare with; export its '
             'checkpoint again'
         )
-    model, loaded = load_model(path, device)
-    found = painted_outputs(model.cpu(), loaded)
-    problems = differences(noted, found)
-    if loaded['sha256'] != card['sha256']:
+    model, model_card = load_model(path, device)
+    outputs = painted_outputs(model.cpu(), model_card)
+    problems = differences(expected, outputs)
+    if model_card['sha256'] != card['sha256']:
         problems.insert(
-            0, f'the model is {loaded["sha256"][:16]}, the card says {card["sha256"][:16]}'
+            0, f'the model is {model_card["sha256"][:16]}, the card says {card["sha256"][:16]}'
         )
     if problems:
         raise Differs(f'{path} does not give what its card says: {"; ".join(problems)}')
-    largest = max(abs(a - b) for a, b in zip(found['logits'], noted['logits'], strict=True))
+    logits = outputs['logits']
+    largest = max(abs(a - b) for a, b in zip(logits, expected['logits'], strict=True))
     return (
-        f'{path}: {counted(len(found["logits"]), "output")} on the painted slide as the card says '
+        f'{path}: {counted(len(logits), "output")} on the painted slide as the card says '
         f'(largest difference {largest:.1g}), model {card["sha256"][:16]}'
     )
 
 # %% ../../nbs/evaluation/20_cards.ipynb #3be0da3e
-def differences(noted: dict, found: dict) -> list[str]:
-    "Where what a network gives differs from what its card says, a sentence each."
-    if len(noted['logits']) != len(found['logits']):
-        return [f'it has {len(found["logits"])} outputs, the card says {len(noted["logits"])}']
+def differences(
+    expected: dict,  # both as `painted_outputs` gives them; this one is on the card
+    outputs: dict,
+) -> list[str]:
+    "A sentence on each output of a network that differs from what its card says."
+    n_outputs = len(outputs['logits'])
+    n_expected = len(expected['logits'])
+    if n_outputs != n_expected:
+        return [f'it has {n_outputs} outputs, the card says {n_expected}']
     problems = []
-    pairs = zip(found['logits'], noted['logits'], strict=True)
-    for number, (value, expected) in enumerate(pairs):
-        if not abs(value - expected) <= TOLERANCE * max(1, abs(expected)):
-            problems.append(f'output {number} is {value:.6g}, the card says {expected:.6g}')
-    is_other_slide = not np.allclose(noted['mean_color'], found['mean_color'], rtol=0, atol=0.01)
-    if problems and is_other_slide:
+    pairs = zip(outputs['logits'], expected['logits'], strict=True)
+    for number, (logit, on_card) in enumerate(pairs):
+        # written so that nan is a problem too
+        if not abs(logit - on_card) <= TOLERANCE * max(1, abs(on_card)):
+            problems.append(f'output {number} is {logit:.6g}, the card says {on_card:.6g}')
+    is_same_slide = np.allclose(expected['mean_color'], outputs['mean_color'], rtol=0, atol=0.01)
+    if problems and not is_same_slide:
         problems.append(
             'the painted slide is another one here than where the model was exported, so versions '
             f'of the package differ (here it is {streaming_pathology.__version__})'

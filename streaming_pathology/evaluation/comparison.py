@@ -125,8 +125,8 @@ def slides_in_common(
     split: str = 'test',
     shared: bool = False,  # leave out slides that only one of them has
 ) -> tuple[list[str], list[int]]:
-    """The labelled slides of a split that two sides are compared on, and the number of each one's
-    patient.
+    """The ids of the labelled slides of a split on which two sides are compared, and for each the
+    number of its patient.
 
     Raises `InputError` if slides are missing in one of them (unless `shared`), have another label,
     or were used in training, and if there are fewer than two patients of a class."""
@@ -147,8 +147,8 @@ def slides_in_common(
     return slides, patients
 
 # %% ../../nbs/evaluation/19_comparison.ipynb #a8fb97b8
-def labelled(side: Side, split: str) -> dict[str, float]:
-    "The labels of a split: slide -> 0 or 1."
+def labels_in(side: Side, split: str) -> dict[str, float]:
+    "The labels of the labelled slides of a split: slide_id -> 0 or 1."
     return {
         slide_id: prediction.label
         for slide_id, prediction in side.predictions.items()
@@ -157,10 +157,14 @@ def labelled(side: Side, split: str) -> dict[str, float]:
 
 
 def slides_of_both(first: Side, second: Side, split: str, shared: bool) -> list[str]:
-    "The labelled slides of a split that both sides have; refuses other labels."
-    labels, other_labels = labelled(first, split), labelled(second, split)
-    slides = sorted(labels.keys() & other_labels.keys())
-    missing = sorted(labels.keys() ^ other_labels.keys())
+    """The ids of the slides of a split that have a label on both sides, in alphabetical order.
+
+    Raises `InputError` if there are none, for slides that only one side has (unless `shared`), and
+    for slides whose labels differ."""
+    first_labels = labels_in(first, split)
+    second_labels = labels_in(second, split)
+    slides = sorted(first_labels.keys() & second_labels.keys())
+    missing = sorted(first_labels.keys() ^ second_labels.keys())
     if missing and not shared:
         raise InputError(
             several(
@@ -175,13 +179,15 @@ def slides_of_both(first: Side, second: Side, split: str, shared: bool) -> list[
             f'{first.name} and {second.name} have no labelled slide of the split {split!r} in '
             'common; give a split that both have'
         )
-    differ = [slide_id for slide_id in slides if labels[slide_id] != other_labels[slide_id]]
-    if differ:
+    differing = [
+        slide_id for slide_id in slides if first_labels[slide_id] != second_labels[slide_id]
+    ]
+    if differing:
         raise InputError(
             several(
-                f'{counted(len(differ), "slide")} with another label in {first.name} than in '
+                f'{counted(len(differing), "slide")} with another label in {first.name} than in '
                 f'{second.name}',
-                differ,
+                differing,
             )
         )
     return slides
@@ -194,15 +200,16 @@ def check_not_trained_on(
     split: str,
 ) -> None:
     "Raises `InputError` if a side was trained on a patient of the slides that are compared."
-    trained_on = {patient_of[item]: item for item in side.training_items}
-    wrong = [trained_on[patient] for patient in patients if patient in trained_on]
-    if wrong:
+    # a slide or patient of the training for each of its patients
+    item_of = {patient_of[item]: item for item in side.training_items}
+    items = [item_of[patient] for patient in patients if patient in item_of]
+    if items:
         raise InputError(
             several(
-                f'{side.name} was trained or chosen on {counted(len(wrong), "slide")} '
+                f'{side.name} was trained or chosen on {counted(len(items), "slide")} '
                 f'of the split {split!r} of the other, or other slides of their patients; '
                 'compare on slides that neither was trained on',
-                [f'{kind} {name!r}' for kind, name in dict.fromkeys(wrong)],
+                [f'{kind} {name!r}' for kind, name in dict.fromkeys(items)],
             )
         )
 
@@ -235,15 +242,17 @@ class Comparison:
 
     @property
     def aucs(self) -> tuple[float, float]:
+        "The AUCs of the first and the second side."
         return self.delong.a, self.delong.b
 
     @property
     def n_positive(self) -> int:
+        "The number of positive slides."
         return int(sum(self.labels))
 
     @property
     def n_patients(self) -> int | None:
-        "None if each slide is of another patient."
+        "The number of patients; None if each slide is of another patient."
         if self.patient_ids is None:
             return None
         return len(set(self.patient_ids))
@@ -258,7 +267,8 @@ class Comparison:
         lines = []
         for name, area, estimate in zip(self.names, self.aucs, self.intervals):
             lines.append(f'{name:{width}}  AUC {area:.3f} ({estimate.interval_at_level})')
-        level, interval = percent(self.paired.level), signed_interval(self.paired)
+        level = percent(self.paired.level)
+        interval = signed_interval(self.paired)
         lines.append(
             f'{"difference":{width}}  {self.delong.difference:+.3f} ({level} interval {interval}), '
             f'p {self.delong.p:.3g} (DeLong), {self.permutation_p:.3g} (permutation); '
@@ -287,7 +297,7 @@ def compare_sides(
     Where patients have several slides, all intervals and tests take patients as independent, and
     not slides. Raises `InputError` as `slides_in_common` does, and for a `level` out of range."""
     slides, patients = slides_in_common(first, second, split, shared)
-    label_of = labelled(first, split)
+    label_of = labels_in(first, split)
     labels = [label_of[slide_id] for slide_id in slides]
     scores = probabilities_of(first, slides), probabilities_of(second, slides)
     has_several_slides = len(set(patients)) < len(slides)
@@ -337,20 +347,21 @@ def compare_accuracy(
     seed: int,
     patient_ids: list[int] | None,
 ) -> AtThresholds | None:
-    """Accuracies of two sides, and the test of the slides that only one of them has right.
+    """The accuracies of two sides, each at its own threshold, and a test of their difference.
 
     None if a side lacks validation slides of both classes, on which a threshold is chosen."""
-    thresholds, right = [], []
+    thresholds = []
+    is_right = []  # of each side and slide
     for side, probabilities in zip(sides, scores):
         threshold = validation_threshold(side)
         if threshold is None:
             return None
         thresholds.append(threshold)
-        called = [probability >= threshold for probability in probabilities]
-        right.append([is_called == label for is_called, label in zip(called, labels)])
-    first, second = np.array(right)
+        is_called = [probability >= threshold for probability in probabilities]
+        is_right.append([is_positive == label for is_positive, label in zip(is_called, labels)])
+    first, second = np.array(is_right)
     return AtThresholds(
-        accuracy=[sum(each) / len(each) for each in right],
+        accuracy=[sum(side_right) / len(side_right) for side_right in is_right],
         thresholds=thresholds,
         only_right=[int((first & ~second).sum()), int((second & ~first).sum())],
         p=accuracy_test(first, second, n_permutations, seed, patient_ids),
@@ -359,7 +370,7 @@ def compare_accuracy(
 
 def validation_threshold(side: Side) -> float | None:
     "The most accurate threshold on the validation (tuning) slides; None without both classes."
-    labels = labelled(side, 'tuning')
+    labels = labels_in(side, 'tuning')
     if set(labels.values()) != {0, 1}:
         return None
     probabilities = [side.predictions[slide_id].probability for slide_id in labels]
@@ -428,8 +439,10 @@ def errors_in(
     split: str,
     review: str | None = None,  # table of categories that a reviewer gave to its errors
 ) -> tuple[list[Wrong], dict[str, str]]:
-    """The errors of a side in a split, and their categories. Raises `InputError` if the table is
-    not of these errors."""
+    """The errors of a side in a split at the point of maximum accuracy, and {slide_id: category} of
+    those that were reviewed.
+
+    Raises `InputError` if the table is not of these errors."""
     predictions = list(side.predictions.values())
     wrong, _ = errors_of(predictions, split)
     if review is None:
@@ -506,31 +519,32 @@ def rows_of_each(comparison: Comparison) -> list[tuple]:
         ('AUC', *(f'{area:.3f}' for area in comparison.aucs)),
         ('interval', *(estimate.interval for estimate in comparison.intervals)),
     ]
-    found = comparison.at_thresholds
-    if found:
+    at_thresholds = comparison.at_thresholds
+    if at_thresholds:
+        thresholds = (f'{threshold:.3f}' for threshold in at_thresholds.thresholds)
+        accuracies = (f'{accuracy:.1%}' for accuracy in at_thresholds.accuracy)
         rows += [
-            ('threshold, chosen on tuning', *(f'{value:.3f}' for value in found.thresholds)),
-            ('accuracy', *(f'{value:.1%}' for value in found.accuracy)),
-            ('right where the other is wrong', *found.only_right),
+            ('threshold, chosen on tuning', *thresholds),
+            ('accuracy', *accuracies),
+            ('right where the other is wrong', *at_thresholds.only_right),
         ]
     return rows
 
 
 def rows_of_tests(comparison: Comparison) -> list[tuple]:
     "The figures of the difference: (name of the method, interval, p)."
-    delong, accuracy = 'DeLong', 'accuracy, McNemar'
+    delong_name = 'DeLong'
+    accuracy_name = 'accuracy, McNemar'
     if comparison.patient_ids:
-        delong, accuracy = (
-            'DeLong, with Obuchowski’s variance for patients',
-            'accuracy, permutation',
-        )
+        delong_name = 'DeLong, with Obuchowski’s variance for patients'
+        accuracy_name = 'accuracy, permutation'
     rows = [
-        (delong, signed_interval(comparison.delong), f'{comparison.delong.p:.3g}'),
+        (delong_name, signed_interval(comparison.delong), f'{comparison.delong.p:.3g}'),
         ('paired bootstrap', signed_interval(comparison.paired), None),
         ('permutation', None, f'{comparison.permutation_p:.3g}'),
     ]
     if comparison.at_thresholds:
-        rows.append((accuracy, None, f'{comparison.at_thresholds.p:.3g}'))
+        rows.append((accuracy_name, None, f'{comparison.at_thresholds.p:.3g}'))
     return rows
 
 
@@ -558,7 +572,7 @@ def write_comparison(
     reviews: Sequence[str | None] = (None, None),  # tables of categories
     **about: Any,  # what the figures were made of and where, for comparison.json
 ) -> None:
-    "Write `FILES` into a folder, which is made if it does not exist."
+    "Write the files of a comparison, `FILES`, into a folder, which is made if it does not exist."
     folder.mkdir(parents=True, exist_ok=True)
     page = comparison_page(comparison, sides, folder, reviews)
     figures = figures_of(comparison) | about

@@ -57,11 +57,11 @@ def index_page(
     sections = [result_section(run)]
     if comparison:
         sections.append(comparison_section(comparison))
-    found = run.binary_results
-    if found:
-        if found.get('groups'):
-            sections.append(group_section(found, run.figures))
-        sections.append(calibration_section(found, run.figures))
+    binary_results = run.binary_results
+    if binary_results:
+        if binary_results.get('groups'):
+            sections.append(group_section(binary_results, run.figures))
+        sections.append(calibration_section(binary_results, run.figures))
     if review:
         sections.append(error_section(run, slides, review))
     if run.is_binary:
@@ -70,13 +70,13 @@ def index_page(
     if run.is_binary:
         sections.append(prediction_section(run))
     sections.append(made_section(run))
-    written_from = '' if run.is_anonymous else f' from {run.folder.resolve().name}/'
+    source = '' if run.is_anonymous else f' from {run.folder.resolve().name}/'
     script = template_text('report/index.js') if run.is_binary else ''
     return html_page(
-        run.title,
-        'Report of a run',
-        sections,
-        f'Written by streaming_pathology{written_from}. It requests nothing: what it shows lies in '
+        title=run.title,
+        above='Report of a run',
+        sections=sections,
+        below=f'Written by streaming_pathology{source}. It requests nothing: what it shows lies in '
         'its folder.',
         style=template_text('report/index.css'),
         script=script,
@@ -105,23 +105,21 @@ def write_report(
 
     Raises `InputError`, which names what is damaged, or needed and missing."""
     run = read_run(run_folder, subgroups, manifest)
-    inputs = [each for each in (manifest, comparison, error_review, *maps) if each]
+    inputs = [path for path in (manifest, comparison, error_review, *maps) if path]
     out = report_folder(run, out, inputs)
     check_layers(run, maps, error_review)
     layers = numbered_names([read_maps(folder, run) for folder in maps])
-    compared = read_comparison(comparison, run, anonymous) if comparison else None
+    written_comparison = None
+    if comparison:
+        written_comparison = read_comparison(comparison, run, anonymous)
     if anonymous:
         run = without_names(run, subgroups)
     review = read_review(run, error_review)
-    best_threshold = review.threshold if review else None
-    with staged(out, True, REPORT) as folder:
+    with staged(out, overwrite=True, kind=REPORT) as folder:
         slides = write_slides(run, folder, max_slides, layers)
-        pages = [(slide, slide.image) for slide in slides if slide.image]
-        with_page = [slide for slide, _ in pages]
-        for slide, image in pages:
-            page = page_of_slide(run, slide, image, with_page, best_threshold)
-            write_whole(folder / f'slides/{slide.stem}.html', page)
-        write_whole(folder / 'index.html', index_page(run, slides, max_slides, review, compared))
+        write_slide_pages(run, folder, slides, review)
+        index = index_page(run, slides, max_slides, review, written_comparison)
+        write_whole(folder / 'index.html', index)
     return out / 'index.html'
 
 # %% ../../nbs/evaluation/18_report.ipynb #3914c9e3
@@ -131,7 +129,8 @@ def write_slides(
     max_slides: int,  # labelled slides, and unlabelled ones, at most
     maps: Sequence[Maps],
 ) -> list[ShownSlide]:
-    "Write the files of the slides that a report shows, and the viewer that zooms them."
+    """Write the pictures of the slides that a report shows, and the viewer that zooms them. Returns
+    these slides, labelled ones first."""
     predictions = []
     if run.is_binary:
         predictions = run.labelled[:max_slides] + run.unlabelled[:max_slides]
@@ -147,19 +146,39 @@ def write_slides(
     return slides
 
 
-def report_folder(run: FinishedRun, out: str | Path | None, inputs: list) -> Path:
+def write_slide_pages(
+    run: FinishedRun,
+    folder: Path,  # of the report
+    slides: Sequence[ShownSlide],
+    review: Review | None,
+) -> None:
+    "Write a page for each slide that has an image."
+    best_threshold = review.threshold if review else None
+    images = [(slide, slide.image) for slide in slides if slide.image]
+    slides_with_page = [slide for slide, _ in images]
+    for slide, image in images:
+        page = page_of_slide(run, slide, image, slides_with_page, best_threshold)
+        write_whole(folder / f'slides/{slide.stem}.html', page)
+
+
+def report_folder(
+    run: FinishedRun,
+    out: str | Path | None,  # None: report/ in the run folder
+    inputs: list,  # paths that are read, which must not lie in the folder
+) -> Path:
     """The absolute path of the folder to write.
 
     Raises `InputError` if it lies in the run but is not its report/, or cannot be written."""
-    own = absolute(run.folder) / 'report'
-    out = absolute(out) if out else own
-    if out != own:
-        if out.is_relative_to(own.parent):
+    run_folder = absolute(run.folder)
+    default = run_folder / 'report'
+    out = absolute(out) if out else default
+    if out != default:
+        if out.is_relative_to(run_folder):
             raise InputError(
                 f'{out} lies in the run; give the name of a folder elsewhere, or leave it out'
             )
         inputs = [run.folder, *inputs]
-    claim(out, True, REPORT, inputs)
+    claim(out, overwrite=True, kind=REPORT, inputs=inputs)
     return out
 
 
@@ -169,10 +188,10 @@ def check_layers(
     "Raises `InputError` for maps and categories that the report could not show."
     if len({absolute(folder) for folder in maps}) < len(maps):
         raise InputError('a folder of maps is given twice; give each once')
-    given = [each for each in (*maps, error_review) if each]
-    if given and not run.is_binary:
+    layers = [path for path in (*maps, error_review) if path]
+    if layers and not run.is_binary:
         raise InputError(
-            f'{given[0]}: maps and categories are shown with slides of two classes, and this run '
+            f'{layers[0]}: maps and categories are shown with slides of two classes, and this run '
             'is not of those; leave it out'
         )
     if error_review and not run.metrics:
@@ -182,14 +201,14 @@ def check_layers(
 
 
 def numbered_names(maps: list[Maps]) -> list[Maps]:
-    "The maps; where several are of one method, their names have their numbers."
-    counts = Counter(each.name for each in maps)
-    numbered = []
-    for number, each in enumerate(maps, 1):
-        if counts[each.name] > 1:
-            each = replace(each, name=f'{each.name} {number}')
-        numbered.append(each)
-    return numbered
+    "The maps. If several have one name, it is followed by their position in the list, from 1 on."
+    counts = Counter(method_maps.name for method_maps in maps)
+    renamed_maps = []
+    for number, method_maps in enumerate(maps, 1):
+        if counts[method_maps.name] > 1:
+            method_maps = replace(method_maps, name=f'{method_maps.name} {number}')
+        renamed_maps.append(method_maps)
+    return renamed_maps
 
 
 def read_review(
@@ -197,9 +216,13 @@ def read_review(
     error_review: str | Path | None,  # CSV of `CATEGORIES`
 ) -> Review | None:
     """The errors of a run at the point of maximum accuracy, and what a reviewer wrote of them; None
-    without metrics of two classes."""
+    without metrics of two classes.
+
+    Raises `InputError` as `read_categories` does."""
     if not run.metrics:
         return None
     wrong, threshold = errors_of(run.predictions, run.split)
-    given = read_categories(error_review, wrong, run.numbers) if error_review else {}
-    return Review(wrong, threshold, given)
+    categories = {}
+    if error_review:
+        categories = read_categories(error_review, wrong, run.numbers)
+    return Review(wrong, threshold, categories)

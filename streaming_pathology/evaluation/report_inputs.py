@@ -41,47 +41,61 @@ from ..io import Row, read_table, write_csv, write_whole
 from ..mil.aggregators import Aggregator, aggregators
 
 # %% ../../nbs/evaluation/15_report_inputs.ipynb #679c1c7f
+TOY_CELL = 8  # pixels a side of a cell in the map of a toy slide
+
+
 def toy_slide(
     rng: np.random.Generator,
     positive: bool,
-    size: tuple[int, int] = (360, 520),  # height and width, multiples of 8
+    size: tuple[int, int] = (360, 520),  # height and width, multiples of `TOY_CELL`
 ) -> tuple[Image.Image, np.ndarray]:
     "A made-up slide, and the map of its nests (height / 8, width / 8)."
     height, width = size
     y, x = np.mgrid[:height, :width]
-    waves, phase = rng.uniform(2, 6), rng.uniform(0, 6)
-    middle = height / 2 + 40 * np.sin(x / width * waves + phase)
-    is_high = abs(y - middle) < 70 + 12 * np.sin(x / 23)
-    is_wide = abs(x - width / 2) < width * 0.44
-    in_core = is_high & is_wide
+    in_core = toy_core(rng, y, x)
     nests = np.zeros(size)
     if positive:
         for _ in range(4):
             nests += toy_nest(rng, y, x)
     nests *= in_core
     density = np.where(in_core, 0.02 + 0.25 * np.clip(nests, 0, 1), 0)
-    picture = stained(in_core, rng.random(size) < density)
+    picture = paint_toy(in_core, has_nucleus=rng.random(size) < density)
     heat = np.clip(nests + 0.12 * in_core * rng.random(size), 0, None)
-    return picture, heat.reshape(height // 8, 8, width // 8, 8).mean((1, 3))
+    cells = heat.reshape(height // TOY_CELL, TOY_CELL, width // TOY_CELL, TOY_CELL)
+    return picture, cells.mean((1, 3))
+
+
+def toy_core(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    "Where the tissue is, a wavy band, as bool (height, width)."
+    height, width = y.shape
+    waves = rng.uniform(2, 6)
+    phase = rng.uniform(0, 6)
+    middle = height / 2 + 40 * np.sin(x / width * waves + phase)
+    is_near_middle = abs(y - middle) < 70 + 12 * np.sin(x / 23)
+    is_between_ends = abs(x - width / 2) < width * 0.44
+    return is_near_middle & is_between_ends
 
 
 def toy_nest(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    "A nest at a random place, as a map (height, width)."
+    "The density of a nest at a random position, (height, width), 1 in its middle."
     height, width = y.shape
     across = x - rng.uniform(0.15, 0.85) * width
     down = y - height / 2 - rng.uniform(-50, 50)
     return np.exp(-(across**2 + down**2) / rng.uniform(300, 900))
 
 
-def stained(
+def paint_toy(
     in_core: np.ndarray,  # bool (height, width)
-    has_nucleus: np.ndarray,  # bool (height, width)
+    has_nucleus: np.ndarray,  # bool (height, width), where the middle of a nucleus is
 ) -> Image.Image:
-    "Tissue and nuclei in the colours of haematoxylin and eosin."
+    "A picture of tissue and nuclei in the colours of haematoxylin and eosin, slightly blurred."
+    eosin = (232, 180, 206)
+    haematoxylin = np.array((92, 62, 140))
+    glass = (247, 245, 247)
     spots = Image.fromarray((has_nucleus * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(3))
     nuclei = np.asarray(spots)[..., None] / 255
-    tissue = np.where(in_core[..., None], (232, 180, 206), (247, 245, 247))
-    rgb = tissue * (1 - nuclei) + np.array((92, 62, 140)) * nuclei
+    tissue = np.where(in_core[..., None], eosin, glass)
+    rgb = tissue * (1 - nuclei) + haematoxylin * nuclei
     return Image.fromarray(rgb.astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
 
 # %% ../../nbs/evaluation/15_report_inputs.ipynb #18bed324
@@ -122,16 +136,19 @@ def toy_prediction(rng: np.random.Generator, number: int, label: int | None) -> 
 
 
 def toy_cohort(predictions: list[dict]) -> list[dict]:
-    "The rows of cohort.csv: the predicted slides, and 60 of 30 patients to learn from."
-    columns = 'slide_id', 'label', 'split'
+    "The rows of cohort.csv: the predicted slides, and 60 of 30 patients in train and tuning."
     rows = []
     for prediction in predictions:
-        row = {column: prediction[column] for column in columns}
+        row = {column: prediction[column] for column in ('slide_id', 'label', 'split')}
         rows.append(row | dict(patient_id=prediction['slide_id']))
     for number in range(60):
-        split = 'train' if number % 5 else 'tuning'
-        values = f'train_{number}', number % 2, split
-        rows.append(dict(zip(columns, values)) | dict(patient_id=f'p{number // 2}'))
+        row = dict(
+            slide_id=f'train_{number}',
+            label=number % 2,
+            split='train' if number % 5 else 'tuning',
+            patient_id=f'p{number // 2}',
+        )
+        rows.append(row)
     return rows
 
 
@@ -162,7 +179,8 @@ def toy_run(
     seed: int = 0,
 ) -> Path:
     "A run folder with made-up slides and metrics, to try the report on. Returns its path."
-    folder, rng = Path(folder), np.random.default_rng(seed)
+    folder = Path(folder)
+    rng = np.random.default_rng(seed)
     settings = TOY_SETTINGS | dict(seed=seed)
     lines = [f'{name} = {json.dumps(value)}\n' for name, value in settings.items()]
     write_whole(folder / 'settings.toml', ''.join(lines))
@@ -173,7 +191,7 @@ def toy_run(
         prediction = toy_prediction(rng, number, label)
         picture, heat = toy_slide(rng, bool(label))
         slide_id = prediction['slide_id']
-        save_picture(folder / f'images/{slide_id}.jpg', np.asarray(picture), 4.0)
+        save_picture(folder / f'images/{slide_id}.jpg', np.asarray(picture), spacing=4.0)
         save_heatmap(folder / f'heatmaps/{slide_id}.npy', heat)
         predictions.append(prediction)
     write_csv(folder / 'predictions.csv', predictions)
@@ -216,14 +234,15 @@ class FinishedRun:
     @property
     def metrics(self) -> Metrics | None:
         "The AUC of two classes and what a threshold gives; None where `binary_results` is."
-        found = self.binary_results
-        if found is None:
+        binary_results = self.binary_results
+        if binary_results is None:
             return None
-        return Metrics(**{each.name: found[each.name] for each in fields(Metrics)})
+        values = {metric.name: binary_results[metric.name] for metric in fields(Metrics)}
+        return Metrics(**values)
 
     @property
     def threshold(self) -> float | None:
-        "From which probability on a slide is called positive."
+        "The probability from which on a slide is called positive; None without `metrics`."
         metrics = self.metrics
         return metrics.threshold if metrics else None
 
@@ -234,7 +253,7 @@ class FinishedRun:
 
     @property
     def split(self) -> str:
-        "Whose slides the metrics are of."
+        "The split whose slides the metrics are of."
         if self.results:
             return self.results.get('split', 'test')
         return 'test'
@@ -373,10 +392,12 @@ def recomputed_results(
     subgroups: Sequence[str],  # columns to show subgroups of
     manifest: str | Path | None,  # with these columns
 ) -> dict:
-    """The metrics of predictions.csv, computed with the options that metrics.json names.
+    """The metrics of predictions.csv, computed with the options that metrics.json names; without
+    that file, with the defaults of `results`.
 
     Raises `InputError` if metrics.json is damaged, or has other metrics than these."""
-    path, predictions = folder / 'metrics.json', folder / 'predictions.csv'
+    path = folder / 'metrics.json'
+    predictions = folder / 'predictions.csv'
     if not path.exists():
         return results(predictions, subgroups=subgroups, manifest=manifest)
     saved = read_values(path, json.loads)
@@ -418,38 +439,40 @@ def saved_options(
 def evaluation_options(
     saved: dict,  # metrics.json
 ) -> EvaluationOptions:
-    """The options that metrics.json names. Raises what a damaged file raises.
+    """The options that metrics.json names.
 
-    Of several labels, each has the same."""
+    Raises `TypeError`, `ValueError`, `KeyError` or `AttributeError` if the file is damaged."""
     threshold_split = saved.get('threshold_from')
-    if saved.get('labels'):
-        saved = next(iter(saved['labels'].values()))
-    seed = index(saved.get('seed', 0))
+    metrics = saved
+    if saved.get('labels'):  # all labels have the other options in common
+        metrics = next(iter(saved['labels'].values()))
+    seed = index(metrics.get('seed', 0))
     if seed < 0:
         raise ValueError(f'seed {seed}')
     target_sensitivity = None
-    if saved.get('at_sensitivity'):
-        target_sensitivity = float(saved['at_sensitivity']['wanted'])
+    if metrics.get('at_sensitivity'):
+        target_sensitivity = float(metrics['at_sensitivity']['wanted'])
     return EvaluationOptions(
-        n_bootstrap=index(saved.get('draws', 10_000)),
+        n_bootstrap=index(metrics.get('draws', 10_000)),
         seed=seed,
-        confidence=float(saved.get('level', 0.95)),
-        split=saved.get('split', 'test'),
-        method=asked_interval(method_in(saved)),
+        confidence=float(metrics.get('level', 0.95)),
+        split=metrics.get('split', 'test'),
+        method=asked_interval(method_in(metrics)),
         threshold_split=threshold_split,
         target_sensitivity=target_sensitivity,
     )
 
 
 def method_in(
-    saved: dict,  # metrics.json
+    metrics: dict,  # metrics.json, or what it says of one label
 ) -> str:
-    "By which method the intervals of AUCs were made; of several classes, that of the first."
-    if 'method' in saved:
-        return saved['method']
-    for area in saved.get('classes', []):
-        if area and 'method' in area:
-            return area['method']
+    """The method by which the intervals of AUCs were computed. With several classes it is that of
+    the first that has an AUC; 'logit' where none is named."""
+    if 'method' in metrics:
+        return metrics['method']
+    for class_auc in metrics.get('classes', []):
+        if class_auc and 'method' in class_auc:
+            return class_auc['method']
     return 'logit'
 
 
@@ -459,35 +482,39 @@ def check_agreement(
     computed: dict,  # see `results`
     has_own_interval: bool,  # no other manifest is given, whose patients may be others
 ) -> None:
-    "Raises `InputError` if metrics.json says other metrics than were computed."
+    """Compare metrics.json with the metrics that were computed.
+
+    Raises `InputError` for the first that differs, or is missing in the file."""
     for name in names_to_compare(saved, computed, has_own_interval):
         if name not in computed:
             continue
         value = saved.get(name)
         agrees = isinstance(value, (int, float)) and abs(computed[name] - value) < 5e-4
         if not agrees:
-            shown = name.replace('auc', 'AUC')
+            words = name.replace('auc', 'AUC')
             raise InputError(
-                f'{path} says {shown} {value} but predictions.csv and cohort.csv beside it give '
+                f'{path} says {words} {value} but predictions.csv and cohort.csv beside it give '
                 f'{computed[name]:.4f}: {EVALUATE_AGAIN}'
             )
 
 
 def names_to_compare(saved: dict, computed: dict, has_own_interval: bool) -> list[str]:
-    """Which metrics have to agree: see `check_agreement`.
+    """The names of the metrics that `check_agreement` compares.
 
-    Former files have the quadratic kappa of classes without order too, and of survival the median
-    of slides; of these the metrics are compared that have not changed."""
-    if computed['task'] == 'multiclass' and 'macro_auc' not in saved:
+    Files of former versions have another main metric for classes without order, and another
+    threshold for survival; these are left out."""
+    task = computed['task']
+    if task == 'multiclass' and 'macro_auc' not in saved:
         return ['accuracy']
     names = []
-    if computed['task'] in MAIN_METRICS:
-        names.append(MAIN_METRICS[computed['task']][1])
+    if task in MAIN_METRICS:
+        _, main_metric = MAIN_METRICS[task]
+        names.append(main_metric)
     if 'low' not in saved:
         return names
-    if computed['task'] != 'survival':
-        names.append('threshold')
-    elif has_own_interval and 'patients' in saved:  # the median of patients
+    # for survival it is the median of patients; where `patients` is missing, it was that of slides
+    has_same_threshold = task != 'survival' or (has_own_interval and 'patients' in saved)
+    if has_same_threshold:
         names.append('threshold')
     if has_own_interval:
         names += ['low', 'high']
@@ -540,7 +567,10 @@ def read_run(
 
 # %% ../../nbs/evaluation/15_report_inputs.ipynb #e1fdcbb4
 def predictions_of(run: FinishedRun) -> list[Prediction]:
-    "The predictions of two classes; for another task they are checked, and the list is empty."
+    """The predictions of a run with two classes. For another task the table is only checked, and
+    the list is empty.
+
+    Raises `InputError` if predictions.csv is missing or damaged."""
     path = run.folder / 'predictions.csv'
     if run.is_binary:
         return read_predictions(path)
@@ -553,8 +583,10 @@ def predictions_of(run: FinishedRun) -> list[Prediction]:
 
 
 def add_results(run: FinishedRun, subgroups: Sequence[str], manifest: str | Path | None) -> None:
-    """Compute the results of a run and its figures. Where nothing asks for them and they cannot be
-    computed, as for too few slides, a note says why."""
+    """Compute `results` and `figures` of a run.
+
+    Where they cannot be computed, as for too few slides, a note of the run says why. Raises
+    `InputError` instead for subgroups or a manifest, and if there is a metrics.json."""
     path = run.folder / 'predictions.csv'
     try:
         run.results = recomputed_results(run.folder, run.is_binary, subgroups, manifest)
@@ -562,9 +594,9 @@ def add_results(run: FinishedRun, subgroups: Sequence[str], manifest: str | Path
     except InputError as e:
         if subgroups or manifest or (run.folder / 'metrics.json').exists():
             raise
-        what = 'No AUC' if run.is_binary else 'No metrics'
+        metrics = 'AUC' if run.is_binary else 'metrics'
         reason = str(e).replace(str(path), path.name)
-        run.notes['metrics'] = f'{what}: {reason}.'
+        run.notes['metrics'] = f'No {metrics}: {reason}.'
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
@@ -604,9 +636,9 @@ def read_comparison(
     run: FinishedRun,
     anonymous: bool = False,  # leave out the names of the runs
 ) -> WrittenComparison:
-    """A comparison of a run with another.
+    """The comparison of a run with another, as sp_compare wrote it.
 
-    Raises `InputError` if it is damaged, or not of this run's predictions."""
+    Raises `InputError` if its files are damaged, or neither side has this run's predictions."""
     folder = Path(folder)
     values = read_values(
         folder / 'comparison.json', json.loads, 'give the folder that sp_compare wrote'
@@ -616,38 +648,43 @@ def read_comparison(
     )
     patients = read_patients(run.folder / 'cohort.csv', needed=False)
     try:
-        comparison = parsed_comparison(values, rows, patients)
+        comparison = parse_comparison(values, rows, patients)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
         raise InputError(
             f'{folder} holds a comparison that cannot be read ({type(e).__name__}: {e}); write it '
             'again by sp_compare'
         ) from None
-    is_own = [has_predictions(run, comparison.slide_ids, each) for each in comparison.scores]
-    if not any(is_own):
+    first_scores, second_scores = comparison.scores
+    is_first = has_predictions(run, comparison.slide_ids, first_scores)
+    is_second = has_predictions(run, comparison.slide_ids, second_scores)
+    if not is_first and not is_second:
         raise InputError(
             f'{folder} compares {" and ".join(comparison.names)}, and neither has the predictions '
             f'of {run.folder}: write it again by sp_compare'
         )
-    if anonymous and is_own[0]:
+    if anonymous and is_first:
         comparison.names = ['this run', 'the other run']
     elif anonymous:
         comparison.names = ['the other run', 'this run']
     return comparison
 
 # %% ../../nbs/evaluation/15_report_inputs.ipynb #6e987945
-def parsed_comparison(
+def parse_comparison(
     values: dict,  # comparison.json
     rows: list[Row],  # comparison.csv
     patients: dict[str, str],  # {slide_id: patient_id} of the run
 ) -> WrittenComparison:
-    "A comparison from its files, checked. Raises what a damaged file raises."
+    """A comparison from the contents of its files.
+
+    Raises `InputError`, `KeyError`, `IndexError`, `TypeError`, `ValueError` or `AttributeError` if
+    they are damaged."""
     level = float(values['paired']['level'])
     check_level(level)
     slide_ids = [row['slide_id'] for row in rows]
     labels = [float(row['label']) for row in rows]
     scores = [[float(row[column]) for row in rows] for column in ('probability_a', 'probability_b')]
-    for of_side in scores:
-        check_scores(labels, of_side)
+    for side_scores in scores:
+        check_scores(labels, side_scores)
     first, second = values['auc']
     return WrittenComparison(
         names=names_in(values),
@@ -701,8 +738,8 @@ def p_in_words(p: float | None) -> str:
 
 
 def has_predictions(run: FinishedRun, slide_ids: list[str], scores: list[float]) -> bool:
-    "Whether a run predicted these probabilities of some slides."
-    probabilities = {each.slide_id: each.probability for each in run.predictions}
+    "Whether `scores` are the probabilities that a run has predicted for the slides `slide_ids`."
+    probabilities = {prediction.slide_id: prediction.probability for prediction in run.predictions}
     return all(
         abs(probabilities.get(slide_id, math.nan) - score) < 1e-6
         for slide_id, score in zip(slide_ids, scores)
@@ -774,7 +811,8 @@ def without_names(
 
 
 def public_settings(settings: dict) -> dict:
-    "The settings that name nobody; of a file with annotations, only that there was one."
+    """The settings that name nobody, with another title. Of a file with annotations, they say only
+    that there was one."""
     public = {
         name: value
         for name, value in settings.items()

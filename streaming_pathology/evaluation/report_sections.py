@@ -65,37 +65,42 @@ class Fact(NamedTuple):
 
 
 def result_section(run: FinishedRun) -> Section:
-    "The answer, how sure it is, and facts of the run."
-    metrics, values = run.metrics, {}
-    if metrics:
-        values = dict(
-            auc_name=MAIN_METRICS['binary'][0],
-            interval_name=INTERVAL_NAMES[metrics.method],
-            has_no_error='newcombe' in metrics.method,
-            interval=interval_in_words(
-                metrics.low, metrics.high, metrics.patients, metrics.level, between='–'
-            ),
-            has_interval=no_interval_reason(metrics.low, metrics.high, metrics.patients) is None,
-        )
-    elif run.results:
-        values = dict(
-            main_metric=main_metric(run.results),
-            sentences=sentences_of(run.results),
-        )
+    "The section with the main metric, how sure it is, and facts of the run."
     contents = render(
         'report/result.html',
         run=run,
-        metrics=metrics,
+        metrics=run.metrics,
         guessing=guessing_note(run.results),
         notes=notes_of(run.results, on_calibration=False),
         is_synthetic=run.settings.get('synthetic') is True,
         figure=result_plot(run),
         facts=facts_of(run),
-        **values,
+        **main_values(run),
     )
     return Section('result', 'Result', [contents])
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #d5e13c2e
+def main_values(run: FinishedRun) -> dict:
+    "The values of the template that are about the main metric; none without results."
+    metrics = run.metrics
+    if metrics:
+        auc_name, _ = MAIN_METRICS['binary']
+        interval = interval_in_words(
+            metrics.low, metrics.high, metrics.patients, metrics.level, between='–'
+        )
+        reason = no_interval_reason(metrics.low, metrics.high, metrics.patients)
+        return dict(
+            auc_name=auc_name,
+            interval_name=INTERVAL_NAMES[metrics.method],
+            has_no_error='newcombe' in metrics.method,
+            interval=interval,
+            has_interval=reason is None,
+        )
+    if run.results:
+        return dict(main_metric=main_metric(run.results), sentences=sentences_of(run.results))
+    return {}
+
+
 def guessing_in_words(
     low: float,  # of the interval of an AUC
     high: float,
@@ -157,26 +162,38 @@ def result_plot(run: FinishedRun) -> Plot | None:
 
 def facts_of(run: FinishedRun) -> list[Fact]:
     "Metrics at the threshold, other metrics, and time and memory of the run."
-    facts = []
-    metrics = run.metrics
-    if metrics:
-        for name in ('sensitivity', 'specificity', 'accuracy'):
-            value = f'{getattr(metrics, name):.0%}'
-            limits = metrics.intervals[name]
-            facts.append(
-                Fact(name, value, interval_in_words(*limits, metrics.patients, form='.0%'))
-            )
+    facts = threshold_facts(run)
     if run.results:
         facts += reported_facts(run.results)
-    seconds = run.logged('seconds')
-    if seconds:
-        facts.append(Fact('training', spent(sum(seconds))))
+    return facts + cost_facts(run)
+
+
+def threshold_facts(run: FinishedRun) -> list[Fact]:
+    "Sensitivity, specificity and accuracy with their intervals; none for other tasks."
+    metrics = run.metrics
+    if metrics is None:
+        return []
+    facts = []
+    for name in ('sensitivity', 'specificity', 'accuracy'):
+        value = f'{getattr(metrics, name):.0%}'
+        low, high = metrics.intervals[name]
+        interval = interval_in_words(low, high, metrics.patients, form='.0%')
+        facts.append(Fact(name, value, interval))
+    return facts
+
+
+def cost_facts(run: FinishedRun) -> list[Fact]:
+    "Time and memory of the run, as far as they are known."
+    facts = []
+    epoch_seconds = run.logged('seconds')
+    if epoch_seconds:
+        facts.append(Fact('training', spent(sum(epoch_seconds))))
     peaks = run.logged('peak_mb')
     if peaks:
         facts.append(Fact('peak memory', memory_in_words(max(peaks))))
-    seconds_of_slides = prediction_seconds(run)
-    if seconds_of_slides:
-        facts.append(Fact('network, one slide', spent(median(seconds_of_slides))))
+    slide_seconds = prediction_seconds(run)
+    if slide_seconds:
+        facts.append(Fact('network, one slide', spent(median(slide_seconds))))
     return facts
 
 
@@ -186,9 +203,9 @@ def reported_facts(results: dict) -> list[Fact]:
     for name, metric in REPORTED.items():
         if name not in results:
             continue
-        found = results[name]
-        value = f'{found["value"]:.3f}'
-        interval = interval_in_words(found['low'], found['high'], results['patients'])
+        estimate = results[name]
+        value = f'{estimate["value"]:.3f}'
+        interval = interval_in_words(estimate['low'], estimate['high'], results['patients'])
         facts.append(Fact(metric.words, value, interval))
     return facts
 
@@ -201,12 +218,12 @@ def memory_in_words(megabytes: float) -> str:
 
 
 def prediction_seconds(run: FinishedRun) -> list[float]:
-    "How long the network took for each slide, where that is known."
-    return [each.seconds for each in run.predictions if each.seconds is not None]
+    "The seconds that the network took for each slide for which they are known."
+    return [prediction.seconds for prediction in run.predictions if prediction.seconds is not None]
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #8b1441b1
 def comparison_section(comparison: WrittenComparison) -> Section:
-    "The AUCs of this run and another, and their difference."
+    "The section with the AUCs of this run and another, and their difference."
     difference = comparison.difference
     low, high = difference.low, difference.high
     rows = [
@@ -252,32 +269,35 @@ def group_section(
     found: dict,  # `results` of two classes
     figures: dict[str, Callable],  # see `figures_of`
 ) -> Section:
-    "The metrics of subgroups, as tables and figures."
-    head = ('slides', 'positive', 'AUC', 'sensitivity', 'specificity')
-    tables, drawn = [], []
+    "The section with the metrics of subgroups, as tables and figures."
+    metric_names = ('slides', 'positive', 'AUC', 'sensitivity', 'specificity')
+    tables = []
+    plots = []
     for column, subgroups in subgroups_in(found).items():
+        head = (column, *metric_names)
         rows = [group_row(subgroup) for subgroup in subgroups]
-        tables.append(table(f'By {column}', (column, *head), rows, cls='numbers'))
+        tables.append(table(f'By {column}', head, rows, cls='numbers'))
         draw = figures.get(f'groups_{column}')
         if draw:
-            drawn.append((column, figure_uri(draw, (5, 1.2 + 0.35 * len(subgroups)))))
-    contents = render('report/groups.html', tables=tables, figures=drawn)
+            height = 1.2 + 0.35 * len(subgroups)
+            plots.append((column, figure_uri(draw, size=(5, height))))
+    contents = render('report/groups.html', tables=tables, figures=plots)
     return Section('groups', 'Subgroups', [contents])
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #6fcb417e
 def group_row(subgroup: Subgroup) -> tuple:
-    "A row of the table of groups."
-    text = 'one class'
-    area = subgroup.auc
-    if area is not None:
-        text = f'{area.value:.3f} ({interval_in_words(area.low, area.high)})'
+    "The row of a subgroup in the table of `group_section`, beginning with its name."
+    auc = 'one class'
+    if subgroup.auc is not None:
+        interval = interval_in_words(subgroup.auc.low, subgroup.auc.high)
+        auc = f'{subgroup.auc.value:.3f} ({interval})'
         if subgroup.against_all:
-            text += ' against all negative slides'
+            auc += ' against all negative slides'
     return (
         subgroup.name,
         subgroup.n,
         subgroup.n_positive,
-        text,
+        auc,
         share_in_words(subgroup.sensitivity),
         share_in_words(subgroup.specificity),
     )
@@ -294,7 +314,7 @@ def calibration_section(
     found: dict,  # `results` of two classes
     figures: dict[str, Callable],  # see `figures_of`
 ) -> Section:
-    "How far the probabilities are calibrated, and precision by sensitivity."
+    "The section on how well probabilities are calibrated, and on precision by sensitivity."
     contents = render(
         'report/calibration.html',
         calibration=found['calibration'],
@@ -344,7 +364,7 @@ def style_curves(ax: 'Axes', ylabel: str, ylim: tuple[float, float] | None) -> N
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #76d70534
 def training_section(run: FinishedRun) -> Section:
-    "The curves of the training."
+    "The section with the curves of the training, or a note on why they are missing."
     if run.log:
         contents = render('report/training.html', note=None, **training_values(run))
     else:
@@ -354,22 +374,23 @@ def training_section(run: FinishedRun) -> Section:
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #94834a11
 def training_values(run: FinishedRun) -> dict:
-    "The last epoch in words, and the curves."
+    "The values of the template: a `sentence` on the last epoch, and the curves as `figures`."
     last = run.log[-1]
     losses = f'After {plural(len(run.log), "epoch")}: training loss {last["train_loss"]:.3f}'
     if is_known(last, 'tuning_loss'):
         losses += f', tuning loss {last["tuning_loss"]:.3f}'
-    sentence, of_auc = losses, 'Tuning AUC by epoch'
+    sentence = losses
+    auc_description = 'Tuning AUC by epoch'
     if is_known(last, 'tuning_auc'):
         sentence += f', tuning AUC {last["tuning_auc"]:.3f}'
-        of_auc += f', {last["tuning_auc"]:.3f} after the last'
+        auc_description += f', {last["tuning_auc"]:.3f} after the last'
     loss_uri = curves_uri(run, ('train_loss', 'tuning_loss'), 'loss')
-    auc_uri = curves_uri(run, ('tuning_auc',), 'AUC on the tuning split', (0, 1.03))
+    auc_uri = curves_uri(run, ('tuning_auc',), 'AUC on the tuning split', ylim=(0, 1.03))
     figures = []
     if loss_uri:
         figures.append(Plot(loss_uri, f'Loss by epoch. {losses}.'))
     if auc_uri:
-        figures.append(Plot(auc_uri, f'{of_auc}.'))
+        figures.append(Plot(auc_uri, f'{auc_description}.'))
     return dict(sentence=sentence, figures=figures)
 
 
@@ -406,7 +427,7 @@ def formatted(value: float | None, specification: str) -> str | None:
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #93e789e9
 def prediction_section(run: FinishedRun) -> Section:
-    "The prediction of every slide."
+    "The section with a table of the prediction of every slide."
     head = ('slide', 'split', 'label', 'probability', 'verdict', 'seconds')
     threshold = run.threshold
     rows = []
@@ -425,13 +446,15 @@ def prediction_section(run: FinishedRun) -> Section:
     return Section('predictions', 'Predictions', [contents])
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #0b4a4ea4
-# why slides of a split do not count in the metrics
+# reasons why slides of a split do not count in the metrics
 LEFT_OUT = dict(train='to learn from', tuning='to choose epochs and thresholds by')
 EVALUATED, NOT_PREDICTED = 'evaluated', 'not predicted'
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #806cfa29
 def cohort_table(run: FinishedRun) -> Markup:
-    "How many slides and patients each split has. Raises `InputError` for a damaged cohort.csv."
+    """A table of how many slides and patients each split has.
+
+    Raises `InputError` if a label in cohort.csv is not 0, 1 or empty."""
     slides = cohort_slides(run)
     try:
         counts = Counter((slide.split_name, kind_of(slide, run.is_binary)) for slide in slides)
@@ -440,11 +463,12 @@ def cohort_table(run: FinishedRun) -> Markup:
             f'{run.folder / "cohort.csv"}: a label is not 0, 1 or empty ({e})'
         ) from None
     columns = ('positive', 'negative', 'no label') if run.is_binary else ('slides',)
-    lines = []
+    rows = []
     for split in sorted({split for split, _ in counts}, key=split_order):
-        of_kinds = [counts[split, column] for column in columns]
-        lines.append((split, *of_kinds, count_patients(slides, split)))
-    return table('Slides by split', ('split', *columns, 'patients'), lines, cls='numbers')
+        n_slides = [counts[split, column] for column in columns]
+        rows.append((split, *n_slides, count_patients(slides, split)))
+    head = ('split', *columns, 'patients')
+    return table('Slides by split', head, rows, cls='numbers')
 
 # %% ../../nbs/evaluation/16_report_sections.ipynb #40f531a9
 class CohortSlide(NamedTuple):
@@ -465,8 +489,13 @@ def cohort_slides(run: FinishedRun) -> list[CohortSlide]:
     "The slides of cohort.csv; without it those that were predicted."
     slides = []
     for row in run.cohort:
-        label, patient_id = row.get('label', ''), row.get('patient_id', '')
-        slides.append(CohortSlide(row['slide_id'], row['split'], label, patient_id))
+        slide = CohortSlide(
+            slide_id=row['slide_id'],
+            split=row['split'],
+            label=row.get('label', ''),
+            patient_id=row.get('patient_id', ''),
+        )
+        slides.append(slide)
     if slides:
         return slides
     for prediction in run.predictions:
@@ -476,7 +505,9 @@ def cohort_slides(run: FinishedRun) -> list[CohortSlide]:
 
 
 def kind_of(slide: CohortSlide, is_binary: bool) -> str:
-    "By what a slide is counted. Raises `KeyError` or `ValueError` for a label that is not 0 or 1."
+    """The column of `cohort_table` in which a slide is counted.
+
+    Raises `KeyError` or `ValueError` for a label that is not 0, 1 or empty."""
     if not is_binary:
         return 'slides'
     if not slide.label:
@@ -485,49 +516,55 @@ def kind_of(slide: CohortSlide, is_binary: bool) -> str:
 
 
 def split_order(split: str) -> tuple[int, str]:
-    "train, tuning, test, then others by their names."
-    known = ('train', 'tuning', 'test')
-    if split in known:
-        return known.index(split), ''
-    return len(known), split
+    "The sort key of splits: train, tuning and test in this order, then others by their names."
+    first_splits = ('train', 'tuning', 'test')
+    if split in first_splits:
+        return first_splits.index(split), ''
+    return len(first_splits), split
 
 
 def count_patients(slides: list[CohortSlide], split: str) -> int | None:
     "The number of patients of a split; None if the cohort names no patient there."
-    of_split = [slide for slide in slides if slide.split_name == split]
-    patients = {slide.patient_id for slide in of_split if slide.patient_id}
+    slides_of_split = [slide for slide in slides if slide.split_name == split]
+    patients = {slide.patient_id for slide in slides_of_split if slide.patient_id}
     if not patients:
         return None
     return len(patients)
 
 
 def flow_table(run: FinishedRun) -> Markup | None:
-    "From the manifest to the metrics: how many slides were left out, and why."
+    """A table of how many slides of the manifest were evaluated, and how many were left out for
+    which reason; None for other tasks than two classes."""
     if not run.is_binary:
         return None
-    predictions = {each.slide_id: each for each in run.predictions}
+    predictions = {prediction.slide_id: prediction for prediction in run.predictions}
     slides = cohort_slides(run)
-    slide_ids = [slide.slide_id for slide in slides]
-    reasons = Counter(why_left_out(predictions.get(slide_id), run.split) for slide_id in slide_ids)
-    not_predicted = Counter(slide.split for slide in slides if slide.slide_id not in predictions)
     rows = [('in the manifest', len(slides) + len(run.unusable))]
     if run.unusable:
         rows.append(('left out: cannot be read or has no tissue', len(run.unusable)))
+
+    not_predicted = Counter(slide.split for slide in slides if slide.slide_id not in predictions)
     for split in sorted(not_predicted, key=split_order):
         reason = LEFT_OUT.get(split, f'no prediction, split {split or "none"}')
         rows.append((f'left out: {reason}', not_predicted[split]))
-    for reason, count in reasons.items():
-        if reason not in (EVALUATED, NOT_PREDICTED):
-            rows.append((f'left out: {reason}', count))
-    n_beside = len(predictions.keys() - set(slide_ids))
-    if n_beside:
-        rows.append(('predicted, but in no manifest', n_beside))
-    rows.append((f'evaluated, split {run.split}', reasons[EVALUATED]))
+
+    statuses = Counter(
+        evaluation_status(predictions.get(slide.slide_id), run.split) for slide in slides
+    )
+    for status, count in statuses.items():
+        if status not in (EVALUATED, NOT_PREDICTED):
+            rows.append((f'left out: {status}', count))
+
+    n_in_no_manifest = len(predictions.keys() - {slide.slide_id for slide in slides})
+    if n_in_no_manifest:
+        rows.append(('predicted, but in no manifest', n_in_no_manifest))
+    rows.append((f'evaluated, split {run.split}', statuses[EVALUATED]))
     return table('From the manifest to the metrics', ('', 'slides'), rows, cls='numbers')
 
 
-def why_left_out(prediction: Prediction | None, split: str) -> str:
-    "Why a slide of the manifest is not evaluated, or that it is, or that it was not predicted."
+def evaluation_status(prediction: Prediction | None, split: str) -> str:
+    """What became of a slide of the manifest where the slides of `split` are evaluated:
+    `EVALUATED`, `NOT_PREDICTED`, or the reason why it was left out."""
     if prediction is None:
         return NOT_PREDICTED
     if prediction.label is None:
@@ -552,25 +589,25 @@ def flattened(values: dict, prefix: str = '') -> Iterator[tuple[str, object]]:
 
 
 def time_table(run: FinishedRun) -> Markup | None:
-    "Times and memory of the run; None where none is known."
+    "A table of times and memory of the run; None where none of them is known."
     rows = []
-    seconds = run.logged('seconds')
-    if seconds:
-        rows.append(('training in all', spent(sum(seconds))))
-        rows.append(('one epoch, median', spent(median(seconds))))
+    epoch_seconds = run.logged('seconds')
+    if epoch_seconds:
+        rows.append(('training in all', spent(sum(epoch_seconds))))
+        rows.append(('one epoch, median', spent(median(epoch_seconds))))
     peaks = run.logged('peak_mb')
     if peaks:
         rows.append(('peak memory', f'{max(peaks):,.0f} MB'))
-    of_slides = prediction_seconds(run)
-    if of_slides:
-        rows.append(('network, one slide, median', spent(median(of_slides))))
+    slide_seconds = prediction_seconds(run)
+    if slide_seconds:
+        rows.append(('network, one slide, median', spent(median(slide_seconds))))
     if not rows:
         return None
     return table('Times and memory', (), rows)
 
 
 def made_section(run: FinishedRun) -> Section:
-    "Cohort, times, settings, machine, versions, code and papers."
+    "The section with cohort, times, settings, machine, versions, code and papers."
     missing = ('metrics.json', 'cohort.csv', 'environment.json')
     environment = None
     if run.environment:

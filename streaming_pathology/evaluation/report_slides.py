@@ -126,15 +126,15 @@ def slide_file(
     slide_id: str,
     suffix: str,
 ) -> Path | None:
-    "The picture or map of a slide; None where there is none, and for what lies outside the folder."
+    """The path of the picture or map of a slide; None if there is none, or if the id of the slide
+    leads out of the folder."""
     base = (folder / kind).resolve()
     try:
         path = (base / f'{slide_id}{suffix}').resolve()
-        if path.is_relative_to(base) and path.is_file():
-            return path
-    except (OSError, ValueError):
-        return None  # a name that no file can have
-    return None
+        exists = path.is_relative_to(base) and path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+    return path if exists else None
 
 # %% ../../nbs/evaluation/17_report_slides.ipynb #70b1473e
 @dataclass
@@ -187,7 +187,8 @@ def read_map_scale(
     values = read_values(path, json.loads, 'let sp_heatmap draw it again')
     try:
         height, width = map(int, values['seen'])
-        step, vmax = float(values['step']), float(values['top'])
+        step = float(values['step'])
+        vmax = float(values['top'])
         if not all(0 < value < math.inf for value in (step, vmax)):
             raise ValueError(f'seen {values["seen"]}, step {step}, top {vmax}')
     except (KeyError, TypeError, ValueError) as e:
@@ -199,25 +200,28 @@ def read_map_scale(
 
 # %% ../../nbs/evaluation/17_report_slides.ipynb #7c31b2c9
 def read_maps(folder: str | Path, run: FinishedRun) -> Maps:
-    "A folder of maps. Raises `InputError` where it is none, or of another network than the run's."
+    """A folder of maps that sp_heatmap wrote.
+
+    Raises `InputError` if it is none, or is of another format or another network than the run's."""
     folder = Path(folder)
     path = folder / 'heatmaps.json'
     values = read_values(path, json.loads, 'give a folder that sp_heatmap wrote')
     try:
-        model, name = str(values['model']), METHODS[values['method']]
+        model_id = str(values['model'])
+        name = METHODS[values['method']]
         # `threshold` is what former versions called it
         key = 'region_threshold' if 'region_threshold' in values else 'threshold'
         threshold = float(values[key])
-        is_readable = values['format'] == FORMAT
+        is_format = values['format'] == FORMAT
         if not 0 < threshold < math.inf:
             raise ValueError(f'threshold {threshold}')
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(
             f'{path} cannot be read ({type(e).__name__}: {e}); give a folder that sp_heatmap wrote'
         ) from None
-    models = models_of(run)
-    is_same = not models or any(model.startswith(each) for each in models)
-    if not is_readable or not is_same:
+    run_ids = model_ids(run)
+    is_same_network = not run_ids or any(model_id.startswith(run_id) for run_id in run_ids)
+    if not is_format or not is_same_network:
         raise InputError(
             f'{folder} holds maps of another network than that of {run.folder}; give those that '
             'sp_heatmap drew of its checkpoints/best.pt'
@@ -227,23 +231,23 @@ def read_maps(folder: str | Path, run: FinishedRun) -> Maps:
     return Maps(folder, name, threshold)
 
 # %% ../../nbs/evaluation/17_report_slides.ipynb #f44c554b
-def models_of(run: FinishedRun) -> set[str]:
-    "The checksums of the models that predicted, as far as predictions.csv tells them."
+def model_ids(run: FinishedRun) -> set[str]:
+    "The checksums of the networks in predictions.csv, or their beginnings; empty if it has none."
     rows = read_table(run.folder / 'predictions.csv', ('slide_id',), ('model',))
     return {row['model'] for row in rows if row.get('model')}
 
 
 def common_vmax(run: FinishedRun, predictions: Sequence[Prediction]) -> float:
-    """The value of full colour for all slides together: 1 for probabilities of patches, and where
-    there are no heatmaps; else as by `high_value`."""
-    heats = []
+    """The value of full colour on the scale of all slides together: the `high_value` of all their
+    heatmaps, but 1 if these are probabilities of patches, or if there are none."""
+    values = []
     for prediction in predictions:
         path = slide_file(run.folder, 'heatmaps', prediction.slide_id, '.npy')
         if path:
-            heats.append(load_heatmap(path).ravel())
-    if run.sees_patches or not heats:
+            values.append(load_heatmap(path).ravel())
+    if run.sees_patches or not values:
         return 1.0
-    return high_value(np.concatenate(heats), run.skips_background)
+    return high_value(np.concatenate(values), on_tissue=run.skips_background)
 
 # %% ../../nbs/evaluation/17_report_slides.ipynb #ccc8a870
 def write_image(
@@ -253,46 +257,49 @@ def write_image(
     vmax: float,  # see `common_vmax`
     maps: Sequence[Maps],
 ) -> SlideImage | None:
-    """Write pictures, tiles and maps of a slide into a report; None where the run has no image of
-    it.
+    """Write pictures, tiles and maps of a slide into a report. Returns the image with their paths;
+    None if the run has no image of the slide.
 
     Raises `InputError` if one of its files is damaged, or its map is of another image."""
-    slide_id, stem = slide.prediction.slide_id, slide.stem
-    path = slide_file(run.folder, 'images', slide_id, '.jpg')
-    if path is None:
+    slide_id = slide.prediction.slide_id
+    image_path = slide_file(run.folder, 'images', slide_id, '.jpg')
+    if image_path is None:
         return None
-    image = SlideImage(read_picture(path))
-    write_small(path, folder / f'pictures/{stem}.jpg')
+    image = SlideImage(read_picture(image_path))
+    write_small(image_path, folder / f'pictures/{slide.stem}.jpg')
     if viewer_files():
         (folder / 'tiles').mkdir(exist_ok=True)
-        written = write_tiles(path, folder / f'tiles/{stem}')
-        image.tiles = written | dict(path=f'../tiles/{stem}')
-    path = slide_file(run.folder, 'heatmaps', slide_id, '.npy')
-    if path:
+        tiles = write_tiles(image_path, folder / f'tiles/{slide.stem}')
+        image.tiles = tiles | dict(path=f'../tiles/{slide.stem}')
+    heatmap_path = slide_file(run.folder, 'heatmaps', slide_id, '.npy')
+    if heatmap_path:
         image.has_heatmap = True
-        heat = load_checked(path, image.picture)
+        heat = load_heatmap_of(image.picture, heatmap_path)
         image.layers = heatmap_layers(run, slide, folder, heat, vmax)
-    for number, of_method in enumerate(maps):
-        file = f'pictures/{stem}-{number}.webp'
-        layer = of_method.layer(slide_id, image.picture, folder, file, shown=not image.layers)
+    for number, method_maps in enumerate(maps):
+        file = f'pictures/{slide.stem}-{number}.webp'
+        is_first = not image.layers
+        layer = method_maps.layer(slide_id, image.picture, folder, file, shown=is_first)
         if layer:
             image.layers.append(layer)
     return image
 
 # %% ../../nbs/evaluation/17_report_slides.ipynb #dafe0042
 def write_small(path: Path, out: Path) -> None:
-    "Write a picture as a small one, for the gallery."
+    "Write a small copy of a picture, for the gallery."
     with Image.open(path) as image:
-        image.draft('RGB', (1024, 1024))
+        image.draft('RGB', (1024, 1024))  # quicker: a large JPEG is decoded at a smaller scale
         small = np.asarray(image.convert('RGB'))
-    save_picture(out, small, None, 512, 80)
+    save_picture(out, small, spacing=None, max_side=512, quality=80)
 
 
-def load_checked(path: Path, picture: Picture) -> np.ndarray:
-    "A heatmap. Raises `InputError` if it has another shape than the picture."
+def load_heatmap_of(picture: Picture, path: Path) -> np.ndarray:
+    "The heatmap of a picture. Raises `InputError` if its sides have another proportion."
     heat = load_heatmap(path)
     height, width = picture.size
-    if abs(heat.shape[0] * width - heat.shape[1] * height) > 1.5 * (width + height):
+    n_rows, n_columns = heat.shape
+    # cells may reach beyond the picture, so the proportion may differ by 1.5 cells along each side
+    if abs(n_rows * width - n_columns * height) > 1.5 * (width + height):
         raise InputError(
             f'{path} has the shape {heat.shape}, its image has {(height, width)}: a heatmap has to '
             'cover the same field of view'
@@ -307,7 +314,7 @@ def heatmap_layers(
     heat: np.ndarray,  # (h, w)
     vmax: float,  # of all slides
 ) -> list[Layer]:
-    "Write the heatmap of a slide on both scales of colour."
+    "Write the heatmap of a slide on both scales of colour. Returns a layer for each."
     own_vmax = high_value(heat, run.skips_background)
     if not own_vmax:
         own_vmax = float(heat.max())
@@ -316,10 +323,10 @@ def heatmap_layers(
         f'{run.map_name}, on its own scale',
     )
     layers = []
-    for kind, name, top in zip(SCALES, names, (vmax, own_vmax)):
+    for kind, name, layer_vmax in zip(SCALES, names, (vmax, own_vmax)):
         picture = f'pictures/{slide.stem}-{kind}.webp'
-        write_layer(folder / picture, heat, top)
-        outline = outline_of(heat, top / 2) if top else ''
+        write_layer(folder / picture, heat, layer_vmax)
+        outline = outline_of(heat, threshold=layer_vmax / 2) if layer_vmax else ''
         layers.append(
             Layer(
                 name,
@@ -337,7 +344,7 @@ def gallery_section(
     slides: Sequence[ShownSlide],
     max_slides: int,  # labelled slides that a report shows
 ) -> Section:
-    "Cards of the labelled slides, the largest error first, and of the unlabelled ones."
+    "The section with cards of labelled slides, the largest error first, and of unlabelled ones."
     if not slides:
         sentence = (
             'There are no labelled slides.'
@@ -359,9 +366,10 @@ def gallery_section(
 
 # %% ../../nbs/evaluation/17_report_slides.ipynb #20b756ef
 def gallery_notes(run: FinishedRun, slides: Sequence[ShownSlide], max_slides: int) -> list[str]:
-    "Which slides, pictures and maps are not there."
+    "Sentences on the slides, pictures and maps that the gallery lacks."
     notes = []
-    n_labelled, n_slides = len(run.labelled), len(slides)
+    n_labelled = len(run.labelled)
+    n_slides = len(slides)
     if n_labelled > max_slides:
         notes.append(
             f'{n_labelled:,} slides are too many for one page: these are the '
@@ -369,13 +377,13 @@ def gallery_notes(run: FinishedRun, slides: Sequence[ShownSlide], max_slides: in
         )
     n_pictures = sum(slide.image is not None for slide in slides)
     n_maps = sum(bool(slide.layers) for slide in slides)
-    for what, number, folder in (
+    for name, count, folder in (
         ('Pictures', n_pictures, 'images'),
         ('Heatmaps', n_maps, 'heatmaps'),
     ):
-        if number < n_slides:
+        if count < n_slides:
             notes.append(
-                f'{what} were made of {number} of {plural(n_slides, "slide")}; the others have no '
+                f'{name} were made of {count} of {plural(n_slides, "slide")}; the others have no '
                 f'file in {folder}/.'
             )
     return notes
@@ -458,14 +466,15 @@ def slide_facts(
 def category_tables(
     models: dict[str, tuple[list[Wrong], dict[str, str]]],  # see `category_table`
 ) -> list[Markup]:
-    "The errors of models by their categories, as the paper's Table III: a table for each kind."
+    """The errors of models by their categories, as in the paper's Table III: a table for each kind
+    of error that there is."""
     tables = []
-    for kind, totals, rows in category_table(models):
-        if rows:
+    for kind, totals, category_counts in category_table(models):
+        if category_counts:
             titles = [f'{name} ({total})' for name, total in zip(models, totals)]
-            lines = [(category, *counts) for category, counts in rows]
             head = ('category', *titles)
-            tables.append(table(f'{kind.capitalize()}s', head, lines, cls='numbers'))
+            rows = [(category, *counts) for category, counts in category_counts]
+            tables.append(table(f'{kind.capitalize()}s', head, rows, cls='numbers'))
     return tables
 
 
@@ -495,13 +504,15 @@ class ShownError:
 
 
 def error_section(run: FinishedRun, slides: Sequence[ShownSlide], review: Review) -> Section:
-    "Cards of the errors, each with a field for its category."
+    "The section with cards of the errors, each with a field for its category."
     errors = shown_errors(run, slides, review)
     hidden_errors = [error for error in errors if error.slide is None]
-    cards = {
-        kind: [error for error in errors if error.slide and error.kind == kind] for kind in FALSE
-    }
-    counts = [plural(sum(each.kind == kind for each in review.wrong), kind) for kind in FALSE]
+    cards = {}  # {kind: errors whose slide the report shows}
+    counts = []
+    for kind in FALSE:
+        errors_of_kind = [error for error in errors if error.kind == kind]
+        cards[kind] = [error for error in errors_of_kind if error.slide]
+        counts.append(plural(len(errors_of_kind), kind))
     tables = []
     if review.categories:
         tables = category_tables({run.title: (review.wrong, review.categories)})
@@ -526,17 +537,17 @@ def error_section(run: FinishedRun, slides: Sequence[ShownSlide], review: Review
 def shown_errors(
     run: FinishedRun, slides: Sequence[ShownSlide], review: Review
 ) -> list[ShownError]:
-    "The errors of a review, as a report shows them."
-    of_ids = {slide.prediction.slide_id: slide for slide in slides}
+    "All errors of a review, as a report shows them."
+    slide_of_id = {slide.prediction.slide_id: slide for slide in slides}
     return [
         ShownError(
-            run.name(each.slide_id),
-            run.numbers[each.slide_id],
-            each.kind,
-            review.categories.get(each.slide_id),
-            of_ids.get(each.slide_id),
+            name=run.name(error.slide_id),
+            number=run.numbers[error.slide_id],
+            kind=error.kind,
+            category=review.categories.get(error.slide_id),
+            slide=slide_of_id.get(error.slide_id),
         )
-        for each in review.wrong
+        for error in review.wrong
     ]
 
 
@@ -564,6 +575,6 @@ def other_threshold(run: FinishedRun, best_threshold: float) -> OtherThreshold |
 
 
 def review_key(run: FinishedRun, review: Review) -> str:
-    "By what a browser keeps the categories of this report, and of no other."
+    "The key under which a browser keeps the categories of this report, and of no other."
     content = repr((run.predictions, review.categories)).encode()
     return hashlib.sha256(content).hexdigest()[:16]

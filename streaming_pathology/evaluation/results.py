@@ -1164,9 +1164,11 @@ def draw_results(
 
     draw_by_stem = {}
     for title, draw in figures_of(found, predictions, manifest).items():
-        stem = re.sub(r'\W+', '_', title)
-        if stem in draw_by_stem:
-            stem = f'{stem}_{len(draw_by_stem)}'
+        first_stem = stem = re.sub(r'\W+', '_', title)
+        number = len(draw_by_stem)
+        while stem in draw_by_stem:
+            stem = f'{first_stem}_{number}'
+            number += 1
         draw_by_stem[stem] = draw
     names = [f'{stem}.svg' for stem in draw_by_stem]
     for name in names:

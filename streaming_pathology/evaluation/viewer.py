@@ -42,7 +42,8 @@ def save_picture(
     max_side: int = 4096,  # pixels of the longest side of the file
     quality: int = 88,
 ) -> Path:
-    """Write a picture that knows its scale, whole or not at all. Returns its path.
+    """Write a picture as a JPEG, whole or not at all, with its scale in the comment of the file.
+    Returns its path.
 
     Raises `InputError` if the file cannot be written."""
     picture = Image.fromarray(np.asarray(image))
@@ -50,8 +51,9 @@ def save_picture(
     picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     options: dict[str, Any] = dict(quality=quality)
     if spacing:
-        about = dict(spacing=spacing * width / picture.width, seen=[height, width])
-        options['comment'] = json.dumps(about)
+        file_spacing = spacing * width / picture.width
+        scale = dict(spacing=file_spacing, seen=[height, width])
+        options['comment'] = json.dumps(scale)
     with whole_file(path) as file:
         picture.save(file, 'JPEG', **options)
     return Path(path)
@@ -75,8 +77,8 @@ def read_picture(
         with Image.open(path) as image:
             size = image.height, image.width
             comment = image.info.get('comment')
-            image.draft('RGB', (1, 1))
-            image.load()  # all of it, though small
+            image.draft('RGB', (1, 1))  # decode it as small as possible
+            image.load()  # reads the whole file, and so finds damage anywhere
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise InputError(f'{path} is damaged and cannot be read as an image: {e}') from None
     spacing, seen = scale_in(comment)
@@ -86,14 +88,14 @@ def read_picture(
 
 # %% ../../nbs/evaluation/14_viewer.ipynb #05d0326f
 def scale_in(comment: bytes | str | None) -> tuple[float | None, tuple]:
-    """What `save_picture` wrote into the comment of a file: microns per pixel, and the size of what
-    the network was shown; (None, ()) for other comments."""
+    """The scale in the comment of a file that `save_picture` wrote: microns per pixel, and the
+    (height, width) in pixels of what the network was shown. (None, ()) for any other comment."""
     if comment is None:
         return None, ()
     try:
-        about = json.loads(comment)
-        spacing = float(about['spacing'])
-        seen = tuple(map(int, about['seen']))
+        scale = json.loads(comment)
+        spacing = float(scale['spacing'])
+        seen = tuple(map(int, scale['seen']))
     except (TypeError, ValueError, KeyError):
         return None, ()
     if not spacing > 0 or len(seen) != 2:
@@ -108,10 +110,11 @@ def write_tiles(
     picture: str | Path,  # file of an image
     folder: str | Path,  # to write, with a folder for each level, the coarsest one 0
 ) -> dict:
-    """Cut a picture into the tiles of a pyramid, whose coarsest level is one tile. Returns what the
-    viewer needs of it: width, height, tile and levels.
+    """Cut a picture into the tiles of a pyramid, whose coarsest level is one tile.
 
-    Raises `InputError` if the picture cannot be cut."""
+    Returns what the viewer has to know of the pyramid: `width` and `height` of the picture, the
+    side `tile` of a tile, all in pixels, and the number of `levels`. Raises `InputError` if the
+    picture cannot be cut."""
     folder = Path(folder)
     try:
         image = pyvips.Image.new_from_file(str(picture), access='sequential').colourspace('srgb')
@@ -120,14 +123,21 @@ def write_tiles(
         )
     except pyvips.Error as e:
         raise InputError(f'{picture} cannot be cut into tiles: {reason(e)}') from None
-    written = folder.with_name(f'{folder.name}_files')
-    for unused in (folder.with_name(f'{folder.name}.dzi'), written / 'vips-properties.xml'):
+    # libvips adds _files to the name of the folder, and writes two files that the viewer never reads
+    tile_folder = folder.with_name(f'{folder.name}_files')
+    description = folder.with_name(f'{folder.name}.dzi')
+    properties = tile_folder / 'vips-properties.xml'
+    for unused in (description, properties):
         unused.unlink(missing_ok=True)
-    written.rename(folder)
+    tile_folder.rename(folder)
     levels = len(list(folder.iterdir()))
     return dict(width=image.width, height=image.height, tile=TILE, levels=levels)
 
 # %% ../../nbs/evaluation/14_viewer.ipynb #view0012
+_MAX_CELLS = 256  # a side, of the maps whose values and outlines are in a page
+_MAX_NUMBER = 65535  # of 16 bits
+
+
 @dataclass(frozen=True)
 class MapValues:
     "The values of a map for the script of a page, which shows the one under the cursor."
@@ -139,15 +149,18 @@ class MapValues:
 
 
 def map_values(heat: np.ndarray) -> MapValues:  # (h, w)
-    """The values of a map, averaged to at most 256 cells a side as outlines are, to 1 / 65535 of
-    the highest. Raises `InputError` for what is no map."""
-    heat = fit_map(heat, 256)
-    full = float(heat.max())
-    if not full:
-        full = 1.0
-    numbers = np.rint(heat / full * 65535).astype('<u2')
+    """The values of a map in steps of 1 / 65535 of the highest. Like an outline, they are of the
+    map averaged to at most 256 cells a side.
+
+    Raises `InputError` for what is no map."""
+    heat = fit_map(heat, _MAX_CELLS)
+    highest = float(heat.max())
+    if not highest:
+        highest = 1.0
+    numbers = np.rint(heat / highest * _MAX_NUMBER).astype('<u2')
+    encoded = base64.b64encode(numbers.tobytes()).decode()
     rows, columns = heat.shape
-    return MapValues(rows, columns, full, base64.b64encode(numbers.tobytes()).decode())
+    return MapValues(rows, columns, full=highest, numbers=encoded)
 
 
 @dataclass(frozen=True)
@@ -184,17 +197,19 @@ def outline_of(
     threshold: float,  # in its units
     extent: tuple = (1.0, 1.0),  # see `Layer`
 ) -> str:
-    """Where a map is above a threshold, as the path of an SVG: x and y in thousandths of the
-    slide's picture.
+    """The outline of where a map is above a threshold, as the path of an SVG, '' if it is nowhere:
+    x and y in thousandths of the slide's picture.
 
-    The map is averaged to at most 256 cells a side, and regions of a cell or two are left out.
-    Raises `InputError` as `regions` does."""
-    heat = fit_map(heat, 256)
-    height = 1000 * extent[0] / heat.shape[0]
-    width = 1000 * extent[1] / heat.shape[1]
-    field = Field((1000, 1000), 1.0, (0, 0), (height, width))
+    The map is averaged to at most 256 cells a side, and regions smaller than two cells are left
+    out. Raises `InputError` as `regions` does."""
+    heat = fit_map(heat, _MAX_CELLS)
+    cell_height = 1000 * extent[0] / heat.shape[0]
+    cell_width = 1000 * extent[1] / heat.shape[1]
+    # thousandths of the picture stand in for pixels, and for microns
+    field = Field(size=(1000, 1000), spacing=1.0, origin=(0, 0), cell=(cell_height, cell_width))
+    min_area = 2 * cell_height * cell_width
     path = ''
-    for region in regions(heat, field, threshold, 2 * height * width):
+    for region in regions(heat, field, threshold, min_area_um2=min_area):
         for ring in region.rings:
             points = [f'{x:.1f} {y:.1f}' for x, y in ring[:-1]]
             path += f'M{"L".join(points)}Z'
@@ -207,18 +222,17 @@ VIEWER = ('openseadragon.min.js', 'LICENSE.txt')
 def viewer_files() -> list[Traversable]:
     "The files of the slide viewer that was installed with the package; empty if there is none."
     folder = files('streaming_pathology') / 'data/openseadragon'
-    found = [folder / name for name in VIEWER]
-    if not all(file.is_file() for file in found):
-        return []
-    return found
+    viewer = [folder / name for name in VIEWER]
+    is_complete = all(file.is_file() for file in viewer)
+    return viewer if is_complete else []
 
 # %% ../../nbs/evaluation/14_viewer.ipynb #74a174ab
 def copy_viewer(folder: str | Path) -> bool:
-    "Put the viewer and its licence into a folder. Returns whether it is installed."
-    found = viewer_files()
-    for file in found:
+    "Copy the viewer and its licence into a folder, if it is installed. Returns whether it is."
+    viewer = viewer_files()
+    for file in viewer:
         write_whole(Path(folder) / file.name, file.read_bytes())
-    return bool(found)
+    return bool(viewer)
 
 # %% ../../nbs/evaluation/14_viewer.ipynb #0548a985
 class ScaleBar(NamedTuple):
@@ -228,13 +242,13 @@ class ScaleBar(NamedTuple):
     text: str
 
 
-def scale_length(wanted: float) -> float:
-    "The longest of 1, 2 and 5 times a power of ten that is no longer than `wanted` microns."
-    ten = 10 ** np.floor(np.log10(wanted))
-    for number in (5, 2, 1):
-        if number * ten <= wanted * (1 + 1e-9):
-            break
-    return float(number * ten)
+def scale_length(max_length: float) -> float:
+    "The longest of 1, 2 and 5 times a power of ten that is no longer than `max_length` microns."
+    power = 10 ** np.floor(np.log10(max_length))
+    for multiple in (5, 2):
+        if multiple * power <= max_length * (1 + 1e-9):  # equal, but for rounding, is not longer
+            return float(multiple * power)
+    return float(power)
 
 
 def in_microns(length: float) -> str:

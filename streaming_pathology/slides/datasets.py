@@ -524,11 +524,13 @@ def unreadable(data: SlideDataset, workers: int, progress: bool) -> dict[str, st
     }
 
 # %% ../../nbs/slides/12_datasets.ipynb #c5f52401
-def _warn_by_slide(sentences: dict[str, list[str]], n_slides: int, fault: str) -> None:
-    "Warn of the slides that have sentences on a fault, slide_id -> sentences, if any has."
-    if sentences:
-        start = f'{len(sentences)} of {n_slides} slides {fault}'
-        warnings.warn(several(start, [text for texts in sentences.values() for text in texts]))
+def _warn_by_slide(data: SlideDataset, sentences: dict[str, list[str]], fault: str) -> None:
+    "Warn of the slides of a dataset that have sentences on a fault, slide_id -> sentences."
+    # `sentences` may have slides that were read and left out
+    of_slides = [sentences[case.slide_id] for case in data.cases if case.slide_id in sentences]
+    if of_slides:
+        start = f'{len(of_slides)} of {len(data)} slides {fault}'
+        warnings.warn(several(start, [text for texts in of_slides for text in texts]))
 
 
 def check_cohort(
@@ -564,8 +566,8 @@ def check_cohort(
     for sentence in (cropped(data), turned_out(data, data.augment)):
         if sentence is not None:
             warnings.warn(sentence)
-    _warn_by_slide(data.contradictions, len(data), 'have two spacings')
-    _warn_by_slide(data.mask_notes, len(data), 'have a mask that looks inverted')
+    _warn_by_slide(data, data.contradictions, 'have two spacings')
+    _warn_by_slide(data, data.mask_notes, 'have a mask that looks inverted')
     return data
 
 # %% ../../nbs/slides/12_datasets.ipynb #3cc674af
@@ -588,10 +590,10 @@ def check_known(labels: np.ndarray) -> None:
 def oversampled_labels(labels: np.ndarray, oversample: Oversample) -> set[float]:
     """The labels whose slides are drawn as often as those of the largest class. Raises `InputError`
     for a setting that is no label, and for a label that no slide has."""
-    if oversample is True:
-        return set(labels.tolist())
-    if oversample is False or oversample is None:
+    if oversample is None:
         return set()
+    if isinstance(oversample, (bool, np.bool_)):
+        return set(labels.tolist()) if oversample else set()
     try:
         chosen = {float(label) for label in np.atleast_1d(oversample)}
     except (TypeError, ValueError):

@@ -1279,6 +1279,8 @@ def prepare_cohort_folder(folder: Path, settings: dict) -> None:
         settings_there = json.loads(note.read_text()) if note.exists() else None
         if settings_there is None and any(folder.iterdir()):
             raise InputError(f'{folder} is not empty: choose another folder')
+        if settings_there is not None and not isinstance(settings_there, dict):
+            raise InputError(f'{note} is damaged: choose another folder')
         if settings_there is not None and FORMERLY | settings_there != settings:
             raise InputError(
                 f'{folder} holds a cohort with other settings ({note.name}): choose another folder'

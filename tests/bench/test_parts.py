@@ -40,6 +40,29 @@ def test_methods():
     assert found['cpu_to_plain']['half']['median'] > 0
 
 
+def test_a_plain_network_that_fails_leaves_what_was_measured(monkeypatch):
+    "Its memory may not be enough where that of streaming is."
+    measured = dict(above=1, seconds=1.0, cpu=1.0)
+
+    def peak_memory(way, case):
+        return {'error': 'out of memory'} if way['method'] == 'plain' else dict(measured)
+
+    monkeypatch.setattr(comparison, 'peak_memory', peak_memory)
+    monkeypatch.setattr(measure, 'peak_memory', peak_memory)
+    said = []
+    case = measure.make_case('resnet18', 'layer1', (64, 96))
+    ways = dict(plain=dict(method='plain'), streaming=dict(method='streaming', strip=32))
+    found = comparison.compare(ways, case, 1, said.append)
+    assert found['error'] == 'plain: out of memory' and 'to_plain' not in found
+    assert list(found['seconds']) == ['streaming'] and 'plain: out of memory' in said[-1]
+    nets = (('resnet18', 'layer1', (0,)),)
+    result = comparison.beside_peer(
+        repeats=1, sizes=((64, 64),), nets=nets, peer='checkpoint', patience=0, log=said.append
+    )
+    assert 'ratio' not in result['pairs'][0]
+    assert 'plain: out of memory' in said[-1]
+
+
 def test_budgets():
     "The plain network stands in for lightstream."
     nets = (('resnet18', 'layer1', (0,)),)

@@ -16,6 +16,7 @@ from streaming_pathology.evaluation.results import (
     ReportedMetric,
     effective_patients,
     few_patients,
+    draw_results,
     figures_of,
     read_outcomes,
     results,
@@ -697,3 +698,12 @@ def test_figures(two_classes, other_tasks):
         _, ax = plt.subplots()
         assert draw(ax) is ax
         plt.close(ax.figure)
+
+
+def test_figures_whose_names_clash_have_files_of_their_own(tmp_path, monkeypatch):
+    drawn = []
+    titles = ['a b', 'a_b', 'a_b_2', 'a-b']
+    figures = {title: lambda ax, title=title: drawn.append(title) for title in titles}
+    monkeypatch.setattr('streaming_pathology.evaluation.results.figures_of', lambda *args: figures)
+    names = draw_results({}, tmp_path / 'p.csv', tmp_path)
+    assert len(set(names)) == 4 == len(list(tmp_path.glob('*.svg'))) and drawn == titles

@@ -15,8 +15,10 @@ from streaming_pathology.paper.__main__ import ALL_PLANS, asked_jobs, main
 from streaming_pathology.paper.data import ImageBags
 from streaming_pathology.paper.painted import (
     DARKNESS,
+    COVERAGE_PLAN,
     FULL_PLANS,
     LABELS_PLAN,
+    LARGER_PLAN,
     SMALL_COVERAGE,
     SMALL_LABELS,
     SMALL_PLANS,
@@ -85,8 +87,18 @@ def job(method, plan=TINY):
 
 
 def test_full_plans_are_as_the_small_ones_and_keep_to_their_budgets():
-    assert [plan.budget_hours for plan in FULL_PLANS] == [2.2, 0.9, 0.6]
-    for full, little in zip(FULL_PLANS, SMALL_PLANS, strict=True):
+    assert [plan.budget_hours for plan in FULL_PLANS] == [2.2, 0.9, 0.5, 0.6]
+    assert LARGER_PLAN == replace(
+        COVERAGE_PLAN,
+        name='painted-coverage-larger',
+        labels=('tumour',),
+        areas={'tumour': (0.05, 0.6)},
+        methods=COVERAGE_PLAN.methods[:5],
+        frozen_epochs=30,
+        budget_hours=0.5,
+    )
+    first = [plan for plan in FULL_PLANS if plan is not LARGER_PLAN]
+    for full, little in zip(first, SMALL_PLANS, strict=True):
         assert little.name == f'small-{full.name}'
         assert {*little.methods} <= {*full.methods} <= {*PAINTED_METHODS}
         assert ALL_PLANS[full.name] is full

@@ -268,6 +268,16 @@ def test_the_check_warns_of_two_spacings(cases, monkeypatch):
         check_cohort(cases[:2], 4, progress=False)
 
 
+def test_slides_that_are_left_out_are_not_warned_of(cases, recwarn):
+    data = SlideDataset(cases[:3], 4)
+    for number, case in enumerate(cases[:3]):
+        data.contradictions[case.slide_id] = [f'file {number} says 4 and 8']
+    left = data.without([cases[0].slide_id])
+    check_cohort(left, progress=False)
+    (warned,) = [str(each.message) for each in recwarn if 'two spacings' in str(each.message)]
+    assert warned.startswith('2 of 2 slides have two spacings: file 1 says 4 and 8; ')
+
+
 def test_the_check_warns_of_inverted_masks(cases, tmp_path):
     path = tmp_path / 'glass.png'
     with Slide(cases[0].path) as slide:
@@ -391,7 +401,15 @@ def test_no_slides():
 
 @pytest.mark.parametrize(
     'oversample, length',
-    [(True, 4), (False, 3), (0, 4), (np.array([0, 1]), 4), (None, 3)],
+    [
+        (True, 4),
+        (False, 3),
+        (0, 4),
+        (np.array([0, 1]), 4),
+        (None, 3),
+        (np.True_, 4),
+        (np.False_, 3),
+    ],
 )
 def test_forms_of_oversample(oversample, length):
     assert len(EpochSampler([0, 1, 1], oversample=oversample)) == length

@@ -14,9 +14,9 @@ from streaming_pathology.evaluation.outcomes import class_aucs, kappa
 from streaming_pathology.evaluation.results import (
     REPORTED,
     ReportedMetric,
+    draw_results,
     effective_patients,
     few_patients,
-    draw_results,
     figures_of,
     read_outcomes,
     results,

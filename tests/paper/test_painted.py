@@ -14,8 +14,8 @@ from streaming_pathology.mil.bags import PatchGrid
 from streaming_pathology.paper.__main__ import ALL_PLANS, asked_jobs, main
 from streaming_pathology.paper.data import ImageBags
 from streaming_pathology.paper.painted import (
-    DARKNESS,
     COVERAGE_PLAN,
+    DARKNESS,
     FULL_PLANS,
     LABELS_PLAN,
     LARGER_PLAN,

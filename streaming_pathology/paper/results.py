@@ -6,14 +6,15 @@
 __all__ = ['FOLDER', 'NOT_YET', 'COUNTS', 'UNTRAINED', 'COLORS', 'STYLES', 'Scores', 'results_done', 'results_in', 'state_of',
            'scores_of', 'table_1', 'counted_grades', 'interval_text', 'Comparison', 'compare', 'picked', 'shares_of',
            'table_2', 'tested', 'table_of_baselines', 'table_of_sizes', 'errors_of', 'table_3', 'figure_3',
-           'mosaic_areas', 'base_of', 'table_of_mosaics', 'table_of_mosaic_maps', 'measured_on']
+           'mosaic_areas', 'MosaicScores', 'mosaic_scores', 'mosaic_difference', 'base_of', 'table_of_mosaics',
+           'table_of_mosaic_differences', 'table_of_mosaic_maps', 'measured_on']
 
 # %% ../../nbs/paper/09_results.ipynb #63551956
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -336,18 +337,40 @@ def mosaic_areas(plan: Plan, method: str, folder: str | Path) -> dict[str, Estim
     "AUC by the share that was planted, as text; None where the method is not measured."
     if state_of(plan, method, 1.0, folder):
         return None
-    results = results_in(plan, method, 1.0, folder)
     areas = {}
     for share in [f'{each:g}' for each in plan.planted]:
-        ids, labels, scores = [], [], []
-        for result in results:
-            chosen = [name for name, each in result['grades'].items() if each == share]
-            ranks = fold_ranks({name: result['logits'][name] for name in chosen})
-            ids += [base_of(name) for name in chosen]
-            labels += [result['labels'][name] for name in chosen]
-            scores += [ranks[name] for name in chosen]
-        areas[share] = auc_interval(labels, scores, resampling=Resampling(patient_ids=ids))
+        found = mosaic_scores(plan, method, share, folder)
+        resampling = Resampling(patient_ids=found.bases)
+        areas[share] = auc_interval(found.labels, found.scores, resampling=resampling)
     return areas
+
+
+class MosaicScores(NamedTuple):
+    "The scores of the test mosaics of one share, in the order of folds and names."
+
+    bases: list[str]  # ids of the biopsies that they were made of
+    labels: list[int]
+    scores: list[float]  # ranks within a fold, from 0 to 1
+
+
+def mosaic_scores(plan: Plan, method: str, share: str, folder: str | Path) -> MosaicScores:
+    "The scores of a method, of all folds, for the mosaics with a share of tumour."
+    found = MosaicScores([], [], [])
+    for result in results_in(plan, method, 1.0, folder):
+        names = [name for name, grade in result['grades'].items() if grade == share]
+        ranks = fold_ranks({name: result['logits'][name] for name in names})
+        found.bases.extend(base_of(name) for name in names)
+        found.labels.extend(result['labels'][name] for name in names)
+        found.scores.extend(ranks[name] for name in names)
+    return found
+
+
+def mosaic_difference(
+    plan: Plan, methods: tuple[str, str], share: str, folder: str | Path
+) -> DeLong:
+    "The AUC of the first method less that of the second, by the paired test over bases."
+    first, second = (mosaic_scores(plan, method, share, folder) for method in methods)
+    return delong_test(first.labels, first.scores, second.scores, LEVEL, first.bases)
 
 
 def base_of(mosaic: str) -> str:
@@ -365,6 +388,21 @@ def table_of_mosaics(plan: Plan, folder: str | Path) -> list[list[object]]:
             rows.append([method, state_of(plan, method, 1.0, folder), *blank])
         else:
             rows.append([method, *areas.values()])
+    return rows
+
+
+def table_of_mosaic_differences(
+    plan: Plan, folder: str | Path, pairs: Sequence[tuple[str, str]]
+) -> list[list[object]]:
+    "The difference in AUC of pairs of methods, by the share of tumour."
+    rows: list[list[object]] = [['difference', *(f'{share:.0%}' for share in plan.planted)]]
+    for pair in pairs:
+        name = f'{pair[0]} less {pair[1]}'
+        if any(state_of(plan, method, 1.0, folder) for method in pair):
+            rows.append([name, NOT_YET, *('–' for _ in plan.planted[1:])])
+            continue
+        tests = [mosaic_difference(plan, pair, f'{share:g}', folder) for share in plan.planted]
+        rows.append([name, *(interval_text(test) for test in tests)])
     return rows
 
 

@@ -941,7 +941,7 @@ def checked_share(value: float, name: str) -> float:
     "A share as a number. Raises `InputError`, which calls it `name`, if it is not from 0 to 1."
     if not (isinstance(value, numbers.Real) and 0 <= value <= 1):
         raise InputError(f'{name} {value!r} must be a share, from 0 to 1')
-    return float(value)
+    return value
 
 
 def spread_over_grades(cases: Sequence[Case], n: int) -> list[Case]:

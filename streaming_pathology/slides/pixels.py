@@ -732,9 +732,9 @@ class TiffPixels:
         for part in self.parts_of(top, left, height, width):
             if self.left_out[part.row, part.column]:
                 continue
-            pixels = self.fetch_tiles(part.top, part.left, part.height, part.width)
             y, x = part.top - top, part.left - left
-            out[y : y + part.height, x : x + part.width] = pixels
+            region = (part.top, part.left, part.height, part.width)
+            out[y : y + part.height, x : x + part.width] = self.fetch_tiles(*region)
         return out
 
     def fetch_tiles(self, top: int, left: int, height: int, width: int) -> np.ndarray:

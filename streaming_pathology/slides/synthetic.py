@@ -928,8 +928,7 @@ def stain_image(
     for channel in range(3):
         # Beer and Lambert: light is white * 10**-density
         h, e = vectors[:, channel].astype(np.float32)
-        density = haematoxylin * h + eosin * e
-        light = np.exp(np.float32(-math.log(10)) * density)
+        light = np.exp(np.float32(-math.log(10)) * (haematoxylin * h + eosin * e))
         light = light * np.float32(white[channel])
         noise = rng.standard_normal(light.shape, np.float32)
         image[..., channel] = np.clip(light + noise * 1.5 + 0.5, 0, 255)
@@ -1277,10 +1276,10 @@ def prepare_cohort_folder(folder: Path, settings: dict) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         settings_there = json.loads(note.read_text()) if note.exists() else None
+        if note.exists() and not isinstance(settings_there, dict):
+            raise InputError(f'{note} is damaged: choose another folder')
         if settings_there is None and any(folder.iterdir()):
             raise InputError(f'{folder} is not empty: choose another folder')
-        if settings_there is not None and not isinstance(settings_there, dict):
-            raise InputError(f'{note} is damaged: choose another folder')
         if settings_there is not None and FORMERLY | settings_there != settings:
             raise InputError(
                 f'{folder} holds a cohort with other settings ({note.name}): choose another folder'

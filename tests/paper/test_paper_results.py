@@ -10,8 +10,9 @@ from notebooks import NBS
 from refusals import refusal
 
 from streaming_pathology.evaluation.auc import auc, delong_test
+from streaming_pathology.paper.__main__ import runner_of
 from streaming_pathology.paper.data import GLEASON
-from streaming_pathology.paper.methods import METHODS, methods_of
+from streaming_pathology.paper.methods import methods_of
 from streaming_pathology.paper.plan import PLANS, SMALL, jobs_of, slide_scores
 from streaming_pathology.paper.results import (
     NOT_YET,
@@ -21,6 +22,7 @@ from streaming_pathology.paper.results import (
     figure_3,
     measured_on,
     mosaic_areas,
+    mosaic_scores,
     results_in,
     scores_of,
     state_of,
@@ -28,6 +30,7 @@ from streaming_pathology.paper.results import (
     table_2,
     table_3,
     table_of_baselines,
+    table_of_mosaic_differences,
     table_of_mosaic_maps,
     table_of_mosaics,
     table_of_sizes,
@@ -246,6 +249,16 @@ def test_mosaics_by_share(tmp_path):
     assert areas['0.1'].method.startswith('clustered')
     assert base_of('0123-abc-0.05-1') == '0123-abc'
     assert mosaic_areas(plan, 'streaming', tmp_path) is None
+    pairs = [('streaming', 'mil'), ('mil', 'mil')]
+    rows = table_of_mosaic_differences(plan, tmp_path, pairs)
+    assert rows[1] == ['streaming less mil', NOT_YET, '–']
+    assert rows[2] == ['mil less mil', *2 * ['+0.000 (+0.000 to +0.000)']]
+    write_results(tmp_path, 'streaming', 1.0, plan, change=of_mosaics)
+    rows = table_of_mosaic_differences(plan, tmp_path, pairs)
+    streaming, mil = (mosaic_scores(plan, name, '0.1', tmp_path) for name in pairs[0])
+    assert streaming.bases == mil.bases and streaming.labels == mil.labels
+    test = delong_test(mil.labels, streaming.scores, mil.scores, patient_ids=mil.bases)
+    assert rows[1][1] == f'{test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f})'
 
 
 def test_maps_of_mosaics_are_of_all_folds(tmp_path):
@@ -279,7 +292,7 @@ def test_committed_results_are_of_the_plan():
             continue
         result = read_job_result(path)
         plan = PLANS[path.parent.name]
-        method = METHODS[result['job']['method']]
+        method = runner_of(plan).methods[result['job']['method']]
         assert result['settings'] == method.settings_in(plan), path
         (job,) = [
             each for each in jobs_of(plan, [result['job']['method']]) if each.name == path.stem

@@ -116,7 +116,7 @@ def test_a_folder_with_something_else_is_refused(manifest, tmp_path):
         write_cohort(full, n=2, progress=False)
     with pytest.raises(InputError, match='cannot be written'):
         write_cohort(full / 'notes.txt', n=2, progress=False)
-    for damaged in ('{', '3'):
+    for damaged in ('{', '3', 'null'):
         (manifest.parent / 'cohort.json').write_text(damaged)
         with pytest.raises(InputError, match='is damaged'):
             write_cohort(manifest.parent, **SMALL)

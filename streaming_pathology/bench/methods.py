@@ -170,7 +170,7 @@ def work(way: dict, arch: str, until: str, size: tuple) -> float:
 
 @torch.no_grad()
 def shake(net: nn.Module) -> nn.Module:
-    "`net` with random biases, scales and statistics: its first ones hide errors, being neutral."
+    "`net` with random biases, scales and statistics: neutral initial ones would hide errors."
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
             assert layer.running_mean is not None and layer.running_var is not None

@@ -879,22 +879,29 @@ class Ways:
         self.plain_seconds = max(self.speed.seconds(self.plain.work), self.speed.launch)
 
     def candidates(self, byte_budget: int, load_of_height: LoadOfHeight) -> list[int]:
-        """Heights of strips that may fit into the budget, the highest first. Memory grows in
-        proportion to the height, so the highest that fits is extrapolated from two low ones."""
+        "Heights of strips that may fit into the budget, the highest first."
         heights = self.loads.heights()
         if len(heights) < 4:
             return heights
-        low, high = heights[-3], heights[-4]
+        highest = self.highest_fitting(heights[-3], heights[-4], byte_budget, load_of_height)
+        candidates = [height for height in heights if height <= highest]
+        # The whole image as one strip stores no states, and as BatchNorms are folded, it may take
+        # as little as half of the plain network's memory.
+        may_fit_whole = self.plain.peak <= 2 * byte_budget
+        if may_fit_whole and highest < self.loads.length:
+            candidates.insert(0, self.loads.length)
+        return candidates
+
+    def highest_fitting(
+        self, low: int, high: int, byte_budget: int, load_of_height: LoadOfHeight
+    ) -> float:
+        """The height at which strips fill the budget, extrapolated from the peaks of two heights,
+        as memory grows in proportion to the height; `low` if that does not fit itself."""
         peak = load_of_height(low).peak(states='disk')
-        highest = float(low)
-        if peak <= byte_budget:
-            growth = load_of_height(high).peak(states='disk') - peak
-            highest = low + (byte_budget - peak) * (high - low) / max(growth, 1)
-        # one strip needs no states, and half of the plain network: BatchNorms are folded
-        try_one_strip = self.plain.peak <= 2 * byte_budget
-        if try_one_strip and highest < self.loads.length:
-            return [self.loads.length, *(height for height in heights if height <= highest)]
-        return [height for height in heights if height <= highest]
+        if peak > byte_budget:
+            return low
+        growth = load_of_height(high).peak(states='disk') - peak
+        return low + (byte_budget - peak) * (high - low) / max(growth, 1)
 
     def best_ways(
         self, heights: list[int], byte_budget: int, load_of_height: LoadOfHeight

@@ -369,14 +369,16 @@ class StripGradient:
 
     def through_reduction(self, each: Instruction) -> None:
         "Pass the gradient of a total on to the total above and to the new rows."
-        if each.number not in self.below:
+        number = each.number
+        if number not in self.below:
             return
-        total_gradient: torch.Tensor | None = self.below[each.number]
-        if each.given and each.number in self.tape.needs_grad:
-            total_gradient, *rows = self.tape.backward(each, self.below[each.number])
-            self.to_inputs(each, rows)
-        if each.step.old and total_gradient is not None:
-            self.above[each.number] = total_gradient
+        below = self.below[number]
+        above: torch.Tensor | None = below  # without new rows both totals are the same
+        if each.given and number in self.tape.needs_grad:
+            above, *of_inputs = self.tape.backward(each, below)
+            self.to_inputs(each, of_inputs)
+        if each.step.old and above is not None:
+            self.above[number] = above
 
     def add_output(self, each: Instruction) -> None:
         "Add the gradient of the new rows of an output."

@@ -34,23 +34,19 @@ else:
 def as_groups(
     # text or a number for each slide; None, nan or '' where it is not known
     values: Sequence[str | float | None],
-    max_values: int = 6,  # so many different numbers are subgroups each; more are cut into thirds
+    max_values: int = 6,  # up to so many different numbers, each is a subgroup; more: thirds
 ) -> tuple[list[str | None], list[str]]:
     """Sort slides into subgroups by the values of a column.
 
     Returns the subgroup of each slide, None where its value is not known, and the names of all
     subgroups in order."""
     values = [None if is_missing(value) else value for value in values]
-    has_text = any(value is not None and is_name(value) for value in values)
-    if has_text:
-        group_of_slide = [None if value is None else str(value) for value in values]
-        return group_of_slide, sorted({name for name in group_of_slide if name is not None})
+    if any(value is not None and is_name(value) for value in values):
+        return group_by_text(values)
     numbers = [None if value is None else float(value) for value in values]
     distinct = np.unique([number for number in numbers if number is not None])
     if len(distinct) <= max_values:
-        name_of_number = dict(zip(distinct, shortest_names(distinct, number_name)))
-        group_of_slide = [None if number is None else name_of_number[number] for number in numbers]
-        return group_of_slide, list(name_of_number.values())
+        return group_by_number(numbers, distinct)
     return split_into_thirds(numbers)
 
 # %% ../../nbs/evaluation/05_subgroups.ipynb #c0483353
@@ -67,6 +63,21 @@ def is_name(value: Any) -> bool:
         return True
     is_code = re.match(r'[-+]?0\d', str(value)) is not None
     return not math.isfinite(number) or is_code
+
+
+def group_by_text(values: Sequence[str | float | None]) -> tuple[list[str | None], list[str]]:
+    "A subgroup for each different text, in alphabetical order: see `as_groups`."
+    group_of_slide = [None if value is None else str(value) for value in values]
+    return group_of_slide, sorted({name for name in group_of_slide if name is not None})
+
+
+def group_by_number(
+    numbers: list[float | None], distinct: np.ndarray
+) -> tuple[list[str | None], list[str]]:
+    "A subgroup for each of the `distinct` numbers, which are sorted: see `as_groups`."
+    name_of_number = dict(zip(distinct, shortest_names(distinct, number_name)))
+    group_of_slide = [None if number is None else name_of_number[number] for number in numbers]
+    return group_of_slide, list(name_of_number.values())
 
 
 def split_into_thirds(numbers: list[float | None]) -> tuple[list[str | None], list[str]]:

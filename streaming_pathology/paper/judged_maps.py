@@ -140,8 +140,10 @@ def passes(maps: dict[str, Any]) -> bool:
 
 
 def joined_maps(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    "Judged maps of several jobs as those of one, such as those of all folds. At least one job."
-    joined = {name: [] for name in ('slides', 'prevalence', 'correlation')}
+    "Judged maps of several jobs as those of one, such as those of all folds."
+    # a job all of whose slides were left out has no maps of any kind
+    parts = [part for part in parts if part['slides']]
+    joined: dict[str, Any] = {name: [] for name in ('slides', 'prevalence', 'correlation')}
     for name in joined:
         joined[name] = [value for part in parts for value in part[name]]
     for name in ('trained', 'randomised', 'darkness', 'green'):

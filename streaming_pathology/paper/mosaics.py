@@ -166,7 +166,7 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
 def mapped_mosaics(split: Split, plan: Plan) -> list[Case]:
     "A positive test mosaic of each of the first bases, `plan.mapped` of them, with shares in turn."
     of_place = {(case.patient_id, case.grade): case for case in split.test if case.label}
-    bases = list(dict.fromkeys(case.patient_id for case in split.test))
+    bases = list(dict.fromkeys(case.patient_id for case in split.test if case.label))
     shares = [f'{share:g}' for share in plan.planted]
     return [
         of_place[base, shares[number % len(shares)]]
@@ -180,8 +180,9 @@ def tumour_mask(mosaic: Case) -> np.ndarray:
         raise InputError(f'mosaic {mosaic.slide_id!r} has no mask of its truth; make it again')
     tissue = (read_image(mosaic.path) < WHITE).any(2)
     planted = read_image(mosaic.annotation)[..., 0] > 0
+    rows, columns = planted.shape  # of whole tiles; the image may have more to the right and below
     mask = tissue.astype(np.uint8)
-    mask[tissue & planted] = TUMOUR
+    mask[:rows, :columns][tissue[:rows, :columns] & planted] = TUMOUR
     return mask
 
 # %% ../../nbs/paper/08_mosaics.ipynb #e30c0005

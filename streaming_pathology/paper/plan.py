@@ -88,6 +88,8 @@ class Plan:
             raise InputError(
                 f'views is {self.views} and epochs {self.epochs}; neither can be below 0'
             )
+        if self.mapped < 0:
+            raise InputError(f'mapped is {self.mapped}; it cannot be below 0')
         if not 0 < self.tuning < 1:
             raise InputError(f'tuning is {self.tuning}; it is a share, between 0 and 1')
         for share, (folds, seeds) in self.smaller.items():

@@ -368,8 +368,14 @@ def mosaic_scores(plan: Plan, method: str, share: str, folder: str | Path) -> Mo
 def mosaic_difference(
     plan: Plan, methods: tuple[str, str], share: str, folder: str | Path
 ) -> DeLong:
-    "The AUC of the first method less that of the second, by the paired test over bases."
+    """The AUC of the first method less that of the second, by the paired test over bases.
+
+    Raises `InputError` if they were not tested on the same mosaics."""
     first, second = (mosaic_scores(plan, method, share, folder) for method in methods)
+    if (first.bases, first.labels) != (second.bases, second.labels):
+        raise InputError(
+            f'{methods[0]} and {methods[1]} of {plan.name} were tested on other mosaics'
+        )
     return delong_test(first.labels, first.scores, second.scores, LEVEL, first.bases)
 
 
@@ -413,11 +419,12 @@ def table_of_mosaic_maps(plan: Plan, folder: str | Path) -> list[list[object]]:
     not_measured: list[list[object]] = []
     for method in TRAINED:
         state = state_of(plan, method, 1.0, folder)
-        if state:
-            not_measured.append([method, state, *('–' for _ in MAP_COLUMNS[2:])])
+        results = results_in(plan, method, 1.0, folder)
+        maps = joined_maps([result['maps'] for result in results if 'maps' in result])
+        if state or len(maps['slides']) < 2:
+            not_measured.append([method, state or NOT_YET, *('–' for _ in MAP_COLUMNS[2:])])
         else:
-            of_folds = [result['maps'] for result in results_in(plan, method, 1.0, folder)]
-            of_methods[method] = joined_maps(of_folds)
+            of_methods[method] = maps
     of_networks, of_baselines = rows_of_maps(of_methods)
     return [[*MAP_COLUMNS], *of_networks, *not_measured, *of_baselines]
 

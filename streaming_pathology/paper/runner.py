@@ -413,7 +413,7 @@ def training_seconds(
     "Processor seconds of a job on the slides of a split, with so many epochs of each part."
     method = method_named(job.method, runner.methods)
     planned, data = runner.basis(job)
-    plan = replace(planned, frozen_epochs=frozen_epochs, epochs=epochs, views=1)
+    plan = replace(planned, frozen_epochs=frozen_epochs, epochs=epochs, views=1, mapped=0)
     work = runner.work / 'estimate'
     experiment = Experiment(plan, runner.experiment_of(job).cases, work, data)
     views = experiment.views(method.views or 'image')

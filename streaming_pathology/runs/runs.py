@@ -229,7 +229,7 @@ class Preparation:
         return task
 
     def check_columns(self, task: Task) -> None:
-        "Refuse a label whose column has the name of another column of predictions."
+        "Raises `InputError` for a label whose column has the name of another column of predictions."
         columns = prediction_columns(task, label_columns(task.name, label_names(self.settings)))
         repeated = [name for name, count in Counter(columns).items() if count > 1]
         if repeated:
@@ -239,7 +239,7 @@ class Preparation:
             )
 
     def check_labels(self, task: Task, cases: list[Case]) -> None:
-        "Refuse labels of any split that do not fit the task."
+        "Raises `InputError` for labels of any split that do not fit the task."
         problems = []
         for case in cases:
             if case.label is None:

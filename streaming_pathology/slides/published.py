@@ -153,18 +153,19 @@ BLANK = 245  # the grey of a slide without tissue
 
 
 def panda_numbers(mask: np.ndarray, provider: str, score: str) -> np.ndarray:
-    """A painted mask with the numbers that a provider's masks have: uint8 (height, width).
+    """A painted mask with the class numbers of a provider: uint8 (height, width).
 
-    A `score` such as '4+3' says the Gleason patterns of the two patterns of the tumour."""
+    A painted mask has background, stroma, benign glands, and tumour of two kinds. Their Gleason
+    patterns are those of `score`: 4 and 3 for '4+3'."""
     if provider == 'karolinska':
-        # background; benign tissue, be it stroma or glands; cancer of either pattern
-        numbers = [0, 1, 1, 2, 2]
+        background, benign, cancer = 0, 1, 2
+        provider_numbers = [background, benign, benign, cancer, cancer]
     else:
-        primary, secondary = 3, 3
+        primary, secondary = 3, 3  # the lowest patterns that are marked
         if '+' in score:
             primary, secondary = (max(3, int(pattern)) for pattern in score.split('+'))
-        numbers = [0, STROMA, BENIGN, primary, secondary]
-    return np.array(numbers, np.uint8)[mask]
+        provider_numbers = [0, STROMA, BENIGN, primary, secondary]
+    return np.array(provider_numbers, np.uint8)[mask]
 
 # %% ../../nbs/slides/16_published.ipynb #be5c9a1d
 def paint_panda(

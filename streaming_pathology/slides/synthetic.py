@@ -1275,22 +1275,29 @@ def prepare_cohort_folder(folder: Path, settings: dict) -> None:
     note = folder / 'cohort.json'
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        settings_there = json.loads(note.read_text()) if note.exists() else None
-        if note.exists() and not isinstance(settings_there, dict):
-            raise InputError(f'{note} is damaged: choose another folder')
-        if settings_there is None and any(folder.iterdir()):
+        if note.exists():
+            _check_same_settings(note, settings)
+        elif any(folder.iterdir()):
             raise InputError(f'{folder} is not empty: choose another folder')
-        if settings_there is not None and FORMERLY | settings_there != settings:
-            raise InputError(
-                f'{folder} holds a cohort with other settings ({note.name}): choose another folder'
-            )
         for name in ('slides', 'masks'):
             (folder / name).mkdir(exist_ok=True)
         write_whole(note, json.dumps(settings))
-    except json.JSONDecodeError:
-        raise InputError(f'{note} is damaged: choose another folder') from None
     except OSError as e:
         raise InputError(f'{folder} cannot be written: {e.strerror}') from None
+
+
+def _check_same_settings(note: Path, settings: dict) -> None:
+    "Raise `InputError` if the `note` of a cohort is damaged, or has other settings than these."
+    try:
+        noted = json.loads(note.read_text())
+    except json.JSONDecodeError:
+        noted = None
+    if not isinstance(noted, dict):
+        raise InputError(f'{note} is damaged: choose another folder')
+    if FORMERLY | noted != settings:
+        raise InputError(
+            f'{note.parent} holds a cohort with other settings ({note.name}): choose another folder'
+        )
 
 
 def write_cohort_manifest(folder: Path, rows: list[dict], spacing: float) -> Path:

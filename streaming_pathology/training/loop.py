@@ -858,19 +858,28 @@ WITHOUT_GRADIENT = (
 )
 
 
+def joint_outputs(
+    state: State, items: list[tuple[int, dict]]
+) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor]:
+    """The slide ids, logits and labels of a mini-batch, of all ranks, in the order of the slides.
+    Logits are computed without a graph."""
+    outputs = []
+    with torch.no_grad():
+        for position, item in items:
+            logits = state.logits(position, item).cpu()
+            outputs.append((position, (item['slide_id'], logits, item['label'])))
+    slide_ids, logits_of_slides, labels = zip(*state.ranks.merged(outputs))
+    return slide_ids, torch.cat(logits_of_slides), torch.stack(labels)
+
+
 def joint_backward(
     state: State, items: Iterable[tuple[int, dict]], size: int
 ) -> Iterator[tuple[int, tuple[str, float]]]:
     """Add up the gradient of a loss that needs all slides of a mini-batch, in two passes over them.
     Yields as `each_backward`; the loss is that of the mini-batch."""
     items = list(items)
-    outputs = []
-    with torch.no_grad():
-        for position, item in items:
-            logits = state.logits(position, item).cpu()
-            outputs.append((position, (item['slide_id'], logits, item['label'])))
-    slide_ids, logits, labels = zip(*state.ranks.merged(outputs))
-    loss, gradients = joint_gradient(state.task, torch.cat(logits), torch.stack(labels))
+    slide_ids, logits, labels = joint_outputs(state, items)
+    loss, gradients = joint_gradient(state.task, logits, labels)
     check_finite(loss.item(), ', '.join(slide_ids), state.epoch)
     has_gradient = bool(gradients.any())
     if not has_gradient:

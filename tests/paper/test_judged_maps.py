@@ -69,6 +69,9 @@ def test_maps_of_several_jobs_are_those_of_one():
     assert joined['trained'] == dict(pointing=[1.0] * 3, auprc=[0.1, 0.3, 0.8])
     assert joined['prevalence'] == [0.25] * 3
     assert joined_maps([joined]) == joined
+    nothing = dict(side=8, slides=[], prevalence=[], correlation=[])
+    assert joined_maps([joined, nothing]) == joined
+    assert joined_maps([nothing])['slides'] == [] == joined_maps([])['slides']
 
 
 def test_rows_of_a_table():

@@ -17,9 +17,10 @@ from streaming_pathology.paper.mosaics import (
     plant,
     tissue_tiles,
     tumour_mask,
+    write_png,
 )
 from streaming_pathology.paper.plan import SMALL_MOSAICS, Job
-from streaming_pathology.paper.runner import read_job_result
+from streaming_pathology.paper.runner import estimate, read_job_result
 from streaming_pathology.slides.cohorts import Case, read_manifest
 from streaming_pathology.slides.shortcuts import tissue_places
 
@@ -182,7 +183,29 @@ def test_methods_run_on_mosaics(tmp_path):
         assert len(maps['trained']['auprc']) == len(maps['slides'])
 
 
+@pytest.mark.usefixtures('small_resnet')
+def test_an_estimate_of_mosaics(tmp_path):
+    source = paint_stand_in(tmp_path / 'painted', (8, 4, 2), size=128)
+    runner = MosaicRunner(PLAN, source, tmp_path / 'work', tmp_path / 'out', lambda text: None)
+    rows = estimate(runner)
+    names = [row[0] for row in rows[1:]]
+    assert {'streaming, share 1', 'mil, share 1'} <= {*names}
+    assert all(row[2] > 0 for row in rows[1:]) and not runner.out.exists()
+
+
 # ---- heatmaps
+
+
+def test_a_mask_of_whole_tiles_is_of_the_upper_left_part(tmp_path):
+    rgb = np.full((18, 20, 3), 90, np.uint8)
+    truth = np.zeros((16, 16), np.uint8)
+    truth[4:8, 4:8] = 1
+    write_png(tmp_path / 'a.png', rgb)
+    write_png(tmp_path / 'a-truth.png', truth)
+    mosaic = Case('a', 1, tmp_path / 'a.png', annotation=tmp_path / 'a-truth.png')
+    mask = tumour_mask(mosaic)
+    assert mask.shape == (18, 20) and (mask[:16, :16] >= 3).sum() == 16
+    assert (mask > 0).all() and (mask[16:] == 1).all()
 
 
 def test_one_positive_mosaic_of_each_base_is_mapped(mosaics):
@@ -203,6 +226,7 @@ def test_places_are_tiles_and_tumour_is_where_it_was_planted(mosaics):
         tissue = (rgb < WHITE).any(2)
         assert ((mask > 0) == tissue).all()
         assert ((mask >= 3) == (truth & tissue)).all() and (mask >= 3).any()
+        assert mask.shape == rgb.shape[:2]
     refused = refusal(tumour_mask, replace(case, annotation=None))
     assert 'has no mask of its truth' in refused and case.slide_id in refused
 

@@ -551,9 +551,10 @@ def merge_checks(
     stain: str = 'he',
     slide_spacing: float | None = None,
 ) -> tuple[dict[str, dict], dict[str, str]]:
-    """The checks of all shards: slide id -> the row that `row` of `SlideCheck` gives, in the order of
-    the cases; and slide id -> reason of those that failed. Raises `InputError` if shards are not
-    done."""
+    """The checks of all shards: slide id -> its row, as `row` of `SlideCheck` gives it, in the order
+    of the cases; and slide id -> reason of those that failed.
+
+    Raises `InputError` if shards are not done."""
     shards = Shards(Path(out))
     about = shared_options(tissue, pen, stain, slide_spacing)
     shards.check_about(dict(shards=shards.n_shards()) | about)
@@ -566,7 +567,7 @@ def merge_checks(
 
 # %% ../../nbs/runs/08_shards.ipynb #4b3ed032
 def draw_shard(run: MapRun, shard: Shard) -> ShardResult:
-    "Draw the maps of one shard, without the tables. Raises `InputError` as `draw` of `MapRun` does."
+    "Draw the maps of one shard, without the tables. Raises `InputError` as `draw` of a `MapRun`."
     shards = Shards(run.folder)
     slide_ids = [case.slide_id for case in shard.take(run.cases)]
     run.begin()

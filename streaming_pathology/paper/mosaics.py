@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TILES', 'OF_MAPS', 'MOSAIC_METHODS', 'tissue_tiles', 'nearest', 'plant', 'square', 'mosaic_split', 'mosaics_of',
-           'write_mosaic', 'write_png', 'mapped_mosaics', 'tumour_mask', 'mapped_streaming', 'mapped_mil', 'tell_maps',
+           'write_mosaic', 'write_png', 'mapped_mosaics', 'tumour_mask', 'mapped_streaming', 'mapped_mil',
            'MosaicRunner']
 
 # %% ../../nbs/paper/08_mosaics.ipynb #80617d8e
@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch import nn
 
 from ..core import InputError
 from ..io import write_whole
 from .baselines import logits_of_slides
 from .data import WHITE, Split, read_image, slides_of, split_of
-from .judged_maps import Draw, draw_patches, draw_smoothgrad, judge_maps
+from .judged_maps import draw_patches, draw_smoothgrad, tell_maps
 from streaming_pathology.paper.methods import (
     METHODS,
     Experiment,
@@ -192,8 +191,9 @@ def mapped_streaming(job: Job, split: Split, experiment: Experiment, training: T
     network, history = train_streaming(split, experiment, training)
     logits = logits_of_slides(network, slides_of(split.test, plan))
     mapped = mapped_mosaics(split, plan)
-    draw = draw_smoothgrad(slides_of(mapped, plan), plan.copies, plan.size // TILES)
-    tell_maps(network, draw, mapped, plan, training)
+    side = plan.size // TILES
+    draw = draw_smoothgrad(slides_of(mapped, plan), plan.copies, side)
+    tell_maps(training, network, draw, mapped, tumour_mask, side)
     return logits, history
 
 
@@ -203,18 +203,10 @@ def mapped_mil(job: Job, split: Split, experiment: Experiment, training: Trainin
     model, history = train_mil(split, experiment, training)
     logits = logits_of_slides(model, experiment.bags(split.test))
     mapped = mapped_mosaics(split, plan)
-    draw = draw_patches(experiment.bags(mapped), plan.size // TILES)
-    tell_maps(model, draw, mapped, plan, training)
+    side = plan.size // TILES
+    draw = draw_patches(experiment.bags(mapped), side)
+    tell_maps(training, model, draw, mapped, tumour_mask, side)
     return logits, history
-
-
-def tell_maps(
-    model: nn.Module, draw: Draw, mosaics: Sequence[Case], plan: Plan, training: Training
-) -> None:
-    "Judge the maps of a trained model, if there are mosaics to draw, and tell it with the job."
-    if mosaics:
-        side = plan.size // TILES
-        training.told['maps'] = judge_maps(model, draw, mosaics, tumour_mask, side, training.seed)
 
 
 OF_MAPS = ('mapped', 'copies')

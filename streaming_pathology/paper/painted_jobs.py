@@ -27,7 +27,12 @@ from ..mil.aggregators import TransMIL, make_aggregator
 from ..mil.sampled import SampledMIL
 from .baselines import logits_of_slides
 from .data import Split, slides_of
-from .judged_maps import draw_patches, draw_smoothgrad, judge_maps
+from streaming_pathology.paper.judged_maps import (
+    draw_patches,
+    draw_smoothgrad,
+    judge_maps,
+    tell_maps,
+)
 from streaming_pathology.paper.methods import (
     OF_NETWORK,
     OF_TRAINING,
@@ -176,11 +181,9 @@ def streaming_pooled(
     network, history = train_streaming(split, experiment, training, pool)
     logits = logits_of_slides(network, slides_of(split.test, plan))
     mapped = mapped_cases(split, job, plan)
-    if mapped:
-        side = side_of_place(plan, job)
-        draw = draw_smoothgrad(slides_of(mapped, plan), plan.copies, side)
-        maps = judge_maps(network, draw, mapped, truth_of, side, training.seed)
-        training.told['maps'] = maps
+    side = side_of_place(plan, job)
+    draw = draw_smoothgrad(slides_of(mapped, plan), plan.copies, side)
+    tell_maps(training, network, draw, mapped, truth_of, side)
     return logits, history
 
 
@@ -200,11 +203,9 @@ def mil_patches(
         model, history = train_sampled(name, k, split, experiment, training)
     logits = logits_of_slides(model, experiment.bags(split.test))
     mapped = mapped_cases(split, job, plan)
-    if mapped:
-        side = side_of_place(plan, job)
-        draw = draw_patches(experiment.bags(mapped), side)
-        maps = judge_maps(model, draw, mapped, truth_of, side, training.seed)
-        training.told['maps'] = maps
+    side = side_of_place(plan, job)
+    draw = draw_patches(experiment.bags(mapped), side)
+    tell_maps(training, model, draw, mapped, truth_of, side)
     return logits, history
 
 

@@ -337,9 +337,10 @@ def mosaic_areas(plan: Plan, method: str, folder: str | Path) -> dict[str, Estim
     "AUC by the share that was planted, as text; None where the method is not measured."
     if state_of(plan, method, 1.0, folder):
         return None
+    results = results_in(plan, method, 1.0, folder)
     areas = {}
     for share in [f'{each:g}' for each in plan.planted]:
-        found = mosaic_scores(plan, method, share, folder)
+        found = mosaic_scores(results, share)
         resampling = Resampling(patient_ids=found.bases)
         areas[share] = auc_interval(found.labels, found.scores, resampling=resampling)
     return areas
@@ -348,15 +349,16 @@ def mosaic_areas(plan: Plan, method: str, folder: str | Path) -> dict[str, Estim
 class MosaicScores(NamedTuple):
     "The scores of the test mosaics of one share, in the order of folds and names."
 
+    method: str
     bases: list[str]  # ids of the biopsies that they were made of
     labels: list[int]
     scores: list[float]  # ranks within a fold, from 0 to 1
 
 
-def mosaic_scores(plan: Plan, method: str, share: str, folder: str | Path) -> MosaicScores:
-    "The scores of a method, of all folds, for the mosaics with a share of tumour."
-    found = MosaicScores([], [], [])
-    for result in results_in(plan, method, 1.0, folder):
+def mosaic_scores(results: Sequence[dict], share: str) -> MosaicScores:
+    "The scores for the mosaics with a share of tumour, from the results of a method in all folds."
+    found = MosaicScores(results[0]['job']['method'], [], [], [])
+    for result in results:
         names = [name for name, grade in result['grades'].items() if grade == share]
         ranks = fold_ranks({name: result['logits'][name] for name in names})
         found.bases.extend(base_of(name) for name in names)
@@ -365,17 +367,12 @@ def mosaic_scores(plan: Plan, method: str, share: str, folder: str | Path) -> Mo
     return found
 
 
-def mosaic_difference(
-    plan: Plan, methods: tuple[str, str], share: str, folder: str | Path
-) -> DeLong:
+def mosaic_difference(first: MosaicScores, second: MosaicScores) -> DeLong:
     """The AUC of the first method less that of the second, by the paired test over bases.
 
     Raises `InputError` if they were not tested on the same mosaics."""
-    first, second = (mosaic_scores(plan, method, share, folder) for method in methods)
     if (first.bases, first.labels) != (second.bases, second.labels):
-        raise InputError(
-            f'{methods[0]} and {methods[1]} of {plan.name} were tested on other mosaics'
-        )
+        raise InputError(f'{first.method} and {second.method} were tested on different mosaics')
     return delong_test(first.labels, first.scores, second.scores, LEVEL, first.bases)
 
 
@@ -403,12 +400,15 @@ def table_of_mosaic_differences(
     "The difference in AUC of pairs of methods, by the share of tumour."
     rows: list[list[object]] = [['difference', *(f'{share:.0%}' for share in plan.planted)]]
     for pair in pairs:
-        name = f'{pair[0]} less {pair[1]}'
+        row: list[object] = [f'{pair[0]} less {pair[1]}']
+        rows.append(row)
         if any(state_of(plan, method, 1.0, folder) for method in pair):
-            rows.append([name, NOT_YET, *('–' for _ in plan.planted[1:])])
+            row += [NOT_YET, *('–' for _ in plan.planted[1:])]
             continue
-        tests = [mosaic_difference(plan, pair, f'{share:g}', folder) for share in plan.planted]
-        rows.append([name, *(interval_text(test) for test in tests)])
+        both = [results_in(plan, method, 1.0, folder) for method in pair]
+        for share in plan.planted:
+            first, second = (mosaic_scores(results, f'{share:g}') for results in both)
+            row.append(interval_text(mosaic_difference(first, second)))
     return rows
 
 

@@ -14,7 +14,6 @@ import numbers
 import operator
 import os
 import signal
-import struct
 import threading
 import warnings
 import zlib
@@ -31,6 +30,7 @@ import pyvips
 from PIL import Image
 
 from ..core import InputError, counted
+from .masks import PNG_HEADER, PNG_SIGNATURE, png_chunk
 from .pyramids import Ratio, ratio_by_size
 from streaming_pathology.slides.readers import (
     Reader,
@@ -189,20 +189,13 @@ def read_ahead(
             yield current
 
 # %% ../../nbs/slides/07_slides.ipynb #3b9423d4
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    "A part of a PNG file: length, kind, data and checksum."
-    length = struct.pack('>I', len(data))
-    checksum = struct.pack('>I', zlib.crc32(kind + data))
-    return length + kind + data + checksum
-
-
 def png_parts(bands: Iterable[np.ndarray], height: int, width: int) -> Iterator[bytes]:
     "Yields the bytes of a PNG without compression, from bands of uint8 (rows, width, 3)."
     # bits, colour type RGB, and the only compression, the usual filters, no interlacing
     rgb_of_8_bits = (8, 2, 0, 0, 0)
-    header = struct.pack('>IIBBBBB', width, height, *rgb_of_8_bits)
+    header = PNG_HEADER.pack(width, height, *rgb_of_8_bits)
     uncompressed = zlib.compressobj(0)
-    yield b'\x89PNG\r\n\x1a\n' + png_chunk(b'IHDR', header)
+    yield PNG_SIGNATURE + png_chunk(b'IHDR', header)
     for band in bands:
         # a row begins with the number of its filter, 0 for none
         rows = np.pad(band.reshape(len(band), -1), ((0, 0), (1, 0)))

@@ -255,7 +255,9 @@ def test_mosaics_by_share(tmp_path):
     assert rows[2] == ['mil less mil', *2 * ['+0.000 (+0.000 to +0.000)']]
     write_results(tmp_path, 'streaming', 1.0, plan, change=of_mosaics)
     rows = table_of_mosaic_differences(plan, tmp_path, pairs)
-    streaming, mil = (mosaic_scores(plan, name, '0.1', tmp_path) for name in pairs[0])
+    streaming, mil = (
+        mosaic_scores(results_in(plan, name, 1.0, tmp_path), '0.1') for name in pairs[0]
+    )
     assert streaming.bases == mil.bases and streaming.labels == mil.labels
     test = delong_test(mil.labels, streaming.scores, mil.scores, patient_ids=mil.bases)
     assert rows[1][1] == f'{test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f})'
